@@ -1,0 +1,483 @@
+"""What config.json and generation_config.json say, read once, checked, and resolved layer by layer.
+
+Both spellings of the text configuration are read: the flat one of the published file (`global_head_dim`,
+`num_global_key_value_heads` for the full-attention layers) and `per_layer_config` (a sparse map from layer index to
+overrides), which transformers writes since it resolves the flat spelling into it. Defaults for absent fields are those of
+`DiffusionGemmaTextConfig` in transformers' configuration_diffusion_gemma.py. A value that this engine does not implement
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgemma_ext.errors import CheckpointError
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+# One full-attention layer after every five sliding ones, where the file gives no pattern.
+_DEFAULT_PATTERN = 6
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_DEFAULT_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
+
+_DEFAULT_ROPE: dict[str, dict[str, Any]] = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+# Fields of related models that change the mathematics, with the values that leave this model's as it is.
+_NEUTRAL_TEXT_FIELDS: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "attention_chunk_size": (None,),
+    "attention_k_eq_v": (True, None),
+    "attn_logit_softcapping": (None,),
+    "enable_moe_block": (True, None),
+    "hidden_size_per_layer_input": (0, None),
+    "num_kv_shared_layers": (0, None),
+    "quantization_config": (None,),
+    "rope_local_base_freq": (None,),
+    "rope_scaling": (None,),
+    "rope_theta": (None,),
+    "tie_word_embeddings": (True, None),
+    "use_double_wide_mlp": (False, None),
+}
+_NEUTRAL_TOP_FIELDS: dict[str, tuple[Any, ...]] = {
+    "audio_config": (None,),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (True, None),
+}
+
+
+class _Section:
+    """One JSON object, with getters that name the field in every complaint."""
+
+    def __init__(self, name: str, values: Any) -> None:
+        if not (isinstance(values, Mapping) and all(isinstance(key, str) for key in values)):
+            raise ValueError(f"{name or 'the configuration'} must be an object, got {values!r}")
+        self.name = name
+        self.values = values
+
+    def path(self, field: str) -> str:
+        return f"{self.name}.{field}" if self.name else field
+
+    def refuse(self, field: str, wanted: str) -> ValueError:
+        return ValueError(f"{self.path(field)} is {self.values.get(field)!r}; supported: {wanted}")
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return self.values.get(field, default)
+
+    def integer(self, field: str, default: int | None = None, minimum: int = 1) -> int:
+        value = self._present(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refuse(field, f"an integer of at least {minimum}")
+        return value
+
+    def number(
+        self, field: str, default: float | None = None, minimum: float = 0.0, open_minimum: bool = True
+    ) -> float:
+        value = self._present(field, default)
+        bound = "above" if open_minimum else "of at least"
+        in_range = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and (value > minimum if open_minimum else value >= minimum)
+            and value < float("inf")
+        )
+        if not in_range:
+            raise self.refuse(field, f"a finite number {bound} {minimum}")
+        return float(value)
+
+    def token_id(self, field: str, default: int | None = None) -> int | None:
+        value = self.get(field, default)
+        return None if value is None else self.integer(field, default, minimum=0)
+
+    def token_ids(self, field: str, default: int | None = None) -> tuple[int, ...]:
+        """A field that holds one id, a list of ids, or null."""
+        value = self.get(field, default)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise self.refuse(field, "a token id or a list of token ids")
+        return tuple(ids)
+
+    def neutral(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuses a field whose value is present and not one of those listed for it."""
+        for field, allowed in fields.items():
+            if field in self.values and not any(self.values[field] is a or self.values[field] == a for a in allowed):
+                raise self.refuse(field, " or ".join(json.dumps(a) for a in allowed) + " (or leave it out)")
+
+    def _present(self, field: str, default: Any) -> Any:
+        if field not in self.values and default is None:
+            raise ValueError(f"{self.path(field)} is missing")
+        return self.values.get(field, default)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of one layer.
+
+    `rope_type` is "default" (all dimensions turn) or "proportional" (only the first `partial_rotary_factor` of the
+    pairs turn, with frequencies spaced as if all did). `factor` divides every frequency (proportional only).
+    """
+
+    rope_type: str
+    theta: float
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+
+    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+        """The angle per position of each pair (i, i + head_dim/2): fp32 [head_dim / 2], zero where nothing turns.
+
+        Formulas: `compute_default_rope_parameters` in transformers' modeling_diffusion_gemma.py and
+        `_compute_proportional_rope_parameters` in its modeling_rope_utils.py, in their order of operations, so that
+        the values are equal bit for bit.
+        """
+        if self.rope_type == "default":
+            turning = head_dim // 2
+        else:
+            turning = int(self.partial_rotary_factor * head_dim // 2)
+        exponents = torch.arange(0, 2 * turning, 2, dtype=torch.float32) / head_dim
+        frequencies = torch.zeros(head_dim // 2, dtype=torch.float32)
+        frequencies[:turning] = 1.0 / (self.theta**exponents)
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The attention of one layer. `sliding_window` is 0 on a full-attention layer."""
+
+    index: int
+    is_sliding: bool
+    head_dim: int
+    num_key_value_heads: int
+    sliding_window: int
+    k_eq_v: bool
+    rope: RopeConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the engine needs to know of config.json. Sizes are in elements, token ids are vocabulary indices."""
+
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    top_k_experts: int
+    vocab_size: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    final_logit_softcapping: float
+    canvas_length: int
+    hidden_activation: str
+    bidirectional_attention: str | None
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: torch.dtype
+    layers: tuple[LayerConfig, ...]
+    vision: dict[str, Any] | None
+    image_token_id: int | None
+    boi_token_id: int | None
+    eoi_token_id: int | None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> ModelConfig:
+        """Reads config.json, given itself or its folder; raises CheckpointError naming the file and the field."""
+        file = _json_file(path, "config.json")
+        try:
+            return cls.from_dict(_read_json(file))
+        except ValueError as error:
+            raise CheckpointError(str(error), file=file) from error
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Reads the parsed config.json; raises ValueError naming the field."""
+        top = _Section("", config)
+        if top.get("model_type", "diffusion_gemma") != "diffusion_gemma":
+            raise top.refuse("model_type", "diffusion_gemma")
+        top.neutral(_NEUTRAL_TOP_FIELDS)
+        if top.get("text_config") is None:
+            raise ValueError("text_config is missing")
+        text = _Section("text_config", top.get("text_config"))
+        if text.get("model_type", "diffusion_gemma_text") != "diffusion_gemma_text":
+            raise text.refuse("model_type", "diffusion_gemma_text")
+        text.neutral(_NEUTRAL_TEXT_FIELDS)
+        if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+            raise text.refuse("hidden_activation", "gelu_pytorch_tanh")
+        # "vision" differs from none only where there are images; "all" would make the prompt bidirectional.
+        if text.get("use_bidirectional_attention") not in (None, "vision"):
+            raise text.refuse("use_bidirectional_attention", "null or vision")
+        vision = top.get("vision_config")
+        if vision is not None and not isinstance(vision, Mapping):
+            raise top.refuse("vision_config", "an object or null")
+
+        num_experts = text.integer("num_experts")
+        top_k_experts = text.integer("top_k_experts")
+        if top_k_experts > num_experts:
+            raise text.refuse("top_k_experts", f"at most num_experts, which is {num_experts}")
+        return cls(
+            hidden_size=text.integer("hidden_size", 2304),
+            intermediate_size=text.integer("intermediate_size", 9216),
+            moe_intermediate_size=text.integer("moe_intermediate_size"),
+            num_experts=num_experts,
+            top_k_experts=top_k_experts,
+            vocab_size=text.integer("vocab_size", 262_144),
+            num_attention_heads=text.integer("num_attention_heads", 8),
+            max_position_embeddings=text.integer("max_position_embeddings", 131_072),
+            rms_norm_eps=text.number("rms_norm_eps", 1e-6, open_minimum=False),
+            final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
+            canvas_length=top.integer("canvas_length", 256),
+            hidden_activation="gelu_pytorch_tanh",
+            bidirectional_attention=text.get("use_bidirectional_attention"),
+            bos_token_id=text.token_id("bos_token_id", 2),
+            eos_token_ids=(top if top.get("eos_token_id") is not None else text).token_ids("eos_token_id", 1),
+            pad_token_id=text.token_id("pad_token_id", 0),
+            dtype=_dtype(top, text),
+            layers=_layers(text),
+            vision=None if vision is None else dict(vision),
+            image_token_id=top.token_id("image_token_id", 258_880),
+            boi_token_id=top.token_id("boi_token_id", 255_999),
+            eoi_token_id=top.token_id("eoi_token_id", 258_882),
+        )
+
+
+def _dtype(top: _Section, text: _Section) -> torch.dtype:
+    """The dtype the file declares; the published bfloat16 where it declares none."""
+    for section in (top, text):
+        for field in ("dtype", "torch_dtype"):
+            name = section.get(field)
+            if name is not None:
+                if name not in _DTYPES:
+                    raise section.refuse(field, " or ".join(_DTYPES))
+                return _DTYPES[name]
+    return torch.bfloat16
+
+
+def _layers(text: _Section) -> tuple[LayerConfig, ...]:
+    types = _layer_types(text)
+    overrides = _layer_overrides(text, types)
+    rope = _rope_by_type(text, types)
+    num_attention_heads = text.integer("num_attention_heads", 8)
+    window = text.integer("sliding_window", 512) if SLIDING in types else 0
+    layers = []
+    for index, layer_type in enumerate(types):
+        values = {
+            **{field: text.integer(field, default) for field, default in _DEFAULT_HEADS.items()},
+            "sliding_window": window,
+            **overrides.get(index, {}),
+        }
+        head_dim, num_key_value_heads = values["head_dim"], values["num_key_value_heads"]
+        where = f"{text.name}: layer {index} ({layer_type})"
+        if head_dim % 2:
+            raise ValueError(f"{where} has head_dim {head_dim}; supported: even sizes, which rotary embedding needs")
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"{where} has num_key_value_heads {num_key_value_heads}; supported: a divisor of "
+                f"num_attention_heads, which is {num_attention_heads}"
+            )
+        is_sliding = layer_type == SLIDING
+        if is_sliding and values["sliding_window"] == 0:
+            raise ValueError(f"{where} has sliding_window null; supported: an integer of at least 1")
+        layers.append(
+            LayerConfig(
+                index=index,
+                is_sliding=is_sliding,
+                head_dim=head_dim,
+                num_key_value_heads=num_key_value_heads,
+                sliding_window=values["sliding_window"] if is_sliding else 0,
+                k_eq_v=not is_sliding,
+                rope=rope[layer_type],
+            )
+        )
+    return tuple(layers)
+
+
+def _layer_types(text: _Section) -> list[str]:
+    count = text.integer("num_hidden_layers", 30)
+    given = text.get("layer_types")
+    if given is None:
+        types = [FULL if (index + 1) % _DEFAULT_PATTERN == 0 else SLIDING for index in range(count)]
+    else:
+        if not isinstance(given, list) or any(name not in (SLIDING, FULL) for name in given):
+            raise text.refuse("layer_types", f"a list of {SLIDING} and {FULL}")
+        if len(given) != count:
+            raise ValueError(f"{text.path('layer_types')} has {len(given)} entries; num_hidden_layers is {count}")
+        types = list(given)
+    if types[-1] != FULL:
+        # transformers turns the last layer into a full one, so a model that was trained there has one.
+        if given is not None:
+            warnings.warn(f"{text.path('layer_types')} ends in {types[-1]}; it is read as {FULL}", stacklevel=2)
+        types[-1] = FULL
+    return types
+
+
+def _layer_overrides(text: _Section, types: list[str]) -> dict[int, dict[str, int]]:
+    """What single layers have in place of the common head_dim, num_key_value_heads and sliding_window."""
+    flat: dict[str, int] = {}
+    if "per_layer_config" not in text.values or "global_head_dim" in text.values:
+        flat["head_dim"] = text.integer("global_head_dim", 512)
+    if text.get("num_global_key_value_heads") is not None:
+        flat["num_key_value_heads"] = text.integer("num_global_key_value_heads")
+    if "per_layer_config" not in text.values:
+        return {index: flat for index, layer_type in enumerate(types) if layer_type == FULL}
+
+    resolved: dict[int, dict[str, int]] = {}
+    per_layer = _Section(text.path("per_layer_config"), text.get("per_layer_config") or {})
+    for key, values in per_layer.values.items():
+        if not str(key).isdecimal() or int(key) >= len(types):
+            raise ValueError(f"{per_layer.name} has the key {key!r}; supported: layer indices below {len(types)}")
+        resolved[int(key)] = _one_layer_overrides(_Section(per_layer.path(str(key)), values), text)
+    # A file with both spellings is accepted when they agree.
+    for index, layer_type in enumerate(types):
+        for field, value in flat.items() if layer_type == FULL else ():
+            actual = resolved.get(index, {}).get(field, text.get(field, _DEFAULT_HEADS[field]))
+            if actual != value:
+                raise ValueError(f"{per_layer.name} gives layer {index} {field} {actual}, the flat fields give {value}")
+    return resolved
+
+
+def _one_layer_overrides(layer: _Section, text: _Section) -> dict[str, int]:
+    overrides: dict[str, int] = {}
+    for field, value in layer.values.items():
+        if field in ("head_dim", "num_key_value_heads"):
+            overrides[field] = layer.integer(field)
+        elif field == "sliding_window":
+            # A full-attention layer may say that it has none.
+            overrides[field] = 0 if value is None else layer.integer(field)
+        elif not (value == [] if field == "skip" else field in text.values and text.values[field] == value):
+            raise layer.refuse(field, "overrides of head_dim, num_key_value_heads and sliding_window only")
+    return overrides
+
+
+def _rope_by_type(text: _Section, types: list[str]) -> dict[str, RopeConfig]:
+    given = text.get("rope_parameters")
+    by_type = _Section(text.path("rope_parameters"), _DEFAULT_ROPE if given is None else given)
+    for key in by_type.values:
+        if key not in (SLIDING, FULL):
+            raise by_type.refuse(key, f"one object for {SLIDING} and one for {FULL}")
+    for layer_type in sorted(set(types)):
+        if by_type.get(layer_type) is None:
+            raise ValueError(f"{by_type.path(layer_type)} is missing")
+    return {layer_type: _rope(_Section(by_type.path(layer_type), by_type.get(layer_type))) for layer_type in set(types)}
+
+
+def _rope(rope: _Section) -> RopeConfig:
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+    for field in rope.values:
+        if field not in known:
+            raise rope.refuse(field, "a rotary embedding without it")
+    kind_field = "rope_type" if "rope_type" in rope.values else "type"
+    kind = rope.get(kind_field, "default")
+    if kind not in ("default", "proportional"):
+        raise rope.refuse(kind_field, "default or proportional")
+    config = RopeConfig(
+        rope_type=kind,
+        theta=rope.number("rope_theta"),
+        partial_rotary_factor=rope.number("partial_rotary_factor", 1.0, open_minimum=False),
+        factor=rope.number("factor", 1.0),
+    )
+    if config.partial_rotary_factor > 1.0 or (kind == "default" and config.partial_rotary_factor != 1.0):
+        raise rope.refuse("partial_rotary_factor", "1 with rope_type default, at most 1 with proportional")
+    if kind == "default" and config.factor != 1.0:
+        raise rope.refuse("factor", "1 with rope_type default")
+    return config
+
+
+# Fields of generation_config.json that say nothing about what is generated here.
+_IGNORED_GENERATION_FIELDS = {
+    "_commit_hash",
+    "_from_model_config",
+    "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "disable_compile",
+    "return_dict_in_generate",
+    "transformers_version",
+}
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """The sampler's settings in generation_config.json; absent ones as in transformers' `DiffusionGemmaGenerationConfig`.
+
+    Temperatures divide logits; `entropy_bound` and `confidence_threshold` are in nats.
+    """
+
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    max_new_tokens: int = 256
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], config: ModelConfig | None = None) -> GenerationDefaults:
+        """Reads generation_config.json, given itself or its folder; a missing file gives the defaults.
+
+        Where the file names no end-of-sequence or padding id, those of `config` are taken.
+        Raises CheckpointError naming the file and the field.
+        """
+        file = _json_file(path, "generation_config.json")
+        try:
+            return cls.from_dict(_read_json(file) if file.exists() else {}, config)
+        except ValueError as error:
+            raise CheckpointError(str(error), file=file) from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], config: ModelConfig | None = None) -> GenerationDefaults:
+        """Reads the parsed generation_config.json; raises ValueError naming the field."""
+        fields = _Section("", {name: value for name, value in values.items() if value is not None})
+        known = {"sampler_config", "eos_token_id", *cls.__dataclass_fields__} - {"entropy_bound", "eos_token_ids"}
+        for field in fields.values:
+            if field not in known | _IGNORED_GENERATION_FIELDS:
+                raise fields.refuse(field, "a generation_config.json without it")
+        sampler = _Section("sampler_config", fields.get("sampler_config", {}))
+        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
+            raise sampler.refuse("_cls_name", "EntropyBoundSamplerConfig")
+        for field in sampler.values:
+            if field not in ("_cls_name", "entropy_bound"):
+                raise sampler.refuse(field, "entropy_bound only")
+        defaults = cls(
+            max_denoising_steps=fields.integer("max_denoising_steps", cls.max_denoising_steps),
+            entropy_bound=sampler.number("entropy_bound", cls.entropy_bound, open_minimum=False),
+            t_min=fields.number("t_min", cls.t_min, open_minimum=False),
+            t_max=fields.number("t_max", cls.t_max),
+            stability_threshold=fields.integer("stability_threshold", cls.stability_threshold, minimum=0),
+            confidence_threshold=fields.number("confidence_threshold", cls.confidence_threshold),
+            eos_token_ids=fields.token_ids("eos_token_id") or (() if config is None else config.eos_token_ids),
+            pad_token_id=fields.token_id("pad_token_id", None if config is None else config.pad_token_id),
+            max_new_tokens=fields.integer("max_new_tokens", cls.max_new_tokens),
+        )
+        if defaults.t_max < defaults.t_min:
+            raise ValueError(f"t_max is {defaults.t_max}; supported: at least t_min, which is {defaults.t_min}")
+        return defaults
+
+
+def _json_file(path: str | os.PathLike[str], name: str) -> Path:
+    path = Path(path)
+    return path / name if path.is_dir() else path
+
+
+def _read_json(file: Path) -> Any:
+    """Parses a JSON file; raises CheckpointError naming it."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from error
+    except ValueError as error:  # bad UTF-8 and bad JSON
+        raise CheckpointError(f"is not JSON: {error}", file=file) from error
