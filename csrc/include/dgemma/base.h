@@ -1,0 +1,82 @@
+/* What every function of the library shares: status codes, data types, and how a host lends its
+ * threads.
+ *
+ * The library allocates nothing, keeps no global state and starts no thread. Every function takes
+ * one struct that describes the operation (plain pointers and sizes) and one that says where it
+ * runs. A call may be made from any thread; two calls may share inputs but not outputs, workspace
+ * or the context struct.
+ */
+#ifndef DGEMMA_BASE_H_
+#define DGEMMA_BASE_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define DGEMMA_API __attribute__((visibility("default")))
+#else
+#define DGEMMA_API
+#endif
+
+typedef enum dgemma_status {
+  DGEMMA_OK = 0,
+  DGEMMA_INVALID_ARGUMENT = 1, /* a size, pointer or value that the function does not take */
+  DGEMMA_UNSUPPORTED =
+      2, /* a data type, head dimension or machine that this build does not serve */
+  DGEMMA_WORKSPACE_TOO_SMALL =
+      3,                /* workspace_bytes is below what the matching _workspace function says */
+  DGEMMA_CUDA_ERROR = 4 /* a launch failed; the message carries CUDA's words */
+} dgemma_status;
+
+typedef enum dgemma_dtype { DGEMMA_FLOAT32 = 0, DGEMMA_BFLOAT16 = 1 } dgemma_dtype;
+
+/* The instruction sets that a CPU kernel is compiled for. BEST picks the last one the machine has.
+ */
+typedef enum dgemma_cpu_variant {
+  DGEMMA_CPU_BEST = -1,
+  DGEMMA_CPU_SCALAR = 0,
+  DGEMMA_CPU_AVX2 = 1,       /* AVX2, FMA, F16C */
+  DGEMMA_CPU_AVX512 = 2,     /* AVX-512 F, BW, DQ, VL */
+  DGEMMA_CPU_AVX512_BF16 = 3 /* the same with bf16 dot products */
+} dgemma_cpu_variant;
+
+/* Where a CPU call runs.
+ *
+ * parallel_for(pool, tasks, task, state) must call task(state, i) once for every i in [0, tasks),
+ * in any order and from any threads, and return when all are done. NULL runs them in the calling
+ * thread. Results do not depend on how tasks are spread over threads.
+ */
+typedef struct dgemma_cpu {
+  void (*parallel_for)(void* pool, int64_t tasks, void (*task)(void* state, int64_t index),
+                       void* state);
+  void* pool;
+  dgemma_cpu_variant variant;
+  char message[256]; /* written when a call returns anything but DGEMMA_OK */
+} dgemma_cpu;
+
+/* Where a CUDA call runs: everything is enqueued on `stream` (a cudaStream_t) and nothing waits. */
+typedef struct dgemma_cuda {
+  void* stream;
+  char message[256];
+} dgemma_cuda;
+
+/* "0.1.0". */
+DGEMMA_API const char* dgemma_version(void);
+
+/* The variant that BEST stands for on this machine. */
+DGEMMA_API dgemma_cpu_variant dgemma_cpu_best_variant(void);
+
+/* "scalar", "avx2", "avx512", "avx512_bf16"; "unknown" for anything else. */
+DGEMMA_API const char* dgemma_cpu_variant_name(dgemma_cpu_variant variant);
+
+/* 1 when this build has CUDA kernels. */
+DGEMMA_API int dgemma_has_cuda(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DGEMMA_BASE_H_ */

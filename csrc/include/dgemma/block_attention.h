@@ -1,0 +1,83 @@
+/* Attention of a block of new positions over a cached prefix and over the block itself. */
+#ifndef DGEMMA_BLOCK_ATTENTION_H_
+#define DGEMMA_BLOCK_ATTENTION_H_
+
+#include "dgemma/base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The block of request b covers positions P .. P + n - 1, where P = prefix_length[b] and n =
+ * length[b]. Position p < P of the prefix lies in row p % capacity of the request's cache slot, so
+ * one layout serves a full layer (capacity >= context) and a ring of the last capacity positions.
+ *
+ *   canvas:  every query sees the same keys: the last window - 1 prefix positions (all of them when
+ *            window is 0) and the whole block.
+ *   causal:  query q sees positions max(0, q - window + 1) .. q. A query inside a span [start, end)
+ *            of absolute positions also sees the rest of that span, as far as it is in the cache or
+ *            in the block.
+ *
+ * Softmax and sums in fp32. Rows of the cache that no query may see are never read. Output rows
+ * at and after length[b] are not written. A request's result does not depend on the others.
+ */
+typedef struct dgemma_block_attention {
+  int64_t batch;
+  int64_t block_length; /* rows per request in query, key, value and output */
+  int64_t query_heads;
+  int64_t key_heads; /* divides query_heads; query head h reads key head h / (query_heads /
+                        key_heads) */
+  int64_t head_dim;
+  int64_t slots;
+  int64_t capacity;
+  int64_t window; /* 0: no window */
+  float scale;    /* of the scores; 1 for this model, whose queries and keys are normalised */
+  dgemma_dtype dtype;
+  const void* query;            /* [batch, block_length, query_heads, head_dim] */
+  const void* key;              /* [batch, block_length, key_heads, head_dim] */
+  const void* value;            /* the same */
+  const void* prefix_key;       /* [slots, capacity, key_heads, head_dim] */
+  const void* prefix_value;     /* the same */
+  const int32_t* slot;          /* [batch]; -1: the request is skipped */
+  const int32_t* prefix_length; /* [batch] */
+  const int32_t* length;        /* [batch], or NULL: block_length for all */
+  const int32_t* spans; /* causal only: [batch, spans_per_request, 2] as [start, end), or NULL */
+  int64_t spans_per_request;
+  void* output; /* [batch, block_length, query_heads, head_dim] */
+  void* workspace;
+  size_t workspace_bytes;
+} dgemma_block_attention;
+
+DGEMMA_API size_t dgemma_cpu_block_attention_workspace(const dgemma_block_attention* op);
+DGEMMA_API dgemma_status dgemma_cpu_canvas_attention(const dgemma_block_attention* op,
+                                                     dgemma_cpu* cpu);
+DGEMMA_API dgemma_status dgemma_cpu_causal_attention(const dgemma_block_attention* op,
+                                                     dgemma_cpu* cpu);
+
+/* Stores the block's keys and values at rows (P + i) % capacity of their slots; of a block longer
+ * than the capacity only the last capacity rows. prefix_length itself is the caller's to advance.
+ */
+typedef struct dgemma_append_to_cache {
+  int64_t batch;
+  int64_t block_length;
+  int64_t key_heads;
+  int64_t head_dim;
+  int64_t slots;
+  int64_t capacity;
+  dgemma_dtype dtype;
+  const void* key;   /* [batch, block_length, key_heads, head_dim] */
+  const void* value; /* the same */
+  void* prefix_key;  /* [slots, capacity, key_heads, head_dim] */
+  void* prefix_value;
+  const int32_t* slot;          /* [batch]; -1: the request is skipped */
+  const int32_t* prefix_length; /* [batch] */
+  const int32_t* length;        /* [batch], or NULL: block_length for all */
+} dgemma_append_to_cache;
+
+DGEMMA_API dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache* op,
+                                                    dgemma_cpu* cpu);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DGEMMA_BLOCK_ATTENTION_H_ */
