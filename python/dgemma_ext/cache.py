@@ -1,0 +1,136 @@
+"""The key/value cache: what the encode pass leaves for the canvas to read.
+
+Position p of a request lies in row p % capacity of its slot, in every layer. A full layer's capacity is the longest
+context, so nothing is ever overwritten; a sliding layer is a ring that stores only what a later query can still see:
+the last window - 1 positions. A ring cannot be rewound, which is why going back means restoring a snapshot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dgemma_ext.config import LayerConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of one slot: the rows that hold positions 0 .. length - 1, layer by layer."""
+
+    length: int
+    keys: tuple[torch.Tensor, ...]  # [rows, key heads, head dim] each
+    values: tuple[torch.Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+
+def layer_capacity(layer: LayerConfig, max_length: int) -> int:
+    """Rows that a layer needs for a context of `max_length` positions."""
+    if not layer.is_sliding:
+        return max_length
+    return max(1, min(layer.sliding_window - 1, max_length))
+
+
+class Cache:
+    """Keys and values of `slots` requests, each of up to `max_length` positions.
+
+    `keys[layer]` and `values[layer]` are [slots, capacity, key heads, head dim] in the model's dtype; `lengths` is an
+    int32 tensor [slots] beside them for the kernels, and the same numbers are kept on the host.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        if not 1 <= max_length <= config.max_position_embeddings:
+            raise ValueError(
+                f"max_length must be in [1, {config.max_position_embeddings}] (max_position_embeddings), got {max_length}"
+            )
+        self.slots = slots
+        self.max_length = max_length
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        for layer in config.layers:
+            shape = (slots, layer_capacity(layer, max_length), layer.num_key_value_heads, layer.head_dim)
+            # Not zeroed: rows that hold no position are never read, and untouched pages cost no memory.
+            self.keys.append(torch.empty(shape, dtype=dtype, device=device))
+            self.values.append(torch.empty(shape, dtype=dtype, device=device))
+        self._lengths = [0] * slots
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def length(self, slot: int) -> int:
+        """How many positions the slot holds."""
+        return self._lengths[self._checked(slot)]
+
+    def advance(self, slot: int, count: int) -> None:
+        """Counts positions that the encode pass has just stored."""
+        length = self.length(slot) + count
+        if length > self.max_length:
+            raise ValueError(f"slot {slot} would hold {length} positions, and max_length is {self.max_length}")
+        self._lengths[slot] = length
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """A copy of the slot that `restore` brings back, here or in another slot of a cache of the same model."""
+        length = self.length(slot)
+        return Snapshot(
+            length=length,
+            keys=tuple(k[slot, : min(length, k.shape[1])].clone() for k in self.keys),
+            values=tuple(v[slot, : min(length, v.shape[1])].clone() for v in self.values),
+        )
+
+    def restore(self, slot: int, saved: Snapshot) -> None:
+        """Makes the slot what it was when `saved` was taken. Raises ValueError where it does not fit."""
+        self._checked(slot)
+        if saved.length > self.max_length:
+            raise ValueError(f"the snapshot holds {saved.length} positions, and max_length is {self.max_length}")
+        if len(saved.keys) != len(self.keys):
+            raise ValueError(f"the snapshot has {len(saved.keys)} layers, and this cache {len(self.keys)}")
+        for layer, (mine, theirs) in enumerate(zip(self.keys, saved.keys, strict=True)):
+            # A ring written at another capacity keeps its positions in other rows.
+            if min(saved.length, mine.shape[1]) != theirs.shape[0] or mine.shape[2:] != theirs.shape[1:]:
+                raise ValueError(
+                    f"layer {layer} of the snapshot is {tuple(theirs.shape)}, which does not fit a slot of "
+                    f"{tuple(mine.shape[1:])} at length {saved.length}"
+                )
+        for mine, theirs in zip((*self.keys, *self.values), (*saved.keys, *saved.values), strict=True):
+            mine[slot, : theirs.shape[0]] = theirs
+        self._lengths[slot] = saved.length
+
+    def free(self, slot: int) -> None:
+        """Forgets what the slot holds."""
+        self._lengths[self._checked(slot)] = 0
+
+    def _checked(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot must be in [0, {self.slots}), got {slot}")
+        return slot
+
+
+class SnapshotStore:
+    """Snapshots by the ids they hold, newest last, at most `limit` of them: how a chat finds where to go on."""
+
+    def __init__(self, limit: int = 4) -> None:
+        self.limit = limit
+        self._saved: list[tuple[tuple[int, ...], Snapshot]] = []
+
+    def __len__(self) -> int:
+        return len(self._saved)
+
+    def add(self, ids: list[int], saved: Snapshot) -> None:
+        if len(ids) != saved.length:
+            raise ValueError(f"a snapshot of {saved.length} positions cannot stand for {len(ids)} ids")
+        self._saved = [entry for entry in self._saved if entry[0] != tuple(ids)]
+        self._saved.append((tuple(ids), saved))
+        del self._saved[: max(0, len(self._saved) - self.limit)]
+
+    def longest_prefix(self, ids: list[int]) -> Snapshot | None:
+        """The longest snapshot whose ids begin `ids`, or None."""
+        fitting = [saved for kept, saved in self._saved if tuple(ids[: len(kept)]) == kept]
+        return max(fitting, key=lambda saved: saved.length, default=None)
