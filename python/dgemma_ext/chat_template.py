@@ -1,0 +1,132 @@
+"""Rendering a checkpoint's chat template, which is code of unknown origin, inside jinja2's sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.nodes
+import jinja2.parser
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from dgemma_ext.errors import CheckpointError
+
+
+class ChatTemplate:
+    """A compiled template and the file it came from, which every complaint names.
+
+    It sees what transformers gives its templates (`apply_chat_template`): blocks trimmed, loop controls, `tojson`,
+    `raise_exception`, `strftime_now`, `generation` blocks; and only plain JSON values.
+    """
+
+    def __init__(self, source: str, file: Path) -> None:
+        self._file = file
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"chat template, line {error.lineno}: {error.message}", file=file) from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Raises ValueError where a variable is not plain JSON or the template itself refuses the messages, and
+        CheckpointError where it fails or tries to leave the sandbox."""
+        plain = {name: _plain(name, value) for name, value in variables.items()}
+        try:
+            return self._template.render(plain)
+        except _RefusedMessages as error:
+            raise ValueError(f"messages: the chat template in {self._file} refuses them: {error.message}") from error
+        except Exception as error:  # a template can raise anything that an expression can
+            raise CheckpointError(f"chat template: {type(error).__name__}: {error}", file=self._file) from error
+
+
+class _RefusedMessages(jinja2.TemplateError):
+    """What a template's own raise_exception raises."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        # The base class returns an undefined value, which prints as nothing.
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
+
+
+class _PlainNamespace(Namespace):
+    """A namespace whose attributes cannot pass for Python's own."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what a model wrote, for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
+    )
+    environment.filters["tojson"] = _tojson
+    # Of jinja2's own globals only what templates use.
+    environment.globals = {
+        "range": environment.globals["range"],  # the sandbox's, which is bounded
+        "dict": _dict,
+        "namespace": _namespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
+    return environment
+
+
+def _plain(name: str, value: Any) -> Any:
+    """`value` rebuilt from JSON's own types, so that a template meets no object with methods of its own."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not plain data (strings, numbers, lists, dictionaries): {error}") from error
+
+
+def _check_attribute(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace cannot have an attribute {name!r}")
+
+
+def _namespace(*args: Any, **kwargs: Any) -> _PlainNamespace:
+    attributes = dict(*args, **kwargs)
+    for name in attributes:
+        _check_attribute(name)
+    return _PlainNamespace(attributes)
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedMessages(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; jinja2's own filter escapes what matters to HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
