@@ -1,0 +1,70 @@
+# make demo       set up .venv, build, and watch the bundled model denoise a few canvases
+# make test       the same set-up where it is missing, then the whole suite
+# make bench      pytest-benchmark over bench/
+# make lint       ruff, mypy, clang-format; changes nothing        make format   rewrites
+# make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
+# make clean      remove what was built (not .venv)
+#
+# Needs Python 3.11 or later with venv, a C++20 compiler, and what requirements/dev.txt names from a package index.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+venv_python := .venv/bin/python
+sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
+
+.PHONY: help demo build test bench lint format gpu-check clean
+
+help:
+	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
+
+demo: .venv/.built
+	@.venv/bin/dgemma demo
+
+build: .venv/.built
+
+test: .venv/.built
+	@$(venv_python) -m pytest
+
+bench: .venv/.built
+	@cd bench && "../$(venv_python)" -m pytest -q -o python_files='bench_*.py' -o testpaths=. --benchmark-columns=min,median,rounds .
+
+lint: .venv/.installed
+	$(venv_python) -m ruff check .
+	$(venv_python) -m ruff format --check .
+	$(venv_python) -m mypy
+	find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
+
+format: .venv/.installed
+	$(venv_python) -m ruff check --fix .
+	$(venv_python) -m ruff format .
+	find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format -i
+
+# Without .venv: the machine's own Python holds torch with CUDA there, and nothing can be fetched.
+gpu-check:
+	@"$${PYTHON:-python3}" tools/gpu_check.py
+
+clean:
+	rm -rf build .venv/.built
+
+# PYTHON=/path/to/python chooses the interpreter; else the first of these that is new enough.
+$(venv_python):
+	@for python in $${PYTHON:-python3 python3.13 python3.12 python3.11}; do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "making .venv with $$("$$python" --version)"; \
+	    exec "$$python" -m venv .venv; \
+	  fi; \
+	done; \
+	echo "no Python 3.11 or later with venv was found (Debian: apt install python3 python3-venv)" >&2; exit 1
+
+.venv/.installed: requirements/dev.txt | $(venv_python)
+	@echo "installing requirements/dev.txt into .venv"
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements/dev.txt)"
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+.venv/.built: .venv/.installed pyproject.toml CMakeLists.txt $(sources)
+	@echo "building dgemma_ext"
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index -e .
+	@touch $@

@@ -1,0 +1,41 @@
+# The static library: C interface and kernels, no torch, no Python.
+
+set(dgemma_warnings -Wall -Wextra -Werror)
+
+add_library(dgemma STATIC)
+target_include_directories(
+  dgemma
+  PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include>" $<INSTALL_INTERFACE:include>
+  PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
+target_compile_definitions(dgemma PRIVATE DGEMMA_VERSION="${PROJECT_VERSION}")
+# Messages and debug information name files relative to the repository.
+target_compile_options(dgemma PRIVATE ${dgemma_warnings} "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
+
+set(dgemma_patterns "${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp")
+foreach(family IN LISTS DGEMMA_FAMILIES)
+  list(APPEND dgemma_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cpp")
+endforeach()
+file(GLOB dgemma_sources CONFIGURE_DEPENDS ${dgemma_patterns})
+
+# A file named cpu_<instruction set>.cpp (or cpu_<what>_<instruction set>.cpp) is compiled for that instruction set; all
+# others for the compiler's baseline. The variants beyond scalar exist on x86-64 alone.
+set(dgemma_flags_scalar "")
+set(dgemma_flags_avx2 -mavx2 -mfma -mf16c)
+set(dgemma_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(dgemma_flags_avx512_bf16 ${dgemma_flags_avx512} -mavx512bf16)
+foreach(source IN LISTS dgemma_sources)
+  get_filename_component(name "${source}" NAME)
+  if(NOT name MATCHES "^cpu_([a-z0-9_]+_)?(scalar|avx2|avx512|avx512_bf16)\\.cpp$")
+    target_sources(dgemma PRIVATE "${source}")
+    continue()
+  endif()
+  string(REGEX MATCH "(scalar|avx2|avx512|avx512_bf16)\\.cpp$" suffix "${name}")
+  string(REPLACE ".cpp" "" variant "${suffix}")
+  if(variant STREQUAL "scalar" OR CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+    target_sources(dgemma PRIVATE "${source}")
+    set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${dgemma_flags_${variant}}")
+  endif()
+endforeach()
+
+install(TARGETS dgemma ARCHIVE DESTINATION lib COMPONENT c)
+install(DIRECTORY csrc/include/dgemma DESTINATION include COMPONENT c)

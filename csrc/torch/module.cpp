@@ -1,0 +1,65 @@
+// The Python module dgemma_ext._C: importing it registers the torch operators of the library
+// `dgemma`; its functions carry what is not a tensor operation.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "torch/tensors.h"
+
+namespace dgemma {
+
+// Defined by the families that have more to say than operators.
+[[gnu::weak]] void bind_grouped_gemm(pybind11::module_& module);
+[[gnu::weak]] void bind_block_attention(pybind11::module_& module);
+[[gnu::weak]] void bind_denoise(pybind11::module_& module);
+
+namespace {
+
+std::vector<std::string> available_cpu_variants() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kCpuVariants; ++i) {
+    const auto variant = static_cast<dgemma_cpu_variant>(i);
+    if (cpu_variant_available(variant)) names.emplace_back(dgemma_cpu_variant_name(variant));
+  }
+  return names;
+}
+
+}  // namespace
+
+dgemma_cpu_variant cpu_variant_from_environment() {
+  const char* wanted = std::getenv("DGEMMA_CPU");
+  if (wanted == nullptr || *wanted == '\0') return dgemma_cpu_best_variant();
+  for (int i = 0; i < kCpuVariants; ++i) {
+    const auto variant = static_cast<dgemma_cpu_variant>(i);
+    if (std::strcmp(wanted, dgemma_cpu_variant_name(variant)) == 0 &&
+        cpu_variant_available(variant))
+      return variant;
+  }
+  std::string choices;
+  for (const std::string& name : available_cpu_variants())
+    choices += (choices.empty() ? "" : ", ") + name;
+  throw std::invalid_argument("environment variable DGEMMA_CPU: got '" + std::string(wanted) +
+                              "', wants one of what this machine has: " + choices);
+}
+
+}  // namespace dgemma
+
+// The families add their operators in fragments of this library.
+STABLE_TORCH_LIBRARY(dgemma, library) { static_cast<void>(library); }
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Registers torch.ops.dgemma and tells what this build and this machine have.";
+  module.def("version", [] { return std::string(dgemma_version()); });
+  module.def(
+      "cpu_variant",
+      [] { return std::string(dgemma_cpu_variant_name(dgemma::cpu_variant_from_environment())); },
+      "The variant that CPU kernels run now: DGEMMA_CPU, or the best of the machine.");
+  module.def("cpu_variants", &dgemma::available_cpu_variants,
+             "The variants that this machine runs, the best last.");
+  module.def("has_cuda", [] { return dgemma_has_cuda() != 0; });
+  if (dgemma::bind_grouped_gemm) dgemma::bind_grouped_gemm(module);
+  if (dgemma::bind_block_attention) dgemma::bind_block_attention(module);
+  if (dgemma::bind_denoise) dgemma::bind_denoise(module);
+}

@@ -1,0 +1,7 @@
+"""The operators, one module per kernel family. Importing this registers `torch.ops.dgemma`."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401  the extension module needs torch's libraries loaded
+
+from dgemma_ext import _C  # noqa: F401
