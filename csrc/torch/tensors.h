@@ -2,7 +2,7 @@
 //
 // Wrappers in Python have checked the caller's arguments and named them; what stands here keeps a
 // raw call of an op (torch.ops.dgemma...) from reading out of bounds. Every error names the op, the
-// argument, what it got and what it wants.
+// argument, what it got and what it wants; a std::invalid_argument reaches Python as a ValueError.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -120,8 +120,8 @@ class Arguments {
   }
 
   [[noreturn]] void fail(const char* name, const std::string& got, const std::string& want) const {
-    throw std::runtime_error(std::string("dgemma::") + op_ + ": " + name + ": got " + got +
-                             ", wants " + want);
+    throw std::invalid_argument(std::string("dgemma::") + op_ + ": " + name + ": got " + got +
+                                ", wants " + want);
   }
 
  private:
@@ -161,7 +161,9 @@ class CpuContext {
   // Throws unless the call returned DGEMMA_OK.
   void check(dgemma_status status) const {
     if (status == DGEMMA_OK) return;
-    throw std::runtime_error(std::string("dgemma::") + op_ + ": " + cpu_.message);
+    const std::string message = std::string("dgemma::") + op_ + ": " + cpu_.message;
+    if (status == DGEMMA_INVALID_ARGUMENT) throw std::invalid_argument(message);
+    throw std::runtime_error(message);
   }
 
  private:

@@ -1,0 +1,46 @@
+"""What all tests share: seeds, threads, the CPU variants of this machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
+
+# A GPU run of the suite sets this (tools/gpu_check.py); then a missing GPU is an error, not a skip.
+GPU_RUN = os.environ.get("DGEMMA_GPU") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Two threads: enough to meet what only several threads do, and the same on every machine.
+    torch.set_num_threads(2)
+    if GPU_RUN and not (torch.cuda.is_available() and _C.has_cuda()):
+        raise pytest.UsageError("DGEMMA_GPU=1: no GPU is visible to torch, or this build has no CUDA kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if GPU_RUN:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu-check"))
+
+
+def pytest_report_header() -> str:
+    return f"dgemma_ext {_C.version()}, CPU variants {', '.join(_C.cpu_variants())}, CUDA kernels: {_C.has_cuda()}"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run, whatever ran before."""
+    torch.manual_seed(20260610)
+
+
+@pytest.fixture(params=_C.cpu_variants())
+def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once for every instruction set that this machine has; gives its name."""
+    name: str = request.param
+    monkeypatch.setenv("DGEMMA_CPU", name)
+    return name

@@ -1,0 +1,150 @@
+"""The extension module as built: what it says of itself, what it links, and what ships with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dgemma_ext
+from dgemma_ext import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL_VARIANTS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = importlib.metadata.version("dgemma_ext")
+    assert _C.version() == version
+    assert dgemma_ext.__version__ == version
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_variants_are_a_prefix_of_all_and_agree_with_the_kernel() -> None:
+    variants = _C.cpu_variants()
+    assert variants == ALL_VARIANTS[: len(variants)]
+    assert variants[0] == "scalar"
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return
+    line = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    flags = set(line.group(1).split()) if line else set()
+    needs = [
+        set(),
+        {"avx2", "fma", "f16c"},
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        {"avx512_bf16"},
+    ]
+    wanted: list[str] = []
+    for name, need in zip(ALL_VARIANTS, needs, strict=True):
+        if not need <= flags:
+            break
+        wanted.append(name)
+    assert variants == wanted
+
+
+def test_best_variant_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DGEMMA_CPU", raising=False)
+    assert _C.cpu_variant() == _C.cpu_variants()[-1]
+    monkeypatch.setenv("DGEMMA_CPU", "")
+    assert _C.cpu_variant() == _C.cpu_variants()[-1]
+
+
+def test_environment_variable_forces_a_variant(cpu_variant: str) -> None:
+    assert _C.cpu_variant() == cpu_variant
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "scalar "])
+def test_unknown_variant_names_the_choices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGEMMA_CPU", name)
+    choices = ", ".join(_C.cpu_variants())
+    with pytest.raises(ValueError, match=re.escape(f"DGEMMA_CPU: got '{name}'") + f".*{choices}$"):
+        _C.cpu_variant()
+
+
+def dynamic_symbols(*arguments: str) -> list[str]:
+    """Names in the extension's dynamic symbol table, without their versions."""
+    assert _C.__file__ is not None
+    listing = subprocess.run(
+        ["nm", "-D", "--format=posix", *arguments, _C.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    return [line.split()[0].split("@")[0] for line in listing.splitlines()]
+
+
+def test_only_stable_symbols_are_needed() -> None:
+    """No C++ symbol of torch: the C shim is what stays the same from one torch release to the next."""
+    undefined = dynamic_symbols("--undefined-only")
+    assert any(name.startswith("aoti_torch_library_init_") for name in undefined)
+    # Every C++ symbol (mangled names begin with _Z) must be the C++ run-time library's or, weak, our own hooks'.
+    cxx = subprocess.run(
+        ["c++filt"],
+        input="\n".join(n for n in undefined if n.startswith("_Z")),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    foreign = [name for name in cxx if re.search(r"\b(at|c10|torch|caffe2)::", name)]
+    assert foreign == []
+    # What is left is C: the stable shim, Python, and the system's libraries.
+    torch_c = [n for n in undefined if not n.startswith("_Z") and re.search(r"torch|THP|cuda", n)]
+    assert [n for n in torch_c if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", n)] == []
+
+
+def test_no_library_of_cuda_is_linked() -> None:
+    assert _C.__file__ is not None
+    dynamic = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    assert [name for name in needed if "cuda" in name or "c10" in name or name == "libtorch.so"] == []
+    assert re.search(r"\(RUNPATH\).*\[\$ORIGIN/\.\./torch/lib\]", dynamic)
+
+
+def test_the_c_interface_is_exported() -> None:
+    """A host that loads the module may call it too; nothing else of ours is visible."""
+    defined = dynamic_symbols("--defined-only")
+    assert {"dgemma_version", "dgemma_has_cuda", "dgemma_cpu_best_variant", "dgemma_cpu_variant_name"} <= set(defined)
+    assert [name for name in defined if "6dgemma" in name] == []
+
+
+def test_import_needs_no_torch_imported_before() -> None:
+    subprocess.run([sys.executable, "-c", "from dgemma_ext import ops"], check=True, timeout=120)
+
+
+def test_operators_are_registered_once() -> None:
+    """A second import of the module registers nothing again (torch refuses a schema it has)."""
+    import dgemma_ext._C as again
+
+    assert again is _C
+    assert torch.ops.dgemma is not None
+
+
+def test_third_party_files_have_a_row() -> None:
+    folder = ROOT / "third_party"
+    table = (folder / "README.md").read_text()
+    rows = {m.lower() for m in re.findall(r"^\| `?([A-Za-z0-9_.+-]+)`? \|", table, re.MULTILINE)}
+    entries = {path.name.lower() for path in folder.iterdir()} - {"readme.md"}
+    assert entries <= rows, f"no row in third_party/README.md for {sorted(entries - rows)}"
+
+
+def requirement_names() -> set[str]:
+    lines = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
+    return {re.split(r"[=<>~\[ ]", line)[0].lower().replace("_", "-") for line in lines if line and line[0] != "#"}
+
+
+def test_every_dependency_has_a_row_and_a_pin() -> None:
+    table = (ROOT / "third_party" / "README.md").read_text()
+    rows = {m.lower().replace("_", "-") for m in re.findall(r"^\| `?([A-Za-z0-9_.+-]+)`? \|", table, re.MULTILINE)}
+    assert requirement_names() <= rows
+    required = {
+        re.split(r"[=<>~\[; ]", r)[0].lower().replace("_", "-") for r in importlib.metadata.requires("dgemma_ext") or []
+    }
+    assert required <= requirement_names()
+    lines = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
+    loose = [line for line in lines if line and line[0] != "#" and not re.fullmatch(r"[A-Za-z0-9_-]+==[0-9.]+", line)]
+    assert loose == []
+    assert [line for line in lines if line and line[0] != "#"][0].startswith("torch==")
