@@ -1,9 +1,45 @@
-"""DiffusionGemma on one GPU or any CPU, with kernels written for it."""
+"""DiffusionGemma on one GPU or any CPU, with kernels written for it.
+
+import dgemma_ext as dg
+
+model = dg.DiffusionGemma.from_pretrained("google/diffusiongemma-26B-A4B-it")
+print(model.generate("Why is the sky blue?").text)
+"""
 
 from __future__ import annotations
 
+from dgemma_ext.cache import Cache, Snapshot, SnapshotStore
+from dgemma_ext.chat import Chat
+from dgemma_ext.config import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError, NonFiniteError
+from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.sampler import Canvas, SamplerConfig
+from dgemma_ext.scheduler import Request, RequestState, Scheduler
+from dgemma_ext.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "NonFiniteError", "__version__"]
+__all__ = [
+    "Cache",
+    "Canvas",
+    "Chat",
+    "CheckpointError",
+    "Commit",
+    "DiffusionGemma",
+    "Draft",
+    "Event",
+    "Failure",
+    "GenerationDefaults",
+    "ModelConfig",
+    "NonFiniteError",
+    "Output",
+    "Request",
+    "RequestState",
+    "SamplerConfig",
+    "Scheduler",
+    "Snapshot",
+    "SnapshotStore",
+    "Tokenizer",
+    "__version__",
+]

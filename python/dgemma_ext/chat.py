@@ -1,0 +1,57 @@
+"""A conversation: turns through the chat template, with the cache carried from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dgemma_ext.cache import SnapshotStore
+from dgemma_ext.events import Commit, Draft, Failure
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.sampler import SamplerConfig
+from dgemma_ext.scheduler import Request, Scheduler
+
+Message = dict[str, object]
+
+
+class Chat:
+    """Keeps the messages, and encodes of every turn only what the last turns have not left in a snapshot.
+
+    A ring of a window cannot be rewound and the template rewrites history (it drops earlier thoughts), so a turn goes
+    on from the longest snapshot that begins the new prompt, not from where the last answer ended.
+    """
+
+    def __init__(self, model: DiffusionGemma, system: str | None = None, max_length: int | None = None) -> None:
+        if model.tokenizer is None:
+            raise ValueError("a chat needs a checkpoint with tokenizer.json")
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._scheduler = Scheduler(model, max_batch=1, max_length=max_length)
+        self._snapshots = SnapshotStore()
+
+    def send(
+        self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0
+    ) -> str:
+        """Adds a user turn and returns the model's answer."""
+        for _ in self.stream(text, max_new_tokens, sampler, seed):
+            pass
+        return str(self.messages[-1]["content"])
+
+    def stream(
+        self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0
+    ) -> Iterator[Draft | Commit]:
+        """The same as `send`, as it happens. A turn that is left early (or fails) is taken back whole."""
+        turn: Message = {"role": "user", "content": text}
+        request = self._scheduler.submit(
+            [*self.messages, turn], max_new_tokens, sampler, seed, snapshots=self._snapshots
+        )
+        try:
+            yield from self._events(request)
+        finally:
+            request.cancel()
+        self.messages += [turn, {"role": "assistant", "content": request.output.text}]
+
+    def _events(self, request: Request) -> Iterator[Draft | Commit]:
+        while not request.done:
+            for event in self._scheduler.step():
+                if isinstance(event, Failure):
+                    raise event.error
+                yield event

@@ -1,0 +1,112 @@
+"""From prompts to answers: `generate` and `stream`, both on the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dgemma_ext.events import Commit, Draft, Failure, Output
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.sampler import Canvas, SamplerConfig
+from dgemma_ext.scheduler import Prompt, Scheduler, positions_needed, prompt_to_ids
+
+# More requests than this at once wait their turn: on a CPU a larger batch makes nothing faster, and each slot costs
+# memory.
+_MAX_BATCH = 32
+
+
+def generate(
+    model: DiffusionGemma,
+    prompt: Prompt | Sequence[Prompt],
+    max_new_tokens: int | None = None,
+    sampler: SamplerConfig | None = None,
+    seed: int | Sequence[int] = 0,
+    canvas: Canvas | Sequence[Canvas | None] | None = None,
+    on_draft: Callable[[Draft], None] | None = None,
+) -> Output | list[Output]:
+    """Answers a prompt, or each of a list of prompts.
+
+    prompt: a string, a chat (role/content dicts), token ids, or a list of any of these. max_new_tokens: default the
+    checkpoint's. seed: one number, or one per prompt; the same seed and prompt give the same bits in any batch.
+    canvas: what the first canvases begin with, one for all or one per prompt. on_draft: called after every denoising
+    step.
+
+    Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
+    dg.NonFiniteError naming the request and the step.
+    """
+    prompts, is_batch = _as_batch(prompt)
+    answers = _Run(model, prompts, max_new_tokens, sampler, seed, canvas)
+    for event in answers.events():
+        if on_draft is not None and isinstance(event, Draft):
+            on_draft(event)
+    outputs = [request.output for request in answers.requests]
+    return outputs if is_batch else outputs[0]
+
+
+def stream(
+    model: DiffusionGemma,
+    prompt: Prompt | Sequence[Prompt],
+    max_new_tokens: int | None = None,
+    sampler: SamplerConfig | None = None,
+    seed: int | Sequence[int] = 0,
+    canvas: Canvas | Sequence[Canvas | None] | None = None,
+) -> Iterator[Draft | Commit]:
+    """The same as `generate`, as it happens: a Draft at every denoising step, a Commit for every finished canvas.
+
+    In a batch `event.request.number` says whose event it is.
+    """
+    yield from _Run(model, _as_batch(prompt)[0], max_new_tokens, sampler, seed, canvas).events()
+
+
+class _Run:
+    """A scheduler of its own for a fixed set of prompts."""
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None,
+        sampler: SamplerConfig | None,
+        seed: int | Sequence[int],
+        canvas: Canvas | Sequence[Canvas | None] | None,
+    ) -> None:
+        seeds = _one_per_prompt("seed", seed, isinstance(seed, int), len(prompts))
+        canvases = _one_per_prompt("canvas", canvas, canvas is None or isinstance(canvas, Canvas), len(prompts))
+        ids = [prompt_to_ids(model, prompt) for prompt in prompts]
+        resolved = (sampler or SamplerConfig()).resolve(model.defaults, model.config.canvas_length)
+        limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        longest = positions_needed(max(map(len, ids)), max(limit, 1), resolved.canvas_length)
+        context = model.config.max_position_embeddings
+        self.scheduler = Scheduler(model, min(len(prompts), _MAX_BATCH), min(longest, context))
+        self.requests = [
+            self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas)
+            for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True)
+        ]
+
+    def events(self) -> Iterator[Draft | Commit]:
+        while not self.scheduler.idle:
+            for event in self.scheduler.step():
+                if isinstance(event, Failure):
+                    raise event.error
+                yield event
+
+
+def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
+    """The prompts, and whether the caller gave a list of them."""
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, Sequence):
+        raise ValueError(f"prompt must be text, a chat, token ids, or a list of these, got {type(prompt).__name__}")
+    if not prompt:
+        raise ValueError("prompt is empty")
+    if all(isinstance(part, int) for part in prompt) or all(isinstance(part, dict) for part in prompt):
+        return [prompt], False  # type: ignore[list-item]
+    return prompt, True  # type: ignore[return-value]
+
+
+def _one_per_prompt(name: str, value: Any, is_single: bool, count: int) -> Sequence[Any]:
+    if is_single:
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be one value or {count}, one per prompt, got {len(value)}")
+    return list(value)

@@ -1,0 +1,403 @@
+"""The two forward passes: encode (causal, fills the cache) and denoise (bidirectional over the canvas, reads it)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from dgemma_ext.cache import Cache
+from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
+from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables, route
+from dgemma_ext.ops import block_attention, denoise, grouped_gemm
+from dgemma_ext.tokenizer import Tokenizer
+from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
+
+if TYPE_CHECKING:
+    from dgemma_ext.chat import Chat
+    from dgemma_ext.events import Commit, Draft
+    from dgemma_ext.sampler import Canvas, SamplerConfig
+    from dgemma_ext.scheduler import Prompt
+
+# Long prompts are encoded in pieces of this many positions, which bounds the memory of a pass.
+ENCODE_CHUNK = 4096
+
+# Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
+_SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# attend(layer, query, key, value): the attention of a pass, over its cache.
+_Attention = Callable[[LayerConfig, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DiffusionGemma:
+    """A DiffusionGemma with its tokenizer and its sampler defaults; `from_pretrained` makes one.
+
+    Attributes: `config`, `defaults` (generation_config.json), `tokenizer` (None where the checkpoint has none),
+    `weights`, `dtype`, `device`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, defaults: GenerationDefaults, tokenizer: Tokenizer | None
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.defaults = defaults
+        self.tokenizer = tokenizer
+        self.dtype = weights.embed_tokens.dtype
+        self.device = weights.embed_tokens.device
+        # Checks every layer's output, so that a non-finite value is named where it appears first.
+        self.debug = os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0")
+        # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
+        self.embedding_scale = float(torch.tensor(math.sqrt(config.hidden_size)).to(self.dtype))
+        self.soft_embedding_tolerance = _SOFT_EMBEDDING_TOLERANCE[self.dtype]
+        self.max_embedding_norm = _largest_row_norm(weights.embed_tokens)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> DiffusionGemma:
+        """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
+
+        `device` "auto" is the first CUDA GPU where torch sees one, else the CPU. `dtype` "auto" is the checkpoint's;
+        otherwise "bfloat16" or "float32" (or the torch dtype).
+
+        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device or dtype.
+        """
+        path = Path(resolve_checkpoint(path_or_hub_id))
+        config = ModelConfig.from_file(path)
+        weights = load_weights(path, config, _resolved_dtype(dtype, config), _resolved_device(device))
+        tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
+        return cls(config, weights, GenerationDefaults.from_file(path, config), tokenizer)
+
+    # The passes ---------------------------------------------------------------------------------------------------
+
+    def new_cache(self, slots: int, max_length: int) -> Cache:
+        """An empty cache for `slots` requests of up to `max_length` positions each (prompt and committed canvases)."""
+        return Cache(self.config, slots, max_length, self.dtype, self.device)
+
+    def encode(
+        self,
+        ids: torch.Tensor,
+        cache: Cache,
+        slots: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+        chunk: int = ENCODE_CHUNK,
+    ) -> None:
+        """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
+
+        ids: integer [B, T], right padded where `lengths` (one per row) are given. slots: which slot each row goes to,
+        default 0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute positions whose tokens see
+        each other whole (an image's soft tokens); a chunk border never cuts one.
+
+        Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache.
+        """
+        ids, slot_list = self._checked_ids("ids", ids, cache, slots)
+        counts = [ids.shape[1]] * len(slot_list) if lengths is None else list(lengths)
+        if len(counts) != len(slot_list) or any(not 0 <= n <= ids.shape[1] for n in counts):
+            raise ValueError(f"lengths must be {len(slot_list)} numbers in [0, {ids.shape[1]}], got {lengths}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        for slot, count in zip(slot_list, counts, strict=True):
+            if cache.length(slot) + count > cache.max_length:
+                raise ValueError(
+                    f"ids: slot {slot} holds {cache.length(slot)} positions and cannot take {count} more; "
+                    f"the cache's max_length is {cache.max_length}"
+                )
+        spans = [[] for _ in slot_list] if bidirectional_spans is None else [list(s) for s in bidirectional_spans]
+        if len(spans) != len(slot_list):
+            raise ValueError(f"bidirectional_spans must have {len(slot_list)} entries, got {len(spans)}")
+        # Row by row: a dense product's bits may depend on how many rows it has, and a request's must not.
+        for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
+            start = cache.length(slot)
+            for first, last in _chunks(start, start + count, chunk, spans[row]):
+                self._encode_block(ids[row : row + 1, first - start : last - start], cache, slot, spans[row])
+
+    def denoise(
+        self,
+        canvas: torch.Tensor,
+        cache: Cache,
+        slots: Sequence[int] | None = None,
+        self_conditioning: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One denoising pass; returns soft-capped logits, fp32 [B, L, vocabulary]. The cache is only read.
+
+        canvas: integer [B, L]. self_conditioning: the last step's processed (temperature-scaled) logits
+        [B, L, vocabulary], or None for exact zero. This is the interface of parity tests; generating stores no fp32
+        logits.
+        """
+        canvas, slot_list = self._checked_ids("canvas", canvas, cache, slots)
+        shape = (*canvas.shape, self.config.vocab_size)
+        if self_conditioning is not None and tuple(self_conditioning.shape) != shape:
+            raise ValueError(f"self_conditioning must be {list(shape)}, got {list(self_conditioning.shape)}")
+        rows = []
+        for row, slot in enumerate(slot_list):
+            soft = None
+            if self_conditioning is not None:
+                soft = self.soft_embedding_of_logits(self_conditioning[row : row + 1])
+            raw = self.raw_logits(canvas[row : row + 1], cache, slot, soft)
+            cap = self.config.final_logit_softcapping
+            rows.append(torch.tanh(raw.float() / cap) * cap)
+        return torch.cat(rows)
+
+    def raw_logits(
+        self,
+        canvas: torch.Tensor,
+        cache: Cache,
+        slot: int,
+        soft_embedding: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The head's product in the model's dtype, before the soft cap: [1, L, vocabulary].
+
+        canvas: int [1, L]. soft_embedding: [1, L, hidden], or None for exact zero. out: where to write.
+        """
+        weights, epsilon = self.weights, self.config.rms_norm_eps
+        hidden = self._embed(canvas)
+        if soft_embedding is not None:
+            normed = rms_norm(soft_embedding, weights.self_conditioning_pre_norm, epsilon)
+            hidden = hidden + gated_mlp(
+                normed,
+                weights.self_conditioning_gate_proj,
+                weights.self_conditioning_up_proj,
+                weights.self_conditioning_down_proj,
+            )
+        hidden = rms_norm(hidden, None, epsilon)
+        place = self._place(cache, slot)
+
+        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
+            return block_attention.canvas_attention(query, key, value, *prefix, window=layer.sliding_window)
+
+        for layer, layer_weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
+            hidden = self._layer(hidden, layer, layer_weights, tables, layer_weights.decoder_layer_scalar, attend)
+        hidden = rms_norm(hidden, weights.norm, epsilon)
+        if out is None:
+            return functional.linear(hidden, weights.embed_tokens)
+        torch.mm(hidden[0], weights.embed_tokens.t(), out=out[0])
+        return out
+
+    def soft_embedding_of_logits(self, processed: torch.Tensor) -> torch.Tensor:
+        """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
+
+        The logits are rounded to the model's dtype first, as transformers keeps them between steps.
+        """
+        logits = processed.to(self.device, self.dtype).contiguous()
+        reading: dict[str, Any] = {
+            "softcap": 0.0,
+            "temperature": torch.ones(logits.shape[0], device=self.device),
+            "active": None,
+            "allowed": None,
+            "allowed_row": None,
+        }
+        statistics = denoise.vocabulary_statistics(logits, **reading)
+        return denoise.soft_embedding(
+            logits,
+            **reading,
+            row_max=statistics.row_max,
+            row_sum=statistics.row_sum,
+            tile_max=statistics.tile_max,
+            tile_sum=statistics.tile_sum,
+            pinned=None,
+            embedding=self.weights.embed_tokens,
+            embedding_scale=self.embedding_scale,
+            tolerance=0.0,
+            max_embedding_norm=self.max_embedding_norm,
+        )
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(ids, self.weights.embed_tokens) * self.embedding_scale
+
+    def _layers(
+        self, start: int, count: int
+    ) -> Iterator[tuple[LayerConfig, LayerWeights, tuple[torch.Tensor, torch.Tensor]]]:
+        """Each layer with its weights and the rotary tables of positions start .. start + count - 1."""
+        positions = torch.arange(start, start + count, device=self.device)[None]
+        tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer, weights in zip(self.config.layers, self.weights.layers, strict=True):
+            key = (layer.rope, layer.head_dim)
+            if key not in tables:
+                tables[key] = rotary_tables(layer.rope, layer.head_dim, positions, self.dtype)
+            yield layer, weights, tables[key]
+
+    def _encode_block(self, ids: torch.Tensor, cache: Cache, slot: int, spans: list[tuple[int, int]]) -> None:
+        """Encodes int [1, n] ids after what the slot holds."""
+        start, count = cache.length(slot), ids.shape[1]
+        inside = [span for span in spans if span[0] < start + count and span[1] > start]
+        span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
+        place = self._place(cache, slot)
+
+        def append(layer: LayerConfig, key: torch.Tensor, value: torch.Tensor) -> None:
+            block_attention.append_to_cache(key, value, cache.keys[layer.index], cache.values[layer.index], *place)
+
+        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
+            attended = block_attention.causal_attention(
+                query, key, value, *prefix, spans=span_tensor, window=layer.sliding_window
+            )
+            append(layer, key, value)
+            return attended
+
+        hidden = self._embed(ids)
+        for layer, weights, tables in self._layers(start, count):
+            if layer.index == len(self.config.layers) - 1:
+                # Nobody looks at what follows the last layer's keys and values.
+                _, key, value = self._project(hidden, layer, weights, tables)
+                append(layer, key, value)
+            else:
+                hidden = self._layer(hidden, layer, weights, tables, weights.encoder_layer_scalar, attend)
+        cache.advance(slot, count)
+
+    def _place(self, cache: Cache, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot and its length as the kernels want them: int32 [1] each."""
+        place = torch.tensor([[slot], [cache.length(slot)]], dtype=torch.int32, device=self.device)
+        return place[0], place[1]
+
+    def _project(
+        self, hidden: torch.Tensor, layer: LayerConfig, weights: LayerWeights, tables: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        normed = rms_norm(hidden, weights.input_layernorm, self.config.rms_norm_eps)
+        query, key, value = project_qkv(normed, weights, layer, tables, self.config.rms_norm_eps)
+        return query.contiguous(), key.contiguous(), value.contiguous()
+
+    def _layer(
+        self,
+        hidden: torch.Tensor,
+        layer: LayerConfig,
+        weights: LayerWeights,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        layer_scalar: float,
+        attend: _Attention,
+    ) -> torch.Tensor:
+        """One layer on hidden [1, L, hidden]; `attend` is the pass's attention."""
+        epsilon = self.config.rms_norm_eps
+        attended = attend(layer, *self._project(hidden, layer, weights, tables))
+        attended = functional.linear(attended.flatten(-2), weights.o_proj)
+        residual = hidden + rms_norm(attended, weights.post_attention_layernorm, epsilon)
+
+        dense = gated_mlp(
+            rms_norm(residual, weights.pre_feedforward_layernorm, epsilon),
+            weights.gate_proj,
+            weights.up_proj,
+            weights.down_proj,
+        )
+        rows = residual.flatten(0, 1)
+        ids, scales = route(rows, weights, self.config.top_k_experts, epsilon)
+        sparse = grouped_gemm.moe_ffn(
+            rms_norm(rows, weights.pre_feedforward_layernorm_2, epsilon),
+            ids,
+            scales,
+            weights.experts_gate_up,
+            weights.experts_down,
+        ).view_as(residual)
+        combined = rms_norm(dense, weights.post_feedforward_layernorm_1, epsilon) + rms_norm(
+            sparse, weights.post_feedforward_layernorm_2, epsilon
+        )
+        out = (residual + rms_norm(combined, weights.post_feedforward_layernorm, epsilon)) * layer_scalar
+        if self.debug and not bool(torch.isfinite(out).all()):
+            raise FloatingPointError(f"the output of layer {layer.index} is not finite")
+        return out
+
+    def _checked_ids(
+        self, name: str, ids: torch.Tensor, cache: Cache, slots: Sequence[int] | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be an int32 or int64 tensor [B, T], got {ids.dtype} {list(ids.shape)}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"{name} must be token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+            )
+        chosen = list(range(ids.shape[0])) if slots is None else [int(s) for s in slots]
+        if len(chosen) != ids.shape[0] or len(set(chosen)) != len(chosen):
+            raise ValueError(f"slots must be {ids.shape[0]} different slots, one per row of {name}, got {chosen}")
+        for slot in chosen:
+            cache.length(slot)  # refuses a slot that does not exist
+        return ids.to(self.device), chosen
+
+    # Text -----------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        sampler: SamplerConfig | None = None,
+        seed: int | Sequence[int] = 0,
+        canvas: Canvas | Sequence[Canvas | None] | None = None,
+        on_draft: Callable[[Draft], None] | None = None,
+    ) -> Any:
+        """Answers a prompt (an Output) or a list of prompts (a list of them); see dgemma_ext.generate.generate."""
+        from dgemma_ext import generate  # the loop is built on the model, so it is imported late
+
+        return generate.generate(self, prompt, max_new_tokens, sampler, seed, canvas, on_draft)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        sampler: SamplerConfig | None = None,
+        seed: int | Sequence[int] = 0,
+        canvas: Canvas | Sequence[Canvas | None] | None = None,
+    ) -> Iterator[Draft | Commit]:
+        """Yields a Draft at every denoising step and a Commit for every finished canvas."""
+        from dgemma_ext import generate
+
+        return generate.stream(self, prompt, max_new_tokens, sampler, seed, canvas)
+
+    def chat(self, system: str | None = None, max_length: int | None = None) -> Chat:
+        """A conversation that keeps its cache from turn to turn."""
+        from dgemma_ext.chat import Chat
+
+        return Chat(self, system=system, max_length=max_length)
+
+
+def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cuts [start, end) into pieces of `size`, moving a cut that falls inside a span to the span's start (or, where the
+    piece starts with that span, to its end)."""
+    while start < end:
+        cut = min(start + size, end)
+        for first, last in spans:
+            if first < cut < last:
+                cut = first if first > start else min(last, end)
+        yield start, cut
+        start = cut
+
+
+def _largest_row_norm(embedding: torch.Tensor) -> float:
+    """max over v of ||embedding[v]||, in pieces so that no fp32 copy of the table exists."""
+    return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))
+
+
+def _resolved_device(device: str | torch.device) -> torch.device:
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, and torch sees no CUDA GPU here")
+    return resolved
+
+
+def _resolved_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype == "auto":
+            return config.dtype
+        if dtype in _DTYPES:
+            return _DTYPES[dtype]
+    elif dtype in _DTYPES.values():
+        return dtype
+    raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")

@@ -1,0 +1,347 @@
+"""The schedule and the canvas: how one canvas starts, and what one denoising step does to it.
+
+The meaning of every operation is that of transformers' generation_diffusion_gemma.py: the entropy-bound sampler, the
+linear temperature schedule, and stopping when the draft is stable and confident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dgemma_ext.ops import denoise
+
+if TYPE_CHECKING:
+    from dgemma_ext.cache import Cache
+    from dgemma_ext.config import GenerationDefaults
+    from dgemma_ext.model import DiffusionGemma
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a request is sampled. None takes the checkpoint's generation_config.json (and its canvas length).
+
+    max_denoising_steps: cap on the steps of a canvas. entropy_bound: nats; a position is accepted while the entropies
+    of the surer ones sum to no more. t_min, t_max: the temperature falls linearly from t_max towards t_min.
+    stability_threshold: for how many steps the draft must not change. confidence_threshold: nats; the mean entropy
+    must be below. canvas_length: at most the checkpoint's.
+    """
+
+    max_denoising_steps: int | None = None
+    entropy_bound: float | None = None
+    t_min: float | None = None
+    t_max: float | None = None
+    stability_threshold: int | None = None
+    confidence_threshold: float | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    canvas_length: int | None = None
+
+    def resolve(self, defaults: GenerationDefaults, canvas_length: int) -> ResolvedSampler:
+        """Fills in what is None and checks the whole; raises ValueError naming the field."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(defaults, f.name) for f in fields(self) if hasattr(defaults, f.name)}
+        resolved = ResolvedSampler(**{**values, "canvas_length": canvas_length, **given})
+        if resolved.canvas_length > canvas_length:
+            raise ValueError(
+                f"canvas_length must be at most the checkpoint's {canvas_length}, got {self.canvas_length}"
+            )
+        return resolved
+
+
+@dataclass(frozen=True)
+class ResolvedSampler:
+    """A SamplerConfig with every field set and checked."""
+
+    max_denoising_steps: int
+    entropy_bound: float
+    t_min: float
+    t_max: float
+    stability_threshold: int
+    confidence_threshold: float
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    canvas_length: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        self._require(self.max_denoising_steps >= 1, "max_denoising_steps", "at least 1")
+        self._require(self.canvas_length >= 1, "canvas_length", "at least 1")
+        self._require(self.entropy_bound >= 0, "entropy_bound", "at least 0 nats")
+        self._require(self.stability_threshold >= 0, "stability_threshold", "at least 0 steps")
+        self._require(self.confidence_threshold >= 0, "confidence_threshold", "at least 0 nats")
+        self._require(self.t_min >= 0, "t_min", "at least 0")
+        self._require(0 < self.t_max < float("inf"), "t_max", "above 0 and finite")
+        self._require(self.t_max >= self.t_min, "t_max", f"at least t_min, which is {self.t_min}")
+
+    def _require(self, holds: bool, field: str, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{field} must be {wanted}, got {getattr(self, field)}")
+
+    def temperature(self, step: int) -> float:
+        """Of the step, counted from 1: t_min + (t_max - t_min) * remaining / max_denoising_steps.
+
+        In fp32 after every operation, because transformers computes it on an fp32 tensor.
+        """
+        remaining = torch.tensor(self.max_denoising_steps - step + 1, dtype=torch.int32)
+        return float(self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a request's first canvases hold before the first step.
+
+    tokens: ids that take the place of noise; None in the list leaves that position to noise. Tokens for n canvases
+    cover the first n. pinned: one bool per token; a pinned position holds its token in every step and in the
+    committed text. allowed: one list of ids for the whole answer, or one list (or None: all) per position.
+    start_step: a later step to begin with (a lower temperature, fewer steps left) keeps an edit close to its text; it
+    applies to canvases that have tokens.
+    """
+
+    tokens: Sequence[int | None] = ()
+    pinned: Sequence[bool] | None = None
+    allowed: Sequence[int] | Sequence[Sequence[int] | None] | None = None
+    start_step: int = 1
+
+    def check(self, vocabulary: int, max_steps: int) -> None:
+        """Raises ValueError naming the field."""
+        for position, token in enumerate(self.tokens):
+            if token is not None and not 0 <= token < vocabulary:
+                raise ValueError(f"canvas.tokens[{position}] must be in [0, {vocabulary}) or None, got {token}")
+        if self.pinned is not None:
+            if len(self.pinned) != len(self.tokens):
+                raise ValueError(
+                    f"canvas.pinned must have {len(self.tokens)} entries, one per token, got {len(self.pinned)}"
+                )
+            for position, (token, pinned) in enumerate(zip(self.tokens, self.pinned, strict=True)):
+                if pinned and token is None:
+                    raise ValueError(f"canvas.pinned[{position}] is set where canvas.tokens has None")
+                allowed = self.allowed_at(position)
+                if pinned and allowed is not None and token not in allowed:
+                    raise ValueError(
+                        f"canvas.pinned[{position}] holds token {token}, which canvas.allowed does not allow"
+                    )
+        if not 1 <= self.start_step <= max_steps:
+            raise ValueError(f"canvas.start_step must be in [1, {max_steps}], got {self.start_step}")
+        for position in range(len(self.allowed or ()) if self._allowed_by_position else 1):
+            ids = self.allowed_at(position)
+            if ids is not None and (not ids or not all(0 <= i < vocabulary for i in ids)):
+                raise ValueError(
+                    f"canvas.allowed for position {position} must name ids in [0, {vocabulary}), got {ids!r}"
+                )
+
+    @property
+    def _allowed_by_position(self) -> bool:
+        return bool(self.allowed) and not all(isinstance(entry, int) for entry in self.allowed or ())
+
+    def allowed_at(self, position: int) -> tuple[int, ...] | None:
+        """The ids that a position of the answer may hold; None: all."""
+        if self.allowed is None:
+            return None
+        if not self._allowed_by_position:
+            return tuple(self.allowed)  # type: ignore[arg-type]
+        entry = self.allowed[position] if position < len(self.allowed) else None
+        return None if entry is None else tuple(entry)  # type: ignore[arg-type]
+
+
+@dataclass
+class CanvasState:
+    """One request's canvas under work: the tensors that the step's ops read and write, with a batch of one.
+
+    Whatever differs from request to request or from step to step is a tensor on the device, so that a step has the same
+    arguments every time.
+    """
+
+    canvas: torch.Tensor  # int32 [1, L]
+    draft: torch.Tensor  # int32 [1, L], -1 before the first step
+    accepted: torch.Tensor  # bool [1, L]
+    entropy: torch.Tensor  # fp32 [1, L]
+    pinned: torch.Tensor | None  # bool [1, L]
+    allowed: torch.Tensor | None  # int32 bit mask [rows, ceil(vocabulary / 32)]
+    allowed_row: torch.Tensor | None  # int32 [1, L]
+    seed: torch.Tensor  # int64 [1]
+    canvas_index: torch.Tensor  # int32 [1]
+    step: torch.Tensor  # int32 [1]
+    max_steps: torch.Tensor  # int32 [1]
+    t_min: torch.Tensor  # fp64 [1]
+    t_max: torch.Tensor  # fp64 [1]
+    entropy_bound: torch.Tensor  # fp32 [1]
+    stability_threshold: torch.Tensor  # int32 [1]
+    confidence_threshold: torch.Tensor  # fp32 [1]
+    temperature: torch.Tensor  # fp32 [1]
+    active: torch.Tensor  # bool [1]
+    stable_steps: torch.Tensor  # int32 [1]
+    mean_entropy: torch.Tensor  # fp32 [1]
+    status: torch.Tensor  # int32 [1], denoise.CanvasStatus
+    soft_embedding: torch.Tensor | None = None  # [1, L, hidden]; None is exact zero
+
+    @property
+    def length(self) -> int:
+        return self.canvas.shape[1]
+
+
+def begin_canvas(
+    model: DiffusionGemma, sampler: ResolvedSampler, seed: int, index: int, content: Canvas | None = None
+) -> CanvasState:
+    """The state before the first step of canvas `index`: noise, and the tokens that `content` gives."""
+    device, length, vocabulary = model.device, sampler.canvas_length, model.config.vocab_size
+    content = content or Canvas()
+    window = slice(index * length, (index + 1) * length)
+    tokens = list(content.tokens[window])
+    start_step = content.start_step if tokens else 1
+    given = [t is not None for t in tokens] + [False] * (length - len(tokens))
+    pinned = list(content.pinned[window]) if content.pinned is not None else []
+    masks, rows = _allowed_masks(content, window, vocabulary)
+
+    def scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([value], dtype=dtype, device=device)
+
+    state = CanvasState(
+        canvas=torch.tensor(
+            [[t or 0 for t in tokens] + [0] * (length - len(tokens))], dtype=torch.int32, device=device
+        ),
+        draft=torch.full((1, length), -1, dtype=torch.int32, device=device),
+        accepted=torch.zeros(1, length, dtype=torch.bool, device=device),
+        entropy=torch.zeros(1, length, device=device),
+        pinned=(
+            torch.tensor([pinned + [False] * (length - len(pinned))], dtype=torch.bool, device=device)
+            if any(pinned)
+            else None
+        ),
+        allowed=None if masks is None else masks.to(device),
+        allowed_row=None if rows is None else rows.to(device),
+        seed=scalar(seed, torch.int64),
+        canvas_index=scalar(index, torch.int32),
+        step=scalar(start_step, torch.int32),
+        max_steps=scalar(sampler.max_denoising_steps, torch.int32),
+        t_min=scalar(sampler.t_min, torch.float64),
+        t_max=scalar(sampler.t_max, torch.float64),
+        entropy_bound=scalar(sampler.entropy_bound, torch.float32),
+        stability_threshold=scalar(sampler.stability_threshold, torch.int32),
+        confidence_threshold=scalar(sampler.confidence_threshold, torch.float32),
+        temperature=scalar(sampler.temperature(start_step), torch.float32),
+        active=scalar(True, torch.bool),
+        stable_steps=scalar(0, torch.int32),
+        mean_entropy=scalar(0.0, torch.float32),
+        status=scalar(0, torch.int32),
+    )
+    denoise.noise_(
+        state.canvas,
+        vocabulary=vocabulary,
+        purpose=denoise.Purpose.INITIAL_NOISE,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        step=torch.zeros_like(state.step),
+        keep=torch.tensor([given], dtype=torch.bool, device=device) if any(given) else None,
+        allowed=state.allowed,
+        allowed_row=state.allowed_row,
+    )
+    return state
+
+
+def _allowed_masks(content: Canvas, window: slice, vocabulary: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Bit masks of the different allowed sets inside a canvas, and each position's row of them (-1: all)."""
+    if content.allowed is None:
+        return None, None
+    sets: dict[tuple[int, ...], int] = {}
+    rows = []
+    for position in range(window.start, window.stop):
+        ids = content.allowed_at(position)
+        rows.append(-1 if ids is None else sets.setdefault(ids, len(sets)))
+    if not sets:
+        return None, None
+    return denoise.pack_allowed(list(sets), vocabulary), torch.tensor([rows], dtype=torch.int32)
+
+
+def denoising_step(
+    model: DiffusionGemma,
+    cache: Cache,
+    slot: int,
+    state: CanvasState,
+    logits: torch.Tensor | None = None,
+    sample_uniforms: torch.Tensor | None = None,
+    renoise_uniforms: torch.Tensor | None = None,
+) -> None:
+    """One step of one canvas, in place: pass, statistics, sampling, acceptance, renoising, stop, soft embedding.
+
+    logits: a buffer [1, L, vocabulary] for the raw logits. The uniforms (float64 [1, L]) replace the drawn ones.
+    """
+    raw = model.raw_logits(state.canvas, cache, slot, state.soft_embedding, out=logits)
+    update_canvas(model, state, raw, sample_uniforms, renoise_uniforms)
+
+
+def update_canvas(
+    model: DiffusionGemma,
+    state: CanvasState,
+    raw: torch.Tensor,
+    sample_uniforms: torch.Tensor | None = None,
+    renoise_uniforms: torch.Tensor | None = None,
+) -> None:
+    """What follows the head in a step: everything is computed from the raw logits [1, L, vocabulary]."""
+    # The update writes the next step's temperature over this one's, which the soft embedding still reads.
+    reading: dict[str, Any] = {
+        "softcap": model.config.final_logit_softcapping,
+        "temperature": state.temperature.clone(),
+        "active": None,
+        "allowed": state.allowed,
+        "allowed_row": state.allowed_row,
+    }
+    statistics = denoise.vocabulary_statistics(raw, **reading)
+    masses: dict[str, Any] = {
+        "row_max": statistics.row_max,
+        "row_sum": statistics.row_sum,
+        "tile_max": statistics.tile_max,
+        "tile_sum": statistics.tile_sum,
+    }
+    sampled = denoise.sample(
+        raw,
+        **reading,
+        **masses,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        step=state.step,
+        uniforms=sample_uniforms,
+    )
+    denoise.update_canvas_(
+        sampled,
+        statistics.argmax,
+        statistics.entropy,
+        pinned=state.pinned,
+        allowed=state.allowed,
+        allowed_row=state.allowed_row,
+        uniforms=renoise_uniforms,
+        vocabulary=model.config.vocab_size,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        max_steps=state.max_steps,
+        t_min=state.t_min,
+        t_max=state.t_max,
+        entropy_bound=state.entropy_bound,
+        stability_threshold=state.stability_threshold,
+        confidence_threshold=state.confidence_threshold,
+        active=state.active,
+        canvas=state.canvas,
+        draft=state.draft,
+        stable_steps=state.stable_steps,
+        step=state.step,
+        temperature=state.temperature,
+        accepted=state.accepted,
+        mean_entropy=state.mean_entropy,
+        status=state.status,
+    )
+    state.entropy = statistics.entropy
+    if not bool(state.active):
+        return
+    state.soft_embedding = denoise.soft_embedding(
+        raw,
+        **reading,
+        **masses,
+        pinned=state.pinned,
+        embedding=model.weights.embed_tokens,
+        embedding_scale=model.embedding_scale,
+        tolerance=model.soft_embedding_tolerance,
+        max_embedding_norm=model.max_embedding_norm,
+    )

@@ -1,0 +1,307 @@
+"""Requests that share a model: they join and leave between denoising steps.
+
+A request's tokens depend on its prompt, sampler and seed alone. Its draws are keyed by (seed, canvas, step,
+position), and its passes run on its own rows, so the same bits come out alone, in a batch, or joined late by others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any, cast
+
+import torch
+
+from dgemma_ext.cache import SnapshotStore
+from dgemma_ext.errors import NonFiniteError
+from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.ops.denoise import CanvasStatus
+from dgemma_ext.sampler import Canvas, CanvasState, ResolvedSampler, SamplerConfig, begin_canvas, denoising_step
+
+# One message, a whole chat (role/content dicts), or token ids.
+Prompt = str | Sequence[dict[str, object]] | Sequence[int]
+
+
+class RequestState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Request:
+    """One prompt on its way to an answer. Made by `Scheduler.submit`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        number: int,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampler: ResolvedSampler,
+        seed: int,
+        canvas: Canvas | None,
+        snapshots: SnapshotStore | None,
+    ) -> None:
+        self.number = number
+        self.prompt_ids = prompt_ids
+        self.max_new_tokens = max_new_tokens
+        self.sampler = sampler
+        self.seed = seed
+        self.canvas = canvas
+        self.snapshots = snapshots
+        self.state = RequestState.WAITING
+        self.error: Exception | None = None
+        self.token_ids: list[int] = []
+        self.denoising_steps: list[int] = []
+        self.finish_reason: str | None = None
+        self._scheduler = scheduler
+        self._slot = -1
+        self._work: CanvasState | None = None
+        # Ids that the next canvas must see and that are not in the cache yet.
+        self._uncached = prompt_ids
+        self._cached: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        return self.state not in (RequestState.WAITING, RequestState.RUNNING)
+
+    @property
+    def output(self) -> Output:
+        """The answer. Raises the request's own error where it failed, RuntimeError where there is no answer (yet)."""
+        if self.error is not None:
+            raise self.error
+        if self.finish_reason is None:
+            raise RuntimeError(f"request {self.number} is {self.state.value} and has no output")
+        return Output(
+            text=self.decode(self.token_ids),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            denoising_steps=tuple(self.denoising_steps),
+        )
+
+    def cancel(self) -> bool:
+        """Stops the request and frees its slot at once. False where it had already ended."""
+        return self._scheduler._cancel(self)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
+        tokenizer = self._scheduler.model.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(list(ids))
+
+
+class Scheduler:
+    """Runs up to `max_batch` requests together over one cache; further ones wait their turn.
+
+    max_length: positions that a slot can hold (prompt and committed canvases), default the smaller of the model's
+    context and 8,192 (a slot of the published model takes 360 MiB then: 200 for its rings, 160 for its full layers).
+    """
+
+    def __init__(self, model: DiffusionGemma, max_batch: int = 8, max_length: int | None = None) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        self.model = model
+        self.cache = model.new_cache(max_batch, max_length or min(model.config.max_position_embeddings, 8192))
+        self._free_slots = list(range(max_batch))
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._submitted = 0
+        # Raw logits of the canvas in hand: requests take turns, so one buffer serves all.
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self._running and not self._waiting
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        sampler: SamplerConfig | None = None,
+        seed: int = 0,
+        canvas: Canvas | None = None,
+        snapshots: SnapshotStore | None = None,
+    ) -> Request:
+        """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
+
+        snapshots: where to look for an encoded beginning of the prompt and to leave new ones.
+        Raises ValueError naming the argument.
+        """
+        model = self.model
+        ids = prompt_to_ids(model, prompt)
+        resolved = (sampler or SamplerConfig()).resolve(model.defaults, model.config.canvas_length)
+        limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if limit < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        if canvas is not None:
+            canvas.check(model.config.vocab_size, resolved.max_denoising_steps)
+        needed = positions_needed(len(ids), limit, resolved.canvas_length)
+        if len(ids) + resolved.canvas_length > model.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens; with a canvas of {resolved.canvas_length} that is more than the "
+                f"model's context of {model.config.max_position_embeddings}"
+            )
+        if needed > self.cache.max_length:
+            raise ValueError(
+                f"prompt of {len(ids)} tokens with max_new_tokens {limit} needs {needed} positions in the cache; "
+                f"max_length is {self.cache.max_length}"
+            )
+        request = Request(self, self._submitted, ids, limit, resolved, seed, canvas, snapshots)
+        self._submitted += 1
+        self._waiting.append(request)
+        return request
+
+    def step(self) -> list[Event]:
+        """Admits what fits, then makes one denoising step of every running request; returns what happened, in order."""
+        while self._waiting and self._free_slots:
+            request = self._waiting.popleft()
+            request._slot = self._free_slots.pop(0)
+            request.state = RequestState.RUNNING
+            self._running.append(request)
+        events: list[Event] = []
+        for request in list(self._running):
+            if request.state is not RequestState.RUNNING:
+                continue  # cancelled while this step was under way
+            try:
+                events += self._advance(request)
+            except (NonFiniteError, FloatingPointError) as error:
+                events.append(self._fail(request, error))
+        return events
+
+    def _advance(self, request: Request) -> list[Event]:
+        """One denoising step, with the encode before the first step of a canvas and the commit after the last."""
+        if request._work is None:
+            self._encode_pending(request)
+            request._work = begin_canvas(
+                self.model, request.sampler, request.seed, len(request.denoising_steps), request.canvas
+            )
+            request.denoising_steps.append(0)
+        work = request._work
+        step = int(work.step)
+        denoising_step(self.model, self.cache, request._slot, work, self._logits_buffer(work.length))
+        request.denoising_steps[-1] += 1
+        status = CanvasStatus(int(work.status))
+        if status is CanvasStatus.NON_FINITE:
+            raise NonFiniteError("a logit or a statistic is not finite", request=request.number, step=step)
+        draft = Draft(
+            request=request,
+            canvas_index=int(work.canvas_index),
+            step=step,
+            token_ids=tuple(work.draft[0].tolist()),
+            accepted=work.accepted[0].cpu().clone(),
+            entropy=work.entropy[0].cpu().clone(),
+            mean_entropy=float(work.mean_entropy),
+        )
+        if status is CanvasStatus.RUNNING:
+            return [draft]
+        return [draft, self._commit(request, draft)]
+
+    def _encode_pending(self, request: Request) -> None:
+        """Brings the cache up to date: a saved beginning of the prompt where there is one, then the encode pass."""
+        slot, store = request._slot, request.snapshots
+        if not request._cached and store is not None:
+            saved = store.longest_prefix(request._uncached)
+            if saved is not None:
+                self.cache.restore(slot, saved)
+                request._cached = request._uncached[: saved.length]
+                request._uncached = request._uncached[saved.length :]
+        if request._uncached:
+            self.model.encode(torch.tensor([request._uncached]), self.cache, slots=[slot])
+        request._cached = request._cached + request._uncached
+        request._uncached = []
+        if store is not None:
+            store.add(request._cached, self.cache.snapshot(slot))
+
+    def _commit(self, request: Request, draft: Draft) -> Commit:
+        """Takes the finished canvas into the answer; ends the request at an end of text or at its length."""
+        room = request.max_new_tokens - len(request.token_ids)
+        kept = list(draft.token_ids[:room])
+        ends = [i for i, token in enumerate(kept) if token in request.sampler.eos_token_ids]
+        if ends:
+            kept = kept[: ends[0] + 1]
+            request.finish_reason = "eos"
+        elif len(draft.token_ids) >= room:
+            request.finish_reason = "length"
+        before = request.decode(request.token_ids)
+        request.token_ids += kept
+        request._work = None
+        if request.finish_reason is not None:
+            request.state = RequestState.FINISHED
+            self._release(request)
+        else:
+            # Encoded when the next canvas begins, so that the last canvas of an answer costs no pass.
+            request._uncached = list(draft.token_ids)
+        return Commit(
+            request=request,
+            canvas_index=draft.canvas_index,
+            token_ids=tuple(kept),
+            text=request.decode(request.token_ids)[len(before) :],
+            denoising_steps=request.denoising_steps[-1],
+            finish_reason=request.finish_reason,
+        )
+
+    def _fail(self, request: Request, error: Exception) -> Failure:
+        if isinstance(error, FloatingPointError):
+            step = int(request._work.step) if request._work is not None else 0
+            error = NonFiniteError(str(error), request=request.number, step=step)
+        request.error = error
+        request.state = RequestState.FAILED
+        self._release(request)
+        return Failure(request, error)
+
+    def _cancel(self, request: Request) -> bool:
+        if request.done:
+            return False
+        if request.state is RequestState.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._release(request)
+        request.state = RequestState.CANCELLED
+        return True
+
+    def _release(self, request: Request) -> None:
+        self._running.remove(request)
+        self.cache.free(request._slot)
+        self._free_slots.append(request._slot)
+        request._slot = -1
+        request._work = None
+
+    def _logits_buffer(self, length: int) -> torch.Tensor:
+        if self._logits is None or self._logits.shape[1] < length:
+            shape = (1, length, self.model.config.vocab_size)
+            self._logits = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        return self._logits[:, :length]
+
+
+def positions_needed(prompt_length: int, max_new_tokens: int, canvas_length: int) -> int:
+    """Cache rows of a request: its prompt and every canvas but the last, which is never encoded."""
+    canvases = -(-max_new_tokens // canvas_length)
+    return prompt_length + (canvases - 1) * canvas_length
+
+
+def prompt_to_ids(model: DiffusionGemma, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; text goes through the chat template. Raises ValueError naming the argument."""
+    if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+        ids = list(cast(Sequence[int], prompt))
+    elif model.tokenizer is None:
+        raise ValueError("prompt is text, and the checkpoint has no tokenizer.json; give token ids")
+    elif isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("prompt is empty")
+    else:
+        ids = model.tokenizer.encode_prompt(cast(Any, prompt))
+    if not ids:
+        raise ValueError("prompt is empty")
+    for position, token in enumerate(ids):
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(f"prompt[{position}] must be a token id in [0, {model.config.vocab_size}), got {token}")
+    return ids
