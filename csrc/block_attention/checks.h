@@ -1,0 +1,73 @@
+// Argument checks that attention and append_to_cache share. Each returns DGEMMA_OK or puts into
+// cpu->message which field is wrong, what it got and what it wants.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+
+#include "dgemma/block_attention.h"
+
+namespace dgemma {
+
+// Positions are int32 in the interface.
+constexpr int64_t kMaxPosition = INT32_MAX;
+// Extents beyond this would overflow the products of extents below.
+constexpr int64_t kMaxExtent = int64_t{1} << 31;
+
+template <typename... Values>
+dgemma_status invalid(dgemma_cpu* cpu, const char* format, Values... values) {
+  std::snprintf(cpu->message, sizeof cpu->message, format, values...);
+  return DGEMMA_INVALID_ARGUMENT;
+}
+
+inline dgemma_status check_extent(dgemma_cpu* cpu, const char* name, int64_t value,
+                                  int64_t lowest) {
+  if (value >= lowest && value <= kMaxExtent) return DGEMMA_OK;
+  return invalid(cpu, "%s: got %lld, wants %lld .. %lld", name, static_cast<long long>(value),
+                 static_cast<long long>(lowest), static_cast<long long>(kMaxExtent));
+}
+
+inline dgemma_status check_pointer(dgemma_cpu* cpu, const char* name, const void* pointer) {
+  return pointer != nullptr ? DGEMMA_OK : invalid(cpu, "%s: got NULL, wants a pointer", name);
+}
+
+// Extents, data type and per-request numbers of either operation.
+template <typename Operation>
+dgemma_status check_requests(const Operation& op, dgemma_cpu* cpu) {
+  const struct {
+    const char* name;
+    int64_t value;
+    int64_t lowest;
+  } extents[] = {{"batch", op.batch, 0},         {"block_length", op.block_length, 0},
+                 {"key_heads", op.key_heads, 1}, {"head_dim", op.head_dim, 1},
+                 {"slots", op.slots, 0},         {"capacity", op.capacity, 0}};
+  for (const auto& extent : extents)
+    if (const auto status = check_extent(cpu, extent.name, extent.value, extent.lowest))
+      return status;
+  if (op.dtype != DGEMMA_FLOAT32 && op.dtype != DGEMMA_BFLOAT16) {
+    std::snprintf(cpu->message, sizeof cpu->message,
+                  "dtype: got %d, wants DGEMMA_FLOAT32 or DGEMMA_BFLOAT16",
+                  static_cast<int>(op.dtype));
+    return DGEMMA_UNSUPPORTED;
+  }
+  if (op.batch == 0) return DGEMMA_OK;
+  if (const auto status = check_pointer(cpu, "slot", op.slot)) return status;
+  if (const auto status = check_pointer(cpu, "prefix_length", op.prefix_length)) return status;
+  for (int64_t b = 0; b < op.batch; ++b) {
+    const auto request = static_cast<long long>(b);
+    if (op.slot[b] < -1 || op.slot[b] >= op.slots)
+      return invalid(cpu, "slot[%lld]: got %d, wants -1 .. %lld", request, op.slot[b],
+                     static_cast<long long>(op.slots) - 1);
+    if (op.slot[b] < 0) continue;
+    const int64_t rows = op.length != nullptr ? op.length[b] : op.block_length;
+    if (rows < 0 || rows > op.block_length)
+      return invalid(cpu, "length[%lld]: got %lld, wants 0 .. %lld", request,
+                     static_cast<long long>(rows), static_cast<long long>(op.block_length));
+    if (op.prefix_length[b] < 0 || op.prefix_length[b] + rows > kMaxPosition)
+      return invalid(cpu, "prefix_length[%lld]: got %d, wants 0 .. %lld", request,
+                     op.prefix_length[b], static_cast<long long>(kMaxPosition - rows));
+  }
+  return DGEMMA_OK;
+}
+
+}  // namespace dgemma

@@ -1,0 +1,166 @@
+// The operators of the family block_attention: schemas, and tensors to pointers.
+#include "dgemma/block_attention.h"
+
+#include "torch/tensors.h"
+
+namespace dgemma {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Tensors and numbers of canvas_attention and causal_attention as the C interface takes them;
+// output and workspace are left to the caller.
+dgemma_block_attention describe_attention(const Arguments& arguments, const Tensor& query,
+                                          const Tensor& key, const Tensor& value,
+                                          const Tensor& prefix_key, const Tensor& prefix_value,
+                                          const Tensor& slot, const Tensor& prefix_length,
+                                          const OptionalTensor& length, const OptionalTensor& spans,
+                                          int64_t window, double scale) {
+  dgemma_block_attention op = {};
+  op.dtype = arguments.dtype(query, "query");
+  op.batch = arguments.size(query, "query", 4, 0);
+  op.block_length = query.size(1);
+  op.query_heads = query.size(2);
+  op.head_dim = query.size(3);
+  op.key_heads = arguments.size(key, "key", 4, 2);
+  op.slots = arguments.size(prefix_key, "prefix_key", 4, 0);
+  op.capacity = prefix_key.size(1);
+  op.window = window;
+  op.scale = static_cast<float>(scale);
+  const Shape block = {op.batch, op.block_length, op.key_heads, op.head_dim};
+  const Shape prefix = {op.slots, op.capacity, op.key_heads, op.head_dim};
+  const Shape queries = {op.batch, op.block_length, op.query_heads, op.head_dim};
+  op.query = arguments.in(query, "query", queries, op.dtype);
+  op.key = arguments.in(key, "key", block, op.dtype);
+  op.value = arguments.in(value, "value", block, op.dtype);
+  op.prefix_key = arguments.in(prefix_key, "prefix_key", prefix, op.dtype);
+  op.prefix_value = arguments.in(prefix_value, "prefix_value", prefix, op.dtype);
+  op.slot = arguments.in<int32_t>(slot, "slot", {op.batch});
+  op.prefix_length = arguments.in<int32_t>(prefix_length, "prefix_length", {op.batch});
+  op.length = arguments.in<int32_t>(length, "length", {op.batch});
+  if (spans.has_value()) {
+    op.spans_per_request = arguments.size(*spans, "spans", 3, 1);
+    op.spans = arguments.in<int32_t>(*spans, "spans", {op.batch, op.spans_per_request, 2});
+  }
+  return op;
+}
+
+using Entry = dgemma_status (*)(const dgemma_block_attention*, dgemma_cpu*);
+
+void run_into(const Arguments& arguments, const char* name, Entry entry, dgemma_block_attention op,
+              const Tensor& out, const Tensor& workspace) {
+  CpuContext context(name);
+  op.output =
+      arguments.out(out, "out", {op.batch, op.block_length, op.query_heads, op.head_dim}, op.dtype);
+  op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
+  context.check(entry(&op, context.get()));
+}
+
+// The result is zero where no query is: in padding rows and in skipped requests.
+Tensor run(const Arguments& arguments, const char* name, Entry entry,
+           const dgemma_block_attention& op, const Tensor& query) {
+  const auto bytes = static_cast<int64_t>(dgemma_cpu_block_attention_workspace(&op));
+  Tensor out = torch::stable::new_zeros(query, query.sizes());
+  const Tensor workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
+  run_into(arguments, name, entry, op, out, workspace);
+  return out;
+}
+
+Tensor canvas_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
+                        const Tensor& prefix_length, const OptionalTensor& length, int64_t window,
+                        double scale) {
+  const Arguments arguments("canvas_attention");
+  const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
+                                     prefix_length, length, std::nullopt, window, scale);
+  return run(arguments, "canvas_attention", &dgemma_cpu_canvas_attention, op, query);
+}
+
+void canvas_attention_out(const Tensor& query, const Tensor& key, const Tensor& value,
+                          const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
+                          const Tensor& prefix_length, const OptionalTensor& length, int64_t window,
+                          double scale, const Tensor& out, const Tensor& workspace) {
+  const Arguments arguments("canvas_attention.out");
+  const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
+                                     prefix_length, length, std::nullopt, window, scale);
+  run_into(arguments, "canvas_attention.out", &dgemma_cpu_canvas_attention, op, out, workspace);
+}
+
+Tensor causal_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
+                        const Tensor& prefix_length, const OptionalTensor& length,
+                        const OptionalTensor& spans, int64_t window, double scale) {
+  const Arguments arguments("causal_attention");
+  const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
+                                     prefix_length, length, spans, window, scale);
+  return run(arguments, "causal_attention", &dgemma_cpu_causal_attention, op, query);
+}
+
+void causal_attention_out(const Tensor& query, const Tensor& key, const Tensor& value,
+                          const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
+                          const Tensor& prefix_length, const OptionalTensor& length,
+                          const OptionalTensor& spans, int64_t window, double scale,
+                          const Tensor& out, const Tensor& workspace) {
+  const Arguments arguments("causal_attention.out");
+  const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
+                                     prefix_length, length, spans, window, scale);
+  run_into(arguments, "causal_attention.out", &dgemma_cpu_causal_attention, op, out, workspace);
+}
+
+void append_to_cache(const Tensor& key, const Tensor& value, const Tensor& prefix_key,
+                     const Tensor& prefix_value, const Tensor& slot, const Tensor& prefix_length,
+                     const OptionalTensor& length) {
+  const Arguments arguments("append_to_cache");
+  dgemma_append_to_cache op = {};
+  op.dtype = arguments.dtype(key, "key");
+  op.batch = arguments.size(key, "key", 4, 0);
+  op.block_length = key.size(1);
+  op.key_heads = key.size(2);
+  op.head_dim = key.size(3);
+  op.slots = arguments.size(prefix_key, "prefix_key", 4, 0);
+  op.capacity = prefix_key.size(1);
+  const Shape block = {op.batch, op.block_length, op.key_heads, op.head_dim};
+  const Shape prefix = {op.slots, op.capacity, op.key_heads, op.head_dim};
+  op.key = arguments.in(key, "key", block, op.dtype);
+  op.value = arguments.in(value, "value", block, op.dtype);
+  op.prefix_key = arguments.out(prefix_key, "prefix_key", prefix, op.dtype);
+  op.prefix_value = arguments.out(prefix_value, "prefix_value", prefix, op.dtype);
+  op.slot = arguments.in<int32_t>(slot, "slot", {op.batch});
+  op.prefix_length = arguments.in<int32_t>(prefix_length, "prefix_length", {op.batch});
+  op.length = arguments.in<int32_t>(length, "length", {op.batch});
+  CpuContext context("append_to_cache");
+  context.check(dgemma_cpu_append_to_cache(&op, context.get()));
+}
+
+}  // namespace
+}  // namespace dgemma
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
+  library.def(
+      "canvas_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor "
+      "prefix_value, Tensor slot, Tensor prefix_length, Tensor? length, int window, float scale) "
+      "-> Tensor");
+  library.def(
+      "canvas_attention.out(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor "
+      "prefix_value, Tensor slot, Tensor prefix_length, Tensor? length, int window, float scale, "
+      "*, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  library.def(
+      "causal_attention(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor "
+      "prefix_value, Tensor slot, Tensor prefix_length, Tensor? length, Tensor? spans, int window, "
+      "float scale) -> Tensor");
+  library.def(
+      "causal_attention.out(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor "
+      "prefix_value, Tensor slot, Tensor prefix_length, Tensor? length, Tensor? spans, int window, "
+      "float scale, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+  library.def(
+      "append_to_cache(Tensor key, Tensor value, Tensor(a!) prefix_key, Tensor(b!) prefix_value, "
+      "Tensor slot, Tensor prefix_length, Tensor? length) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
+  library.impl("canvas_attention", TORCH_BOX(&dgemma::canvas_attention));
+  library.impl("canvas_attention.out", TORCH_BOX(&dgemma::canvas_attention_out));
+  library.impl("causal_attention", TORCH_BOX(&dgemma::causal_attention));
+  library.impl("causal_attention.out", TORCH_BOX(&dgemma::causal_attention_out));
+  library.impl("append_to_cache", TORCH_BOX(&dgemma::append_to_cache));
+}
