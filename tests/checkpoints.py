@@ -192,8 +192,8 @@ def make_checkpoint(
     """Writes a random checkpoint in the published layout and returns its folder; `sizes` go to `config_for`.
 
     Every tensor's values depend on `seed` and its name alone. Matrices keep the variance of what they multiply; norms,
-    scales and layer scalars spread around 1 (the encoder's scalars differ from the decoder's); `final_norm_scale` widens
-    the logits. Drawn in `dtype`, one shard in memory at a time.
+    scales and layer scalars spread around 1 (the encoder's scalars differ from the decoder's); `final_norm_scale`
+    widens the logits. Drawn in `dtype`, one shard in memory at a time.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

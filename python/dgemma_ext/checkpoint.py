@@ -1,8 +1,8 @@
 """What a checkpoint's files hold, from their headers alone, and whether that is what the configuration asks for.
 
 The layout is the published one (`DiffusionGemmaForBlockDiffusion.save_pretrained` in transformers): safetensors, one
-file or shards with an index; the text weights once, under `model.decoder`; of the encoder only its layer scalars and the
-vision tower, which this engine skips; no `lm_head`, which is tied to the token embedding.
+file or shards with an index; the text weights once, under `model.decoder`; of the encoder only its layer scalars and
+the vision tower, which this engine skips; no `lm_head`, which is tied to the token embedding.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Both spellings of the text configuration are read: the flat one of the published file (`global_head_dim`,
 `num_global_key_value_heads` for the full-attention layers) and `per_layer_config` (a sparse map from layer index to
-overrides), which transformers writes since it resolves the flat spelling into it. Defaults for absent fields are those of
-`DiffusionGemmaTextConfig` in transformers' configuration_diffusion_gemma.py. A value that this engine does not implement
-is refused by name.
+overrides), which transformers writes since it resolves the flat spelling into it. Defaults for absent fields are those
+of `DiffusionGemmaTextConfig` in transformers' configuration_diffusion_gemma.py. A value that this engine does not
+implement is refused by name.
 """
 
 from __future__ import annotations
@@ -142,10 +142,7 @@ class RopeConfig:
         `_compute_proportional_rope_parameters` in its modeling_rope_utils.py, in their order of operations, so that
         the values are equal bit for bit.
         """
-        if self.rope_type == "default":
-            turning = head_dim // 2
-        else:
-            turning = int(self.partial_rotary_factor * head_dim // 2)
+        turning = int(self.partial_rotary_factor * head_dim // 2)  # all of them for "default"
         exponents = torch.arange(0, 2 * turning, 2, dtype=torch.float32) / head_dim
         frequencies = torch.zeros(head_dim // 2, dtype=torch.float32)
         frequencies[:turning] = 1.0 / (self.theta**exponents)
@@ -223,6 +220,7 @@ class ModelConfig:
         if vision is not None and not isinstance(vision, Mapping):
             raise top.refuse("vision_config", "an object or null")
 
+        eos_of_text = text.token_ids("eos_token_id", 1)
         num_experts = text.integer("num_experts")
         top_k_experts = text.integer("top_k_experts")
         if top_k_experts > num_experts:
@@ -242,7 +240,7 @@ class ModelConfig:
             hidden_activation="gelu_pytorch_tanh",
             bidirectional_attention=text.get("use_bidirectional_attention"),
             bos_token_id=text.token_id("bos_token_id", 2),
-            eos_token_ids=(top if top.get("eos_token_id") is not None else text).token_ids("eos_token_id", 1),
+            eos_token_ids=top.token_ids("eos_token_id") or eos_of_text,
             pad_token_id=text.token_id("pad_token_id", 0),
             dtype=_dtype(top, text),
             layers=_layers(text),
@@ -410,7 +408,7 @@ _IGNORED_GENERATION_FIELDS = {
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The sampler's settings in generation_config.json; absent ones as in transformers' `DiffusionGemmaGenerationConfig`.
+    """The sampler's settings in generation_config.json; absent ones as in `DiffusionGemmaGenerationConfig`.
 
     Temperatures divide logits; `entropy_bound` and `confidence_threshold` are in nats.
     """

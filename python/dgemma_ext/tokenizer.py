@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer. `bos_token_id`, `eos_token_id`, `pad_token_id` are None where it has no such token."""
+    """The checkpoint's tokenizer. `bos_token_id`, `eos_token_id`, `pad_token_id` are None where it has none."""
 
     def __init__(
         self,

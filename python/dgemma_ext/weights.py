@@ -164,7 +164,7 @@ def _checked_copy(mapped: torch.Tensor, dtype: torch.dtype, device: torch.device
             if len(bad):
                 position = begin + int(bad[0])
                 raise _NonFiniteWeight(
-                    f"has a non-finite value as {dtype}: {float(target[position])} at {_indices(position, mapped.shape)}"
+                    f"has {float(target[position])} at {_indices(position, mapped.shape)}, read as {dtype}"
                 )
     return result
 
