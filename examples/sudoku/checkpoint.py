@@ -29,12 +29,26 @@ SHAPES: dict[int, dict[str, Any]] = {
     9: {
         "hidden_size": 128,
         "intermediate_size": 256,
-        "moe_intermediate_size": 128,
+        "moe_intermediate_size": 64,
         "sliding_window": 88,
-        "sliding_theta": 330.0,
-        "full_theta": 108_500.0,
+        "sliding_theta": 314.7,
+        "full_theta": 99_030.0,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
+}
+
+
+# transformers always builds a vision tower, even for a checkpoint without one; this is the smallest.
+_TINY_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "position_embedding_size": 16,
 }
 
 
@@ -85,6 +99,7 @@ def config_dictionary(size: int, **changes: Any) -> dict[str, Any]:
         "model_type": "diffusion_gemma",
         "dtype": "bfloat16",
         "text_config": text,
+        "vision_config": dict(_TINY_VISION),
         "canvas_length": canvas_length,
         "boi_token_id": 381,
         "image_token_id": 382,
@@ -109,22 +124,8 @@ def generation_dictionary(size: int) -> dict[str, Any]:
     }
 
 
-# transformers always builds a vision tower, even for a checkpoint without one; this is the smallest.
-_TINY_VISION = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "global_head_dim": 8,
-    "position_embedding_size": 16,
-}
-
-
 def transformers_config(dictionary: dict[str, Any]) -> DiffusionGemmaConfig:
-    return DiffusionGemmaConfig.from_dict({**dictionary, "vision_config": dict(_TINY_VISION)})
+    return DiffusionGemmaConfig.from_dict(dictionary)
 
 
 def save_settings(folder: Path, dictionary: dict[str, Any]) -> None:

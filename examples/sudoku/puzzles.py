@@ -121,7 +121,7 @@ def _stays_unique(cells: list[int], cell: int, digit: int, size: int) -> bool:
 
 
 def generate(size: int, clues: int, rng: random.Random) -> Puzzle:
-    """A random puzzle with `clues` clues and one solution. Digs cells in random order; starts over when it gets stuck."""
+    """A random puzzle with `clues` clues and one solution: digs cells in random order, starts over when stuck."""
     while True:
         solution = solutions([0] * (size * size), limit=1, rng=rng)[0]
         cells = list(solution)

@@ -41,24 +41,22 @@ NEWLINE_ID = 107
 # The turn format of the published template (bos, turns of role and trimmed text, "model" for the assistant); tools and
 # images are left out.
 CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- if enable_thinking is defined and enable_thinking -%}
-    {%- set opening = '<|think|>\\n' -%}
-{%- else -%}
-    {%- set opening = '' -%}
-{%- endif -%}
-{%- if messages and messages[0]['role'] in ['system', 'developer'] -%}
-    {{- '<|turn>system\\n' + opening + messages[0]['content'] | trim + '<turn|>\\n' -}}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- if opening -%}
-        {{- '<|turn>system\\n' + opening + '<turn|>\\n' -}}
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{- content | trim -}}
+    {%- else -%}
+        {%- for part in content or [] -%}{{- part['text'] | trim -}}{%- endfor -%}
     {%- endif -%}
-    {%- set turns = messages -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- set thinking = '<|think|>\\n' if enable_thinking is defined and enable_thinking else '' -%}
+{%- set has_system = messages and messages[0]['role'] in ['system', 'developer'] -%}
+{%- if thinking or has_system -%}
+    {{- '<|turn>system\\n' + thinking + (text_of(messages[0]['content']) if has_system else '') + '<turn|>\\n' -}}
 {%- endif -%}
-{%- for message in turns -%}
+{%- for message in messages[1:] if has_system else messages -%}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {{- '<|turn>' + role + '\\n' + message['content'] | trim + '<turn|>\\n' -}}
+    {{- '<|turn>' + role + '\\n' + text_of(message['content']) + '<turn|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '<|turn>model\\n' -}}

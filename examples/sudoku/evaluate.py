@@ -1,0 +1,119 @@
+"""The share of held-out puzzles that a checkpoint solves, with the clues pinned in the canvas and without.
+
+python evaluate.py ../../python/dgemma_ext/demo --count 1000
+python evaluate.py runs/9x9 --count 1000 --engine transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import puzzles
+
+Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per puzzle
+
+
+def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
+    """The oracle: transformers' model class under the loop in sampling.py."""
+    import checkpoint
+    import sampling
+    import tokenizer
+    import torch
+
+    model = checkpoint.load(folder)
+    text = tokenizer.build()
+
+    def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
+        torch.manual_seed(seed)
+        answers: list[str] = []
+        steps: list[int] = []
+        for start in range(0, len(lines), batch):
+            part = lines[start : start + batch]
+            prompts = torch.tensor([sampling.prompt_ids(text, line) for line in part])
+            clues = torch.tensor([sampling.clue_canvas(text, line) for line in part]) if pin else None
+            drafts, taken = sampling.generate(model, prompts, clues)
+            steps += taken.tolist()
+            answers += [sampling.answer_text(text, draft) for draft in drafts.tolist()]
+        return answers, steps
+
+    return solve
+
+
+def with_dgemma(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
+    import dgemma_ext as dg
+
+    model = dg.DiffusionGemma.from_pretrained(str(folder))
+
+    def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
+        answers: list[str] = []
+        steps: list[int] = []
+        for start in range(0, len(lines), batch):
+            part = lines[start : start + batch]
+            prompts = [[{"role": "user", "content": line}] for line in part]
+            canvases = [pinned_canvas(dg, model, line) if pin else None for line in part]
+            outputs = model.generate(
+                prompts,
+                max_new_tokens=len(lines[0]) + 1,
+                seed=[seed + start + row for row in range(len(part))],
+                canvas=canvases if pin else None,
+            )
+            answers += [output.text for output in outputs]
+            steps += [sum(output.denoising_steps) for output in outputs]
+        return answers, steps
+
+    return solve
+
+
+def pinned_canvas(dg: object, model: object, line: str) -> object:
+    """A dg.Canvas with the clues at their positions; the other tokens are only a start."""
+    encode = model.tokenizer.encode  # type: ignore[attr-defined]
+    tokens = [encode(character)[0] for character in line.replace(puzzles.BLANK, "1")]
+    pinned = [character != puzzles.BLANK for character in line]
+    return dg.Canvas(tokens=tokens, pinned=pinned)  # type: ignore[attr-defined]
+
+
+ENGINES = {"dgemma_ext": with_dgemma, "transformers": with_transformers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--blanks", type=int, nargs=2, help="fewest and most blanks; default 10 22 (6x6), 35 45 (9x9)")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; the puzzles are always the same")
+    parser.add_argument("--engine", choices=ENGINES, default="dgemma_ext")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    cells = json.loads((arguments.checkpoint / "config.json").read_text())["canvas_length"] - 1
+    size = round(cells**0.5)
+    blanks = tuple(arguments.blanks or {6: (10, 22), 9: (35, 45)}[size])
+    test = puzzles.held_out(size, blanks, arguments.count)
+    solve = ENGINES[arguments.engine](arguments.checkpoint, arguments.batch)
+    for pin in (True, False):
+        began = time.perf_counter()
+        answers, steps = solve([puzzle.text for puzzle in test], pin, arguments.seed)
+        solved = sum(puzzles.check(answer, puzzle.text) for answer, puzzle in zip(answers, test, strict=True))
+        report = {
+            "engine": arguments.engine,
+            "puzzles": len(test),
+            "size": size,
+            "blanks": list(blanks),
+            "clues_pinned": pin,
+            "solved": solved / len(test),
+            "denoising_steps": round(sum(steps) / len(steps), 2),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
