@@ -54,7 +54,7 @@ CHAT_TEMPLATE = """\
 {%- if thinking or has_system -%}
     {{- '<|turn>system\\n' + thinking + (text_of(messages[0]['content']) if has_system else '') + '<turn|>\\n' -}}
 {%- endif -%}
-{%- for message in messages[1:] if has_system else messages -%}
+{%- for message in (messages[1:] if has_system else messages) -%}
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
     {{- '<|turn>' + role + '\\n' + text_of(message['content']) + '<turn|>\\n' -}}
 {%- endfor -%}
