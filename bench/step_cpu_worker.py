@@ -1,0 +1,190 @@
+"""One side of bench_step_cpu: loads the model, then makes denoising steps as it is told, line by line.
+
+A process of its own, so that the peak memory of a step is that side's alone. Reads commands from stdin ("first",
+"step", "sampler", "products", "memory"), answers each with one JSON line: seconds, or bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+PROMPT_TOKENS = 128
+
+
+class Side(Protocol):
+    def first(self) -> None:
+        """The first step of a canvas: no self-conditioning."""
+
+    def step(self) -> None:
+        """Any later step, with the self-conditioning of the one before."""
+
+    def sampler(self) -> None:
+        """A step without its pass over the layers and the head, and, where it can be left out, the soft embedding's
+        product."""
+
+
+class Ours:
+    def __init__(self, checkpoint: Path) -> None:
+        import dgemma_ext as dg
+        from dgemma_ext import sampler
+
+        self.sampler_module = sampler
+        self.model = dg.DiffusionGemma.from_pretrained(checkpoint)
+        self.resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(self.model.defaults, 256)
+        self.last = dg.SamplerConfig(confidence_threshold=0.0, max_denoising_steps=1).resolve(self.model.defaults, 256)
+        self.cache = self.model.new_cache(1, PROMPT_TOKENS)
+        self.model.encode(prompt_ids(self.model.config.vocab_size), self.cache)
+        self.logits = torch.empty(1, 256, self.model.config.vocab_size, dtype=self.model.dtype)
+        self.state = sampler.begin_canvas(self.model, self.resolved, seed=0, index=0)
+        self._step()
+
+    def _step(self) -> None:
+        self.sampler_module.denoising_step(self.model, self.cache, 0, self.state, self.logits)
+
+    def first(self) -> None:
+        # A cap of one step ends the canvas, so that no soft embedding is computed for a next one.
+        state = self.sampler_module.begin_canvas(self.model, self.last, seed=0, index=0)
+        self.sampler_module.denoising_step(self.model, self.cache, 0, state, self.logits)
+
+    def step(self) -> None:
+        if not bool(self.state.active):
+            self.state = self.sampler_module.begin_canvas(self.model, self.resolved, seed=0, index=0)
+            self._step()
+        self._step()
+
+    def sampler(self) -> None:
+        state = self.sampler_module.begin_canvas(self.model, self.resolved, seed=0, index=0)
+        self.sampler_module.update_canvas(self.model, state, self.logits)
+
+
+class Transformers:
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
+        from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+        self.generation = generation
+        self.model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+        vocabulary = self.model.config.text_config.vocab_size
+        ids = prompt_ids(vocabulary)
+        with torch.no_grad():
+            self.cache = self.model.model.encoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None]
+            ).past_key_values
+        self.sampler_object = generation.EntropyBoundSampler(
+            generation.EntropyBoundSamplerConfig(entropy_bound=0.1), 256, vocabulary, 48
+        )
+        self.stopping = generation.StableAndConfidentStoppingCriteria(1, 0.005)
+        self.processors = LogitsProcessorList([generation.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, 48)])
+        torch.manual_seed(0)
+        self.canvas = self.sampler_object.initialize_canvas(1, torch.device("cpu"))
+        self.conditioning: torch.Tensor | None = None
+        self.step()
+
+    @torch.no_grad()
+    def _step(self, conditioning: torch.Tensor | None, forward: Callable[..., Any]) -> torch.Tensor:
+        ids = prompt_ids(self.model.config.text_config.vocab_size)
+        canvas, _, conditioning, _ = self.model._denoising_step(
+            decoder_forward=forward,
+            current_canvas=self.canvas,
+            argmax_canvas=self.canvas,
+            input_ids=ids,
+            decoder_position_ids=torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + 256)[None],
+            self_conditioning_logits=conditioning,
+            mask_mapping=None,
+            past_key_values=self.cache,
+            finished_denoising=torch.zeros(1, dtype=torch.bool),
+            cur_step=40,
+            sampler=self.sampler_object,
+            logits_processor=self.processors,
+            diffusion_stopping_criteria=self.stopping,
+        )
+        self.canvas = canvas
+        assert conditioning is not None
+        return conditioning
+
+    def first(self) -> None:
+        self._step(None, self.model.forward)
+
+    def step(self) -> None:
+        self.conditioning = self._step(self.conditioning, self.model.forward)
+
+    @torch.no_grad()
+    def sampler(self) -> None:
+        """All that surrounds the two products: soft cap, sampling, and the next step's probabilities."""
+        if not hasattr(self, "raw"):
+            self.raw = torch.randn(1, 256, self.model.config.text_config.vocab_size).to(torch.bfloat16)
+
+        def head(**_: Any) -> Any:
+            logits = self.raw.to(torch.float32)
+            logits = torch.tanh(logits / 30.0) * 30.0
+            return type("Logits", (), {"logits": logits})
+
+        conditioning = self._step(None, head)
+        conditioning.softmax(dim=-1, dtype=torch.float32).to(torch.bfloat16)
+
+
+def prompt_ids(vocabulary: int) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def vocabulary_products(side: Side) -> Callable[[], None]:
+    """The head's product and the soft embedding's, as torch makes them, on matrices of this side's."""
+    model = side.model  # type: ignore[attr-defined]
+    table = model.weights.embed_tokens if isinstance(side, Ours) else model.lm_head.weight.data
+    hidden = torch.randn(256, table.shape[1]).to(table.dtype)
+    probabilities = torch.rand(256, table.shape[0]).to(table.dtype)
+
+    def run() -> None:
+        torch.mm(hidden, table.t())
+        torch.mm(probabilities, table)
+
+    return run
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def peak_of(run: Callable[[], None]) -> int:
+    """Peak resident memory during `run`, above what was resident before, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=("ours", "transformers"))
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    side: Side = Ours(arguments.checkpoint) if arguments.side == "ours" else Transformers(arguments.checkpoint)
+    products = vocabulary_products(side)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        command = line.strip()
+        if command == "memory":
+            print(json.dumps({"bytes": peak_of(side.step)}), flush=True)
+            continue
+        run = products if command == "products" else getattr(side, command)
+        start = time.perf_counter()
+        run()
+        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
