@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from checkpoints import FULL, GENERATION_CONFIG, PUBLISHED_CONFIG, SLIDING, config_for
 from dgemma_ext.config import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MISSING = object()
 

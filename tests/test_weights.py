@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checkpoints import (
     PUBLISHED_PAYLOAD_BYTES,
     load_transformers,
@@ -29,7 +31,6 @@ from dgemma_ext.weights import (
     load_weights,
     resolve_checkpoint,
 )
-from safetensors.torch import load_file, save_file
 
 LAYER_0 = "model.decoder.layers.0."
 INDEX = "model.safetensors.index.json"

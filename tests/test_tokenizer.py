@@ -1,0 +1,272 @@
+"""Text, ids and chats: the tokenizer against transformers, the chat template inside its sandbox."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
+from dgemma_ext.errors import CheckpointError
+from dgemma_ext.tokenizer import Tokenizer
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": " Hello! "},
+    {"role": "user", "content": [{"type": "text", "text": "the sky"}]},
+]
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"<b>": "ü & \\u2028"}}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, 512)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_directory(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    """The same files in transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def with_template(folder: Path, template: str | None) -> Tokenizer:
+    write_tokenizer(folder, 512)
+    if template is None:
+        (folder / "chat_template.jinja").unlink()
+    else:
+        (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_directory(folder)
+
+
+def test_special_tokens(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 512
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer.id_of("<turn|>") == 106
+    for token, token_id in SPECIAL_TOKENS.items():
+        assert tokenizer.encode(token) == [token_id]
+        assert tokenizer.decode([token_id]) == ""
+        assert tokenizer.decode([token_id], skip_special_tokens=False) == token
+    with pytest.raises(ValueError, match="token is '<no>'"):
+        tokenizer.id_of("<no>")
+
+
+def test_known_ids(tokenizer: Tokenizer) -> None:
+    sky = tokenizer.encode("the sky")
+    assert [tokenizer.decode([token_id]) for token_id in sky] == ["the", " ", "sky"]
+    assert tokenizer.encode("the sky", add_bos=True) == [2, *sky]
+    assert tokenizer.encode("") == []
+    assert len(tokenizer.encode("é")) == 2  # two bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_encoding_is_that_of_transformers_and_comes_back(tokenizer: Tokenizer, theirs: Any, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    # A word-initial space is written as ▁, so that sign comes back as a space.
+    if not any(token in text for token in SPECIAL_TOKENS):
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize(
+    ("messages", "variables"),
+    [
+        (CHAT[1:2], {}),
+        (CHAT, {}),
+        (CHAT, {"enable_thinking": True}),
+        (CHAT, {"add_generation_prompt": False}),
+        (CHAT, {"tools": [TOOL]}),
+        (CHAT[1:], {"tools": [TOOL], "enable_thinking": True}),
+    ],
+)
+def test_chats_render_as_in_transformers(
+    tokenizer: Tokenizer, theirs: Any, messages: list[dict[str, Any]], variables: dict[str, Any]
+) -> None:
+    options = {"add_generation_prompt": True} | variables
+    text = tokenizer.apply_chat_template(messages, **options)
+    assert text == theirs.apply_chat_template(messages, tokenize=False, **options)
+    assert tokenizer.encode(text).count(2) == 1
+
+
+def test_a_rendered_chat(tokenizer: Tokenizer) -> None:
+    assert tokenizer.apply_chat_template(CHAT) == (
+        "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n"
+        "<|turn>model\nHello!<turn|>\n<|turn>user\nthe sky<turn|>\n<|turn>model\n"
+    )
+
+
+def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the sky"}]
+    ids = tokenizer.encode(tokenizer.apply_chat_template(chat))
+    assert tokenizer.encode_prompt("the sky") == tokenizer.encode_prompt(chat) == ids
+    assert ids[:2] == [2, 105]
+    assert 98 in tokenizer.encode_prompt("the sky", enable_thinking=True)
+    assert tokenizer.encode_prompt([5, 6, 7]) == [5, 6, 7]
+    plain = with_template(tmp_path, None)
+    assert plain.encode_prompt("the sky") == [2, *plain.encode("the sky")]
+    with pytest.raises(ValueError, match="messages is a chat, but the checkpoint has no chat template"):
+        plain.encode_prompt(chat)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ([], "prompt is"),
+        (None, "prompt is None"),
+        (7, "prompt is 7"),
+        (b"x", "prompt is"),
+        ([1, 512], r"prompt\[1\] is 512; wanted: a token id below 512"),
+        ([-1], r"prompt\[0\] is -1"),
+        ([True], r"prompt\[0\] is True"),
+        ([1.0], r"prompt\[0\] is 1.0"),
+        (["x"], r"prompt\[0\] is 'x'"),
+        ([{"role": "user", "content": "x"}, 3], r"messages\[1\] is a int"),
+        ([{"content": "x"}], r"messages\[0\]\['role'\] is None"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\]\['role'\] is 'robot'; wanted: one of system"),
+        ([{"role": "user"}], r"messages\[0\]\['content'\] is None"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]\['content'\] is 3"),
+        ([{"role": "user", "content": ["x"]}], r"messages\[0\]\['content'\]\[0\] is 'x'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"\['content'\]\[0\] is of type 'image'.*not supported"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "of type 'audio'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\]\[0\]\['text'\] is None"),
+        ([{"role": "user", "content": "x", "extra": object()}], "messages is not plain data"),
+    ],
+)
+def test_bad_prompts_are_refused_by_name(tokenizer: Tokenizer, prompt: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tokenizer.encode_prompt(prompt)
+
+
+def test_bad_arguments_are_refused_by_name(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="text is a int"):
+        tokenizer.encode(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"ids\[1\] is 600"):
+        tokenizer.decode([1, 600])
+    with pytest.raises(ValueError, match="messages is 'x'"):
+        tokenizer.apply_chat_template("x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tools is not plain data"):
+        tokenizer.apply_chat_template(CHAT, tools=[print])
+
+
+def test_a_turn_that_only_calls_tools_needs_no_content(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "{{ messages[1].tool_calls[0]['name'] }}")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "look"}]}]
+    assert tokenizer.apply_chat_template(messages) == "look"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ ''|attr('__class__') }}",
+        "{{ '{0.__class__}'.format('') }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ self.__init__ }}",
+        "{{ range.__globals__ }}",
+        "{{ namespace(__class__='x') }}",
+        "{% set box = namespace() %}{% set box.__class__ = 'x' %}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ range(10000000) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ lipsum() }}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, template: str) -> None:
+    tokenizer = with_template(tmp_path, template)
+    with pytest.raises(CheckpointError, match="chat template") as caught:
+        tokenizer.apply_chat_template(CHAT)
+    assert caught.value.file == str(tmp_path / "chat_template.jinja")
+
+
+def test_a_template_that_refuses_the_messages(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"messages: .*the system message must be the first"):
+        tokenizer.apply_chat_template([CHAT[1], CHAT[0]])
+
+
+def test_a_template_that_fails(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, "{{ 1 // 0 }}")
+    with pytest.raises(CheckpointError, match="chat template: ZeroDivisionError") as caught:
+        tokenizer.apply_chat_template(CHAT)
+    assert caught.value.file == str(tmp_path / "chat_template.jinja")
+
+
+def test_a_template_that_does_not_parse(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: chat template, line 2"):
+        with_template(tmp_path, "\n{% if %}")
+
+
+def test_what_templates_expect(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    template = """\
+    {%- generation %}
+    a
+    {%- endgeneration %}
+    {% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}
+    {%- set box = namespace(n=1) %}{% set box.n = 2 %}{{ box.n }}{{ dict(b=1) }}
+    {{- {'z': '<ü>', 'a': 1} | tojson }}{{ strftime_now('%%') }}{{ messages[0].missing is defined }}{{ eos_token }}
+"""
+    text = with_template(tmp_path, template).apply_chat_template(CHAT)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert text == theirs.apply_chat_template(CHAT, tokenize=False)
+    assert text.strip() == "a012{'b': 1}" + '{"z": "<ü>", "a": 1}' + "%False<eos>"
+
+
+def test_the_template_of_tokenizer_config_is_the_fallback(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 512)
+    settings_file = tmp_path / "tokenizer_config.json"
+    entries = [{"name": "rag", "template": "other"}, {"name": "default", "template": "named {{ bos_token }}"}]
+    for template, expected in (("plain {{ bos_token }}", "plain <bos>"), (entries, "named <bos>")):
+        values = {"chat_template": template, "bos_token": {"content": "<bos>", "special": True}}
+        settings_file.write_text(json.dumps(values))
+        (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        assert "<|turn>" in Tokenizer.from_directory(tmp_path).apply_chat_template(CHAT)
+        (tmp_path / "chat_template.jinja").unlink()
+        assert Tokenizer.from_directory(tmp_path).apply_chat_template(CHAT) == expected
+    settings_file.write_text(json.dumps({"chat_template": "{{ ''.__class__ }}"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat template"):
+        Tokenizer.from_directory(tmp_path).apply_chat_template(CHAT)
+
+
+@pytest.mark.parametrize(("name", "text"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "{")])
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, text: str) -> None:
+    write_tokenizer(tmp_path, 512)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_missing_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is missing"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_settings_to_cut_or_pad_are_ignored(tmp_path: Path) -> None:
+    import tokenizers
+
+    write_tokenizer(tmp_path, 512)
+    model = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    model.enable_truncation(2)
+    model.enable_padding(length=4)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert len(tokenizer.encode("abcdef")) == 6
+    assert len(tokenizer.encode("a")) == 1
