@@ -147,4 +147,4 @@ def test_every_dependency_has_a_row_and_a_pin() -> None:
     lines = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
     loose = [line for line in lines if line and line[0] != "#" and not re.fullmatch(r"[A-Za-z0-9_-]+==[0-9.]+", line)]
     assert loose == []
-    assert [line for line in lines if line and line[0] != "#"][0].startswith("torch==")
+    assert next(line for line in lines if line and line[0] != "#").startswith("torch==")
