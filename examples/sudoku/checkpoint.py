@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tokenizer
 import torch
 from safetensors.torch import save_file
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+import tokenizer
 
 EOS_IDS = [1, 106, 50]  # <eos>, <turn|>, <|tool_response>, as in the published generation_config.json
 

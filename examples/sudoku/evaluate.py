@@ -19,10 +19,11 @@ Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per pu
 
 def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
     """The oracle: transformers' model class under the loop in sampling.py."""
+    import torch
+
     import checkpoint
     import sampling
     import tokenizer
-    import torch
 
     model = checkpoint.load(folder)
     text = tokenizer.build()

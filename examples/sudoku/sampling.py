@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import puzzles
-import tokenizer as sudoku_tokenizer
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
+
+import puzzles
+import tokenizer as sudoku_tokenizer
 
 
 def prompt_ids(text_tokenizer: Tokenizer, user_text: str) -> list[int]:

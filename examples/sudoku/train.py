@@ -16,16 +16,17 @@ import random
 import time
 from pathlib import Path
 
-import checkpoint
 import numpy as np
-import puzzles
-import sampling
-import tokenizer
 import torch
-from optimizer import Muon
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import checkpoint
+import puzzles
+import sampling
+import tokenizer
+from optimizer import Muon
 
 CLUE_WEIGHT = 0.1  # of a cell that the prompt already tells, relative to a blank one
 BASE_PUZZLES = 4000  # each is seen in a new symmetric form every time
