@@ -48,7 +48,7 @@ class Cache:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if not 1 <= max_length <= config.max_position_embeddings:
             raise ValueError(
-                f"max_length must be in [1, {config.max_position_embeddings}] (max_position_embeddings), got {max_length}"
+                f"max_length must be in [1, {config.max_position_embeddings}], the model's context, got {max_length}"
             )
         self.slots = slots
         self.max_length = max_length

@@ -118,6 +118,12 @@ class DiffusionGemma:
         spans = [[] for _ in slot_list] if bidirectional_spans is None else [list(s) for s in bidirectional_spans]
         if len(spans) != len(slot_list):
             raise ValueError(f"bidirectional_spans must have {len(slot_list)} entries, got {len(spans)}")
+        for row_spans in spans:
+            borders = [border for span in sorted(row_spans) for border in span]
+            if borders != sorted(borders) or any(start >= end for start, end in row_spans):
+                raise ValueError(
+                    f"bidirectional_spans must be ranges [start, end) that do not overlap, got {row_spans}"
+                )
         # Row by row: a dense product's bits may depend on how many rows it has, and a request's must not.
         for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
             start = cache.length(slot)

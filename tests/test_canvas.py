@@ -1,0 +1,152 @@
+"""What a canvas may begin with: tokens, pinned positions, allowed sets, a later step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import dgemma_ext as dg
+from dgemma_ext.sampler import begin_canvas
+from models import random_model
+
+SAMPLER = dg.SamplerConfig(max_denoising_steps=6, confidence_threshold=1e-9, entropy_bound=4.0)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest) -> dg.DiffusionGemma:
+    return random_model(request.param)
+
+
+def drafts_of(model: dg.DiffusionGemma, canvas: dg.Canvas, tokens: int = 20, seed: int = 0) -> list[dg.Draft]:
+    events = model.stream([5, 6, 7], max_new_tokens=tokens, sampler=SAMPLER, seed=seed, canvas=canvas)
+    return [event for event in events if isinstance(event, dg.Draft)]
+
+
+def test_pinned_positions_hold_their_token_in_every_step(model: dg.DiffusionGemma) -> None:
+    tokens = [11, None, 13, None, None, 16, None, None, 21, 22, None]
+    pinned = [token is not None for token in tokens]
+    canvas = dg.Canvas(tokens, pinned)
+    drafts = drafts_of(model, canvas)
+    assert {d.canvas_index for d in drafts} == {0, 1, 2}
+    for draft in drafts:
+        for position, token in enumerate(tokens):
+            if token is not None and position // 8 == draft.canvas_index:
+                assert draft.token_ids[position % 8] == token
+    output = model.generate([5, 6, 7], max_new_tokens=20, sampler=SAMPLER, canvas=canvas)
+    assert [output.token_ids[i] for i, token in enumerate(tokens) if token is not None] == [11, 13, 16, 21, 22]
+
+
+def test_pinned_positions_stand_in_the_canvas_between_steps(
+    model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = model.raw_logits
+
+    def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        seen.append(canvas[0].tolist())
+        return original(canvas, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "raw_logits", spy)
+    model.generate(
+        [5], max_new_tokens=8, sampler=SAMPLER, canvas=dg.Canvas([None, 9, None, 9], [False, True, False, True])
+    )
+    assert len(seen) == 6
+    assert all(canvas[1] == canvas[3] == 9 for canvas in seen)
+    assert len({canvas[0] for canvas in seen}) > 1
+
+
+def test_a_fully_pinned_canvas_comes_back_as_it_is(model: dg.DiffusionGemma) -> None:
+    tokens = list(range(10, 18))
+    output = model.generate([5], max_new_tokens=8, sampler=SAMPLER, canvas=dg.Canvas(tokens, [True] * 8))
+    assert output.token_ids == tuple(tokens)
+
+
+def test_allowed_rules_noise_samples_drafts_and_renoise(
+    model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_position: list[list[int] | None] = [[4, 9, 300], None, [7], *[[20, 21, 22, 23]] * 5]
+    seen = []
+    original = model.raw_logits
+
+    def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        seen.append(canvas[0].tolist())
+        return original(canvas, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "raw_logits", spy)
+    for seed in range(8):
+        canvas = dg.Canvas(allowed=per_position)
+        drafts = drafts_of(model, canvas, tokens=8, seed=seed)
+        for ids in itertools.chain(seen, (d.token_ids for d in drafts)):
+            assert all(a is None or token in a for a, token in zip(per_position, ids, strict=True))
+    assert len({canvas[1] for canvas in seen}) > 20
+    assert {canvas[0] for canvas in seen} == {4, 9, 300}
+
+
+def test_one_allowed_list_rules_every_canvas(model: dg.DiffusionGemma) -> None:
+    output = model.generate([5], max_new_tokens=24, sampler=SAMPLER, canvas=dg.Canvas(allowed=[30, 31, 32]))
+    assert set(output.token_ids) <= {30, 31, 32}
+    assert len(output.token_ids) == 24
+
+
+def test_tokens_take_the_place_of_noise(model: dg.DiffusionGemma) -> None:
+    resolved = SAMPLER.resolve(model.defaults, 8)
+    plain = begin_canvas(model, resolved, seed=3, index=1)
+    given = begin_canvas(model, resolved, seed=3, index=1, content=dg.Canvas([0] * 8 + [1, None, 2]))
+    expected = plain.canvas.clone()
+    expected[0, 0], expected[0, 2] = 1, 2
+    assert torch.equal(given.canvas, expected)
+    beyond = begin_canvas(model, resolved, seed=3, index=2, content=dg.Canvas([0] * 8 + [1, None, 2]))
+    assert torch.equal(beyond.canvas, begin_canvas(model, resolved, seed=3, index=2).canvas)
+
+
+def test_noise_is_uniform_over_the_vocabulary(model: dg.DiffusionGemma) -> None:
+    resolved = SAMPLER.resolve(model.defaults, 8)
+    draws = torch.cat([begin_canvas(model, resolved, seed=s, index=0).canvas[0] for s in range(2000)])
+    counts = torch.bincount(draws.long(), minlength=512).double()
+    expected = draws.numel() / 512
+    # Chi-square with 511 degrees of freedom: mean 511, deviation 32; five deviations.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 511 + 5 * 32
+
+
+def test_a_later_start_step_makes_fewer_steps_at_a_lower_temperature(model: dg.DiffusionGemma) -> None:
+    canvas = dg.Canvas(list(range(8)), start_step=4)
+    drafts = drafts_of(model, canvas, tokens=12)
+    assert [d.step for d in drafts if d.canvas_index == 0] == [4, 5, 6]
+    assert [d.step for d in drafts if d.canvas_index == 1] == [1, 2, 3, 4, 5, 6]
+    resolved = SAMPLER.resolve(model.defaults, 8)
+    state = begin_canvas(model, resolved, seed=0, index=0, content=canvas)
+    assert float(state.temperature) == pytest.approx(0.4 + 0.4 * 3 / 6)
+
+
+def test_a_shorter_canvas_than_the_checkpoints(model: dg.DiffusionGemma) -> None:
+    sampler = dg.SamplerConfig(max_denoising_steps=2, canvas_length=3)
+    output = model.generate([5], max_new_tokens=7, sampler=sampler)
+    assert len(output.denoising_steps) == 3
+    assert len(output.token_ids) == 7
+
+
+def test_an_end_of_text_inside_a_canvas_ends_the_answer_there(model: dg.DiffusionGemma) -> None:
+    tokens = [None] * 8 + [None, 77, None]
+    pinned = [token is not None for token in tokens]
+    sampler = dg.SamplerConfig(max_denoising_steps=2, eos_token_ids=(77,))
+    output = model.generate(
+        [5], max_new_tokens=40, sampler=sampler, canvas=dg.Canvas(tokens, pinned, allowed=[*range(10), 77])
+    )
+    if output.finish_reason == "eos" and len(output.token_ids) < 10:
+        pytest.fail("an end of text was drawn before the pinned one; choose another seed")
+    assert output.finish_reason == "eos"
+    assert output.token_ids[9] == 77
+    assert len(output.token_ids) == 10
+    assert len(output.denoising_steps) == 2
+
+
+def test_the_end_of_text_beyond_the_length_does_not_count(model: dg.DiffusionGemma) -> None:
+    sampler = dg.SamplerConfig(max_denoising_steps=2, eos_token_ids=(77,))
+    canvas = dg.Canvas([*[None] * 6, 77], [*[False] * 6, True], allowed=[*range(10), 77])
+    output = model.generate([5], max_new_tokens=6, sampler=sampler, canvas=canvas)
+    if 77 in output.token_ids:
+        pytest.fail("an end of text was drawn before the pinned one; choose another seed")
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 6

@@ -1,0 +1,235 @@
+"""Requests that share a scheduler: the same tokens alone, in a batch, joined late; nothing leaks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dgemma_ext as dg
+from dgemma_ext import RequestState, SamplerConfig
+from models import random_model, smallest_model
+
+# Loose enough that some canvases stop early and some run to the cap.
+SAMPLER = SamplerConfig(max_denoising_steps=5, confidence_threshold=4.0, entropy_bound=6.0, t_max=0.1, t_min=0.01)
+
+
+def prompts(model: dg.DiffusionGemma, count: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(model.config.vocab_size) for _ in range(draw.randrange(1, 40))] for _ in range(count)]
+
+
+def run(scheduler: dg.Scheduler) -> None:
+    while not scheduler.idle:
+        scheduler.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_tokens_alone_in_a_batch_joined_late_and_twice(dtype: torch.dtype) -> None:
+    model = random_model(dtype)
+    chosen, seeds = prompts(model, 7), list(range(7))
+    alone = [model.generate(p, max_new_tokens=20, sampler=SAMPLER, seed=s) for p, s in zip(chosen, seeds, strict=True)]
+    again = [model.generate(p, max_new_tokens=20, sampler=SAMPLER, seed=s) for p, s in zip(chosen, seeds, strict=True)]
+    batch = model.generate(chosen, max_new_tokens=20, sampler=SAMPLER, seed=seeds)
+    late = dg.Scheduler(model, max_batch=3, max_length=100)
+    requests = []
+    for prompt, seed in zip(chosen, seeds, strict=True):
+        requests.append(late.submit(prompt, max_new_tokens=20, sampler=SAMPLER, seed=seed))
+        late.step()
+    run(late)
+    assert again == alone
+    assert batch == alone
+    assert [r.output for r in requests] == alone
+    assert len({output.token_ids for output in alone}) == 7
+
+
+def test_another_seed_gives_other_tokens() -> None:
+    model = random_model()
+    prompt = prompts(model, 1)[0]
+    outputs = model.generate([prompt] * 3, max_new_tokens=16, sampler=SAMPLER, seed=[1, 2, 1])
+    assert outputs[0] == outputs[2] != outputs[1]
+
+
+# Property: any schedule of submit, cancel and step gives every finished request the tokens it gets alone.
+
+SPECIFICATIONS = 12
+
+
+@cache
+def specification(index: int) -> tuple[list[int], int, SamplerConfig]:
+    """Prompt, length and sampler of a request; its seed is its index."""
+    draw = random.Random(index)
+    prompt = [draw.randrange(300) for _ in range(draw.randrange(1, 12))]
+    sampler = SamplerConfig(
+        max_denoising_steps=draw.randrange(1, 4),
+        stability_threshold=draw.randrange(2),
+        confidence_threshold=draw.choice([0.0, 6.0]),
+        entropy_bound=draw.choice([0.1, 8.0]),
+        canvas_length=draw.choice([3, 4]),
+        eos_token_ids=tuple(draw.sample(range(300), 12)),
+    )
+    return prompt, draw.randrange(1, 11), sampler
+
+
+@cache
+def expected(index: int) -> dg.Output:
+    prompt, length, sampler = specification(index)
+    output = smallest_model().generate(prompt, max_new_tokens=length, sampler=sampler, seed=index)
+    assert isinstance(output, dg.Output)
+    return output
+
+
+actions = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, SPECIFICATIONS - 1)),
+    st.tuples(st.just("cancel"), st.integers(0, 20)),
+    st.tuples(st.just("step"), st.integers(1, 3)),
+)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(schedule=st.lists(actions, min_size=1, max_size=14), max_batch=st.integers(1, 3))
+def test_any_schedule_gives_every_request_the_tokens_it_gets_alone(
+    schedule: list[tuple[str, int]], max_batch: int
+) -> None:
+    scheduler = dg.Scheduler(smallest_model(), max_batch=max_batch, max_length=24)
+    submitted: list[tuple[int, dg.Request]] = []
+    for action, argument in schedule:
+        if action == "submit":
+            prompt, length, sampler = specification(argument)
+            request = scheduler.submit(prompt, max_new_tokens=length, sampler=sampler, seed=argument)
+            submitted.append((argument, request))
+        elif action == "cancel" and submitted:
+            request = submitted[argument % len(submitted)][1]
+            was_done = request.done
+            assert request.cancel() is not was_done
+        elif action == "step":
+            for _ in range(argument):
+                scheduler.step()
+        running = sum(r.state is RequestState.RUNNING for _, r in submitted)
+        assert scheduler.free_slots + running == max_batch
+    run(scheduler)
+    assert scheduler.free_slots == max_batch
+    assert all(scheduler.cache.length(slot) == 0 for slot in range(max_batch))
+    for index, request in submitted:
+        assert request.done
+        if request.state is not RequestState.CANCELLED:
+            assert request.output == expected(index)
+
+
+def test_the_specifications_cover_both_ends() -> None:
+    reasons = {expected(index).finish_reason for index in range(SPECIFICATIONS)}
+    canvases = {len(expected(index).denoising_steps) for index in range(SPECIFICATIONS)}
+    assert reasons == {"eos", "length"}
+    assert canvases >= {1, 2, 3}
+
+
+def test_a_cancelled_request_has_no_output_and_is_cancelled_once() -> None:
+    model = smallest_model()
+    scheduler = dg.Scheduler(model, max_batch=1, max_length=32)
+    first, second = (scheduler.submit([1, 2, 3], max_new_tokens=12, seed=s) for s in range(2))
+    scheduler.step()
+    assert (first.state, second.state) == (RequestState.RUNNING, RequestState.WAITING)
+    assert first.cancel()
+    assert not first.cancel()
+    assert second.cancel()
+    assert scheduler.idle
+    assert scheduler.free_slots == 1
+    with pytest.raises(RuntimeError, match="cancelled and has no output"):
+        _ = first.output
+
+
+def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    chosen = prompts(model, 2)
+    alone = model.generate(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=100)
+    bad = scheduler.submit(chosen[0], max_new_tokens=16, sampler=SAMPLER, seed=4)
+    good = scheduler.submit(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
+    original = model.raw_logits
+
+    def poisoned(canvas: torch.Tensor, cache: dg.Cache, slot: int, *rest: object, **more: object) -> torch.Tensor:
+        logits = original(canvas, cache, slot, *rest, **more)  # type: ignore[arg-type]
+        if slot == 0 and bad.denoising_steps[-1] == 1:
+            logits[0, 2, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(model, "raw_logits", poisoned)
+    events = []
+    while not scheduler.idle:
+        events += scheduler.step()
+    failures = [e for e in events if isinstance(e, dg.Failure)]
+    assert [f.request for f in failures] == [bad]
+    assert isinstance(bad.error, dg.NonFiniteError)
+    assert (bad.error.request, bad.error.step) == (0, 2)
+    with pytest.raises(dg.NonFiniteError, match="denoising step 2"):
+        _ = bad.output
+    assert good.output == alone
+    assert scheduler.free_slots == 2
+
+
+def test_a_debug_run_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(model, "debug", True)
+    layer = model.weights.layers[1]
+    monkeypatch.setattr(layer, "decoder_layer_scalar", float("inf"))
+    with pytest.raises(dg.NonFiniteError, match=r"step 1: the output of layer 1 is not finite"):
+        model.generate([1, 2, 3], max_new_tokens=8, sampler=SAMPLER)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": [1, 512]}, r"prompt\[1\] must be a token id in \[0, 512\), got 512"),
+        ({"prompt": [-1]}, r"prompt\[0\] must be a token id"),
+        ({"prompt": [1] * 5000}, "more than the model's context of 4096"),
+        ({"prompt": [1], "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"prompt": [1], "max_new_tokens": 1000}, "max_length is 100"),
+        ({"prompt": [1], "seed": -1}, "seed must be in"),
+        ({"prompt": [1], "sampler": SamplerConfig(max_denoising_steps=0)}, "max_denoising_steps must be at least 1"),
+        (
+            {"prompt": [1], "sampler": SamplerConfig(canvas_length=9)},
+            "canvas_length must be at most the checkpoint's 8",
+        ),
+        ({"prompt": [1], "sampler": SamplerConfig(t_min=2.0)}, "t_max must be at least t_min"),
+        ({"prompt": [1], "canvas": dg.Canvas([600])}, r"canvas.tokens\[0\] must be in \[0, 512\)"),
+        ({"prompt": [1], "canvas": dg.Canvas([6], pinned=[])}, "canvas.pinned must have 1 entries"),
+        ({"prompt": [1], "canvas": dg.Canvas([None], pinned=[True])}, r"canvas.pinned\[0\] is set where"),
+        (
+            {"prompt": [1], "canvas": dg.Canvas([6], pinned=[True], allowed=[5])},
+            "token 6, which canvas.allowed does not",
+        ),
+        ({"prompt": [1], "canvas": dg.Canvas([6], allowed=[[]])}, "canvas.allowed for position 0"),
+        ({"prompt": [1], "canvas": dg.Canvas([6], start_step=99)}, r"canvas.start_step must be in"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(arguments: dict[str, object], message: str) -> None:
+    scheduler = dg.Scheduler(random_model(), max_batch=1, max_length=100)
+    with pytest.raises(ValueError, match=message):
+        scheduler.submit(**arguments)  # type: ignore[arg-type]
+    assert scheduler.idle
+
+
+def test_events_come_in_order_and_commits_add_up_to_the_text() -> None:
+    model = random_model()
+    events: Iterator[dg.Draft | dg.Commit] = model.stream("hello", max_new_tokens=20, sampler=SAMPLER, seed=3)
+    drafts, commits = [], []
+    for event in events:
+        (drafts if isinstance(event, dg.Draft) else commits).append(event)
+        if isinstance(event, dg.Commit):
+            assert drafts[-1].token_ids[: len(event.token_ids)] == event.token_ids
+    output = model.generate("hello", max_new_tokens=20, sampler=SAMPLER, seed=3)
+    assert tuple(t for c in commits for t in c.token_ids) == output.token_ids
+    assert [c.denoising_steps for c in commits] == list(output.denoising_steps)
+    assert "".join(c.text for c in commits) == output.text
+    assert [c.finish_reason for c in commits[:-1]] == [None] * (len(commits) - 1)
+    assert commits[-1].finish_reason == output.finish_reason
+    assert len(drafts) == sum(output.denoising_steps)
+    assert output.tokens_per_forward == len(output.token_ids) / len(drafts)
+    assert all(d.entropy.shape == d.accepted.shape == (8,) for d in drafts)
