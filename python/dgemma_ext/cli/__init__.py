@@ -1,0 +1,7 @@
+"""The command `dgemma`."""
+
+from __future__ import annotations
+
+from dgemma_ext.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,155 @@
+"""One answer, from the model's events to what is written: text as it comes, JSON, the watched canvas."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.cli.watch import Watch, canvas_picture, status_line, visible
+from dgemma_ext.config import GenerationDefaults, ModelConfig
+from dgemma_ext.events import Commit, Draft, Output
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.scheduler import Request
+from dgemma_ext.tokenizer import Tokenizer
+from dgemma_ext.weights import resolve_checkpoint
+
+
+def load_model(arguments: Arguments) -> DiffusionGemma:
+    """The model of a command line, after its sampler's fields are known to be good: weights can take a minute."""
+    assert arguments.model is not None
+    path = resolve_checkpoint(arguments.model)
+    config = ModelConfig.from_file(path)
+    arguments.sampler.resolve(GenerationDefaults.from_file(path, config), config.canvas_length)
+    return DiffusionGemma.from_pretrained(path, device=arguments.device, dtype=arguments.dtype)
+
+
+def tokenizer_of(model: DiffusionGemma) -> Tokenizer:
+    if model.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer.json, which text needs")
+    return model.tokenizer
+
+
+def write_answer(
+    events: Iterable[Draft | Commit], tokenizer: Tokenizer, arguments: Arguments, **fields: Any
+) -> Output | None:
+    """Writes an answer the way the command line asks for and returns it; None where `events` ended before it did.
+
+    `fields` go into the JSON result.
+    """
+    timed = Timed(events)
+    request: Request | None = None
+    if arguments.json:
+        for event in timed:
+            request = event.request
+            if arguments.watch:
+                write_json(event_fields(event) | fields)
+    else:
+        text = _TextWriter()
+        console = Console(stderr=True, highlight=False)
+        with Watch(console, partial(canvas_picture, tokenizer=tokenizer), status_line) as watch:
+            for event in timed:
+                request = event.request
+                if isinstance(event, Commit):
+                    watch.clear()
+                    text.write(request.decode(request.token_ids), event.finish_reason is not None)
+                elif arguments.watch:
+                    watch.show(event)
+        text.finish()
+    if request is None or request.finish_reason is None:
+        return None
+    if arguments.json:
+        write_json(result_fields(request.output, timed.seconds) | {"seed": request.seed} | fields)
+    elif arguments.watch or sys.stderr.isatty():
+        print(summary(request.output, timed.seconds), file=sys.stderr)
+    return request.output
+
+
+def summary(output: Output, seconds: float) -> str:
+    canvases, steps = len(output.denoising_steps), sum(output.denoising_steps)
+    return (
+        f"{len(output.token_ids)} tokens in {canvases} canvas{'es' if canvases > 1 else ''}, "
+        f"{steps} denoising step{'s' if steps > 1 else ''}, {output.tokens_per_forward:.1f} tokens per forward, "
+        f"{seconds:.2f} s; ended by {'its end of text' if output.finish_reason == 'eos' else 'its length'}"
+    )
+
+
+def event_fields(event: Draft | Commit) -> dict[str, Any]:
+    """A draft or a commit as JSON's own types. Canvases count from 0 and steps from 1, as in the Python interface."""
+    common: dict[str, Any] = {"canvas_index": event.canvas_index, "token_ids": list(event.token_ids)}
+    if isinstance(event, Commit):
+        return {
+            "event": "commit",
+            **common,
+            "text": event.text,
+            "denoising_steps": event.denoising_steps,
+            "finish_reason": event.finish_reason,
+        }
+    return {
+        "event": "draft",
+        **common,
+        "step": event.step,
+        "temperature": event.request.sampler.temperature(event.step),
+        "mean_entropy": event.mean_entropy,
+        "text": event.text,
+        "entropy": event.entropy.tolist(),
+        "accepted": event.accepted.tolist(),
+    }
+
+
+def result_fields(output: Output, seconds: float) -> dict[str, Any]:
+    return {
+        "event": "result",
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "denoising_steps": list(output.denoising_steps),
+        "tokens_per_forward": output.tokens_per_forward,
+        "seconds": seconds,
+    }
+
+
+def write_json(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+class Timed:
+    """Events, and the seconds that making them took (what is done with them in between does not count)."""
+
+    def __init__(self, events: Iterable[Draft | Commit]) -> None:
+        self._events = events
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Draft | Commit]:
+        events = iter(self._events)
+        while True:
+            began = time.perf_counter()
+            event = next(events, None)
+            self.seconds += time.perf_counter() - began
+            if event is None:
+                return
+            yield event
+
+
+class _TextWriter:
+    """Writes an answer to stdout as its canvases are committed."""
+
+    def __init__(self) -> None:
+        self._written = ""
+
+    def write(self, text: str, is_whole: bool) -> None:
+        """`text` is the whole answer so far. A character whose bytes end in the next canvas waits for it."""
+        ready = text if is_whole else text.rstrip("�")
+        new, self._written = ready[len(self._written) :], ready
+        sys.stdout.write(visible(new) if sys.stdout.isatty() else new)
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        if self._written and not self._written.endswith("\n"):
+            print(flush=True)

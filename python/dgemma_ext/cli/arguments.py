@@ -1,0 +1,205 @@
+"""What the command line accepts, with its help."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from dgemma_ext import __version__
+from dgemma_ext.cli.palette import LEGEND
+from dgemma_ext.demo.puzzles import BOX_SHAPES
+from dgemma_ext.sampler import SamplerConfig
+
+_PICTURE = f"""\
+The picture shows the draft after every denoising step. A token's colour is its entropy, dark to bright as it settles,
+one colour for every factor of about three (nats):
+  {LEGEND}
+Accepted tokens (those whose sampled token is kept for the next step) are underlined, pinned ones bold and white. Above
+it stand canvas, step, temperature, mean entropy and how many are accepted. Where there is no terminal each step is one
+plain line.
+"""
+
+_WATCH = "--watch draws on stderr, so that stdout holds the answer alone.\n" + _PICTURE
+
+_JSON = """\
+--json writes one JSON object per answer and line: "event" is "result", with text, token_ids, finish_reason,
+denoising_steps (one number per canvas), tokens_per_forward, seed, seconds. With --watch, a "draft" for every denoising
+step (token_ids, entropy and accepted by position, ...) and a "commit" for every finished canvas come before it.
+"""
+
+_CODES = """\
+exit code: 0 done, 1 failed, 2 an argument, an input or a checkpoint that cannot be used, 130 interrupted.
+DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. NO_COLOR=1 leaves colours out.
+"""
+
+
+class Arguments(argparse.Namespace):
+    """A parsed command line; which fields it has depends on `command`."""
+
+    command: str
+    model: str | None
+    device: str
+    dtype: str
+    watch: bool
+    json: bool
+    prompt: str
+    system: str | None
+    seed: int | None
+    max_new_tokens: int | None
+    steps: int | None
+    entropy_bound: float | None
+    t_min: float | None
+    t_max: float | None
+    stability_threshold: int | None
+    confidence_threshold: float | None
+    canvas_length: int | None
+    context: int | None
+    size: int | None
+    count: int
+    pin: bool
+    pause: float
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return SamplerConfig(
+            max_denoising_steps=self.steps,
+            entropy_bound=self.entropy_bound,
+            t_min=self.t_min,
+            t_max=self.t_max,
+            stability_threshold=self.stability_threshold,
+            confidence_threshold=self.confidence_threshold,
+            canvas_length=self.canvas_length,
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        # Descriptions and epilogs are written below as they are to be read.
+        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse would print the whole usage before it.
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dgemma", description="Runs DiffusionGemma.", epilog=_CODES)
+    parser.add_argument("--version", action="version", version=f"dgemma {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    generate = commands.add_parser(
+        "generate", help="answer a prompt", description="Answers a prompt.", epilog=f"{_WATCH}\n{_JSON}"
+    )
+    _add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
+    generate.add_argument("--system", metavar="TEXT", help="a system message before it")
+    _add_sampling(generate)
+    _add_output(generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk in turns",
+        description="Talks in turns, one line each. /help lists the commands. Ctrl-C stops an answer and keeps the\n"
+        "conversation; end of input leaves. Turn n (the first is 0) samples with seed + n.",
+        epilog=f"{_WATCH}\n{_JSON}",
+    )
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    chat.add_argument(
+        "--context", type=_positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
+    )
+    _add_sampling(chat)
+    _add_output(chat)
+
+    info = commands.add_parser(
+        "info",
+        help="tell what a checkpoint, this build and this machine are",
+        description="Tells what a checkpoint's headers say (no weight is read), what this build has and what this\n"
+        "machine can run.",
+    )
+    info.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint's folder, or a hub id already downloaded")
+    info.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+
+    demo = commands.add_parser(
+        "demo",
+        help="watch a bundled model solve an unseen Sudoku",
+        description="Draws a Sudoku with one solution that training has not drawn, lets a bundled model solve it, and\n"
+        "checks the answer. The exit code says whether it ran; a wrong answer is told in words.",
+        epilog=_PICTURE,
+    )
+    demo.add_argument("--size", type=int, choices=sorted(BOX_SHAPES), help="of the grid (default: the largest bundled)")
+    demo.add_argument("--count", type=_positive, default=1, metavar="N", help="so many puzzles (default: 1)")
+    demo.add_argument("--seed", type=_seed, metavar="N", help="draws puzzle and samples (default: a new one each time)")
+    demo.add_argument(
+        "--no-pin",
+        dest="pin",
+        action="store_false",
+        help="tell the clues in the prompt alone; by default they are also pinned in the canvas",
+    )
+    demo.add_argument("--model", metavar="FOLDER", help="another checkpoint for the same task")
+    demo.add_argument(
+        "--pause",
+        type=_seconds,
+        default=0.25,
+        metavar="SECONDS",
+        help="between steps in a terminal, not counted (default: 0.25)",
+    )
+    _add_device(demo)
+    demo.add_argument("--watch", action="store_true", help="with --json: drafts and commits too")
+    demo.add_argument("--json", action="store_true", help="one JSON object per puzzle and line")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id (owner/name) to download")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (a GPU where torch sees one), cpu or cuda[:N]")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
+    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same answer (default: 0)")
+    group.add_argument("--max-new-tokens", type=_positive, metavar="N", help="length of the answer at most")
+    group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps per canvas at most")
+    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="accept while surer tokens sum to no more")
+    group.add_argument("--t-min", type=float, metavar="T", help="the temperature that the last step comes near")
+    group.add_argument("--t-max", type=float, metavar="T", help="the temperature of the first step")
+    group.add_argument("--stability-threshold", type=int, metavar="N", help="stop when unchanged for so many steps ...")
+    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="... and mean entropy is below this")
+    group.add_argument("--canvas-length", type=_positive, metavar="N", help="tokens per canvas, at most the model's")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--watch", action="store_true", help="show the canvas settle (see below)")
+    parser.add_argument("--json", action="store_true", help="for machines (see below)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**63), got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+# argparse names a type in its complaints by this.
+_positive.__name__ = _seed.__name__ = "whole number"
+_seconds.__name__ = "number"

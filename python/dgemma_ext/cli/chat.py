@@ -1,0 +1,150 @@
+"""`dgemma chat`: turns from the keyboard or a pipe, with commands that begin with a slash."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from types import FrameType
+from typing import Any, cast
+
+from dgemma_ext.chat import Chat
+from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
+from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.events import Commit, Draft
+from dgemma_ext.model import DiffusionGemma
+
+_HELP = """\
+/help         this list
+/reset        begin a new conversation (with the same system message)
+/system TEXT  begin a new conversation with another system message
+/seed N       sample the next turns with N, N + 1, ...
+/watch        show the canvas settle, or stop showing it
+/quit         leave (so does the end of input)
+Ctrl-C stops an answer; the conversation goes on as if its question had not been asked."""
+
+
+def run(arguments: Arguments) -> None:
+    model = load_model(arguments)
+    session = _Session(model, arguments)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  gives input() its line editing and history
+
+        _tell("/help lists the commands; Ctrl-D leaves")
+    for line in _typed_lines() if interactive else _piped_lines():
+        try:
+            if not session.take(line.strip()):
+                return
+        except ValueError as error:
+            # Somebody at a keyboard can say it in another way; a script cannot.
+            if not interactive:
+                raise
+            _tell(str(error))
+
+
+class _Session:
+    def __init__(self, model: DiffusionGemma, arguments: Arguments) -> None:
+        self._model = model
+        self._arguments = arguments
+        self._seed = arguments.seed or 0
+        self._turn = 0
+        self._chat = self._begin()
+
+    def take(self, line: str) -> bool:
+        """Obeys a command or answers a message; False where it is time to leave."""
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return False
+        if command == "/help":
+            _tell(_HELP)
+        elif command == "/reset":
+            self._chat = self._begin()
+        elif command == "/system":
+            self._arguments.system = rest.strip() or None
+            self._chat = self._begin()
+        elif command == "/seed":
+            if not rest.strip().isdecimal():
+                raise ValueError(f"/seed takes a whole number, got {rest.strip()!r}")
+            self._seed, self._turn = int(rest), 0
+        elif command == "/watch":
+            self._arguments.watch = not self._arguments.watch
+        elif command.startswith("/"):
+            raise ValueError(f"{command} is not a command; /help lists them")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _begin(self) -> Chat:
+        self._turn = 0
+        return self._model.chat(system=self._arguments.system, max_length=self._arguments.context)
+
+    def _answer(self, text: str) -> None:
+        stream = self._chat.stream(
+            text, self._arguments.max_new_tokens, self._arguments.sampler, self._seed + self._turn
+        )
+        # The turn is taken back when the stream is closed before its end.
+        with closing(cast(Generator[Draft | Commit], stream)) as events, _stop_on_interrupt() as stopped:
+            try:
+                output = write_answer(
+                    _until(stopped, events), tokenizer_of(self._model), self._arguments, turn=self._turn
+                )
+            except KeyboardInterrupt:
+                output = None
+        if output is None:
+            _tell("(stopped; the turn is taken back)")
+        else:
+            self._turn += 1
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the keyboard. One Ctrl-C clears the line, a second one in a row leaves."""
+    interrupts = 0
+    while interrupts < 2:
+        try:
+            yield input("> ")
+            interrupts = 0
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            interrupts += 1
+            _tell("\n(Ctrl-C again, Ctrl-D or /quit leaves)" if interrupts == 1 else "")
+    raise KeyboardInterrupt
+
+
+def _piped_lines() -> Iterator[str]:
+    while line := sys.stdin.readline():
+        yield line
+
+
+def _until(stopped: Callable[[], bool], events: Iterator[Draft | Commit]) -> Iterator[Draft | Commit]:
+    for event in events:
+        yield event
+        is_whole = isinstance(event, Commit) and event.finish_reason is not None
+        if stopped() and not is_whole:
+            return
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks for a stop after the denoising step in hand, a second one stops at once."""
+    interrupts = 0
+
+    def count(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            raise KeyboardInterrupt
+
+    before: Any = signal.signal(signal.SIGINT, count)
+    try:
+        yield lambda: interrupts > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _tell(text: str) -> None:
+    """What is not the model's goes to stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,137 @@
+"""The figures behind `dgemma info`, as JSON's own types. Sizes are in bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgemma_ext import _C, __version__, demo
+from dgemma_ext.cache import Cache
+from dgemma_ext.checkpoint import CheckpointInfo, expected_tensors, inspect_checkpoint
+from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
+from dgemma_ext.tokenizer import TOKENIZER_FILE, Tokenizer
+
+# The context of a scheduler's slots unless it is given one.
+_USUAL_CONTEXT = 8192
+
+
+def machine_facts() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_variants": _C.cpu_variants(),
+        "cpu_variant": _C.cpu_variant(),
+        "cuda_kernels": _C.has_cuda(),
+        "gpus": [{"name": gpu.name, "bytes": gpu.total_memory} for gpu in gpus],
+        "bundled_sudoku_sizes": sorted(demo.checkpoints()),
+    }
+
+
+def checkpoint_facts(folder: Path, context: int | None) -> dict[str, Any]:
+    """What config.json, generation_config.json and the tensor headers say; no weight is read.
+
+    context: positions of the cache slot whose bytes are told. Raises CheckpointError, and ValueError for a context that
+    the model does not have.
+    """
+    config = ModelConfig.from_file(folder)
+    headers = inspect_checkpoint(folder, config)
+    loaded = sum(math.prod(shape) for shape in expected_tensors(config).values())
+    return {
+        "path": str(folder),
+        "files": len(headers.files),
+        "stored": _stored_by_dtype(headers),
+        "stored_bytes": headers.total_bytes,
+        "loaded_bytes": {"bfloat16": 2 * loaded, "float32": 4 * loaded},
+        "sliding_layers": _layers([layer for layer in config.layers if layer.is_sliding]),
+        "full_layers": _layers([layer for layer in config.layers if not layer.is_sliding]),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "attention_heads": config.num_attention_heads,
+        "experts": {
+            "count": config.num_experts,
+            "per_token": config.top_k_experts,
+            "size": config.moe_intermediate_size,
+        },
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "canvas_length": config.canvas_length,
+        "parameters": {"text": loaded, "active": loaded - _resting_parameters(config)},
+        "vision": {
+            "tensors": len(headers.vision_tensors),
+            "bytes": headers.vision_bytes,
+            # model.encoder.vision_tower and the like: three parts name the module.
+            "prefixes": sorted({".".join(name.split(".")[:3]) for name in headers.vision_tensors}),
+        },
+        "cache": _cache(config, context or min(_USUAL_CONTEXT, config.max_position_embeddings)),
+        "sampler": asdict(GenerationDefaults.from_file(folder, config)),
+        "text_files": _text_files(folder),
+    }
+
+
+def _layers(layers: list[LayerConfig]) -> dict[str, Any]:
+    if not layers:
+        return {"count": 0, "key_value_heads": 0, "head_dim": 0, "window": 0}
+    first = layers[0]
+    return {
+        "count": len(layers),
+        "key_value_heads": first.num_key_value_heads,
+        "head_dim": first.head_dim,
+        "window": first.sliding_window,
+    }
+
+
+def _stored_by_dtype(headers: CheckpointInfo) -> dict[str, dict[str, int]]:
+    stored: dict[str, dict[str, int]] = {}
+    for tensor in headers.tensors.values():
+        part = stored.setdefault(tensor.dtype, {"tensors": 0, "bytes": 0})
+        part["tensors"] += 1
+        part["bytes"] += tensor.nbytes
+    return stored
+
+
+def _resting_parameters(config: ModelConfig) -> int:
+    """Of the experts that a token is not sent to: three matrices (gate, up, down) each."""
+    resting = config.num_experts - config.top_k_experts
+    return len(config.layers) * resting * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def _cache(config: ModelConfig, context: int) -> dict[str, Any]:
+    def bytes_of(layers: list[LayerConfig]) -> int:
+        # Keys and values, two vectors per head.
+        return sum(2 * layer.num_key_value_heads * layer.head_dim * config.dtype.itemsize for layer in layers)
+
+    slot = Cache(config, slots=1, max_length=context, dtype=config.dtype, device=torch.device("meta"))
+    return {
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "bytes_per_token": bytes_of(list(config.layers)),
+        "bytes_per_token_after_window": bytes_of([layer for layer in config.layers if not layer.is_sliding]),
+        "slot_context": context,
+        "slot_bytes": slot.nbytes,
+    }
+
+
+def _text_files(folder: Path) -> dict[str, bool]:
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    has_template = has_tokenizer and Tokenizer.from_directory(folder).chat_template is not None
+    return {TOKENIZER_FILE: has_tokenizer, "chat template": has_template}
+
+
+def _cpu_name() -> str:
+    """As Linux names it, else what Python knows, with the number of processors that this process may use."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({count} processors)"

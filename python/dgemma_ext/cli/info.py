@@ -1,0 +1,121 @@
+"""`dgemma info`: what this build and this machine have, and what a checkpoint's headers say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.cli.answer import write_json
+from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
+from dgemma_ext.errors import CheckpointError
+
+
+def run(arguments: Arguments) -> None:
+    facts: dict[str, Any] = {"machine": machine_facts()}
+    if arguments.model is not None:
+        facts["checkpoint"] = checkpoint_facts(_local_folder(arguments.model), arguments.context)
+    if arguments.json:
+        write_json(facts)
+        return
+    sections = [_machine_rows(facts["machine"])]
+    if "checkpoint" in facts:
+        sections.insert(0, _checkpoint_rows(facts["checkpoint"]))
+    print("\n\n".join(_aligned(rows) for rows in sections))
+
+
+def _local_folder(name: str) -> Path:
+    """A checkpoint that is on this machine: to tell its size, `info` must not download it."""
+    if Path(name).expanduser().exists() or "/" not in name.strip("/"):
+        return resolve_checkpoint(name)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # not installed, not a hub id, or nothing downloaded: the hub client has many errors
+        raise CheckpointError("is no folder here and no hub id that is already downloaded", file=name) from error
+
+
+Rows = list[tuple[str, str]]
+
+
+def _machine_rows(facts: dict[str, Any]) -> Rows:
+    gpus = [f"{gpu['name']}, {_size(gpu['bytes'])}" for gpu in facts["gpus"]]
+    return [
+        ("version", f"dgemma_ext {facts['version']}, torch {facts['torch']}, Python {facts['python']}"),
+        ("CPU", f"{facts['cpu']}, {facts['threads']} threads"),
+        ("CPU kernels", f"{', '.join(facts['cpu_variants'])}; chosen: {facts['cpu_variant']}"),
+        ("CUDA kernels", "in this build" if facts["cuda_kernels"] else "not in this build"),
+        ("GPU", "; ".join(gpus) or "none that torch sees"),
+        ("bundled models", ", ".join(f"Sudoku {size}x{size}" for size in facts["bundled_sudoku_sizes"]) or "none"),
+    ]
+
+
+def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
+    sliding, full = facts["sliding_layers"], facts["full_layers"]
+    experts, sampler, parameters = facts["experts"], facts["sampler"], facts["parameters"]
+    vision, cache = facts["vision"], facts["cache"]
+    stored = "; ".join(
+        f"{dtype} {_size(part['bytes'])} in {part['tensors']:,} tensors" for dtype, part in facts["stored"].items()
+    )
+    rows = [
+        ("checkpoint", facts["path"]),
+        ("files", f"{facts['files']}, {_size(facts['stored_bytes'])} of tensors: {stored}"),
+        (
+            "layers",
+            f"{sliding['count'] + full['count']}: {sliding['count']} sliding ({_heads(sliding)}, window "
+            f"{sliding['window']:,}), {full['count']} full ({_heads(full)})",
+        ),
+        ("width", f"hidden {facts['hidden_size']:,}, {facts['attention_heads']} query heads"),
+        (
+            "MLP",
+            f"dense of {facts['intermediate_size']:,}, and {experts['per_token']} of {experts['count']} experts of "
+            f"{experts['size']:,} per token",
+        ),
+        ("vocabulary", f"{facts['vocabulary']:,} tokens"),
+        ("context", f"{facts['context']:,} tokens, canvas of {facts['canvas_length']}"),
+        ("parameters", f"{parameters['text']:,} for text, {parameters['active']:,} active per token"),
+        (
+            "weights loaded",
+            "; ".join(f"{_size(count)} as {dtype}" for dtype, count in facts["loaded_bytes"].items()),
+        ),
+        (
+            "vision, skipped",
+            f"{vision['tensors']} tensors, {_size(vision['bytes'])}: {', '.join(vision['prefixes'])}"
+            if vision["tensors"]
+            else "none stored",
+        ),
+        (
+            "cache",
+            f"{cache['bytes_per_token']:,} bytes per token ({cache['bytes_per_token_after_window']:,} beyond the "
+            f"window); a slot of {cache['slot_context']:,} tokens {_size(cache['slot_bytes'])}, in {cache['dtype']}",
+        ),
+        (
+            "sampler",
+            f"{sampler['max_denoising_steps']} steps at most, temperature {sampler['t_max']} to {sampler['t_min']}, "
+            f"entropy bound {sampler['entropy_bound']}, stop after {sampler['stability_threshold']} unchanged and "
+            f"mean entropy below {sampler['confidence_threshold']}",
+        ),
+    ]
+    missing = [name for name, is_there in facts["text_files"].items() if not is_there]
+    if missing:
+        rows.append(("missing for text", ", ".join(missing)))
+    return rows
+
+
+def _heads(layers: dict[str, Any]) -> str:
+    return f"{layers['key_value_heads']} key/value heads of {layers['head_dim']}"
+
+
+def _size(count: int) -> str:
+    """Bytes in decimal units, four figures."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return f"{count} bytes"
+
+
+def _aligned(rows: Rows) -> str:
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:{width}}  {value}" for label, value in rows)

@@ -1,0 +1,68 @@
+"""Small Sudoku models that ship with the package, and unseen puzzles to try them on.
+
+A checkpoint is any folder in here (or this folder) with a config.json; its canvas holds the digits of the grid and the
+end of the turn, which tells the size of its grids.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES, Puzzle, check, generate
+from dgemma_ext.sampler import Canvas
+
+if TYPE_CHECKING:
+    from dgemma_ext.model import DiffusionGemma
+
+__all__ = ["Puzzle", "check", "checkpoint", "checkpoints", "draw", "grid_size", "pinned_clues"]
+
+# Fewest and most blanks of a puzzle: the range that examples/sudoku/train.py evaluates the checkpoints on.
+BLANKS = {6: (10, 22), 9: (35, 45)}
+
+
+def checkpoints() -> dict[int, Path]:
+    """Grid size → folder of the checkpoint that solves such grids, for every one that ships."""
+    here = Path(__file__).parent
+    found = {}
+    for file in sorted([*here.glob("config.json"), *here.glob("*/config.json")]):
+        size = grid_size(json.loads(file.read_text(encoding="utf-8"))["canvas_length"])
+        if size is not None:
+            found[size] = file.parent
+    return found
+
+
+def checkpoint(size: int | None = None) -> Path:
+    """The folder of the bundled checkpoint for grids of `size`, default the largest; raises ValueError."""
+    found = checkpoints()
+    if size is None and found:
+        return found[max(found)]
+    if size not in found:
+        sizes = ", ".join(map(str, sorted(found))) or "none"
+        raise ValueError(f"size must be one that a bundled checkpoint solves ({sizes}), got {size}")
+    return found[size]
+
+
+def grid_size(canvas_length: int) -> int | None:
+    """The size of the grids whose digits and end of turn fill a canvas; None where there is no such grid."""
+    return next((size for size in BOX_SHAPES if size * size + 1 == canvas_length), None)
+
+
+def draw(size: int, seed: int, index: int = 0, clues: int | None = None) -> Puzzle:
+    """Puzzle number `index` of a seed, with one solution; from random streams that training never draws from.
+
+    clues: how many digits it gives, default random in the range that the checkpoints are evaluated on.
+    """
+    rng = random.Random(f"demo {size} {seed} {index}")
+    given = size * size - rng.randint(*BLANKS[size]) if clues is None else clues
+    return generate(size, given, rng)
+
+
+def pinned_clues(puzzle: Puzzle, model: DiffusionGemma) -> Canvas:
+    """A canvas that holds the puzzle's clues in place and leaves its blanks to the model."""
+    if model.tokenizer is None:
+        raise ValueError("model has no tokenizer, which spells the digits")
+    tokens = [None if digit == BLANK else model.tokenizer.id_of(digit) for digit in puzzle.text]
+    return Canvas(tokens=tokens, pinned=[token is not None for token in tokens])
