@@ -169,30 +169,11 @@ class DiffusionGemma:
 
         canvas: int [1, L]. soft_embedding: [1, L, hidden], or None for exact zero. out: where to write.
         """
-        weights, epsilon = self.weights, self.config.rms_norm_eps
-        hidden = self._embed(canvas)
-        if soft_embedding is not None:
-            normed = rms_norm(soft_embedding, weights.self_conditioning_pre_norm, epsilon)
-            hidden = hidden + gated_mlp(
-                normed,
-                weights.self_conditioning_gate_proj,
-                weights.self_conditioning_up_proj,
-                weights.self_conditioning_down_proj,
-            )
-        hidden = rms_norm(hidden, None, epsilon)
-        place = self._place(cache, slot)
-
-        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
-            return block_attention.canvas_attention(query, key, value, *prefix, window=layer.sliding_window)
-
-        for layer, layer_weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
-            hidden = self._layer(hidden, layer, layer_weights, tables, layer_weights.decoder_layer_scalar, attend)
-        hidden = rms_norm(hidden, weights.norm, epsilon)
-        if out is None:
-            return functional.linear(hidden, weights.embed_tokens)
-        torch.mm(hidden[0], weights.embed_tokens.t(), out=out[0])
-        return out
+        attend = self._canvas_attention(cache, slot)
+        hidden = self._canvas_input(canvas, soft_embedding)
+        for layer, weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
+            hidden = self._layer(hidden, layer, weights, tables, weights.decoder_layer_scalar, attend)
+        return self._head(hidden, out)
 
     def soft_embedding_of_logits(self, processed: torch.Tensor) -> torch.Tensor:
         """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
@@ -225,6 +206,52 @@ class DiffusionGemma:
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return functional.embedding(ids, self.weights.embed_tokens) * self.embedding_scale
 
+    def _canvas_input(self, canvas: torch.Tensor, soft_embedding: torch.Tensor | None) -> torch.Tensor:
+        """The first layer's input: the tokens' embeddings and the self-conditioning, normalised together."""
+        weights, epsilon = self.weights, self.config.rms_norm_eps
+        hidden = self._embed(canvas)
+        if soft_embedding is not None:
+            normed = rms_norm(soft_embedding, weights.self_conditioning_pre_norm, epsilon)
+            hidden = hidden + gated_mlp(
+                normed,
+                weights.self_conditioning_gate_proj,
+                weights.self_conditioning_up_proj,
+                weights.self_conditioning_down_proj,
+            )
+        return rms_norm(hidden, None, epsilon)
+
+    def _head(self, hidden: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """The last layer's output [1, L, hidden] to raw logits [1, L, vocabulary], in `out` where it is given."""
+        normed = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+        if out is None:
+            return functional.linear(normed, self.weights.embed_tokens)
+        torch.mm(normed[0], self.weights.embed_tokens.t(), out=out[0])
+        return out
+
+    def _canvas_attention(self, cache: Cache, slot: int) -> _Attention:
+        """The attention of a denoising pass over what the slot holds."""
+        place = self._place(cache, slot)
+
+        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
+            return block_attention.canvas_attention(query, key, value, *prefix, window=layer.sliding_window)
+
+        return attend
+
+    def _causal_attention(self, cache: Cache, slot: int, spans: torch.Tensor | None) -> _Attention:
+        """The attention of an encode pass; it appends the block's keys and values to the slot's rows."""
+        place = self._place(cache, slot)
+
+        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
+            attended = block_attention.causal_attention(
+                query, key, value, *prefix, spans=spans, window=layer.sliding_window
+            )
+            block_attention.append_to_cache(key, value, *prefix)
+            return attended
+
+        return attend
+
     def _layers(
         self, start: int, count: int
     ) -> Iterator[tuple[LayerConfig, LayerWeights, tuple[torch.Tensor, torch.Tensor]]]:
@@ -242,25 +269,14 @@ class DiffusionGemma:
         start, count = cache.length(slot), ids.shape[1]
         inside = [span for span in spans if span[0] < start + count and span[1] > start]
         span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
-        place = self._place(cache, slot)
-
-        def append(layer: LayerConfig, key: torch.Tensor, value: torch.Tensor) -> None:
-            block_attention.append_to_cache(key, value, cache.keys[layer.index], cache.values[layer.index], *place)
-
-        def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
-            attended = block_attention.causal_attention(
-                query, key, value, *prefix, spans=span_tensor, window=layer.sliding_window
-            )
-            append(layer, key, value)
-            return attended
-
+        attend = self._causal_attention(cache, slot, span_tensor)
         hidden = self._embed(ids)
         for layer, weights, tables in self._layers(start, count):
             if layer.index == len(self.config.layers) - 1:
                 # Nobody looks at what follows the last layer's keys and values.
                 _, key, value = self._project(hidden, layer, weights, tables)
-                append(layer, key, value)
+                rows = (cache.keys[layer.index], cache.values[layer.index])
+                block_attention.append_to_cache(key, value, *rows, *self._place(cache, slot))
             else:
                 hidden = self._layer(hidden, layer, weights, tables, weights.encoder_layer_scalar, attend)
         cache.advance(slot, count)
