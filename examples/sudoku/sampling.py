@@ -88,7 +88,9 @@ def next_canvas(processed: Tensor, entropy_bound: float, frozen: Tensor | None =
     entropies = -(probabilities * logs).sum(-1)
     if frozen is not None:
         entropies = entropies.masked_fill(frozen, 0.0)
-    sampled = torch.multinomial(probabilities.flatten(0, 1), 1).view(processed.shape[:-1])
+    # Inverse distribution function: one uniform number per position.
+    thresholds = torch.rand(*processed.shape[:-1], 1)
+    sampled = (probabilities.cumsum(-1) < thresholds).sum(-1).clamp(max=processed.shape[-1] - 1)
     ordered, order = entropies.sort(dim=-1, stable=True)
     accepted = (ordered.cumsum(-1) - ordered <= entropy_bound).gather(-1, order.argsort(-1))
     return torch.where(accepted, sampled, torch.randint_like(sampled, processed.shape[-1])), logs.argmax(-1), entropies
