@@ -31,6 +31,14 @@ constexpr int kTileVectors = 4;
 #endif
 constexpr int64_t kPanelColumns = kTileVectors * kLanes;
 
+// A register tile's sums. Without a fused multiply-add every product would be rounded too: in
+// double it is exact, and the scalar kernel is as close to the truth as the others.
+#if defined(__FMA__)
+typedef Floats Sums;
+#else
+typedef double Sums __attribute__((vector_size(8 * kLanes)));
+#endif
+
 constexpr int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
@@ -40,10 +48,10 @@ template <typename T>
 struct Single {
   static constexpr int kValues = 1;
 
-  static Floats multiply_add(uint32_t a, Floats b, Floats c) {
+  static Sums multiply_add(uint32_t a, Floats b, Sums c) {
     float x;
     std::memcpy(&x, &a, sizeof x);
-    return fmadd(broadcast(x), b, c);
+    return __builtin_convertvector(broadcast(x), Sums) * __builtin_convertvector(b, Sums) + c;
   }
 
   // kLanes words of one row, beginning at word `first`; `count` values of the row are left there.
@@ -168,13 +176,13 @@ void pack_rows_as_steps(const T* const* rows, int64_t count, int64_t values, int
 template <typename Word, bool kAccumulate>
 inline void multiply_tile(const uint32_t* a, int64_t a_stride, const uint32_t* panel, int64_t steps,
                           float* c, int64_t c_stride, const float* factor) {
-  Floats sums[kTileRows][kTileVectors];
+  Sums sums[kTileRows][kTileVectors];
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kTileVectors; ++v) {
       if constexpr (kAccumulate)
-        sums[r][v] = load(c + r * c_stride + v * kLanes) * factor[r];
+        sums[r][v] = __builtin_convertvector(load(c + r * c_stride + v * kLanes) * factor[r], Sums);
       else
-        sums[r][v] = Floats{};
+        sums[r][v] = Sums{};
     }
   for (int64_t step = 0; step < steps; ++step) {
     Floats b[kTileVectors];
@@ -185,7 +193,8 @@ inline void multiply_tile(const uint32_t* a, int64_t a_stride, const uint32_t* p
         sums[r][v] = Word::multiply_add(a[r * a_stride + step], b[v], sums[r][v]);
   }
   for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kTileVectors; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kTileVectors; ++v)
+      store(c + r * c_stride + v * kLanes, __builtin_convertvector(sums[r][v], Floats));
 }
 
 // `rows` is a multiple of kTileRows, `columns` is rounded up to whole panels.

@@ -1,6 +1,8 @@
 // The operators of the family block_attention: schemas, and tensors to pointers.
 #include "dgemma/block_attention.h"
 
+#include <pybind11/pybind11.h>
+
 #include "torch/tensors.h"
 
 namespace dgemma {
@@ -133,6 +135,23 @@ void append_to_cache(const Tensor& key, const Tensor& value, const Tensor& prefi
 }
 
 }  // namespace
+
+void bind_block_attention(pybind11::module_& module) {
+  module.def(
+      "block_attention_workspace",
+      [](int64_t batch, int64_t block_length, int64_t query_heads, int64_t key_heads,
+         int64_t head_dim) {
+        dgemma_block_attention op = {};
+        op.batch = batch;
+        op.block_length = block_length;
+        op.query_heads = query_heads;
+        op.key_heads = key_heads;
+        op.head_dim = head_dim;
+        return dgemma_cpu_block_attention_workspace(&op);
+      },
+      "Bytes of workspace that attention of these sizes needs on the CPU.");
+}
+
 }  // namespace dgemma
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {

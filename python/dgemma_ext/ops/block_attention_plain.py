@@ -1,0 +1,195 @@
+"""The operators of `block_attention` in plain torch: what a device without kernels of its own runs.
+
+Arguments and results are those of `dgemma_ext.ops.block_attention`. Which position a cache row holds, and who sees it,
+is computed from the tensors as masks, so attention does not wait for the device (append_to_cache does).
+"""
+
+from __future__ import annotations
+
+import torch
+
+NO_POSITION = -1  # of a cache row that holds none
+
+
+def canvas_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix_length: torch.Tensor,
+    length: torch.Tensor | None = None,
+    window: int = 0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Every query sees the last `window - 1` prefix positions (all when `window` is 0) and the whole block."""
+    prefix = prefix_length.long()
+    first = (prefix - (window - 1)).clamp_min(0) if window > 0 else torch.zeros_like(prefix)
+    end = prefix + _block_rows(query, length)
+    rows = query.shape[1]
+    first, end = first[:, None].expand(-1, rows), end[:, None].expand(-1, rows)
+    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix, length, first, end, scale)
+
+
+def causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix_length: torch.Tensor,
+    length: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
+    window: int = 0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The query at position q sees max(0, q - window + 1) .. q, and the spans that hold q."""
+    prefix = prefix_length.long()
+    position = prefix[:, None] + torch.arange(query.shape[1], device=query.device)  # [batch, block]
+    first = (position - (window - 1)).clamp_min(0) if window > 0 else torch.zeros_like(position)
+    end = position + 1
+    if spans is not None and spans.shape[1] > 0:
+        start, stop = spans.long().unbind(-1)  # [batch, spans]
+        inside = (start[:, None] <= position[..., None]) & (position[..., None] < stop[:, None])
+        # [batch, block, spans]; a span that does not hold the query changes nothing.
+        first = torch.minimum(first, torch.where(inside, start[:, None], first[..., None]).amin(-1))
+        end = torch.maximum(end, torch.where(inside, stop[:, None], end[..., None]).amax(-1))
+    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix, length, first, end, scale)
+
+
+def append_to_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix_length: torch.Tensor,
+    length: torch.Tensor | None = None,
+) -> None:
+    """Writes row i of the block to row (prefix_length + i) % capacity, the last `capacity` rows of it."""
+    capacity, block = prefix_key.shape[1], key.shape[1]
+    if capacity == 0 or block == 0:
+        return
+    row = torch.arange(block, device=key.device)
+    rows = _block_rows(key, length)[:, None]
+    stored = (row < rows) & (row >= rows - capacity) & (slot[:, None] >= 0)  # [batch, block]
+    target = slot.long()[:, None] * capacity + (prefix_length.long()[:, None] + row) % capacity
+    for cache, new in ((prefix_key, key), (prefix_value, value)):
+        cache.view(-1, *cache.shape[2:])[target[stored]] = new[stored]
+
+
+def _block_rows(query: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
+    """Rows of each request's block, int64 [batch]."""
+    if length is None:
+        return torch.full((query.shape[0],), query.shape[1], device=query.device)
+    return length.long()
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix: torch.Tensor,
+    length: torch.Tensor | None,
+    first: torch.Tensor,
+    end: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Row i of request b sees positions first[b, i] .. end[b, i] - 1, as far as they are stored; first and end are
+    int64 [batch, block].
+    """
+    if prefix_key.shape[0] == 0:  # without slots every request is skipped
+        return torch.zeros_like(query)
+    batch, block, query_heads, head_dim = query.shape
+    capacity, key_heads = prefix_key.shape[1:3]
+    rows = _block_rows(query, length)
+    row = torch.arange(block, device=query.device)
+    used = (row < rows[:, None]) & (slot[:, None] >= 0)  # [batch, block]
+
+    # Cache row r holds the largest position below the prefix length that is r modulo the capacity.
+    ring = torch.arange(capacity, device=query.device)
+    last = prefix[:, None] - 1
+    in_ring = last - (last - ring) % max(capacity, 1)
+    in_block = torch.where(used, prefix[:, None] + row, NO_POSITION)
+    position = torch.cat([in_ring.clamp_min(NO_POSITION), in_block], dim=1)  # [batch, keys]
+    seen = (position[:, None] >= first[..., None]) & (position[:, None] < end[..., None])
+    seen = seen & (position[:, None] >= 0) & used[..., None]  # [batch, block, keys]
+
+    # Rows that nobody sees may hold anything, NaN too.
+    anyone = seen.any(dim=1)[..., None, None]
+    stored = slot.clamp_min(0).long()
+    group = query_heads // key_heads
+    keys = torch.where(anyone, torch.cat([prefix_key[stored], key], dim=1), 0).float()
+    values = torch.where(anyone, torch.cat([prefix_value[stored], value], dim=1), 0).float()
+    queries = torch.where(used[..., None, None], query, 0).float().view(batch, block, key_heads, group, head_dim)
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys) * scale
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    # A row without keys is padding: its softmax is NaN and is replaced.
+    attended = torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(dim=-1), values)
+    attended = torch.where(used[..., None, None, None], attended, 0)
+    return attended.reshape(query.shape).to(query.dtype)
+
+
+def _into(out: torch.Tensor, result: torch.Tensor, slot: torch.Tensor, length: torch.Tensor | None) -> None:
+    """Copies the rows that are a query's; the others stay."""
+    row = torch.arange(out.shape[1], device=out.device)
+    used = (row < _block_rows(out, length)[:, None]) & (slot[:, None] >= 0)
+    out.copy_(torch.where(used[..., None, None], result, out))
+
+
+def canvas_attention_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix_length: torch.Tensor,
+    length: torch.Tensor | None,
+    window: int,
+    scale: float,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """`canvas_attention` into `out`; the workspace is not used."""
+    result = canvas_attention(query, key, value, prefix_key, prefix_value, slot, prefix_length, length, window, scale)
+    _into(out, result, slot, length)
+
+
+def causal_attention_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix_length: torch.Tensor,
+    length: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    window: int,
+    scale: float,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    """`causal_attention` into `out`; the workspace is not used."""
+    result = causal_attention(
+        query, key, value, prefix_key, prefix_value, slot, prefix_length, length, spans, window, scale
+    )
+    _into(out, result, slot, length)
+
+
+for _name, _function in (
+    ("canvas_attention", canvas_attention),
+    ("canvas_attention.out", canvas_attention_out),
+    ("causal_attention", causal_attention),
+    ("causal_attention.out", causal_attention_out),
+    ("append_to_cache", append_to_cache),
+):
+    torch.library.impl(f"dgemma::{_name}", "CUDA", _function)
