@@ -33,7 +33,7 @@ typedef enum dgemma_canvas_status {
   DGEMMA_CANVAS_STABLE =
       1, /* draft unchanged for long enough and mean entropy below the threshold */
   DGEMMA_CANVAS_STEP_CAP = 2,  /* max_steps steps were made */
-  DGEMMA_CANVAS_NON_FINITE = 3 /* a logit or a statistic was not finite */
+  DGEMMA_CANVAS_NON_FINITE = 3 /* an entropy was not finite, so a logit was not */
 } dgemma_canvas_status;
 
 /* Which tokens a position may hold: bit v % 32 of mask[row, v / 32], row = row_index[b, i]; row -1
@@ -58,11 +58,12 @@ typedef struct dgemma_logits {
   dgemma_allowed allowed;
 } dgemma_logits;
 
-/* One pass over the logits. Disallowed entries take no part. For tile j of a row: tile_max = max z,
- * tile_sum = sum exp(z - tile_max) (an empty tile: -infinity and 0). For the row: row_max, row_sum
- * = sum over tiles in index order, in double, of tile_sum * exp(tile_max - row_max); argmax of the
- * raw logit (lowest index on ties); entropy = log s - t / s in nats, t = sum exp(z - row_max) (z -
- * row_max). A logit that is not finite makes the row's entropy NaN. */
+/* One pass over the logits. Disallowed entries take no part, whatever their logit. For tile j of a
+ * row: tile_max = max z, tile_sum = sum exp(z - tile_max) (an empty tile: -infinity and 0). For the
+ * row: row_max, row_sum = sum over tiles in index order, in double, of tile_sum * exp(tile_max -
+ * row_max); argmax of the raw logit (lowest index on ties); entropy = log s - t / s in nats, t =
+ * sum exp(z - row_max) (z - row_max). An allowed logit that is not finite makes the row's entropy
+ * and row_sum NaN. */
 typedef struct dgemma_vocabulary_statistics {
   dgemma_logits logits;
   int32_t* argmax; /* [batch, length] */
@@ -78,7 +79,8 @@ DGEMMA_API dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabular
 
 /* Inverse CDF in two levels with one uniform u: the first tile whose cumulative mass (double, index
  * order) exceeds u * row_sum, then inside it the first entry whose cumulative mass exceeds what is
- * left. */
+ * left. Where rounding leaves none, the last tile or entry that has any mass. A row whose row_sum
+ * is NaN gives its lowest allowed token. */
 typedef struct dgemma_sample {
   dgemma_logits logits;
   const float* row_max; /* as written by vocabulary_statistics */
@@ -117,12 +119,19 @@ DGEMMA_API dgemma_status dgemma_cpu_noise(const dgemma_noise* op, dgemma_cpu* cp
  *
  * Position i is accepted when the sum of the entropies that come before it in (entropy, index)
  * order is at most entropy_bound (summed in double in that order); accepted positions take the
- * sampled token, the others a fresh uniform allowed one. Pinned positions keep their canvas token,
- * stand in the draft, and count in neither acceptance, mean entropy nor stability. Then, with k =
+ * sampled token, the others a fresh uniform allowed one, drawn with the present step. Pinned
+ * positions keep their canvas token, stand in the draft, and count in neither acceptance, mean
+ * entropy nor stability; their sampled, argmax and entropy are not read. Then, with k =
  * stability_threshold: the canvas is stable when the draft equalled the one before it in each of
- * the last k steps (k = 0: always) and its mean entropy is below confidence_threshold. A stopped
- * canvas keeps its draft; step is advanced; the temperature of the next step is t_min + (t_max -
- * t_min) * (max_steps - steps_done) / max_steps   in double, rounded to fp32.
+ * the last k steps (k = 0: always) and its mean entropy (summed in double in index order, stored in
+ * fp32) is below confidence_threshold. A canvas that is stable, or has made max_steps steps, stops;
+ * it keeps its draft. step is advanced; the temperature of the next step is
+ *   t_min + (t_max - t_min) * ((max_steps - steps_done) / max_steps)
+ * with t_max - t_min in double and rounded to fp32 after every operation, which is what
+ * transformers' schedule does with its tensor of remaining steps.
+ *
+ * An entropy that is not finite: status DGEMMA_CANVAS_NON_FINITE, active cleared, nothing accepted,
+ * mean_entropy NaN; all else of the request stays as it was.
  */
 typedef struct dgemma_update_canvas {
   int64_t batch;
@@ -160,13 +169,16 @@ DGEMMA_API dgemma_status dgemma_cpu_update_canvas(const dgemma_update_canvas* op
 
 /* Next step's self-conditioning input: the expected embedding under this step's distribution.
  *
- *   p[v]  = dtype(exp(dtype(z[v]) - row_max) / row_sum)
+ *   m     = dtype(row_max),   s = sum over v of exp(dtype(z[v]) - m)
+ *   p[v]  = dtype(exp(dtype(z[v]) - m) / s)
  *   out   = dtype(dtype(sum over v of p[v] * embedding[v]) * dtype(embedding_scale)),  summed in
  * fp32
  *
- * Pinned rows are zero. With tolerance > 0 a row may leave out tiles whose total mass tau satisfies
- * tau * max_embedding_norm <= tolerance * ||sum||, checked on the computed sum; a row that fails is
- * done densely. tolerance 0 is dense.
+ * The normaliser s is not row_sum: rounding z to bf16 moves an exponent by up to 2^-9 |z|, which at
+ * low temperatures is more than fp32 can hold. Pinned rows are zero; a row whose row_sum is NaN is
+ * NaN. With tolerance > 0 a row may leave out entries of total mass tau when
+ *   tau * (max_embedding_norm + ||sum||) <= tolerance * ||sum||,
+ * checked on the computed sum; a row that fails is done densely. tolerance 0 is dense.
  */
 typedef struct dgemma_soft_embedding {
   dgemma_logits logits;

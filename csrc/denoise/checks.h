@@ -1,0 +1,27 @@
+// What every entry point of the family asks of its arguments. Each function writes a message that
+// names the argument, what it got and what it wants.
+#pragma once
+
+#include "dgemma/denoise.h"
+
+namespace dgemma {
+
+// Writes the message and returns the status.
+__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma_status status,
+                                                         const char* format, ...);
+
+// batch and length not negative, vocabulary in [1, 2^31), their products in 64 bits.
+dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cpu* cpu);
+
+// Row indices of active requests in [-1, rows), and no row they name empty.
+dgemma_status check_allowed(const dgemma_allowed& allowed, int64_t batch, int64_t length,
+                            int64_t vocabulary, const uint8_t* active, dgemma_cpu* cpu);
+
+// Of active requests: every uniform in [0, 1). NULL passes.
+dgemma_status check_uniforms(const double* uniforms, int64_t batch, int64_t length,
+                             const uint8_t* active, dgemma_cpu* cpu);
+
+// Sizes, dtype, softcap, the temperatures of active requests, the allowed rows.
+dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu);
+
+}  // namespace dgemma

@@ -1,0 +1,162 @@
+// The C entry points that read logits: checks, and what each task is.
+#include "denoise/cpu.h"
+
+#include <cinttypes>
+#include <cmath>
+
+#include "cpu/dispatch.h"
+#include "denoise/checks.h"
+
+namespace dgemma {
+namespace {
+
+constexpr size_t kAlignment = 64;  // a cache line, and a 512-bit vector
+
+const DenoiseTable& table_of(dgemma_cpu_variant variant) {
+#if defined(__x86_64__)
+  if (variant == DGEMMA_CPU_AVX2) return denoise_avx2;
+  if (variant == DGEMMA_CPU_AVX512) return denoise_avx512;
+  if (variant == DGEMMA_CPU_AVX512_BF16) return denoise_avx512_bf16;
+#endif
+  static_cast<void>(variant);
+  return denoise_scalar;
+}
+
+// Calls kernel(work, i) for every i in [0, tasks) on the host's threads.
+template <typename Work>
+void run(dgemma_cpu* cpu, int64_t tasks, void (*kernel)(const Work&, int64_t), const Work& work) {
+  struct Call {
+    void (*kernel)(const Work&, int64_t);
+    const Work& work;
+    static void task(void* state, int64_t index) {
+      const Call& call = *static_cast<Call*>(state);
+      call.kernel(call.work, index);
+    }
+  } call = {kernel, work};
+  if (cpu->parallel_for != nullptr && tasks > 1)
+    cpu->parallel_for(cpu->pool, tasks, &Call::task, &call);
+  else
+    for (int64_t i = 0; i < tasks; ++i) kernel(work, i);
+}
+
+// Hands out parts of the workspace; without a base only the size is counted.
+struct Carver {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return part;
+  }
+};
+
+// The workspace does not depend on the variant, which may differ between the two calls.
+size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* work) {
+  const int64_t rows = op.logits.batch * op.logits.length;
+  Carver carver = {base};
+  work->op = &op;
+  work->padded_hidden = (op.hidden_size + kStripColumns - 1) / kStripColumns * kStripColumns;
+  work->rows = carver.take<SoftEmbeddingRow>(rows);
+  work->dense_rows = carver.take<int64_t>(rows);
+  work->probabilities =
+      carver.take<float>((rows < kDenseRows ? rows : kDenseRows) * kProbabilityStride);
+  work->sums = carver.take<float>(rows * work->padded_hidden);
+  return carver.used;
+}
+
+dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
+  const dgemma_status status = check_logits(op.logits, cpu);
+  if (status != DGEMMA_OK) return status;
+  if (op.hidden_size < 1 || op.hidden_size > INT32_MAX)
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "hidden_size: got %" PRId64 ", wants 1 to %d",
+                op.hidden_size, INT32_MAX);
+  if (!std::isfinite(op.embedding_scale))
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "embedding_scale: got %g, wants a finite number",
+                op.embedding_scale);
+  if (!(op.tolerance >= 0.0f && op.tolerance < 1.0f))
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "tolerance: got %g, wants 0 (dense) or less than 1",
+                op.tolerance);
+  if (!(op.max_embedding_norm >= 0.0f))
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "max_embedding_norm: got %g, wants at least 0",
+                op.max_embedding_norm);
+  const size_t needed = dgemma_cpu_soft_embedding_workspace(&op);
+  if (op.workspace_bytes < needed)
+    return fail(cpu, DGEMMA_WORKSPACE_TOO_SMALL, "workspace: got %zu bytes, wants %zu",
+                op.workspace_bytes, needed);
+  return DGEMMA_OK;
+}
+
+// The products of work->dense_rows[first ... first + count), one block of the vocabulary at a time.
+void multiply_densely(SoftEmbeddingWork& work, const DenoiseTable& table, dgemma_cpu* cpu) {
+  const dgemma_dtype dtype = work.op->logits.dtype;
+  const int64_t vocabulary = work.op->logits.vocabulary;
+  for (work.first_token = 0; work.first_token < vocabulary; work.first_token += kProbabilityBlock) {
+    const int64_t left = vocabulary - work.first_token;
+    work.tokens = left < kProbabilityBlock ? left : kProbabilityBlock;
+    run(cpu, work.dense_count, table.soft_probabilities[dtype], work);
+    run(cpu, work.padded_hidden / kStripColumns, table.soft_strip[dtype], work);
+  }
+}
+
+void write_dense_row(const SoftEmbeddingWork& work, const DenoiseTable& table, int64_t index) {
+  table.soft_write[work.op->logits.dtype](work, work.dense_rows[index]);
+}
+
+void soft_embedding(const dgemma_soft_embedding& op, const DenoiseTable& table, dgemma_cpu* cpu) {
+  SoftEmbeddingWork work = {};
+  carve(op, static_cast<char*>(op.workspace), &work);
+  const int64_t rows = op.logits.batch * op.logits.length;
+  run(cpu, rows, table.soft_sparse[op.logits.dtype], work);
+  int64_t dense = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    if (work.rows[row].needs_dense != 0) work.dense_rows[dense++] = row;
+  for (work.first_dense = 0; work.first_dense < dense; work.first_dense += kDenseRows) {
+    const int64_t left = dense - work.first_dense;
+    work.dense_count = left < kDenseRows ? left : kDenseRows;
+    multiply_densely(work, table, cpu);
+  }
+  for (int64_t i = 0; i < dense; ++i) write_dense_row(work, table, i);
+}
+
+}  // namespace
+}  // namespace dgemma
+
+dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
+                                               dgemma_cpu* cpu) {
+  dgemma_status status = dgemma::check_logits(op->logits, cpu);
+  dgemma_cpu_variant variant;
+  if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK) return status;
+  dgemma::run(cpu, op->logits.batch * op->logits.length,
+              dgemma::table_of(variant).statistics[op->logits.dtype], *op);
+  return DGEMMA_OK;
+}
+
+dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
+  const dgemma_logits& logits = op->logits;
+  dgemma_status status = dgemma::check_logits(logits, cpu);
+  if (status == DGEMMA_OK)
+    status = dgemma::check_uniforms(op->uniforms, logits.batch, logits.length, logits.active, cpu);
+  dgemma_cpu_variant variant;
+  if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK) return status;
+  dgemma::run(cpu, logits.batch * logits.length, dgemma::table_of(variant).sample[logits.dtype],
+              *op);
+  return DGEMMA_OK;
+}
+
+size_t dgemma_cpu_soft_embedding_workspace(const dgemma_soft_embedding* op) {
+  dgemma::SoftEmbeddingWork work = {};
+  return dgemma::carve(*op, nullptr, &work);
+}
+
+dgemma_status dgemma_cpu_soft_embedding(const dgemma_soft_embedding* op, dgemma_cpu* cpu) {
+  dgemma_status status = dgemma::check(*op, cpu);
+  dgemma_cpu_variant variant;
+  if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK) return status;
+  dgemma::soft_embedding(*op, dgemma::table_of(variant), cpu);
+  return DGEMMA_OK;
+}

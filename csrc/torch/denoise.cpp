@@ -1,0 +1,380 @@
+// The denoise step's operators: schemas, tensor checks, tensors to pointers.
+#include "dgemma/denoise.h"
+
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+#include "device/philox.h"
+#include "torch/tensors.h"
+
+namespace dgemma {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+int64_t tiles_of(int64_t vocabulary) {
+  return (vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
+}
+
+dgemma_allowed describe_allowed(const Arguments& arguments, const OptionalTensor& mask,
+                                const OptionalTensor& rows, const Shape& positions,
+                                int64_t vocabulary) {
+  dgemma_allowed allowed = {};
+  if (mask.has_value() != rows.has_value())
+    arguments.fail(mask.has_value() ? "allowed_row" : "allowed", "none", "both or neither");
+  if (!mask.has_value()) return allowed;
+  allowed.mask = arguments.in<int32_t>(mask, "allowed", {kAny, (vocabulary + 31) / 32});
+  allowed.rows = mask->size(0);
+  allowed.row_index = arguments.in<int32_t>(rows, "allowed_row", positions);
+  return allowed;
+}
+
+// What the three ops that read logits begin with.
+struct Logits {
+  const Tensor& raw;
+  double softcap;
+  const Tensor& temperature;
+  const OptionalTensor& active;
+  const OptionalTensor& allowed;
+  const OptionalTensor& allowed_row;
+
+  dgemma_logits describe(const Arguments& arguments) const {
+    dgemma_logits op = {};
+    op.dtype = arguments.dtype(raw, "logits");
+    op.batch = arguments.size(raw, "logits", 3, 0);
+    op.length = raw.size(1);
+    op.vocabulary = raw.size(2);
+    op.raw = arguments.in(raw, "logits", {op.batch, op.length, op.vocabulary}, op.dtype);
+    op.softcap = static_cast<float>(softcap);
+    op.temperature = arguments.in<float>(temperature, "temperature", {op.batch});
+    op.active = arguments.in<uint8_t>(active, "active", {op.batch});
+    op.allowed =
+        describe_allowed(arguments, allowed, allowed_row, {op.batch, op.length}, op.vocabulary);
+    return op;
+  }
+};
+
+// What vocabulary_statistics leaves for the ops after it.
+struct Masses {
+  const Tensor& row_max;
+  const Tensor& row_sum;
+  const Tensor& tile_max;
+  const Tensor& tile_sum;
+
+  template <typename Op>
+  void describe(const Arguments& arguments, Op* op) const {
+    const Shape positions = {op->logits.batch, op->logits.length};
+    const Shape tiles = {op->logits.batch, op->logits.length, tiles_of(op->logits.vocabulary)};
+    op->row_max = arguments.in<float>(row_max, "row_max", positions);
+    op->row_sum = arguments.in<double>(row_sum, "row_sum", positions);
+    op->tile_max = arguments.in<float>(tile_max, "tile_max", tiles);
+    op->tile_sum = arguments.in<float>(tile_sum, "tile_sum", tiles);
+  }
+};
+
+void vocabulary_statistics_into(const char* name, const Logits& logits, const Tensor& argmax,
+                                const Tensor& entropy, const Tensor& row_max, const Tensor& row_sum,
+                                const Tensor& tile_max, const Tensor& tile_sum) {
+  const Arguments arguments(name);
+  dgemma_vocabulary_statistics op = {};
+  op.logits = logits.describe(arguments);
+  const Shape positions = {op.logits.batch, op.logits.length};
+  const Shape tiles = {op.logits.batch, op.logits.length, tiles_of(op.logits.vocabulary)};
+  op.argmax = arguments.out<int32_t>(argmax, "argmax", positions);
+  op.entropy = arguments.out<float>(entropy, "entropy", positions);
+  op.row_max = arguments.out<float>(row_max, "row_max", positions);
+  op.row_sum = arguments.out<double>(row_sum, "row_sum", positions);
+  op.tile_max = arguments.out<float>(tile_max, "tile_max", tiles);
+  op.tile_sum = arguments.out<float>(tile_sum, "tile_sum", tiles);
+  CpuContext context(name);
+  context.check(dgemma_cpu_vocabulary_statistics(&op, context.get()));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vocabulary_statistics(
+    const Tensor& raw, double softcap, const Tensor& temperature, const OptionalTensor& active,
+    const OptionalTensor& allowed, const OptionalTensor& allowed_row) {
+  const Arguments arguments("vocabulary_statistics");
+  const Logits logits = {raw, softcap, temperature, active, allowed, allowed_row};
+  const dgemma_logits op = logits.describe(arguments);
+  const Shape positions = {op.batch, op.length};
+  const Shape tiles = {op.batch, op.length, tiles_of(op.vocabulary)};
+  // Zero where a request is not active.
+  Tensor argmax = torch::stable::new_zeros(raw, positions, ScalarType::Int);
+  Tensor entropy = torch::stable::new_zeros(raw, positions, ScalarType::Float);
+  Tensor row_max = torch::stable::new_zeros(raw, positions, ScalarType::Float);
+  Tensor row_sum = torch::stable::new_zeros(raw, positions, ScalarType::Double);
+  Tensor tile_max = torch::stable::new_zeros(raw, tiles, ScalarType::Float);
+  Tensor tile_sum = torch::stable::new_zeros(raw, tiles, ScalarType::Float);
+  vocabulary_statistics_into("vocabulary_statistics", logits, argmax, entropy, row_max, row_sum,
+                             tile_max, tile_sum);
+  return {argmax, entropy, row_max, row_sum, tile_max, tile_sum};
+}
+
+void vocabulary_statistics_out(const Tensor& raw, double softcap, const Tensor& temperature,
+                               const OptionalTensor& active, const OptionalTensor& allowed,
+                               const OptionalTensor& allowed_row, const Tensor& argmax,
+                               const Tensor& entropy, const Tensor& row_max, const Tensor& row_sum,
+                               const Tensor& tile_max, const Tensor& tile_sum) {
+  vocabulary_statistics_into("vocabulary_statistics.out",
+                             {raw, softcap, temperature, active, allowed, allowed_row}, argmax,
+                             entropy, row_max, row_sum, tile_max, tile_sum);
+}
+
+// Who draws: the key and counter of a request's random numbers.
+struct Draws {
+  const Tensor& seed;
+  const Tensor& canvas_index;
+
+  template <typename Op>
+  void describe(const Arguments& arguments, int64_t batch, Op* op) const {
+    op->seed = arguments.in<int64_t>(seed, "seed", {batch});
+    op->canvas_index = arguments.in<int32_t>(canvas_index, "canvas_index", {batch});
+  }
+};
+
+void sample_into(const char* name, const Logits& logits, const Masses& masses, const Draws& draws,
+                 const Tensor& step, const OptionalTensor& uniforms, const Tensor& out) {
+  const Arguments arguments(name);
+  dgemma_sample op = {};
+  op.logits = logits.describe(arguments);
+  const Shape positions = {op.logits.batch, op.logits.length};
+  masses.describe(arguments, &op);
+  draws.describe(arguments, op.logits.batch, &op);
+  op.step = arguments.in<int32_t>(step, "step", {op.logits.batch});
+  op.uniforms = arguments.in<double>(uniforms, "uniforms", positions);
+  op.tokens = arguments.out<int32_t>(out, "out", positions);
+  CpuContext context(name);
+  context.check(dgemma_cpu_sample(&op, context.get()));
+}
+
+Tensor sample(const Tensor& raw, double softcap, const Tensor& temperature,
+              const OptionalTensor& active, const OptionalTensor& allowed,
+              const OptionalTensor& allowed_row, const Tensor& row_max, const Tensor& row_sum,
+              const Tensor& tile_max, const Tensor& tile_sum, const Tensor& seed,
+              const Tensor& canvas_index, const Tensor& step, const OptionalTensor& uniforms) {
+  const Arguments arguments("sample");
+  const int64_t batch = arguments.size(raw, "logits", 3, 0);
+  Tensor out = torch::stable::new_zeros(raw, {batch, raw.size(1)}, ScalarType::Int);
+  sample_into("sample", {raw, softcap, temperature, active, allowed, allowed_row},
+              {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms, out);
+  return out;
+}
+
+void sample_out(const Tensor& raw, double softcap, const Tensor& temperature,
+                const OptionalTensor& active, const OptionalTensor& allowed,
+                const OptionalTensor& allowed_row, const Tensor& row_max, const Tensor& row_sum,
+                const Tensor& tile_max, const Tensor& tile_sum, const Tensor& seed,
+                const Tensor& canvas_index, const Tensor& step, const OptionalTensor& uniforms,
+                const Tensor& out) {
+  sample_into("sample.out", {raw, softcap, temperature, active, allowed, allowed_row},
+              {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms, out);
+}
+
+void noise(const Tensor& tokens, int64_t vocabulary, int64_t purpose, const Tensor& seed,
+           const Tensor& canvas_index, const Tensor& step, const OptionalTensor& active,
+           const OptionalTensor& keep, const OptionalTensor& allowed,
+           const OptionalTensor& allowed_row, const OptionalTensor& uniforms) {
+  const Arguments arguments("noise_");
+  dgemma_noise op = {};
+  op.batch = arguments.size(tokens, "tokens", 2, 0);
+  op.length = tokens.size(1);
+  op.vocabulary = vocabulary;
+  const Shape positions = {op.batch, op.length};
+  if (purpose < DGEMMA_PURPOSE_INITIAL_NOISE || purpose > DGEMMA_PURPOSE_RENOISE)
+    arguments.fail("purpose", std::to_string(purpose), "0, 1 or 2");
+  op.purpose = static_cast<dgemma_purpose>(purpose);
+  Draws{seed, canvas_index}.describe(arguments, op.batch, &op);
+  op.step = arguments.in<int32_t>(step, "step", {op.batch});
+  op.active = arguments.in<uint8_t>(active, "active", {op.batch});
+  op.keep = arguments.in<uint8_t>(keep, "keep", positions);
+  op.uniforms = arguments.in<double>(uniforms, "uniforms", positions);
+  op.allowed = describe_allowed(arguments, allowed, allowed_row, positions, vocabulary);
+  op.tokens = arguments.out<int32_t>(tokens, "tokens", positions);
+  CpuContext context("noise_");
+  context.check(dgemma_cpu_noise(&op, context.get()));
+}
+
+void update_canvas(const Tensor& sampled, const Tensor& argmax, const Tensor& entropy,
+                   const OptionalTensor& pinned, const OptionalTensor& allowed,
+                   const OptionalTensor& allowed_row, const OptionalTensor& uniforms,
+                   int64_t vocabulary, const Tensor& seed, const Tensor& canvas_index,
+                   const Tensor& max_steps, const Tensor& t_min, const Tensor& t_max,
+                   const Tensor& entropy_bound, const Tensor& stability_threshold,
+                   const Tensor& confidence_threshold, const Tensor& active, const Tensor& canvas,
+                   const Tensor& draft, const Tensor& stable_steps, const Tensor& step,
+                   const Tensor& temperature, const Tensor& accepted, const Tensor& mean_entropy,
+                   const Tensor& status) {
+  const Arguments arguments("update_canvas_");
+  dgemma_update_canvas op = {};
+  op.batch = arguments.size(sampled, "sampled", 2, 0);
+  op.length = sampled.size(1);
+  op.vocabulary = vocabulary;
+  const Shape positions = {op.batch, op.length}, requests = {op.batch};
+  op.sampled = arguments.in<int32_t>(sampled, "sampled", positions);
+  op.argmax = arguments.in<int32_t>(argmax, "argmax", positions);
+  op.entropy = arguments.in<float>(entropy, "entropy", positions);
+  op.pinned = arguments.in<uint8_t>(pinned, "pinned", positions);
+  op.allowed = describe_allowed(arguments, allowed, allowed_row, positions, vocabulary);
+  op.uniforms = arguments.in<double>(uniforms, "uniforms", positions);
+  Draws{seed, canvas_index}.describe(arguments, op.batch, &op);
+  op.max_steps = arguments.in<int32_t>(max_steps, "max_steps", requests);
+  op.t_min = arguments.in<double>(t_min, "t_min", requests);
+  op.t_max = arguments.in<double>(t_max, "t_max", requests);
+  op.entropy_bound = arguments.in<float>(entropy_bound, "entropy_bound", requests);
+  op.stability_threshold =
+      arguments.in<int32_t>(stability_threshold, "stability_threshold", requests);
+  op.confidence_threshold =
+      arguments.in<float>(confidence_threshold, "confidence_threshold", requests);
+  op.active = arguments.out<uint8_t>(active, "active", requests);
+  op.canvas = arguments.out<int32_t>(canvas, "canvas", positions);
+  op.draft = arguments.out<int32_t>(draft, "draft", positions);
+  op.stable_steps = arguments.out<int32_t>(stable_steps, "stable_steps", requests);
+  op.step = arguments.out<int32_t>(step, "step", requests);
+  op.temperature = arguments.out<float>(temperature, "temperature", requests);
+  op.accepted = arguments.out<uint8_t>(accepted, "accepted", positions);
+  op.mean_entropy = arguments.out<float>(mean_entropy, "mean_entropy", requests);
+  op.status = arguments.out<int32_t>(status, "status", requests);
+  CpuContext context("update_canvas_");
+  context.check(dgemma_cpu_update_canvas(&op, context.get()));
+}
+
+// How the embedding is read.
+struct Embedding {
+  const Tensor& rows;
+  double scale;
+  double tolerance;
+  double max_norm;
+};
+
+dgemma_soft_embedding describe_soft_embedding(const Arguments& arguments, const Logits& logits,
+                                              const Masses& masses, const OptionalTensor& pinned,
+                                              const Embedding& embedding) {
+  dgemma_soft_embedding op = {};
+  op.logits = logits.describe(arguments);
+  masses.describe(arguments, &op);
+  op.pinned = arguments.in<uint8_t>(pinned, "pinned", {op.logits.batch, op.logits.length});
+  op.hidden_size = arguments.size(embedding.rows, "embedding", 2, 1);
+  op.embedding = arguments.in(embedding.rows, "embedding", {op.logits.vocabulary, op.hidden_size},
+                              op.logits.dtype);
+  op.embedding_scale = static_cast<float>(embedding.scale);
+  op.tolerance = static_cast<float>(embedding.tolerance);
+  op.max_embedding_norm = static_cast<float>(embedding.max_norm);
+  return op;
+}
+
+void run_soft_embedding(const char* name, const Arguments& arguments, dgemma_soft_embedding op,
+                        const Tensor& out, const Tensor& workspace) {
+  op.output = arguments.out(out, "out", {op.logits.batch, op.logits.length, op.hidden_size},
+                            op.logits.dtype);
+  op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
+  CpuContext context(name);
+  context.check(dgemma_cpu_soft_embedding(&op, context.get()));
+}
+
+Tensor soft_embedding(const Tensor& raw, double softcap, const Tensor& temperature,
+                      const OptionalTensor& active, const OptionalTensor& allowed,
+                      const OptionalTensor& allowed_row, const Tensor& row_max,
+                      const Tensor& row_sum, const Tensor& tile_max, const Tensor& tile_sum,
+                      const OptionalTensor& pinned, const Tensor& embedding, double embedding_scale,
+                      double tolerance, double max_embedding_norm) {
+  const Arguments arguments("soft_embedding");
+  const dgemma_soft_embedding op =
+      describe_soft_embedding(arguments, {raw, softcap, temperature, active, allowed, allowed_row},
+                              {row_max, row_sum, tile_max, tile_sum}, pinned,
+                              {embedding, embedding_scale, tolerance, max_embedding_norm});
+  const auto bytes = static_cast<int64_t>(dgemma_cpu_soft_embedding_workspace(&op));
+  Tensor out = torch::stable::new_zeros(raw, {op.logits.batch, op.logits.length, op.hidden_size});
+  const Tensor workspace = torch::stable::new_empty(raw, {bytes}, ScalarType::Byte);
+  run_soft_embedding("soft_embedding", arguments, op, out, workspace);
+  return out;
+}
+
+void soft_embedding_out(const Tensor& raw, double softcap, const Tensor& temperature,
+                        const OptionalTensor& active, const OptionalTensor& allowed,
+                        const OptionalTensor& allowed_row, const Tensor& row_max,
+                        const Tensor& row_sum, const Tensor& tile_max, const Tensor& tile_sum,
+                        const OptionalTensor& pinned, const Tensor& embedding,
+                        double embedding_scale, double tolerance, double max_embedding_norm,
+                        const Tensor& out, const Tensor& workspace) {
+  const Arguments arguments("soft_embedding.out");
+  const dgemma_soft_embedding op =
+      describe_soft_embedding(arguments, {raw, softcap, temperature, active, allowed, allowed_row},
+                              {row_max, row_sum, tile_max, tile_sum}, pinned,
+                              {embedding, embedding_scale, tolerance, max_embedding_norm});
+  run_soft_embedding("soft_embedding.out", arguments, op, out, workspace);
+}
+
+}  // namespace
+
+void bind_denoise(pybind11::module_& module) {
+  module.def(
+      "soft_embedding_workspace",
+      [](int64_t batch, int64_t length, int64_t hidden_size) {
+        dgemma_soft_embedding op = {};
+        op.logits.batch = batch;
+        op.logits.length = length;
+        op.hidden_size = hidden_size;
+        return dgemma_cpu_soft_embedding_workspace(&op);
+      },
+      "Bytes of workspace that the soft embedding of these sizes needs on the CPU.");
+  module.def(
+      "philox4x32_10",
+      [](uint32_t counter0, uint32_t counter1, uint32_t counter2, uint32_t counter3, uint32_t key0,
+         uint32_t key1) {
+        const PhiloxBlock block =
+            philox4x32_10({{counter0, counter1, counter2, counter3}}, key0, key1);
+        return std::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
+      },
+      "One block of the counter-based random numbers: four words.");
+}
+
+}  // namespace dgemma
+
+#define DGEMMA_LOGITS                                                                   \
+  "Tensor logits, float softcap, Tensor temperature, Tensor? active, Tensor? allowed, " \
+  "Tensor? allowed_row"
+#define DGEMMA_MASSES "Tensor row_max, Tensor row_sum, Tensor tile_max, Tensor tile_sum"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
+  library.def("vocabulary_statistics(" DGEMMA_LOGITS
+              ") -> (Tensor argmax, Tensor entropy, Tensor row_max, Tensor row_sum, "
+              "Tensor tile_max, Tensor tile_sum)");
+  library.def("vocabulary_statistics.out(" DGEMMA_LOGITS
+              ", *, Tensor(a!) argmax, Tensor(b!) entropy, Tensor(c!) row_max, Tensor(d!) row_sum, "
+              "Tensor(e!) tile_max, Tensor(f!) tile_sum) -> ()");
+  library.def("sample(" DGEMMA_LOGITS ", " DGEMMA_MASSES
+              ", Tensor seed, Tensor canvas_index, Tensor step, Tensor? uniforms) -> Tensor");
+  library.def("sample.out(" DGEMMA_LOGITS ", " DGEMMA_MASSES
+              ", Tensor seed, Tensor canvas_index, Tensor step, Tensor? uniforms, *, "
+              "Tensor(a!) out) -> ()");
+  library.def(
+      "noise_(Tensor(a!) tokens, int vocabulary, int purpose, Tensor seed, Tensor canvas_index, "
+      "Tensor step, Tensor? active, Tensor? keep, Tensor? allowed, Tensor? allowed_row, "
+      "Tensor? uniforms) -> ()");
+  library.def(
+      "update_canvas_(Tensor sampled, Tensor argmax, Tensor entropy, Tensor? pinned, "
+      "Tensor? allowed, Tensor? allowed_row, Tensor? uniforms, int vocabulary, Tensor seed, "
+      "Tensor canvas_index, Tensor max_steps, Tensor t_min, Tensor t_max, Tensor entropy_bound, "
+      "Tensor stability_threshold, Tensor confidence_threshold, Tensor(a!) active, "
+      "Tensor(b!) canvas, Tensor(c!) draft, Tensor(d!) stable_steps, Tensor(e!) step, "
+      "Tensor(f!) temperature, Tensor(g!) accepted, Tensor(h!) mean_entropy, "
+      "Tensor(i!) status) -> ()");
+  library.def("soft_embedding(" DGEMMA_LOGITS ", " DGEMMA_MASSES
+              ", Tensor? pinned, Tensor embedding, float embedding_scale, float tolerance, "
+              "float max_embedding_norm) -> Tensor");
+  library.def("soft_embedding.out(" DGEMMA_LOGITS ", " DGEMMA_MASSES
+              ", Tensor? pinned, Tensor embedding, float embedding_scale, float tolerance, "
+              "float max_embedding_norm, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
+  library.impl("vocabulary_statistics", TORCH_BOX(&dgemma::vocabulary_statistics));
+  library.impl("vocabulary_statistics.out", TORCH_BOX(&dgemma::vocabulary_statistics_out));
+  library.impl("sample", TORCH_BOX(&dgemma::sample));
+  library.impl("sample.out", TORCH_BOX(&dgemma::sample_out));
+  library.impl("noise_", TORCH_BOX(&dgemma::noise));
+  library.impl("update_canvas_", TORCH_BOX(&dgemma::update_canvas));
+  library.impl("soft_embedding", TORCH_BOX(&dgemma::soft_embedding));
+  library.impl("soft_embedding.out", TORCH_BOX(&dgemma::soft_embedding_out));
+}

@@ -1,0 +1,420 @@
+"""The denoise step in plain torch, with the arguments and results of `ops.denoise`.
+
+A GPU runs this until it has kernels. The meaning is that of csrc/include/dgemma/denoise.h; tests hold both to the same
+float64 oracle. The functions run on any device and look at no value on the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+VOCABULARY_TILE = 128
+_WORD = 0xFFFFFFFF
+_RENOISE = 2
+_SAMPLE = 1
+# Rows of logits that are worked on at a time: 16 x 262,144 in float32 are 16 MiB.
+_ROWS = 16
+
+
+def philox_uniforms(seed: Tensor, canvas_index: Tensor, step: Tensor, length: int, purpose: int) -> Tensor:
+    """The uniforms of one purpose, float64 [batch, length]: top 53 bits of the first two words of Philox4x32-10."""
+    position = torch.arange(length, device=seed.device).expand(seed.shape[0], length)
+    counter = [
+        canvas_index.to(torch.int64)[:, None].expand_as(position) & _WORD,
+        step.to(torch.int64)[:, None].expand_as(position) & _WORD,
+        position & _WORD,
+        torch.full_like(position, purpose),
+    ]
+    words = philox4x32_10(counter, seed[:, None] & _WORD, (seed[:, None] >> 32) & _WORD)
+    return ((words[0] << 21) | (words[1] >> 11)).to(torch.float64) * 2.0**-53
+
+
+def philox4x32_10(counter: list[Tensor], key0: Tensor, key1: Tensor) -> list[Tensor]:
+    """Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011); 32-bit words held in int64."""
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # int64 products wrap, but the 64 bits are right.
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((high >> 32) & _WORD) ^ c1 ^ key0,
+            high & _WORD,
+            ((low >> 32) & _WORD) ^ c3 ^ key1,
+            low & _WORD,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def allowed_mask(
+    vocabulary: int, allowed: Tensor | None, allowed_row: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The bits of every position, bool [batch, length, vocabulary]."""
+    if allowed is None or allowed_row is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(*shape, vocabulary)
+    bits = (allowed[:, :, None] >> torch.arange(32, device=device, dtype=torch.int32)) & 1
+    rows = bits.flatten(1)[:, :vocabulary].to(torch.bool)
+    everything = torch.ones(1, vocabulary, dtype=torch.bool, device=device)
+    return torch.cat([everything, rows])[(allowed_row + 1).to(torch.int64)]
+
+
+def _active(active: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    return torch.ones(batch, dtype=torch.bool, device=device) if active is None else active
+
+
+def _scaled(raw: Tensor, softcap: float, temperature: Tensor) -> Tensor:
+    """z of rows [rows, vocabulary]; temperature [rows]."""
+    a = raw.to(torch.float32)
+    if softcap > 0:
+        a = torch.tanh(a / softcap) * softcap
+    return a / temperature[:, None]
+
+
+def _tiles(values: Tensor, fill: float) -> Tensor:
+    """[rows, vocabulary] as [rows, tiles, VOCABULARY_TILE], the last tile filled up."""
+    padding = -values.shape[1] % VOCABULARY_TILE
+    return torch.nn.functional.pad(values, (0, padding), value=fill).view(values.shape[0], -1, VOCABULARY_TILE)
+
+
+def vocabulary_statistics(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, vocabulary = logits.shape
+    tiles = -(-vocabulary // VOCABULARY_TILE)
+    argmax = logits.new_zeros((batch, length), dtype=torch.int32)
+    entropy, row_max = (logits.new_zeros((batch, length), dtype=torch.float32) for _ in range(2))
+    row_sum = logits.new_zeros((batch, length), dtype=torch.float64)
+    tile_max, tile_sum = (logits.new_zeros((batch, length, tiles), dtype=torch.float32) for _ in range(2))
+    vocabulary_statistics_out(
+        *(logits, softcap, temperature, active, allowed, allowed_row),
+        argmax=argmax,
+        entropy=entropy,
+        row_max=row_max,
+        row_sum=row_sum,
+        tile_max=tile_max,
+        tile_sum=tile_sum,
+    )
+    return argmax, entropy, row_max, row_sum, tile_max, tile_sum
+
+
+def vocabulary_statistics_out(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    *,
+    argmax: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+) -> None:
+    batch, length, vocabulary = logits.shape
+    running = _active(active, batch, logits.device)
+    outputs = (argmax, entropy, row_max, row_sum, tile_max, tile_sum)
+    for b in range(batch):
+        for first in range(0, length, _ROWS):
+            rows = slice(first, min(first + _ROWS, length))
+            mask = _rows_allowed(logits, vocabulary, allowed, allowed_row, b, rows)
+            results = _row_statistics(logits[b, rows], softcap, temperature[b], mask)
+            for output, result in zip(outputs, results, strict=True):
+                output[b, rows] = torch.where(running[b], result.to(output.dtype), output[b, rows])
+
+
+def _rows_allowed(
+    logits: Tensor, vocabulary: int, allowed: Tensor | None, allowed_row: Tensor | None, b: int, rows: slice
+) -> Tensor:
+    index = None if allowed_row is None else allowed_row[b : b + 1, rows]
+    return allowed_mask(vocabulary, allowed, index, (1, rows.stop - rows.start), logits.device)[0]
+
+
+def _row_statistics(raw: Tensor, softcap: float, temperature: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    rows = raw.shape[0]
+    finite = (torch.isfinite(raw) | ~mask).all(-1)
+    z = _scaled(raw, softcap, temperature.expand(rows)).masked_fill(~mask, -math.inf)
+    z = torch.where(finite[:, None], z, 0.0)
+    tiles = _tiles(z, -math.inf)  # [rows, tiles, tile]
+    tile_max = tiles.amax(-1)
+    shifted = torch.where(tiles > -math.inf, tiles - tile_max[..., None], -math.inf)
+    tile_sum = torch.exp(shifted).sum(-1)
+    row_max = tile_max.amax(-1)
+    row_sum = (tile_sum.to(torch.float64) * torch.exp(tile_max - row_max[:, None]).to(torch.float64)).sum(-1)
+    d = (z - row_max[:, None]).to(torch.float64)
+    weights = torch.exp(d)
+    t = torch.where(weights > 0, weights * d, 0.0).sum(-1)
+    entropy = torch.log(row_sum) - t / weights.sum(-1)
+    # The first of the largest: torch.argmax does not promise which.
+    candidates = raw.to(torch.float32).masked_fill(~mask, -math.inf)
+    ids = torch.arange(raw.shape[1], device=raw.device)
+    largest = torch.where(mask & (candidates == candidates.amax(-1, keepdim=True)), ids, raw.shape[1]).amin(-1)
+    argmax = torch.where(finite, largest, torch.where(mask, ids, raw.shape[1]).amin(-1))
+    nan = torch.full_like(entropy, math.nan)
+    return argmax, torch.where(finite, entropy, nan), row_max, torch.where(finite, row_sum, nan), tile_max, tile_sum
+
+
+def sample(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+    seed: Tensor,
+    canvas_index: Tensor,
+    step: Tensor,
+    uniforms: Tensor | None,
+) -> Tensor:
+    out = logits.new_zeros(logits.shape[:2], dtype=torch.int32)
+    sample_out(
+        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
+        *(seed, canvas_index, step, uniforms),
+        out=out,
+    )
+    return out
+
+
+def sample_out(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+    seed: Tensor,
+    canvas_index: Tensor,
+    step: Tensor,
+    uniforms: Tensor | None,
+    *,
+    out: Tensor,
+) -> None:
+    batch, length, vocabulary = logits.shape
+    if uniforms is None:
+        uniforms = philox_uniforms(seed, canvas_index, step, length, _SAMPLE)
+    running = _active(active, batch, logits.device)
+    factor = torch.exp(tile_max - row_max[..., None])
+    masses = torch.where(tile_sum > 0, tile_sum.to(torch.float64) * factor.to(torch.float64), 0.0)
+    tile, before = _first_above(masses, uniforms * row_sum)  # [batch, length]
+    left = uniforms * row_sum - before
+    # Entries of the chosen tile; those past the vocabulary have no mass.
+    ids = tile[..., None] * VOCABULARY_TILE + torch.arange(VOCABULARY_TILE, device=logits.device)
+    inside = ids.clamp(max=vocabulary - 1)
+    mask = allowed_mask(vocabulary, allowed, allowed_row, (batch, length), logits.device)
+    present = (ids < vocabulary) & mask.gather(-1, inside)
+    raw = logits.gather(-1, inside)
+    z = _scaled(raw.flatten(0, 1), softcap, temperature.repeat_interleave(length)).view_as(raw)
+    chosen_max = tile_max.gather(-1, tile[..., None])
+    weights = torch.where(present, torch.exp(z - chosen_max), 0.0).to(torch.float64)
+    weights = weights * factor.gather(-1, tile[..., None]).to(torch.float64)
+    entry, _ = _first_above(weights, left)
+    token = ids.gather(-1, entry[..., None])[..., 0]
+    lowest = torch.where(mask, torch.arange(vocabulary, device=logits.device), vocabulary).amin(-1)
+    token = torch.where(row_sum > 0, token, lowest).to(torch.int32)
+    out.copy_(torch.where(running[:, None], token, out))
+
+
+def _first_above(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first entry whose cumulative mass exceeds the target, or of the last that has any, and what is
+    before it; masses [..., n], target [...]."""
+    cumulative = masses.cumsum(-1)
+    index = torch.arange(masses.shape[-1], device=masses.device).expand_as(masses)
+    above = torch.where((cumulative > target[..., None]) & (masses > 0), index, masses.shape[-1]).amin(-1)
+    last = torch.where(masses > 0, index, 0).amax(-1)
+    chosen = torch.where(above < masses.shape[-1], above, last)
+    before = (cumulative - masses).gather(-1, chosen[..., None])[..., 0]
+    return chosen, before
+
+
+def noise_(
+    tokens: Tensor,
+    vocabulary: int,
+    purpose: int,
+    seed: Tensor,
+    canvas_index: Tensor,
+    step: Tensor,
+    active: Tensor | None,
+    keep: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    uniforms: Tensor | None,
+) -> None:
+    batch, length = tokens.shape
+    if uniforms is None:
+        uniforms = philox_uniforms(seed, canvas_index, step, length, purpose)
+    fresh = _uniform_tokens(uniforms, vocabulary, allowed, allowed_row)
+    write = _active(active, batch, tokens.device)[:, None].expand(batch, length)
+    if keep is not None:
+        write = write & ~keep
+    tokens.copy_(torch.where(write, fresh, tokens))
+
+
+def _uniform_tokens(uniforms: Tensor, vocabulary: int, allowed: Tensor | None, allowed_row: Tensor | None) -> Tensor:
+    """The allowed id number floor(u * count) of every position, int32 [batch, length]."""
+    if allowed is None or allowed_row is None:
+        return (uniforms * vocabulary).floor().clamp(max=vocabulary - 1).to(torch.int32)
+    mask = allowed_mask(vocabulary, allowed, allowed_row, (uniforms.shape[0], uniforms.shape[1]), uniforms.device)
+    rank = mask.cumsum(-1)  # how many allowed ids up to and with this one
+    count = rank[..., -1]
+    k = torch.minimum((uniforms * count).floor().to(torch.int64), count - 1)
+    return (rank <= k[..., None]).sum(-1).to(torch.int32)
+
+
+def update_canvas_(
+    sampled: Tensor,
+    argmax: Tensor,
+    entropy: Tensor,
+    pinned: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    uniforms: Tensor | None,
+    vocabulary: int,
+    seed: Tensor,
+    canvas_index: Tensor,
+    max_steps: Tensor,
+    t_min: Tensor,
+    t_max: Tensor,
+    entropy_bound: Tensor,
+    stability_threshold: Tensor,
+    confidence_threshold: Tensor,
+    active: Tensor,
+    canvas: Tensor,
+    draft: Tensor,
+    stable_steps: Tensor,
+    step: Tensor,
+    temperature: Tensor,
+    accepted: Tensor,
+    mean_entropy: Tensor,
+    status: Tensor,
+) -> None:
+    fixed = torch.zeros_like(accepted) if pinned is None else pinned
+    finite = (torch.isfinite(entropy) | fixed).all(-1)
+    going = active & finite  # [batch]
+    if uniforms is None:
+        uniforms = philox_uniforms(seed, canvas_index, step, canvas.shape[1], _RENOISE)
+    fresh = _uniform_tokens(uniforms, vocabulary, allowed, allowed_row)
+
+    # Pinned positions sort last, and cannot be accepted.
+    entropies = torch.where(fixed, math.inf, entropy).to(torch.float64)
+    ordered, order = torch.sort(entropies, dim=-1, stable=True)
+    before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered.cumsum(-1)[:, :-1]], dim=-1)
+    within = before <= entropy_bound.to(torch.float64)[:, None]
+    new_accepted = torch.zeros_like(accepted).scatter(-1, order, within) & ~fixed
+    counted = (~fixed).sum(-1)
+    total = torch.where(fixed, 0.0, entropy.to(torch.float64)).sum(-1)
+    new_mean = torch.where(counted > 0, total / counted.clamp(min=1), 0.0).to(torch.float32)
+    new_canvas = torch.where(fixed, canvas, torch.where(new_accepted, sampled, fresh))
+    new_draft = torch.where(fixed, canvas, argmax)
+    unchanged = ((draft == argmax) | fixed).all(-1)
+    new_stable_steps = torch.where(unchanged, stable_steps + 1, 0).to(torch.int32)
+
+    stable = (new_stable_steps >= stability_threshold) & (new_mean < confidence_threshold)
+    last = step >= max_steps
+    new_status = torch.where(stable, 1, torch.where(last, 2, 0)).to(torch.int32)
+    share = (max_steps - step).to(torch.float32) / max_steps.to(torch.float32)
+    new_temperature = t_min.to(torch.float32) + (t_max - t_min).to(torch.float32) * share
+
+    def write(target: Tensor, value: Tensor, where: Tensor) -> None:
+        target.copy_(torch.where(where.view(-1, *[1] * (target.dim() - 1)), value, target))
+
+    write(accepted, new_accepted & finite[:, None], active)
+    write(mean_entropy, torch.where(finite, new_mean, math.nan), active)
+    write(status, torch.where(finite, new_status, 3), active)
+    write(canvas, new_canvas, going)
+    write(draft, new_draft, going)
+    write(stable_steps, new_stable_steps, going)
+    write(temperature, new_temperature, going)
+    write(step, step + 1, going)
+    active.copy_(going & ~stable & ~last)
+
+
+def soft_embedding(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+    pinned: Tensor | None,
+    embedding: Tensor,
+    embedding_scale: float,
+    tolerance: float,
+    max_embedding_norm: float,
+) -> Tensor:
+    out = logits.new_zeros((*logits.shape[:2], embedding.shape[1]))
+    soft_embedding_out(
+        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
+        *(pinned, embedding, embedding_scale, tolerance, max_embedding_norm),
+        out=out,
+        workspace=None,
+    )
+    return out
+
+
+def soft_embedding_out(
+    logits: Tensor,
+    softcap: float,
+    temperature: Tensor,
+    active: Tensor | None,
+    allowed: Tensor | None,
+    allowed_row: Tensor | None,
+    row_max: Tensor,
+    row_sum: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+    pinned: Tensor | None,
+    embedding: Tensor,
+    embedding_scale: float,
+    tolerance: float,
+    max_embedding_norm: float,
+    *,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    """Always dense; one request at a time, so that a request's result does not depend on its batch."""
+    batch, length, vocabulary = logits.shape
+    running = _active(active, batch, logits.device)
+    scale = torch.tensor(embedding_scale, dtype=logits.dtype, device=logits.device)
+    for b in range(batch):
+        index = None if allowed_row is None else allowed_row[b : b + 1]
+        mask = allowed_mask(vocabulary, allowed, index, (1, length), logits.device)[0]
+        z = _scaled(logits[b], softcap, temperature[b].expand(length)).masked_fill(~mask, -math.inf)
+        p = torch.softmax(z.to(logits.dtype), dim=-1, dtype=torch.float32).to(logits.dtype)
+        soft = (p @ embedding) * scale
+        soft = torch.where(row_sum[b, :, None] > 0, soft, math.nan).to(logits.dtype)
+        if pinned is not None:
+            soft = torch.where(pinned[b, :, None], 0.0, soft).to(logits.dtype)
+        out[b] = torch.where(running[b], soft, out[b])
+
+
+for _name, _function in (
+    ("vocabulary_statistics", vocabulary_statistics),
+    ("vocabulary_statistics.out", vocabulary_statistics_out),
+    ("sample", sample),
+    ("sample.out", sample_out),
+    ("noise_", noise_),
+    ("update_canvas_", update_canvas_),
+    ("soft_embedding", soft_embedding),
+    ("soft_embedding.out", soft_embedding_out),
+):
+    torch.library.impl(f"dgemma::{_name}", "CUDA", _function)
