@@ -5,6 +5,8 @@
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
 #
+# ARGS="-k attention -x" goes to pytest (test, bench, gpu-check); PYTHON=... chooses the interpreter of a new .venv.
+#
 # Needs Python 3.11 or later with venv, a C++20 compiler, and what requirements/dev.txt names from a package index.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -25,10 +27,10 @@ demo: .venv/.built
 build: .venv/.built
 
 test: .venv/.built
-	@$(venv_python) -m pytest
+	@$(venv_python) -m pytest $(ARGS)
 
 bench: .venv/.built
-	@cd bench && "../$(venv_python)" -m pytest -q -o python_files='bench_*.py' -o testpaths=. --benchmark-columns=min,median,rounds .
+	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)
 
 lint: .venv/.installed
 	$(venv_python) -m ruff check .
@@ -43,12 +45,12 @@ format: .venv/.installed
 
 # Without .venv: the machine's own Python holds torch with CUDA there, and nothing can be fetched.
 gpu-check:
-	@"$${PYTHON:-python3}" tools/gpu_check.py
+	@"$${PYTHON:-python3}" tools/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build .venv/.built
 
-# PYTHON=/path/to/python chooses the interpreter; else the first of these that is new enough.
+# The first of these that is new enough and can make a virtual environment.
 $(venv_python):
 	@for python in $${PYTHON:-python3 python3.13 python3.12 python3.11}; do \
 	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \

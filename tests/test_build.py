@@ -111,6 +111,34 @@ def test_the_c_interface_is_exported() -> None:
     assert [name for name in defined if "6dgemma" in name] == []
 
 
+def test_code_for_one_instruction_set_is_not_shared() -> None:
+    """A file compiled for an instruction set defines its table and nothing that the linker could keep for all.
+
+    A weak symbol (an inline function of a shared header) compiled for AVX-512 may become the one copy that the scalar
+    variant calls too, and crash on a machine without it.
+    """
+    libraries = sorted((ROOT / "build").glob("*/libdgemma.a"), key=lambda path: path.stat().st_mtime)
+    if not libraries:
+        pytest.skip("the build folder is not here")
+    listing = subprocess.run(
+        ["nm", "--defined-only", "--extern-only", str(libraries[-1])], check=True, capture_output=True, text=True
+    ).stdout
+    shared: list[str] = []
+    tables = 0
+    for member in re.split(r"\n\n", listing):
+        title, *symbols = member.strip().splitlines()
+        if not re.match(r"cpu_(.*_)?(scalar|avx2|avx512|avx512_bf16)\.cpp", title):
+            continue
+        for symbol in symbols:
+            kind, name = symbol.split()[-2:]
+            if kind in "DRB":  # data: the table of function pointers
+                tables += 1
+            else:
+                shared.append(f"{title} {kind} {name}")
+    assert shared == []
+    assert tables > 0
+
+
 def test_import_needs_no_torch_imported_before() -> None:
     subprocess.run([sys.executable, "-c", "from dgemma_ext import ops"], check=True, timeout=120)
 
