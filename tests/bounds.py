@@ -1,7 +1,7 @@
 """When a result counts as right: one bound on the whole tensor, one on its worst element.
 
-The global bound catches a wrong scale or a term left out, which a few ulps on every element would hide. The element-wise
-bound is not picked by hand: it is what the same maths in ordinary low-precision torch gets wrong, doubled.
+The global bound catches a wrong scale or a term left out, which a few ulps on every element would hide. The bound on
+elements is not picked by hand: it is what the same maths in ordinary low-precision torch gets wrong, doubled.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+// The operators of the family grouped_gemm: schemas, and tensors to pointers.
+#include "dgemma/grouped_gemm.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "grouped_gemm/plan.h"
+#include "torch/tensors.h"
+
+namespace dgemma {
+namespace {
+
+// All but output and workspace, which are left to the caller.
+dgemma_moe_ffn describe_moe_ffn(const Arguments& arguments, const Tensor& input,
+                                const Tensor& expert_ids, const Tensor& expert_weights,
+                                const Tensor& gate_up, const Tensor& down) {
+  dgemma_moe_ffn op = {};
+  op.dtype = arguments.dtype(input, "input");
+  op.tokens = arguments.size(input, "input", 2, 0);
+  op.hidden_size = input.size(1);
+  op.top_k = arguments.size(expert_ids, "expert_ids", 2, 1);
+  op.experts = arguments.size(down, "down", 3, 0);
+  op.expert_size = down.size(2);
+  op.input = arguments.in(input, "input", {op.tokens, op.hidden_size}, op.dtype);
+  op.expert_ids = arguments.in<int32_t>(expert_ids, "expert_ids", {op.tokens, op.top_k});
+  op.expert_weights = arguments.in<float>(expert_weights, "expert_weights", {op.tokens, op.top_k});
+  op.gate_up =
+      arguments.in(gate_up, "gate_up", {op.experts, 2 * op.expert_size, op.hidden_size}, op.dtype);
+  op.down = arguments.in(down, "down", {op.experts, op.hidden_size, op.expert_size}, op.dtype);
+  return op;
+}
+
+void run_into(const Arguments& arguments, dgemma_moe_ffn op, const Tensor& out,
+              const Tensor& workspace) {
+  CpuContext context("moe_ffn");
+  op.output = arguments.out(out, "out", {op.tokens, op.hidden_size}, op.dtype);
+  op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
+  context.check(dgemma_cpu_moe_ffn(&op, context.get()));
+}
+
+Tensor moe_ffn(const Tensor& input, const Tensor& expert_ids, const Tensor& expert_weights,
+               const Tensor& gate_up, const Tensor& down) {
+  const Arguments arguments("moe_ffn");
+  const dgemma_moe_ffn op =
+      describe_moe_ffn(arguments, input, expert_ids, expert_weights, gate_up, down);
+  const Tensor out = torch::stable::new_empty(input, input.sizes());
+  const auto bytes = static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
+  run_into(arguments, op, out, torch::stable::new_empty(input, {bytes}, ScalarType::Byte));
+  return out;
+}
+
+void moe_ffn_out(const Tensor& input, const Tensor& expert_ids, const Tensor& expert_weights,
+                 const Tensor& gate_up, const Tensor& down, const Tensor& out,
+                 const Tensor& workspace) {
+  const Arguments arguments("moe_ffn");
+  run_into(arguments, describe_moe_ffn(arguments, input, expert_ids, expert_weights, gate_up, down),
+           out, workspace);
+}
+
+int64_t moe_ffn_workspace(int64_t tokens, int64_t hidden_size, int64_t expert_size, int64_t experts,
+                          int64_t top_k, bool bfloat16) {
+  dgemma_moe_ffn op = {};
+  op.tokens = tokens;
+  op.hidden_size = hidden_size;
+  op.expert_size = expert_size;
+  op.experts = experts;
+  op.top_k = top_k;
+  op.dtype = bfloat16 ? DGEMMA_BFLOAT16 : DGEMMA_FLOAT32;
+  return static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
+}
+
+std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, int64_t experts) {
+  const size_t top_k = expert_ids.empty() ? 1 : expert_ids[0].size();
+  std::vector<int32_t> ids;
+  for (const auto& row : expert_ids) {
+    if (row.size() != top_k)
+      throw std::invalid_argument("expert_ids: got rows of different lengths, wants equal ones");
+    ids.insert(ids.end(), row.begin(), row.end());
+  }
+  const auto pairs = static_cast<int64_t>(ids.size());
+  const int64_t bad = find_bad_expert_id(ids.data(), pairs, experts);
+  if (bad >= 0)
+    throw std::invalid_argument("expert_ids: got " + std::to_string(ids[bad]) + ", wants -1 to " +
+                                std::to_string(experts - 1));
+  std::vector<int32_t> storage(static_cast<size_t>(moe_plan_size(pairs, experts)));
+  std::ostringstream text;
+  print(make_moe_plan(ids.data(), pairs, experts, storage.data()), static_cast<int64_t>(top_k),
+        text);
+  return text.str();
+}
+
+}  // namespace
+
+void bind_grouped_gemm(pybind11::module_& module) {
+  module.def("moe_ffn_workspace", &moe_ffn_workspace, pybind11::arg("tokens"),
+             pybind11::arg("hidden_size"), pybind11::arg("expert_size"), pybind11::arg("experts"),
+             pybind11::arg("top_k"), pybind11::arg("bfloat16"),
+             "Bytes of workspace of moe_ffn on the CPU; 0 for sizes that it does not take.");
+  module.def("moe_ffn_plan", &moe_ffn_plan, pybind11::arg("expert_ids"), pybind11::arg("experts"),
+             "The plan of one pass of moe_ffn: a line for each expert that is hit, with its "
+             "token/slot pairs.");
+}
+
+}  // namespace dgemma
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
+  library.def(
+      "moe_ffn(Tensor input, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor "
+      "down) -> Tensor");
+  library.def(
+      "moe_ffn.out(Tensor input, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor "
+      "down, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
+  library.impl("moe_ffn", TORCH_BOX(&dgemma::moe_ffn));
+  library.impl("moe_ffn.out", TORCH_BOX(&dgemma::moe_ffn_out));
+}

@@ -1,0 +1,56 @@
+"""The operator of `grouped_gemm` in plain torch: what runs where no kernel is written yet (CUDA)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def moe_ffn(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `dgemma_ext.ops.grouped_gemm.moe_ffn`, one expert that is hit after another.
+
+    An expert's weights are widened to float32 for its products: torch's bfloat16 products round each result, and after
+    three such roundings the output is too far off.
+    """
+    experts, hidden_size, expert_size = down.shape
+    tokens, top_k = expert_ids.shape
+    hit = _hit_experts(expert_ids, experts)
+    # Kept by slot, so that the sum over slots has one order whichever experts they are.
+    products = torch.zeros((tokens, top_k, hidden_size), dtype=torch.float32, device=input.device)
+    for expert in hit:
+        token, slot = torch.where(expert_ids == expert)
+        gate, up = F.linear(input[token].float(), gate_up[expert].float()).split(expert_size, dim=-1)
+        h = (F.gelu(gate, approximate="tanh") * up).to(input.dtype)
+        products[token, slot] = F.linear(h.float(), down[expert].float())
+    weights = torch.where(expert_ids >= 0, expert_weights, 0.0)
+    total = torch.zeros((tokens, hidden_size), dtype=torch.float32, device=input.device)
+    for k in range(top_k):
+        total += weights[:, k, None] * products[:, k]
+    return total.to(input.dtype)
+
+
+def moe_ffn_out(
+    input: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    out: Tensor,
+    workspace: Tensor,
+) -> None:
+    """`moe_ffn` into `out`; the workspace is not used."""
+    out.copy_(moe_ffn(input, expert_ids, expert_weights, gate_up, down))
+
+
+def _hit_experts(expert_ids: Tensor, experts: int) -> list[int]:
+    found: list[int] = torch.unique(expert_ids).tolist()
+    for expert in found:
+        if not -1 <= expert < experts:
+            raise ValueError(f"dgemma::moe_ffn: expert_ids: got {expert}, wants -1 or 0 to {experts - 1}")
+    return [expert for expert in found if expert >= 0]
+
+
+torch.library.impl("dgemma::moe_ffn", "CUDA", moe_ffn)
+torch.library.impl("dgemma::moe_ffn.out", "CUDA", moe_ffn_out)
