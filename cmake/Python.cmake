@@ -44,9 +44,12 @@ pybind11_add_module(_C MODULE NO_EXTRAS ${binding_sources})
 # 0x020b000000000000 is torch 2.11 in the form of torch/headeronly/version.h.
 target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=0x020b000000000000)
 target_include_directories(_C PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
-target_include_directories(_C SYSTEM PRIVATE "${torch_dir}/include")
 target_compile_options(_C PRIVATE ${dgemma_warnings} "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
-target_link_libraries(_C PRIVATE dgemma "${torch_dir}/lib/libtorch_cpu.so")
+# As a library behind pybind11's own headers: torch ships a copy of them, which refuses to be included here.
+add_library(torch_stable INTERFACE)
+target_include_directories(torch_stable SYSTEM INTERFACE "${torch_dir}/include")
+target_link_libraries(torch_stable INTERFACE "${torch_dir}/lib/libtorch_cpu.so")
+target_link_libraries(_C PRIVATE dgemma torch_stable)
 # The folder of the torch that is imported beside the module, not the one it was built against.
 set_target_properties(_C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../torch/lib")
 if(NOT APPLE)
