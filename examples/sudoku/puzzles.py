@@ -1,186 +1,37 @@
-"""Sudoku puzzles with one solution, 6x6 (boxes of 2 rows by 3 columns) and 9x9, reproducible by seed.
+"""The puzzles, which live in the package so that `dgemma demo` has them: see dgemma_ext/demo/puzzles.py.
 
-A puzzle is one line of 36 or 81 characters, row by row, "." where a cell is blank; its solution is the same line with
-every digit filled in.
-
-    python puzzles.py --size 9 --clues 40 --count 5 --seed 1
+python puzzles.py --size 9 --clues 40 --count 5 --seed 1
 """
 
 from __future__ import annotations
 
-import argparse
-import random
-from dataclasses import dataclass
+from dgemma_ext.demo.puzzles import (
+    BLANK,
+    BOX_SHAPES,
+    Puzzle,
+    check,
+    from_text,
+    generate,
+    held_out,
+    main,
+    solutions,
+    to_text,
+    units,
+)
 
-BLANK = "."
-BOX_SHAPES = {6: (2, 3), 9: (3, 3)}  # grid size -> rows and columns of a box
-
-
-@dataclass(frozen=True)
-class Puzzle:
-    """A puzzle and its only solution, both as lines of text."""
-
-    text: str
-    solution: str
-
-    @property
-    def size(self) -> int:
-        return round(len(self.text) ** 0.5)
-
-    @property
-    def clues(self) -> int:
-        return len(self.text) - self.text.count(BLANK)
-
-
-def units(size: int) -> list[list[int]]:
-    """The cells of every row, column and box, as indices into the line."""
-    box_rows, box_columns = BOX_SHAPES[size]
-    rows = [[r * size + c for c in range(size)] for r in range(size)]
-    columns = [[r * size + c for r in range(size)] for c in range(size)]
-    boxes = [
-        [(top + r) * size + left + c for r in range(box_rows) for c in range(box_columns)]
-        for top in range(0, size, box_rows)
-        for left in range(0, size, box_columns)
-    ]
-    return rows + columns + boxes
-
-
-_UNITS = {size: units(size) for size in BOX_SHAPES}
-_CELL_UNITS = {
-    size: [[u for u, unit in enumerate(_UNITS[size]) if cell in unit] for cell in range(size * size)]
-    for size in BOX_SHAPES
-}
-
-
-def solutions(cells: list[int], limit: int = 2, rng: random.Random | None = None) -> list[list[int]]:
-    """Up to `limit` completions of a grid (0 is a blank), by depth-first search on the cell with fewest candidates.
-
-    With `rng` the candidates are tried in random order, so that an empty grid gives a random filled one.
-    """
-    size = round(len(cells) ** 0.5)
-    cell_units = _CELL_UNITS[size]
-    free = [(1 << size) - 1] * (3 * size)  # per unit, one bit per digit not yet placed
-    grid = list(cells)
-    for cell, digit in enumerate(grid):
-        if digit:
-            bit = 1 << (digit - 1)
-            for unit in cell_units[cell]:
-                if not free[unit] & bit:
-                    return []
-                free[unit] &= ~bit
-    blanks = [cell for cell, digit in enumerate(grid) if not digit]
-    found: list[list[int]] = []
-
-    def search() -> None:
-        best_at, best, fewest = -1, 0, size + 1
-        for at, cell in enumerate(blanks):
-            a, b, c = cell_units[cell]
-            candidates = free[a] & free[b] & free[c]
-            count = candidates.bit_count()
-            if count < fewest:
-                best_at, best, fewest = at, candidates, count
-                if count <= 1:
-                    break
-        if best_at < 0:
-            found.append(list(grid))
-            return
-        if not best:
-            return
-        cell = blanks.pop(best_at)
-        digits = [digit for digit in range(1, size + 1) if best >> (digit - 1) & 1]
-        if rng is not None:
-            rng.shuffle(digits)
-        for digit in digits:
-            bit = 1 << (digit - 1)
-            grid[cell] = digit
-            for unit in cell_units[cell]:
-                free[unit] ^= bit
-            search()
-            for unit in cell_units[cell]:
-                free[unit] ^= bit
-            if len(found) >= limit:
-                break
-        grid[cell] = 0
-        blanks.insert(best_at, cell)
-
-    search()
-    return found
-
-
-def _stays_unique(cells: list[int], cell: int, digit: int, size: int) -> bool:
-    """Whether a uniquely solvable grid from which `digit` was just taken out of `cell` still has one solution."""
-
-    def may_hold(other: int) -> bool:
-        return all(cells[seen] != digit for unit in _CELL_UNITS[size][other] for seen in _UNITS[size][unit])
-
-    # If a row, column or box has no other place for the digit, it is forced: no search needed.
-    for unit in _CELL_UNITS[size][cell]:
-        if not any(cells[other] == 0 and other != cell and may_hold(other) for other in _UNITS[size][unit]):
-            return True
-    return len(solutions(cells, limit=2)) == 1
-
-
-def generate(size: int, clues: int, rng: random.Random) -> Puzzle:
-    """A random puzzle with `clues` clues and one solution: digs cells in random order, starts over when stuck."""
-    while True:
-        solution = solutions([0] * (size * size), limit=1, rng=rng)[0]
-        cells = list(solution)
-        left = size * size
-        for cell in rng.sample(range(size * size), size * size):
-            if left == clues:
-                break
-            digit, cells[cell] = cells[cell], 0
-            if _stays_unique(cells, cell, digit, size):
-                left -= 1
-            else:
-                cells[cell] = digit
-        if left == clues:
-            return Puzzle(to_text(cells), to_text(solution))
-
-
-def to_text(cells: list[int]) -> str:
-    return "".join(str(digit) if digit else BLANK for digit in cells)
-
-
-def from_text(text: str) -> list[int]:
-    if len(text) not in (36, 81) or not set(text) <= set("123456789" + BLANK):
-        raise ValueError(f"a puzzle is 36 or 81 digits and {BLANK!r}, got {text!r}")
-    return [0 if character == BLANK else int(character) for character in text]
-
-
-def check(answer: str, puzzle: str) -> bool:
-    """Whether `answer` (as the model wrote it, white space around it allowed) is a solution of `puzzle`."""
-    answer = answer.strip()
-    if len(answer) != len(puzzle) or not answer.isascii() or not answer.isdigit():
-        return False
-    if any(clue not in (BLANK, given) for clue, given in zip(puzzle, answer, strict=True)):
-        return False
-    size = round(len(puzzle) ** 0.5)
-    digits = {str(digit) for digit in range(1, size + 1)}
-    return all({answer[cell] for cell in unit} == digits for unit in _UNITS[size])
-
-
-def held_out(size: int, blanks: tuple[int, int], count: int, seed: int = 10_000) -> list[Puzzle]:
-    """The evaluation set: `count` puzzles with a number of blanks uniform in `blanks` (both ends included).
-
-    Training draws from other seeds (`train.py` uses seeds below 10,000).
-    """
-    rng = random.Random(f"held out {size} {seed}")
-    return [generate(size, size * size - rng.randint(*blanks), rng) for _ in range(count)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, choices=sorted(BOX_SHAPES), default=9)
-    parser.add_argument("--clues", type=int, default=40)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    for _ in range(arguments.count):
-        puzzle = generate(arguments.size, arguments.clues, rng)
-        print(puzzle.text, puzzle.solution)
-
+__all__ = [
+    "BLANK",
+    "BOX_SHAPES",
+    "Puzzle",
+    "check",
+    "from_text",
+    "generate",
+    "held_out",
+    "main",
+    "solutions",
+    "to_text",
+    "units",
+]
 
 if __name__ == "__main__":
     main()

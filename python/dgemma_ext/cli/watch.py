@@ -66,12 +66,13 @@ class Watch:
 
 
 def status_line(draft: Draft) -> str:
-    """The figures of a step. Canvases and steps count from 1."""
+    """The figures of a step. Canvases and steps count from 1; pinned positions take no part in acceptance."""
     sampler = draft.request.sampler
+    free = len(draft.token_ids) - len(pinned_positions(draft))
     return (
         f"canvas {draft.canvas_index + 1}, step {draft.step} of {sampler.max_denoising_steps}: "
         f"temperature {sampler.temperature(draft.step):.3f}, mean entropy {draft.mean_entropy:.4f}, "
-        f"accepted {int(draft.accepted.sum())} of {len(draft.token_ids)}"
+        f"accepted {int(draft.accepted.sum())} of {free}"
     )
 
 
