@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Read when torch loads its OpenMP runtime: threads that wait sleep. Spinning ones take the other threads' time on a
+# machine that is busy or has a single core, and tests then take ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
