@@ -161,8 +161,8 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
     const int64_t count = seen.end - tile < kKeyTile ? seen.end - tile : kKeyTile;
     keys.rows(tile, count, tile_rows);
     pack_rows_as_columns<Word>(tile_rows, count, head_dim, query_steps, panels);
-    multiply<Word, false>(query_words, query_steps, panels, query_steps, query_steps, padded_rows,
-                          count, scratch.scores, kKeyTile, factor);
+    multiply<Word, Held::kDrop>(query_words, query_steps, panels, query_steps, query_steps,
+                                padded_rows, count, scratch.scores, kKeyTile, factor);
 
     const int64_t width = round_up(count, kLanes > 2 ? kLanes : 2);
     for (int64_t r = 0; r < rows; ++r) {
@@ -175,9 +175,10 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
     constexpr int64_t value_steps = kKeyTile / Word::kValues;
     values.rows(tile, count, tile_rows);
     pack_rows_as_steps<Word>(tile_rows, count, head_dim, value_steps, panels);
-    multiply<Word, true>(reinterpret_cast<const uint32_t*>(scratch.scores), kKeyTile, panels,
-                         value_steps, round_up(count, 2) / Word::kValues, padded_rows, head_dim,
-                         scratch.accumulator, accumulator_stride, factor);
+    multiply<Word, Held::kTimesFactorAndAdd>(
+        reinterpret_cast<const uint32_t*>(scratch.scores), kKeyTile, panels, value_steps,
+        round_up(count, 2) / Word::kValues, padded_rows, head_dim, scratch.accumulator,
+        accumulator_stride, factor);
   }
 
   T* output = static_cast<T*>(op.output);

@@ -171,19 +171,15 @@ void pack_rows_as_steps(const T* const* rows, int64_t count, int64_t values, int
   }
 }
 
-// One register tile. With kAccumulate c is first multiplied by its row's factor and then added to;
-// without it c is overwritten.
-template <typename Word, bool kAccumulate>
+// What a register tile does with what c holds.
+enum class Held { kDrop, kAdd, kTimesFactorAndAdd };
+
+// One register tile: c = held + a x panel, over `steps` steps. The sums begin at zero, so that
+// their rounding does not depend on how large c already is.
+template <typename Word, Held kHeld>
 inline void multiply_tile(const uint32_t* a, int64_t a_stride, const uint32_t* panel, int64_t steps,
                           float* c, int64_t c_stride, const float* factor) {
-  Sums sums[kTileRows][kTileVectors];
-  for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kTileVectors; ++v) {
-      if constexpr (kAccumulate)
-        sums[r][v] = __builtin_convertvector(load(c + r * c_stride + v * kLanes) * factor[r], Sums);
-      else
-        sums[r][v] = Sums{};
-    }
+  Sums sums[kTileRows][kTileVectors] = {};
   for (int64_t step = 0; step < steps; ++step) {
     Floats b[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v)
@@ -193,19 +189,41 @@ inline void multiply_tile(const uint32_t* a, int64_t a_stride, const uint32_t* p
         sums[r][v] = Word::multiply_add(a[r * a_stride + step], b[v], sums[r][v]);
   }
   for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < kTileVectors; ++v)
-      store(c + r * c_stride + v * kLanes, __builtin_convertvector(sums[r][v], Floats));
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = c + r * c_stride + v * kLanes;
+      Floats result = __builtin_convertvector(sums[r][v], Floats);
+      if constexpr (kHeld == Held::kAdd) result += load(to);
+      if constexpr (kHeld == Held::kTimesFactorAndAdd) result += load(to) * factor[r];
+      store(to, result);
+    }
 }
 
-// `rows` is a multiple of kTileRows, `columns` is rounded up to whole panels.
-template <typename Word, bool kAccumulate>
+// Steps that one chain of sums runs over: longer chains lose digits (a head of 256 then fails the
+// bound of twice torch's error), and a panel's part of this length, 8 KiB, stays in L1.
+constexpr int64_t kChain = 64;
+
+// c = a x b, with kHeld as for a tile. `rows` is a multiple of kTileRows, `columns` is rounded up
+// to whole panels.
+template <typename Word, Held kHeld>
 void multiply(const uint32_t* a, int64_t a_stride, const uint32_t* panels, int64_t panel_steps,
               int64_t steps, int64_t rows, int64_t columns, float* c, int64_t c_stride,
               const float* factor) {
-  for (int64_t column = 0; column < columns; column += kPanelColumns)
-    for (int64_t row = 0; row < rows; row += kTileRows)
-      multiply_tile<Word, kAccumulate>(a + row * a_stride, a_stride, panels + column * panel_steps,
-                                       steps, c + row * c_stride + column, c_stride, factor + row);
+  for (int64_t column = 0; column < columns; column += kPanelColumns) {
+    for (int64_t first = 0; first < steps; first += kChain) {
+      const int64_t count = steps - first < kChain ? steps - first : kChain;
+      const uint32_t* panel = panels + column * panel_steps + first * kPanelColumns;
+      for (int64_t row = 0; row < rows; row += kTileRows) {
+        const uint32_t* a_tile = a + row * a_stride + first;
+        float* c_tile = c + row * c_stride + column;
+        if (first == 0)
+          multiply_tile<Word, kHeld>(a_tile, a_stride, panel, count, c_tile, c_stride,
+                                     factor + row);
+        else
+          multiply_tile<Word, Held::kAdd>(a_tile, a_stride, panel, count, c_tile, c_stride,
+                                          factor + row);
+      }
+    }
+  }
 }
 
 }  // namespace
