@@ -263,13 +263,14 @@ def load_transformers(
     """The checkpoint as transformers' DiffusionGemmaForBlockDiffusion, in evaluation mode, every stored tensor used."""
     from transformers import DiffusionGemmaForBlockDiffusion
 
-    model, loading = DiffusionGemmaForBlockDiffusion.from_pretrained(
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         directory,
         dtype=dtype,
         attn_implementation=attn_implementation,
         experts_implementation=experts_implementation,
         output_loading_info=True,
     )
+    model, loading = loaded
     faults = {kind: loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading[kind]}
     assert not faults, faults
     return model.eval()
@@ -398,7 +399,7 @@ def write_published_layout(directory: str | Path, shards: int = 11) -> Path:
     for name, size in sizes.items():
         groups[placed * shards // total].append(name)
         placed += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{shards:05}.safetensors"
         write_sparse_shard(directory / file, {name: ("BF16", shapes[name], sizes[name]) for name in group})

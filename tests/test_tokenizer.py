@@ -14,7 +14,7 @@ from checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.tokenizer import Tokenizer
 
-CHAT = [
+CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": " Hello! "},
@@ -164,7 +164,10 @@ def test_bad_arguments_are_refused_by_name(tokenizer: Tokenizer) -> None:
 
 def test_a_turn_that_only_calls_tools_needs_no_content(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ messages[1].tool_calls[0]['name'] }}")
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "look"}]}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"name": "look"}]},
+    ]
     assert tokenizer.apply_chat_template(messages) == "look"
 
 

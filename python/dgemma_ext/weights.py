@@ -154,8 +154,9 @@ def _checked_copy(mapped: torch.Tensor, dtype: torch.dtype, device: torch.device
         piece = target[begin : begin + _CHUNK_ELEMENTS]
         if not in_place:
             piece.copy_(source[begin : begin + _CHUNK_ELEMENTS])
-        # A finite sum has finite terms, and summing runs at memory speed (isfinite is some forty times slower).
-        sums.append(piece.sum(dtype=torch.float32))
+        # A finite sum has finite terms, and summing runs at memory speed: 20 GB/s on one core where isfinite makes 0.8
+        # (and so does a sum into another dtype, which converts first).
+        sums.append(piece.sum())
         bar.advance(piece.numel() * mapped.element_size())
     if sums and not torch.stack(sums).isfinite().all():
         # Finite values can overflow a sum, so look at each.
