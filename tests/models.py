@@ -42,4 +42,5 @@ def smallest_model() -> dg.DiffusionGemma:
         window=6,
         canvas=4,
         max_positions=64,
+        with_tokenizer=False,
     )

@@ -6,6 +6,8 @@ bfloat16 decide which experts are chosen and which token is the draft.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn import functional
 
@@ -28,11 +30,16 @@ def gated_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch
     return functional.linear(hidden, down)
 
 
+@cache
+def _inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
+    return rope.inverse_frequencies(head_dim).to(device)
+
+
 def rotary_tables(
     rope: RopeConfig, head_dim: int, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for int positions [..., L], each [..., L, 1, head_dim]: in fp32, rounded once to `dtype`."""
-    angles = positions[..., None].float() * rope.inverse_frequencies(head_dim).to(positions.device)
+    angles = positions[..., None].float() * _inverse_frequencies(rope, head_dim, positions.device)
     angles = torch.cat((angles, angles), dim=-1)[..., None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
