@@ -138,17 +138,21 @@ class Timed:
 
 
 class _TextWriter:
-    """Writes an answer to stdout as its canvases are committed."""
+    """Writes an answer to stdout: to a terminal as its canvases are committed, elsewhere whole."""
 
     def __init__(self) -> None:
+        self._is_terminal = sys.stdout.isatty()
         self._written = ""
 
     def write(self, text: str, is_whole: bool) -> None:
-        """`text` is the whole answer so far. A character whose bytes end in the next canvas waits for it."""
-        ready = text if is_whole else text.rstrip("�")
-        new, self._written = ready[len(self._written) :], ready
-        sys.stdout.write(visible(new) if sys.stdout.isatty() else new)
-        sys.stdout.flush()
+        """`text` is the answer so far. The next canvas can still change how bytes at its end read, so that only a
+        whole answer is exact."""
+        if is_whole and not self._is_terminal:
+            print(text.removesuffix("\n"), flush=True)
+        elif self._is_terminal:
+            ready = text if is_whole else text.rstrip("�")
+            print(visible(ready[len(self._written) :]), end="", flush=True)
+            self._written = ready
 
     def finish(self) -> None:
         if self._written and not self._written.endswith("\n"):
