@@ -46,6 +46,7 @@ def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, in
 
 def with_dgemma(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
     import dgemma_ext as dg
+    from dgemma_ext.demo import Puzzle, pinned_clues
 
     model = dg.DiffusionGemma.from_pretrained(str(folder))
 
@@ -54,27 +55,17 @@ def with_dgemma(folder: Path, batch: int) -> Callable[[list[str], bool, int], Ou
         steps: list[int] = []
         for start in range(0, len(lines), batch):
             part = lines[start : start + batch]
-            prompts = [[{"role": "user", "content": line}] for line in part]
-            canvases = [pinned_canvas(dg, model, line) if pin else None for line in part]
             outputs = model.generate(
-                prompts,
+                part,
                 max_new_tokens=len(lines[0]) + 1,
                 seed=[seed + start + row for row in range(len(part))],
-                canvas=canvases if pin else None,
+                canvas=[pinned_clues(Puzzle(line, ""), model) for line in part] if pin else None,
             )
             answers += [output.text for output in outputs]
             steps += [sum(output.denoising_steps) for output in outputs]
         return answers, steps
 
     return solve
-
-
-def pinned_canvas(dg: object, model: object, line: str) -> object:
-    """A dg.Canvas with the clues at their positions; the other tokens are only a start."""
-    encode = model.tokenizer.encode  # type: ignore[attr-defined]
-    tokens = [encode(character)[0] for character in line.replace(puzzles.BLANK, "1")]
-    pinned = [character != puzzles.BLANK for character in line]
-    return dg.Canvas(tokens=tokens, pinned=pinned)  # type: ignore[attr-defined]
 
 
 ENGINES = {"dgemma_ext": with_dgemma, "transformers": with_transformers}

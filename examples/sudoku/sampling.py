@@ -65,15 +65,31 @@ def encode(model: DiffusionGemmaForBlockDiffusion, prompts: Tensor) -> Prefix:
 
 
 def denoise(
-    model: DiffusionGemmaForBlockDiffusion, canvas: Tensor, prefix: Prefix, self_conditioning: Tensor | None
+    model: DiffusionGemmaForBlockDiffusion,
+    canvas: Tensor,
+    prefix: Prefix,
+    self_conditioning: Tensor | None,
+    pinned: Tensor | None = None,
 ) -> Tensor:
-    """One bidirectional pass over canvas [B, L]: fp32 logits [B, L, V], soft-capped."""
-    hidden = model.model.decoder(
-        decoder_input_ids=canvas,
-        past_key_values=prefix,
-        self_conditioning_logits=self_conditioning,
-        decoder_attention_mask={"full_attention": None, "sliding_attention": None},
-    ).last_hidden_state
+    """One bidirectional pass over canvas [B, L]: fp32 logits [B, L, V], soft-capped.
+
+    The soft embedding of pinned positions ([B, L], bool) is zero, as dgemma_ext has it.
+    """
+    decoder = model.model.decoder
+
+    def silence(_: torch.nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return inputs[0], inputs[1] if pinned is None else inputs[1].masked_fill(pinned[..., None], 0.0)
+
+    hook = decoder.self_conditioning.register_forward_pre_hook(silence)
+    try:
+        hidden = decoder(
+            decoder_input_ids=canvas,
+            past_key_values=prefix,
+            self_conditioning_logits=self_conditioning,
+            decoder_attention_mask={"full_attention": None, "sliding_attention": None},
+        ).last_hidden_state
+    finally:
+        hook.remove()
     cap = model.final_logit_softcapping
     return torch.tanh(model.lm_head(hidden).float() / cap) * cap
 
@@ -118,7 +134,7 @@ def generate(
     running = torch.ones(count, dtype=torch.bool)
     processed = None
     for remaining in range(limit, 0, -1):
-        logits = denoise(model, canvas, prefix, processed)
+        logits = denoise(model, canvas, prefix, processed, frozen)
         processed = logits / (0.4 + 0.4 * remaining / limit)
         canvas, argmax, entropies = next_canvas(processed, 0.1, frozen)
         canvas, argmax = pin(canvas), pin(argmax)

@@ -134,7 +134,7 @@ def training_loss(
             sampled = torch.where(pinned, answers, sampled)
             fresh = torch.where(torch.rand(answers.shape) < torch.rand(count, 1), first_canvas, answers)
             second_canvas = torch.where(torch.rand(count, 1) < 0.5, sampled, fresh)
-        second_logits = sampling.denoise(model, second_canvas, prefix, processed)
+        second_logits = sampling.denoise(model, second_canvas, prefix, processed, pinned)
     return loss_of(first_logits, answers, blank), loss_of(second_logits, answers, blank)
 
 
