@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import torch  # noqa: F401  the extension module needs torch's libraries loaded
 
-from dgemma_ext import _C  # noqa: F401
+from dgemma_ext import _C  # noqa: F401  registers the schemas and the CPU kernels
+from dgemma_ext.ops import block_attention, denoise, grouped_gemm
 
-for _family in ("grouped_gemm", "block_attention", "denoise"):
-    if importlib.util.find_spec(f"{__name__}.{_family}") is not None:
-        importlib.import_module(f"{__name__}.{_family}")
+__all__ = ["block_attention", "denoise", "grouped_gemm"]
