@@ -17,11 +17,8 @@ from dgemma_ext.weights import LayerWeights
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
     """x / rms(x) * weight over the last dimension, in fp32, rounded once to x's dtype. No 1 is added to the weight."""
-    wide = x.float()
-    normed = wide * torch.pow(wide.square().mean(-1, keepdim=True) + epsilon, -0.5)
-    if weight is not None:
-        normed = normed * weight.float()
-    return normed.to(x.dtype)
+    wide_weight = None if weight is None else weight.float()
+    return functional.rms_norm(x.float(), x.shape[-1:], wide_weight, epsilon).to(x.dtype)
 
 
 def gated_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
