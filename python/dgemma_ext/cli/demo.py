@@ -64,7 +64,7 @@ def _attempt(model: DiffusionGemma, puzzle: demo.Puzzle, seed: int, arguments: A
     """Solves one puzzle, and shows it unless JSON is wanted."""
     tokenizer = tokenizer_of(model)
     canvas = demo.pinned_clues(puzzle, model) if arguments.pin else None
-    events = Timed(model.stream(puzzle.text, seed=seed, canvas=canvas))
+    events = Timed(model.stream(puzzle.text, model.config.canvas_length, seed=seed, canvas=canvas))
     console = Console(highlight=False)
     if not arguments.json:
         print(f"{puzzle.size}x{puzzle.size} Sudoku, {puzzle.clues} clues, one solution", flush=True)
@@ -100,7 +100,7 @@ def _verdict(attempt: Attempt) -> str:
     elif wrong is None:
         verdict = f"WRONG: the answer is not a grid of {attempt.puzzle.size}x{attempt.puzzle.size}"
     else:
-        verdict = f"WRONG: {wrong} cell{'s' if wrong != 1 else ''} differ from the solution"
+        verdict = f"WRONG: {wrong} {'cell differs' if wrong == 1 else 'cells differ'} from the solution"
     pinned = f", {attempt.puzzle.clues} of them pinned clues" if attempt.pinned else ""
     return (
         f"{verdict}\n{sum(output.denoising_steps)} denoising steps, {output.tokens_per_forward:.1f} tokens per forward "

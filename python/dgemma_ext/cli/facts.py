@@ -28,6 +28,8 @@ def machine_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
+        # Those that this process may run on.
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_variants": _C.cpu_variants(),
         "cpu_variant": _C.cpu_variant(),
@@ -127,11 +129,10 @@ def _text_files(folder: Path) -> dict[str, bool]:
 
 
 def _cpu_name() -> str:
-    """As Linux names it, else what Python knows, with the number of processors that this process may use."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """As Linux names it, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({count} processors)"
+    return names[0] if names else platform.processor() or platform.machine()

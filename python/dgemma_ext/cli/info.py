@@ -44,7 +44,7 @@ def _machine_rows(facts: dict[str, Any]) -> Rows:
     gpus = [f"{gpu['name']}, {_size(gpu['bytes'])}" for gpu in facts["gpus"]]
     return [
         ("version", f"dgemma_ext {facts['version']}, torch {facts['torch']}, Python {facts['python']}"),
-        ("CPU", f"{facts['cpu']}, {facts['threads']} threads"),
+        ("CPU", f"{facts['cpu']}; processors: {facts['processors']}, torch threads: {facts['threads']}"),
         ("CPU kernels", f"{', '.join(facts['cpu_variants'])}; chosen: {facts['cpu_variant']}"),
         ("CUDA kernels", "in this build" if facts["cuda_kernels"] else "not in this build"),
         ("GPU", "; ".join(gpus) or "none that torch sees"),
@@ -57,11 +57,12 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
     experts, sampler, parameters = facts["experts"], facts["sampler"], facts["parameters"]
     vision, cache = facts["vision"], facts["cache"]
     stored = "; ".join(
-        f"{dtype} {_size(part['bytes'])} in {part['tensors']:,} tensors" for dtype, part in facts["stored"].items()
+        f"{part['tensors']:,} in {dtype}, {_size(part['bytes'])}" for dtype, part in facts["stored"].items()
     )
     rows = [
         ("checkpoint", facts["path"]),
-        ("files", f"{facts['files']}, {_size(facts['stored_bytes'])} of tensors: {stored}"),
+        ("files", f"{facts['files']}, {_size(facts['stored_bytes'])} of tensors"),
+        ("tensors", stored),
         (
             "layers",
             f"{sliding['count'] + full['count']}: {sliding['count']} sliding ({_heads(sliding)}, window "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv, namespace=Arguments())
     except SystemExit as leaving:  # argparse has printed its help or its complaint
         return leaving.code if isinstance(leaving.code, int) else BAD_INPUT
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write characters that the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()

@@ -70,9 +70,9 @@ def status_line(draft: Draft) -> str:
     sampler = draft.request.sampler
     free = len(draft.token_ids) - len(pinned_positions(draft))
     return (
-        f"canvas {draft.canvas_index + 1}, step {draft.step} of {sampler.max_denoising_steps}: "
-        f"temperature {sampler.temperature(draft.step):.3f}, mean entropy {draft.mean_entropy:.4f}, "
-        f"accepted {int(draft.accepted.sum())} of {free}"
+        f"canvas {draft.canvas_index + 1} step {draft.step}/{sampler.max_denoising_steps}, "
+        f"temperature {sampler.temperature(draft.step):.2f}, mean entropy {draft.mean_entropy:.4f}, "
+        f"accepted {int(draft.accepted.sum())}/{free}"
     )
 
 
