@@ -14,8 +14,8 @@ import pytest
 
 import dgemma_ext as dg
 from command import dgemma, library_model, random_checkpoint, started
-from dgemma_ext.cli import chat as chat_command
 from dgemma_ext.cli import main
+from dgemma_ext.cli.answer import write_answer
 
 SHORT = ["--max-new-tokens", "8", "--steps", "2"]
 # Never confident, so that every canvas takes all its steps.
@@ -52,7 +52,7 @@ def test_chat_commands() -> None:
 def test_watch_can_be_switched_on_in_a_chat() -> None:
     run = dgemma("chat", random_checkpoint(), *SHORT, stdin="one\n/watch\ntwo\n/watch\nthree\n")
     assert run.code == 0
-    assert 1 <= run.err.count("canvas 1, step ") <= 2
+    assert 1 <= run.err.count("canvas 1 step ") <= 2
 
 
 @pytest.mark.parametrize("line", ["/sing", "/seed x", "x" * 9000])
@@ -130,8 +130,6 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch: pytest.
 
 
 def test_an_interrupt_that_comes_with_the_last_step_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = chat_command.write_answer
-
     def interrupted(events: Any, *rest: Any, **fields: Any) -> Any:
         def late() -> Iterator[dg.Draft | dg.Commit]:
             for event in events:
@@ -139,9 +137,9 @@ def test_an_interrupt_that_comes_with_the_last_step_loses_nothing(monkeypatch: p
                     os.kill(os.getpid(), signal.SIGINT)
                 yield event
 
-        return write(late(), *rest, **fields)
+        return write_answer(late(), *rest, **fields)
 
-    monkeypatch.setattr(chat_command, "write_answer", interrupted)
+    monkeypatch.setattr("dgemma_ext.cli.chat.write_answer", interrupted)
     run = dgemma("chat", random_checkpoint(), "--json", *SHORT, stdin="one\ntwo\n")
     assert [turn["text"] for turn in run.objects] == answers("one", "two")
 
@@ -153,7 +151,7 @@ def test_a_real_interrupt_stops_a_real_answer() -> None:
         for _ in range(2):
             process.stdin.write("hello\n")
             process.stdin.flush()
-            assert process.stderr.readline().startswith("canvas 1, step 1 of")
+            assert process.stderr.readline().startswith("canvas 1 step 1/")
             process.send_signal(signal.SIGINT)
             while "(stopped" not in (line := process.stderr.readline()):
                 assert line.startswith("canvas"), line
