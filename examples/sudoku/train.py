@@ -243,7 +243,7 @@ def main() -> None:
         )
         partial.replace(state_file)
 
-    last_report, recent = elapsed, torch.zeros(2)
+    first_step, last_report, recent = step, elapsed, torch.zeros(2)
     while elapsed < arguments.seconds:
         began = time.perf_counter()
         for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -256,12 +256,12 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         torch._foreach_lerp_(average, [p.data for p in trained], max(1 - arguments.average, 1 / (step + 1)))
         losses = losses.detach()
-        recent = losses if step == 0 else torch.lerp(recent, losses, 0.05)
+        recent = losses if step == first_step else torch.lerp(recent, losses, 0.05)
         step += 1
         took = time.perf_counter() - began
-        if step > 3 or not arguments.compile:
+        if step > first_step + 3 or not arguments.compile:
             elapsed += took  # compilation is not training
-        if step <= 8 or step % 50 == 0:
+        if step <= first_step + 8 or step % 50 == 0:
             print(f"{elapsed:.0f} s, step {step}, {took:.3f} s/step, losses {recent.tolist()}", flush=True)
         if elapsed - last_report >= arguments.evaluate_every or elapsed >= arguments.seconds:
             last_report = elapsed
