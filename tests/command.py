@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,10 @@ from typing import Any
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
 from dgemma_ext.cli import main
+
+# What would change the form of the output, were it set where the tests run.
+for _name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "DGEMMA_DEBUG", "COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
 
 CANVAS = 8
 ESCAPE = "\x1b"  # how every colour code and cursor movement begins
