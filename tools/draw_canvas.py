@@ -21,7 +21,7 @@ from rich.text import Text
 
 from dgemma_ext import DiffusionGemma, Draft, demo
 from dgemma_ext.cli.grid import draft_grid
-from dgemma_ext.cli.palette import BACKGROUND, FOREGROUND
+from dgemma_ext.cli.palette import BACKGROUND, CAPTION
 from dgemma_ext.tokenizer import Tokenizer
 
 # Rich's own picture asks a font server for its letters; a page that shows this one need not.
@@ -37,7 +37,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def picture(draft: Draft, puzzle: demo.Puzzle, tokenizer: Tokenizer) -> Padding:
-    caption = Text(f"step {draft.step}: {draft.mean_entropy:.3f} nats", style="#9aa7b8")
+    caption = Text(f"step {draft.step}: {draft.mean_entropy:.3f} nats", style=CAPTION)
     return Padding(Group(caption, draft_grid(draft, puzzle.text, tokenizer)), (0, 2, 1, 1))
 
 
@@ -62,7 +62,7 @@ def draw(size: int, seed: int) -> str:
     grey = [(90, 96, 110)] * 8
     return console.export_svg(
         title=f"dgemma demo --size {size} --seed {seed}",
-        theme=TerminalTheme(rgb(BACKGROUND), rgb(FOREGROUND), grey, grey),
+        theme=TerminalTheme(rgb(BACKGROUND), rgb(CAPTION), grey, grey),
         code_format=SVG_FORMAT,
         unique_id="canvas",
     )

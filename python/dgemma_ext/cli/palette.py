@@ -15,6 +15,7 @@ COLOURS = ("#f6f3c4", "#cfe2ae", "#9ccda8", "#6bb6a8", "#4d9da8", "#4183a0", "#4
 # Pictures bring their own background: the scale would turn around on a light terminal.
 BACKGROUND = "#10141a"
 FOREGROUND = "#ffffff"
+CAPTION = "#9aa7b8"
 
 LEGEND = "above 3 | 3 to 1 | to 0.3 | to 0.1 | to 0.03 | to 0.01 | to 0.003 | below"
 

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from dgemma_ext.cli.palette import BACKGROUND, token_style
+from dgemma_ext.cli.palette import BACKGROUND, CAPTION, token_style
 from dgemma_ext.events import Draft
 from dgemma_ext.tokenizer import Tokenizer
 
@@ -78,8 +78,8 @@ def status_line(draft: Draft) -> str:
 
 def framed(draft: Draft, body: RenderableType) -> RenderableType:
     """A picture with the figures of its step above it, on the scale's own background."""
-    title = Text(status_line(draft), style="#9aa7b8")
-    return Padding(Group(title, Text(), body), (0, 1), style=Style(bgcolor=BACKGROUND))
+    title = Text(status_line(draft))
+    return Padding(Group(title, Text(), body), (0, 1), style=Style(color=CAPTION, bgcolor=BACKGROUND))
 
 
 def canvas_picture(draft: Draft, tokenizer: Tokenizer) -> RenderableType:
