@@ -7,6 +7,9 @@ so bf16 is compared one layer at a time, each with transformers' input, cache an
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +312,21 @@ def test_bf16_ends(pair_of: Any, name: str) -> None:
     got = pair.ours._canvas_input(canvas, soft)
     assert_as_good(got, first_conditioned.hidden, wanted, "self-conditioned input")
     assert not torch.equal(conditioned, logits)
+
+
+# Other releases -------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_5_17() -> None:
+    """This file once more under transformers 5.17, the oldest that the package promises to agree with."""
+    folder = os.environ.get("DGEMMA_TRANSFORMERS_5_17")
+    if folder is None:
+        pytest.skip("DGEMMA_TRANSFORMERS_5_17 names no folder with transformers 5.17 (pip install --target)")
+    environment = os.environ | {"PYTHONPATH": folder}
+    environment.pop("DGEMMA_TRANSFORMERS_5_17")
+    version = "import transformers; print(transformers.__version__)"
+    found = subprocess.run([sys.executable, "-c", version], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("5.17.")
+    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -37,8 +37,8 @@ class Pair:
     directory: Path
 
 
-def load_pair(directory: Path, dtype: torch.dtype, attn_implementation: str = "eager") -> Pair:
-    theirs = load_transformers(directory, dtype, attn_implementation)
+def load_pair(directory: Path, dtype: torch.dtype, text_only: bool = False) -> Pair:
+    theirs = load_transformers(directory, dtype, text_only=text_only)
     return Pair(dg.DiffusionGemma.from_pretrained(directory, device="cpu", dtype=dtype), theirs, directory)
 
 
