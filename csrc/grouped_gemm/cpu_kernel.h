@@ -61,16 +61,35 @@ inline void with_count(int64_t count, Run run) {
     if (count == 4) run(Count<4>{});
 }
 
-// The sums of one half of a tile, by token and row.
-template <int kTokens>
-struct HalfSums {
+// One half of a tile's results, rounded to T, by token and row.
+template <typename T, int kTokens>
+struct HalfResults {
   static constexpr int kRegisters = registers_for(kTokens * kHalfRows);
-  float lanes[kRegisters * kLanes];
-  float at(int token, int row) const {
+  T lanes[kRegisters * kLanes];
+  T at(int token, int row) const {
     const int i = token * kHalfRows + row;
     return lanes[i / kLanes * kLanes + folded_lane(i % kLanes)];
   }
+  // to[r - begin] = row r of one token for r in [begin, end). A tile whose rows are all wanted, as
+  // nearly every tile's are, takes loops of constant length.
+  void write(int token, int64_t begin, int64_t end, T* to) const {
+    if (begin == 0 && end >= kHalfRows) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kHalfRows; ++r) to[r] = at(token, r);
+    } else {
+      for (int64_t r = begin; r < end && r < kHalfRows; ++r)
+        to[r - begin] = at(token, static_cast<int>(r));
+    }
+  }
 };
+
+// Asks for the first tile of a task, which no tile before it did.
+template <typename T>
+inline void prefetch_first_tile(const T* first, const T* second, int64_t k) {
+  Ahead ahead = {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second),
+                 (kHalfRows * k * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes};
+  prefetch_step(ahead);
+}
 
 template <typename T>
 void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
@@ -81,6 +100,7 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
   const T* up = gate + size * k;
   const T* input = static_cast<const T*>(pass.input);
   T* activations = static_cast<T*>(pass.activations);
+  prefetch_first_tile(gate + first_row * k, up + first_row * k, k);
 
   for (int64_t block = begin_pair; block < end_pair; block += kTokensPerBlock) {
     const int64_t left = end_pair - block;
@@ -100,17 +120,18 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
         with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
           constexpr int kTokens = decltype(count)::value;
-          constexpr int kRegisters = HalfSums<kTokens>::kRegisters;
+          constexpr int kRegisters = registers_for(kTokens * kHalfRows);
           Floats gates[kRegisters], ups[kRegisters];
           dot_tile<T, kTokens>(x + t, gate + tile.start * k, up + tile.start * k, tile.stride, k,
                                ahead, gates, ups);
-          HalfSums<kTokens> h;
+          HalfResults<T, kTokens> h;
+#pragma GCC unroll 8
           for (int i = 0; i < kRegisters; ++i)
             store(h.lanes + i * kLanes, activate(gates[i], ups[i]));
+#pragma GCC unroll 8
           for (int token = 0; token < kTokens; ++token)
-            for (int64_t r = tile.begin; r < tile.end; ++r)
-              activations[(block + t + token) * size + r] =
-                  round_to<T>(h.at(token, static_cast<int>(r - tile.start)));
+            h.write(token, tile.begin - tile.start, tile.end - tile.start,
+                    activations + (block + t + token) * size + tile.begin);
         });
       }
       row = tile.end;
@@ -125,6 +146,7 @@ void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t en
   const int64_t begin_pair = pass.plan.first[group], end_pair = pass.plan.first[group + 1];
   const T* down = static_cast<const T*>(pass.down) + pass.plan.expert[group] * hidden * k;
   const T* activations = static_cast<const T*>(pass.activations);
+  prefetch_first_tile(down + first_row * k, down + (first_row + kHalfRows) * k, k);
 
   for (int64_t block = begin_pair; block < end_pair; block += kTokensPerBlock) {
     const int64_t left = end_pair - block;
@@ -145,20 +167,23 @@ void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t en
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
         with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
           constexpr int kTokens = decltype(count)::value;
-          constexpr int kRegisters = HalfSums<kTokens>::kRegisters;
+          constexpr int kRegisters = registers_for(kTokens * kHalfRows);
           Floats sums[2][kRegisters];
           dot_tile<T, kTokens>(x + t, first, first + half, tile.stride, k, ahead, sums[0], sums[1]);
-          HalfSums<kTokens> y[2];
+          HalfResults<float, kTokens> y[2];
+#pragma GCC unroll 8
           for (int i = 0; i < kRegisters; ++i) {
             store(y[0].lanes + i * kLanes, sums[0][i]);
             store(y[1].lanes + i * kLanes, sums[1][i]);
           }
+          const int64_t begin = tile.begin - tile.start, end = tile.end - tile.start;
+          const int64_t second_begin = begin > kHalfRows ? begin : kHalfRows;
+#pragma GCC unroll 8
           for (int token = 0; token < kTokens; ++token) {
-            float* products = pass.products + pass.plan.pair[block + t + token] * hidden;
-            for (int64_t r = tile.begin; r < tile.end; ++r) {
-              const int index = static_cast<int>(r - tile.start);
-              products[r] = y[index / kHalfRows].at(token, index % kHalfRows);
-            }
+            float* products =
+                pass.products + pass.plan.pair[block + t + token] * hidden + tile.start;
+            y[0].write(token, begin, end, products + begin);
+            y[1].write(token, second_begin - kHalfRows, end - kHalfRows, products + second_begin);
           }
         });
       }

@@ -52,7 +52,7 @@ def moe_ffn(
     _check_tensors(input, expert_ids, expert_weights, gate_up, down)
     arguments = (input, expert_ids, expert_weights, gate_up, down)
     if out is None and workspace is None:
-        return _called(torch.ops.dgemma.moe_ffn.default, *arguments)  # type: ignore[no-any-return]
+        return _called(torch.ops.dgemma.moe_ffn.default, *arguments)
     if out is None:
         out = torch.empty_like(input)
     _check("out", out, input.dtype, tuple(input.shape), input.device)
@@ -105,7 +105,7 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 def _called(op: torch._ops.OpOverload, *arguments: Tensor, **keywords: Tensor) -> Tensor:
     """Calls the op. What only the kernel looks at (ids, size of the workspace) is reported without the op's name."""
     try:
-        return op(*arguments, **keywords)  # type: ignore[no-any-return]
+        return op(*arguments, **keywords)
     except (RuntimeError, ValueError) as error:
         message = str(error)
         if not message.startswith("dgemma::moe_ffn: "):
