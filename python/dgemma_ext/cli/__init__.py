@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dgemma_ext.cli.main import main
+from dgemma_ext.cli.run import main
 
 __all__ = ["main"]
