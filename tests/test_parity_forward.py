@@ -182,6 +182,22 @@ def test_fp32_batch_rows(pair_of: Any, name: str) -> None:
         assert_within(second[row : row + 1], conditioned, f"row {row}, self-conditioned")
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("chunk", [4096, 16])
+def test_fp32_spans(pair_of: Any, name: str, chunk: int) -> None:
+    """Image tokens see each other whole, on layers of both kinds, in transformers' generate and here."""
+    pair = pair_of(name, torch.float32)
+    window, spans = window_of(pair), [(3, 9), (20, 20 + 8)]
+    prompt = random_ids(pair, 2 * window + 15, 17)
+    plain, cache = (pair.ours.new_cache(1, prompt.shape[1]) for _ in range(2))
+    pair.ours.encode(prompt, plain)
+    pair.ours.encode(prompt, cache, bidirectional_spans=[spans], chunk=chunk)
+    theirs = oracle.encode(pair.theirs, prompt, spans=spans)
+    assert_same_cache(pair, cache, 0, theirs)
+    # The first layer's keys do not depend on attention; the last layer's do.
+    assert float((plain.keys[-1] - cache.keys[-1]).abs().max()) > 0.01
+
+
 # bf16 -----------------------------------------------------------------------------------------------------------------
 
 

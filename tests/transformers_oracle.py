@@ -46,13 +46,26 @@ def load_pair(directory: Path, dtype: torch.dtype, text_only: bool = False) -> P
 
 
 @torch.no_grad()
-def encode(model: Any, ids: torch.Tensor, cache: DynamicCache | None = None) -> DynamicCache:
-    """Appends ids [1, T] to a dynamic cache, in one piece, as generate does for a prompt."""
+def encode(
+    model: Any, ids: torch.Tensor, cache: DynamicCache | None = None, spans: Sequence[tuple[int, int]] = ()
+) -> DynamicCache:
+    """Appends ids [1, T] to a dynamic cache, in one piece, as generate does for a prompt; spans are image tokens."""
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     start = cache.get_seq_length()
     positions = torch.arange(start, start + ids.shape[1])[None]
-    model.model.encoder(input_ids=ids, past_key_values=cache, position_ids=positions)
+    kinds = torch.zeros_like(ids)
+    for first, last in spans:
+        kinds[0, first:last] = 1
+    masks = model.model.encoder.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=torch.empty(*ids.shape, 0, dtype=model.dtype),
+        attention_mask=torch.ones(1, start + ids.shape[1], dtype=torch.bool),
+        past_key_values=cache,
+        position_ids=positions,
+        mm_token_type_ids=kinds if spans else None,
+    )
+    model.model.encoder(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=masks)
     return cache
 
 
