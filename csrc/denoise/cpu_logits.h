@@ -76,18 +76,46 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
+// d = k ln 2 + rest with |rest| <= ln 2 / 2.
+struct Exponent {
+  Floats shifted;  // k + 1.5 * 2^23: the sum rounds to the nearest integer, left in the low bits
+  Floats k;
+  Floats rest;
+};
+
+inline Exponent split_exponent(Floats d) {
+  Exponent e;
+  e.shifted = fmadd(d, broadcast(1.44269504088896341f), broadcast(12582912.0f));
+  e.k = e.shifted - 12582912.0f;
+#if defined(__FMA__)
+  // One constant for ln 2 is enough: k times its error stays below 3e-7.
+  e.rest = fmadd(e.k, broadcast(-0.693147180559945309f), d);
+#else
+  // In two parts (Cody and Waite), the first so short that its product with k is exact.
+  e.rest = d - e.k * 0.693145751953125f - e.k * 1.428606765330187e-06f;
+#endif
+  return e;
+}
+
+// p * 2^k; without AVX-512 k is at least -126.
+inline Floats power_of_two(Floats p, const Exponent& e) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)e.k);
+#else
+  return (Floats)((Ints)p + (((Ints)e.shifted - 0x4b400000) << 23));
+#endif
+}
+
 // e^d for d <= 88, exactly 1 at 0 and exactly 0 far below; relative error 2e-7. The polynomial is
 // the one of degree 5 with constant term 1 whose largest relative error on |r| <= ln 2 / 2 is
-// least (9e-8). One constant for ln 2 is enough: k times its error stays below 3e-7.
+// least (9e-8).
 inline Floats exponential(Floats d) {
 #if !defined(__AVX512F__)
   const Floats exact_zero = d < -87.3f ? broadcast(0.0f) : broadcast(1.0f);
   d = larger(d, broadcast(-87.3f));
 #endif
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-  const Floats shifted = fmadd(d, broadcast(1.44269504088896341f), broadcast(12582912.0f));
-  const Floats k = shifted - 12582912.0f;
-  const Floats r = fmadd(k, broadcast(-0.693147180559945309f), d);
+  const Exponent exponent = split_exponent(d);
+  const Floats r = exponent.rest;
   Floats p = broadcast(0.0082903066650033f);
   p = fmadd(p, r, broadcast(0.0418979786336422f));
   p = fmadd(p, r, broadcast(0.1666763722896576f));
@@ -95,51 +123,83 @@ inline Floats exponential(Floats d) {
   p = fmadd(p, r, broadcast(0.9999997019767761f));
   p = fmadd(p, r, broadcast(1.0f));
 #if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)k);
+  return power_of_two(p, exponent);
 #else
-  return exact_zero * (Floats)((Ints)p + (((Ints)shifted - 0x4b400000) << 23));
+  return exact_zero * power_of_two(p, exponent);
 #endif
 }
+
+// The sum of a tile's 128 values: 16 sums, then a tree over them, whatever the width of the vector.
+struct TileSum {
+  static constexpr int kParts = 16 / kLanes;
+  Floats part[kParts] = {};
+
+  // Of the values from index i on.
+  void add(int i, Floats v) { part[i / kLanes % kParts] += v; }
+  void add_product(int i, Floats a, Floats b) {
+    part[i / kLanes % kParts] = fmadd(a, b, part[i / kLanes % kParts]);
+  }
+
+  float total() {
+    for (int width = kParts / 2; width > 0; width /= 2)
+      for (int p = 0; p < width; ++p) part[p] += part[p + width];
+    return horizontal_sum(part[0]);
+  }
+};
 
 // exp(z - reference) where z may be -infinity; reference is finite and z not far above it.
 inline Floats mass(Floats z, Floats reference) {
   return exponential(larger(z - reference, broadcast(kLeastExponent)));
 }
 
-// tanh with a relative error below 4e-7: the quotient of polynomials in x^2, degree 4 over degree
-// 4, whose largest relative error on |x| <= 8 is least (7e-9); beyond, tanh is 1 within 3e-7.
-inline Floats fast_tanh(Floats x) {
-  x = smaller(larger(x, broadcast(-8.0f)), broadcast(8.0f));
-  const Floats y = x * x;
-  Floats p = broadcast(1.523041959217153e-08f);
-  p = fmadd(p, y, broadcast(2.189466613344848e-05f));
-  p = fmadd(p, y, broadcast(0.0035715983249247074f));
-  p = fmadd(p, y, broadcast(0.1344449818134308f));
-  p = fmadd(p, y, broadcast(1.0f));
-  Floats q = broadcast(8.522447956238466e-07f);
-  q = fmadd(q, y, broadcast(0.0003411292564123869f));
-  q = fmadd(q, y, broadcast(0.026164444163441658f));
-  q = fmadd(q, y, broadcast(0.4677782654762268f));
-  q = fmadd(q, y, broadcast(1.0f));
-  return x * p / q;
+// tanh(a * (inner + inner_low)) within 2 ulp: tanh x = -m / (2 + m) with m = e^(-2x) - 1,
+// computed without cancelling: e^(-2x) = 2^k e^r, so m = 2^k (e^r - 1) + (2^k - 1). The polynomial
+// is that of (e^r - 1) / r of degree 5 with constant term 1 whose largest relative error on
+// |r| <= ln 2 / 2 is least (2e-8). Beyond x = 20, tanh is 1 in fp32.
+inline Floats fast_tanh(Floats a, float inner, float inner_low) {
+  const Words sign = (Words)a & 0x80000000u;
+  const Floats magnitude = smaller((Floats)((Words)a ^ sign), broadcast(20.0f / inner));
+  const Floats d = fmadd(magnitude, broadcast(-2.0f * inner), magnitude * (-2.0f * inner_low));
+  const Exponent exponent = split_exponent(d);
+  const Floats r = exponent.rest;
+  Floats p = broadcast(0.0013882521307095885f);
+  p = fmadd(p, r, broadcast(0.008366520516574383f));
+  p = fmadd(p, r, broadcast(0.04166720062494278f));
+  p = fmadd(p, r, broadcast(0.1666654348373413f));
+  p = fmadd(p, r, broadcast(0.4999999701976776f));
+  p = fmadd(p, r, broadcast(1.0f));
+  const Floats power = power_of_two(broadcast(1.0f), exponent);
+  const Floats m = fmadd(power, p * r, power - 1.0f);
+  const Floats result = m / (m + 2.0f);  // -tanh of the magnitude
+  return (Floats)((Words)result ^ sign ^ 0x80000000u);
 }
 
-// z = outer * tanh(inner * a), or outer * a without a cap.
+// z = outer * tanh(inner * a), or outer * a without a cap. The factors are in two parts: rounding
+// them to fp32 would move every z of a row in the same direction.
 struct LogitScale {
   bool capped;
-  float inner;
-  float outer;
+  float inner, inner_low;
+  float outer, outer_low;
 };
 
+// The fp32 number next to x, and what is left of x.
+inline void split(double x, float* high, float* low) {
+  *high = static_cast<float>(x);
+  *low = __builtin_isfinite(*high) ? static_cast<float>(x - *high) : 0.0f;
+}
+
 inline LogitScale logit_scale(const dgemma_logits& logits, int64_t request) {
-  const double temperature = logits.temperature[request];
-  if (logits.softcap == 0.0f) return {false, 1.0f, static_cast<float>(1.0 / temperature)};
-  return {true, static_cast<float>(1.0 / logits.softcap),
-          static_cast<float>(logits.softcap / temperature)};
+  LogitScale scale = {};
+  scale.capped = logits.softcap > 0.0f;
+  const double cap = scale.capped ? logits.softcap : 1.0;
+  split(1.0 / cap, &scale.inner, &scale.inner_low);
+  split(cap / logits.temperature[request], &scale.outer, &scale.outer_low);
+  return scale;
 }
 
 inline Floats scaled_logit(Floats a, const LogitScale& scale) {
-  return (scale.capped ? fast_tanh(a * scale.inner) : a) * scale.outer;
+  const Floats t = scale.capped ? fast_tanh(a, scale.inner, scale.inner_low) : a;
+  return fmadd(t, broadcast(scale.outer), t * scale.outer_low);
 }
 
 // One row of logits.

@@ -51,9 +51,9 @@ double weight_sum(const LogitRow<T>& row, float row_max) {
   for (int64_t j = 0; j < tiles_of(row.vocabulary); ++j) {
     if (tile_is_empty(row.allowed, row.vocabulary, j)) continue;
     tile_weights(row, j, row_max, &tile);
-    Floats sum = broadcast(0.0f);
-    for (int i = 0; i < kTile; i += kLanes) sum += load(tile.z + i);
-    total += horizontal_sum(sum);
+    TileSum sum;
+    for (int i = 0; i < kTile; i += kLanes) sum.add(i, load(tile.z + i));
+    total += sum.total();
   }
   return total;
 }
@@ -90,17 +90,18 @@ SparsePlan plan_sparse(const LogitRow<T>& row, const float* tile_max, float row_
       continue;
     }
     tile_weights(row, j, row_max, &tile);
-    Floats sum = broadcast(0.0f), square = broadcast(0.0f);
+    TileSum sum;
+    Floats square = broadcast(0.0f);
     for (int t = 0; t < kThresholds; ++t) below[t] = broadcast(0.0f);
     for (int i = 0; i < kTile; i += kLanes) {
       const Floats e = load(tile.z + i);
-      sum += e;
+      sum.add(i, e);
       square = fmadd(e, e, square);
       float threshold = kLargestThreshold;
       for (int t = 0; t < kThresholds; ++t, threshold *= kThresholdStep)
         below[t] += e < threshold ? e : broadcast(0.0f);
     }
-    plan.sum += horizontal_sum(sum);
+    plan.sum += sum.total();
     squares += horizontal_sum(square);
     for (int t = 0; t < kThresholds; ++t) below_total[t] += horizontal_sum(below[t]);
   }

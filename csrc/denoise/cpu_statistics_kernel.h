@@ -76,16 +76,16 @@ void statistics_row(const dgemma_vocabulary_statistics& op, int64_t row_number) 
       read_tile(row, j, &tile);
       poison += tile.poison;
       const float reference = horizontal_max(tile.largest_z);
-      Floats mass_sum = broadcast(0.0f), shifted_sum = broadcast(0.0f);
+      TileSum mass_sum, shifted_sum;
       for (int i = 0; i < kTile; i += kLanes) {
         const Floats d = larger(load(tile.z + i) - reference, broadcast(kLeastExponent));
         const Floats e = exponential(d);
-        mass_sum += e;
-        shifted_sum = fmadd(e, d, shifted_sum);
+        mass_sum.add(i, e);
+        shifted_sum.add_product(i, e, d);
       }
       tile_max[j] = reference;
-      tile_sum[j] = horizontal_sum(mass_sum);
-      tile_shifted[j % kSpanTiles] = horizontal_sum(shifted_sum);
+      tile_sum[j] = mass_sum.total();
+      tile_shifted[j % kSpanTiles] = shifted_sum.total();
       const float largest = horizontal_max(tile.largest_raw);
       if (largest > best) {
         best = largest;

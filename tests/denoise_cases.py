@@ -1,0 +1,119 @@
+"""What the tests of the denoise step share: the forms of the ops, and logits with everything unread poisoned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgemma_ext import _C
+from dgemma_ext.ops import denoise, denoise_plain
+from reference import denoise as reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Every instruction set of the machine, and the form in plain torch.
+FORMS = [*_C.cpu_variants(), "plain"]
+NAN = float("nan")
+# A raw op raises one or the other: torch before 2.13 keeps no more of a C++ exception than its words.
+RAW_ERRORS = (RuntimeError, ValueError)
+
+
+def use(form: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module whose functions are this form of the ops; both take the same named arguments."""
+    if form == "plain":
+        return denoise_plain
+    monkeypatch.setenv("DGEMMA_CPU", form)
+    return denoise
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@dataclass
+class Case:
+    """Logits and how to read them. Raw logits of disallowed entries and of inactive requests are NaN."""
+
+    logits: Tensor
+    softcap: float
+    temperature: Tensor
+    active: Tensor | None = None
+    allowed: Tensor | None = None
+    allowed_row: Tensor | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {
+            "logits": self.logits,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+            "active": self.active,
+            "allowed": self.allowed,
+            "allowed_row": self.allowed_row,
+        }
+
+    @property
+    def mask(self) -> Tensor:
+        shape = (self.logits.shape[0], self.logits.shape[1], self.logits.shape[2])
+        return reference.mask_of(self.allowed, self.allowed_row, shape)
+
+    def exact(self) -> reference.Statistics:
+        return reference.vocabulary_statistics(self.logits, self.softcap, self.temperature, self.mask)
+
+    def request(self, b: int) -> Case:
+        """One request alone."""
+        one = slice(b, b + 1)
+        return Case(
+            self.logits[one].contiguous(),
+            self.softcap,
+            self.temperature[one].contiguous(),
+            None if self.active is None else self.active[one].contiguous(),
+            self.allowed,
+            None if self.allowed_row is None else self.allowed_row[one].contiguous(),
+        )
+
+
+def make_case(
+    dtype: torch.dtype,
+    batch: int = 2,
+    length: int = 24,
+    vocabulary: int = 1000,
+    softcap: float = 30.0,
+    spread: float = 4.0,
+    masked: bool = False,
+) -> Case:
+    """Random logits. With `masked`: row index -1, a row of one id, one that leaves whole tiles empty, one of half."""
+    logits = (torch.randn(batch, length, vocabulary) * spread).to(dtype)
+    temperature = torch.linspace(0.4, 0.8, batch)
+    if not masked:
+        return Case(logits, softcap, temperature)
+    half = [v for v in range(vocabulary) if v % 2 == 1]
+    allowed = denoise.pack_allowed([[vocabulary // 2], [0, 3, vocabulary - 1], half], vocabulary)
+    allowed_row = torch.arange(batch * length, dtype=torch.int32).view(batch, length) % 4 - 1
+    case = Case(logits, softcap, temperature, None, allowed, allowed_row)
+    case.logits = torch.where(case.mask, logits, NAN).to(dtype)
+    return case
+
+
+def masses(statistics: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What the later ops take of the statistics."""
+    return dict(zip(("row_max", "row_sum", "tile_max", "tile_sum"), statistics[2:], strict=True))
+
+
+def draws(batch: int, seed: int = 7) -> dict[str, Tensor]:
+    """Seeds, canvas indices and steps that differ by request."""
+    index = torch.arange(batch)
+    return {
+        "seed": index * (2**40 + 12345) - seed,
+        "canvas_index": index.to(torch.int32) % 3,
+        "step": index.to(torch.int32) % 5 + 1,
+    }
+
+
+def bits(tensor: Tensor) -> list[int]:
+    """Contents as bytes: equal for equal bits, NaN and signed zeros included."""
+    return tensor.contiguous().flatten().view(torch.uint8).tolist()

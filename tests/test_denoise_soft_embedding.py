@@ -1,0 +1,243 @@
+"""soft_embedding on every instruction set of the machine, and its plain form, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bounds import assert_close
+from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, bits, make_case, masses, use
+from dgemma_ext.ops import denoise, denoise_plain
+from reference import denoise as reference
+
+TOLERANCE = 2.0**-9
+
+
+def make_embedding(case: Case, hidden: int = 96) -> dict[str, Any]:
+    embedding = torch.randn(case.logits.shape[2], hidden).to(case.logits.dtype)
+    norm = float(embedding.double().norm(dim=-1).max())
+    return {
+        "pinned": None,
+        "embedding": embedding,
+        "embedding_scale": 9.8,
+        "tolerance": 0.0,
+        "max_embedding_norm": norm,
+    }
+
+
+def soft(form: str, monkeypatch: pytest.MonkeyPatch, case: Case, how: dict[str, Any]) -> Tensor:
+    module = use(form, monkeypatch)
+    statistics = module.vocabulary_statistics(**case.reading)
+    result: Tensor = module.soft_embedding(**case.reading, **masses(statistics), **how)
+    return result
+
+
+def exact(case: Case, how: dict[str, Any]) -> Tensor:
+    return reference.soft_embedding(
+        case.logits, case.softcap, case.temperature, case.mask, how["embedding"], how["embedding_scale"]
+    )
+
+
+def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
+    """As transformers computes it in the model's dtype."""
+    nothing = [torch.zeros(0)] * 3
+    row_sum = torch.ones(case.logits.shape[:2])
+    return denoise_plain.soft_embedding(*case.reading.values(), nothing[0], row_sum, *nothing[1:], **how)
+
+
+def peaked(dtype: torch.dtype, vocabulary: int = 4096, gap: float = 25.0, **changes: Any) -> Case:
+    """Every row nearly certain of one token, with two more that matter."""
+    case = make_case(dtype, vocabulary=vocabulary, **changes)
+    batch, length, _ = case.logits.shape
+    tokens = torch.randint(0, vocabulary, (batch, length, 3))
+    case.logits.scatter_(-1, tokens, (gap + torch.tensor([4.0, 3.0, 2.5])).expand(tokens.shape).to(dtype))
+    return case
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("vocabulary", "hidden"), [(257, 96), (1000, 64), (4096, 33), (5001, 130)])
+def test_dense(
+    vocabulary: int, hidden: int, masked: bool, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(dtype, length=7, vocabulary=vocabulary, masked=masked)
+    how = make_embedding(case, hidden)
+    result = soft(form, monkeypatch, case, how)
+    assert result.dtype == dtype
+    assert_close(result, exact(case, how), dtype, in_low_precision(case, how))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [0.01, 4.0, 12.0])
+def test_sparse_or_dense_within_the_tolerance(
+    spread: float, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are flat, in between, and peaked, and some of each in one request."""
+    case = make_case(dtype, vocabulary=4096, spread=spread)
+    case.logits[:, ::3, 1234] = 60.0
+    how = {**make_embedding(case), "tolerance": TOLERANCE}
+    difference = (soft(form, monkeypatch, case, how).double() - exact(case, how)).norm(dim=-1)
+    norms = exact(case, how).norm(dim=-1)
+    # Besides the tolerance: the rounding of the type, which dense results have too.
+    rounding = 2.0 * (in_low_precision(case, how).double() - exact(case, how)).norm(dim=-1)
+    assert bool((difference <= TOLERANCE * norms + rounding + 1e-6 * norms).all())
+
+
+def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
+    """The embedding of every token but three per row is NaN: a peaked row must not touch it, a dense one must."""
+    case = peaked(torch.bfloat16, spread=1.0)
+    how = {**make_embedding(case), "tolerance": TOLERANCE}
+    z = case.logits.float()
+    wanted = torch.zeros(4096, dtype=torch.bool).scatter(0, z.topk(3).indices.flatten(), True)
+    read = how["embedding"]
+    how["embedding"] = torch.where(wanted[:, None], read, NAN).to(torch.bfloat16)
+    arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
+    sparse = denoise.soft_embedding(**arguments, **how)
+    assert not sparse.isnan().any()
+    assert denoise.soft_embedding(**arguments, **{**how, "tolerance": 0.0}).isnan().all()
+    dense = exact(case, {**how, "embedding": read})
+    assert bool(((sparse.double() - dense).norm(dim=-1) <= 2.0**-7 * dense.norm(dim=-1)).all())
+
+
+def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
+    """The three tokens that carry the mass have embeddings that cancel: what is left out would show."""
+    case = peaked(torch.float32)
+    how = {**make_embedding(case), "tolerance": TOLERANCE}
+    tokens = case.logits.topk(3).indices
+    how["embedding"][tokens.flatten()] = 0.0
+    wanted = exact(case, how)
+    arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
+    result = denoise.soft_embedding(**arguments, **how)
+    assert bool(((result.double() - wanted).norm(dim=-1) <= TOLERANCE * wanted.norm(dim=-1)).all())
+    # The test would see it: without the bound (an embedding said to have norm 0) these rows come out as nothing.
+    unchecked = denoise.soft_embedding(**arguments, **{**how, "max_embedding_norm": 0.0})
+    lost = unchecked.double().norm(dim=-1) < 0.5 * wanted.norm(dim=-1)
+    assert int(lost.sum()) > 0.5 * lost.numel()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
+def test_a_temperature_near_zero_gives_the_largest(
+    tolerance: float, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """z is near 500,000 and its bf16 neighbours 2,048 apart: the sampler's normaliser would overflow."""
+    case = replace(make_case(torch.bfloat16, vocabulary=300), temperature=torch.tensor([1e-4, 3e-5]))
+    case.logits[..., 77] = 20.0
+    how = {**make_embedding(case), "tolerance": tolerance}
+    result = soft(form, monkeypatch, case, how)
+    wanted = (how["embedding"][77] * torch.tensor(9.8, dtype=torch.bfloat16)).expand_as(result)
+    assert bool((result == wanted).all())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
+def test_pinned_inactive_and_not_finite(tolerance: float, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = peaked(torch.bfloat16, vocabulary=1000, batch=3, length=4)
+    case.active = torch.tensor([True, False, True])
+    case.logits[1], case.temperature[1] = NAN, NAN
+    case.logits[2, 3, 5] = NAN
+    how = {**make_embedding(case), "tolerance": tolerance}
+    how["pinned"] = torch.zeros(3, 4, dtype=torch.bool)
+    how["pinned"][0, 2] = True
+    module = use(form, monkeypatch)
+    arguments = {**case.reading, **masses(module.vocabulary_statistics(**case.reading)), **how}
+    out = torch.full((3, 4, 96), 77.0, dtype=torch.bfloat16)
+    if form == "plain":
+        module.soft_embedding_out(**arguments, out=out, workspace=None)
+    else:
+        workspace = torch.full((denoise.soft_embedding_workspace(3, 4, 96),), 255, dtype=torch.uint8)
+        assert module.soft_embedding(**arguments, out=out, workspace=workspace) is out
+    assert bool((out[1] == 77).all())
+    assert bool((out[0, 2] == 0).all())
+    assert bool(out[2, 3].isnan().all())
+    finite = Case(case.logits.nan_to_num(0.0), 30.0, case.temperature.nan_to_num(1.0))
+    wanted = exact(finite, how)
+    for b, i in ((0, 0), (0, 1), (0, 3), (2, 0), (2, 1), (2, 2)):
+        assert float((out[b, i].double() - wanted[b, i]).norm()) <= 2.0**-7 * float(wanted[b, i].norm())
+    whole = module.soft_embedding(**arguments)
+    assert bits(whole[[0, 2]]) == bits(out[[0, 2]])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_batch_or_threads(tolerance: float, dtype: torch.dtype, cpu_variant: str) -> None:
+    """13 rows a request: alone and together they fall into different register tiles; half are done sparsely."""
+    case = make_case(dtype, batch=3, length=13, vocabulary=5001)
+    case.logits[:, ::2, 4000] = 60.0
+    how = {**make_embedding(case, 130), "tolerance": tolerance}
+    given = masses(denoise.vocabulary_statistics(**case.reading))
+    whole = denoise.soft_embedding(**case.reading, **given, **how)
+    torch.set_num_threads(1)
+    try:
+        for b in range(3):
+            one = {name: t[b : b + 1].contiguous() for name, t in given.items()}
+            assert bits(denoise.soft_embedding(**case.request(b).reading, **one, **how)[0]) == bits(whole[b])
+    finally:
+        torch.set_num_threads(2)
+
+
+def test_more_rows_than_one_pass_takes(cpu_variant: str) -> None:
+    """300 dense rows: two passes over the embedding."""
+    case = make_case(torch.bfloat16, batch=2, length=150, vocabulary=300)
+    how = make_embedding(case, 16)
+    result = denoise.soft_embedding(**case.reading, **masses(denoise.vocabulary_statistics(**case.reading)), **how)
+    assert_close(result, exact(case, how), torch.bfloat16, in_low_precision(case, how))
+
+
+def good_arguments() -> dict[str, Any]:
+    case = make_case(torch.bfloat16, length=3, vocabulary=300)
+    return {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading)), **make_embedding(case)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("embedding", torch.zeros(300, 96)),
+        ("embedding", torch.zeros(301, 96, dtype=torch.bfloat16)),
+        ("embedding", torch.zeros(300, dtype=torch.bfloat16)),
+        ("embedding", torch.zeros(96, 300, dtype=torch.bfloat16).T),
+        ("tolerance", -0.1),
+        ("tolerance", NAN),
+        ("tolerance", 1.0),
+        ("embedding_scale", NAN),
+        ("max_embedding_norm", NAN),
+        ("max_embedding_norm", -1.0),
+        ("pinned", torch.zeros(2, 3, dtype=torch.int32)),
+        ("pinned", torch.zeros(2, 4, dtype=torch.bool)),
+        ("row_sum", torch.ones(2, 3)),
+        ("tile_sum", torch.ones(2, 3, 2)),
+        ("softcap", -30.0),
+    ],
+)
+def test_bad_input(name: str, value: Any) -> None:
+    bad = {**good_arguments(), name: value}
+    with pytest.raises(ValueError, match=rf"^{name}: got .*wants"):
+        denoise.soft_embedding(**bad)
+    with pytest.raises(RAW_ERRORS):
+        torch.ops.dgemma.soft_embedding(*bad.values())
+
+
+def test_bad_out_and_workspace() -> None:
+    good = good_arguments()
+    out = torch.zeros(2, 3, 96, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^out: got .*wants"):
+        denoise.soft_embedding(**good, out=out.float())
+    small = torch.zeros(denoise.soft_embedding_workspace(2, 3, 96) - 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^workspace: got .*wants"):
+        denoise.soft_embedding(**good, out=out, workspace=small)
+
+
+def test_opcheck() -> None:
+    arguments = tuple(good_arguments().values())
+    torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
+    given = {
+        "out": torch.zeros(2, 3, 96, dtype=torch.bfloat16),
+        "workspace": torch.zeros(denoise.soft_embedding_workspace(2, 3, 96), dtype=torch.uint8),
+    }
+    torch.library.opcheck(torch.ops.dgemma.soft_embedding.out, arguments, given)
