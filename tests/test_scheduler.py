@@ -233,3 +233,12 @@ def test_events_come_in_order_and_commits_add_up_to_the_text() -> None:
     assert len(drafts) == sum(output.denoising_steps)
     assert output.tokens_per_forward == len(output.token_ids) / len(drafts)
     assert all(d.entropy.shape == d.accepted.shape == (8,) for d in drafts)
+
+
+def test_a_character_cut_by_a_canvas_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: bytes(ids).decode("utf-8", "replace"))
+    tokens = [*b"aaaaaaa", *"é".encode(), *b"bbbbbbb"]
+    canvas = dg.Canvas(tokens, [True] * 16)
+    events = model.stream([5], max_new_tokens=16, sampler=SAMPLER, canvas=canvas)
+    assert [e.text for e in events if isinstance(e, dg.Commit)] == ["aaaaaaa", "ébbbbbbb"]

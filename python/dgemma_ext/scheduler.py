@@ -63,6 +63,7 @@ class Request:
         self._work: CanvasState | None = None
         # Ids that the next canvas must see and that are not in the cache yet.
         self._uncached = prompt_ids
+        self._told_text = ""
         self._cached: list[int] = []
 
     @property
@@ -86,6 +87,18 @@ class Request:
     def cancel(self) -> bool:
         """Stops the request and frees its slot at once. False where it had already ended."""
         return self._scheduler._cancel(self)
+
+    def new_text(self) -> str:
+        """What the answer's text has gained since the last call.
+
+        A trailing replacement character is held back while the answer goes on: it may be the beginning of a character
+        whose last bytes are in the next canvas.
+        """
+        text = self.decode(self.token_ids)
+        if self.finish_reason is None:
+            text = text.rstrip("\ufffd")
+        gained, self._told_text = text[len(self._told_text) :], text
+        return gained
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
@@ -232,7 +245,6 @@ class Scheduler:
             request.finish_reason = "eos"
         elif len(draft.token_ids) >= room:
             request.finish_reason = "length"
-        before = request.decode(request.token_ids)
         request.token_ids += kept
         request._work = None
         if request.finish_reason is not None:
@@ -245,7 +257,7 @@ class Scheduler:
             request=request,
             canvas_index=draft.canvas_index,
             token_ids=tuple(kept),
-            text=request.decode(request.token_ids)[len(before) :],
+            text=request.new_text(),
             denoising_steps=request.denoising_steps[-1],
             finish_reason=request.finish_reason,
         )
