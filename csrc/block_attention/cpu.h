@@ -9,10 +9,10 @@
 namespace dgemma {
 
 // Keys per step of the online softmax, and rows (query positions x grouped heads) per unit of work.
-// With head_dim 512 in fp32 the scratch of a unit is about 0.9 MiB, in bf16 0.6 MiB: it stays in an
-// L2 of 1 MiB (NOTES.md has the sizes that were tried).
+// Rearranging a tile of keys and values costs as much as a dozen rows of products, which many rows
+// share; NOTES.md has the sizes that were tried.
 constexpr int64_t kKeyTile = 128;
-constexpr int64_t kUnitRows = 128;
+constexpr int64_t kUnitRows = 256;
 
 // One unit of work: consecutive rows of one request that read the same key head. Row r is query
 // position r / group, query head key_head * group + r % group.
