@@ -161,10 +161,11 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionGemmaForBlockDiffusion:
     """The checkpoint in transformers' class; raises where its tensors are not exactly what the text model needs."""
     config = transformers_config(json.loads((folder / "config.json").read_text()))
-    model, report = DiffusionGemmaForBlockDiffusion.from_pretrained(
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True
     )
+    model, report = loaded
     missing = [key for key in report["missing_keys"] if "vision" not in key]
     if missing or report["unexpected_keys"] or report["mismatched_keys"]:
         raise ValueError(f"{folder}: missing {missing}, unexpected {report['unexpected_keys']}")
-    return model.eval()
+    return model.train(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
@@ -53,7 +55,7 @@ class Prefix:
 
 def encode(model: DiffusionGemmaForBlockDiffusion, prompts: Tensor) -> Prefix:
     """The causal pass over prompts [B, P] of equal length."""
-    config = model.config.text_config
+    config: Any = model.config.text_config
     length = prompts.shape[1]
     prefix = Prefix(config.layer_types, config.sliding_window, length)
     ahead = torch.arange(length)[:, None] - torch.arange(length)
@@ -120,8 +122,8 @@ def generate(
 
     Returns the drafts [B, L] and the denoising steps each took [B].
     """
-    count, length = prompts.shape[0], model.config.canvas_length
-    vocabulary = model.config.text_config.vocab_size
+    config: Any = model.config
+    count, length, vocabulary = prompts.shape[0], config.canvas_length, config.text_config.vocab_size
     frozen = clues >= 0 if clues is not None else torch.zeros(count, length, dtype=torch.bool)
 
     def pin(canvas: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ def generate(
 
 def clue_canvas(text_tokenizer: Tokenizer, puzzle: str) -> list[int]:
     """The clues of a puzzle as canvas tokens, -1 where the canvas is free (blanks and the end of the turn)."""
-    return [-1 if c == puzzles.BLANK else text_tokenizer.token_to_id(c) for c in puzzle] + [-1]
+    tokens: dict[str, int] = text_tokenizer.get_vocab()
+    return [-1 if c == puzzles.BLANK else tokens[c] for c in puzzle] + [-1]
 
 
 def answer_text(text_tokenizer: Tokenizer, draft: list[int]) -> str:

@@ -15,6 +15,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ CLUE_WEIGHT = 0.1  # of a cell that the prompt already tells, relative to a blan
 BASE_PUZZLES = 4000  # each is seen in a new symmetric form every time
 
 
-def dense_experts(module: torch.nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def dense_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """All experts for all tokens, the unchosen ones weighted zero: two products instead of gathers for a handful."""
     experts, width = module.num_experts, module.intermediate_dim
     weights = hidden.new_zeros(hidden.shape[0], experts).scatter(1, top_k_index, top_k_weights.to(hidden.dtype))
@@ -143,7 +144,7 @@ def learning_rate_factor(elapsed: float, step: int, seconds: float) -> float:
     return min(1.0, (step + 1) / 50) * max(0.0, min(1.0, (1 - elapsed / seconds) / 0.45))
 
 
-def build_model(dictionary: dict, seed: int) -> DiffusionGemmaForBlockDiffusion:
+def build_model(dictionary: dict[str, Any], seed: int) -> DiffusionGemmaForBlockDiffusion:
     torch.manual_seed(seed)
     model = DiffusionGemmaForBlockDiffusion(checkpoint.transformers_config(dictionary))
     model.model.encoder.vision_tower = None  # no images here, so nothing to train or average
@@ -221,7 +222,7 @@ def main() -> None:
     def report(losses: list[float]) -> None:
         swap()
         checkpoint.save_weights(arguments.out, checkpoint.published_tensors(model))
-        model.eval()
+        model.train(False)
         with torch.compiler.set_stance("force_eager"):
             solved, steps = sampling.solve_rate(model, test, pin=True, limit=24)
         model.train()
