@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -395,6 +396,55 @@ def test_append(name: str, append: Callable[..., None], dtype: torch.dtype) -> N
     append(built.key, built.value, *place, built.length)
     assert torch.equal(built.prefix_key.nan_to_num(SENTINEL), wanted_key.nan_to_num(SENTINEL))
     assert torch.equal(built.prefix_value.nan_to_num(SENTINEL), wanted_value.nan_to_num(SENTINEL))
+
+
+PARALLEL_FOR = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_int64, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64), ctypes.c_void_p
+)
+
+
+class CpuContext(ctypes.Structure):
+    """struct dgemma_cpu."""
+
+    _fields_ = (
+        ("parallel_for", PARALLEL_FOR),
+        ("pool", ctypes.c_void_p),
+        ("variant", ctypes.c_int),
+        ("message", ctypes.c_char * 256),
+    )
+
+
+class AppendOperation(ctypes.Structure):
+    """struct dgemma_append_to_cache."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "block_length", "key_heads", "head_dim", "slots", "capacity")),
+        ("dtype", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("key", "value", "prefix_key", "prefix_value")),
+        *((name, ctypes.c_void_p) for name in ("slot", "prefix_length", "length")),
+    )
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_append_in_any_order_of_tasks(backwards: bool) -> None:
+    """A host may run the tasks of one call in any order: no two may write the same row."""
+
+    @PARALLEL_FOR
+    def parallel_for(pool: Any, tasks: int, task: Any, state: Any) -> None:
+        for i in reversed(range(tasks)) if backwards else range(tasks):
+            task(state, i)
+
+    case = Case([Request(3, 200)], capacity=70)
+    built = Built(case, torch.float32)
+    tensors = (built.key, built.value, built.prefix_key, built.prefix_value, built.slot, built.prefix_length)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    operation = AppendOperation(1, 200, case.key_heads, case.head_dim, 1, 70, 0, *pointers, None)
+    context = CpuContext(parallel_for, None, -1, b"")
+    library = ctypes.CDLL(_C.__file__)
+    assert library.dgemma_cpu_append_to_cache(ctypes.byref(operation), ctypes.byref(context)) == 0, context.message
+    for position in range(203 - 70, 203):
+        assert torch.equal(built.prefix_key[0, position % 70], built.keys[0][position])
+        assert torch.equal(built.prefix_value[0, position % 70], built.values[0][position])
 
 
 def test_empty_batch_and_empty_block() -> None:
