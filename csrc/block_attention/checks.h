@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "cpu/entry.h"
 #include "dgemma/block_attention.h"
 
 namespace dgemma {
@@ -16,8 +17,7 @@ constexpr int64_t kMaxExtent = int64_t{1} << 31;
 
 template <typename... Values>
 dgemma_status invalid(dgemma_cpu* cpu, const char* format, Values... values) {
-  std::snprintf(cpu->message, sizeof cpu->message, format, values...);
-  return DGEMMA_INVALID_ARGUMENT;
+  return fail(cpu, DGEMMA_INVALID_ARGUMENT, format, values...);
 }
 
 inline dgemma_status check_extent(dgemma_cpu* cpu, const char* name, int64_t value,

@@ -7,6 +7,7 @@
 #include "block_attention/checks.h"
 #include "block_attention/visible_keys.h"
 #include "cpu/dispatch.h"
+#include "cpu/entry.h"
 
 namespace dgemma {
 namespace {
@@ -15,7 +16,6 @@ namespace {
 // The number of workers, and with it the workspace, cannot depend on the host's threads, which the
 // interface does not know; workers that no thread runs touch no memory.
 constexpr int64_t kMaxWorkers = 64;
-constexpr size_t kAlignment = 64;  // a cache line, and a 512-bit vector
 
 int64_t units_of(const dgemma_block_attention& op, int64_t rows) {
   return (rows * (op.query_heads / op.key_heads) + kUnitRows - 1) / kUnitRows;
@@ -29,19 +29,6 @@ int64_t workers_of(const dgemma_block_attention& op) {
     return heads > 0 && per_head > 0 ? kMaxWorkers : 0;
   return heads * per_head < kMaxWorkers ? heads * per_head : kMaxWorkers;
 }
-
-// Hands out parts of one worker's scratch; without a base only the size is counted.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return part;
-  }
-};
 
 size_t carve(const dgemma_block_attention& op, char* base, AttentionScratch* scratch) {
   const int64_t columns = padded_head_dim(op.head_dim);
@@ -62,8 +49,6 @@ struct Attention {
                  const AttentionScratch&);
   char* workspace;
   std::atomic<int64_t> next_unit{0};
-
-  static void run(void* state, int64_t worker) { static_cast<Attention*>(state)->work(worker); }
 
   void work(int64_t worker) {
     AttentionScratch scratch;
@@ -161,11 +146,7 @@ dgemma_status attention(const dgemma_block_attention& op, bool causal, dgemma_cp
   Attention state = {
       op, causal, op.dtype == DGEMMA_BFLOAT16 ? table->attend_bfloat16 : table->attend_float32,
       static_cast<char*>(op.workspace) + (misaligned != 0 ? kAlignment - misaligned : 0)};
-  if (cpu->parallel_for != nullptr) {
-    cpu->parallel_for(cpu->pool, workers, &Attention::run, &state);
-  } else {
-    Attention::run(&state, 0);
-  }
+  run_tasks(cpu, workers, [&](int64_t worker) { state.work(worker); });
   return DGEMMA_OK;
 }
 

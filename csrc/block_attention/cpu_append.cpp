@@ -14,8 +14,6 @@ struct Append {
   const dgemma_append_to_cache& op;
   int64_t tasks_per_request;
 
-  static void run(void* state, int64_t index) { static_cast<const Append*>(state)->copy(index); }
-
   void copy(int64_t index) const {
     const int64_t b = index / tasks_per_request;
     const int64_t rows = op.length != nullptr ? op.length[b] : op.block_length;
@@ -69,10 +67,6 @@ dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache* op, dgemm
   dgemma::Append append = {*op,
                            (op->block_length + dgemma::kRowsPerTask - 1) / dgemma::kRowsPerTask};
   const int64_t tasks = op->batch * append.tasks_per_request;
-  if (cpu->parallel_for != nullptr) {
-    cpu->parallel_for(cpu->pool, tasks, &dgemma::Append::run, &append);
-  } else {
-    for (int64_t i = 0; i < tasks; ++i) dgemma::Append::run(&append, i);
-  }
+  dgemma::run_tasks(cpu, tasks, [&](int64_t i) { append.copy(i); });
   return DGEMMA_OK;
 }

@@ -2,20 +2,10 @@
 
 #include <cinttypes>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 
 #include "denoise/allowed.h"
 
 namespace dgemma {
-
-dgemma_status fail(dgemma_cpu* cpu, dgemma_status status, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(cpu->message, sizeof cpu->message, format, arguments);
-  va_end(arguments);
-  return status;
-}
 
 dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cpu* cpu) {
   if (batch < 0)

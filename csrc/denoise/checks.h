@@ -2,13 +2,10 @@
 // names the argument, what it got and what it wants.
 #pragma once
 
+#include "cpu/entry.h"
 #include "dgemma/denoise.h"
 
 namespace dgemma {
-
-// Writes the message and returns the status.
-__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma_status status,
-                                                         const char* format, ...);
 
 // batch and length not negative, vocabulary in [1, 2^31), their products in 64 bits.
 dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cpu* cpu);

@@ -5,12 +5,11 @@
 #include <cmath>
 
 #include "cpu/dispatch.h"
+#include "cpu/entry.h"
 #include "denoise/checks.h"
 
 namespace dgemma {
 namespace {
-
-constexpr size_t kAlignment = 64;  // a cache line, and a 512-bit vector
 
 const DenoiseTable& table_of(dgemma_cpu_variant variant) {
 #if defined(__x86_64__)
@@ -25,32 +24,8 @@ const DenoiseTable& table_of(dgemma_cpu_variant variant) {
 // Calls kernel(work, i) for every i in [0, tasks) on the host's threads.
 template <typename Work>
 void run(dgemma_cpu* cpu, int64_t tasks, void (*kernel)(const Work&, int64_t), const Work& work) {
-  struct Call {
-    void (*kernel)(const Work&, int64_t);
-    const Work& work;
-    static void task(void* state, int64_t index) {
-      const Call& call = *static_cast<Call*>(state);
-      call.kernel(call.work, index);
-    }
-  } call = {kernel, work};
-  if (cpu->parallel_for != nullptr && tasks > 1)
-    cpu->parallel_for(cpu->pool, tasks, &Call::task, &call);
-  else
-    for (int64_t i = 0; i < tasks; ++i) kernel(work, i);
+  run_tasks(cpu, tasks, [&](int64_t i) { kernel(work, i); });
 }
-
-// Hands out parts of the workspace; without a base only the size is counted.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return part;
-  }
-};
 
 // The workspace does not depend on the variant, which may differ between the two calls.
 size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* work) {

@@ -2,10 +2,9 @@
 #include "grouped_gemm/cpu.h"
 
 #include <cinttypes>
-#include <cstdarg>
-#include <cstdio>
 
 #include "cpu/dispatch.h"
+#include "cpu/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/plan.h"
 
@@ -17,7 +16,6 @@ namespace {
 constexpr int64_t kPairsPerPass = 16384;
 // No single extent may be larger, so that products of two are exact; products of three are checked.
 constexpr int64_t kLargestExtent = INT32_MAX;
-constexpr size_t kAlignment = 64;
 
 int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
   const int64_t tokens = op.top_k < kPairsPerPass ? kPairsPerPass / op.top_k : 1;
@@ -42,16 +40,6 @@ Layout layout(const dgemma_moe_ffn& op) {
       at.activations + aligned(static_cast<size_t>(pairs * op.expert_size) * value_bytes(op.dtype));
   at.bytes = at.products + aligned(static_cast<size_t>(pairs * op.hidden_size) * sizeof(float));
   return at;
-}
-
-// Writes the message and gives the status.
-__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma_status status,
-                                                         const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(cpu->message, sizeof cpu->message, format, arguments);
-  va_end(arguments);
-  return status;
 }
 
 struct NamedExtent {
@@ -107,18 +95,13 @@ dgemma_status check(const dgemma_moe_ffn& op, dgemma_cpu* cpu) {
                   {"expert_weights", op.expert_weights},
                   {"gate_up", op.gate_up},
                   {"down", op.down},
-                  {"output", op.output},
-                  {"workspace", op.workspace}};
+                  {"output", op.output}};
   for (const auto& [name, pointer] : pointers)
     if (pointer == nullptr)
       return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got NULL, wants a pointer", name);
-  if (reinterpret_cast<uintptr_t>(op.workspace) % kAlignment != 0)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "workspace: got %p, wants a multiple of %zu bytes",
-                op.workspace, kAlignment);
-  const size_t wanted = layout(op).bytes;
-  if (op.workspace_bytes < wanted)
-    return fail(cpu, DGEMMA_WORKSPACE_TOO_SMALL, "workspace_bytes: got %zu, wants at least %zu",
-                op.workspace_bytes, wanted);
+  const dgemma_status status =
+      check_workspace(op.workspace, op.workspace_bytes, layout(op).bytes, cpu);
+  if (status != DGEMMA_OK) return status;
   const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
   if (bad >= 0)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
@@ -141,19 +124,6 @@ const MoeKernels* kernels_of(dgemma_cpu_variant variant) {
     default:
       return kMoeKernelsScalar;
   }
-}
-
-// Calls task(index) for every index in [0, tasks) on the host's threads.
-template <typename Task>
-void run_tasks(dgemma_cpu* cpu, int64_t tasks, const Task& task) {
-  if (cpu->parallel_for == nullptr) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
-  }
-  cpu->parallel_for(
-      cpu->pool, tasks,
-      [](void* state, int64_t index) { (*static_cast<const Task*>(state))(index); },
-      const_cast<Task*>(&task));
 }
 
 // One task for each group and each run of `rows_per_task` of its `rows` rows, group after group.

@@ -1,0 +1,48 @@
+// What the CPU entry points of every family share: how they refuse, how they hand out their
+// workspace, and how they spread tasks over the host's threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dgemma/base.h"
+
+namespace dgemma {
+
+// Of the workspace and of each part of it: a cache line, and the widest vector.
+constexpr size_t kAlignment = 64;
+
+// Writes the message ("argument: got this, wants that") and returns the status.
+__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma_status status,
+                                                         const char* format, ...);
+
+// NULL, misaligned or smaller than `wanted`: a status and a message; else DGEMMA_OK.
+dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted, dgemma_cpu* cpu);
+
+// Hands out parts of a workspace; without a base only the size is counted.
+struct Carver {
+  char* base;
+  size_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* part = base != nullptr ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return part;
+  }
+};
+
+// Calls task(i) for every i in [0, tasks) on the host's threads.
+template <typename Task>
+void run_tasks(dgemma_cpu* cpu, int64_t tasks, const Task& task) {
+  if (cpu->parallel_for == nullptr || tasks < 2) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
+  cpu->parallel_for(
+      cpu->pool, tasks,
+      [](void* state, int64_t index) { (*static_cast<const Task*>(state))(index); },
+      const_cast<void*>(static_cast<const void*>(&task)));
+}
+
+}  // namespace dgemma
