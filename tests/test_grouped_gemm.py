@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -230,7 +231,7 @@ def test_plan_refuses_a_bad_id(bad: int) -> None:
 
 
 # What is wrong, and the message that says so. The first word is the argument.
-BAD_INPUT = {
+BAD_INPUT: dict[str, tuple[str, Callable[[Case], Case]]] = {
     "input in float16": ("input", lambda c: replace(c, input=c.input.half())),
     "input of one dimension": ("input", lambda c: replace(c, input=c.input[0].contiguous())),
     "input of another width": ("gate_up", lambda c: replace(c, input=c.input[:, :31].contiguous())),
@@ -281,7 +282,7 @@ def test_raw_op_refuses(what: str) -> None:
         torch.ops.dgemma.moe_ffn(*spoilt.arguments)
 
 
-BAD_TARGETS = {
+BAD_TARGETS: dict[str, tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
     "out in another dtype": ("out", lambda out, workspace: (out.bfloat16(), workspace)),
     "out for fewer tokens": ("out", lambda out, workspace: (out[:4], workspace)),
     "out transposed": ("out", lambda out, workspace: (out.t().contiguous().t(), workspace)),
