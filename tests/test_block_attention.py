@@ -122,11 +122,12 @@ class Built:
         """
         worst = exact
         query = self.query[b, : self.case.requests[b].rows]
-        for _ in range(ORDERS):
+        for order in range(ORDERS):
+            one_by_one = query.dtype == torch.float32 and order % 2 == 1
             d, k = torch.randperm(self.case.head_dim), torch.randperm(len(self.keys[b]))
             back = torch.argsort(d)
             operands = (query[..., d], self.keys[b][k][..., d], self.values[b][k][..., d], self.mask(b)[:, k])
-            result = reference.attend(*operands, self.case.scale, query.dtype)[..., back].double()
+            result = reference.attend(*operands, self.case.scale, query.dtype, one_by_one)[..., back].double()
             worst = torch.where((result - exact).abs() > (worst - exact).abs(), result, worst)
         return worst
 

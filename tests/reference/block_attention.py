@@ -49,18 +49,27 @@ def attend(
     mask: torch.Tensor,
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    one_by_one: bool = False,
 ) -> torch.Tensor:
     """Softmax attention [n, H, D] of query [n, H, D] over keys and values [N, KH, D] under mask [n, N].
 
     Keys and values that no query sees take no part, whatever they hold. With a low-precision `dtype` products and
-    probabilities are rounded to it and the softmax is float32, as transformers' eager attention does.
+    probabilities are rounded to it and the softmax is float32, as transformers' eager attention does. `one_by_one` adds
+    the products of a score up in order, the plainest of all ways; a matrix product keeps several partial sums.
     """
     anyone = mask.any(dim=0)  # [N]
     mask = mask[:, anyone]
     group = query.shape[1] // keys.shape[1]
     keys = keys[anyone].repeat_interleave(group, dim=1).to(dtype)  # [seen, H, D]
     values = values[anyone].repeat_interleave(group, dim=1).to(dtype)  # [seen, H, D]
-    scores = torch.einsum("qhd,khd->hqk", query.to(dtype), keys) * scale  # [H, n, seen]
+    query = query.to(dtype)
+    if one_by_one:
+        scores = torch.zeros(query.shape[1], query.shape[0], keys.shape[0], dtype=dtype)
+        for d in range(query.shape[2]):
+            scores += query[:, :, d].t()[:, :, None] * keys[:, :, d].t()[:, None]
+    else:
+        scores = torch.einsum("qhd,khd->hqk", query, keys)
+    scores = scores * scale  # [H, n, seen]
     softmax_type = torch.float64 if dtype == torch.float64 else torch.float32
     scores = scores.masked_fill(~mask, float("-inf"))
     probabilities = scores.softmax(dim=-1, dtype=softmax_type).to(dtype)
