@@ -1,0 +1,73 @@
+// Starting a kernel, and the two ends of programmatic dependent launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "device/language.h"
+
+namespace dgemma::device {
+
+struct LaunchShape {
+  dim3 grid = dim3(1);          // blocks; a multiple of cluster_blocks in x
+  uint32_t threads = 0;         // per block, a multiple of 32
+  uint32_t shared_bytes = 0;    // dynamic shared memory per block
+  uint32_t cluster_blocks = 1;  // along x, at most 8
+  bool overlaps_previous_kernel =
+      false;  // may begin before the kernel in front of it ends: see below
+};
+
+// Null on success, else CUDA's words. Enqueues on `stream` (a cudaStream_t) and does not wait.
+template <typename... Parameters, typename... Arguments>
+const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  // Blocks with more than 48 KB of shared memory must ask for it.
+  if (shape.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (shape.cluster_blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = shape.cluster_blocks;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (shape.overlaps_previous_kernel) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count].val.programmaticStreamSerializationAllowed = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = count;
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// griddepcontrol.wait: until the kernels in front are done and their writes are seen. A kernel
+// launched with overlaps_previous_kernel reads nothing that they write, and writes nothing that
+// they read, before it. PTX ISA, "Control Flow Instructions: griddepcontrol" (sm_90).
+DGEMMA_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// griddepcontrol.launch_dependents: the next kernel may begin once every block has called this or
+// ended.
+DGEMMA_DEVICE void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace dgemma::device

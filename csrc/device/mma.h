@@ -1,0 +1,25 @@
+// mma.sync m16n8k16: a warp adds a 16x16 by 16x8 product of bfloat16 to a 16x8 accumulator of fp32
+// (sm_80).
+//
+// With g = lane / 4 and c = 2 (lane % 4), a lane holds
+//   a[0] (g, c)  a[1] (g + 8, c)  a[2] (g, c + 8)  a[3] (g + 8, c + 8)    row and column of A; each
+//   with the next column b[0] (c, g)  b[1] (c + 8, g)                                          row
+//   (k) and column of B; each with the next row d[0] (g, c)  d[1] (g, c + 1)  d[2] (g + 8, c)  d[3]
+//   (g + 8, c + 1)
+// so load_tiles gives `a` from row-major A and `b` from B stored column by column (k contiguous).
+// PTX ISA, "Warp-level Matrix Instructions: mma", fragments for .m16n8k16.
+#pragma once
+
+#include "device/language.h"
+
+namespace dgemma::device {
+
+DGEMMA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+      " {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace dgemma::device
