@@ -1,0 +1,10 @@
+// The whole test bed in one translation unit: quicker to build than its parts.
+#include "collective.cpp"
+#include "copy.cpp"
+#include "fiber.cpp"
+#include "machine.cpp"
+#include "mbarrier.cpp"
+#include "shared_memory.cpp"
+#include "tensor_copy.cpp"
+#include "tensor_core.cpp"
+#include "wgmma.cpp"

@@ -1,0 +1,148 @@
+"""Builds kernels for the host with g++, cached by content under build/sim, and checks them with nvcc.
+
+library = sim_library("grouped_gemm", [ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu"])     # a ctypes.CDLL
+binary = sim_program("conformance", sources, sanitize=True)                             # ASan and UBSan
+report = nvcc_report(ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu", "90a")                 # needs nvcc
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SIM = Path(__file__).resolve().parent
+ROOT = SIM.parent.parent
+CACHE = ROOT / "build" / "sim"
+TEST_BED = SIM / "all.cpp"
+
+# The switch of fibers is x86-64 assembly, and its authors had no other machine.
+SUPPORTED = platform.machine() in ("x86_64", "AMD64") and shutil.which("g++") is not None
+
+INCLUDE = [f"-I{SIM}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+# -Wrestrict: GCC 12 sees an overlap in std::string's operator+ that is not there (bug 105651). -Wpsabi only tells that
+# vectors are passed otherwise than by GCC 4.
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-restrict", "-Wno-psabi"]
+COMMON = ["-std=c++20", "-DDGEMMA_SIM", "-fPIC", "-fvisibility=hidden", "-g1", *WARNINGS, *INCLUDE]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
+
+
+@cache
+def _machine_flags() -> list[str]:
+    """-mavx2 where this machine has it: products run several times faster."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return ["-mavx2", "-mfma"] if " avx2 " in flags and " fma " in flags else []
+
+
+def _headers(source: Path) -> list[Path]:
+    """Everything that a source may include: too many files only rebuild too often."""
+    folders = {SIM, ROOT / "csrc" / "device"} if source == TEST_BED else {SIM, ROOT / "csrc", source.parent}
+    found = {path for folder in folders for path in folder.rglob("*.h")}
+    if source == TEST_BED:
+        found |= set(SIM.glob("*.cpp"))
+    return sorted(found)
+
+
+@cache
+def _header_digest(source: Path) -> bytes:
+    digest = hashlib.sha256()
+    for header in _headers(source):
+        digest.update(str(header).encode() + header.read_bytes())
+    return digest.digest()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One builder at a time, also among several runs of the suite."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _run(command: Sequence[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, f"{' '.join(command)}\n{said[:4000]}"
+    return said
+
+
+def _object(source: Path, flags: Sequence[str]) -> Path:
+    command = ["g++", *COMMON, *flags, *_machine_flags()]
+    digest = hashlib.sha256(repr((str(source), command)).encode() + source.read_bytes() + _header_digest(source))
+    target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    with _lock(target):
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            _run([*command, "-x", "c++", "-c", str(source), "-o", str(partial)])
+            partial.rename(target)
+    return target
+
+
+def _linked(name: str, objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
+    digest = hashlib.sha256(repr((name, [str(path) for path in objects], list(flags))).encode()).hexdigest()[:20]
+    target = CACHE / f"{name}-{digest}{suffix}"
+    with _lock(target):
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            _run(["g++", *flags, *(str(path) for path in objects), "-o", str(partial)])
+            partial.rename(target)
+    return target
+
+
+def sim_library(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The kernels and the test bed as one shared library; every function of it gives its message as bytes or None."""
+    # The test bed is what the time goes to, so it is optimised more than the kernels.
+    objects = [_object(TEST_BED, ["-O3"]), *(_object(source, ["-O2", *flags]) for source in sources)]
+    return ctypes.CDLL(str(_linked(name, objects, ["-shared"], ".so")))
+
+
+def sim_program(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
+    """The same as a program of its own; one of the sources has `main`."""
+    flags = SANITIZE if sanitize else ["-O2"]
+    objects = [_object(source, flags) for source in [TEST_BED, *sources]]
+    return _linked(name, objects, flags[:1] if sanitize else [], "")
+
+
+@dataclass
+class NvccReport:
+    kernels: int
+    spill_bytes: int
+    stack_bytes: int
+    registers: int  # of the kernel that uses most
+
+
+def nvcc_report(source: Path, architecture: str) -> NvccReport:
+    """Compiles for one architecture, warnings being errors, and reads what ptxas says of the kernels."""
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    options = ["-std=c++20", "-O3", "-gencode", code, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+    options += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", *INCLUDE[1:]]
+    command = ["nvcc", *options, "-c", str(source)]
+    digest = hashlib.sha256(repr((command, str(source))).encode() + source.read_bytes() + _header_digest(source))
+    target = CACHE / f"{source.stem}-{architecture}-{digest.hexdigest()[:20]}.ptxas"
+    with _lock(target):
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            partial.write_text(_run([*command, "-o", str(target.with_suffix(".o"))]))
+            partial.rename(target)
+    text = target.read_text()
+
+    def numbers(pattern: str) -> list[int]:
+        return [int(found) for found in re.findall(pattern, text)]
+
+    return NvccReport(
+        kernels=len(re.findall(r"Compiling entry function", text)),
+        spill_bytes=sum(numbers(r"(\d+) bytes spill")),
+        stack_bytes=sum(numbers(r"(\d+) bytes stack frame")),
+        registers=max(numbers(r"Used (\d+) registers"), default=0),
+    )

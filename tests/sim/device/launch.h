@@ -1,0 +1,30 @@
+// Launches. See csrc/device/launch.h.
+#pragma once
+
+#include "device/language.h"
+
+namespace dgemma::device {
+
+struct LaunchShape {
+  dim3 grid = dim3(1);
+  uint32_t threads = 0;
+  uint32_t shared_bytes = 0;
+  uint32_t cluster_blocks = 1;
+  bool overlaps_previous_kernel = false;
+};
+
+// Runs the kernel to its end. Null, or what went wrong.
+template <typename... Parameters, typename... Arguments>
+const char* launch(const LaunchShape& shape, void*, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  return sim::run_grid(
+      {shape.grid, shape.threads, shape.shared_bytes, shape.cluster_blocks},
+      [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
+}
+
+// Kernels run one after another here: what one reads too early of another is not seen.
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_begin() {}
+
+}  // namespace dgemma::device

@@ -1,0 +1,32 @@
+// Global memory. See csrc/device/memory.h.
+#pragma once
+
+#include "device/language.h"
+
+namespace dgemma::device {
+
+inline uint4 load_once(const void* global, SIM_SOURCE) {
+  sim::check_aligned(global, 16, "load_once", source);
+  return *static_cast<const uint4*>(global);
+}
+inline void store_once(void* global, uint4 v, SIM_SOURCE) {
+  sim::check_aligned(global, 16, "store_once", source);
+  *static_cast<uint4*>(global) = v;
+}
+
+// A load that does not find what it waits for comes again: the others run first.
+inline uint32_t load_acquire(const uint32_t* flag, SIM_SOURCE) {
+  sim::yield([](const sim::Thread&) -> std::string { return "looks at a flag in global memory"; },
+             source);
+  return *flag;
+}
+inline void store_release(uint32_t* flag, uint32_t value) {
+  *flag = value;
+  ++sim::machine->progress;
+}
+inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value, SIM_SOURCE) {
+  return atomicAdd(counter, value, source);
+}
+inline void prefetch_to_l2(const void*) {}
+
+}  // namespace dgemma::device

@@ -1,0 +1,257 @@
+// One small kernel per mistake that the test bed must report: tests/test_sim_faults.py names them
+// and what is said.
+#include <cstring>
+#include <iterator>
+
+#include "device/barrier.h"
+#include "device/bfloat16.h"
+#include "device/bulk_copy.h"
+#include "device/cluster.h"
+#include "device/cp_async.h"
+#include "device/fence.h"
+#include "device/launch.h"
+#include "device/ldmatrix.h"
+#include "device/mbarrier.h"
+#include "device/memory.h"
+#include "device/shared_memory.h"
+#include "device/tma.h"
+#include "device/warp.h"
+#include "device/wgmma.h"
+#include "entry.h"
+
+namespace {
+
+using namespace dgemma::device;
+
+struct Shared {
+  alignas(1024) uint8_t tile[4096];
+  Mbarrier barrier;
+};
+
+struct Arguments {
+  uint8_t* global;  // 8,192 bytes
+  TensorMap map;    // 64x64 bfloat16 of it, boxes of 64x8, 128-byte swizzle
+  TensorMap plain;  // the same with boxes of 8x8, no swizzle
+};
+
+using Kernel = void (*)(Arguments);
+
+DGEMMA_DEVICE Shared& shared() { return shared_memory<Shared>(); }
+DGEMMA_DEVICE bool first() { return threadIdx.x == 0; }
+
+void part_at_syncthreads(Arguments) {
+  if (threadIdx.x < 64) __syncthreads();
+}
+void shuffle_with_ended_lane(Arguments) {
+  if (lane_index() == 5) return;
+  __shfl_xor_sync(kAllLanes, 1, 1);
+}
+void lanes_part(Arguments) {
+  if (lane_index() < 16)
+    __ballot_sync(kAllLanes, 1);
+  else
+    __any_sync(kAllLanes, 1);
+}
+void lane_outside_its_mask(Arguments) { __shfl_sync(0xffffu, 1, 0); }
+void shuffle_from_outside_the_mask(Arguments) {
+  if (lane_index() < 16) __shfl_xor_sync(0xffffu, 1, 16);
+}
+void arrive_too_often(Arguments) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  mbarrier_arrive_expect_bytes(&shared().barrier, 16);
+  mbarrier_arrive(&shared().barrier);
+}
+void too_many_bytes(Arguments a) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  fence_mbarrier_init();
+  mbarrier_arrive_expect_bytes(&shared().barrier, 16);
+  bulk_load(shared().tile, a.global, 32, &shared().barrier, evict_first());
+  mbarrier_wait(&shared().barrier, 0);
+}
+void too_few_bytes(Arguments a) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  fence_mbarrier_init();
+  mbarrier_arrive_expect_bytes(&shared().barrier, 48);
+  bulk_load(shared().tile, a.global, 32, &shared().barrier, evict_first());
+  mbarrier_wait(&shared().barrier, 0);
+}
+void initialise_twice(Arguments) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  mbarrier_init(&shared().barrier, 1);
+}
+void never_initialise(Arguments) { mbarrier_wait(&shared().barrier, 0); }
+void overwrite_mbarrier(Arguments) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  shared().barrier.state = 1;
+  mbarrier_arrive(&shared().barrier);
+}
+void no_mbarrier_fence(Arguments a) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  mbarrier_arrive_expect_bytes(&shared().barrier, 32);
+  bulk_load(shared().tile, a.global, 32, &shared().barrier, evict_first());
+  mbarrier_wait(&shared().barrier, 0);
+}
+void wait_for_nobody(Arguments) {
+  if (first()) mbarrier_init(&shared().barrier, 2);
+  __syncthreads();
+  if (first()) mbarrier_arrive(&shared().barrier);
+  mbarrier_wait(&shared().barrier, 0);
+}
+void load(Arguments& a, const TensorMap* map, uint32_t offset, uint32_t bytes) {
+  if (!first()) return;
+  mbarrier_init(&shared().barrier, 1);
+  fence_mbarrier_init();
+  mbarrier_arrive_expect_bytes(&shared().barrier, bytes);
+  tma_load(shared().tile + offset, map, &shared().barrier, evict_first(), 0, 0);
+  if (a.global) mbarrier_wait(&shared().barrier, 0);
+}
+void misaligned_tile(Arguments a) { load(a, &a.plain, 64, 128); }
+void misaligned_swizzle(Arguments a) { load(a, &a.map, 128, 1024); }
+void end_before_the_copy(Arguments a) {
+  a.global = nullptr;
+  load(a, &a.map, 0, 1024);
+}
+void no_proxy_fence(Arguments a) {
+  shared().tile[threadIdx.x] = 1;
+  __syncthreads();
+  if (!first()) return;
+  bulk_store(a.global, shared().tile, 128);
+  bulk_commit();
+  bulk_wait<0>();
+}
+void end_before_the_store_is_read(Arguments a) {
+  if (!first()) return;
+  bulk_store(a.global, shared().tile, 128);
+  bulk_commit();
+}
+void odd_bulk_size(Arguments a) {
+  if (first()) bulk_store(a.global, shared().tile, 100);
+}
+void touch_past_the_end(Arguments) {
+  volatile uint8_t* tile = shared().tile;
+  tile[8192] = 1;
+}
+void copy_past_the_end(Arguments a) {
+  cp_async_16(shared().tile + sizeof(Shared) - 16, a.global);
+  cp_async_16(shared().tile + sizeof(Shared), a.global);
+}
+void misaligned_cp_async(Arguments a) { cp_async_16(shared().tile + 8, a.global); }
+void misaligned_ldmatrix(Arguments) {
+  uint32_t tile[1];
+  load_tiles(tile, shared().tile + 8);
+}
+void end_before_cp_async(Arguments a) {
+  cp_async_16(shared().tile + 16 * threadIdx.x, a.global);
+  cp_async_commit();
+}
+template <int kFault>
+void faulty_wgmma(Arguments) {
+  float d[4] = {};
+  if (kFault != 0) wgmma_fence(d);
+  const uint32_t offset = kFault == 1 ? 4096 : kFault == 2 ? 256 : 0;
+  const MatrixDescriptor a = k_major_descriptor(shared().tile, Swizzle::none);
+  MatrixDescriptor b = k_major_descriptor(shared().tile + offset, Swizzle::bytes_128);
+  if (kFault == 1) b = advanced(b, 1024);
+  if (kFault == 5 && threadIdx.x == 77) b = advanced(b, 32);
+  if (kFault == 4) shared().tile[threadIdx.x] = 0;
+  wgmma<8>(d, a, b);
+  wgmma_commit();
+  if (kFault != 3) wgmma_wait<0>(d);
+}
+void barrier_counts_differ(Arguments) { named_barrier_sync(1, threadIdx.x < 64 ? 64 : 96); }
+void barrier_twice(Arguments) {
+  named_barrier_arrive(1, 128);
+  named_barrier_arrive(1, 128);
+}
+void barrier_of_odd_count(Arguments) { named_barrier_sync(1, 100); }
+void wait_for_a_flag(Arguments a) {
+  while (load_acquire(reinterpret_cast<uint32_t*>(a.global)) != 7) {
+  }
+}
+void cluster_arrive_twice(Arguments) {
+  cluster_arrive();
+  cluster_arrive();
+}
+void fill_the_stack(Arguments a) {
+  volatile uint8_t room[4096];
+  room[0] = 1;
+  if (a.global[0] == 0) fill_the_stack(a);
+  room[1] = room[0];
+}
+struct TooLarge {
+  uint8_t bytes[100000];
+};
+void struct_too_large(Arguments) { shared_memory<TooLarge>().bytes[0] = 0; }
+
+struct Fault {
+  const char* name;
+  Kernel kernel;
+};
+#define FAULT(name) {#name, name}
+constexpr Fault kFaults[] = {
+    FAULT(part_at_syncthreads),
+    FAULT(shuffle_with_ended_lane),
+    FAULT(lanes_part),
+    FAULT(lane_outside_its_mask),
+    FAULT(shuffle_from_outside_the_mask),
+    FAULT(arrive_too_often),
+    FAULT(too_many_bytes),
+    FAULT(too_few_bytes),
+    FAULT(initialise_twice),
+    FAULT(never_initialise),
+    FAULT(overwrite_mbarrier),
+    FAULT(no_mbarrier_fence),
+    FAULT(wait_for_nobody),
+    FAULT(misaligned_tile),
+    FAULT(misaligned_swizzle),
+    FAULT(end_before_the_copy),
+    FAULT(no_proxy_fence),
+    FAULT(end_before_the_store_is_read),
+    FAULT(odd_bulk_size),
+    FAULT(touch_past_the_end),
+    FAULT(copy_past_the_end),
+    FAULT(misaligned_cp_async),
+    FAULT(misaligned_ldmatrix),
+    FAULT(end_before_cp_async),
+    {"wgmma_without_fence", faulty_wgmma<0>},
+    {"wgmma_outside_shared_memory", faulty_wgmma<1>},
+    {"wgmma_misaligned_swizzle", faulty_wgmma<2>},
+    {"end_before_wgmma", faulty_wgmma<3>},
+    {"wgmma_no_proxy_fence", faulty_wgmma<4>},
+    {"wgmma_differs_by_thread", faulty_wgmma<5>},
+    FAULT(barrier_counts_differ),
+    FAULT(barrier_twice),
+    FAULT(barrier_of_odd_count),
+    FAULT(wait_for_a_flag),
+    FAULT(cluster_arrive_twice),
+    FAULT(fill_the_stack),
+    FAULT(struct_too_large),
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int fault_count() { return std::size(kFaults); }
+SIM_ENTRY fault_name(int fault) { return kFaults[fault].name; }
+
+SIM_ENTRY run_fault(int fault) {
+  alignas(16) static uint8_t global[8192];
+  std::memset(global, 0, sizeof global);
+  Arguments arguments{};
+  arguments.global = global;
+  TensorLayout layout{ElementType::bfloat16, 2, global, {64, 64}, {0, 128}, {64, 8},
+                      Swizzle::bytes_128};
+  if (const char* problem = encode_tensor_map(&arguments.map, layout)) return problem;
+  layout.box[0] = 8;
+  layout.swizzle = Swizzle::none;
+  if (const char* problem = encode_tensor_map(&arguments.plain, layout)) return problem;
+  LaunchShape shape;
+  shape.threads = 128;
+  shape.shared_bytes = sizeof(Shared);
+  return launch(shape, nullptr, kFaults[fault].kernel, arguments);
+}

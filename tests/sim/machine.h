@@ -1,0 +1,231 @@
+// The machine that kernels run on here: a grid of clusters of blocks of threads, each thread a
+// fiber, all in one OS thread. Which thread goes next, when an asynchronous copy or product lands,
+// and in which order blocks run is drawn from a seed.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <queue>
+#include <source_location>
+#include <string>
+#include <vector>
+
+#include "cuda_types.h"
+#include "fiber.h"
+
+namespace sim {
+
+// Where in the kernel a wrapper was called: every wrapper takes it as a last, defaulted argument.
+using Source = std::source_location;
+#define SIM_SOURCE ::sim::Source source = ::sim::Source::current()
+
+struct Failure {
+  std::string text;
+};
+
+// Ends the launch with this message, in front of which stand the thread and the line of the kernel.
+[[noreturn, gnu::format(printf, 2, 3)]] void fail(const Source& source, const char* format, ...);
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  // splitmix64: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators"
+  // (2014).
+  uint64_t next() { return mix(state_ += 0x9e3779b97f4a7c15u); }
+  uint32_t below(uint32_t bound) { return static_cast<uint32_t>(((next() >> 32) * bound) >> 32); }
+  static uint64_t mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+struct Block;
+struct Thread;
+using Waiters = std::vector<Thread*>;
+
+struct Wait {
+  std::string (*describe)(const Thread& thread) = nullptr;
+  const void* object = nullptr;
+  uint64_t value = 0;
+  Source source;
+};
+
+enum class State : uint8_t { runnable, blocked, exited };
+
+// 4 to 16 bytes of cp.async.
+struct SmallCopy {
+  uint32_t shared_offset;
+  const void* global;
+  uint8_t bytes, bytes_read;
+};
+
+// Bulk stores of one thread between two commits.
+struct BulkGroup {
+  uint32_t unread = 0, unwritten = 0;
+  bool waiting = false;  // the thread waits for this group
+};
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  uint32_t index = 0;
+  State state = State::runnable;
+  Wait wait;
+
+  std::vector<SmallCopy> open_copies;  // since the last commit
+  std::deque<std::vector<SmallCopy>> copy_groups;
+  uint64_t copy_groups_done = 0;
+  std::vector<std::shared_ptr<BulkGroup>> bulk_groups;
+  std::shared_ptr<BulkGroup> open_bulk_group;
+
+  uint64_t wgmma_issued = 0;
+  std::vector<uint64_t> wgmma_groups;  // how many were issued at each commit
+  bool wgmma_fenced = false;
+  bool cluster_arrived = false;
+  uint64_t cluster_generation = 0;
+};
+
+// Lanes of a warp that do one thing together.
+struct Rendezvous {
+  uint32_t mask = 0, arrived = 0;
+  const char* what = nullptr;
+  void* argument[32];
+  Thread* lane[32];
+};
+
+struct Warp {
+  static constexpr int kAtOnce = 8;  // groups of lanes that may be under way side by side
+  Rendezvous rendezvous[kAtOnce];
+  uint32_t exited = 0;
+};
+
+struct NamedBarrier {
+  uint32_t expected = 0, arrived = 0;
+  std::vector<bool> who;
+  Waiters waiters;
+};
+
+struct MbarrierState {
+  uint32_t offset = 0, count = 0, pending = 0;
+  int64_t bytes = 0;  // expected and not yet come
+  uint64_t phase = 0;
+  bool alive = false, fenced = false;
+  Waiters waiters;
+};
+
+struct WgmmaQueue;  // tensor_core.cpp
+
+struct Cluster;
+
+struct Block {
+  Block();
+  ~Block();
+  Cluster* cluster = nullptr;
+  uint3 index{};
+  uint32_t rank = 0;
+  uint8_t* shared = nullptr;
+  uint32_t shared_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  NamedBarrier barriers[16];
+  std::vector<MbarrierState> mbarriers;
+  std::vector<std::unique_ptr<WgmmaQueue>> warpgroups;
+  uint32_t live = 0;
+  int votes = 0;           // of __syncthreads_count
+  uint32_t in_flight = 0;  // asynchronous operations that still touch this block's shared memory
+
+  // What the async proxy sees of shared memory: see shared_memory.cpp.
+  std::vector<uint8_t> async_view;
+  std::vector<uint64_t> page_fences;
+  uint64_t fences = 1;
+};
+
+struct Cluster {
+  std::deque<Block> blocks;
+  uint32_t live = 0;
+  uint32_t arrived = 0;
+  uint64_t generation = 0;
+  Waiters waiters;
+  std::shared_ptr<bool> alive =
+      std::make_shared<bool>(true);  // for events that may come after its end
+};
+
+struct GridShape {
+  dim3 blocks;
+  uint32_t threads, shared_bytes, cluster_blocks;
+};
+
+// What a launch did, for tests that count traffic.
+struct Statistics {
+  uint64_t switches = 0, rounds = 0;
+  uint64_t bulk_bytes_read = 0, bulk_bytes_written = 0;  // global memory, by bulk copies and TMA
+  uint64_t small_copy_bytes_read = 0;                    // global memory, by cp.async
+  uint64_t products = 0;                                 // multiplications of mma and wgmma
+};
+
+struct Machine {
+  GridShape shape;
+  void (*run)(void* context);
+  void* context;
+  Random random{0};
+  uint64_t seed = 0;
+  uint32_t patience =
+      0;  // how long asynchronous operations take in this launch: 0 short, 1 mixed, 2 long
+
+  Fiber scheduler;
+  Thread* current = nullptr;
+  std::vector<std::unique_ptr<Cluster>> resident;
+  std::vector<Thread*> runnable;
+  uint64_t round = 0, progress = 0;
+  std::string error;
+  Statistics statistics;
+
+  struct Event {
+    uint64_t time, order;
+    std::function<void()> happen;
+    bool operator<(const Event& other) const {
+      return time != other.time ? time > other.time : order > other.order;
+    }
+  };
+  std::priority_queue<Event> events;
+  uint64_t event_count = 0;
+};
+
+extern Machine* machine;
+
+inline Thread& self() { return *machine->current; }
+
+// Runs a grid to its end. Null, or what went wrong (valid until the next launch).
+const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context);
+
+// Stops the current thread until someone wakes `waiters`.
+void block_on(Waiters& waiters, const Wait& wait);
+void wake(Waiters& waiters);
+void wake(Thread& thread);
+
+// Lets others go first: what a thread does that looks again and again.
+void yield(std::string (*describe)(const Thread&), const Source& source);
+
+// Lets something happen after a random while. Returns when.
+uint64_t later(std::function<void()> happen, uint64_t not_before = 0);
+
+// "block (3, 0, 0) thread 129", "block (3, 0, 0)".
+std::string name_of(const Thread& thread);
+std::string name_of(const Block& block);
+std::string place_of(const Source& source);
+// What every thread waits for, threads with the same words together.
+std::string waiting_report(const Machine& machine);
+
+// What the parts of the machine do when a block begins and ends, and refuse when a thread ends.
+void begin_block(Block& block);
+void end_block(Block& block);
+void check_meetings(Thread& thread);
+void check_unfinished_products(Thread& thread);
+
+}  // namespace sim

@@ -1,0 +1,110 @@
+// What the host forms of the device wrappers (device/*.h) are made of. Each wrapper is one call of
+// these.
+#pragma once
+
+#include "machine.h"
+
+namespace sim {
+
+// shared_memory.cpp
+
+// A shared address as instructions take it starts here: hardware keeps the first kilobyte for
+// itself.
+constexpr uint32_t kSharedWindow = 1024;
+
+struct SharedPlace {
+  Block* block;
+  uint32_t offset;
+};
+// The block of this cluster and the offset in its shared memory that a pointer means; an error
+// where it means none, or where fewer than `bytes` are left, or where it is not a multiple of
+// `alignment`.
+SharedPlace shared_place(const void* pointer, uint32_t bytes, uint32_t alignment, const char* what,
+                         const Source& source);
+void check_aligned(const void* pointer, uint32_t alignment, const char* what, const Source& source);
+void* shared_of_block(void* pointer, uint32_t rank, const Source& source);
+
+void fence_proxy_async();
+// An error where the async proxy reads bytes that ordinary stores wrote and no fence has made
+// visible.
+void check_visible_to_async(Block& block, uint32_t offset, uint32_t bytes, const char* what,
+                            const Source& source);
+// What an asynchronous operation writes: seen by both proxies.
+void write_async(Block& block, uint32_t offset, const void* data, uint32_t bytes);
+// Until a copy lands, its destination holds nothing that may be used.
+void poison(Block& block, uint32_t offset, uint32_t bytes);
+
+// collective.cpp
+
+// All lanes of `mask` come with an argument each; `evaluate` sees them by lane, once, before anyone
+// goes on.
+void warp_collective(uint32_t mask, const char* what, void* argument,
+                     void (*evaluate)(void* const* argument, uint32_t mask, void* context),
+                     void* context, const Source& source);
+void barrier_sync(uint32_t barrier, uint32_t threads, const Source& source);
+void barrier_arrive(uint32_t barrier, uint32_t threads, const Source& source);
+void cluster_arrive(const Source& source);
+void cluster_wait(const Source& source);
+uint32_t elected_lane();
+
+// mbarrier.cpp
+
+void mbarrier_init(uint64_t* state, uint32_t arrivals, const Source& source);
+void mbarrier_invalidate(uint64_t* state, const Source& source);
+void mbarrier_arrive(uint64_t* state, const Source& source);
+void mbarrier_arrive_at_block(uint64_t* state, uint32_t rank, const Source& source);
+void mbarrier_expect_bytes(uint64_t* state, uint32_t bytes, const Source& source);
+bool mbarrier_try_wait(uint64_t* state, uint32_t parity, const Source& source);
+void mbarrier_wait(uint64_t* state, uint32_t parity, const Source& source);
+void fence_mbarrier_init();
+// For the copies: checks that the barrier may count bytes, and counts them when they come.
+void check_counts_bytes(Block& block, uint32_t offset, const Source& source);
+void mbarrier_arrive_in(Block& block, uint32_t offset, const Source& source);
+void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes, const Source& source);
+
+// copy.cpp
+
+void small_copy(void* shared, const void* global, uint32_t bytes, uint32_t bytes_read,
+                const Source& source);
+void small_copy_commit();
+void small_copy_wait(uint32_t pending, const Source& source);
+void small_copy_mbarrier_arrive(uint64_t* state, const Source& source);
+void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+               const Source& source);
+void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t* barrier,
+                        uint32_t rank, const Source& source);
+void bulk_store(void* global, const void* shared, uint32_t bytes, const Source& source);
+void bulk_commit();
+void bulk_wait(uint32_t pending, bool only_read, const Source& source);
+
+// tensor_copy.cpp
+
+// `layout` is a TensorLayout (device/tensor_layout.h).
+void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t blocks,
+                 const int32_t* coordinates, int rank, const Source& source);
+void tensor_store(const void* layout, const void* shared, const int32_t* coordinates, int rank,
+                  const Source& source);
+// A bulk store of the current thread: `read` happens later, and what it gives is written later
+// still.
+void later_store(Block& block, std::function<std::function<void()>()> read);
+
+// tensor_core.cpp
+
+void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, const Source& source);
+void store_tiles(void* row, const uint32_t* tile, int count, bool transposed, const Source& source);
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
+
+// wgmma.cpp
+
+struct Wgmma {
+  int n;
+  bool a_in_registers, a_row_major, b_row_major,
+      accumulate;  // row-major: m of A, n of B along memory
+  uint64_t a, b;
+};
+void wgmma(float* d, const uint32_t* a, const Wgmma& operation, const Source& source);
+void wgmma_fence(const Source& source);
+void wgmma_commit(const Source& source);
+void wgmma_wait(uint32_t pending, const Source& source);
+
+}  // namespace sim

@@ -1,0 +1,110 @@
+// What a warp does with matrices: ldmatrix, stmatrix, mma.sync.
+#include <bit>
+#include <cstring>
+
+#include "operations.h"
+
+namespace sim {
+
+namespace {
+
+float bfloat16_at(uint32_t packed, int half) {
+  return std::bit_cast<float>(half ? packed & 0xffff0000u : packed << 16);
+}
+
+struct Tiles {
+  uint32_t* tile;
+  const uint8_t* row;
+};
+
+// Element `half` of the pair that a lane holds of an 8x8 tile.
+struct Position {
+  uint32_t row, column;
+};
+Position held_by(uint32_t lane, uint32_t half, bool transposed) {
+  const Position plain{lane / 4, 2 * (lane % 4) + half};
+  return transposed ? Position{plain.column, plain.row} : plain;
+}
+
+struct TileRequest {
+  int count;
+  bool transposed, store;
+};
+
+void move_tiles(void* const* argument, uint32_t, void* context) {
+  const auto& request = *static_cast<const TileRequest*>(context);
+  for (int t = 0; t < request.count; ++t) {
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+      auto* half = reinterpret_cast<uint16_t*>(&static_cast<const Tiles*>(argument[lane])->tile[t]);
+      for (uint32_t h = 0; h < 2; ++h) {
+        const Position at = held_by(lane, h, request.transposed);
+        const auto* owner = static_cast<const Tiles*>(argument[8 * t + at.row]);
+        auto* place = const_cast<uint8_t*>(owner->row) + 2 * at.column;
+        if (request.store)
+          std::memcpy(place, half + h, 2);
+        else
+          std::memcpy(half + h, place, 2);
+      }
+    }
+  }
+}
+
+void check_rows(const void* row, int count, const char* what, const Source& source) {
+  if (self().index % 32 < 8u * static_cast<uint32_t>(count))
+    shared_place(row, 16, 16, what, source);
+}
+
+struct Fragments {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+void multiply(void* const* argument, uint32_t, void*) {
+  float a[16][16], b[16][8];
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const auto& f = *static_cast<const Fragments*>(argument[lane]);
+    const uint32_t g = lane / 4, c = 2 * (lane % 4);
+    for (uint32_t h = 0; h < 2; ++h) {
+      a[g][c + h] = bfloat16_at(f.a[0], h);
+      a[g + 8][c + h] = bfloat16_at(f.a[1], h);
+      a[g][c + 8 + h] = bfloat16_at(f.a[2], h);
+      a[g + 8][c + 8 + h] = bfloat16_at(f.a[3], h);
+      b[c + h][g] = bfloat16_at(f.b[0], h);
+      b[c + 8 + h][g] = bfloat16_at(f.b[1], h);
+    }
+  }
+  float d[16][8] = {};
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    float* out = static_cast<const Fragments*>(argument[lane])->d;
+    const uint32_t g = lane / 4, c = 2 * (lane % 4);
+    for (uint32_t i = 0; i < 4; ++i) out[i] += d[g + 8 * (i / 2)][c + i % 2];
+  }
+  machine->statistics.products += 16 * 8 * 16;
+}
+
+}  // namespace
+
+void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, const Source& source) {
+  check_rows(row, count, "load_tiles", source);
+  Tiles tiles{tile, static_cast<const uint8_t*>(row)};
+  TileRequest request{count, transposed, false};
+  warp_collective(0xffffffffu, "load_tiles", &tiles, move_tiles, &request, source);
+}
+
+void store_tiles(void* row, const uint32_t* tile, int count, bool transposed,
+                 const Source& source) {
+  check_rows(row, count, "store_tiles", source);
+  Tiles tiles{const_cast<uint32_t*>(tile), static_cast<const uint8_t*>(row)};
+  TileRequest request{count, transposed, true};
+  warp_collective(0xffffffffu, "store_tiles", &tiles, move_tiles, &request, source);
+}
+
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source) {
+  Fragments fragments{d, a, b};
+  warp_collective(0xffffffffu, "mma_m16n8k16", &fragments, multiply, nullptr, source);
+}
+
+}  // namespace sim

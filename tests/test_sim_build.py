@@ -1,0 +1,79 @@
+"""Device wrappers and their host forms have the same names; kernels keep the rules; nvcc takes them without spills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sim.build import ROOT, SIM, nvcc_report
+
+DEVICE = ROOT / "csrc" / "device"
+HOST = SIM / "device"
+# Plain C++, the same file on both sides.
+SHARED = {"philox.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
+# What wgmma.h is made of, and what only a compiler for the device needs.
+DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
+DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}}
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").glob("*/*.cu")])
+
+
+def functions_of(header: Path) -> set[str]:
+    """Names of the functions that a header of wrappers defines or declares at namespace level."""
+    text = re.sub(r"//.*", "", header.read_text())
+    found = re.findall(r"^(?:[\w:*&<>]+ )+[*&]*(\w+)\(", text, re.MULTILINE)
+    return {name for name in found if name not in {"asm", "if", "for", "while", "switch", "return"}}
+
+
+def test_every_wrapper_has_a_host_form_of_the_same_name() -> None:
+    device = {path.name for path in DEVICE.glob("*.h")} - SHARED - DEVICE_ONLY_FILES
+    assert {path.name for path in HOST.glob("*.h")} == device
+    for name in sorted(device - {"language.h"}):
+        wanted = functions_of(DEVICE / name) - DEVICE_ONLY_NAMES.get(name, set())
+        assert wanted, name
+        assert functions_of(HOST / name) - {"flushed"} == wanted, name
+
+
+def test_only_device_headers_hold_assembly() -> None:
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in {".h", ".cpp", ".cu", ".cuh"} and path.parent != DEVICE:
+            assert not re.search(r"\basm\b", path.read_text()), path
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernel_file_keeps_the_rules(path: Path) -> None:
+    text = re.sub(r"//.*", "", path.read_text())
+    assert "<<<" not in text, "launch() starts kernels"
+    assert not re.search(r"\basm\b", text), "PTX lives in csrc/device"
+    assert "__shared__" not in text, "one struct in dynamic shared memory"
+    assert not re.search(r"#include [<\"](torch|ATen|c10|cuda)", text), "kernels include device/*.h alone"
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        ("kernels/sm90_bf16_tile_product.cu", "90a"),
+        ("kernels/sm80_bf16_tile_product.cu", "80"),
+        ("kernels/sm80_bf16_tile_product.cu", "120"),
+        ("conformance/copy.cu", "90a"),
+        ("conformance/tensor_copy.cu", "90a"),
+        ("conformance/warp.cu", "90a"),
+    ],
+)
+def test_nvcc_compiles_without_warnings_or_spills(source: str, architecture: str) -> None:
+    report = nvcc_report(SIM / source, architecture)
+    assert report.kernels > 0
+    assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+    assert report.registers <= 232
+
+
+@needs_nvcc
+def test_nvcc_compiles_every_wgmma_shape() -> None:
+    report = nvcc_report(SIM / "conformance" / "wgmma.cu", "90a")
+    assert report.kernels >= 64
+    assert (report.spill_bytes, report.stack_bytes) == (0, 0)

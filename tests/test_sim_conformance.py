@@ -1,0 +1,79 @@
+"""What each device wrapper does: the table of tests/sim/conformance, here on the host, with a GPU there too."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sim.build import CACHE, INCLUDE, SIM, SUPPORTED, sim_library
+
+SOURCES = sorted((SIM / "conformance").glob("*.cu"))
+CASES = [
+    "shuffles and votes",
+    "load_tiles",
+    "store_tiles",
+    "mma_m16n8k16",
+    "rounding to bfloat16",
+    "special functions",
+    "named barriers",
+    "mbarrier phases",
+    "mbarrier phases and bytes",
+    "cp_async",
+    "cp_async_mbarrier_arrive",
+    "bulk load and store",
+    "cluster",
+    "last block",
+    "TMA, two dimensions",
+    "TMA, three and four dimensions",
+    "TMA, multicast",
+    "wgmma shapes, A shared",
+    "wgmma shapes, A in registers",
+    "wgmma A k-major, B k-major",
+    "wgmma A k-major, B n-major",
+    "wgmma A m-major, B k-major",
+    "wgmma A m-major, B n-major",
+    "wgmma A in registers, B n-major",
+]
+
+on_host = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    library = sim_library("conformance", SOURCES)
+    library.conformance_name.restype = ctypes.c_char_p
+    library.conformance_run.restype = ctypes.c_char_p
+    return library
+
+
+@on_host
+def test_the_table_is_whole(library: ctypes.CDLL) -> None:
+    assert [library.conformance_name(i).decode() for i in range(library.conformance_count())] == CASES
+
+
+@on_host
+@pytest.mark.parametrize("case", CASES)
+def test_host_does_what_the_table_claims(library: ctypes.CDLL, case: str) -> None:
+    for seed in range(1, 6):
+        library.sim_set_seed(ctypes.c_uint64(seed))
+        message = library.conformance_run(CASES.index(case))
+        assert message is None, f"seed {seed}: {message.decode()}"
+
+
+@pytest.mark.gpu
+def test_gpu_does_what_the_table_claims(tmp_path: Path) -> None:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        pytest.skip("the table is compiled for 9.0a: it holds wgmma")
+    program = tmp_path / "conformance"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    code = "arch=compute_90a,code=sm_90a"
+    command = ["nvcc", "-std=c++20", "-O3", "-gencode", code, *INCLUDE[1:], "--threads", "0", "-o", str(program)]
+    subprocess.run([*command, *map(str, SOURCES)], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
