@@ -58,7 +58,13 @@ def dgemma(*arguments: str, stdin: str | io.StringIO = "") -> Run:
 @contextlib.contextmanager
 def started(*arguments: str, **settings: Any) -> Iterator[Any]:
     """A process of its own, whose stdin, stdout and stderr are pipes. It is gone at the end."""
-    program = "from dgemma_ext.cli import main; raise SystemExit(main())"
+    # A suite that runs in the background of a shell hands on an ignored SIGINT; here it shall interrupt.
+    program = """if True:
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from dgemma_ext.cli import main
+        raise SystemExit(main())
+    """
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], text=True, **(pipes | settings))
     with process:
