@@ -35,8 +35,9 @@ size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* wor
   work->padded_hidden = (op.hidden_size + kStripColumns - 1) / kStripColumns * kStripColumns;
   work->rows = carver.take<SoftEmbeddingRow>(rows);
   work->dense_rows = carver.take<int64_t>(rows);
-  work->probabilities =
-      carver.take<float>((rows < kDenseRows ? rows : kDenseRows) * kProbabilityStride);
+  const int64_t block = (rows < kDenseRows ? rows : kDenseRows) * kProbabilityStride;
+  work->probabilities = carver.take<float>(block);
+  work->next_probabilities = carver.take<float>(block);
   work->sums = carver.take<float>(rows * work->padded_hidden);
   return carver.used;
 }
@@ -56,22 +57,39 @@ dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
   if (!(op.max_embedding_norm >= 0.0f))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "max_embedding_norm: got %g, wants at least 0",
                 op.max_embedding_norm);
-  const size_t needed = dgemma_cpu_soft_embedding_workspace(&op);
-  if (op.workspace_bytes < needed)
-    return fail(cpu, DGEMMA_WORKSPACE_TOO_SMALL, "workspace: got %zu bytes, wants %zu",
-                op.workspace_bytes, needed);
-  return DGEMMA_OK;
+  return check_workspace(op.workspace, op.workspace_bytes, dgemma_cpu_soft_embedding_workspace(&op),
+                         cpu);
 }
 
-// The products of work->dense_rows[first ... first + count), one block of the vocabulary at a time.
-void multiply_densely(SoftEmbeddingWork& work, const DenoiseTable& table, dgemma_cpu* cpu) {
-  const dgemma_dtype dtype = work.op->logits.dtype;
-  const int64_t vocabulary = work.op->logits.vocabulary;
-  for (work.first_token = 0; work.first_token < vocabulary; work.first_token += kProbabilityBlock) {
-    const int64_t left = vocabulary - work.first_token;
-    work.tokens = left < kProbabilityBlock ? left : kProbabilityBlock;
-    run(cpu, work.dense_count, table.soft_probabilities[dtype], work);
-    run(cpu, work.padded_hidden / kStripColumns, table.soft_strip[dtype], work);
+// Turns to the block after the present one; its probabilities go where those of the block before
+// the present one were.
+SoftEmbeddingWork next_block(const SoftEmbeddingWork& work) {
+  SoftEmbeddingWork next = work;
+  next.first_token = work.first_token + work.tokens;
+  const int64_t left = work.op->logits.vocabulary - next.first_token;
+  next.tokens = left < kProbabilityBlock ? left : kProbabilityBlock;
+  next.probabilities = work.next_probabilities;
+  next.next_probabilities = work.probabilities;
+  return next;
+}
+
+// The products of the dense rows of this pass. While a block of the vocabulary is multiplied, the
+// next one's probabilities are computed: both are tasks of one parallel call, so that threads wait
+// for each other once per block.
+void multiply_densely(const SoftEmbeddingWork& pass, const DenoiseTable& table, dgemma_cpu* cpu) {
+  const dgemma_dtype dtype = pass.op->logits.dtype;
+  SoftEmbeddingWork present = pass;
+  present.first_token = present.tokens = 0;
+  while (present.first_token < pass.op->logits.vocabulary) {
+    const SoftEmbeddingWork next = next_block(present);
+    const int64_t strips = present.tokens > 0 ? present.padded_hidden / kStripColumns : 0;
+    run_tasks(cpu, strips + (next.tokens > 0 ? next.dense_count : 0), [&](int64_t i) {
+      if (i < strips)
+        table.soft_strip[dtype](present, i);
+      else
+        table.soft_probabilities[dtype](next, i - strips);
+    });
+    present = next;
   }
 }
 

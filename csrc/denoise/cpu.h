@@ -8,10 +8,10 @@
 
 namespace dgemma {
 
-// Vocabulary entries whose probabilities of all dense rows are in the workspace at one time: with
-// 256 rows 2 MiB in bf16, which stays in the L3, and one hand-over between threads per 256 x 4096
-// x hidden_size products.
-constexpr int64_t kProbabilityBlock = 4096;
+// Vocabulary entries of one block of probabilities: with 256 rows 4 MiB in bf16, two of which stay
+// in an L3 of 32 MiB. All threads wait for each other once per block (NOTES.md has what that costs
+// where a core is shared).
+constexpr int64_t kProbabilityBlock = 8192;
 // Between rows of probabilities: one cache line more, so that the six rows that a register tile
 // reads do not fall into one set of the L1.
 constexpr int64_t kProbabilityStride = kProbabilityBlock + 32;
@@ -36,9 +36,10 @@ struct SoftEmbeddingWork {
   int64_t dense_count;
   int64_t first_token;  // the vocabulary entries whose probabilities are in the workspace
   int64_t tokens;
-  void* probabilities;    // [kDenseRows, kProbabilityStride], fp32 or the dtype: the variant's
-  float* sums;            // [batch * length, padded_hidden]
-  int64_t padded_hidden;  // hidden_size rounded up to kStripColumns
+  void* probabilities;       // [kDenseRows, kProbabilityStride], fp32 or the dtype: the variant's
+  void* next_probabilities;  // the same, of the next block
+  float* sums;               // [batch * length, padded_hidden]
+  int64_t padded_hidden;     // hidden_size rounded up to kStripColumns
 };
 
 // Functions of a row take its number b * length + i; arrays are indexed by dgemma_dtype.
@@ -46,7 +47,8 @@ struct DenoiseTable {
   void (*statistics[2])(const dgemma_vocabulary_statistics& op, int64_t row);
   void (*sample[2])(const dgemma_sample& op, int64_t row);
   // Soft embedding, in this order: every row once; then for each block of the vocabulary the dense
-  // rows' probabilities, and the products of every strip of columns; then the dense rows' output.
+  // rows' probabilities, and the products of every strip of columns, at the same time as the next
+  // block's probabilities; then the dense rows' output.
   void (*soft_sparse[2])(const SoftEmbeddingWork& work, int64_t row);
   void (*soft_probabilities[2])(const SoftEmbeddingWork& work, int64_t dense_row);
   void (*soft_strip[2])(const SoftEmbeddingWork& work, int64_t strip);

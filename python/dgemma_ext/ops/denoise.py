@@ -291,10 +291,12 @@ def soft_embedding(
         result: Tensor = _called(torch.ops.dgemma.soft_embedding, *operands)
         return result
     _check("out", out, logits.dtype, (batch, length, hidden), logits)
+    size = soft_embedding_workspace(batch, length, hidden)
     if workspace is None:
-        size = soft_embedding_workspace(batch, length, hidden)
         workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
     _check("workspace", workspace, torch.uint8, (workspace.numel(),), logits)
+    if workspace.numel() < size:
+        raise ValueError(f"workspace: got {workspace.numel()} bytes, wants {size}")
     _called(torch.ops.dgemma.soft_embedding.out, *operands, out=out, workspace=workspace)
     return out
 
