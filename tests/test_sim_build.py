@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
-from sim.build import ROOT, SIM, nvcc_report
+from sim.build import ROOT, SIM, find_nvcc, nvcc_report
 
 DEVICE = ROOT / "csrc" / "device"
 HOST = SIM / "device"
@@ -18,7 +17,7 @@ SHARED = {"philox.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
 DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
 DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}}
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").glob("*/*.cu")])
 
 

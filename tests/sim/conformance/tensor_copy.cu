@@ -15,6 +15,16 @@ using namespace dgemma::device;
 
 constexpr uint32_t kMaxBytes = 8192;
 
+// The swizzles by hand: the first piece of the second line of 128 bytes becomes the second piece
+// there, and so on.
+static_assert(swizzled(0x080, Swizzle::bytes_128) == 0x090 &&
+              swizzled(0x3f0, Swizzle::bytes_128) == 0x380);
+static_assert(swizzled(0x080, Swizzle::bytes_64) == 0x090 &&
+              swizzled(0x1c0, Swizzle::bytes_64) == 0x1f0);
+static_assert(swizzled(0x080, Swizzle::bytes_32) == 0x090 &&
+              swizzled(0x1e0, Swizzle::bytes_32) == 0x1f0);
+static_assert(swizzled(0x3f0, Swizzle::none) == 0x3f0);
+
 struct Shared {
   alignas(1024) uint8_t tile[kMaxBytes];
   Mbarrier barrier;

@@ -5,6 +5,7 @@
 // A producer thread fills a ring of stages by TMA; a warpgroup multiplies. A stage is `full` when
 // its bytes are there and `empty` when the warpgroup has finished reading it. A block walks over
 // row tiles with one ring throughout.
+#include "device/barrier.h"
 #include "device/bfloat16.h"
 #include "device/fence.h"
 #include "device/launch.h"
@@ -82,6 +83,9 @@ DGEMMA_DEVICE void consume(Shared<kTokens>& shared, float* out, int rows, int to
       for (int step = 0; step < kDepth / 16; ++step)
         wgmma<kTokens>(sum, advanced(a, step * 32), advanced(b, step * 32), k + step > 0);
       wgmma_commit();
+      // With these two all threads have issued their products: what is missing is the wait alone.
+      if (kMistake == Mistake::early_release || kMistake == Mistake::early_read)
+        named_barrier_sync(1, kConsumers);
       if (kMistake == Mistake::early_release && lane == 0)
         mbarrier_arrive(&shared.empty[ring.stage]);
       if (kMistake != Mistake::early_read) wgmma_wait<0>(sum);
