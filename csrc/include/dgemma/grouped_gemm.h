@@ -38,6 +38,14 @@ typedef struct dgemma_moe_ffn {
 DGEMMA_API size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op);
 DGEMMA_API dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu);
 
+/* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
+ * alone. It takes bfloat16, sizes that are multiples of 8, up to 1,024 experts, and tensors aligned
+ * to 16 bytes; _workspace gives 0 for other sizes. It cannot look at the ids, so one that is out of
+ * range counts as -1.
+ */
+DGEMMA_API size_t dgemma_cuda_moe_ffn_workspace(const dgemma_moe_ffn* op);
+DGEMMA_API dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda);
+
 #ifdef __cplusplus
 }
 #endif

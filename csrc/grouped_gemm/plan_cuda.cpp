@@ -1,0 +1,115 @@
+#include "grouped_gemm/plan_cuda.h"
+
+#include <algorithm>
+#include <ostream>
+
+namespace dgemma {
+namespace {
+
+// Pairs in one pass. The model encodes at most 4,096 tokens of 8 pairs at a time, which is one
+// pass; its products take 369 MB. More passes read the weights again, but multiply longer than that
+// takes.
+constexpr int64_t kPairsPerPass = 32768;
+constexpr int64_t kLargestExtent = INT32_MAX;
+constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
+
+// Token tiles that there is code for. 256 is wgmma's largest N.
+constexpr int32_t kTokenTiles[] = {64, 128, 256};
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
+  return std::min(op.tokens, std::max<int64_t>(1, kPairsPerPass / op.top_k));
+}
+
+// Twice the mean number of an expert's tokens, so that an expert with twice its share still reads
+// its weights once.
+int32_t choose_token_tile(int64_t pairs, int64_t experts) {
+  for (const int32_t tile : kTokenTiles)
+    if (2 * pairs <= tile * experts) return tile;
+  return kTokenTiles[2];
+}
+
+// At most: every expert that has pairs may have one tile that is not full.
+int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
+  return std::min(pairs, experts + pairs / token_tile);
+}
+
+MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles,
+                      int32_t multiprocessors) {
+  // A block takes almost all of a multiprocessor's shared memory: one fits.
+  const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors);
+  return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
+          static_cast<int32_t>(blocks)};
+}
+
+int64_t gate_up_weight_tiles(const dgemma_moe_ffn& op) {
+  return ceil_divide(op.expert_size, kMoeWeightRows / 2);
+}
+int64_t down_weight_tiles(const dgemma_moe_ffn& op) {
+  return ceil_divide(op.hidden_size, kMoeWeightRows);
+}
+
+}  // namespace
+
+const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
+  const auto outside = [](int64_t value, int64_t least, int64_t most) {
+    return value < least || value > most;
+  };
+  if (outside(op.tokens, 0, kLargestExtent)) return "tokens: wants 0 to 2147483647";
+  // A router has fewer choices than experts; the bound keeps a pass's pairs in 32 bits.
+  if (outside(op.top_k, 1, kPairsPerPass)) return "top_k: wants 1 to 32768";
+  if (outside(op.experts, 1, kMoeMostExperts)) return "experts: wants 1 to 1024";
+  if (op.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
+  // The copy engine's strides are multiples of 16 bytes (device/tensor_layout.h), and 2^16 keeps
+  // every product of two extents and of a pass's pairs in 32 and 64 bits.
+  if (outside(op.hidden_size, 8, 65536) || op.hidden_size % 8 != 0)
+    return "hidden_size: wants a multiple of 8 up to 65536";
+  if (outside(op.expert_size, 8, 65536) || op.expert_size % 8 != 0)
+    return "expert_size: wants a multiple of 8 up to 65536";
+  return nullptr;
+}
+
+MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, int32_t multiprocessors) {
+  MoeCudaPlan plan = {};
+  plan.tokens_per_pass = tokens_per_pass(op);
+  const int64_t pairs = plan.tokens_per_pass * op.top_k;
+  plan.token_tile = choose_token_tile(pairs, op.experts);
+  plan.stages = moe_stages(plan.token_tile);
+
+  const int64_t token_tiles = most_token_tiles(pairs, op.experts, plan.token_tile);
+  plan.gate_up = make_part(gate_up_weight_tiles(op), op.hidden_size, token_tiles, multiprocessors);
+  plan.down = make_part(down_weight_tiles(op), op.expert_size, token_tiles, multiprocessors);
+  plan.combine_blocks = static_cast<int32_t>(
+      ceil_divide(plan.tokens_per_pass * op.hidden_size / 8, kMoeCombineThreads));
+
+  size_t at = 0;
+  const auto take = [&at](int64_t values, size_t bytes) {
+    const size_t begin = at;
+    at += (static_cast<size_t>(values) * bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  };
+  plan.first = take(op.experts + 1, sizeof(int32_t));
+  plan.tiles_before = take(op.experts + 1, sizeof(int32_t));
+  plan.pair = take(pairs, sizeof(int32_t));
+  plan.activations = take(pairs * op.expert_size, 2);
+  plan.products = take(pairs * op.hidden_size, sizeof(float));
+  plan.workspace_bytes = at;
+  return plan;
+}
+
+void print(const MoeCudaPlan& plan, std::ostream& out) {
+  const auto part = [&](const char* name, const MoeCudaPart& p) {
+    out << name << ": " << p.blocks << " blocks of " << kMoeThreads << " threads, "
+        << p.weight_tiles << " weight tiles of " << kMoeWeightRows << " rows per expert, "
+        << p.k_steps << " steps of " << kMoeDepth << ", token tiles of " << plan.token_tile << ", "
+        << plan.stages << " stages of " << moe_stage_bytes(plan.token_tile) << " bytes\n";
+  };
+  out << "pass: " << plan.tokens_per_pass << " tokens\n";
+  part("gate_up", plan.gate_up);
+  part("down", plan.down);
+  out << "combine: " << plan.combine_blocks << " blocks of " << kMoeCombineThreads << " threads\n";
+  out << "workspace: " << plan.workspace_bytes << " bytes\n";
+}
+
+}  // namespace dgemma

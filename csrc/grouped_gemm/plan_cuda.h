@@ -1,0 +1,71 @@
+// How the CUDA kernels run a call: everything that depends on its sizes and not on its routing.
+// Pure host code that allocates nothing. Which pairs an expert gets is found on the device
+// (sort_pairs.cu).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iosfwd>
+
+#include "dgemma/grouped_gemm.h"
+
+namespace dgemma {
+
+// Rows of a weight tile: two warpgroups, each the 64 rows that wgmma's M is. For gate and up these
+// are 64 gate rows and the 64 up rows that belong to them.
+constexpr int32_t kMoeWeightRows = 128;
+// Depth of a stage: 64 bfloat16 are 128 bytes, a row of the widest swizzle.
+constexpr int32_t kMoeDepth = 64;
+// Two warpgroups that multiply, and one that loads: a warp for weights, three for token rows.
+constexpr int32_t kMoeThreads = 384;
+// One thread per expert scans their counts: a block has at most 1,024 threads.
+constexpr int32_t kMoeMostExperts = 1024;
+constexpr int32_t kMoeSortThreads = 1024;
+constexpr int32_t kMoeCombineThreads = 128;
+
+// Shared memory that a block may have on sm_90: 227 KB (CUDA C++ Programming Guide, "Compute
+// Capabilities").
+constexpr int32_t kMoeSharedLimit = 232448;
+
+// A stage holds a weight tile and a token tile.
+constexpr int32_t moe_stage_bytes(int32_t token_tile) {
+  return (kMoeWeightRows + token_tile) * kMoeDepth * 2;
+}
+// What gate and up need beside the stages: the tile of results, and at most 2 KB of barriers and
+// row numbers. Down's list of targets is smaller than the results.
+constexpr int32_t moe_stages(int32_t token_tile) {
+  const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
+  return (kMoeSharedLimit - results - 2048) / moe_stage_bytes(token_tile);
+}
+
+struct MoeCudaPart {
+  int32_t weight_tiles;  // per expert
+  int32_t k_steps;       // stages that a unit takes
+  int32_t blocks;        // of the grid; each takes every blocks-th unit
+};
+
+struct MoeCudaPlan {
+  int64_t tokens_per_pass;
+  int32_t token_tile;  // 64, 128 or 256; a unit multiplies by the next quarter of it
+  int32_t stages;
+  MoeCudaPart gate_up, down;
+  int32_t combine_blocks;  // of a full pass
+
+  // The workspace: where its parts begin, in bytes, and its size.
+  size_t first, tiles_before, pair;  // int32: see MoeTables
+  size_t activations;                // bfloat16 [pairs, expert_size], in sorted order
+  size_t products;                   // float32 [pairs, hidden_size], in the order of the slots
+  size_t workspace_bytes;
+};
+
+// Null when the CUDA kernels take these sizes and this dtype, else the name of what they do not
+// take, with what they want ("hidden_size: wants a multiple of 8"). Pointers are not looked at.
+const char* moe_cuda_problem(const dgemma_moe_ffn& op);
+
+// For sizes without a problem, on a GPU with so many multiprocessors.
+MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, int32_t multiprocessors);
+
+// A line for each kernel and one for the workspace.
+void print(const MoeCudaPlan& plan, std::ostream& out);
+
+}  // namespace dgemma

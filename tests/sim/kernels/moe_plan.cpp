@@ -1,0 +1,63 @@
+// The plan of the CUDA mixture-of-experts kernels and the traffic of each, callable from Python.
+#include <cstdio>
+#include <sstream>
+
+#include "entry.h"
+#include "grouped_gemm/cuda.h"
+#include "grouped_gemm/plan_cuda.h"
+#include "grouped_gemm/units.h"
+
+extern "C" void sim_statistics(uint64_t (&out)[6]);
+
+// Null, or what is wrong with the sizes. `text` has room for `bytes`.
+SIM_ENTRY moe_plan(const dgemma_moe_ffn* op, int32_t multiprocessors, int64_t (&out)[13],
+                   char* text, size_t bytes) {
+  if (const char* problem = dgemma::moe_cuda_problem(*op)) return problem;
+  const dgemma::MoeCudaPlan plan = dgemma::make_moe_cuda_plan(*op, multiprocessors);
+  const int64_t numbers[13] = {plan.tokens_per_pass,
+                               plan.token_tile,
+                               plan.stages,
+                               plan.gate_up.weight_tiles,
+                               plan.gate_up.k_steps,
+                               plan.gate_up.blocks,
+                               plan.down.weight_tiles,
+                               plan.down.k_steps,
+                               plan.down.blocks,
+                               static_cast<int64_t>(plan.first),
+                               static_cast<int64_t>(plan.tiles_before),
+                               static_cast<int64_t>(plan.pair),
+                               static_cast<int64_t>(plan.workspace_bytes)};
+  for (int i = 0; i < 13; ++i) out[i] = numbers[i];
+  std::ostringstream stream;
+  print(plan, stream);
+  std::snprintf(text, bytes, "%s", stream.str().c_str());
+  return nullptr;
+}
+
+// Writes (expert, weight tile, first, rows) of every unit; how many there are stands in `count`.
+SIM_ENTRY moe_units(const int32_t* first, const int32_t* tiles_before, int32_t experts,
+                    int32_t weight_tiles, int32_t token_tile, int32_t (*out)[4], int32_t* count) {
+  const dgemma::MoeTables tables = {first, tiles_before, nullptr, experts};
+  *count = count_units(tables, weight_tiles);
+  for (int32_t i = 0; i < *count; ++i) {
+    const dgemma::MoeUnit unit = find_unit(tables, weight_tiles, token_tile, i);
+    out[i][0] = unit.expert;
+    out[i][1] = unit.weight_tile;
+    out[i][2] = unit.first;
+    out[i][3] = unit.rows;
+  }
+  return nullptr;
+}
+
+// Runs a call of one pass and writes the machine's statistics of sort, gate_up, down and combine.
+SIM_ENTRY moe_traffic(const dgemma_moe_ffn* op, uint64_t (&out)[4][6]) {
+  const dgemma::MoeCudaPlan plan = dgemma::make_moe_cuda_plan(*op, 3);
+  const dgemma::MoeCudaPass pass = dgemma::make_moe_cuda_pass(*op, plan, 0);
+  int kernel = 0;
+  for (const auto launch : {dgemma::launch_sort_pairs, dgemma::launch_gate_up_sm90_bf16,
+                            dgemma::launch_down_sm90_bf16, dgemma::launch_combine}) {
+    if (const char* problem = launch(plan, pass, nullptr)) return problem;
+    sim_statistics(out[kernel++]);
+  }
+  return nullptr;
+}

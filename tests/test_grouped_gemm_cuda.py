@@ -1,0 +1,365 @@
+"""The CUDA kernels of moe_ffn: run on the host by the test bed, their plan walked, compiled for Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bounds import assert_close
+from reference import grouped_gemm as reference
+from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
+from test_grouped_gemm import Case, make_case, route
+
+FAMILY = ROOT / "csrc" / "grouped_gemm"
+KERNELS = ["sort_pairs", "sm90_bf16_gate_up", "sm90_bf16_down", "combine"]
+SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"]]
+SOURCES += [FAMILY / "plan_cuda.cpp", ROOT / "tests" / "sim" / "kernels" / "moe_plan.cpp"]
+# Orders in which the machine runs threads and lets copies and products land.
+SEEDS = [1, 2, 3]
+H200_MULTIPROCESSORS = 132
+GUARD = 256  # bytes behind the workspace
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
+
+
+class MoeFfn(ctypes.Structure):
+    """dgemma_moe_ffn of csrc/include/dgemma/grouped_gemm.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("tokens", "hidden_size", "expert_size", "experts", "top_k")]
+        + [("dtype", ctypes.c_int)]
+        + [(name, ctypes.c_void_p) for name in ("input", "expert_ids", "expert_weights", "gate_up", "down")]
+        + [("output", ctypes.c_void_p), ("workspace", ctypes.c_void_p), ("workspace_bytes", ctypes.c_size_t)]
+    )
+
+
+class Cuda(ctypes.Structure):
+    """dgemma_cuda of csrc/include/dgemma/base.h."""
+
+    _fields_ = [("stream", ctypes.c_void_p), ("message", ctypes.c_char * 256)]
+
+
+BFLOAT16 = 1
+OK, INVALID_ARGUMENT, UNSUPPORTED, WORKSPACE_TOO_SMALL = 0, 1, 2, 3
+
+
+@cache
+def library() -> ctypes.CDLL:
+    built = sim_library("grouped_gemm", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built.dgemma_cuda_moe_ffn_workspace.restype = ctypes.c_size_t
+    for name in ("moe_plan", "moe_units", "moe_traffic"):
+        getattr(built, name).restype = ctypes.c_char_p
+    return built
+
+
+def describe(tokens: int, hidden_size: int, expert_size: int, experts: int, top_k: int) -> MoeFfn:
+    return MoeFfn(tokens, hidden_size, expert_size, experts, top_k, BFLOAT16)
+
+
+def describe_case(case: Case) -> MoeFfn:
+    """Without output and workspace."""
+    experts, hidden_size, expert_size = case.down.shape
+    op = describe(case.input.shape[0], hidden_size, expert_size, experts, case.expert_ids.shape[1])
+    op.input, op.expert_ids, op.expert_weights = (x.data_ptr() for x in case.arguments[:3])
+    op.gate_up, op.down = case.gate_up.data_ptr(), case.down.data_ptr()
+    return op
+
+
+def prepare(case: Case) -> tuple[MoeFfn, Tensor, Tensor]:
+    """The call, its output and its workspace with bytes behind it, both full of NaN."""
+    op = describe_case(case)
+    out = torch.full_like(case.input, float("nan"))
+    op.workspace_bytes = library().dgemma_cuda_moe_ffn_workspace(ctypes.byref(op))
+    workspace = torch.full((op.workspace_bytes + GUARD,), 0xFF, dtype=torch.uint8)
+    op.output, op.workspace = out.data_ptr(), workspace.data_ptr()
+    return op, out, workspace
+
+
+def run(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+    """Output and workspace of a call into poison, in one of the machine's orders."""
+    op, out, workspace = prepare(case)
+    library().sim_set_seed(ctypes.c_uint64(seed))
+    cuda = Cuda()
+    status = library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda))
+    assert status == OK, cuda.message.decode()
+    assert bool((workspace[op.workspace_bytes :] == 0xFF).all()), "written behind the workspace"
+    return out, workspace[: op.workspace_bytes]
+
+
+@dataclass
+class Plan:
+    tokens_per_pass: int
+    token_tile: int
+    stages: int
+    gate_up_weight_tiles: int
+    gate_up_k_steps: int
+    gate_up_blocks: int
+    down_weight_tiles: int
+    down_k_steps: int
+    down_blocks: int
+    first: int
+    tiles_before: int
+    pair: int
+    workspace_bytes: int
+    text: str
+
+
+def plan_of(op: MoeFfn, multiprocessors: int = H200_MULTIPROCESSORS) -> Plan:
+    numbers, text = (ctypes.c_int64 * 13)(), ctypes.create_string_buffer(2000)
+    problem = library().moe_plan(ctypes.byref(op), multiprocessors, numbers, text, ctypes.c_size_t(2000))
+    assert problem is None, problem
+    return Plan(*numbers, text.value.decode())
+
+
+# tokens, hidden_size, expert_size, experts, top_k, routing
+CASES = [
+    (1, 256, 128, 8, 1, "distinct"),
+    (1, 512, 192, 8, 8, "distinct"),
+    (24, 512, 128, 8, 3, "distinct"),
+    (13, 2816, 704, 1, 1, "distinct"),  # the model's sizes for one expert
+    (19, 320, 192, 8, 2, "distinct"),  # a weight tile of down that reaches past the last row
+    (9, 264, 72, 3, 2, "holes"),  # tails of everything, beside rows that must not be read
+    (3, 8, 8, 2, 1, "distinct"),  # the smallest sizes
+    (150, 256, 128, 8, 1, "one expert"),  # an expert with all, the others with none; three token tiles
+    (31, 256, 192, 8, 5, "repeated"),  # a token with one expert in several slots
+    (40, 256, 128, 8, 4, "holes"),
+    (5, 256, 128, 8, 4, "nothing"),
+    (70, 256, 128, 8, 8, "distinct"),  # a token tile of 128, three quarters of it
+    (117, 128, 64, 2, 1, "holes"),  # of 128, unevenly
+    (150, 128, 64, 1, 1, "distinct"),  # of 256, three quarters of it
+    (301, 128, 64, 1, 1, "distinct"),  # of 256, full, and a quarter
+    (257, 128, 64, 2, 2, "distinct"),  # of 256, full, and one
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_right(case: tuple[int, int, int, int, int, str]) -> None:
+    made = make_case(*case[:5], dtype=torch.bfloat16, routing=case[5])
+    exact = reference.moe_ffn(*made.arguments)
+    low = reference.moe_ffn_rounded(*made.arguments)
+    outputs = [run(made, seed)[0] for seed in SEEDS]
+    for output in outputs:
+        assert_close(output, exact, torch.bfloat16, low)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_gelu_is_right_to_rounding() -> None:
+    """One value by itself in every row: what an error of the curve does is lost in sums."""
+    size = 128
+    gate = torch.linspace(-6, 6, size).bfloat16()
+    case = Case(
+        input=torch.eye(1, size, dtype=torch.bfloat16),
+        expert_ids=torch.zeros(1, 1, dtype=torch.int32),
+        expert_weights=torch.ones(1, 1),
+        gate_up=torch.zeros(1, 2 * size, size, dtype=torch.bfloat16),
+        down=torch.eye(size, dtype=torch.bfloat16)[None].clone(),
+    )
+    case.gate_up[0, :size, 0], case.gate_up[0, size:, 0] = gate, 1.0
+    exact = torch.from_numpy(reference.gelu_tanh(gate.double().numpy()))
+    error = (run(case, seed=1)[0][0].double() - exact).abs()
+    # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; the reference cancels near zero.
+    assert bool((error <= 1.01 * 2**-8 * exact.abs() + 1e-12).all())
+
+
+def test_every_token_tile_is_run() -> None:
+    tiles = {plan_of(describe(*case[:5])).token_tile for case in CASES}
+    assert tiles == {64, 128, 256}
+
+
+def test_two_passes() -> None:
+    """16,384 tokens of three pairs: more than one pass takes."""
+    made = make_case(16384, 8, 8, 5, 3, dtype=torch.bfloat16, routing="holes")
+    assert plan_of(describe_case(made)).tokens_per_pass == 32768 // 3
+    output, _ = run(made, seed=1)
+    assert_close(output, reference.moe_ffn(*made.arguments), torch.bfloat16, reference.moe_ffn_rounded(*made.arguments))
+
+
+def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
+    made = make_case(75, 256, 128, 4, 2, dtype=torch.bfloat16, routing="distinct")
+    together, _ = run(made, seed=1)
+    for rows in ([3], list(range(20)), torch.randperm(75).tolist()):
+        assert torch.equal(run(made.rows(rows), seed=2)[0], together[rows])
+
+
+def test_ids_out_of_range_are_skipped() -> None:
+    made = make_case(12, 256, 128, 8, 4, dtype=torch.bfloat16, routing="holes")
+    expected, _ = run(made, seed=1)
+    holes = made.expert_ids == -1
+    bad = torch.tensor([8, -2, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    made.expert_ids[holes] = bad.repeat(12)[: int(holes.sum())]
+    assert torch.equal(run(made, seed=1)[0], expected)
+
+
+def test_weights_are_read_once() -> None:
+    """By the copy engine, once for every expert that is hit; token rows once per weight tile."""
+    hidden_size, expert_size = 256, 192
+    made = make_case(40, hidden_size, expert_size, 16, 2, dtype=torch.bfloat16, routing="holes")
+    pairs = int((made.expert_ids >= 0).sum())
+    hit = len(made.expert_ids[made.expert_ids >= 0].unique())
+    op, _, _workspace = prepare(made)
+    statistics = ((ctypes.c_uint64 * 6) * 4)()
+    assert library().moe_traffic(ctypes.byref(op), statistics) is None
+    # Third and fifth: bytes that bulk copies and cp.async read from global memory.
+    _, gate_up, down, _ = [(row[2], row[4]) for row in statistics]
+    tiles_gate_up, tiles_down = expert_size // 64, hidden_size // 128
+    assert gate_up == (2 * hit * 2 * expert_size * hidden_size, 2 * pairs * hidden_size * tiles_gate_up)
+    assert down == (2 * hit * hidden_size * expert_size, 2 * pairs * expert_size * tiles_down)
+
+
+def tables_of(ids: Tensor, experts: int, token_tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """first and tiles_before [experts + 1], pairs by expert: what sort_pairs.cu writes."""
+    flat = ids.flatten().numpy()
+    counts = np.array([(flat == e).sum() for e in range(experts)])
+    first = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+    tiles = np.concatenate([[0], (-(-counts // token_tile)).cumsum()]).astype(np.int32)
+    pair = np.concatenate([np.flatnonzero(flat == e) for e in range(experts)]).astype(np.int32)
+    return first, tiles, pair
+
+
+@pytest.mark.parametrize("routing", ["distinct", "repeated", "holes", "one expert", "nothing"])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 8), (300, 37, 7), (256, 128, 8), (40, 1000, 5)])
+def test_sorted_pairs(tokens: int, experts: int, top_k: int, routing: str) -> None:
+    made = make_case(tokens, 8, 8, experts, top_k, dtype=torch.bfloat16, routing=routing)
+    plan = plan_of(describe_case(made))
+    first, tiles_before, pair = tables_of(made.expert_ids, experts, plan.token_tile)
+    _, workspace = run(made, seed=5)
+    ints = workspace.numpy().view(np.int32)
+    assert np.array_equal(ints[plan.first // 4 :][: experts + 1], first)
+    assert np.array_equal(ints[plan.tiles_before // 4 :][: experts + 1], tiles_before)
+    assert np.array_equal(ints[plan.pair // 4 :][: first[-1]], pair)
+
+
+@pytest.mark.parametrize("routing", ["distinct", "one expert", "holes", "nothing"])
+@pytest.mark.parametrize("tokens", [1, 7, 256, 1024, 4096])
+def test_units_cover_the_model_once(tokens: int, routing: str) -> None:
+    """At true extents: every weight tile of a hit expert meets every pair of it once, tiles side by side."""
+    experts = 128
+    op = describe(tokens, 2816, 704, experts, 8)
+    plan = plan_of(op)
+    ids = route(routing, tokens, experts, 8)
+    first, tiles_before, _ = tables_of(ids, experts, plan.token_tile)
+    for weight_tiles in (plan.gate_up_weight_tiles, plan.down_weight_tiles):
+        units = np.full((int(tiles_before[-1]) * weight_tiles + 1, 4), -7, dtype=np.int32)
+        count = ctypes.c_int32()
+        assert (
+            library().moe_units(
+                first.ctypes.data_as(ctypes.c_void_p),
+                tiles_before.ctypes.data_as(ctypes.c_void_p),
+                experts,
+                weight_tiles,
+                plan.token_tile,
+                units.ctypes.data_as(ctypes.c_void_p),
+                ctypes.byref(count),
+            )
+            is None
+        )
+        assert count.value == len(units) - 1
+        covered = np.zeros((weight_tiles, int(first[-1])), dtype=np.int64)
+        for expert, weight_tile, begin, rows in units[:-1]:
+            assert 1 <= rows <= plan.token_tile
+            assert first[expert] <= begin
+            assert begin + rows <= first[expert + 1]
+            covered[weight_tile, begin : begin + rows] += 1
+        assert (covered == 1).all()
+        order = [tuple(unit) for unit in units[:-1, :3].tolist()]
+        assert order == sorted(order)
+        assert (units[-1] == -7).all()
+
+
+def test_plan_for_the_model_on_an_h200() -> None:
+    plan = plan_of(describe(256, 2816, 704, 128, 8))
+    assert plan.text == (
+        "pass: 256 tokens\n"
+        "gate_up: 132 blocks of 384 threads, 11 weight tiles of 128 rows per expert, 44 steps of 64, "
+        "token tiles of 64, 9 stages of 24576 bytes\n"
+        "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 11 steps of 64, "
+        "token tiles of 64, 9 stages of 24576 bytes\n"
+        "combine: 704 blocks of 128 threads\n"
+        "workspace: 25961984 bytes\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "token_tile", "stages"),
+    [(1, 64, 9), (256, 64, 9), (512, 64, 9), (513, 128, 6), (1024, 128, 6), (1025, 256, 4), (16384, 256, 4)],
+)
+def test_token_tile_follows_the_load(tokens: int, token_tile: int, stages: int) -> None:
+    """Twice the mean load of an expert, up to 256."""
+    plan = plan_of(describe(tokens, 2816, 704, 128, 8))
+    assert (plan.token_tile, plan.stages) == (token_tile, stages)
+
+
+def test_workspace_stops_growing_with_tokens() -> None:
+    """A pass is 4,096 tokens of the model; longer calls take no more."""
+    sizes = [plan_of(describe(tokens, 2816, 704, 128, 8)).workspace_bytes for tokens in (256, 4096, 16384)]
+    assert sizes[0] < sizes[1] == sizes[2] < 420e6
+
+
+BAD_SIZES = [
+    ("tokens", -1, "tokens: wants 0 to 2147483647"),
+    ("top_k", 0, "top_k: wants 1 to 32768"),
+    ("experts", 1025, "experts: wants 1 to 1024"),
+    ("hidden_size", 260, "hidden_size: wants a multiple of 8 up to 65536"),
+    ("expert_size", 65544, "expert_size: wants a multiple of 8 up to 65536"),
+    ("dtype", 0, "dtype: wants bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD_SIZES)
+def test_sizes_that_are_not_taken(name: str, value: int, message: str) -> None:
+    op = describe(4, 256, 128, 8, 2)
+    setattr(op, name, value)
+    cuda = Cuda()
+    assert library().dgemma_cuda_moe_ffn_workspace(ctypes.byref(op)) == 0
+    assert library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda)) == UNSUPPORTED
+    assert cuda.message.decode() == message
+
+
+POINTERS = ["input", "expert_ids", "expert_weights", "gate_up", "down", "output", "workspace"]
+
+
+@pytest.mark.parametrize("address", [None, 2**20 + 2], ids=["null", "odd"])
+@pytest.mark.parametrize("name", POINTERS)
+def test_bad_pointers(name: str, address: int | None) -> None:
+    op, cuda = describe(4, 256, 128, 8, 2), Cuda()
+    for pointer in POINTERS:
+        setattr(op, pointer, 2**20)
+    setattr(op, name, address)
+    assert library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda)) == INVALID_ARGUMENT
+    assert re.fullmatch(rf"{name}: got .*, wants a multiple of \d+ bytes", cuda.message.decode())
+
+
+def test_small_workspace() -> None:
+    op, cuda = describe(4, 256, 128, 8, 2), Cuda()
+    for pointer in POINTERS:
+        setattr(op, pointer, 2**20)
+    wanted = library().dgemma_cuda_moe_ffn_workspace(ctypes.byref(op))
+    op.workspace_bytes = wanted - 1
+    assert library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda)) == WORKSPACE_TOO_SMALL
+    assert cuda.message.decode() == f"workspace_bytes: got {wanted - 1}, wants at least {wanted}"
+
+
+def test_no_tokens() -> None:
+    op, cuda = describe(0, 256, 128, 8, 2), Cuda()
+    assert library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda)) == OK
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", [*KERNELS, "cuda"])
+def test_kernels_compile_for_hopper_without_spills(name: str) -> None:
+    """A kernel per token tile in the files named for Hopper; none beside the entry points."""
+    report = nvcc_report(FAMILY / f"{name}.cu", "90a")
+    assert report.kernels == (3 if name.startswith("sm90") else 0 if name == "cuda" else 1)
+    assert report.spill_bytes == 0
+    assert report.stack_bytes == 0
+    # A block's registers are shared out at launch: 65,536 for 384 threads are at most 168 each.
+    assert report.registers <= 168
