@@ -63,7 +63,10 @@ Stack StackPool::take() {
     std::abort();
   }
   mprotect(memory, kPageBytes, PROT_NONE);
-  return {static_cast<uint8_t*>(memory) + kPageBytes, kStackBytes};
+  // All stacks begin at different places within a page: at the same place, their hottest lines
+  // would share one set of the cache. 320 bytes go round a page in 64 steps.
+  const size_t shift = made_++ * 320 % kPageBytes;
+  return {static_cast<uint8_t*>(memory) + kPageBytes, kStackBytes - shift};
 }
 
 void prepare(Fiber& fiber, void (*entry)()) {

@@ -37,6 +37,7 @@ class StackPool {
 
  private:
   std::vector<Stack> free_;
+  size_t made_ = 0;
 };
 
 }  // namespace sim

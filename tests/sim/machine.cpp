@@ -130,11 +130,13 @@ void end_cluster(Cluster& cluster) {
 // Some warps are slow for a while: a bug that needs one warp to be far behind seldom shows among
 // equals.
 bool held_back(const Thread& thread) {
-  const uint64_t epoch = machine->round / 64;
-  const uint3& block = thread.block->index;
-  const uint64_t warp = ((block.z * 8191 + block.y) * 8191 + block.x) * 32 + thread.index / 32;
-  return Random::mix(machine->seed ^ Random::mix(epoch << 40 ^ warp)) % 4 == 0 &&
-         machine->random.below(8) != 0;
+  const uint64_t epoch = machine->round / 64 + 1;
+  Warp& warp = thread.block->warps[thread.index / 32];
+  if (warp.slow_until != epoch) {
+    warp.slow_until = epoch;
+    warp.slow = machine->random.below(4) == 0;
+  }
+  return warp.slow && machine->random.below(8) != 0;
 }
 
 void run_round(std::vector<Thread*>& order) {

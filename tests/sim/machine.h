@@ -103,6 +103,8 @@ struct Warp {
   static constexpr int kAtOnce = 8;  // groups of lanes that may be under way side by side
   Rendezvous rendezvous[kAtOnce];
   uint32_t exited = 0;
+  uint64_t slow_until = 0;  // the epoch for which `slow` was drawn
+  bool slow = false;
 };
 
 struct NamedBarrier {
