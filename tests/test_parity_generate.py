@@ -177,8 +177,8 @@ DEMO_PUZZLES = 16
 
 
 @functools.cache
-def demo_pair() -> Pair:
-    return load_pair(demo.checkpoint(), torch.float32, text_only=True)
+def demo_pair(size: int) -> Pair:
+    return load_pair(demo.checkpoint(size), torch.float32, text_only=True)
 
 
 def demo_settings(model: dg.DiffusionGemma) -> Settings:
@@ -186,13 +186,13 @@ def demo_settings(model: dg.DiffusionGemma) -> Settings:
     return Settings(**values | {"eos_token_ids": tuple(model.defaults.eos_token_ids)})
 
 
-def test_bundled_checkpoint() -> None:
+@pytest.mark.parametrize(("size", "well_conditioned"), [(6, 12), (9, 10)])
+def test_bundled_checkpoint(size: int, well_conditioned: int) -> None:
     """Unseen puzzles: the same drafts, acceptance, steps and answer wherever rounding decides nothing."""
-    pair = demo_pair()
+    pair = demo_pair(size)
     model, settings = pair.ours, demo_settings(pair.ours)
-    size = demo.grid_size(model.config.canvas_length)
+    assert demo.grid_size(model.config.canvas_length) == size
     assert model.tokenizer is not None
-    assert size is not None
     steps = []
     for index in range(DEMO_PUZZLES):
         prompt = model.tokenizer.encode_prompt(demo.draw(size, seed=20261120, index=index).text)
@@ -202,7 +202,7 @@ def test_bundled_checkpoint() -> None:
             assert_same(got, wanted, model.config.canvas_length)
             assert got.finish_reason == "eos"
             steps.append(wanted.steps[0])
-    assert len(steps) >= 0.75 * DEMO_PUZZLES
+    assert len(steps) >= well_conditioned, f"{len(steps)} of {DEMO_PUZZLES} puzzles say something"
     assert max(steps) > min(steps), "the number of steps never varies, so nothing says that it is the same"
 
 
