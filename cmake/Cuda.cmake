@@ -1,4 +1,4 @@
-# The CUDA kernels: csrc/<family>/*.cu, compiled into the static library.
+# The CUDA kernels: csrc/<family>/*.cu and what their entry points share, compiled into the static library.
 #
 # A file named sm90_* uses what only Hopper has and is compiled for 90a; every other file for all architectures of the
 # list. The last of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
@@ -12,7 +12,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
-set(cuda_patterns "")
+set(cuda_patterns "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
 foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND cuda_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
 endforeach()

@@ -1,44 +1,10 @@
 // The C entry points for CUDA: argument checks, the passes over tokens, the four launches of each.
-#include <cinttypes>
-#include <cstdarg>
-#include <cstdio>
-
-#include "device/properties.h"
+#include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda.h"
 
 namespace dgemma {
 namespace {
-
-constexpr size_t kAlignment = 64;  // what the header asks of the workspace
-
-__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cuda* cuda, dgemma_status status,
-                                                         const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(cuda->message, sizeof cuda->message, format, arguments);
-  va_end(arguments);
-  return status;
-}
-
-dgemma_status check_pointers(const dgemma_moe_ffn& op, dgemma_cuda* cuda) {
-  const struct {
-    const char* name;
-    const void* pointer;
-    size_t alignment;  // 16 bytes are what one copy moves
-  } pointers[] = {{"input", op.input, 16},
-                  {"expert_ids", op.expert_ids, alignof(int32_t)},
-                  {"expert_weights", op.expert_weights, alignof(float)},
-                  {"gate_up", op.gate_up, 16},
-                  {"down", op.down, 16},
-                  {"output", op.output, 16},
-                  {"workspace", op.workspace, kAlignment}};
-  for (const auto& [name, pointer, alignment] : pointers)
-    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
-      return fail(cuda, DGEMMA_INVALID_ARGUMENT, "%s: got %p, wants a multiple of %zu bytes", name,
-                  pointer, alignment);
-  return DGEMMA_OK;
-}
 
 // Null, or CUDA's words.
 const char* run_pass(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
@@ -88,21 +54,26 @@ dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
   if (const char* problem = moe_cuda_problem(*op))
     return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
   if (op->tokens == 0) return DGEMMA_OK;
-  const dgemma_status status = check_pointers(*op, cuda);
+  dgemma_status status = check_pointers({{"input", op->input, 16},
+                                         {"expert_ids", op->expert_ids, alignof(int32_t)},
+                                         {"expert_weights", op->expert_weights, alignof(float)},
+                                         {"gate_up", op->gate_up, 16},
+                                         {"down", op->down, 16},
+                                         {"output", op->output, 16}},
+                                        cuda);
   if (status != DGEMMA_OK) return status;
 
-  device::Properties properties = {};
-  if (const char* problem = device::get_properties(&properties))
-    return fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
-  if (properties.compute_capability != 90)
+  Gpu gpu = {};
+  status = find_gpu(&gpu, cuda);
+  if (status != DGEMMA_OK) return status;
+  if (gpu.path != CudaPath::kSm90)
     return fail(cuda, DGEMMA_UNSUPPORTED, "this GPU has compute capability %d.%d, wants 9.0",
-                properties.compute_capability / 10, properties.compute_capability % 10);
-  const MoeCudaPlan plan = make_moe_cuda_plan(*op, properties.multiprocessors);
-  if (op->workspace_bytes < plan.workspace_bytes)
-    return fail(cuda, DGEMMA_WORKSPACE_TOO_SMALL, "workspace_bytes: got %zu, wants at least %zu",
-                op->workspace_bytes, plan.workspace_bytes);
+                gpu.compute_capability / 10, gpu.compute_capability % 10);
+  const MoeCudaPlan plan = make_moe_cuda_plan(*op, gpu.multiprocessors);
+  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
+  if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < op->tokens; token += plan.tokens_per_pass)
     if (const char* problem = run_pass(plan, make_moe_cuda_pass(*op, plan, token), cuda->stream))
-      return fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
+      return launched(problem, cuda);
   return DGEMMA_OK;
 }

@@ -12,6 +12,8 @@
 
 namespace sim {
 
+int32_t compute_capability = 90, multiprocessors = 3;
+
 Machine* machine = nullptr;
 
 namespace {
@@ -361,6 +363,11 @@ std::string waiting_report(const Machine& machine) {
 
 // The interface for tests, beside that of the kernels under test.
 extern "C" {
+[[gnu::visibility("default")]] void sim_set_gpu(int32_t compute_capability,
+                                                int32_t multiprocessors) {
+  sim::compute_capability = compute_capability;
+  sim::multiprocessors = multiprocessors;
+}
 [[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) { sim::next_seed = seed; }
 [[gnu::visibility("default")]] void sim_statistics(uint64_t (&out)[6]) {
   const sim::Statistics& s = sim::last_statistics;

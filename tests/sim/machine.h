@@ -224,6 +224,9 @@ std::string place_of(const Source& source);
 // What every thread waits for, threads with the same words together.
 std::string waiting_report(const Machine& machine);
 
+// The GPU that is played, see device/properties.h.
+extern int32_t compute_capability, multiprocessors;
+
 // What the parts of the machine do when a block begins and ends, and refuse when a thread ends.
 void begin_block(Block& block);
 void end_block(Block& block);

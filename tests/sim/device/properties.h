@@ -1,8 +1,10 @@
-// The GPU that the host plays: a Hopper with three multiprocessors, so that a block has several
-// units even of little work. See csrc/device/properties.h.
+// The GPU that the host plays: by default a Hopper with three multiprocessors, so that a block has
+// several units even of little work; sim_set_gpu chooses another. See csrc/device/properties.h.
 #pragma once
 
 #include <cstdint>
+
+#include "machine.h"
 
 namespace dgemma::device {
 
@@ -12,7 +14,7 @@ struct Properties {
 };
 
 inline const char* get_properties(Properties* properties) {
-  *properties = {90, 3};
+  *properties = {sim::compute_capability, sim::multiprocessors};
   return nullptr;
 }
 

@@ -1,0 +1,61 @@
+#include <cstdarg>
+#include <cstdio>
+
+#include "cuda/entry.h"
+#include "device/properties.h"
+
+namespace dgemma {
+
+dgemma_status fail(dgemma_cuda* cuda, dgemma_status status, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(cuda->message, sizeof cuda->message, format, arguments);
+  va_end(arguments);
+  return status;
+}
+
+dgemma_status check_pointers(std::initializer_list<PointerArgument> pointers, dgemma_cuda* cuda) {
+  for (const auto& [name, pointer, alignment, may_be_null] : pointers) {
+    if (pointer == nullptr && may_be_null) continue;
+    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
+      return fail(cuda, DGEMMA_INVALID_ARGUMENT, "%s: got %p, wants a multiple of %zu bytes", name,
+                  pointer, alignment);
+  }
+  return DGEMMA_OK;
+}
+
+dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted,
+                              dgemma_cuda* cuda) {
+  if (wanted == 0) return DGEMMA_OK;
+  const dgemma_status status =
+      check_pointers({{"workspace", workspace, kWorkspaceAlignment}}, cuda);
+  if (status != DGEMMA_OK) return status;
+  if (bytes < wanted)
+    return fail(cuda, DGEMMA_WORKSPACE_TOO_SMALL, "workspace_bytes: got %zu, wants at least %zu",
+                bytes, wanted);
+  return DGEMMA_OK;
+}
+
+dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda) {
+  device::Properties properties = {};
+  if (const char* problem = device::get_properties(&properties))
+    return fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
+  const int32_t capability = properties.compute_capability;
+  if (capability < 80)
+    return fail(cuda, DGEMMA_UNSUPPORTED,
+                "this GPU has compute capability %d.%d, wants 8.0 or later", capability / 10,
+                capability % 10);
+#if defined(DGEMMA_WITH_SM90)
+  const CudaPath path = capability == 90 ? CudaPath::kSm90 : CudaPath::kSm80;
+#else
+  const CudaPath path = CudaPath::kSm80;
+#endif
+  *gpu = {path, capability, properties.multiprocessors};
+  return DGEMMA_OK;
+}
+
+dgemma_status launched(const char* problem, dgemma_cuda* cuda) {
+  return problem == nullptr ? DGEMMA_OK : fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
+}
+
+}  // namespace dgemma

@@ -1,0 +1,65 @@
+// What the CUDA entry points of every family share: how they refuse, which GPU they are on, and how
+// they hand out their workspace. The twin of cpu/entry.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+#include "dgemma/base.h"
+
+namespace dgemma {
+
+// Of the workspace, which the headers ask for, and of each part of it: what cudaMalloc aligns to.
+constexpr size_t kWorkspaceAlignment = 64;
+constexpr size_t kPartAlignment = 256;
+
+// Writes the message ("argument: got this, wants that") and returns the status.
+__attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cuda* cuda, dgemma_status status,
+                                                         const char* format, ...);
+
+// A pointer argument and what it must be a multiple of. 16 bytes are what one copy moves.
+struct PointerArgument {
+  const char* name;
+  const void* pointer;
+  size_t alignment;
+  bool may_be_null = false;
+};
+dgemma_status check_pointers(std::initializer_list<PointerArgument> pointers, dgemma_cuda* cuda);
+
+// NULL, misaligned or smaller than `wanted`: a status and a message; else DGEMMA_OK.
+dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted,
+                              dgemma_cuda* cuda);
+
+// The kernels that a GPU is served by.
+enum class CudaPath {
+  kSm80,  // mma.sync and cp.async: 8.0 and all that came later
+  kSm90,  // wgmma and the copy engine: 9.0 alone
+};
+
+struct Gpu {
+  CudaPath path;
+  int32_t compute_capability;  // 90 for 9.0
+  int32_t multiprocessors;
+};
+
+// The GPU that is current in the calling thread; DGEMMA_UNSUPPORTED below compute capability 8.0.
+dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda);
+
+// Turns what a launch said (null, or CUDA's words) into a status.
+dgemma_status launched(const char* problem, dgemma_cuda* cuda);
+
+// Hands out parts of a workspace as offsets, counting its size.
+struct WorkspaceParts {
+  size_t bytes = 0;
+
+  template <typename T>
+  size_t take(int64_t count) {
+    const size_t begin = bytes;
+    bytes += (static_cast<size_t>(count) * sizeof(T) + kPartAlignment - 1) / kPartAlignment *
+             kPartAlignment;
+    return begin;
+  }
+};
+
+}  // namespace dgemma
