@@ -1,13 +1,15 @@
 # make demo       set up .venv, build, and watch the bundled model denoise a few canvases
-# make test       the same set-up where it is missing, then the whole suite
+# make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, clang-format; changes nothing        make format   rewrites
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
 #
 # ARGS="-k attention -x" goes to pytest (test, bench, gpu-check); PYTHON=... chooses the interpreter of a new .venv.
+# DGEMMA_CUDA=1 builds the CUDA kernels for demo and bench too where no GPU and no nvcc is found, DGEMMA_CUDA=0 leaves them
+# out; DGEMMA_CUDA_ARCHITECTURES="80;90a" chooses what for.
 #
-# Needs Python 3.11 or later with venv, a C++20 compiler, and what requirements/dev.txt names from a package index.
+# Needs Python 3.11 or later with venv, a C++20 compiler, and what requirements/*.txt name from a package index.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -16,7 +18,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo build test bench lint format gpu-check clean
+.PHONY: help demo build build-cuda test bench lint format gpu-check clean
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -26,7 +28,9 @@ demo: .venv/.built
 
 build: .venv/.built
 
-test: .venv/.built
+build-cuda: .venv/.built-cuda
+
+test: .venv/.built-cuda
 	@$(venv_python) -m pytest $(ARGS)
 
 bench: .venv/.built
@@ -48,7 +52,7 @@ gpu-check:
 	@"$${PYTHON:-python3}" tools/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf build .venv/.built
+	rm -rf build .venv/.built .venv/.built-cuda
 
 # The first of these that is new enough and can make a virtual environment.
 $(venv_python):
@@ -66,7 +70,14 @@ $(venv_python):
 	@$(venv_python) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
 
-.venv/.built: .venv/.installed pyproject.toml CMakeLists.txt $(sources)
-	@echo "building dgemma_ext"
-	@$(venv_python) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-index -e .
+build_inputs := .venv/.installed pyproject.toml CMakeLists.txt tools/build.py tools/cuda_tools.py $(sources)
+
+.venv/.built: $(build_inputs)
+	@$(venv_python) tools/build.py
 	@touch $@
+
+# What shows machine code, and the compiler where the machine has none; then the build that has the kernels. It serves
+# `make demo` as well.
+.venv/.built-cuda: requirements/cuda.txt $(build_inputs)
+	@$(venv_python) tools/build.py --cuda
+	@touch $@ .venv/.built

@@ -1,12 +1,24 @@
 # The CUDA kernels: csrc/<family>/*.cu and what their entry points share, compiled into the static library.
 #
 # A file named sm90_* uses what only Hopper has and is compiled for 90a; every other file for all architectures of the
-# list. The last of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
+# list. The newest of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
 # the module loads on a machine without a driver.
 
 set(DGEMMA_CUDA_ARCHITECTURES "80;86;89;90a;100;120" CACHE STRING "Compute capabilities to compile for")
 set(CMAKE_CUDA_ARCHITECTURES OFF) # set per target below
+
+# The toolkit's libraries lie in lib64, those of the packages from PyPI in lib, where nvcc does not look by itself.
+if(CMAKE_CUDA_COMPILER)
+  get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+  if(EXISTS "${cuda_bin}/../lib/libcudart_static.a" AND NOT EXISTS "${cuda_bin}/../lib64/libcudart_static.a")
+    set(CMAKE_CUDA_FLAGS_INIT "-L${cuda_bin}/../lib")
+  endif()
+endif()
 enable_language(CUDA)
+get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
+  message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER}) is too old: 13.0 or later is needed")
+endif()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
@@ -21,34 +33,61 @@ set(hopper_sources ${cuda_sources})
 list(FILTER hopper_sources INCLUDE REGEX "/sm90_[^/]*$")
 list(FILTER cuda_sources EXCLUDE REGEX "/sm90_[^/]*$")
 
-# 90a code runs on 9.0 alone, so a file for all is compiled for plain 90 there.
+# What one pass of the compiler's front end serves. Code for 8.0 and what is like it comes from PTX for 8.0, code for 9.0
+# and later from PTX for 9.0: nothing in a file for all asks for more. 90a code runs on 9.0 alone, so such a file is
+# compiled for plain 90 there.
 string(REPLACE "90a" "90" all_architectures "${DGEMMA_CUDA_ARCHITECTURES}")
-list(TRANSFORM all_architectures APPEND "-real")
-list(POP_BACK all_architectures last_architecture)
-string(REPLACE "-real" "" last_architecture "${last_architecture}")
-list(APPEND all_architectures "${last_architecture}")
+list(SORT all_architectures COMPARE NATURAL)
+list(GET all_architectures -1 newest)
+set(code_of_80 "")
+set(code_of_90 "")
+foreach(architecture IN LISTS all_architectures)
+  if(architecture LESS 80)
+    message(FATAL_ERROR "DGEMMA_CUDA_ARCHITECTURES: got ${architecture}, wants 80 or later")
+  elseif(architecture LESS 90)
+    list(APPEND code_of_80 "sm_${architecture}")
+  else()
+    list(APPEND code_of_90 "sm_${architecture}")
+  endif()
+endforeach()
+if(newest LESS 90)
+  list(APPEND code_of_80 compute_80)
+else()
+  list(APPEND code_of_90 compute_90)
+endif()
+set(portable_code "")
+foreach(virtual IN ITEMS 80 90)
+  if(code_of_${virtual})
+    list(JOIN code_of_${virtual} "," code)
+    list(APPEND portable_code "SHELL:-gencode arch=compute_${virtual},code=[${code}]")
+  endif()
+endforeach()
 
-function(dgemma_add_cuda name architectures)
+# Registers that spill, and arrays that the compiler puts into memory, cost more than any kernel here can bear. Errors with
+# the compiler that the kernels have been tried with; another release may warn of something new.
+set(cuda_warnings -Xcompiler=-Wall,-Wextra -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.1)
+  list(APPEND cuda_warnings -Werror=all-warnings)
+endif()
+
+function(dgemma_add_cuda name code)
   add_library(${name} OBJECT ${ARGN})
-  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}")
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
-  target_compile_options(${name} PRIVATE -Xcompiler=-Wall,-Wextra -lineinfo)
+  target_compile_options(${name} PRIVATE ${code} ${cuda_warnings} -lineinfo)
   target_sources(dgemma PRIVATE $<TARGET_OBJECTS:${name}>)
-  target_compile_definitions(dgemma PRIVATE DGEMMA_WITH_CUDA)
 endfunction()
 
-if(cuda_sources)
-  dgemma_add_cuda(dgemma_cuda "${all_architectures}" ${cuda_sources})
+dgemma_add_cuda(dgemma_cuda "${portable_code}" ${cuda_sources})
+target_compile_definitions(dgemma PRIVATE DGEMMA_WITH_CUDA)
+if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
+  dgemma_add_cuda(dgemma_cuda_sm90 "SHELL:-gencode arch=compute_90a,code=sm_90a" ${hopper_sources})
+  # The entry points are there, beside the kernels for all.
+  target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM90)
 endif()
-if(hopper_sources AND "90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
-  dgemma_add_cuda(dgemma_cuda_sm90 90a-real ${hopper_sources})
-  target_compile_definitions(dgemma PRIVATE DGEMMA_WITH_SM90)
-  if(TARGET dgemma_cuda) # the entry points are there, beside the kernels for all
-    target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM90)
-  endif()
-endif()
-find_package(CUDAToolkit REQUIRED)
-target_link_libraries(dgemma PRIVATE CUDA::cudart_static)
-if(NOT cuda_sources AND NOT hopper_sources)
-  message(STATUS "DGEMMA_CUDA: no CUDA kernels in this source tree; GPU tensors take the plain torch path")
-endif()
+
+find_library(
+  DGEMMA_CUDART cudart_static
+  HINTS "${cuda_bin}/../lib64" "${cuda_bin}/../lib"
+  PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED NO_DEFAULT_PATH)
+find_package(Threads REQUIRED)
+target_link_libraries(dgemma PRIVATE "${DGEMMA_CUDART}" Threads::Threads ${CMAKE_DL_LIBS} rt)

@@ -22,13 +22,6 @@ def fail(problem: str) -> int:
     return 1
 
 
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of the PATH, or of the usual folder."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
-
-
 def run(title: str, command: list[str], environment: dict[str, str] | None = None) -> int:
     print(f"\n== {title}", flush=True)
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, check=False).returncode

@@ -3,6 +3,7 @@
 library = sim_library("grouped_gemm", [ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu"])     # a ctypes.CDLL
 binary = sim_program("conformance", sources, sanitize=True)                             # ASan and UBSan
 report = nvcc_report(ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu", "90a")                 # needs nvcc
+report = nvcc_report(ROOT / "csrc/grouped_gemm/combine.cu", PORTABLE)                   # for all architectures
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from cuda_tools import find_nvcc, find_tool
 
 SIM = Path(__file__).resolve().parent
 ROOT = SIM.parent.parent
@@ -45,14 +48,6 @@ def _machine_flags() -> list[str]:
     vectors = ["-mavx2", "-mfma"] if " avx2 " in flags and " fma " in flags else []
     version = _run(["g++", "-dumpversion"]).strip()
     return vectors + (["-Werror"] if int(version.split(".")[0]) < 13 else [])
-
-
-@cache
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of the PATH, or of the usual folder."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
 def _headers(source: Path) -> list[Path]:
@@ -125,18 +120,26 @@ def sim_program(name: str, sources: Sequence[Path], sanitize: bool = False) -> P
     return _linked(name, objects, flags[:1] if sanitize else [], "")
 
 
+# What a kernel for every architecture is compiled to, as in cmake/Cuda.cmake.
+PORTABLE = "portable"
+_PORTABLE_CODE = ["arch=compute_80,code=[sm_80,sm_86,sm_89]", "arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
+PORTABLE_ARCHITECTURES = 6
+
+
 @dataclass
 class NvccReport:
-    kernels: int
+    kernels: int  # compiled, one for each architecture
     spill_bytes: int
     stack_bytes: int
     registers: int  # of the kernel that uses most
+    object: Path
 
 
 def nvcc_report(source: Path, architecture: str) -> NvccReport:
-    """Compiles for one architecture, warnings being errors, and reads what ptxas says of the kernels."""
-    code = f"arch=compute_{architecture},code=sm_{architecture}"
-    options = ["-std=c++20", "-O3", "-gencode", code, "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+    """Compiles for one architecture or PORTABLE, warnings being errors, and reads what ptxas says of the kernels."""
+    codes = _PORTABLE_CODE if architecture == PORTABLE else [f"arch=compute_{architecture},code=sm_{architecture}"]
+    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-DDGEMMA_WITH_SM90"]
+    options += [word for code in codes for word in ("-gencode", code)]
     options += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", *INCLUDE[1:]]
     nvcc = find_nvcc()
     assert nvcc is not None, "nvcc was not found"
@@ -158,4 +161,14 @@ def nvcc_report(source: Path, architecture: str) -> NvccReport:
         spill_bytes=sum(numbers(r"(\d+) bytes spill")),
         stack_bytes=sum(numbers(r"(\d+) bytes stack frame")),
         registers=max(numbers(r"Used (\d+) registers"), default=0),
+        object=target.with_suffix(".o"),
     )
+
+
+def machine_code(report: NvccReport) -> str:
+    """What cuobjdump shows of a compiled file; needs cuobjdump and nvdisasm."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    assert cuobjdump is not None and nvdisasm is not None
+    path = {**os.environ, "PATH": os.pathsep.join([str(Path(nvdisasm).parent), os.environ["PATH"]])}
+    command = [cuobjdump, "-sass", str(report.object)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout

@@ -1,0 +1,55 @@
+"""Every CUDA source compiled by nvcc for every architecture, without spills; its machine code has what it is made for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cuda_tools import find_nvcc, find_tool
+
+from sim.build import PORTABLE, PORTABLE_ARCHITECTURES, ROOT, machine_code, nvcc_report
+
+SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+KERNELS = [source for source in SOURCES if "__global__" in source.read_text()]
+HOPPER = [source for source in KERNELS if source.name.startswith("sm90_")]
+TENSOR_CORE_80 = [source for source in KERNELS if source.name.startswith("sm80_")]
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+needs_disassembler = pytest.mark.skipif(
+    find_tool("cuobjdump") is None or find_tool("nvdisasm") is None, reason="cuobjdump and nvdisasm are not installed"
+)
+
+
+def name_of(source: Path) -> str:
+    return f"{source.parent.name}/{source.stem}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_compiles_without_spills_or_local_memory(source: Path) -> None:
+    hopper = source.name.startswith("sm90_")
+    report = nvcc_report(source, "90a" if hopper else PORTABLE)
+    if source in KERNELS:
+        assert report.kernels > 0
+        assert report.kernels % (1 if hopper else PORTABLE_ARCHITECTURES) == 0
+    assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("source", HOPPER, ids=name_of)
+def test_hopper_kernels_use_its_tensor_cores_and_copy_engine(source: Path) -> None:
+    code = machine_code(nvcc_report(source, "90a"))
+    assert re.search(r"\bHGMMA\.64x\d+x16\.F32\.BF16\b", code)
+    assert re.search(r"\bUTMALDG\b|\bUBLKCP\b|\bLDGSTS\b", code)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("source", TENSOR_CORE_80, ids=name_of)
+def test_sm80_kernels_use_tensor_cores_and_asynchronous_copies(source: Path) -> None:
+    per_architecture = re.split(r"^\s*Fatbin elf code", machine_code(nvcc_report(source, PORTABLE)), flags=re.MULTILINE)
+    listings = [text for text in per_architecture if "Function :" in text]
+    assert len(listings) == PORTABLE_ARCHITECTURES
+    for listing in listings:
+        assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", listing)
+        assert re.search(r"\bLDGSTS\b", listing)
+        assert re.search(r"\bLDSM\b", listing)

@@ -1,0 +1,63 @@
+"""Where the CUDA compiler and its companions are, and which GPUs this machine has.
+
+A toolkit of the machine is taken where it is release 13 or later; else the packages of requirements/cuda.txt, which pip
+puts beside torch's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+# The oldest release whose nvcc the kernels have been compiled with.
+OLDEST_RELEASE = 13
+
+
+def packaged_toolkit() -> Path:
+    """The folder of the toolkit that requirements/cuda.txt installs for this Python, there or not."""
+    return Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the toolkit: of CUDA_HOME, of the PATH, of the usual folder, or of the packages."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/{name}" if home else None, name, f"/usr/local/cuda/bin/{name}"]
+    candidates.append(str(packaged_toolkit() / "bin" / name))
+    return next((found for path in candidates if path and (found := shutil.which(path))), None)
+
+
+@cache
+def find_nvcc() -> str | None:
+    """nvcc of release 13 or later; an older one of the machine is passed over."""
+    nvcc = find_tool("nvcc")
+    if nvcc is not None and _release(nvcc) >= OLDEST_RELEASE:
+        return nvcc
+    packaged = shutil.which(str(packaged_toolkit() / "bin" / "nvcc"))
+    return packaged if packaged is not None and _release(packaged) >= OLDEST_RELEASE else None
+
+
+def _release(nvcc: str) -> int:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.", said)
+    return int(found.group(1)) if found else 0
+
+
+def architectures_of_gpus() -> list[str]:
+    """Compute capabilities of this machine's GPUs as CMake writes them, "90a" for Hopper; empty without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return []
+    return sorted({architecture(*map(int, cap.split("."))) for cap in answer.stdout.split()})
+
+
+def architecture(major: int, minor: int) -> str:
+    """9.0a has what is Hopper's alone (wgmma, setmaxnreg); other GPUs are served by the portable kernels."""
+    return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
