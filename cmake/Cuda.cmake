@@ -78,7 +78,7 @@ function(dgemma_add_cuda name code)
 endfunction()
 
 dgemma_add_cuda(dgemma_cuda "${portable_code}" ${cuda_sources})
-target_compile_definitions(dgemma PRIVATE DGEMMA_WITH_CUDA)
+target_compile_definitions(dgemma PUBLIC $<BUILD_INTERFACE:DGEMMA_WITH_CUDA>)
 if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
   dgemma_add_cuda(dgemma_cuda_sm90 "SHELL:-gencode arch=compute_90a,code=sm_90a" ${hopper_sources})
   # The entry points are there, beside the kernels for all.

@@ -58,4 +58,8 @@ dgemma_status launched(const char* problem, dgemma_cuda* cuda) {
   return problem == nullptr ? DGEMMA_OK : fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
 }
 
+dgemma_status wait_for_stream(dgemma_cuda* cuda) {
+  return launched(device::synchronize(cuda->stream), cuda);
+}
+
 }  // namespace dgemma

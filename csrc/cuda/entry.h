@@ -49,6 +49,9 @@ dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda);
 // Turns what a launch said (null, or CUDA's words) into a status.
 dgemma_status launched(const char* problem, dgemma_cuda* cuda);
 
+// Waits for all that the stream holds; DGEMMA_CUDA_ERROR with CUDA's words where a kernel failed.
+dgemma_status wait_for_stream(dgemma_cuda* cuda);
+
 // Hands out parts of a workspace as offsets, counting its size.
 struct WorkspaceParts {
   size_t bytes = 0;

@@ -1,4 +1,5 @@
-// What a launch plan needs to know of the GPU that is current in the calling thread.
+// What the host asks of the GPU that is current in the calling thread: what a launch plan needs to
+// know, and to wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,6 +26,12 @@ inline const char* get_properties(Properties* properties) {
   if (error != cudaSuccess) return cudaGetErrorString(error);
   *properties = {10 * major + minor, multiprocessors};
   return nullptr;
+}
+
+// Waits for a stream, a cudaStream_t. Null, or CUDA's words for what went wrong in it.
+inline const char* synchronize(void* stream) {
+  const cudaError_t error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace dgemma::device

@@ -3,12 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
-#include "torch/tensors.h"
+#include "torch/backend.h"
 
 namespace dgemma {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+struct Cpu : OnCpu {
+  using OnCpu::OnCpu;
+  static constexpr auto kCanvas = &dgemma_cpu_canvas_attention;
+  static constexpr auto kCausal = &dgemma_cpu_causal_attention;
+  static constexpr auto kAppend = &dgemma_cpu_append_to_cache;
+  static constexpr auto kWorkspace = &dgemma_cpu_block_attention_workspace;
+};
 
 // Tensors and numbers of canvas_attention and causal_attention as the C interface takes them;
 // output and workspace are left to the caller.
@@ -47,72 +55,76 @@ dgemma_block_attention describe_attention(const Arguments& arguments, const Tens
   return op;
 }
 
-using Entry = dgemma_status (*)(const dgemma_block_attention*, dgemma_cpu*);
-
+template <typename Backend, typename Entry>
 void run_into(const Arguments& arguments, const char* name, Entry entry, dgemma_block_attention op,
               const Tensor& out, const Tensor& workspace) {
-  CpuContext context(name);
   op.output =
       arguments.out(out, "out", {op.batch, op.block_length, op.query_heads, op.head_dim}, op.dtype);
   op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
-  context.check(entry(&op, context.get()));
+  Backend(name, out).run(entry, op);
 }
 
 // The result is zero where no query is: in padding rows and in skipped requests.
+template <typename Backend, typename Entry>
 Tensor run(const Arguments& arguments, const char* name, Entry entry,
            const dgemma_block_attention& op, const Tensor& query) {
-  const auto bytes = static_cast<int64_t>(dgemma_cpu_block_attention_workspace(&op));
+  const auto bytes = static_cast<int64_t>(Backend::kWorkspace(&op));
   Tensor out = torch::stable::new_zeros(query, query.sizes());
   const Tensor workspace = torch::stable::new_empty(query, {bytes}, ScalarType::Byte);
-  run_into(arguments, name, entry, op, out, workspace);
+  run_into<Backend>(arguments, name, entry, op, out, workspace);
   return out;
 }
 
+template <typename Backend>
 Tensor canvas_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                         const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
                         const Tensor& prefix_length, const OptionalTensor& length, int64_t window,
                         double scale) {
-  const Arguments arguments("canvas_attention");
+  const Arguments arguments("canvas_attention", Backend::kDevice);
   const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
                                      prefix_length, length, std::nullopt, window, scale);
-  return run(arguments, "canvas_attention", &dgemma_cpu_canvas_attention, op, query);
+  return run<Backend>(arguments, "canvas_attention", Backend::kCanvas, op, query);
 }
 
+template <typename Backend>
 void canvas_attention_out(const Tensor& query, const Tensor& key, const Tensor& value,
                           const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
                           const Tensor& prefix_length, const OptionalTensor& length, int64_t window,
                           double scale, const Tensor& out, const Tensor& workspace) {
-  const Arguments arguments("canvas_attention.out");
+  const Arguments arguments("canvas_attention.out", Backend::kDevice);
   const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
                                      prefix_length, length, std::nullopt, window, scale);
-  run_into(arguments, "canvas_attention.out", &dgemma_cpu_canvas_attention, op, out, workspace);
+  run_into<Backend>(arguments, "canvas_attention.out", Backend::kCanvas, op, out, workspace);
 }
 
+template <typename Backend>
 Tensor causal_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                         const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
                         const Tensor& prefix_length, const OptionalTensor& length,
                         const OptionalTensor& spans, int64_t window, double scale) {
-  const Arguments arguments("causal_attention");
+  const Arguments arguments("causal_attention", Backend::kDevice);
   const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
                                      prefix_length, length, spans, window, scale);
-  return run(arguments, "causal_attention", &dgemma_cpu_causal_attention, op, query);
+  return run<Backend>(arguments, "causal_attention", Backend::kCausal, op, query);
 }
 
+template <typename Backend>
 void causal_attention_out(const Tensor& query, const Tensor& key, const Tensor& value,
                           const Tensor& prefix_key, const Tensor& prefix_value, const Tensor& slot,
                           const Tensor& prefix_length, const OptionalTensor& length,
                           const OptionalTensor& spans, int64_t window, double scale,
                           const Tensor& out, const Tensor& workspace) {
-  const Arguments arguments("causal_attention.out");
+  const Arguments arguments("causal_attention.out", Backend::kDevice);
   const auto op = describe_attention(arguments, query, key, value, prefix_key, prefix_value, slot,
                                      prefix_length, length, spans, window, scale);
-  run_into(arguments, "causal_attention.out", &dgemma_cpu_causal_attention, op, out, workspace);
+  run_into<Backend>(arguments, "causal_attention.out", Backend::kCausal, op, out, workspace);
 }
 
+template <typename Backend>
 void append_to_cache(const Tensor& key, const Tensor& value, const Tensor& prefix_key,
                      const Tensor& prefix_value, const Tensor& slot, const Tensor& prefix_length,
                      const OptionalTensor& length) {
-  const Arguments arguments("append_to_cache");
+  const Arguments arguments("append_to_cache", Backend::kDevice);
   dgemma_append_to_cache op = {};
   op.dtype = arguments.dtype(key, "key");
   op.batch = arguments.size(key, "key", 4, 0);
@@ -130,8 +142,16 @@ void append_to_cache(const Tensor& key, const Tensor& value, const Tensor& prefi
   op.slot = arguments.in<int32_t>(slot, "slot", {op.batch});
   op.prefix_length = arguments.in<int32_t>(prefix_length, "prefix_length", {op.batch});
   op.length = arguments.in<int32_t>(length, "length", {op.batch});
-  CpuContext context("append_to_cache");
-  context.check(dgemma_cpu_append_to_cache(&op, context.get()));
+  Backend("append_to_cache", key).run(Backend::kAppend, op);
+}
+
+template <typename Backend, typename Library>
+void implement(Library& library) {
+  library.impl("canvas_attention", TORCH_BOX(&canvas_attention<Backend>));
+  library.impl("canvas_attention.out", TORCH_BOX(&canvas_attention_out<Backend>));
+  library.impl("causal_attention", TORCH_BOX(&causal_attention<Backend>));
+  library.impl("causal_attention.out", TORCH_BOX(&causal_attention_out<Backend>));
+  library.impl("append_to_cache", TORCH_BOX(&append_to_cache<Backend>));
 }
 
 }  // namespace
@@ -176,10 +196,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "Tensor slot, Tensor prefix_length, Tensor? length) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
-  library.impl("canvas_attention", TORCH_BOX(&dgemma::canvas_attention));
-  library.impl("canvas_attention.out", TORCH_BOX(&dgemma::canvas_attention_out));
-  library.impl("causal_attention", TORCH_BOX(&dgemma::causal_attention));
-  library.impl("causal_attention.out", TORCH_BOX(&dgemma::causal_attention_out));
-  library.impl("append_to_cache", TORCH_BOX(&dgemma::append_to_cache));
-}
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }

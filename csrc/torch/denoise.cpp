@@ -6,12 +6,22 @@
 #include <tuple>
 
 #include "device/philox.h"
-#include "torch/tensors.h"
+#include "torch/backend.h"
 
 namespace dgemma {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+struct Cpu : OnCpu {
+  using OnCpu::OnCpu;
+  static constexpr auto kStatistics = &dgemma_cpu_vocabulary_statistics;
+  static constexpr auto kSample = &dgemma_cpu_sample;
+  static constexpr auto kNoise = &dgemma_cpu_noise;
+  static constexpr auto kUpdate = &dgemma_cpu_update_canvas;
+  static constexpr auto kSoftEmbedding = &dgemma_cpu_soft_embedding;
+  static constexpr auto kSoftEmbeddingWorkspace = &dgemma_cpu_soft_embedding_workspace;
+};
 
 int64_t tiles_of(int64_t vocabulary) {
   return (vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
@@ -73,10 +83,11 @@ struct Masses {
   }
 };
 
+template <typename Backend>
 void vocabulary_statistics_into(const char* name, const Logits& logits, const Tensor& argmax,
                                 const Tensor& entropy, const Tensor& row_max, const Tensor& row_sum,
                                 const Tensor& tile_max, const Tensor& tile_sum) {
-  const Arguments arguments(name);
+  const Arguments arguments(name, Backend::kDevice);
   dgemma_vocabulary_statistics op = {};
   op.logits = logits.describe(arguments);
   const Shape positions = {op.logits.batch, op.logits.length};
@@ -87,14 +98,14 @@ void vocabulary_statistics_into(const char* name, const Logits& logits, const Te
   op.row_sum = arguments.out<double>(row_sum, "row_sum", positions);
   op.tile_max = arguments.out<float>(tile_max, "tile_max", tiles);
   op.tile_sum = arguments.out<float>(tile_sum, "tile_sum", tiles);
-  CpuContext context(name);
-  context.check(dgemma_cpu_vocabulary_statistics(&op, context.get()));
+  Backend(name, row_max).run(Backend::kStatistics, op);
 }
 
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vocabulary_statistics(
     const Tensor& raw, double softcap, const Tensor& temperature, const OptionalTensor& active,
     const OptionalTensor& allowed, const OptionalTensor& allowed_row) {
-  const Arguments arguments("vocabulary_statistics");
+  const Arguments arguments("vocabulary_statistics", Backend::kDevice);
   const Logits logits = {raw, softcap, temperature, active, allowed, allowed_row};
   const dgemma_logits op = logits.describe(arguments);
   const Shape positions = {op.batch, op.length};
@@ -106,19 +117,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vocabulary_statistics
   Tensor row_sum = torch::stable::new_zeros(raw, positions, ScalarType::Double);
   Tensor tile_max = torch::stable::new_zeros(raw, tiles, ScalarType::Float);
   Tensor tile_sum = torch::stable::new_zeros(raw, tiles, ScalarType::Float);
-  vocabulary_statistics_into("vocabulary_statistics", logits, argmax, entropy, row_max, row_sum,
-                             tile_max, tile_sum);
+  vocabulary_statistics_into<Backend>("vocabulary_statistics", logits, argmax, entropy, row_max,
+                                      row_sum, tile_max, tile_sum);
   return {argmax, entropy, row_max, row_sum, tile_max, tile_sum};
 }
 
+template <typename Backend>
 void vocabulary_statistics_out(const Tensor& raw, double softcap, const Tensor& temperature,
                                const OptionalTensor& active, const OptionalTensor& allowed,
                                const OptionalTensor& allowed_row, const Tensor& argmax,
                                const Tensor& entropy, const Tensor& row_max, const Tensor& row_sum,
                                const Tensor& tile_max, const Tensor& tile_sum) {
-  vocabulary_statistics_into("vocabulary_statistics.out",
-                             {raw, softcap, temperature, active, allowed, allowed_row}, argmax,
-                             entropy, row_max, row_sum, tile_max, tile_sum);
+  vocabulary_statistics_into<Backend>("vocabulary_statistics.out",
+                                      {raw, softcap, temperature, active, allowed, allowed_row},
+                                      argmax, entropy, row_max, row_sum, tile_max, tile_sum);
 }
 
 // Who draws: the key and counter of a request's random numbers.
@@ -133,9 +145,10 @@ struct Draws {
   }
 };
 
+template <typename Backend>
 void sample_into(const char* name, const Logits& logits, const Masses& masses, const Draws& draws,
                  const Tensor& step, const OptionalTensor& uniforms, const Tensor& out) {
-  const Arguments arguments(name);
+  const Arguments arguments(name, Backend::kDevice);
   dgemma_sample op = {};
   op.logits = logits.describe(arguments);
   const Shape positions = {op.logits.batch, op.logits.length};
@@ -144,38 +157,42 @@ void sample_into(const char* name, const Logits& logits, const Masses& masses, c
   op.step = arguments.in<int32_t>(step, "step", {op.logits.batch});
   op.uniforms = arguments.in<double>(uniforms, "uniforms", positions);
   op.tokens = arguments.out<int32_t>(out, "out", positions);
-  CpuContext context(name);
-  context.check(dgemma_cpu_sample(&op, context.get()));
+  Backend(name, out).run(Backend::kSample, op);
 }
 
+template <typename Backend>
 Tensor sample(const Tensor& raw, double softcap, const Tensor& temperature,
               const OptionalTensor& active, const OptionalTensor& allowed,
               const OptionalTensor& allowed_row, const Tensor& row_max, const Tensor& row_sum,
               const Tensor& tile_max, const Tensor& tile_sum, const Tensor& seed,
               const Tensor& canvas_index, const Tensor& step, const OptionalTensor& uniforms) {
-  const Arguments arguments("sample");
+  const Arguments arguments("sample", Backend::kDevice);
   const int64_t batch = arguments.size(raw, "logits", 3, 0);
   Tensor out = torch::stable::new_zeros(raw, {batch, raw.size(1)}, ScalarType::Int);
-  sample_into("sample", {raw, softcap, temperature, active, allowed, allowed_row},
-              {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms, out);
+  sample_into<Backend>("sample", {raw, softcap, temperature, active, allowed, allowed_row},
+                       {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms,
+                       out);
   return out;
 }
 
+template <typename Backend>
 void sample_out(const Tensor& raw, double softcap, const Tensor& temperature,
                 const OptionalTensor& active, const OptionalTensor& allowed,
                 const OptionalTensor& allowed_row, const Tensor& row_max, const Tensor& row_sum,
                 const Tensor& tile_max, const Tensor& tile_sum, const Tensor& seed,
                 const Tensor& canvas_index, const Tensor& step, const OptionalTensor& uniforms,
                 const Tensor& out) {
-  sample_into("sample.out", {raw, softcap, temperature, active, allowed, allowed_row},
-              {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms, out);
+  sample_into<Backend>("sample.out", {raw, softcap, temperature, active, allowed, allowed_row},
+                       {row_max, row_sum, tile_max, tile_sum}, {seed, canvas_index}, step, uniforms,
+                       out);
 }
 
+template <typename Backend>
 void noise(const Tensor& tokens, int64_t vocabulary, int64_t purpose, const Tensor& seed,
            const Tensor& canvas_index, const Tensor& step, const OptionalTensor& active,
            const OptionalTensor& keep, const OptionalTensor& allowed,
            const OptionalTensor& allowed_row, const OptionalTensor& uniforms) {
-  const Arguments arguments("noise_");
+  const Arguments arguments("noise_", Backend::kDevice);
   dgemma_noise op = {};
   op.batch = arguments.size(tokens, "tokens", 2, 0);
   op.length = tokens.size(1);
@@ -191,10 +208,10 @@ void noise(const Tensor& tokens, int64_t vocabulary, int64_t purpose, const Tens
   op.uniforms = arguments.in<double>(uniforms, "uniforms", positions);
   op.allowed = describe_allowed(arguments, allowed, allowed_row, positions, vocabulary);
   op.tokens = arguments.out<int32_t>(tokens, "tokens", positions);
-  CpuContext context("noise_");
-  context.check(dgemma_cpu_noise(&op, context.get()));
+  Backend("noise_", tokens).run(Backend::kNoise, op);
 }
 
+template <typename Backend>
 void update_canvas(const Tensor& sampled, const Tensor& argmax, const Tensor& entropy,
                    const OptionalTensor& pinned, const OptionalTensor& allowed,
                    const OptionalTensor& allowed_row, const OptionalTensor& uniforms,
@@ -205,7 +222,7 @@ void update_canvas(const Tensor& sampled, const Tensor& argmax, const Tensor& en
                    const Tensor& draft, const Tensor& stable_steps, const Tensor& step,
                    const Tensor& temperature, const Tensor& accepted, const Tensor& mean_entropy,
                    const Tensor& status) {
-  const Arguments arguments("update_canvas_");
+  const Arguments arguments("update_canvas_", Backend::kDevice);
   dgemma_update_canvas op = {};
   op.batch = arguments.size(sampled, "sampled", 2, 0);
   op.length = sampled.size(1);
@@ -235,8 +252,7 @@ void update_canvas(const Tensor& sampled, const Tensor& argmax, const Tensor& en
   op.accepted = arguments.out<uint8_t>(accepted, "accepted", positions);
   op.mean_entropy = arguments.out<float>(mean_entropy, "mean_entropy", requests);
   op.status = arguments.out<int32_t>(status, "status", requests);
-  CpuContext context("update_canvas_");
-  context.check(dgemma_cpu_update_canvas(&op, context.get()));
+  Backend("update_canvas_", sampled).run(Backend::kUpdate, op);
 }
 
 // How the embedding is read.
@@ -263,33 +279,35 @@ dgemma_soft_embedding describe_soft_embedding(const Arguments& arguments, const 
   return op;
 }
 
+template <typename Backend>
 void run_soft_embedding(const char* name, const Arguments& arguments, dgemma_soft_embedding op,
                         const Tensor& out, const Tensor& workspace) {
   op.output = arguments.out(out, "out", {op.logits.batch, op.logits.length, op.hidden_size},
                             op.logits.dtype);
   op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
-  CpuContext context(name);
-  context.check(dgemma_cpu_soft_embedding(&op, context.get()));
+  Backend(name, out).run(Backend::kSoftEmbedding, op);
 }
 
+template <typename Backend>
 Tensor soft_embedding(const Tensor& raw, double softcap, const Tensor& temperature,
                       const OptionalTensor& active, const OptionalTensor& allowed,
                       const OptionalTensor& allowed_row, const Tensor& row_max,
                       const Tensor& row_sum, const Tensor& tile_max, const Tensor& tile_sum,
                       const OptionalTensor& pinned, const Tensor& embedding, double embedding_scale,
                       double tolerance, double max_embedding_norm) {
-  const Arguments arguments("soft_embedding");
+  const Arguments arguments("soft_embedding", Backend::kDevice);
   const dgemma_soft_embedding op =
       describe_soft_embedding(arguments, {raw, softcap, temperature, active, allowed, allowed_row},
                               {row_max, row_sum, tile_max, tile_sum}, pinned,
                               {embedding, embedding_scale, tolerance, max_embedding_norm});
-  const auto bytes = static_cast<int64_t>(dgemma_cpu_soft_embedding_workspace(&op));
+  const auto bytes = static_cast<int64_t>(Backend::kSoftEmbeddingWorkspace(&op));
   Tensor out = torch::stable::new_zeros(raw, {op.logits.batch, op.logits.length, op.hidden_size});
   const Tensor workspace = torch::stable::new_empty(raw, {bytes}, ScalarType::Byte);
-  run_soft_embedding("soft_embedding", arguments, op, out, workspace);
+  run_soft_embedding<Backend>("soft_embedding", arguments, op, out, workspace);
   return out;
 }
 
+template <typename Backend>
 void soft_embedding_out(const Tensor& raw, double softcap, const Tensor& temperature,
                         const OptionalTensor& active, const OptionalTensor& allowed,
                         const OptionalTensor& allowed_row, const Tensor& row_max,
@@ -297,12 +315,24 @@ void soft_embedding_out(const Tensor& raw, double softcap, const Tensor& tempera
                         const OptionalTensor& pinned, const Tensor& embedding,
                         double embedding_scale, double tolerance, double max_embedding_norm,
                         const Tensor& out, const Tensor& workspace) {
-  const Arguments arguments("soft_embedding.out");
+  const Arguments arguments("soft_embedding.out", Backend::kDevice);
   const dgemma_soft_embedding op =
       describe_soft_embedding(arguments, {raw, softcap, temperature, active, allowed, allowed_row},
                               {row_max, row_sum, tile_max, tile_sum}, pinned,
                               {embedding, embedding_scale, tolerance, max_embedding_norm});
-  run_soft_embedding("soft_embedding.out", arguments, op, out, workspace);
+  run_soft_embedding<Backend>("soft_embedding.out", arguments, op, out, workspace);
+}
+
+template <typename Backend, typename Library>
+void implement(Library& library) {
+  library.impl("vocabulary_statistics", TORCH_BOX(&vocabulary_statistics<Backend>));
+  library.impl("vocabulary_statistics.out", TORCH_BOX(&vocabulary_statistics_out<Backend>));
+  library.impl("sample", TORCH_BOX(&sample<Backend>));
+  library.impl("sample.out", TORCH_BOX(&sample_out<Backend>));
+  library.impl("noise_", TORCH_BOX(&noise<Backend>));
+  library.impl("update_canvas_", TORCH_BOX(&update_canvas<Backend>));
+  library.impl("soft_embedding", TORCH_BOX(&soft_embedding<Backend>));
+  library.impl("soft_embedding.out", TORCH_BOX(&soft_embedding_out<Backend>));
 }
 
 }  // namespace
@@ -368,13 +398,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
               "float max_embedding_norm, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
-  library.impl("vocabulary_statistics", TORCH_BOX(&dgemma::vocabulary_statistics));
-  library.impl("vocabulary_statistics.out", TORCH_BOX(&dgemma::vocabulary_statistics_out));
-  library.impl("sample", TORCH_BOX(&dgemma::sample));
-  library.impl("sample.out", TORCH_BOX(&dgemma::sample_out));
-  library.impl("noise_", TORCH_BOX(&dgemma::noise));
-  library.impl("update_canvas_", TORCH_BOX(&dgemma::update_canvas));
-  library.impl("soft_embedding", TORCH_BOX(&dgemma::soft_embedding));
-  library.impl("soft_embedding.out", TORCH_BOX(&dgemma::soft_embedding_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }

@@ -5,10 +5,24 @@
 #include <pybind11/stl.h>
 
 #include "grouped_gemm/plan.h"
-#include "torch/tensors.h"
+#include "torch/backend.h"
 
 namespace dgemma {
 namespace {
+
+struct Cpu : OnCpu {
+  using OnCpu::OnCpu;
+  static constexpr auto kMoeFfn = &dgemma_cpu_moe_ffn;
+  static constexpr auto kMoeFfnWorkspace = &dgemma_cpu_moe_ffn_workspace;
+};
+
+#if defined(DGEMMA_WITH_CUDA)
+struct Cuda : OnCuda {
+  using OnCuda::OnCuda;
+  static constexpr auto kMoeFfn = &dgemma_cuda_moe_ffn;
+  static constexpr auto kMoeFfnWorkspace = &dgemma_cuda_moe_ffn_workspace;
+};
+#endif
 
 // All but output and workspace, which are left to the caller.
 dgemma_moe_ffn describe_moe_ffn(const Arguments& arguments, const Tensor& input,
@@ -30,35 +44,38 @@ dgemma_moe_ffn describe_moe_ffn(const Arguments& arguments, const Tensor& input,
   return op;
 }
 
+template <typename Backend>
 void run_into(const Arguments& arguments, dgemma_moe_ffn op, const Tensor& out,
               const Tensor& workspace) {
-  CpuContext context("moe_ffn");
   op.output = arguments.out(out, "out", {op.tokens, op.hidden_size}, op.dtype);
   op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
-  context.check(dgemma_cpu_moe_ffn(&op, context.get()));
+  Backend("moe_ffn", out).run(Backend::kMoeFfn, op);
 }
 
+template <typename Backend>
 Tensor moe_ffn(const Tensor& input, const Tensor& expert_ids, const Tensor& expert_weights,
                const Tensor& gate_up, const Tensor& down) {
-  const Arguments arguments("moe_ffn");
+  const Arguments arguments("moe_ffn", Backend::kDevice);
   const dgemma_moe_ffn op =
       describe_moe_ffn(arguments, input, expert_ids, expert_weights, gate_up, down);
   const Tensor out = torch::stable::new_empty(input, input.sizes());
-  const auto bytes = static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
-  run_into(arguments, op, out, torch::stable::new_empty(input, {bytes}, ScalarType::Byte));
+  const auto bytes = static_cast<int64_t>(Backend::kMoeFfnWorkspace(&op));
+  run_into<Backend>(arguments, op, out, torch::stable::new_empty(input, {bytes}, ScalarType::Byte));
   return out;
 }
 
+template <typename Backend>
 void moe_ffn_out(const Tensor& input, const Tensor& expert_ids, const Tensor& expert_weights,
                  const Tensor& gate_up, const Tensor& down, const Tensor& out,
                  const Tensor& workspace) {
-  const Arguments arguments("moe_ffn");
-  run_into(arguments, describe_moe_ffn(arguments, input, expert_ids, expert_weights, gate_up, down),
-           out, workspace);
+  const Arguments arguments("moe_ffn", Backend::kDevice);
+  run_into<Backend>(arguments,
+                    describe_moe_ffn(arguments, input, expert_ids, expert_weights, gate_up, down),
+                    out, workspace);
 }
 
 int64_t moe_ffn_workspace(int64_t tokens, int64_t hidden_size, int64_t expert_size, int64_t experts,
-                          int64_t top_k, bool bfloat16) {
+                          int64_t top_k, bool bfloat16, bool cuda) {
   dgemma_moe_ffn op = {};
   op.tokens = tokens;
   op.hidden_size = hidden_size;
@@ -66,7 +83,10 @@ int64_t moe_ffn_workspace(int64_t tokens, int64_t hidden_size, int64_t expert_si
   op.experts = experts;
   op.top_k = top_k;
   op.dtype = bfloat16 ? DGEMMA_BFLOAT16 : DGEMMA_FLOAT32;
-  return static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
+#if defined(DGEMMA_WITH_CUDA)
+  if (cuda) return static_cast<int64_t>(dgemma_cuda_moe_ffn_workspace(&op));
+#endif
+  return cuda ? 0 : static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
 }
 
 std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, int64_t experts) {
@@ -89,13 +109,20 @@ std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, in
   return text.str();
 }
 
+template <typename Backend, typename Library>
+void implement(Library& library) {
+  library.impl("moe_ffn", TORCH_BOX(&moe_ffn<Backend>));
+  library.impl("moe_ffn.out", TORCH_BOX(&moe_ffn_out<Backend>));
+}
+
 }  // namespace
 
 void bind_grouped_gemm(pybind11::module_& module) {
   module.def("moe_ffn_workspace", &moe_ffn_workspace, pybind11::arg("tokens"),
              pybind11::arg("hidden_size"), pybind11::arg("expert_size"), pybind11::arg("experts"),
-             pybind11::arg("top_k"), pybind11::arg("bfloat16"),
-             "Bytes of workspace of moe_ffn on the CPU; 0 for sizes that it does not take.");
+             pybind11::arg("top_k"), pybind11::arg("bfloat16"), pybind11::arg("cuda") = false,
+             "Bytes of workspace of moe_ffn on the CPU or on a GPU; 0 for sizes that it does not "
+             "take.");
   module.def("moe_ffn_plan", &moe_ffn_plan, pybind11::arg("expert_ids"), pybind11::arg("experts"),
              "The plan of one pass of moe_ffn: a line for each expert that is hit, with its "
              "token/slot pairs.");
@@ -112,7 +139,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "down, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
-  library.impl("moe_ffn", TORCH_BOX(&dgemma::moe_ffn));
-  library.impl("moe_ffn.out", TORCH_BOX(&dgemma::moe_ffn_out));
-}
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }
+#if defined(DGEMMA_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CUDA, library) { dgemma::implement<dgemma::Cuda>(library); }
+#endif

@@ -6,7 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "torch/tensors.h"
+#include "cpu/dispatch.h"
+#include "torch/backend.h"
 
 namespace dgemma {
 

@@ -5,12 +5,12 @@
 // argument, what it got and what it wants; a std::invalid_argument reaches Python as a ValueError.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -18,7 +18,6 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
 #include "dgemma/base.h"
 
 namespace dgemma {
@@ -61,11 +60,13 @@ inline std::string describe(const Shape& shape) {
   return text.str();
 }
 
-// The tensor arguments of one op on the CPU. Every function checks device, dtype, shape and that
-// the tensor is contiguous, and gives its data.
+enum class Device { kCpu, kCuda };
+
+// The tensor arguments of one op. Every function checks device, dtype, shape and that the tensor is
+// contiguous, and gives its data.
 class Arguments {
  public:
-  explicit Arguments(const char* op) : op_(op) {}
+  explicit Arguments(const char* op, Device device = Device::kCpu) : op_(op), device_(device) {}
 
   // The data type of a tensor that may be float32 or bfloat16.
   dgemma_dtype dtype(const Tensor& tensor, const char* name) const {
@@ -126,7 +127,9 @@ class Arguments {
 
  private:
   void check(const Tensor& tensor, const char* name, const Shape& shape, ScalarType dtype) const {
-    if (!tensor.is_cpu()) fail(name, "a tensor on another device", "one on the CPU");
+    if (device_ == Device::kCpu ? !tensor.is_cpu() : !tensor.is_cuda())
+      fail(name, "a tensor on another device",
+           device_ == Device::kCpu ? "one on the CPU" : "one on the GPU");
     if (tensor.scalar_type() != dtype)
       fail(name, std::string("dtype ") + torch::headeronly::toString(tensor.scalar_type()),
            torch::headeronly::toString(dtype));
@@ -140,47 +143,7 @@ class Arguments {
   }
 
   const char* op_;
-};
-
-// The variant that the environment variable DGEMMA_CPU names, or the best. Throws
-// std::invalid_argument, with the choices, for a name that is unknown or not available.
-dgemma_cpu_variant cpu_variant_from_environment();
-
-// Where one op's CPU call runs: torch's threads, the variant of the environment.
-class CpuContext {
- public:
-  explicit CpuContext(const char* op) : op_(op) {
-    cpu_.parallel_for = &CpuContext::parallel_for;
-    cpu_.pool = nullptr;
-    cpu_.variant = cpu_variant_from_environment();
-    cpu_.message[0] = '\0';
-  }
-
-  dgemma_cpu* get() { return &cpu_; }
-
-  // Throws unless the call returned DGEMMA_OK.
-  void check(dgemma_status status) const {
-    if (status == DGEMMA_OK) return;
-    const std::string message = std::string("dgemma::") + op_ + ": " + cpu_.message;
-    if (status == DGEMMA_INVALID_ARGUMENT) throw std::invalid_argument(message);
-    throw std::runtime_error(message);
-  }
-
- private:
-  // Every thread takes the next task when it is done with one, so that tasks of unequal size, or a
-  // core that another process keeps busy, do not hold up the rest. Inside a parallel region torch
-  // runs the one range that it is given in the calling thread.
-  static void parallel_for(void* /*pool*/, int64_t tasks, void (*task)(void*, int64_t),
-                           void* state) {
-    const int64_t threads = torch::stable::get_num_threads();
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, tasks < threads ? tasks : threads, 1, [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < tasks; i = next++) task(state, i);
-    });
-  }
-
-  const char* op_;
-  dgemma_cpu cpu_;
+  Device device_;
 };
 
 }  // namespace dgemma

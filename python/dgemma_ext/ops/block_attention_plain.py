@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from dgemma_ext.ops.plain import register_on_gpu
+
 NO_POSITION = -1  # of a cache row that holds none
 
 
@@ -192,4 +194,4 @@ for _name, _function in (
     ("causal_attention.out", causal_attention_out),
     ("append_to_cache", append_to_cache),
 ):
-    torch.library.impl(f"dgemma::{_name}", "CUDA", _function)
+    register_on_gpu(f"dgemma::{_name}", _function)

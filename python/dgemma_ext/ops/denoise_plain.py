@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from dgemma_ext.ops.plain import register_on_gpu
+
 VOCABULARY_TILE = 128
 _WORD = 0xFFFFFFFF
 _RENOISE = 2
@@ -417,4 +419,4 @@ for _name, _function in (
     ("soft_embedding", soft_embedding),
     ("soft_embedding.out", soft_embedding_out),
 ):
-    torch.library.impl(f"dgemma::{_name}", "CUDA", _function)
+    register_on_gpu(f"dgemma::{_name}", _function)

@@ -68,7 +68,13 @@ def moe_ffn_workspace(input: Tensor, expert_ids: Tensor, expert_weights: Tensor,
     _check_tensors(input, expert_ids, expert_weights, gate_up, down)
     experts, hidden_size, expert_size = down.shape
     return _C.moe_ffn_workspace(
-        input.shape[0], hidden_size, expert_size, experts, expert_ids.shape[1], input.dtype == torch.bfloat16
+        input.shape[0],
+        hidden_size,
+        expert_size,
+        experts,
+        expert_ids.shape[1],
+        bfloat16=input.dtype == torch.bfloat16,
+        cuda=input.is_cuda,
     )
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgemma_ext.ops.plain import register_on_gpu
+
 
 def moe_ffn(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As `dgemma_ext.ops.grouped_gemm.moe_ffn`, one expert that is hit after another.
@@ -52,5 +54,5 @@ def _hit_experts(expert_ids: Tensor, experts: int) -> list[int]:
     return [expert for expert in found if expert >= 0]
 
 
-torch.library.impl("dgemma::moe_ffn", "CUDA", moe_ffn)
-torch.library.impl("dgemma::moe_ffn.out", "CUDA", moe_ffn_out)
+register_on_gpu("dgemma::moe_ffn", moe_ffn)
+register_on_gpu("dgemma::moe_ffn.out", moe_ffn_out)

@@ -18,4 +18,7 @@ inline const char* get_properties(Properties* properties) {
   return nullptr;
 }
 
+// A launch returns when its kernel has ended.
+inline const char* synchronize(void* /*stream*/) { return nullptr; }
+
 }  // namespace dgemma::device
