@@ -1,0 +1,14 @@
+"""Benchmarks of the GPU run on one alone (`make gpu-check`); they never fall back to the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: make gpu-check"))
