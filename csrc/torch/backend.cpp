@@ -1,6 +1,6 @@
 #include "torch/backend.h"
 
-#if defined(DGEMMA_WITH_CUDA)
+#if defined(DGEMMA_WITH_CUDA) && !defined(DGEMMA_SIM)
 #include <dlfcn.h>
 
 #include <cstdlib>

@@ -58,7 +58,25 @@ class OnCpu {
   dgemma_cpu cpu_;
 };
 
-#if defined(DGEMMA_WITH_CUDA)
+#if defined(DGEMMA_SIM)
+// The CUDA kernels on the host: the suite's build (cmake/Sim.cmake) hands tensors of the CPU to
+// them.
+class OnCuda {
+ public:
+  static constexpr Device kDevice = Device::kCpu;
+
+  OnCuda(const char* op, const Tensor& /*tensor*/) : op_(op), cuda_{} {}
+
+  template <typename Op>
+  void run(dgemma_status (*entry)(const Op*, dgemma_cuda*), const Op& op) {
+    check_status(op_, entry(&op, &cuda_), cuda_.message);
+  }
+
+ private:
+  const char* op_;
+  dgemma_cuda cuda_;
+};
+#elif defined(DGEMMA_WITH_CUDA)
 // On the tensors' GPU, in the stream that is torch's current one there.
 class OnCuda {
  public:
@@ -80,6 +98,27 @@ class OnCuda {
   torch::stable::accelerator::DeviceGuard guard_;
   dgemma_cuda cuda_;
 };
+#endif
+
+// Registers a family's operators: `implement` is a function template over a backend that takes the
+// library, `Cpu` and `Cuda` are its backends.
+#if defined(DGEMMA_SIM)
+#define DGEMMA_REGISTER(implement, Cpu, Cuda) \
+  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cuda>(library); }
+#elif defined(DGEMMA_WITH_CUDA)
+#define DGEMMA_REGISTER(implement, Cpu, Cuda)                                  \
+  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cpu>(library); } \
+  STABLE_TORCH_LIBRARY_IMPL(dgemma, CUDA, library) { implement<Cuda>(library); }
+#else
+#define DGEMMA_REGISTER(implement, Cpu, Cuda) \
+  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cpu>(library); }
+#endif
+
+// Which of the two a question about workspace is asked of, for tensors on a GPU or not.
+#if defined(DGEMMA_SIM)
+constexpr bool served_by_cuda(bool /*on_gpu*/) { return true; }
+#else
+constexpr bool served_by_cuda(bool on_gpu) { return on_gpu; }
 #endif
 
 }  // namespace dgemma

@@ -84,7 +84,7 @@ int64_t moe_ffn_workspace(int64_t tokens, int64_t hidden_size, int64_t expert_si
   op.top_k = top_k;
   op.dtype = bfloat16 ? DGEMMA_BFLOAT16 : DGEMMA_FLOAT32;
 #if defined(DGEMMA_WITH_CUDA)
-  if (cuda) return static_cast<int64_t>(dgemma_cuda_moe_ffn_workspace(&op));
+  if (served_by_cuda(cuda)) return static_cast<int64_t>(dgemma_cuda_moe_ffn_workspace(&op));
 #endif
   return cuda ? 0 : static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
 }
@@ -139,7 +139,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "down, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }
-#if defined(DGEMMA_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CUDA, library) { dgemma::implement<dgemma::Cuda>(library); }
-#endif
+DGEMMA_REGISTER(dgemma::implement, dgemma::Cpu, dgemma::Cuda)

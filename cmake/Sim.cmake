@@ -1,0 +1,24 @@
+# For the test suite alone: the CUDA kernels compiled by the C++ compiler and run on the host by the test bed
+# (tests/sim), behind the same operators. Tensors of the CPU are then served by the kernels meant for a GPU.
+
+set(sim_patterns "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
+foreach(family IN LISTS DGEMMA_FAMILIES)
+  list(APPEND sim_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
+endforeach()
+file(GLOB sim_kernels CONFIGURE_DEPENDS ${sim_patterns})
+set_source_files_properties(${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+
+add_library(dgemma_sim OBJECT ${sim_kernels} "${PROJECT_SOURCE_DIR}/tests/sim/all.cpp")
+target_include_directories(
+  dgemma_sim PRIVATE "${PROJECT_SOURCE_DIR}/tests/sim" "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
+target_compile_definitions(dgemma_sim PRIVATE DGEMMA_SIM DGEMMA_WITH_SM90)
+target_compile_options(dgemma_sim PRIVATE -O2 -Wno-psabi -Wno-unknown-pragmas)
+include(CheckCXXSourceRuns)
+check_cxx_source_runs("int main() { return !(__builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\")); }"
+                      DGEMMA_HAS_AVX2)
+if(DGEMMA_HAS_AVX2) # products run several times faster
+  target_compile_options(dgemma_sim PRIVATE -mavx2 -mfma)
+endif()
+
+target_sources(dgemma PRIVATE $<TARGET_OBJECTS:dgemma_sim>)
+target_compile_definitions(dgemma PUBLIC $<BUILD_INTERFACE:DGEMMA_SIM> $<BUILD_INTERFACE:DGEMMA_WITH_CUDA>)

@@ -1,0 +1,67 @@
+"""The Python package over the CUDA kernels run on the host: built by CMake under build/sim, used in a process of its own.
+
+    text = run_on_kernels(Path("tests/solve_puzzles.py"), "6", "8")      # what the script prints
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from sim.build import CACHE, ROOT
+
+FOLDER = CACHE / "extension"
+# Put in front of a program: the package of this build comes before one that is installed as editable, whose import hook
+# would win.
+PRELUDE = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+sys.path[:0] = [{str(FOLDER / "site")!r}, {str(ROOT / "tests")!r}]
+import dgemma_ext._C
+assert dgemma_ext._C.__file__.startswith({str(FOLDER)!r}), dgemma_ext._C.__file__
+"""
+
+
+@cache
+def build() -> None:
+    """Builds what changed, one process at a time."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        configure = ["cmake", "-S", str(ROOT), "-B", str(FOLDER / "build"), "-G", "Ninja", "-DDGEMMA_SIM=ON"]
+        configure += ["-DDGEMMA_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
+        for command in (configure, ["cmake", "--build", str(FOLDER / "build")]):
+            result = subprocess.run(
+                command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+            )
+            assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        package = FOLDER / "site" / "dgemma_ext"
+        shutil.rmtree(package, ignore_errors=True)
+        package.mkdir(parents=True)
+        for entry in (ROOT / "python" / "dgemma_ext").iterdir():
+            if entry.suffix != ".so":
+                (package / entry.name).symlink_to(entry)
+        for module in (FOLDER / "build").glob("_C*.so"):
+            shutil.copy2(module, package)
+
+
+def run_on_kernels(script: Path, *arguments: str, compute_capability: int = 90, seed: int = 1) -> str:
+    """Runs a Python script whose operators are the CUDA kernels on the host; gives what it prints."""
+    build()
+    program = PRELUDE + (
+        "import ctypes, runpy\n"
+        "_machine = ctypes.CDLL(dgemma_ext._C.__file__)\n"
+        f"_machine.sim_set_gpu({compute_capability}, 3)\n"
+        f"_machine.sim_set_seed(ctypes.c_uint64({seed}))\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    return result.stdout
