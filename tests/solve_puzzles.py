@@ -1,6 +1,6 @@
 """What a bundled model answers to unseen puzzles, as JSON: for tests that run it in another process.
 
-    python tests/solve_puzzles.py 6 8 [device]
+python tests/solve_puzzles.py 6 8 [device]
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
             seed=index,
             canvas=canvas,
         )
-        found.append({"text": out.text, "steps": list(out.denoising_steps), "solved": demo.check(out.text, puzzle.text)})
+        solved = demo.check(out.text, puzzle.text)
+        found.append({"text": out.text, "steps": list(out.denoising_steps), "solved": solved})
     return found
 
 

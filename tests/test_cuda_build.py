@@ -1,4 +1,4 @@
-"""Every CUDA source compiled by nvcc for every architecture, without spills; its machine code has what it is made for."""
+"""Every CUDA source compiled for every architecture, without spills; its machine code has what it is made for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from cuda_tools import find_nvcc, find_tool
 
+from cuda_tools import find_nvcc, find_tool
 from sim.build import PORTABLE, PORTABLE_ARCHITECTURES, ROOT, machine_code, nvcc_report
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))

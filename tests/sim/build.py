@@ -168,7 +168,8 @@ def nvcc_report(source: Path, architecture: str) -> NvccReport:
 def machine_code(report: NvccReport) -> str:
     """What cuobjdump shows of a compiled file; needs cuobjdump and nvdisasm."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
-    assert cuobjdump is not None and nvdisasm is not None
+    assert cuobjdump is not None, "cuobjdump was not found"
+    assert nvdisasm is not None, "nvdisasm was not found"
     path = {**os.environ, "PATH": os.pathsep.join([str(Path(nvdisasm).parent), os.environ["PATH"]])}
     command = [cuobjdump, "-sass", str(report.object)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=path).stdout

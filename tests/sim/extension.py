@@ -1,6 +1,6 @@
-"""The Python package over the CUDA kernels run on the host: built by CMake under build/sim, used in a process of its own.
+"""The Python package over the CUDA kernels run on the host: built by CMake in build/sim, used in a process of its own.
 
-    text = run_on_kernels(Path("tests/solve_puzzles.py"), "6", "8")      # what the script prints
+text = run_on_kernels(Path("tests/solve_puzzles.py"), "6", "8")      # what the script prints
 """
 
 from __future__ import annotations
