@@ -38,13 +38,71 @@ typedef struct dgemma_moe_ffn {
 DGEMMA_API size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op);
 DGEMMA_API dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu);
 
-/* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
- * alone. It takes bfloat16, sizes that are multiples of 8, up to 1,024 experts, and tensors aligned
- * to 16 bytes; _workspace gives 0 for other sizes. It cannot look at the ids, so one that is out of
- * range counts as -1.
+/* The same on a GPU, of compute capability 8.0 or later; all pointers but the structs' are to its
+ * memory. In builds with CUDA kernels alone. It takes bfloat16, sizes that are multiples of 8, up
+ * to 1,024 experts, and tensors aligned to 16 bytes; _workspace gives 0 for other sizes. It cannot
+ * look at the ids, so one that is out of range counts as -1.
  */
 DGEMMA_API size_t dgemma_cuda_moe_ffn_workspace(const dgemma_moe_ffn* op);
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda);
+
+/* output = input . weight^T: every product of a row is summed in fp32 and rounded once.
+ *
+ * A row's bits depend neither on the other rows nor on how many there are.
+ */
+typedef struct dgemma_dense {
+  int64_t rows;
+  int64_t in_features;
+  int64_t out_features;
+  dgemma_dtype dtype; /* of input, weight and output */
+  const void* input;  /* [rows, in_features] */
+  const void* weight; /* [out_features, in_features] */
+  void* output;       /* [rows, out_features] */
+  void* workspace;    /* 64-byte aligned; NULL where none is wanted */
+  size_t workspace_bytes;
+} dgemma_dense;
+
+/* Bytes of workspace for these sizes and dtype, which may be 0; pointers are not looked at. */
+DGEMMA_API size_t dgemma_cpu_dense_workspace(const dgemma_dense* op);
+DGEMMA_API dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cpu);
+
+/* On a GPU: bfloat16, features in multiples of 8 up to 65,536, tensors aligned to 16 bytes. */
+DGEMMA_API size_t dgemma_cuda_dense_workspace(const dgemma_dense* op);
+DGEMMA_API dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* cuda);
+
+/* The router: which experts a token goes to, and with what weights. With x = input[t]:
+ *
+ *   normed    = x / sqrt(mean(x^2) + epsilon)           in fp32, rounded to dtype
+ *   scaled    = (normed * scale) * hidden_size^-1/2     rounded to dtype after each product
+ *   score     = projection . scaled                     in fp32, rounded to dtype
+ *   p         = softmax(score)                          in fp32
+ *   ids       = the top_k largest p, largest first, ties to the lower expert
+ *   weights   = p[ids] / sum(p[ids]) * per_expert_scale[ids]
+ *
+ * as DiffusionGemma's router computes it. A token's bits do not depend on the other tokens.
+ */
+typedef struct dgemma_route {
+  int64_t tokens;
+  int64_t hidden_size;
+  int64_t experts;
+  int64_t top_k;
+  float epsilon;
+  dgemma_dtype dtype;           /* of input, scale, projection and per_expert_scale */
+  const void* input;            /* [tokens, hidden_size], the residual before any norm */
+  const void* scale;            /* [hidden_size] */
+  const void* projection;       /* [experts, hidden_size] */
+  const void* per_expert_scale; /* [experts] */
+  int32_t* expert_ids;          /* [tokens, top_k] */
+  float* expert_weights;        /* [tokens, top_k] */
+  void* workspace;              /* 64-byte aligned */
+  size_t workspace_bytes;
+} dgemma_route;
+
+/* On a GPU alone: bfloat16, hidden_size a multiple of 8 up to 65,536, up to 1,024 experts, top_k up
+ * to 32 and to the number of experts; input, scale and projection aligned to 16 bytes.
+ */
+DGEMMA_API size_t dgemma_cuda_route_workspace(const dgemma_route* op);
+DGEMMA_API dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda);
 
 #ifdef __cplusplus
 }
