@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,17 +15,21 @@ import torch
 from torch import Tensor
 
 from bounds import assert_close
+from cuda_tools import find_nvcc
 from reference import grouped_gemm as reference
 from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
 from test_grouped_gemm import Case, make_case, route
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sort_pairs", "sm90_bf16_gate_up", "sm90_bf16_down", "combine"]
+KERNELS = ["sort_pairs", "combine"]
+KERNELS += [f"{path}_bf16_{name}" for path in ("sm80", "sm90") for name in ("gate_up", "down")]
 SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"]]
 SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", FAMILY / "plan_cuda.cpp"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "moe_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]
+# Compute capabilities that stand for the two paths.
+PATHS = [80, 90]
 H200_MULTIPROCESSORS = 132
 GUARD = 256  # bytes behind the workspace
 
@@ -84,12 +89,23 @@ def prepare(case: Case) -> tuple[MoeFfn, Tensor, Tensor]:
     return op, out, workspace
 
 
-def run(case: Case, seed: int) -> tuple[Tensor, Tensor]:
+@contextmanager
+def gpu(capability: int, multiprocessors: int = 3) -> Iterator[None]:
+    """The GPU that the test bed plays."""
+    library().sim_set_gpu(capability, multiprocessors)
+    try:
+        yield
+    finally:
+        library().sim_set_gpu(90, 3)
+
+
+def run(case: Case, seed: int, capability: int = 90) -> tuple[Tensor, Tensor]:
     """Output and workspace of a call into poison, in one of the machine's orders."""
     op, out, workspace = prepare(case)
     library().sim_set_seed(ctypes.c_uint64(seed))
     cuda = Cuda()
-    status = library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda))
+    with gpu(capability):
+        status = library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda))
     assert status == OK, cuda.message.decode()
     assert bool((workspace[op.workspace_bytes :] == 0xFF).all()), "written behind the workspace"
     return out, workspace[: op.workspace_bytes]
@@ -113,9 +129,9 @@ class Plan:
     text: str
 
 
-def plan_of(op: MoeFfn, multiprocessors: int = H200_MULTIPROCESSORS) -> Plan:
+def plan_of(op: MoeFfn, capability: int = 90, multiprocessors: int = H200_MULTIPROCESSORS) -> Plan:
     numbers, text = (ctypes.c_int64 * 13)(), ctypes.create_string_buffer(2000)
-    problem = library().moe_plan(ctypes.byref(op), multiprocessors, numbers, text, ctypes.c_size_t(2000))
+    problem = library().moe_plan(ctypes.byref(op), capability, multiprocessors, numbers, text, ctypes.c_size_t(2000))
     assert problem is None, problem
     return Plan(*numbers, text.value.decode())
 
@@ -141,19 +157,21 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("capability", PATHS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_are_right(case: tuple[int, int, int, int, int, str]) -> None:
+def test_kernels_are_right(case: tuple[int, int, int, int, int, str], capability: int) -> None:
     made = make_case(*case[:5], dtype=torch.bfloat16, routing=case[5])
     exact = reference.moe_ffn(*made.arguments)
     low = reference.moe_ffn_rounded(*made.arguments)
-    outputs = [run(made, seed)[0] for seed in SEEDS]
+    outputs = [run(made, seed, capability)[0] for seed in SEEDS]
     for output in outputs:
         assert_close(output, exact, torch.bfloat16, low)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 
 
-def test_gelu_is_right_to_rounding() -> None:
+@pytest.mark.parametrize("capability", PATHS)
+def test_gelu_is_right_to_rounding(capability: int) -> None:
     """One value by itself in every row: what an error of the curve does is lost in sums."""
     size = 128
     gate = torch.linspace(-6, 6, size).bfloat16()
@@ -166,29 +184,31 @@ def test_gelu_is_right_to_rounding() -> None:
     )
     case.gate_up[0, :size, 0], case.gate_up[0, size:, 0] = gate, 1.0
     exact = torch.from_numpy(reference.gelu_tanh(gate.double().numpy()))
-    error = (run(case, seed=1)[0][0].double() - exact).abs()
+    error = (run(case, seed=1, capability=capability)[0][0].double() - exact).abs()
     # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; the reference cancels near zero.
     assert bool((error <= 1.01 * 2**-8 * exact.abs() + 1e-12).all())
 
 
 def test_every_token_tile_is_run() -> None:
-    tiles = {plan_of(describe(*case[:5])).token_tile for case in CASES}
-    assert tiles == {64, 128, 256}
+    assert {plan_of(describe(*case[:5]), 90).token_tile for case in CASES} == {64, 128, 256}
+    assert {plan_of(describe(*case[:5]), 80).token_tile for case in CASES} == {32, 64, 128}
 
 
-def test_two_passes() -> None:
+@pytest.mark.parametrize("capability", PATHS)
+def test_two_passes(capability: int) -> None:
     """16,384 tokens of three pairs: more than one pass takes."""
     made = make_case(16384, 8, 8, 5, 3, dtype=torch.bfloat16, routing="holes")
     assert plan_of(describe_case(made)).tokens_per_pass == 32768 // 3
-    output, _ = run(made, seed=1)
+    output, _ = run(made, seed=1, capability=capability)
     assert_close(output, reference.moe_ffn(*made.arguments), torch.bfloat16, reference.moe_ffn_rounded(*made.arguments))
 
 
-def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("capability", PATHS)
+def test_bits_of_a_token_do_not_depend_on_the_others(capability: int) -> None:
     made = make_case(75, 256, 128, 4, 2, dtype=torch.bfloat16, routing="distinct")
-    together, _ = run(made, seed=1)
+    together, _ = run(made, seed=1, capability=capability)
     for rows in ([3], list(range(20)), torch.randperm(75).tolist()):
-        assert torch.equal(run(made.rows(rows), seed=2)[0], together[rows])
+        assert torch.equal(run(made.rows(rows), seed=2, capability=capability)[0], together[rows])
 
 
 def test_ids_out_of_range_are_skipped() -> None:
@@ -200,20 +220,25 @@ def test_ids_out_of_range_are_skipped() -> None:
     assert torch.equal(run(made, seed=1)[0], expected)
 
 
-def test_weights_are_read_once() -> None:
-    """By the copy engine, once for every expert that is hit; token rows once per weight tile."""
+@pytest.mark.parametrize("capability", PATHS)
+def test_weights_are_read_once(capability: int) -> None:
+    """Once for every expert that is hit, on Hopper by the copy engine; token rows once per weight tile."""
     hidden_size, expert_size = 256, 192
     made = make_case(40, hidden_size, expert_size, 16, 2, dtype=torch.bfloat16, routing="holes")
     pairs = int((made.expert_ids >= 0).sum())
     hit = len(made.expert_ids[made.expert_ids >= 0].unique())
     op, _, _workspace = prepare(made)
     statistics = ((ctypes.c_uint64 * 6) * 4)()
-    assert library().moe_traffic(ctypes.byref(op), statistics) is None
+    assert library().moe_traffic(ctypes.byref(op), capability, statistics) is None
     # Third and fifth: bytes that bulk copies and cp.async read from global memory.
     _, gate_up, down, _ = [(row[2], row[4]) for row in statistics]
-    tiles_gate_up, tiles_down = expert_size // 64, hidden_size // 128
-    assert gate_up == (2 * hit * 2 * expert_size * hidden_size, 2 * pairs * hidden_size * tiles_gate_up)
-    assert down == (2 * hit * hidden_size * expert_size, 2 * pairs * expert_size * tiles_down)
+    tile = 128 if capability == 90 else 64
+    weights = (2 * hit * 2 * expert_size * hidden_size, 2 * hit * hidden_size * expert_size)
+    rows = (2 * pairs * hidden_size * 2 * expert_size // tile, 2 * pairs * expert_size * hidden_size // tile)
+    if capability == 90:
+        assert (gate_up, down) == tuple(zip(weights, rows, strict=True))
+    else:
+        assert (gate_up, down) == ((0, weights[0] + rows[0]), (0, weights[1] + rows[1]))
 
 
 def tables_of(ids: Tensor, experts: int, token_tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -241,11 +266,12 @@ def test_sorted_pairs(tokens: int, experts: int, top_k: int, routing: str) -> No
 
 @pytest.mark.parametrize("routing", ["distinct", "one expert", "holes", "nothing"])
 @pytest.mark.parametrize("tokens", [1, 7, 256, 1024, 4096])
-def test_units_cover_the_model_once(tokens: int, routing: str) -> None:
+@pytest.mark.parametrize("capability", PATHS)
+def test_units_cover_the_model_once(capability: int, tokens: int, routing: str) -> None:
     """At true extents: every weight tile of a hit expert meets every pair of it once, tiles side by side."""
     experts = 128
     op = describe(tokens, 2816, 704, experts, 8)
-    plan = plan_of(op)
+    plan = plan_of(op, capability)
     ids = route(routing, tokens, experts, 8)
     first, tiles_before, _ = tables_of(ids, experts, plan.token_tile)
     for weight_tiles in (plan.gate_up_weight_tiles, plan.down_weight_tiles):
@@ -287,6 +313,36 @@ def test_plan_for_the_model_on_an_h200() -> None:
         "combine: 704 blocks of 128 threads\n"
         "workspace: 25961984 bytes\n"
     )
+
+
+def test_plan_for_the_model_on_an_a100() -> None:
+    plan = plan_of(describe(256, 2816, 704, 128, 8), 80, 108)
+    assert plan.text == (
+        "pass: 256 tokens\n"
+        "gate_up: 324 blocks of 128 threads, 22 weight tiles of 64 rows per expert, 44 steps of 64, "
+        "token tiles of 32, 4 stages of 12288 bytes\n"
+        "down: 324 blocks of 128 threads, 44 weight tiles of 64 rows per expert, 11 steps of 64, "
+        "token tiles of 32, 4 stages of 12288 bytes\n"
+        "combine: 704 blocks of 128 threads\n"
+        "workspace: 25961984 bytes\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "blocks"),
+    [(80, 256, 3), (80, 512, 3), (80, 4096, 2), (86, 256, 2), (89, 512, 2), (120, 4096, 1), (100, 256, 4)],
+)
+def test_blocks_share_a_multiprocessor(capability: int, tokens: int, blocks: int) -> None:
+    assert plan_of(describe(tokens, 2816, 704, 128, 8), capability, 100).down_blocks == 100 * blocks
+
+
+@pytest.mark.parametrize(
+    ("tokens", "token_tile", "stages"),
+    [(1, 32, 4), (256, 32, 4), (257, 64, 3), (512, 64, 3), (513, 128, 3), (16384, 128, 3)],
+)
+def test_token_tile_follows_the_load_on_sm80(tokens: int, token_tile: int, stages: int) -> None:
+    plan = plan_of(describe(tokens, 2816, 704, 128, 8), 80)
+    assert (plan.token_tile, plan.stages) == (token_tile, stages)
 
 
 @pytest.mark.parametrize(
@@ -354,13 +410,14 @@ def test_no_tokens() -> None:
     assert library().dgemma_cuda_moe_ffn(ctypes.byref(op), ctypes.byref(cuda)) == OK
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 @pytest.mark.parametrize("name", [*KERNELS, "cuda"])
-def test_kernels_compile_for_hopper_without_spills(name: str) -> None:
-    """A kernel per token tile in the files named for Hopper; none beside the entry points."""
-    report = nvcc_report(FAMILY / f"{name}.cu", "90a")
-    assert report.kernels == (3 if name.startswith("sm90") else 0 if name == "cuda" else 1)
+def test_kernels_compile_without_spills(name: str) -> None:
+    """A kernel per token tile in the files named for a path; none beside the entry points."""
+    report = nvcc_report(FAMILY / f"{name}.cu", "90a" if name.startswith("sm90") else "80")
+    assert report.kernels == (3 if name.startswith("sm") else 0 if name == "cuda" else 1)
     assert report.spill_bytes == 0
     assert report.stack_bytes == 0
-    # A block's registers are shared out at launch: 65,536 for 384 threads are at most 168 each.
+    # A block's registers are shared out at launch: 65,536 for 384 threads are at most 168 each, for three blocks of
+    # 128 threads likewise.
     assert report.registers <= 168

@@ -47,7 +47,7 @@ const char* launch_combine(const MoeCudaPlan& plan, const MoeCudaPass& pass, voi
                      pass.hidden_size, pass.top_k,      pass.tables.experts};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.combine_blocks)),
                                      .threads = kMoeCombineThreads,
-                                     .overlaps_previous_kernel = true};
+                                     .overlaps_previous_kernel = plan.overlap};
   return device::launch(shape, stream, combine, p);
 }
 

@@ -8,15 +8,17 @@ namespace {
 
 // Null, or CUDA's words.
 const char* run_pass(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
+  auto gate_up = launch_gate_up_sm80_bf16;
+  auto down = launch_down_sm80_bf16;
 #if defined(DGEMMA_WITH_SM90)
-  for (const auto launch :
-       {launch_sort_pairs, launch_gate_up_sm90_bf16, launch_down_sm90_bf16, launch_combine})
+  if (plan.path == CudaPath::kSm90) {
+    gate_up = launch_gate_up_sm90_bf16;
+    down = launch_down_sm90_bf16;
+  }
+#endif
+  for (const auto launch : {launch_sort_pairs, gate_up, down, launch_combine})
     if (const char* problem = launch(plan, pass, stream)) return problem;
   return nullptr;
-#else
-  (void)plan, (void)pass, (void)stream;
-  return "this build has no kernels for compute capability 9.0";
-#endif
 }
 
 }  // namespace
@@ -46,7 +48,7 @@ MoeCudaPass make_moe_cuda_pass(const dgemma_moe_ffn& op, const MoeCudaPlan& plan
 
 size_t dgemma_cuda_moe_ffn_workspace(const dgemma_moe_ffn* op) {
   if (dgemma::moe_cuda_problem(*op) != nullptr) return 0;
-  return dgemma::make_moe_cuda_plan(*op, 1).workspace_bytes;  // the same for any GPU
+  return dgemma::make_moe_cuda_plan(*op, {dgemma::CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
@@ -66,10 +68,7 @@ dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
-  if (gpu.path != CudaPath::kSm90)
-    return fail(cuda, DGEMMA_UNSUPPORTED, "this GPU has compute capability %d.%d, wants 9.0",
-                gpu.compute_capability / 10, gpu.compute_capability % 10);
-  const MoeCudaPlan plan = make_moe_cuda_plan(*op, gpu.multiprocessors);
+  const MoeCudaPlan plan = make_moe_cuda_plan(*op, gpu);
   status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < op->tokens; token += plan.tokens_per_pass)

@@ -32,6 +32,9 @@ const char* launch_sort_pairs(const MoeCudaPlan& plan, const MoeCudaPass& pass, 
 const char* launch_gate_up_sm90_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass,
                                      void* stream);
 const char* launch_down_sm90_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream);
+const char* launch_gate_up_sm80_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass,
+                                     void* stream);
+const char* launch_down_sm80_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream);
 const char* launch_combine(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream);
 
 }  // namespace dgemma

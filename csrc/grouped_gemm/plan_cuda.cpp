@@ -13,8 +13,10 @@ constexpr int64_t kPairsPerPass = 32768;
 constexpr int64_t kLargestExtent = INT32_MAX;
 constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
 
-// Token tiles that there is code for. 256 is wgmma's largest N.
-constexpr int32_t kTokenTiles[] = {64, 128, 256};
+// Token tiles that there is code for, sm_80 and sm_90. 256 is wgmma's largest N; on sm_80 128
+// tokens take 64 accumulators of a thread.
+constexpr int32_t kTokenTiles80[] = {32, 64, 128};
+constexpr int32_t kTokenTiles90[] = {64, 128, 256};
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,10 +26,26 @@ int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
 
 // Twice the mean number of an expert's tokens, so that an expert with twice its share still reads
 // its weights once.
-int32_t choose_token_tile(int64_t pairs, int64_t experts) {
-  for (const int32_t tile : kTokenTiles)
+int32_t choose_token_tile(CudaPath path, int64_t pairs, int64_t experts) {
+  const auto& tiles = path == CudaPath::kSm90 ? kTokenTiles90 : kTokenTiles80;
+  for (const int32_t tile : tiles)
     if (2 * pairs <= tile * experts) return tile;
-  return kTokenTiles[2];
+  return tiles[2];
+}
+
+// Shared memory of a multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
+int32_t shared_bytes_of_multiprocessor(int32_t compute_capability) {
+  switch (compute_capability) {
+    case 80:
+    case 87:
+      return 164 * 1024;
+    case 90:
+    case 100:
+    case 103:
+      return 228 * 1024;
+    default:
+      return 100 * 1024;
+  }
 }
 
 // At most: every expert that has pairs may have one tile that is not full.
@@ -36,18 +54,10 @@ int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
 }
 
 MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles,
-                      int32_t multiprocessors) {
-  // A block takes almost all of a multiprocessor's shared memory: one fits.
-  const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors);
+                      int64_t most_blocks) {
+  const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
           static_cast<int32_t>(blocks)};
-}
-
-int64_t gate_up_weight_tiles(const dgemma_moe_ffn& op) {
-  return ceil_divide(op.expert_size, kMoeWeightRows / 2);
-}
-int64_t down_weight_tiles(const dgemma_moe_ffn& op) {
-  return ceil_divide(op.hidden_size, kMoeWeightRows);
 }
 
 }  // namespace
@@ -70,16 +80,38 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
   return nullptr;
 }
 
-MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, int32_t multiprocessors) {
+int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability) {
+  const int32_t bytes = moe_stages_80(token_tile) * moe_stage_bytes_80(token_tile) + 1024;
+  return std::max(1, shared_bytes_of_multiprocessor(compute_capability) / bytes);
+}
+
+MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   MoeCudaPlan plan = {};
   plan.tokens_per_pass = tokens_per_pass(op);
+  plan.path = gpu.path;
+  plan.overlap = gpu.compute_capability >= 90;  // griddepcontrol
   const int64_t pairs = plan.tokens_per_pass * op.top_k;
-  plan.token_tile = choose_token_tile(pairs, op.experts);
-  plan.stages = moe_stages(plan.token_tile);
+  plan.token_tile = choose_token_tile(gpu.path, pairs, op.experts);
+  int64_t most_blocks = gpu.multiprocessors;
+  if (gpu.path == CudaPath::kSm90) {
+    // A block takes almost all of a multiprocessor's shared memory: one fits.
+    plan.weight_rows = kMoeWeightRows;
+    plan.threads = kMoeThreads;
+    plan.stages = moe_stages(plan.token_tile);
+    plan.stage_bytes = moe_stage_bytes(plan.token_tile);
+  } else {
+    plan.weight_rows = kMoeWeightRows80;
+    plan.threads = kMoeThreads80;
+    plan.stages = moe_stages_80(plan.token_tile);
+    plan.stage_bytes = moe_stage_bytes_80(plan.token_tile);
+    most_blocks *= moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability);
+  }
 
   const int64_t token_tiles = most_token_tiles(pairs, op.experts, plan.token_tile);
-  plan.gate_up = make_part(gate_up_weight_tiles(op), op.hidden_size, token_tiles, multiprocessors);
-  plan.down = make_part(down_weight_tiles(op), op.expert_size, token_tiles, multiprocessors);
+  const int64_t gate_up_tiles = ceil_divide(op.expert_size, plan.weight_rows / 2);
+  const int64_t down_tiles = ceil_divide(op.hidden_size, plan.weight_rows);
+  plan.gate_up = make_part(gate_up_tiles, op.hidden_size, token_tiles, most_blocks);
+  plan.down = make_part(down_tiles, op.expert_size, token_tiles, most_blocks);
   plan.combine_blocks = static_cast<int32_t>(
       ceil_divide(plan.tokens_per_pass * op.hidden_size / 8, kMoeCombineThreads));
 
@@ -100,10 +132,10 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, int32_t multiprocessors
 
 void print(const MoeCudaPlan& plan, std::ostream& out) {
   const auto part = [&](const char* name, const MoeCudaPart& p) {
-    out << name << ": " << p.blocks << " blocks of " << kMoeThreads << " threads, "
-        << p.weight_tiles << " weight tiles of " << kMoeWeightRows << " rows per expert, "
+    out << name << ": " << p.blocks << " blocks of " << plan.threads << " threads, "
+        << p.weight_tiles << " weight tiles of " << plan.weight_rows << " rows per expert, "
         << p.k_steps << " steps of " << kMoeDepth << ", token tiles of " << plan.token_tile << ", "
-        << plan.stages << " stages of " << moe_stage_bytes(plan.token_tile) << " bytes\n";
+        << plan.stages << " stages of " << plan.stage_bytes << " bytes\n";
   };
   out << "pass: " << plan.tokens_per_pass << " tokens\n";
   part("gate_up", plan.gate_up);

@@ -7,17 +7,24 @@
 #include <cstdint>
 #include <iosfwd>
 
+#include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 
 namespace dgemma {
 
-// Rows of a weight tile: two warpgroups, each the 64 rows that wgmma's M is. For gate and up these
-// are 64 gate rows and the 64 up rows that belong to them.
+// sm_90. Rows of a weight tile: two warpgroups, each the 64 rows that wgmma's M is. For gate and up
+// these are 64 gate rows and the 64 up rows that belong to them.
 constexpr int32_t kMoeWeightRows = 128;
 // Depth of a stage: 64 bfloat16 are 128 bytes, a row of the widest swizzle.
 constexpr int32_t kMoeDepth = 64;
 // Two warpgroups that multiply, and one that loads: a warp for weights, three for token rows.
 constexpr int32_t kMoeThreads = 384;
+
+// sm_80 and what is served like it: four warps, two by two, each with 32 weight rows (two of mma's
+// 16) by a half of the tokens.
+constexpr int32_t kMoeWeightRows80 = 64;
+constexpr int32_t kMoeThreads80 = 128;
+
 // One thread per expert scans their counts: a block has at most 1,024 threads.
 constexpr int32_t kMoeMostExperts = 1024;
 constexpr int32_t kMoeSortThreads = 1024;
@@ -38,6 +45,14 @@ constexpr int32_t moe_stages(int32_t token_tile) {
   return (kMoeSharedLimit - results - 2048) / moe_stage_bytes(token_tile);
 }
 
+// On sm_80: as many stages as let two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or
+// 12.0 (the same table), 1 KB of which each block loses to the system; with the largest token tile
+// one block there, two on 8.0.
+constexpr int32_t moe_stage_bytes_80(int32_t token_tile) {
+  return (kMoeWeightRows80 + token_tile) * kMoeDepth * 2;
+}
+constexpr int32_t moe_stages_80(int32_t token_tile) { return token_tile == 32 ? 4 : 3; }
+
 struct MoeCudaPart {
   int32_t weight_tiles;  // per expert
   int32_t k_steps;       // stages that a unit takes
@@ -46,8 +61,12 @@ struct MoeCudaPart {
 
 struct MoeCudaPlan {
   int64_t tokens_per_pass;
-  int32_t token_tile;  // 64, 128 or 256; a unit multiplies by the next quarter of it
-  int32_t stages;
+  CudaPath path;
+  bool overlap;         // whether a kernel may begin while the one in front of it ends
+  int32_t token_tile;   // 64, 128 or 256; on sm_80 32, 64 or 128
+  int32_t weight_rows;  // of a weight tile
+  int32_t threads;      // of a block that multiplies
+  int32_t stages, stage_bytes;
   MoeCudaPart gate_up, down;
   int32_t combine_blocks;  // of a full pass
 
@@ -62,8 +81,11 @@ struct MoeCudaPlan {
 // take, with what they want ("hidden_size: wants a multiple of 8"). Pointers are not looked at.
 const char* moe_cuda_problem(const dgemma_moe_ffn& op);
 
-// For sizes without a problem, on a GPU with so many multiprocessors.
-MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, int32_t multiprocessors);
+// For sizes without a problem. The workspace is the same for every GPU.
+MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu);
+
+// Blocks of the sm_80 kernels that a multiprocessor holds at once, by its shared memory.
+int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability);
 
 // A line for each kernel and one for the workspace.
 void print(const MoeCudaPlan& plan, std::ostream& out);

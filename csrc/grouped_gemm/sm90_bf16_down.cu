@@ -11,7 +11,7 @@ namespace {
 using namespace moe_sm90;
 
 struct Down {
-  Work work;
+  MoeWork work;
   const bfloat16* activations;  // [pairs, expert_size], in sorted order
   const float* expert_weights;  // [pairs], in the order of the slots
   float* products;              // [pairs, hidden_size], in the order of the slots

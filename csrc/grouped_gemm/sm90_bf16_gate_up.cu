@@ -6,8 +6,8 @@
 // checkpoint's.
 #include "device/launch.h"
 #include "device/ldmatrix.h"
-#include "device/math.h"
 #include "device/shared_memory.h"
+#include "grouped_gemm/gelu.h"
 #include "grouped_gemm/sm90_bf16_pipeline.h"
 
 namespace dgemma {
@@ -16,7 +16,7 @@ namespace {
 using namespace moe_sm90;
 
 struct GateUp {
-  Work work;
+  MoeWork work;
   const bfloat16* input;  // [tokens, hidden_size]
   bfloat16* activations;  // [pairs, expert_size]
   int32_t hidden_size, expert_size, top_k;
@@ -31,13 +31,6 @@ struct Shared {
   Ring<kTokens> ring;
   alignas(1024) bfloat16 result[2][kTokens][kWarpgroupColumns];  // by warpgroup; swizzled
 };
-
-// gelu_tanh(x) = x / 2 (1 + tanh(y)) = x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3).
-DGEMMA_DEVICE float gelu_tanh(float x) {
-  constexpr float kScale = -2.302208198f;  // -2 sqrt(2 / pi) log2(e)
-  const float exponent = kScale * (x + 0.044715f * x * x * x);
-  return x * device::reciprocal_approximate(1.0f + device::exp2_approximate(exponent));
-}
 
 // Where a piece of a token's results lies in the tile.
 DGEMMA_DEVICE char* result_piece(bfloat16 (*tile)[kWarpgroupColumns], uint32_t token,

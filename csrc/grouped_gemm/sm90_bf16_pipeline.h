@@ -18,6 +18,7 @@
 #include "device/warp.h"
 #include "device/wgmma.h"
 #include "grouped_gemm/cuda.h"
+#include "grouped_gemm/work.h"
 
 namespace dgemma::moe_sm90 {
 
@@ -40,19 +41,13 @@ DGEMMA_DEVICE void sync_warpgroup() {
   device::named_barrier_sync(kWarpgroup0 + device::warpgroup_index(), 128);
 }
 
-// The units of a launch.
-struct Work {
-  MoeTables tables;
-  int32_t weight_tiles, k_steps;
-};
-
 // Calls visit(unit) for every unit of this block.
-template <int kTokens, typename Visit>
+template <int kTokens, typename Work, typename Visit>
 DGEMMA_DEVICE void for_each_unit(const Work& work, Visit visit) {
-  const int32_t units = count_units(work.tables, work.weight_tiles);
+  const int32_t units = work.count();
   for (int32_t index = static_cast<int32_t>(blockIdx.x); index < units;
        index += static_cast<int32_t>(gridDim.x))
-    visit(find_unit(work.tables, work.weight_tiles, kTokens, index));
+    visit(work.find(kTokens, index));
 }
 
 template <int kTokens>
@@ -92,11 +87,12 @@ DGEMMA_DEVICE void initialise(Ring<kTokens>& ring) {
 }
 
 // One thread. load(destination, barrier, unit, step) starts the copy of a whole weight tile.
-template <int kTokens, typename Load>
+template <int kTokens, typename Work, typename Load>
 DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load) {
   Position<kTokens> at;
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
+    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+    for (int32_t step = first; step < end; ++step, at.advance()) {
       auto& weights = ring.stage[at.stage].weights;
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof weights);
@@ -108,20 +104,21 @@ DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load
 // Three warps. Brings the rows row_of(position) of a matrix with `width` columns, for the unit's
 // sorted positions. Rows of the tile past the unit's are left as they are: a product's columns do
 // not mix, and those are not stored. Columns past the last are zero, as the weights' are.
-template <int kTokens, typename RowOf>
+template <int kTokens, typename Work, typename RowOf>
 DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const bfloat16* matrix,
                                int32_t width, RowOf row_of) {
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t piece = thread % kPiecesPerRow;
   Position<kTokens> at;
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
     const uint32_t rows = static_cast<uint32_t>(unit.rows);
     device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
     for (uint32_t row = thread; row < rows; row += kGatheringThreads)
       ring.source_row[row] = row_of(unit.first + static_cast<int32_t>(row));
     device::named_barrier_sync(kGathering, kGatheringThreads);
 
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
+    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+    for (int32_t step = first; step < end; ++step, at.advance()) {
       const int32_t column = step * kMoeDepth + static_cast<int32_t>(piece) * 8;
       const bool inside = column < width;
       const bfloat16* from = matrix + (inside ? column : 0);
@@ -177,13 +174,9 @@ DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, Position<kTokens>& at, int32_t 
 
 // Calls consume(integral constant N, unit) for every unit, N being its rows rounded up to a quarter
 // of the token tile: an instruction's N is part of the code.
-template <int kN>
-struct Columns {
-  static constexpr int value = kN;
-};
-template <int kTokens, typename Consume>
+template <int kTokens, typename Work, typename Consume>
 DGEMMA_DEVICE void consume_units(const Work& work, Consume consume) {
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
     if (unit.rows <= kTokens / 4)
       consume(Columns<kTokens / 4>(), unit);
     else if (unit.rows <= kTokens / 2)

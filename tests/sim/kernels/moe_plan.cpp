@@ -9,11 +9,20 @@
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 
+namespace {
+dgemma::Gpu gpu_of(int32_t compute_capability, int32_t multiprocessors) {
+  using dgemma::CudaPath;
+  return {compute_capability == 90 ? CudaPath::kSm90 : CudaPath::kSm80, compute_capability,
+          multiprocessors};
+}
+}  // namespace
+
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
-SIM_ENTRY moe_plan(const dgemma_moe_ffn* op, int32_t multiprocessors, int64_t (&out)[13],
-                   char* text, size_t bytes) {
+SIM_ENTRY moe_plan(const dgemma_moe_ffn* op, int32_t compute_capability, int32_t multiprocessors,
+                   int64_t (&out)[13], char* text, size_t bytes) {
   if (const char* problem = dgemma::moe_cuda_problem(*op)) return problem;
-  const dgemma::MoeCudaPlan plan = dgemma::make_moe_cuda_plan(*op, multiprocessors);
+  const dgemma::MoeCudaPlan plan =
+      dgemma::make_moe_cuda_plan(*op, gpu_of(compute_capability, multiprocessors));
   const int64_t numbers[13] = {plan.tokens_per_pass,
                                plan.token_tile,
                                plan.stages,
@@ -50,12 +59,17 @@ SIM_ENTRY moe_units(const int32_t* first, const int32_t* tiles_before, int32_t e
 }
 
 // Runs a call of one pass and writes the machine's statistics of sort, gate_up, down and combine.
-SIM_ENTRY moe_traffic(const dgemma_moe_ffn* op, uint64_t (&out)[4][6]) {
-  const dgemma::MoeCudaPlan plan = dgemma::make_moe_cuda_plan(*op, 3);
+SIM_ENTRY moe_traffic(const dgemma_moe_ffn* op, int32_t compute_capability, uint64_t (&out)[4][6]) {
+  const dgemma::Gpu gpu = gpu_of(compute_capability, 3);
+  const dgemma::MoeCudaPlan plan = dgemma::make_moe_cuda_plan(*op, gpu);
   const dgemma::MoeCudaPass pass = dgemma::make_moe_cuda_pass(*op, plan, 0);
+  const bool sm90 = gpu.path == dgemma::CudaPath::kSm90;
   int kernel = 0;
-  for (const auto launch : {dgemma::launch_sort_pairs, dgemma::launch_gate_up_sm90_bf16,
-                            dgemma::launch_down_sm90_bf16, dgemma::launch_combine}) {
+  for (const auto launch :
+       {dgemma::launch_sort_pairs,
+        sm90 ? dgemma::launch_gate_up_sm90_bf16 : dgemma::launch_gate_up_sm80_bf16,
+        sm90 ? dgemma::launch_down_sm90_bf16 : dgemma::launch_down_sm80_bf16,
+        dgemma::launch_combine}) {
     if (const char* problem = launch(plan, pass, nullptr)) return problem;
     sim_statistics(out[kernel++]);
   }
