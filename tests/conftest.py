@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from backend import BACKEND, VARIANTS
 from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
 
 # A GPU run of the suite sets this (tools/gpu_check.py); then a missing GPU is an error, not a skip.
@@ -20,8 +21,10 @@ GPU_RUN = os.environ.get("DGEMMA_GPU") == "1"
 def pytest_configure(config: pytest.Config) -> None:
     # Two threads: enough to meet what only several threads do, and the same on every machine.
     torch.set_num_threads(2)
-    if GPU_RUN and not torch.cuda.is_available():
-        raise pytest.UsageError("DGEMMA_GPU=1, but no GPU is visible to torch")
+    if (GPU_RUN or BACKEND == "cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError("a run on the GPU was asked for, but none is visible to torch")
+    if BACKEND == "cuda":
+        torch.set_default_device("cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,9 +45,10 @@ def seeded() -> None:
     torch.manual_seed(20260610)
 
 
-@pytest.fixture(params=_C.cpu_variants())
+@pytest.fixture(params=VARIANTS)
 def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test once for every instruction set that this machine has; gives its name."""
+    """Runs the test once for every instruction set that this machine has, or for the backend under test; its name."""
     name: str = request.param
-    monkeypatch.setenv("DGEMMA_CPU", name)
+    if BACKEND == "cpu":
+        monkeypatch.setenv("DGEMMA_CPU", name)
     return name

@@ -12,12 +12,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from backend import DTYPES
 from bounds import assert_close
 from dgemma_ext import _C
 from dgemma_ext.ops import block_attention, block_attention_plain
 from reference import block_attention as reference
 
-DTYPES = [torch.float32, torch.bfloat16]
 NAN = float("nan")
 SENTINEL = 777.0  # exact in bfloat16
 # Orders of summing in the low-precision result that the element-wise bound is made from; with many elements one matrix

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from backend import DTYPES
 from bounds import assert_close
 from dgemma_ext import _C
 from dgemma_ext.ops import grouped_gemm, grouped_gemm_plain
 from reference import grouped_gemm as reference
 
 NAN = float("nan")
-DTYPES = [torch.float32, torch.bfloat16]
 # A raw op raises one or the other: torch before 2.13 keeps no more of a C++ exception than its words.
 RAW_ERRORS = (RuntimeError, ValueError)
 

@@ -7,24 +7,6 @@
 
 namespace dgemma {
 
-dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cpu* cpu) {
-  if (batch < 0)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "batch: got %" PRId64 ", wants at least 0", batch);
-  if (length < 0)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "length: got %" PRId64 ", wants at least 0", length);
-  if (vocabulary < 1 || vocabulary > INT32_MAX)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "vocabulary: got %" PRId64 ", wants 1 to %d",
-                vocabulary, INT32_MAX);
-  int64_t entries;
-  if (__builtin_mul_overflow(batch, length, &entries) ||
-      __builtin_mul_overflow(entries, vocabulary * 8, &entries))
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT,
-                "batch x length x vocabulary: got %" PRId64 " x %" PRId64 " x %" PRId64
-                ", wants fewer than 2^60",
-                batch, length, vocabulary);
-  return DGEMMA_OK;
-}
-
 dgemma_status check_allowed(const dgemma_allowed& allowed, int64_t batch, int64_t length,
                             int64_t vocabulary, const uint8_t* active, dgemma_cpu* cpu) {
   if (allowed.mask == nullptr) return DGEMMA_OK;

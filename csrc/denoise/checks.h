@@ -3,12 +3,10 @@
 #pragma once
 
 #include "cpu/entry.h"
+#include "denoise/sizes.h"
 #include "dgemma/denoise.h"
 
 namespace dgemma {
-
-// batch and length not negative, vocabulary in [1, 2^31), their products in 64 bits.
-dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cpu* cpu);
 
 // Row indices of active requests in [-1, rows), and no row they name empty.
 dgemma_status check_allowed(const dgemma_allowed& allowed, int64_t batch, int64_t length,

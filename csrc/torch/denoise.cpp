@@ -13,8 +13,12 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// The CPU's statistics need no workspace.
+size_t no_workspace(const dgemma_vocabulary_statistics*) { return 0; }
+
 struct Cpu : OnCpu {
   using OnCpu::OnCpu;
+  static constexpr auto kStatisticsWorkspace = &no_workspace;
   static constexpr auto kStatistics = &dgemma_cpu_vocabulary_statistics;
   static constexpr auto kSample = &dgemma_cpu_sample;
   static constexpr auto kNoise = &dgemma_cpu_noise;
@@ -22,6 +26,17 @@ struct Cpu : OnCpu {
   static constexpr auto kSoftEmbedding = &dgemma_cpu_soft_embedding;
   static constexpr auto kSoftEmbeddingWorkspace = &dgemma_cpu_soft_embedding_workspace;
 };
+
+#if defined(DGEMMA_WITH_CUDA)
+struct Cuda : OnCuda {
+  using OnCuda::OnCuda;
+  static constexpr auto kStatisticsWorkspace = &dgemma_cuda_vocabulary_statistics_workspace;
+  static constexpr auto kStatistics = &dgemma_cuda_vocabulary_statistics;
+  static constexpr auto kSample = &dgemma_cuda_sample;
+  static constexpr auto kNoise = &dgemma_cuda_noise;
+  static constexpr auto kUpdate = &dgemma_cuda_update_canvas;
+};
+#endif
 
 int64_t tiles_of(int64_t vocabulary) {
   return (vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
@@ -98,6 +113,9 @@ void vocabulary_statistics_into(const char* name, const Logits& logits, const Te
   op.row_sum = arguments.out<double>(row_sum, "row_sum", positions);
   op.tile_max = arguments.out<float>(tile_max, "tile_max", tiles);
   op.tile_sum = arguments.out<float>(tile_sum, "tile_sum", tiles);
+  const Tensor workspace = torch::stable::new_empty(
+      row_max, {static_cast<int64_t>(Backend::kStatisticsWorkspace(&op))}, ScalarType::Byte);
+  op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
   Backend(name, row_max).run(Backend::kStatistics, op);
 }
 
@@ -331,6 +349,10 @@ void implement(Library& library) {
   library.impl("sample.out", TORCH_BOX(&sample_out<Backend>));
   library.impl("noise_", TORCH_BOX(&noise<Backend>));
   library.impl("update_canvas_", TORCH_BOX(&update_canvas<Backend>));
+}
+
+template <typename Backend, typename Library>
+void implement_soft(Library& library) {
   library.impl("soft_embedding", TORCH_BOX(&soft_embedding<Backend>));
   library.impl("soft_embedding.out", TORCH_BOX(&soft_embedding_out<Backend>));
 }
@@ -398,4 +420,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
               "float max_embedding_norm, *, Tensor(a!) out, Tensor(b!) workspace) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }
+DGEMMA_REGISTER(dgemma::implement, dgemma::Cpu, dgemma::Cuda)
+STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement_soft<dgemma::Cpu>(library); }

@@ -51,6 +51,13 @@ def build() -> None:
             shutil.copy2(module, package)
 
 
+def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: int = 1) -> None:
+    """Runs pytest with these arguments on the CUDA kernels."""
+    run_on_kernels(
+        ROOT / "tests" / "sim" / "run_tests.py", *arguments, compute_capability=compute_capability, seed=seed
+    )
+
+
 def run_on_kernels(script: Path, *arguments: str, compute_capability: int = 90, seed: int = 1) -> str:
     """Runs a Python script whose operators are the CUDA kernels on the host; gives what it prints."""
     build()
@@ -62,6 +69,7 @@ def run_on_kernels(script: Path, *arguments: str, compute_capability: int = 90, 
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", program, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    environment = {**os.environ, "DGEMMA_TEST_BACKEND": "sim"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout

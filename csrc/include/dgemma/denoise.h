@@ -72,6 +72,8 @@ typedef struct dgemma_vocabulary_statistics {
   double* row_sum; /* [batch, length] */
   float* tile_max; /* [batch, length, tiles] */
   float* tile_sum; /* [batch, length, tiles] */
+  void* workspace; /* on a GPU: 64-byte aligned; the CPU needs none */
+  size_t workspace_bytes;
 } dgemma_vocabulary_statistics;
 
 DGEMMA_API dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
@@ -200,6 +202,21 @@ typedef struct dgemma_soft_embedding {
 DGEMMA_API size_t dgemma_cpu_soft_embedding_workspace(const dgemma_soft_embedding* op);
 DGEMMA_API dgemma_status dgemma_cpu_soft_embedding(const dgemma_soft_embedding* op,
                                                    dgemma_cpu* cpu);
+
+/* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
+ * alone. They take logits aligned to 16 bytes, canvases of at most 4,096 positions, and at most
+ * 2^20 rows (batch x length). Values on the device (temperatures, rows of the allowed,
+ * uniforms, steps) are not checked. Sums in double are made in another order than on the CPU, so a
+ * draw within rounding of a boundary may fall on its other side.
+ */
+DGEMMA_API size_t
+dgemma_cuda_vocabulary_statistics_workspace(const dgemma_vocabulary_statistics* op);
+DGEMMA_API dgemma_status dgemma_cuda_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
+                                                           dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_update_canvas(const dgemma_update_canvas* op,
+                                                   dgemma_cuda* cuda);
 
 #ifdef __cplusplus
 }

@@ -230,6 +230,16 @@ inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint3
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+// Each rounded by itself: volatile, or the compiler would fuse a product and a sum.
+inline float __fmul_rn(float x, float y) {
+  const volatile float product = x * y;
+  return product;
+}
+inline float __fadd_rn(float x, float y) {
+  const volatile float sum = x + y;
+  return sum;
+}
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 template <typename T>

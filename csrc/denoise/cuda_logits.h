@@ -1,0 +1,167 @@
+// How the kernels of this family read a vocabulary tile: a warp has it, every lane four entries
+// that follow one another, so that a row of the logits is read 256 bytes at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "denoise/cuda.h"
+#include "device/bfloat16.h"
+#include "device/warp.h"
+
+namespace dgemma {
+namespace {
+
+constexpr int32_t kTile = DGEMMA_VOCABULARY_TILE;
+constexpr int32_t kLaneEntries = kTile / 32;
+
+// z = outer * tanh(inner * a), or outer * a without a cap. The factors are in two parts: rounding
+// them to fp32 would move every z of a row in the same direction.
+struct LogitScale {
+  float inner, inner_low;
+  float outer, outer_low;
+  bool capped;
+
+  DGEMMA_DEVICE float operator()(float a) const {
+    if (capped) a = tanhf(fmaf(a, inner, a * inner_low));
+    return fmaf(a, outer, a * outer_low);
+  }
+};
+
+DGEMMA_DEVICE LogitScale make_scale(float softcap, float temperature) {
+  LogitScale scale;
+  scale.capped = softcap > 0.0f;
+  const double cap = scale.capped ? static_cast<double>(softcap) : 1.0;
+  const double inner = 1.0 / cap, outer = cap / static_cast<double>(temperature);
+  scale.inner = static_cast<float>(inner);
+  scale.inner_low = static_cast<float>(inner - static_cast<double>(scale.inner));
+  scale.outer = static_cast<float>(outer);
+  scale.outer_low = static_cast<float>(outer - static_cast<double>(scale.outer));
+  return scale;
+}
+
+DGEMMA_DEVICE bool is_active(const uint8_t* active, int64_t request) {
+  return active == nullptr || active[request] != 0;
+}
+
+// The bit row of a position, or null when it may hold every token.
+DGEMMA_DEVICE const uint32_t* allowed_bits(const AllowedTokens& allowed, int32_t vocabulary,
+                                           int64_t position) {
+  if (allowed.mask == nullptr) return nullptr;
+  const int32_t row = allowed.row_index[position];
+  if (row < 0) return nullptr;
+  return allowed.mask + static_cast<int64_t>(row) * ((vocabulary + 31) / 32);
+}
+
+// The lowest token that a row allows; it stands where no logit is a number.
+DGEMMA_DEVICE int32_t lowest_allowed(const uint32_t* bits, int32_t vocabulary) {
+  if (bits != nullptr)
+    for (int32_t word = 0; word < (vocabulary + 31) / 32; ++word)
+      if (bits[word] != 0) return word * 32 + __ffs(static_cast<int>(bits[word])) - 1;
+  return 0;
+}
+
+// Which of a lane's four entries from `first` on exist and are allowed, as four bits. `first` is a
+// multiple of four, so they lie in one word.
+DGEMMA_DEVICE uint32_t usable_entries(const uint32_t* bits, int32_t vocabulary, int32_t first) {
+  const int32_t left = vocabulary - first;
+  if (left <= 0) return 0;
+  const uint32_t there = left >= kLaneEntries ? 0xfu : (1u << left) - 1;
+  return bits == nullptr ? there : there & (bits[first / 32] >> (first % 32));
+}
+
+DGEMMA_DEVICE void read_four(const device::bfloat16* from, float (&raw)[kLaneEntries]) {
+  const uint2 packed = *reinterpret_cast<const uint2*>(from);
+  raw[0] = device::low_to_float(packed.x);
+  raw[1] = device::high_to_float(packed.x);
+  raw[2] = device::low_to_float(packed.y);
+  raw[3] = device::high_to_float(packed.y);
+}
+DGEMMA_DEVICE void read_four(const float* from, float (&raw)[kLaneEntries]) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  raw[0] = four.x, raw[1] = four.y, raw[2] = four.z, raw[3] = four.w;
+}
+DGEMMA_DEVICE float read_one(const device::bfloat16* from) { return device::to_float(*from); }
+DGEMMA_DEVICE float read_one(const float* from) { return *from; }
+
+// A lane's four raw logits; what is not usable is not read. Four can be read at once only where the
+// vocabulary is a multiple of four, or rows would begin in between.
+template <typename T>
+DGEMMA_DEVICE void read_entries(const Logits& logits, int64_t row, int32_t first, uint32_t usable,
+                                float (&raw)[kLaneEntries]) {
+  const T* const from = static_cast<const T*>(logits.raw) + row * logits.vocabulary + first;
+  if (usable == 0xfu && logits.vocabulary % kLaneEntries == 0) return read_four(from, raw);
+#pragma unroll
+  for (int i = 0; i < kLaneEntries; ++i) raw[i] = usable >> i & 1 ? read_one(from + i) : 0.0f;
+}
+
+DGEMMA_DEVICE float warp_max(float value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    value = fmaxf(value, __shfl_xor_sync(device::kAllLanes, value, lanes));
+  return value;
+}
+
+// The same tree in every lane, so the bits do not depend on who asks.
+DGEMMA_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    value += __shfl_xor_sync(device::kAllLanes, value, lanes);
+  return value;
+}
+
+// What is kept of one tile of one row; the same in all lanes.
+struct TileStatistics {
+  float max;      // of z; -infinity where nothing is usable
+  float sum;      // of exp(z - max)
+  float shifted;  // of exp(z - max) (z - max); NaN where a usable logit is not finite
+  float best;     // largest raw logit, NaN apart; -infinity where there is none
+  int32_t index;  // the lowest entry that has it
+};
+
+// All 32 lanes come. `first` is the entry of this lane's first.
+DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kLaneEntries], uint32_t usable,
+                                             int32_t first, const LogitScale& scale) {
+  float z[kLaneEntries], largest = -INFINITY, best = -INFINITY;
+  int32_t index = INT32_MAX;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kLaneEntries; ++i) {
+    z[i] = -INFINITY;
+    if (!(usable >> i & 1)) continue;
+    finite = finite && fabsf(raw[i]) < INFINITY;
+    z[i] = scale(raw[i]);
+    largest = fmaxf(largest, z[i]);
+    if (raw[i] > best) {
+      best = raw[i];
+      index = first + i;
+    }
+  }
+  TileStatistics tile;
+  tile.max = warp_max(largest);
+  tile.best = warp_max(best);
+  tile.index = __reduce_min_sync(device::kAllLanes, best == tile.best ? index : INT32_MAX);
+  float sum = 0.0f, shifted = 0.0f;
+  if (tile.max > -INFINITY) {
+#pragma unroll
+    for (int i = 0; i < kLaneEntries; ++i) {
+      if (!(usable >> i & 1)) continue;
+      const float below = z[i] - tile.max, mass = expf(below);
+      sum += mass;
+      // Far below, mass is zero and below may be large; their product is zero.
+      if (mass > 0.0f) shifted = fmaf(mass, below, shifted);
+    }
+  }
+  tile.sum = warp_sum(sum);
+  tile.shifted = warp_sum(shifted);
+  if (__any_sync(device::kAllLanes, !finite)) tile.shifted = NAN;
+  return tile;
+}
+
+// The mass of a tile as the row's sum and the sampling count it.
+DGEMMA_DEVICE double tile_mass(float tile_max, float tile_sum, float row_max) {
+  return tile_sum > 0.0f ? static_cast<double>(tile_sum) * expf(tile_max - row_max) : 0.0;
+}
+
+}  // namespace
+}  // namespace dgemma

@@ -1,0 +1,32 @@
+"""Which implementation of the operators a run of the suite tests.
+
+DGEMMA_TEST_BACKEND in the environment: "cpu", the default; "sim", the CUDA kernels on the host (test_sim_operators.py
+starts such runs); "cuda", the kernels on a GPU (`make gpu-check`), where tensors are made on the GPU unless a test says
+otherwise. The tests of an operator are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dgemma_ext import _C
+
+BACKEND = os.environ.get("DGEMMA_TEST_BACKEND", "cpu")
+# No kernel for a GPU takes float32.
+DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat16]
+# The instruction sets of this machine; of the other backends there is one form.
+VARIANTS = _C.cpu_variants() if BACKEND == "cpu" else [BACKEND]
+# And the form in plain torch, which stands for none of the kernels.
+FORMS = [*VARIANTS, "plain"] if BACKEND == "cpu" else VARIANTS
+
+# For tests of what only the CPU does: it looks at values before it computes, and takes any size and type.
+cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's operators alone")
+
+
+def skip_if_on_device(what: str, of_values: set[str]) -> None:
+    """Skips a case of bad input that only a look at values finds: a GPU's are out of the host's sight."""
+    if BACKEND != "cpu" and what in of_values:
+        pytest.skip("values on the device are not looked at")

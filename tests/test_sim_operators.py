@@ -1,0 +1,25 @@
+"""The operators' own tests, run once more with every operator on the CUDA kernels, on the host.
+
+Each run plays another GPU and draws the order of threads, copies and products from another seed. What a run of the
+tests looks at is said in tests/backend.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sim.build import SUPPORTED
+from sim.extension import run_tests_on_kernels
+
+TESTS = [
+    "test_denoise_statistics.py",
+    "test_denoise_sampling.py",
+    "test_denoise_update.py",
+]
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
+
+
+@pytest.mark.parametrize(("compute_capability", "seed"), [(80, 1), (90, 2), (120, 3)])
+def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
+    run_tests_on_kernels(*(f"tests/{name}" for name in TESTS), compute_capability=compute_capability, seed=seed)
