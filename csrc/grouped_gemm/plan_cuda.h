@@ -24,6 +24,9 @@ constexpr int32_t kMoeThreads = 384;
 // 16) by a half of the tokens.
 constexpr int32_t kMoeWeightRows80 = 64;
 constexpr int32_t kMoeThreads80 = 128;
+// Blocks that registers must leave room for on a multiprocessor: 65,536 for three of 128 threads
+// are 168 each. Left to itself, ptxas aims at more blocks than shared memory admits, and spills.
+constexpr int32_t moe_least_blocks_80(int32_t token_tile) { return token_tile == 128 ? 2 : 3; }
 
 // One thread per expert scans their counts: a block has at most 1,024 threads.
 constexpr int32_t kMoeMostExperts = 1024;

@@ -10,18 +10,17 @@ namespace {
 using namespace moe_sm80;
 
 struct Rows {
-  const bfloat16* any;    // [pairs, expert_size], in sorted order: the activations
-  const bfloat16* downs;  // [experts, hidden_size, expert_size]
-  int32_t width;          // expert_size
+  const bfloat16* weights;  // [experts, hidden_size, expert_size]
+  const bfloat16* tokens;   // [pairs, expert_size], in sorted order: the activations
+  int32_t width;            // expert_size
   int32_t hidden_size;
 
-  DGEMMA_DEVICE const bfloat16* weight(const MoeUnit& unit, int32_t row) const {
+  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
     const int32_t at = unit.weight_tile * kMoeWeightRows80 + row;
-    if (at >= hidden_size) return nullptr;
-    return downs + (static_cast<int64_t>(unit.expert) * hidden_size + at) * width;
+    return at < hidden_size ? unit.expert * hidden_size + at : -1;
   }
-  DGEMMA_DEVICE const bfloat16* token(const MoeUnit& unit, int32_t row) const {
-    return any + static_cast<int64_t>(unit.first + row) * width;
+  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
+    return unit.first + row;
   }
 };
 
@@ -75,7 +74,7 @@ DGEMMA_DEVICE void store(const Down& p, const MoeUnit& unit, const Sum<kColumns>
 }
 
 template <int kTokens>
-__global__ void __launch_bounds__(kMoeThreads80)
+__global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
     down(const MoeWork work, const Rows rows, const Down p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(kMoeThreads80)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   const MoeWork work = {pass.tables, plan.down.weight_tiles, plan.down.k_steps};
-  const Rows rows = {pass.activations, pass.down, pass.expert_size, pass.hidden_size};
+  const Rows rows = {pass.down, pass.activations, pass.expert_size, pass.hidden_size};
   const Down p = {pass.expert_weights, pass.products, pass.hidden_size};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads80,

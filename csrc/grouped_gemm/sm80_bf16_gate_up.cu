@@ -15,20 +15,19 @@ using namespace moe_sm80;
 constexpr int32_t kResults = kMoeWeightRows80 / 2;  // of h, per weight tile
 
 struct Rows {
-  const bfloat16* any;    // [tokens, hidden_size]: the input, and an address that may be read
-  const bfloat16* gates;  // [experts, 2 * expert_size, hidden_size]
-  int32_t width;          // hidden_size
+  const bfloat16* weights;  // [experts, 2 * expert_size, hidden_size]
+  const bfloat16* tokens;   // [tokens, hidden_size]
+  int32_t width;            // hidden_size
   int32_t expert_size, top_k;
   const int32_t* pair;
 
-  DGEMMA_DEVICE const bfloat16* weight(const MoeUnit& unit, int32_t row) const {
+  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
     const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
-    if (result >= expert_size) return nullptr;
-    const int64_t up = row % 16 / 8;
-    return gates + ((2 * unit.expert + up) * expert_size + result) * width;
+    const int32_t up = row % 16 / 8;
+    return result < expert_size ? (2 * unit.expert + up) * expert_size + result : -1;
   }
-  DGEMMA_DEVICE const bfloat16* token(const MoeUnit& unit, int32_t row) const {
-    return any + static_cast<int64_t>(pair[unit.first + row] / top_k) * width;
+  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
+    return pair[unit.first + row] / top_k;
   }
 };
 
@@ -52,7 +51,7 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const MoeUnit& unit, int32_t 
 }
 
 template <int kTokens>
-__global__ void __launch_bounds__(kMoeThreads80)
+__global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
     gate_up(const MoeWork work, const Rows rows, bfloat16* activations) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kMoeThreads80)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   const MoeWork work = {pass.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
-  const Rows rows = {pass.input,       pass.gate_up, pass.hidden_size,
-                     pass.expert_size, pass.top_k,   pass.tables.pair};
+  const Rows rows = {pass.gate_up,     pass.input, pass.hidden_size,
+                     pass.expert_size, pass.top_k, pass.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),

@@ -6,8 +6,9 @@
 // deep. Blocks are persistent: block b takes the units b, b + gridDim.x, ..., and the copies run
 // ahead from one unit into the next, so that the ring never drains.
 //
-// A kernel says what its units are (Work: count, find, first_step, steps) and where their rows lie
-// (Rows: width, weight(unit, row), token(unit, row); null where there is none).
+// A kernel says what its units are (Work: count, find, first_step, steps) and which rows they take
+// of two matrices of one width (Rows: weights, tokens, width, weight_row(unit, row) or -1 where
+// there is none, token_row(unit, row)).
 #pragma once
 
 #include "device/cp_async.h"
@@ -62,8 +63,8 @@ struct Loader {
   int32_t index;           // of the unit
   int32_t step, end_step;  // of the unit
   int32_t stage = 0;
-  const bfloat16* weight[kMoeWeightRows80 / kRowsAtOnce];
-  const bfloat16* token[kTokens / kRowsAtOnce];
+  int32_t weight_row[kMoeWeightRows80 / kRowsAtOnce];  // -1: none
+  int32_t token_row[kTokens / kRowsAtOnce];
 
   DGEMMA_DEVICE Loader(Ring<kTokens>& ring, const Work& work, const Rows& rows)
       : ring(ring), work(work), rows(rows), index(static_cast<int32_t>(blockIdx.x)) {
@@ -78,11 +79,11 @@ struct Loader {
     end_step = step + work.steps(unit);
 #pragma unroll
     for (int i = 0; i < kMoeWeightRows80 / kRowsAtOnce; ++i)
-      weight[i] = rows.weight(unit, row + i * kRowsAtOnce);
+      weight_row[i] = rows.weight_row(unit, row + i * kRowsAtOnce);
 #pragma unroll
     for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
       const int32_t at = row + i * kRowsAtOnce;
-      token[i] = at < unit.rows ? rows.token(unit, at) : nullptr;
+      token_row[i] = at < unit.rows ? rows.token_row(unit, at) : -1;
     }
   }
 
@@ -98,15 +99,18 @@ struct Loader {
       auto& to = ring.stage[stage];
 #pragma unroll
       for (int i = 0; i < kMoeWeightRows80 / kRowsAtOnce; ++i) {
-        const bool there = inside && weight[i] != nullptr;
+        const bool there = inside && weight_row[i] >= 0;
+        const int64_t from = static_cast<int64_t>(weight_row[i]) * rows.width + column;
         device::cp_async_16(piece_of(to.weights, row + i * kRowsAtOnce, piece),
-                            there ? weight[i] + column : rows.any, there ? 16 : 0);
+                            rows.weights + (there ? from : 0), there ? 16 : 0);
       }
 #pragma unroll
-      for (int i = 0; i < kTokens / kRowsAtOnce; ++i)
-        if (token[i] != nullptr)
-          device::cp_async_16(piece_of(to.tokens, row + i * kRowsAtOnce, piece),
-                              inside ? token[i] + column : rows.any, inside ? 16 : 0);
+      for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
+        if (token_row[i] < 0) continue;
+        const int64_t from = static_cast<int64_t>(token_row[i]) * rows.width + column;
+        device::cp_async_16(piece_of(to.tokens, row + i * kRowsAtOnce, piece),
+                            rows.tokens + (inside ? from : 0), inside ? 16 : 0);
+      }
       stage = stage + 1 < Ring<kTokens>::kStages ? stage + 1 : 0;
       if (++step == end_step) {
         index += static_cast<int32_t>(gridDim.x);
