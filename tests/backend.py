@@ -24,6 +24,8 @@ FORMS = [*VARIANTS, "plain"] if BACKEND == "cpu" else VARIANTS
 
 # For tests of what only the CPU does: it looks at values before it computes, and takes any size and type.
 cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's operators alone")
+# For tests of many repetitions, which the test bed would take minutes for.
+not_on_test_bed = pytest.mark.skipif(BACKEND == "sim", reason="too long on the test bed; run on the CPU and on a GPU")
 
 
 def skip_if_on_device(what: str, of_values: set[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backend import skip_if_on_device
+from backend import not_on_test_bed, skip_if_on_device
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, masses, use
 from dgemma_ext import _C
 from dgemma_ext.ops import denoise, denoise_plain
@@ -139,6 +139,7 @@ def chi_square_score(counts: Tensor, expected: Tensor) -> float:
     return ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
 
 
+@not_on_test_bed
 @pytest.mark.parametrize("form", FORMS)
 def test_the_distribution_is_softmax(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """204,800 draws over requests, positions and steps. A deviate of 3.72 is p = 1e-4."""

@@ -1,6 +1,8 @@
 // Accept, renoise, stop: one block has a request. Acceptance needs no sort: the entropies that come
 // before a position are counted, which gives its place in the order, and one thread then adds them
 // up in that order, in double as the CPU does, so both decide alike.
+#include <algorithm>
+
 #include "denoise/cuda.h"
 #include "denoise/cuda_noise.h"
 #include "device/launch.h"
@@ -10,8 +12,8 @@
 namespace dgemma {
 namespace {
 
-// 32 warps: a position's renoising takes a warp.
-constexpr int32_t kThreads = 1024;
+// A position's renoising takes a warp: 32 of them where the canvas is long enough.
+constexpr int32_t kMostThreads = 1024;
 
 struct Update {
   int32_t length, vocabulary;
@@ -67,18 +69,19 @@ DGEMMA_DEVICE float scheduled_temperature(double t_min, double t_max, int32_t re
   return __fadd_rn(static_cast<float>(t_min), rise);
 }
 
-__global__ void __launch_bounds__(kThreads) update_canvas_kernel(const Update p) {
+__global__ void __launch_bounds__(kMostThreads) update_canvas_kernel(const Update p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   Shared& shared = device::shared_memory<Shared>();
   const int64_t request = blockIdx.x, first = request * p.length;
   if (p.active[request] == 0) return;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t threads = static_cast<int32_t>(blockDim.x);
 
   bool finite = true;
   if (thread == 0) shared.free_positions = 0;
   __syncthreads();
-  for (int32_t i = thread; i < p.length; i += kThreads) {
+  for (int32_t i = thread; i < p.length; i += threads) {
     const bool pinned = p.pinned != nullptr && p.pinned[first + i] != 0;
     const float entropy = pinned ? INFINITY : p.entropy[first + i];
     finite = finite && (pinned || fabsf(entropy) < INFINITY);
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) update_canvas_kernel(const Update p)
     if (!pinned) atomicAdd(&shared.free_positions, 1);
   }
   if (__syncthreads_or(!finite)) {
-    for (int32_t i = thread; i < p.length; i += kThreads) p.accepted[first + i] = 0;
+    for (int32_t i = thread; i < p.length; i += threads) p.accepted[first + i] = 0;
     if (thread == 0) {
       p.mean_entropy[request] = NAN;
       p.status[request] = DGEMMA_CANVAS_NON_FINITE;
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) update_canvas_kernel(const Update p)
   }
 
   // Places in (entropy, index) order. A canvas of 256 has a thread for every position here.
-  for (int32_t i = thread; i < p.length; i += kThreads) {
+  for (int32_t i = thread; i < p.length; i += threads) {
     const float mine = shared.entropy[i];
     if (!(mine < INFINITY)) continue;
     int32_t place = 0;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) update_canvas_kernel(const Update p)
   // taken, or equal to it and early enough among its equals.
   const int32_t accepted = shared.accepted;
   bool unchanged = true;
-  for (int32_t i = static_cast<int32_t>(device::warp_index()); i < p.length; i += kThreads / 32) {
+  for (int32_t i = static_cast<int32_t>(device::warp_index()); i < p.length; i += threads / 32) {
     const int64_t at = first + i;
     const float mine = shared.entropy[i];
     const bool pinned = !(mine < INFINITY);
@@ -190,8 +193,9 @@ const char* launch_update_canvas(const dgemma_update_canvas& op, void* stream) {
                     op.accepted,
                     op.mean_entropy,
                     op.status};
+  const int64_t threads = std::clamp<int64_t>(32 * op.length, 64, kMostThreads);
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.batch)),
-                                     .threads = kThreads,
+                                     .threads = static_cast<uint32_t>(threads),
                                      .shared_bytes = sizeof(Shared),
                                      .overlaps_previous_kernel = true};
   return device::launch(shape, stream, update_canvas_kernel, p);
