@@ -223,7 +223,8 @@ def test_ids_out_of_range_are_skipped() -> None:
 @pytest.mark.parametrize("capability", PATHS)
 def test_weights_are_read_once(capability: int) -> None:
     """Once for every expert that is hit, on Hopper by the copy engine; token rows once per weight tile."""
-    hidden_size, expert_size = 256, 192
+    # On sm_80 with tails, of which nothing is read; the copy engine counts whole tiles.
+    hidden_size, expert_size = (256, 192) if capability == 90 else (264, 200)
     made = make_case(40, hidden_size, expert_size, 16, 2, dtype=torch.bfloat16, routing="holes")
     pairs = int((made.expert_ids >= 0).sum())
     hit = len(made.expert_ids[made.expert_ids >= 0].unique())
@@ -234,7 +235,7 @@ def test_weights_are_read_once(capability: int) -> None:
     _, gate_up, down, _ = [(row[2], row[4]) for row in statistics]
     tile = 128 if capability == 90 else 64
     weights = (2 * hit * 2 * expert_size * hidden_size, 2 * hit * hidden_size * expert_size)
-    rows = (2 * pairs * hidden_size * 2 * expert_size // tile, 2 * pairs * expert_size * hidden_size // tile)
+    rows = (2 * pairs * hidden_size * -(-2 * expert_size // tile), 2 * pairs * expert_size * -(-hidden_size // tile))
     if capability == 90:
         assert (gate_up, down) == tuple(zip(weights, rows, strict=True))
     else:

@@ -129,7 +129,7 @@ CASES = [
     (5, 264, 72),  # tails of everything
     (3, 8, 8),  # the smallest sizes
     (16, 2816, 128),  # the model's depth, eleven segments
-    (33, 1024, 136),
+    (33, 1160, 136),  # segments of four and five steps
     (65, 512, 192),
     (200, 320, 64),  # a token tile of 128 and one that is not full
     (100, 640, 200),

@@ -159,9 +159,11 @@ def test_router_is_right(case: tuple[int, int, int, int], capability: int) -> No
         assert torch.equal(weights, first[1])
 
 
-def test_router_is_the_layers() -> None:
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**-10], ids=["unit", "near epsilon"])
+def test_router_is_the_layers(magnitude: float) -> None:
     """transformers' order of operations, as layers.py has it in torch."""
     made = make_case(48, 2816, 128, 8)
+    made.input = behind(made.input * magnitude)
     weights = SimpleNamespace(
         router_scale=made.scale, router_proj=made.projection, router_per_expert_scale=made.per_expert_scale
     )

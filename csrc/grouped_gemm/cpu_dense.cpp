@@ -1,0 +1,76 @@
+// The C entry points of the dense projection on the CPU: argument checks and what each task is.
+#include "grouped_gemm/cpu_dense.h"
+
+#include <cinttypes>
+
+#include "cpu/dispatch.h"
+#include "cpu/entry.h"
+
+namespace dgemma {
+namespace {
+
+// No single extent may be larger, so that products of two are exact.
+constexpr int64_t kLargestExtent = INT32_MAX;
+
+dgemma_status check(const dgemma_dense& op, dgemma_cpu* cpu) {
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } extents[] = {{"rows", op.rows, 0},
+                 {"in_features", op.in_features, 1},
+                 {"out_features", op.out_features, 1}};
+  for (const auto& [name, value, least] : extents)
+    if (value < least || value > kLargestExtent)
+      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                  "%s: got %" PRId64 ", wants %" PRId64 " to %" PRId64, name, value, least,
+                  kLargestExtent);
+  if (op.dtype != DGEMMA_FLOAT32 && op.dtype != DGEMMA_BFLOAT16)
+    return fail(cpu, DGEMMA_UNSUPPORTED, "dtype: got %d, wants %d (float32) or %d (bfloat16)",
+                static_cast<int>(op.dtype), DGEMMA_FLOAT32, DGEMMA_BFLOAT16);
+  if (op.rows == 0) return DGEMMA_OK;
+  const struct {
+    const char* name;
+    const void* pointer;
+  } pointers[] = {{"input", op.input}, {"weight", op.weight}, {"output", op.output}};
+  for (const auto& [name, pointer] : pointers)
+    if (pointer == nullptr)
+      return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got NULL, wants a pointer", name);
+  return DGEMMA_OK;
+}
+
+DenseTask task_of(dgemma_cpu_variant variant, dgemma_dtype dtype) {
+  switch (variant) {
+#if defined(__x86_64__)
+    case DGEMMA_CPU_AVX2:
+      return kDenseTasksAvx2[dtype];
+    case DGEMMA_CPU_AVX512:
+      return kDenseTasksAvx512[dtype];
+    case DGEMMA_CPU_AVX512_BF16:
+      return kDenseTasksAvx512Bf16[dtype];
+#endif
+    default:
+      return kDenseTasksScalar[dtype];
+  }
+}
+
+}  // namespace
+}  // namespace dgemma
+
+size_t dgemma_cpu_dense_workspace(const dgemma_dense* /*op*/) { return 0; }
+
+dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cpu) {
+  using namespace dgemma;
+  dgemma_status status = check(*op, cpu);
+  if (status != DGEMMA_OK) return status;
+  dgemma_cpu_variant variant;
+  status = resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK || op->rows == 0) return status;
+
+  const DenseTask task = task_of(variant, op->dtype);
+  const int64_t tasks = (op->out_features + kDenseRowsPerTask - 1) / kDenseRowsPerTask;
+  run_tasks(cpu, tasks, [&](int64_t index) {
+    const int64_t first = index * kDenseRowsPerTask, end = first + kDenseRowsPerTask;
+    task(*op, first, end < op->out_features ? end : op->out_features);
+  });
+  return DGEMMA_OK;
+}
