@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backend import BACKEND
 from bounds import assert_close
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, bits, make_case, masses, use
 from dgemma_ext.ops import denoise, denoise_plain
@@ -49,20 +50,28 @@ def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
     return denoise_plain.soft_embedding(*case.reading.values(), nothing[0], row_sum, *nothing[1:], **how)
 
 
-def peaked(dtype: torch.dtype, vocabulary: int = 4096, gap: float = 25.0, **changes: Any) -> Case:
-    """Every row nearly certain of one token, with two more that matter."""
+def peaked(
+    dtype: torch.dtype, vocabulary: int = 4096, gap: float = 25.0, among: int | None = None, **changes: Any
+) -> Case:
+    """Every row nearly certain of one token, with two more that matter; all of them below `among`."""
     case = make_case(dtype, vocabulary=vocabulary, **changes)
     batch, length, _ = case.logits.shape
-    tokens = torch.randint(0, vocabulary, (batch, length, 3))
+    tokens = torch.randint(0, among or vocabulary, (batch, length, 3))
     case.logits.scatter_(-1, tokens, (gap + torch.tensor([4.0, 3.0, 2.5])).expand(tokens.shape).to(dtype))
     return case
+
+
+# The last takes three blocks of the CPU's probabilities (csrc/denoise/cpu.h), so both buffers are used again. On a GPU
+# the hidden size is a multiple of eight.
+SIZES = [(257, 96), (1000, 64), (4096, 33), (5001, 130), (20001, 40)]
+if BACKEND != "cpu":
+    SIZES = [(vocabulary, hidden // 8 * 8) for vocabulary, hidden in SIZES]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-# The last takes three blocks of probabilities (csrc/denoise/cpu.h), so both buffers are used again.
-@pytest.mark.parametrize(("vocabulary", "hidden"), [(257, 96), (1000, 64), (4096, 33), (5001, 130), (20001, 40)])
+@pytest.mark.parametrize(("vocabulary", "hidden"), SIZES)
 def test_dense(
     vocabulary: int, hidden: int, masked: bool, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,11 +100,16 @@ def test_sparse_or_dense_within_the_tolerance(
 
 
 def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
-    """The embedding of every token but three per row is NaN: a peaked row must not touch it, a dense one must."""
-    case = peaked(torch.bfloat16, spread=1.0)
+    """The embedding of every token but three per row is NaN: a peaked row must not touch it, a dense one must.
+
+    On a GPU whole tiles are left out, so it is that of every tile without such a token.
+    """
+    case = peaked(torch.bfloat16, spread=1.0, among=None if BACKEND == "cpu" else 500)
     how = {**make_embedding(case), "tolerance": TOLERANCE}
     z = case.logits.float()
     wanted = torch.zeros(4096, dtype=torch.bool).scatter(0, z.topk(3).indices.flatten(), True)
+    if BACKEND != "cpu":
+        wanted = wanted.view(-1, reference.TILE).any(dim=1).repeat_interleave(reference.TILE)
     read = how["embedding"]
     how["embedding"] = torch.where(wanted[:, None], read, NAN).to(torch.bfloat16)
     arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
@@ -108,18 +122,20 @@ def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
 
 def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
     """The three tokens that carry the mass have embeddings that cancel: what is left out would show."""
-    case = peaked(torch.float32)
+    case = peaked(DTYPES[0])
     how = {**make_embedding(case), "tolerance": TOLERANCE}
     tokens = case.logits.topk(3).indices
     how["embedding"][tokens.flatten()] = 0.0
     wanted = exact(case, how)
     arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
     result = denoise.soft_embedding(**arguments, **how)
-    assert bool(((result.double() - wanted).norm(dim=-1) <= TOLERANCE * wanted.norm(dim=-1)).all())
+    rounding = 0.0 if DTYPES[0] == torch.float32 else 2.0**-8
+    assert bool(((result.double() - wanted).norm(dim=-1) <= (TOLERANCE + rounding) * wanted.norm(dim=-1)).all())
     # The test would see it: without the bound (an embedding said to have norm 0) these rows come out as nothing.
     unchecked = denoise.soft_embedding(**arguments, **{**how, "max_embedding_norm": 0.0})
     lost = unchecked.double().norm(dim=-1) < 0.5 * wanted.norm(dim=-1)
-    assert int(lost.sum()) > 0.5 * lost.numel()
+    # Fewer where whole tiles are left out: one that holds such a token of another row is read for all.
+    assert int(lost.sum()) > (0.5 if BACKEND == "cpu" else 0.25) * lost.numel()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -152,7 +168,9 @@ def test_pinned_inactive_and_not_finite(tolerance: float, form: str, monkeypatch
     if form == "plain":
         module.soft_embedding_out(**arguments, out=out, workspace=None)
     else:
-        workspace = torch.full((denoise.soft_embedding_workspace(3, 4, 96),), 255, dtype=torch.uint8)
+        workspace = torch.full(
+            (denoise.soft_embedding_workspace(*case.logits.shape, 96, case.logits.device),), 255, dtype=torch.uint8
+        )
         assert module.soft_embedding(**arguments, out=out, workspace=workspace) is out
     assert bool((out[1] == 77).all())
     assert bool((out[0, 2] == 0).all())
@@ -171,7 +189,7 @@ def test_bits_do_not_depend_on_batch_or_threads(tolerance: float, dtype: torch.d
     """13 rows a request: alone and together they fall into different register tiles; half are done sparsely."""
     case = make_case(dtype, batch=3, length=13, vocabulary=5001)
     case.logits[:, ::2, 4000] = 60.0
-    how = {**make_embedding(case, 130), "tolerance": tolerance}
+    how = {**make_embedding(case, 136), "tolerance": tolerance}
     given = masses(denoise.vocabulary_statistics(**case.reading))
     whole = denoise.soft_embedding(**case.reading, **given, **how)
     torch.set_num_threads(1)
@@ -229,7 +247,7 @@ def test_bad_out_and_workspace() -> None:
     out = torch.zeros(2, 3, 96, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"^out: got .*wants"):
         denoise.soft_embedding(**good, out=out.float())
-    small = torch.zeros(denoise.soft_embedding_workspace(2, 3, 96) - 1, dtype=torch.uint8)
+    small = torch.zeros(denoise.soft_embedding_workspace(*good["logits"].shape, 96, out.device) - 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"^workspace: got .*wants"):
         denoise.soft_embedding(**good, out=out, workspace=small)
 
@@ -239,6 +257,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
     given = {
         "out": torch.zeros(2, 3, 96, dtype=torch.bfloat16),
-        "workspace": torch.zeros(denoise.soft_embedding_workspace(2, 3, 96), dtype=torch.uint8),
+        "workspace": torch.zeros(
+            denoise.soft_embedding_workspace(*arguments[0].shape, 96, arguments[0].device), dtype=torch.uint8
+        ),
     }
     torch.library.opcheck(torch.ops.dgemma.soft_embedding.out, arguments, given)

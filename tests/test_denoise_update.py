@@ -156,7 +156,7 @@ def test_acceptance_is_that_of_transformers(form: str) -> None:
 @pytest.mark.parametrize("form", UPDATES)
 @pytest.mark.parametrize("threshold", [0, 1, 2, 3])
 def test_stopping_is_that_of_transformers(threshold: int, form: str) -> None:
-    """Hundreds of requests over 12 steps; drafts of two tokens out of two repeat often, entropies lie around the threshold."""
+    """Requests over 12 steps; drafts of two tokens out of two repeat often, entropies lie around the threshold."""
     batch, length, vocabulary, steps = 600 if BACKEND != "sim" else 60, 2, 3, 12
     criteria = StableAndConfidentStoppingCriteria(threshold, 0.005)
     arguments = make_arguments(batch, length, vocabulary)

@@ -18,7 +18,7 @@ DIFFERENT_AT_MOST = 1
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
 
-@pytest.mark.parametrize("compute_capability", [90])
+@pytest.mark.parametrize("compute_capability", [80, 90])
 def test_a_bundled_model_solves_puzzles_on_the_kernels(compute_capability: int) -> None:
     script = Path(__file__).parent / "solve_puzzles.py"
     printed = run_on_kernels(script, "6", str(PUZZLES), compute_capability=compute_capability)

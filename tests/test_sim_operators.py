@@ -15,6 +15,7 @@ TESTS = [
     "test_denoise_statistics.py",
     "test_denoise_sampling.py",
     "test_denoise_update.py",
+    "test_denoise_soft_embedding.py",
 ]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")

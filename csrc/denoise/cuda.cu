@@ -49,8 +49,11 @@ dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda) 
     return fail(cuda, DGEMMA_INVALID_ARGUMENT,
                 "softcap: got %g, wants 0 (none) or a positive number", logits.softcap);
   if (logits.batch == 0 || logits.length == 0) return DGEMMA_OK;
-  status = check_pointers(
-      {{"logits", logits.raw, 16}, {"temperature", logits.temperature, alignof(float)}}, cuda);
+  // Rows of a multiple of four are read four values at a time.
+  const size_t value = logits.dtype == DGEMMA_BFLOAT16 ? 2 : 4;
+  status = check_pointers({{"logits", logits.raw, logits.vocabulary % 4 == 0 ? 4 * value : value},
+                           {"temperature", logits.temperature, alignof(float)}},
+                          cuda);
   return status != DGEMMA_OK ? status : check_allowed(logits.allowed, cuda);
 }
 

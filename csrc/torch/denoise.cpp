@@ -35,6 +35,8 @@ struct Cuda : OnCuda {
   static constexpr auto kSample = &dgemma_cuda_sample;
   static constexpr auto kNoise = &dgemma_cuda_noise;
   static constexpr auto kUpdate = &dgemma_cuda_update_canvas;
+  static constexpr auto kSoftEmbedding = &dgemma_cuda_soft_embedding;
+  static constexpr auto kSoftEmbeddingWorkspace = &dgemma_cuda_soft_embedding_workspace;
 };
 #endif
 
@@ -349,10 +351,6 @@ void implement(Library& library) {
   library.impl("sample.out", TORCH_BOX(&sample_out<Backend>));
   library.impl("noise_", TORCH_BOX(&noise<Backend>));
   library.impl("update_canvas_", TORCH_BOX(&update_canvas<Backend>));
-}
-
-template <typename Backend, typename Library>
-void implement_soft(Library& library) {
   library.impl("soft_embedding", TORCH_BOX(&soft_embedding<Backend>));
   library.impl("soft_embedding.out", TORCH_BOX(&soft_embedding_out<Backend>));
 }
@@ -362,14 +360,19 @@ void implement_soft(Library& library) {
 void bind_denoise(pybind11::module_& module) {
   module.def(
       "soft_embedding_workspace",
-      [](int64_t batch, int64_t length, int64_t hidden_size) {
+      [](int64_t batch, int64_t length, int64_t vocabulary, int64_t hidden_size, bool cuda) {
         dgemma_soft_embedding op = {};
+        op.logits.dtype = DGEMMA_BFLOAT16;
         op.logits.batch = batch;
         op.logits.length = length;
+        op.logits.vocabulary = vocabulary;
         op.hidden_size = hidden_size;
-        return dgemma_cpu_soft_embedding_workspace(&op);
+#if defined(DGEMMA_WITH_CUDA)
+        if (served_by_cuda(cuda)) return dgemma_cuda_soft_embedding_workspace(&op);
+#endif
+        return cuda ? 0 : dgemma_cpu_soft_embedding_workspace(&op);
       },
-      "Bytes of workspace that the soft embedding of these sizes needs on the CPU.");
+      "Bytes of workspace that the soft embedding of these sizes needs on the CPU or on a GPU.");
   module.def(
       "philox4x32_10",
       [](uint32_t counter0, uint32_t counter1, uint32_t counter2, uint32_t counter3, uint32_t key0,
@@ -421,4 +424,3 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
 }
 
 DGEMMA_REGISTER(dgemma::implement, dgemma::Cpu, dgemma::Cuda)
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement_soft<dgemma::Cpu>(library); }

@@ -204,7 +204,7 @@ DGEMMA_API dgemma_status dgemma_cpu_soft_embedding(const dgemma_soft_embedding* 
                                                    dgemma_cpu* cpu);
 
 /* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
- * alone. They take logits aligned to 16 bytes, canvases of at most 4,096 positions, and at most
+ * alone. They take canvases of at most 4,096 positions, and at most
  * 2^20 rows (batch x length). Values on the device (temperatures, rows of the allowed,
  * uniforms, steps) are not checked. Sums in double are made in another order than on the CPU, so a
  * draw within rounding of a boundary may fall on its other side.
@@ -217,6 +217,13 @@ DGEMMA_API dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda
 DGEMMA_API dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_update_canvas(const dgemma_update_canvas* op,
                                                    dgemma_cuda* cuda);
+/* bfloat16 alone, hidden_size a multiple of 8, embedding and output aligned to 16 bytes. Whole
+ * vocabulary tiles are left out, where no row of a request needs them; a row that fails the check
+ * has its whole request done densely. The workspace holds the probabilities: as much as the logits.
+ */
+DGEMMA_API size_t dgemma_cuda_soft_embedding_workspace(const dgemma_soft_embedding* op);
+DGEMMA_API dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op,
+                                                    dgemma_cuda* cuda);
 
 #ifdef __cplusplus
 }

@@ -291,7 +291,7 @@ def soft_embedding(
         result: Tensor = _called(torch.ops.dgemma.soft_embedding, *operands)
         return result
     _check("out", out, logits.dtype, (batch, length, hidden), logits)
-    size = soft_embedding_workspace(batch, length, hidden)
+    size = soft_embedding_workspace(batch, length, vocabulary, hidden, logits.device)
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
     _check("workspace", workspace, torch.uint8, (workspace.numel(),), logits)
@@ -301,9 +301,12 @@ def soft_embedding(
     return out
 
 
-def soft_embedding_workspace(batch: int, length: int, hidden_size: int) -> int:
-    """Bytes of workspace that `soft_embedding` needs for these sizes."""
-    return _C.soft_embedding_workspace(batch, length, hidden_size)
+def soft_embedding_workspace(
+    batch: int, length: int, vocabulary: int, hidden_size: int, device: torch.device | str = "cpu"
+) -> int:
+    """Bytes of workspace that `soft_embedding` needs for these sizes on this device."""
+    cuda = torch.device(device).type == "cuda"
+    return _C.soft_embedding_workspace(batch, length, vocabulary, hidden_size, cuda)
 
 
 def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
