@@ -211,6 +211,14 @@ def test_bits_of_a_token_do_not_depend_on_the_others(capability: int) -> None:
         assert torch.equal(run(made.rows(rows), seed=2, capability=capability)[0], together[rows])
 
 
+@pytest.mark.parametrize("capability", [86, 100, 120])
+@pytest.mark.parametrize("case", [CASES[2], CASES[11], CASES[14]], ids=str)
+def test_other_gpus(case: tuple[int, int, int, int, int, str], capability: int) -> None:
+    """Every token tile within the shared memory of each; the bits are those of 8.0."""
+    made = make_case(*case[:5], dtype=torch.bfloat16, routing=case[5])
+    assert torch.equal(run(made, 1, capability)[0], run(made, 1, 80)[0])
+
+
 def test_ids_out_of_range_are_skipped() -> None:
     made = make_case(12, 256, 128, 8, 4, dtype=torch.bfloat16, routing="holes")
     expected, _ = run(made, seed=1)

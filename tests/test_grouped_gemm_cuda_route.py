@@ -143,7 +143,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [86, 90])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_router_is_right(case: tuple[int, int, int, int], capability: int) -> None:
     made = make_case(*case)

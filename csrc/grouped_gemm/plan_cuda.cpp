@@ -6,10 +6,6 @@
 namespace dgemma {
 namespace {
 
-// Pairs in one pass. The model encodes at most 4,096 tokens of 8 pairs at a time, which is one
-// pass; its products take 369 MB. More passes read the weights again, but multiply longer than that
-// takes.
-constexpr int64_t kPairsPerPass = 32768;
 constexpr int64_t kLargestExtent = INT32_MAX;
 constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
 
@@ -21,7 +17,7 @@ constexpr int32_t kTokenTiles90[] = {64, 128, 256};
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
-  return std::min(op.tokens, std::max<int64_t>(1, kPairsPerPass / op.top_k));
+  return std::min(op.tokens, std::max<int64_t>(1, kMoePairsPerPass / op.top_k));
 }
 
 // Twice the mean number of an expert's tokens, so that an expert with twice its share still reads
@@ -68,7 +64,7 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
   };
   if (outside(op.tokens, 0, kLargestExtent)) return "tokens: wants 0 to 2147483647";
   // A router has fewer choices than experts; the bound keeps a pass's pairs in 32 bits.
-  if (outside(op.top_k, 1, kPairsPerPass)) return "top_k: wants 1 to 32768";
+  if (outside(op.top_k, 1, kMoePairsPerPass)) return "top_k: wants 1 to 32768";
   if (outside(op.experts, 1, kMoeMostExperts)) return "experts: wants 1 to 1024";
   if (op.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
   // The copy engine's strides are multiples of 16 bytes (device/tensor_layout.h), and 2^16 keeps

@@ -12,6 +12,11 @@
 
 namespace dgemma {
 
+// Pairs in one pass. The model encodes at most 4,096 tokens of 8 pairs at a time, which is one
+// pass; its products take 369 MB. More passes read the weights again, but multiply longer than that
+// takes.
+constexpr int64_t kMoePairsPerPass = 32768;
+
 // sm_90. Rows of a weight tile: two warpgroups, each the 64 rows that wgmma's M is. For gate and up
 // these are 64 gate rows and the 64 up rows that belong to them.
 constexpr int32_t kMoeWeightRows = 128;
@@ -36,6 +41,8 @@ constexpr int32_t kMoeCombineThreads = 128;
 // Shared memory that a block may have on sm_90: 227 KB (CUDA C++ Programming Guide, "Compute
 // Capabilities").
 constexpr int32_t kMoeSharedLimit = 232448;
+// And on 8.6, 8.9 and 12.0, which have the least: 99 KB.
+constexpr int32_t kMoeSharedLimit80 = 101376;
 
 // A stage holds a weight tile and a token tile.
 constexpr int32_t moe_stage_bytes(int32_t token_tile) {

@@ -44,6 +44,7 @@ struct Ring {
   static constexpr int32_t kStages = moe_stages_80(kTokens);
   Stage<kTokens> stage[kStages];
 };
+static_assert(sizeof(Ring<128>) <= kMoeSharedLimit80);
 
 // Where a piece of a row lies in a tile.
 DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {

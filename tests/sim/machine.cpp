@@ -222,6 +222,13 @@ void run_all() {
   deliver_events(UINT64_MAX);  // bulk stores that nobody waited for still arrive
 }
 
+// What a block may have: CUDA C++ Programming Guide, "Compute Capabilities".
+uint32_t most_shared_bytes() {
+  const bool small =
+      compute_capability == 86 || compute_capability == 89 || compute_capability >= 120;
+  return (small ? 99u : compute_capability < 90 ? 163u : 227u) * 1024;
+}
+
 }  // namespace
 
 const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context) {
@@ -229,7 +236,8 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   last_error.clear();
   if (shape.threads == 0 || shape.threads % 32 != 0 || shape.threads > 1024)
     return "launch: threads must be a multiple of 32 up to 1,024";
-  if (shape.shared_bytes > 227 * 1024) return "launch: a block has at most 227 KB of shared memory";
+  if (shape.shared_bytes > most_shared_bytes())
+    return "launch: more shared memory than a block of this GPU may have";
   if (shape.cluster_blocks < 1 || shape.cluster_blocks > 8 ||
       shape.blocks.x % shape.cluster_blocks != 0)
     return "launch: a cluster has 1 to 8 blocks and divides the grid along x";
