@@ -16,6 +16,7 @@ TESTS = [
     "test_denoise_sampling.py",
     "test_denoise_update.py",
     "test_denoise_soft_embedding.py",
+    "test_block_attention.py",
 ]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")

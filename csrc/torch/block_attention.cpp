@@ -18,6 +18,16 @@ struct Cpu : OnCpu {
   static constexpr auto kWorkspace = &dgemma_cpu_block_attention_workspace;
 };
 
+#if defined(DGEMMA_WITH_CUDA)
+struct Cuda : OnCuda {
+  using OnCuda::OnCuda;
+  static constexpr auto kCanvas = &dgemma_cuda_canvas_attention;
+  static constexpr auto kCausal = &dgemma_cuda_causal_attention;
+  static constexpr auto kAppend = &dgemma_cuda_append_to_cache;
+  static constexpr auto kWorkspace = &dgemma_cuda_block_attention_workspace;
+};
+#endif
+
 // Tensors and numbers of canvas_attention and causal_attention as the C interface takes them;
 // output and workspace are left to the caller.
 dgemma_block_attention describe_attention(const Arguments& arguments, const Tensor& query,
@@ -160,16 +170,22 @@ void bind_block_attention(pybind11::module_& module) {
   module.def(
       "block_attention_workspace",
       [](int64_t batch, int64_t block_length, int64_t query_heads, int64_t key_heads,
-         int64_t head_dim) {
+         int64_t head_dim, bool cuda) -> size_t {
         dgemma_block_attention op = {};
         op.batch = batch;
         op.block_length = block_length;
         op.query_heads = query_heads;
         op.key_heads = key_heads;
         op.head_dim = head_dim;
-        return dgemma_cpu_block_attention_workspace(&op);
+        op.dtype = DGEMMA_BFLOAT16;
+        const int32_t any_length = 0;
+        op.length = &any_length;  // requests of any length: what needs most
+#if defined(DGEMMA_WITH_CUDA)
+        if (served_by_cuda(cuda)) return dgemma_cuda_block_attention_workspace(&op);
+#endif
+        return cuda ? 0 : dgemma_cpu_block_attention_workspace(&op);
       },
-      "Bytes of workspace that attention of these sizes needs on the CPU.");
+      "Bytes of workspace that attention of these sizes needs on the CPU or on a GPU.");
 }
 
 }  // namespace dgemma
@@ -196,4 +212,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "Tensor slot, Tensor prefix_length, Tensor? length) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { dgemma::implement<dgemma::Cpu>(library); }
+DGEMMA_REGISTER(dgemma::implement, dgemma::Cpu, dgemma::Cuda)

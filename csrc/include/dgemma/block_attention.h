@@ -77,6 +77,19 @@ typedef struct dgemma_append_to_cache {
 DGEMMA_API dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache* op,
                                                     dgemma_cpu* cpu);
 
+/* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
+ * alone. Attention takes bfloat16, head dimensions 16, 32, 64, 128, 256 and 512, and tensors
+ * aligned to 16 bytes. Slots, lengths and spans are on the device and are not checked; a request
+ * whose slot does not exist is skipped.
+ */
+DGEMMA_API size_t dgemma_cuda_block_attention_workspace(const dgemma_block_attention* op);
+DGEMMA_API dgemma_status dgemma_cuda_canvas_attention(const dgemma_block_attention* op,
+                                                      dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_causal_attention(const dgemma_block_attention* op,
+                                                      dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_append_to_cache(const dgemma_append_to_cache* op,
+                                                     dgemma_cuda* cuda);
+
 #ifdef __cplusplus
 }
 #endif

@@ -117,7 +117,7 @@ def append_to_cache(
 def attention_workspace(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """An uninitialised workspace for `canvas_attention` and `causal_attention` of these sizes."""
     batch, block, query_heads, head_dim = query.shape
-    size = _C.block_attention_workspace(batch, block, query_heads, key.shape[2], head_dim)
+    size = _C.block_attention_workspace(batch, block, query_heads, key.shape[2], head_dim, query.is_cuda)
     return torch.empty(size, dtype=torch.uint8, device=query.device)
 
 
@@ -209,7 +209,7 @@ def _check_out(
     if workspace is None:
         return attention_workspace(query, key)
     batch, block, query_heads, head_dim = query.shape
-    bytes_wanted = _C.block_attention_workspace(batch, block, query_heads, key.shape[2], head_dim)
+    bytes_wanted = _C.block_attention_workspace(batch, block, query_heads, key.shape[2], head_dim, query.is_cuda)
     if workspace.dim() != 1 or workspace.dtype != torch.uint8 or workspace.numel() < bytes_wanted:
         got = f"shape {list(workspace.shape)} of {workspace.dtype}"
         _refuse("workspace", got, f"one dimension of at least {bytes_wanted} torch.uint8")

@@ -1,0 +1,33 @@
+// How the CUDA kernels run a call: what depends on its extents alone. How a request is split over
+// its keys is found on the device, from the request's own lengths (splits.h). Pure host code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iosfwd>
+
+#include "dgemma/block_attention.h"
+
+namespace dgemma {
+
+constexpr int32_t kAttentionThreads = 128;
+constexpr int32_t kCombineThreads = 128;
+
+struct AttentionPlan {
+  int32_t rows;           // of a tile of queries
+  int32_t keys;           // of a tile of keys
+  int32_t row_tiles;      // that a request has at most
+  int32_t splits;         // likewise
+  int64_t partial_tiles;  // likewise: row tiles times splits, where there is more than one split
+  size_t partial;         // float [batch, partial_tiles, rows, head_dim], before the division
+  size_t sums;            // float [batch, partial_tiles, rows, 2]: maximum and sum of a row
+  size_t workspace_bytes;
+};
+
+// Null when the kernels take these extents and this dtype, else what they do not take and what they
+// want. Pointers are not looked at.
+const char* attention_cuda_problem(const dgemma_block_attention& op);
+AttentionPlan make_attention_plan(const dgemma_block_attention& op);
+void print(const AttentionPlan& plan, std::ostream& out);
+
+}  // namespace dgemma

@@ -1,0 +1,31 @@
+// Into how many parts a request's keys are split, on the host and on the device.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DGEMMA_BOTH __host__ __device__
+#else
+#define DGEMMA_BOTH
+#endif
+
+namespace dgemma {
+
+// Blocks that fill the chip: two for each multiprocessor of an H200. A constant, not the GPU's own
+// number, so that a request has the same bits on every GPU of an architecture.
+constexpr int32_t kBlocksWanted = 264;
+// Fewer keys than this are not worth a part of their own: its sums cost as much to write and to
+// read again as its products.
+constexpr int32_t kLeastKeys = 256;
+constexpr int32_t kMostSplits = 8;
+
+// `blocks`: tiles of queries of the request, over all key heads. `keys`: what its queries may see.
+DGEMMA_BOTH inline int32_t attention_splits(int32_t blocks, int32_t keys) {
+  const int32_t to_fill = (kBlocksWanted + blocks - 1) / blocks;
+  const int32_t worth = keys / kLeastKeys;
+  int32_t splits = to_fill < worth ? to_fill : worth;
+  splits = splits < kMostSplits ? splits : kMostSplits;
+  return splits > 1 ? splits : 1;
+}
+
+}  // namespace dgemma
