@@ -339,7 +339,16 @@ def test_plan_for_the_model_on_an_a100() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "tokens", "blocks"),
-    [(80, 256, 3), (80, 512, 3), (80, 4096, 2), (86, 256, 2), (89, 512, 2), (120, 4096, 1), (100, 256, 4)],
+    [
+        (80, 256, 3),
+        (80, 512, 3),
+        (80, 4096, 2),
+        (86, 256, 2),
+        (89, 512, 2),
+        (120, 4096, 1),
+        (100, 256, 3),
+        (100, 4096, 2),
+    ],
 )
 def test_blocks_share_a_multiprocessor(capability: int, tokens: int, blocks: int) -> None:
     assert plan_of(describe(tokens, 2816, 704, 128, 8), capability, 100).down_blocks == 100 * blocks

@@ -78,7 +78,8 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
 
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability) {
   const int32_t bytes = moe_stages_80(token_tile) * moe_stage_bytes_80(token_tile) + 1024;
-  return std::max(1, shared_bytes_of_multiprocessor(compute_capability) / bytes);
+  return std::clamp(shared_bytes_of_multiprocessor(compute_capability) / bytes, 1,
+                    moe_least_blocks_80(token_tile));
 }
 
 MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {

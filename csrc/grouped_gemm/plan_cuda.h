@@ -94,7 +94,9 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op);
 // For sizes without a problem. The workspace is the same for every GPU.
 MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu);
 
-// Blocks of the sm_80 kernels that a multiprocessor holds at once, by its shared memory.
+// Blocks of the sm_80 kernels that a multiprocessor surely holds at once, by its shared memory and
+// its registers. A block takes its share of the units from the start, so one that had to wait for
+// another to end would double the time.
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability);
 
 // A line for each kernel and one for the workspace.

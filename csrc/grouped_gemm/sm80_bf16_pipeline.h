@@ -61,6 +61,7 @@ struct Loader {
   Ring<kTokens>& ring;
   const Work& work;
   const Rows& rows;
+  const int32_t units;
   int32_t index;           // of the unit
   int32_t step, end_step;  // of the unit
   int32_t stage = 0;
@@ -68,12 +69,16 @@ struct Loader {
   int32_t token_row[kTokens / kRowsAtOnce];
 
   DGEMMA_DEVICE Loader(Ring<kTokens>& ring, const Work& work, const Rows& rows)
-      : ring(ring), work(work), rows(rows), index(static_cast<int32_t>(blockIdx.x)) {
+      : ring(ring),
+        work(work),
+        rows(rows),
+        units(work.count()),
+        index(static_cast<int32_t>(blockIdx.x)) {
     begin_unit();
   }
 
   DGEMMA_DEVICE void begin_unit() {
-    if (index >= work.count()) return;
+    if (index >= units) return;
     const Unit unit = work.find(kTokens, index);
     const int32_t row = static_cast<int32_t>(threadIdx.x) / kPieces;
     step = work.first_step(unit);
@@ -92,7 +97,7 @@ struct Loader {
   // Rows past the unit's tokens are left as they are: a product's columns do not mix, and those are
   // not stored. Without work left the group is empty, so that groups stay as many as stages.
   DGEMMA_DEVICE void start() {
-    if (index < work.count()) {
+    if (index < units) {
       const int32_t row = static_cast<int32_t>(threadIdx.x) / kPieces;
       const int32_t piece = static_cast<int32_t>(threadIdx.x) % kPieces;
       const int32_t column = step * kMoeDepth + piece * 8;
@@ -191,7 +196,7 @@ struct Pipeline {
   // tokens each warp multiplies, enough for the unit's rows.
   template <typename Consume>
   DGEMMA_DEVICE void for_each_unit(Consume consume) {
-    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.work.count();
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.units;
          index += static_cast<int32_t>(gridDim.x)) {
       const auto unit = loader.work.find(kTokens, index);
       const int32_t columns = (unit.rows + 31) / 32;
