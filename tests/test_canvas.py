@@ -42,13 +42,13 @@ def test_pinned_positions_stand_in_the_canvas_between_steps(
     model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = model.raw_logits
+    original = model.last_hidden
 
     def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
         seen.append(canvas[0].tolist())
         return original(canvas, *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "raw_logits", spy)
+    monkeypatch.setattr(model, "last_hidden", spy)
     model.generate(
         [5], max_new_tokens=8, sampler=SAMPLER, canvas=dg.Canvas([None, 9, None, 9], [False, True, False, True])
     )
@@ -68,13 +68,13 @@ def test_allowed_rules_noise_samples_drafts_and_renoise(
 ) -> None:
     per_position: list[list[int] | None] = [[4, 9, 300], None, [7], *[[20, 21, 22, 23]] * 5]
     seen = []
-    original = model.raw_logits
+    original = model.last_hidden
 
     def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
         seen.append(canvas[0].tolist())
         return original(canvas, *rest, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "raw_logits", spy)
+    monkeypatch.setattr(model, "last_hidden", spy)
     for seed in range(8):
         canvas = dg.Canvas(allowed=per_position)
         drafts = drafts_of(model, canvas, tokens=8, seed=seed)

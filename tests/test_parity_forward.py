@@ -21,6 +21,7 @@ import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
 from dgemma_ext import layers, model
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from transformers_oracle import Pair, load_pair
 
 # Largest difference, as a share of the largest magnitude in the reference; ten times the worst seen (5e-6).
@@ -317,7 +318,9 @@ def test_bf16_ends(pair_of: Any, name: str) -> None:
         conditioned = oracle.denoise(pair.theirs, canvas, theirs, (logits / 0.7).bfloat16())
     first, last, first_conditioned = calls[0], calls[len(calls) // 2 - 1], calls[len(calls) // 2]
     assert torch.equal(pair.ours._canvas_input(canvas, None), first.hidden)
-    raw = pair.ours._head(last.output, None)
+    weights = pair.ours.weights
+    normed = layers.rms_norm(last.output, weights.norm, pair.ours.config.rms_norm_eps)
+    raw, _ = vocabulary_head(normed, weights.embed_tokens, 0.0, torch.ones(1))
     cap = pair.ours.config.final_logit_softcapping
     assert torch.equal(torch.tanh(raw.float() / cap) * cap, logits)
 

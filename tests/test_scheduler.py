@@ -150,15 +150,15 @@ def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
     scheduler = dg.Scheduler(model, max_batch=2, max_length=100)
     bad = scheduler.submit(chosen[0], max_new_tokens=16, sampler=SAMPLER, seed=4)
     good = scheduler.submit(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
-    original = model.raw_logits
+    original = model.last_hidden
 
     def poisoned(canvas: torch.Tensor, cache: dg.Cache, slot: int, *rest: object, **more: object) -> torch.Tensor:
-        logits = original(canvas, cache, slot, *rest, **more)  # type: ignore[arg-type]
+        hidden = original(canvas, cache, slot, *rest, **more)  # type: ignore[arg-type]
         if slot == 0 and bad.denoising_steps[-1] == 1:
-            logits[0, 2, 7] = float("nan")
-        return logits
+            hidden[0, 2, 7] = float("nan")
+        return hidden
 
-    monkeypatch.setattr(model, "raw_logits", poisoned)
+    monkeypatch.setattr(model, "last_hidden", poisoned)
     events = []
     while not scheduler.idle:
         events += scheduler.step()

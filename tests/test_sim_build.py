@@ -15,7 +15,7 @@ HOST = SIM / "device"
 SHARED = {"philox.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
 # What wgmma.h is made of, and what only a compiler for the device needs.
 DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
-DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}}
+DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap"}}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").glob("*/*.cu")])

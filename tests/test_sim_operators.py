@@ -17,6 +17,8 @@ TESTS = [
     "test_denoise_update.py",
     "test_denoise_soft_embedding.py",
     "test_block_attention.py",
+    "test_grouped_gemm.py",
+    "test_vocabulary_head.py",
 ]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")

@@ -16,6 +16,15 @@ struct LaunchShape {
       false;  // may begin before the kernel in front of it ends: see below
 };
 
+// Programmatic dependent launch begins with compute capability 9.0; before, a kernel that asks for
+// it begins when the one in front has ended.
+inline bool can_overlap() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 // Null on success, else CUDA's words. Enqueues on `stream` (a cudaStream_t) and does not wait.
 template <typename... Parameters, typename... Arguments>
 const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parameters...),
@@ -36,7 +45,7 @@ const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parame
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (shape.overlaps_previous_kernel) {
+  if (shape.overlaps_previous_kernel && can_overlap()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

@@ -169,11 +169,21 @@ class DiffusionGemma:
 
         canvas: int [1, L]. soft_embedding: [1, L, hidden], or None for exact zero. out: where to write.
         """
+        normed = self.last_hidden(canvas, cache, slot, soft_embedding)
+        if out is None:
+            return functional.linear(normed, self.weights.embed_tokens)
+        torch.mm(normed[0], self.weights.embed_tokens.t(), out=out[0])
+        return out
+
+    def last_hidden(
+        self, canvas: torch.Tensor, cache: Cache, slot: int, soft_embedding: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the head takes: the last layer's output, normalised, [1, L, hidden]. Arguments as of raw_logits."""
         attend = self._canvas_attention(cache, slot)
         hidden = self._canvas_input(canvas, soft_embedding)
         for layer, weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
             hidden = self._layer(hidden, layer, weights, tables, weights.decoder_layer_scalar, attend)
-        return self._head(hidden, out)
+        return rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
 
     def soft_embedding_of_logits(self, processed: torch.Tensor) -> torch.Tensor:
         """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
@@ -219,14 +229,6 @@ class DiffusionGemma:
                 weights.self_conditioning_down_proj,
             )
         return rms_norm(hidden, None, epsilon)
-
-    def _head(self, hidden: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """The last layer's output [1, L, hidden] to raw logits [1, L, vocabulary], in `out` where it is given."""
-        normed = rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
-        if out is None:
-            return functional.linear(normed, self.weights.embed_tokens)
-        torch.mm(normed[0], self.weights.embed_tokens.t(), out=out[0])
-        return out
 
     def _canvas_attention(self, cache: Cache, slot: int) -> _Attention:
         """The attention of a denoising pass over what the slot holds."""

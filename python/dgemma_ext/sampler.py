@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dgemma_ext.ops import denoise
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
 
 if TYPE_CHECKING:
     from dgemma_ext.cache import Cache
@@ -269,8 +270,10 @@ def denoising_step(
 
     logits: a buffer [1, L, vocabulary] for the raw logits. The uniforms (float64 [1, L]) replace the drawn ones.
     """
-    raw = model.raw_logits(state.canvas, cache, slot, state.soft_embedding, out=logits)
-    update_canvas(model, state, raw, sample_uniforms, renoise_uniforms)
+    hidden = model.last_hidden(state.canvas, cache, slot, state.soft_embedding)
+    reading = _reading(model, state)
+    raw, statistics = vocabulary_head(hidden, model.weights.embed_tokens, **reading, logits=logits)
+    _advance(model, state, raw, reading, statistics, sample_uniforms, renoise_uniforms)
 
 
 def update_canvas(
@@ -281,15 +284,33 @@ def update_canvas(
     renoise_uniforms: torch.Tensor | None = None,
 ) -> None:
     """What follows the head in a step: everything is computed from the raw logits [1, L, vocabulary]."""
-    # The update writes the next step's temperature over this one's, which the soft embedding still reads.
-    reading: dict[str, Any] = {
+    reading = _reading(model, state)
+    statistics = denoise.vocabulary_statistics(raw, **reading)
+    _advance(model, state, raw, reading, statistics, sample_uniforms, renoise_uniforms)
+
+
+def _reading(model: DiffusionGemma, state: CanvasState) -> dict[str, Any]:
+    """How the logits of a step are read."""
+    return {
         "softcap": model.config.final_logit_softcapping,
+        # The update writes the next step's temperature over this one's, which the soft embedding still reads.
         "temperature": state.temperature.clone(),
         "active": None,
         "allowed": state.allowed,
         "allowed_row": state.allowed_row,
     }
-    statistics = denoise.vocabulary_statistics(raw, **reading)
+
+
+def _advance(
+    model: DiffusionGemma,
+    state: CanvasState,
+    raw: torch.Tensor,
+    reading: dict[str, Any],
+    statistics: denoise.VocabularyStatistics,
+    sample_uniforms: torch.Tensor | None,
+    renoise_uniforms: torch.Tensor | None,
+) -> None:
+    """Sampling, acceptance, renoising, stop and soft embedding, from the raw logits and their statistics."""
     masses: dict[str, Any] = {
         "row_max": statistics.row_max,
         "row_sum": statistics.row_sum,

@@ -17,6 +17,16 @@ from dgemma_ext import _C  # noqa: F401  registers the kernels
 
 def register_on_gpu(name: str, function: Callable[..., Any]) -> None:
     """Makes `function` the GPU's form of an operator ("dgemma::sample.out"), unless a kernel is there and wanted."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
-    if not has_kernel or os.environ.get("DGEMMA_KERNELS") == "plain":
+    if not _has_kernel(name, "CUDA") or os.environ.get("DGEMMA_KERNELS") == "plain":
         torch.library.impl(name, "CUDA", function)
+
+
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Makes `function` the form of an operator on the CPU, where no kernel is of its own, and as above on a GPU."""
+    if not _has_kernel(name, "CPU"):
+        torch.library.impl(name, "CPU", function)
+    register_on_gpu(name, function)
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
