@@ -21,6 +21,7 @@ import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
 from dgemma_ext import layers, model
+from dgemma_ext.ops import router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from transformers_oracle import Pair, load_pair
 
@@ -216,9 +217,11 @@ def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes our layers take these experts, weighted by our own router."""
 
-    def route(residual: torch.Tensor, weights: Any, top_k: int, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-        probabilities = layers.router_probabilities(residual, weights, epsilon)
-        return ids.to(torch.int32), layers.expert_weights(probabilities, ids, weights)
+    def route(
+        residual: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, per_expert: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        probabilities = router.probabilities(residual, scale, projection, rest[1])
+        return ids.to(torch.int32), router.weights_of(probabilities, ids, per_expert)
 
     monkeypatch.setattr(model, "route", route)
 
@@ -226,8 +229,10 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tensor, layer: int) -> None:
     """Our choice is transformers', up to experts whose probabilities are one rounding of the score apart."""
     weights = pair.ours.weights.layers[layer]
-    ids, _ = layers.route(residual, weights, pair.ours.config.top_k_experts, pair.ours.config.rms_norm_eps)
-    probabilities = layers.router_probabilities(residual, weights, pair.ours.config.rms_norm_eps)
+    epsilon, top_k = pair.ours.config.rms_norm_eps, pair.ours.config.top_k_experts
+    operands = (weights.router_scale, weights.router_proj)
+    ids, _ = router.route(residual, *operands, weights.router_per_expert_scale, top_k, epsilon)
+    probabilities = router.probabilities(residual, *operands, epsilon)
     chosen = probabilities.gather(1, ids.long()).sort(-1).values
     wanted = probabilities.gather(1, call.expert_ids).sort(-1).values
     # Scores below 16 carry half a unit in the last place of 2^-5, and the exponential turns that into a ratio.

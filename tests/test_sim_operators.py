@@ -19,6 +19,7 @@ TESTS = [
     "test_block_attention.py",
     "test_grouped_gemm.py",
     "test_vocabulary_head.py",
+    "test_router_and_dense.py",
 ]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")

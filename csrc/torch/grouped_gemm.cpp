@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+#include <type_traits>
+
 #include "grouped_gemm/plan.h"
 #include "torch/backend.h"
 
@@ -12,6 +15,8 @@ namespace {
 
 struct Cpu : OnCpu {
   using OnCpu::OnCpu;
+  static constexpr auto kDense = &dgemma_cpu_dense;
+  static constexpr auto kDenseWorkspace = &dgemma_cpu_dense_workspace;
   static constexpr auto kMoeFfn = &dgemma_cpu_moe_ffn;
   static constexpr auto kMoeFfnWorkspace = &dgemma_cpu_moe_ffn_workspace;
 };
@@ -19,6 +24,8 @@ struct Cpu : OnCpu {
 #if defined(DGEMMA_WITH_CUDA)
 struct Cuda : OnCuda {
   using OnCuda::OnCuda;
+  static constexpr auto kDense = &dgemma_cuda_dense;
+  static constexpr auto kDenseWorkspace = &dgemma_cuda_dense_workspace;
   static constexpr auto kMoeFfn = &dgemma_cuda_moe_ffn;
   static constexpr auto kMoeFfnWorkspace = &dgemma_cuda_moe_ffn_workspace;
 };
@@ -109,8 +116,66 @@ std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, in
   return text.str();
 }
 
+template <typename Backend>
+void dense_into(const Arguments& arguments, const Tensor& input, const Tensor& weight,
+                const Tensor& out) {
+  dgemma_dense op = {};
+  op.dtype = arguments.dtype(input, "input");
+  op.rows = arguments.size(input, "input", 2, 0);
+  op.in_features = input.size(1);
+  op.out_features = arguments.size(weight, "weight", 2, 0);
+  op.input = arguments.in(input, "input", {op.rows, op.in_features}, op.dtype);
+  op.weight = arguments.in(weight, "weight", {op.out_features, op.in_features}, op.dtype);
+  op.output = arguments.out(out, "out", {op.rows, op.out_features}, op.dtype);
+  const auto bytes = static_cast<int64_t>(Backend::kDenseWorkspace(&op));
+  const Tensor workspace = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
+  op.workspace = bytes > 0 ? arguments.workspace(workspace, &op.workspace_bytes) : nullptr;
+  Backend("dense", input).run(Backend::kDense, op);
+}
+
+template <typename Backend>
+Tensor dense(const Tensor& input, const Tensor& weight) {
+  const Arguments arguments("dense", Backend::kDevice);
+  const int64_t rows = arguments.size(input, "input", 2, 0);
+  Tensor out = torch::stable::new_empty(input, {rows, arguments.size(weight, "weight", 2, 0)});
+  dense_into<Backend>(arguments, input, weight, out);
+  return out;
+}
+
+#if defined(DGEMMA_WITH_CUDA)
+// On the CPU the router is made of torch's operators (ops/router.py).
+std::tuple<Tensor, Tensor> route(const Tensor& input, const Tensor& scale, const Tensor& projection,
+                                 const Tensor& per_expert_scale, int64_t top_k, double epsilon) {
+  const Arguments arguments("route", OnCuda::kDevice);
+  dgemma_route op = {};
+  op.dtype = arguments.dtype(input, "input");
+  op.tokens = arguments.size(input, "input", 2, 0);
+  op.hidden_size = input.size(1);
+  op.experts = arguments.size(projection, "projection", 2, 0);
+  op.top_k = top_k;
+  op.epsilon = static_cast<float>(epsilon);
+  op.input = arguments.in(input, "input", {op.tokens, op.hidden_size}, op.dtype);
+  op.scale = arguments.in(scale, "scale", {op.hidden_size}, op.dtype);
+  op.projection = arguments.in(projection, "projection", {op.experts, op.hidden_size}, op.dtype);
+  op.per_expert_scale = arguments.in(per_expert_scale, "per_expert_scale", {op.experts}, op.dtype);
+  Tensor ids = torch::stable::new_empty(input, {op.tokens, top_k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(input, {op.tokens, top_k}, ScalarType::Float);
+  op.expert_ids = arguments.out<int32_t>(ids, "ids", {op.tokens, top_k});
+  op.expert_weights = arguments.out<float>(weights, "weights", {op.tokens, top_k});
+  const Tensor workspace = torch::stable::new_empty(
+      input, {static_cast<int64_t>(dgemma_cuda_route_workspace(&op))}, ScalarType::Byte);
+  op.workspace = arguments.workspace(workspace, &op.workspace_bytes);
+  OnCuda("route", input).run(&dgemma_cuda_route, op);
+  return {ids, weights};
+}
+#endif
+
 template <typename Backend, typename Library>
 void implement(Library& library) {
+  library.impl("dense", TORCH_BOX(&dense<Backend>));
+#if defined(DGEMMA_WITH_CUDA)
+  if constexpr (std::is_base_of_v<OnCuda, Backend>) library.impl("route", TORCH_BOX(&route));
+#endif
   library.impl("moe_ffn", TORCH_BOX(&moe_ffn<Backend>));
   library.impl("moe_ffn.out", TORCH_BOX(&moe_ffn_out<Backend>));
 }
@@ -131,6 +196,10 @@ void bind_grouped_gemm(pybind11::module_& module) {
 }  // namespace dgemma
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
+  library.def("dense(Tensor input, Tensor weight) -> Tensor");
+  library.def(
+      "route(Tensor input, Tensor scale, Tensor projection, Tensor per_expert_scale, int top_k, "
+      "float epsilon) -> (Tensor ids, Tensor weights)");
   library.def(
       "moe_ffn(Tensor input, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor "
       "down) -> Tensor");

@@ -68,30 +68,3 @@ def project_qkv(
         rotate(rms_norm(raw_key, weights.k_norm, epsilon), tables),
         rms_norm(raw_value, None, epsilon),
     )
-
-
-def route(
-    residual: torch.Tensor, weights: LayerWeights, top_k: int, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert ids int32 [tokens, top_k] and weights fp32 [tokens, top_k] for the raw residual [tokens, hidden].
-
-    The most probable experts, ties to the lower one (a stable sort: torch.topk promises no order, and bfloat16 scores
-    tie often).
-    """
-    probabilities = router_probabilities(residual, weights, epsilon)
-    ids = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return ids.to(torch.int32), expert_weights(probabilities, ids, weights)
-
-
-def router_probabilities(residual: torch.Tensor, weights: LayerWeights, epsilon: float) -> torch.Tensor:
-    """Softmax over all experts, fp32 [tokens, experts]."""
-    normed = rms_norm(residual, None, epsilon)
-    scaled = normed * weights.router_scale * residual.shape[-1] ** -0.5
-    scores = functional.linear(scaled, weights.router_proj)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32)
-
-
-def expert_weights(probabilities: torch.Tensor, ids: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-    """The chosen experts' probabilities divided by their sum, times the per-expert scale: fp32 [tokens, top_k]."""
-    chosen = probabilities.gather(1, ids)
-    return chosen / chosen.sum(dim=-1, keepdim=True) * weights.router_per_expert_scale[ids]

@@ -14,8 +14,9 @@ from torch.nn import functional
 from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
-from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables, route
+from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables
 from dgemma_ext.ops import block_attention, denoise, grouped_gemm
+from dgemma_ext.ops.router import route
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
 
@@ -317,7 +318,14 @@ class DiffusionGemma:
             weights.down_proj,
         )
         rows = residual.flatten(0, 1)
-        ids, scales = route(rows, weights, self.config.top_k_experts, epsilon)
+        ids, scales = route(
+            rows,
+            weights.router_scale,
+            weights.router_proj,
+            weights.router_per_expert_scale,
+            self.config.top_k_experts,
+            epsilon,
+        )
         sparse = grouped_gemm.moe_ffn(
             rms_norm(rows, weights.pre_feedforward_layernorm_2, epsilon),
             ids,

@@ -78,6 +78,26 @@ def moe_ffn_workspace(input: Tensor, expert_ids: Tensor, expert_weights: Tensor,
     )
 
 
+def dense(input: Tensor, weight: Tensor) -> Tensor:
+    """input @ weight.T, summed in fp32 and rounded once: [rows, out_features].
+
+    Unlike torch's product its bits for a row depend on that row alone, not on how many rows there are. input is
+    [rows, in_features], weight [out_features, in_features], both float32 or bfloat16 (on a GPU bfloat16, with features
+    in multiples of 8). Raises ValueError naming an argument of another shape, dtype or device.
+    """
+    if input.dim() != 2 or input.dtype not in DTYPES:
+        raise ValueError(f"input: got {list(input.shape)} of {input.dtype}, wants two dimensions of one of {DTYPES}")
+    _check("input", input, input.dtype, tuple(input.shape), input.device)
+    _check("weight", weight, input.dtype, (weight.shape[0], input.shape[1]), input.device)
+    result: Tensor = torch.ops.dgemma.dense(input, weight)
+    return result
+
+
+@torch.library.register_fake("dgemma::dense")
+def _dense_fake(input: Tensor, weight: Tensor) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
 def _check_tensors(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> None:
     if input.dtype not in DTYPES:
         raise ValueError(f"input: got {input.dtype}, wants torch.float32 or torch.bfloat16")

@@ -56,3 +56,5 @@ def _hit_experts(expert_ids: Tensor, experts: int) -> list[int]:
 
 register_on_gpu("dgemma::moe_ffn", moe_ffn)
 register_on_gpu("dgemma::moe_ffn.out", moe_ffn_out)
+# torch's own product is what it replaces; it has other bits for other numbers of rows.
+register_on_gpu("dgemma::dense", F.linear)
