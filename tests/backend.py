@@ -1,8 +1,8 @@
 """Which implementation of the operators a run of the suite tests.
 
 DGEMMA_TEST_BACKEND in the environment: "cpu", the default; "sim", the CUDA kernels on the host (test_sim_operators.py
-starts such runs); "cuda", the kernels on a GPU (`make gpu-check`), where tensors are made on the GPU unless a test says
-otherwise. The tests of an operator are the same for all of them.
+starts such runs); "cuda", the kernels on a GPU (`make gpu-check`), on copies of the tests' tensors (on_gpu.py). The
+tests of an operator are the same for all of them.
 """
 
 from __future__ import annotations

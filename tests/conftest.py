@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if (GPU_RUN or BACKEND == "cuda") and not torch.cuda.is_available():
         raise pytest.UsageError("a run on the GPU was asked for, but none is visible to torch")
     if BACKEND == "cuda":
-        torch.set_default_device("cuda")
+        from on_gpu import run_operators_on
+
+        run_operators_on("cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

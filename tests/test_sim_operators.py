@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import pytest
 
+from cuda_tools import OPERATOR_TESTS
 from sim.build import SUPPORTED
 from sim.extension import run_tests_on_kernels
-
-TESTS = [
-    "test_denoise_statistics.py",
-    "test_denoise_sampling.py",
-    "test_denoise_update.py",
-    "test_denoise_soft_embedding.py",
-    "test_block_attention.py",
-    "test_grouped_gemm.py",
-    "test_vocabulary_head.py",
-    "test_router_and_dense.py",
-]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
 
 @pytest.mark.parametrize(("compute_capability", "seed"), [(80, 1), (90, 2), (120, 3)])
 def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
-    run_tests_on_kernels(*(f"tests/{name}" for name in TESTS), compute_capability=compute_capability, seed=seed)
+    run_tests_on_kernels(
+        *(f"tests/{name}" for name in OPERATOR_TESTS), compute_capability=compute_capability, seed=seed
+    )

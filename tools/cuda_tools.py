@@ -14,6 +14,18 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
+# The tests of operators, which also run on the CUDA kernels: on the host (tests/test_sim_operators.py) and on a GPU.
+OPERATOR_TESTS = (
+    "test_denoise_statistics.py",
+    "test_denoise_sampling.py",
+    "test_denoise_update.py",
+    "test_denoise_soft_embedding.py",
+    "test_block_attention.py",
+    "test_grouped_gemm.py",
+    "test_vocabulary_head.py",
+    "test_router_and_dense.py",
+)
+
 # The oldest release whose nvcc the kernels have been compiled with.
 OLDEST_RELEASE = 13
 

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from build import cuda_defines
-from cuda_tools import architecture, find_nvcc, find_tool
+from cuda_tools import OPERATOR_TESTS, architecture, find_nvcc, find_tool
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "gpu"
@@ -36,6 +36,9 @@ SITE = FOLDER / "site"
 PARTS = ("probe", "conformance", "operators", "suite", "sanitizer", "bench")
 # The tests that use the GPU; the others only use this build.
 ON_GPU = "gpu"
+# What compute-sanitizer looks at: every kernel, at small sizes.
+SANITIZED = "kernel_is_right or test_canvas or test_causal or append or heads_and_dimensions or product_and_statistics"
+SANITIZED += " or test_statistics or sparse_or_dense or test_dense or test_route or random_canvases or allowed"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
@@ -80,8 +83,9 @@ def conformance(_nvcc: str, _code: str, arguments: list[str]) -> bool:
 
 
 def operators(_nvcc: str, _code: str, arguments: list[str]) -> bool:
-    ignore = ["--ignore", "tests/test_sim_conformance.py"]
-    return run("operators and model on the GPU", [*PYTEST, "-m", ON_GPU, "--durations=10", *ignore, *arguments])
+    tests = [f"tests/{name}" for name in OPERATOR_TESTS]
+    passed = run("operators on the GPU", [*PYTEST, *tests, *arguments], DGEMMA_TEST_BACKEND="cuda")
+    return run("model on the GPU", [*PYTEST, "tests/test_gpu_model.py", "--durations=5", *arguments]) and passed
 
 
 def suite(_nvcc: str, _code: str, arguments: list[str]) -> bool:
@@ -94,11 +98,12 @@ def sanitizer(_nvcc: str, _code: str, arguments: list[str]) -> bool:
         print("\n== sanitizer: compute-sanitizer is not installed, NOT RUN", flush=True)
         return True
     # Small cases, each memory block by itself: torch's pool would hide what reaches past a tensor.
-    tests = [*PYTEST, "tests/test_gpu_operators.py", "-m", ON_GPU, "-k", "small", "-x", *arguments]
+    tests = [*PYTEST, *(f"tests/{name}" for name in OPERATOR_TESTS), "-k", SANITIZED, *arguments]
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DGEMMA_TEST_BACKEND": "cuda"}
     passed = True
     for tool in ("memcheck", "racecheck"):
         command = [sanitize, "--tool", tool, "--error-exitcode", "66", "--kernel-name", "kns=dgemma", *tests]
-        passed = run(tool, command, PYTORCH_NO_CUDA_MEMORY_CACHING="1") and passed
+        passed = run(tool, command, **settings) and passed
     return passed
 
 

@@ -1,0 +1,42 @@
+"""The operators' tests on a GPU: tensors stay on the CPU, and every operator is run on the GPU with copies of them.
+
+So that the tests are the same on all backends, and their oracles need no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dgemma_ext import ops  # noqa: F401  registers torch.ops.dgemma
+
+
+def run_operators_on(device: str) -> None:
+    """Registers, for tensors of the CPU, a form of every operator that copies to the device, calls, and copies back."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("dgemma::"):
+            base, _, overload = name.removeprefix("dgemma::").partition(".")
+            operator = getattr(getattr(torch.ops.dgemma, base), overload or "default")
+            torch.library.impl(name, "CPU", copying(operator, device))
+
+
+def copying(operator: Any, device: str) -> Callable[..., Any]:
+    """The operator on copies of its tensors; what it writes is copied back."""
+    written = {a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    names = [a.name for a in operator._schema.arguments]
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        given = dict(zip(names, arguments, strict=False)) | keywords
+        moved = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        positional = [moved[name] for name in names[: len(arguments)]]
+        result = operator(*positional, **{name: moved[name] for name in keywords})
+        for name in written & given.keys():
+            if isinstance(given[name], torch.Tensor):
+                given[name].copy_(moved[name])
+        if isinstance(result, torch.Tensor):
+            return result.cpu()
+        return tuple(part.cpu() for part in result) if isinstance(result, tuple | list) else result
+
+    return call

@@ -1,0 +1,91 @@
+"""Whole models on a GPU against the same on the CPU. The operators by themselves: backend.py, `make gpu-check`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dgemma_ext as dg
+from bounds import relative_distance
+from models import random_model
+from solve_puzzles import answers
+
+pytestmark = pytest.mark.gpu
+
+PUZZLES = 100
+# A layer in bfloat16 from the same input, beside the CPU's: the bound that a layer has beside transformers'.
+LAYER_DISTANCE = 5e-4
+TRUE_SIZE_BYTES = 60e9
+
+
+@pytest.mark.parametrize("size", [6, 9])
+def test_a_bundled_model_solves_as_many_puzzles(size: int) -> None:
+    on_gpu, on_cpu = answers(size, PUZZLES, "cuda"), answers(size, PUZZLES, "cpu")
+    solved = [sum(answer["solved"] for answer in side) for side in (on_gpu, on_cpu)]
+    assert abs(solved[0] - solved[1]) <= 2, solved
+    # bfloat16 sums in another order may turn a draft, and the path after it.
+    assert sum(g != c for g, c in zip(on_gpu, on_cpu, strict=True)) <= PUZZLES // 10
+
+
+def test_generating_twice_gives_the_same_tokens() -> None:
+    assert answers(6, 5, "cuda") == answers(6, 5, "cuda")
+
+
+def moved(model: dg.DiffusionGemma, device: str) -> dg.DiffusionGemma:
+    """The same model on another device."""
+
+    def on_device(record: Any) -> Any:
+        return replace(record, **{k: v.to(device) for k, v in vars(record).items() if isinstance(v, torch.Tensor)})
+
+    weights = replace(on_device(model.weights), layers=[on_device(layer) for layer in model.weights.layers])
+    return dg.DiffusionGemma(model.config, weights, model.defaults, model.tokenizer)
+
+
+def test_layers_agree_with_the_cpu() -> None:
+    check_layers("cuda")
+
+
+def check_layers(device: str) -> None:
+    """Layer by layer from the CPU's input to each, with the CPU's keys and values in the cache."""
+    ours = random_model(torch.bfloat16, hidden=96, head_dim=32, global_head_dim=64, window=24, canvas=16)
+    theirs = moved(ours, device)
+    ids = torch.randint(0, ours.config.vocab_size, (1, 40))
+    canvas = torch.randint(0, ours.config.vocab_size, (1, 16))
+    cache, cache_gpu = ours.new_cache(1, 64), theirs.new_cache(1, 64)
+    ours.encode(ids, cache)
+    theirs.encode(ids, cache_gpu)
+    for mine, other in zip((*cache.keys, *cache.values), (*cache_gpu.keys, *cache_gpu.values), strict=True):
+        other.copy_(mine)
+    attend, attend_gpu = ours._canvas_attention(cache, 0), theirs._canvas_attention(cache_gpu, 0)
+    hidden = ours._canvas_input(canvas, None)
+    sides = zip(ours._layers(40, 16), theirs._layers(40, 16), strict=True)
+    for (layer, weights, tables), (_, its_weights, its_tables) in sides:
+        scalar = weights.decoder_layer_scalar
+        got = theirs._layer(hidden.to(device), layer, its_weights, its_tables, scalar, attend_gpu).cpu()
+        wanted = ours._layer(hidden, layer, weights, tables, scalar, attend)
+        # A token whose score rounds to its neighbour may go to another expert; the others say enough.
+        rows = (got - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
+        near = rows[0] < 0.05
+        assert int(near.sum()) >= 14, f"layer {layer.index}: {rows.tolist()}"
+        distance = relative_distance(got[0, near].double(), wanted[0, near].double())
+        assert distance <= LAYER_DISTANCE, f"layer {layer.index}: {distance:.2e}"
+        hidden = wanted
+
+
+def test_the_true_size_generates_within_its_memory() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+    from true_size import random_model as true_size_model
+    from true_size import true_config
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = true_size_model(true_config())
+    sampler = dg.SamplerConfig(max_denoising_steps=4)
+    out = model.generate(list(range(5, 300)), max_new_tokens=512, sampler=sampler)
+    assert len(out.token_ids) > 0
+    assert torch.cuda.max_memory_allocated() <= TRUE_SIZE_BYTES, f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
