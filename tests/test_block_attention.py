@@ -303,6 +303,22 @@ def test_bits_alone_in_a_batch_and_over_threads(causal: bool, dtype: torch.dtype
         assert torch.equal(alone.run()[0], together[b, : r.rows])
 
 
+@pytest.mark.parametrize("head_dim", [32, 512])
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_alone_and_in_a_batch_where_keys_are_split(causal: bool, head_dim: int, cpu_variant: str) -> None:
+    """Over 512 visible keys a GPU splits them; each request into its own number of parts."""
+    requests = [Request(530, 5, 1), Request(20, 3, 2), Request(900, 9, 0)]
+    shape: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "head_dim": head_dim, "capacity": 950, "causal": causal}
+    built = Built(Case(requests, block=11, **shape), torch.bfloat16)
+    together = built.run()
+    built.check(together)
+    for b, r in enumerate(requests):
+        alone = Built(Case([Request(r.prefix, r.rows, 0)], **shape), torch.bfloat16)
+        alone.query[0], alone.key[0], alone.value[0] = (x[b, : r.rows] for x in (built.query, built.key, built.value))
+        alone.prefix_key[0], alone.prefix_value[0] = built.prefix_key[r.slot], built.prefix_value[r.slot]
+        assert torch.equal(alone.run()[0], together[b, : r.rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("given_workspace", [False, True])

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgemma_ext import layers
+from dgemma_ext.ops import router
 from reference import router as reference
 from sim.build import ROOT, SUPPORTED, sim_library
 
@@ -161,13 +160,11 @@ def test_router_is_right(case: tuple[int, int, int, int], capability: int) -> No
 
 @pytest.mark.parametrize("magnitude", [1.0, 2.0**-10], ids=["unit", "near epsilon"])
 def test_router_is_the_layers(magnitude: float) -> None:
-    """transformers' order of operations, as layers.py has it in torch."""
+    """transformers' order of operations, as ops/router.py has it in torch."""
     made = make_case(48, 2816, 128, 8)
     made.input = behind(made.input * magnitude)
-    weights = SimpleNamespace(
-        router_scale=made.scale, router_proj=made.projection, router_per_expert_scale=made.per_expert_scale
-    )
-    layer_ids, layer_weights = layers.route(made.input, weights, 8, EPSILON)  # type: ignore[arg-type]
+    operands = (made.input, made.scale, made.projection, made.per_expert_scale)
+    layer_ids, layer_weights = router.route(*operands, 8, EPSILON)
     sure = reference.route(made.input, made.scale, made.projection, made.per_expert_scale, 8, EPSILON).sure
     assert int(sure.sum()) >= 24
     ids, found = run(made)

@@ -24,6 +24,7 @@ OPERATOR_TESTS = (
     "test_grouped_gemm.py",
     "test_vocabulary_head.py",
     "test_router_and_dense.py",
+    "test_layer.py",
 )
 
 # The oldest release whose nvcc the kernels have been compiled with.

@@ -300,7 +300,7 @@ DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, co
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kAttentionThreads) attention(const Attention p) {
+__global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attention p) {
   using T = Tile<kHeadDim>;
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();

@@ -16,6 +16,7 @@ from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
 from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables
 from dgemma_ext.ops import block_attention, denoise, grouped_gemm
+from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.router import route
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
@@ -181,10 +182,11 @@ class DiffusionGemma:
     ) -> torch.Tensor:
         """What the head takes: the last layer's output, normalised, [1, L, hidden]. Arguments as of raw_logits."""
         attend = self._canvas_attention(cache, slot)
-        hidden = self._canvas_input(canvas, soft_embedding)
+        hidden, normed = self._canvas_input(canvas, soft_embedding), None
         for layer, weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
-            hidden = self._layer(hidden, layer, weights, tables, weights.decoder_layer_scalar, attend)
-        return rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps)
+            hidden, normed = self._layer(hidden, layer, weights, tables, weights.decoder_layer_scalar, attend, normed)
+        assert normed is not None, "a model has layers"
+        return normed
 
     def soft_embedding_of_logits(self, processed: torch.Tensor) -> torch.Tensor:
         """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
@@ -259,7 +261,7 @@ class DiffusionGemma:
         self, start: int, count: int
     ) -> Iterator[tuple[LayerConfig, LayerWeights, tuple[torch.Tensor, torch.Tensor]]]:
         """Each layer with its weights and the rotary tables of positions start .. start + count - 1."""
-        positions = torch.arange(start, start + count, device=self.device)[None]
+        positions = torch.arange(start, start + count, device=self.device)
         tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, weights in zip(self.config.layers, self.weights.layers, strict=True):
             key = (layer.rope, layer.head_dim)
@@ -273,15 +275,16 @@ class DiffusionGemma:
         inside = [span for span in spans if span[0] < start + count and span[1] > start]
         span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
         attend = self._causal_attention(cache, slot, span_tensor)
-        hidden = self._embed(ids)
+        hidden, normed = self._embed(ids), None
         for layer, weights, tables in self._layers(start, count):
             if layer.index == len(self.config.layers) - 1:
                 # Nobody looks at what follows the last layer's keys and values.
-                _, key, value = self._project(hidden, layer, weights, tables)
+                _, key, value = self._project(hidden, layer, weights, tables, normed)
                 rows = (cache.keys[layer.index], cache.values[layer.index])
                 block_attention.append_to_cache(key, value, *rows, *self._place(cache, slot))
             else:
-                hidden = self._layer(hidden, layer, weights, tables, weights.encoder_layer_scalar, attend)
+                scalar = weights.encoder_layer_scalar
+                hidden, normed = self._layer(hidden, layer, weights, tables, scalar, attend, normed)
         cache.advance(slot, count)
 
     def _place(self, cache: Cache, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,11 +293,19 @@ class DiffusionGemma:
         return place[0], place[1]
 
     def _project(
-        self, hidden: torch.Tensor, layer: LayerConfig, weights: LayerWeights, tables: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden: torch.Tensor,
+        layer: LayerConfig,
+        weights: LayerWeights,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        normed: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        normed = rms_norm(hidden, weights.input_layernorm, self.config.rms_norm_eps)
-        query, key, value = project_qkv(normed, weights, layer, tables, self.config.rms_norm_eps)
-        return query.contiguous(), key.contiguous(), value.contiguous()
+        """Queries, keys and values of hidden [1, L, hidden], each [1, L, heads, head_dim]."""
+        epsilon = self.config.rms_norm_eps
+        if normed is None:
+            normed = rms_norm(hidden, weights.input_layernorm, epsilon)
+        query, key, value = project_qkv(normed[0], weights, layer, tables, epsilon)
+        return query[None], key[None], value[None]
 
     def _layer(
         self,
@@ -304,20 +315,20 @@ class DiffusionGemma:
         tables: tuple[torch.Tensor, torch.Tensor],
         layer_scalar: float,
         attend: _Attention,
-    ) -> torch.Tensor:
-        """One layer on hidden [1, L, hidden]; `attend` is the pass's attention."""
+        normed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer on hidden [1, L, hidden]; `attend` is the pass's attention, `normed` the layer's first norm of
+        hidden where it is known. Returns the output and the norm of it that comes next."""
         epsilon = self.config.rms_norm_eps
-        attended = attend(layer, *self._project(hidden, layer, weights, tables))
-        attended = functional.linear(attended.flatten(-2), weights.o_proj)
-        residual = hidden + rms_norm(attended, weights.post_attention_layernorm, epsilon)
-
-        dense = gated_mlp(
-            rms_norm(residual, weights.pre_feedforward_layernorm, epsilon),
-            weights.gate_proj,
-            weights.up_proj,
-            weights.down_proj,
+        attended = attend(layer, *self._project(hidden, layer, weights, tables, normed))
+        rows, dense, sparse = attention_residual(
+            hidden[0],
+            functional.linear(attended[0].flatten(-2), weights.o_proj),
+            weights.post_attention_layernorm,
+            weights.pre_feedforward_layernorm,
+            weights.pre_feedforward_layernorm_2,
+            epsilon,
         )
-        rows = residual.flatten(0, 1)
         ids, scales = route(
             rows,
             weights.router_scale,
@@ -326,20 +337,25 @@ class DiffusionGemma:
             self.config.top_k_experts,
             epsilon,
         )
-        sparse = grouped_gemm.moe_ffn(
-            rms_norm(rows, weights.pre_feedforward_layernorm_2, epsilon),
-            ids,
-            scales,
-            weights.experts_gate_up,
-            weights.experts_down,
-        ).view_as(residual)
-        combined = rms_norm(dense, weights.post_feedforward_layernorm_1, epsilon) + rms_norm(
-            sparse, weights.post_feedforward_layernorm_2, epsilon
+        out, next_normed = layer_output(
+            rows,
+            gated_mlp(dense, weights.gate_proj, weights.up_proj, weights.down_proj),
+            grouped_gemm.moe_ffn(sparse, ids, scales, weights.experts_gate_up, weights.experts_down),
+            weights.post_feedforward_layernorm_1,
+            weights.post_feedforward_layernorm_2,
+            weights.post_feedforward_layernorm,
+            self._norm_after(layer),
+            layer_scalar,
+            epsilon,
         )
-        out = (residual + rms_norm(combined, weights.post_feedforward_layernorm, epsilon)) * layer_scalar
         if self.debug and not bool(torch.isfinite(out).all()):
             raise FloatingPointError(f"the output of layer {layer.index} is not finite")
-        return out
+        return out[None], next_normed[None]
+
+    def _norm_after(self, layer: LayerConfig) -> torch.Tensor:
+        """The weight of the norm that a layer's output meets next: the next layer's first, or the last of all."""
+        following = self.weights.layers[layer.index + 1 :]
+        return following[0].input_layernorm if following else self.weights.norm
 
     def _checked_ids(
         self, name: str, ids: torch.Tensor, cache: Cache, slots: Sequence[int] | None

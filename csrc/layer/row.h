@@ -1,0 +1,91 @@
+// A row of a hidden state in the registers of a block: eight values, which are 16 bytes, a thread.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "device/bfloat16.h"
+#include "device/shared_memory.h"
+#include "device/warp.h"
+
+namespace dgemma {
+namespace {
+
+using device::bfloat16;
+
+constexpr int32_t kMostThreads = 1024;
+
+struct RowShared {
+  float sum[kMostThreads / 32];
+};
+
+// Threads of a block for a row, whole warps of them; those past the row's end hold zeros.
+inline uint32_t row_threads(int64_t width) {
+  return static_cast<uint32_t>((width / 8 + 31) / 32 * 32);
+}
+
+DGEMMA_DEVICE float rounded(float x) { return device::to_float(device::round_to_bfloat16(x)); }
+
+struct Row {
+  float value[8];
+
+  DGEMMA_DEVICE static Row load(const bfloat16* row, int32_t width) {
+    Row result = {};
+    const int32_t first = 8 * static_cast<int32_t>(threadIdx.x);
+    if (first >= width) return result;
+    const uint4 packed = *reinterpret_cast<const uint4*>(row + first);
+    const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      result.value[2 * i] = device::low_to_float(pairs[i]);
+      result.value[2 * i + 1] = device::high_to_float(pairs[i]);
+    }
+    return result;
+  }
+
+  DGEMMA_DEVICE void store(bfloat16* row, int32_t width) const {
+    const int32_t first = 8 * static_cast<int32_t>(threadIdx.x);
+    if (first >= width) return;
+    *reinterpret_cast<uint4*>(row + first) = {
+        device::pack_bfloat16(value[0], value[1]), device::pack_bfloat16(value[2], value[3]),
+        device::pack_bfloat16(value[4], value[5]), device::pack_bfloat16(value[6], value[7])};
+  }
+};
+
+// The sum over the block, the same tree whatever else runs; all threads come.
+DGEMMA_DEVICE float block_sum(float value, RowShared& shared) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    value += __shfl_xor_sync(device::kAllLanes, value, lanes);
+  if (device::lane_index() == 0) shared.sum[device::warp_index()] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) total += shared.sum[warp];
+  __syncthreads();
+  return total;
+}
+
+// x / sqrt(mean(x^2) + epsilon) * weight, rounded once. All threads come.
+DGEMMA_DEVICE Row norm(const Row& x, const bfloat16* weight, int32_t width, float epsilon,
+                       RowShared& shared) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) squares = fmaf(x.value[i], x.value[i], squares);
+  const float mean = block_sum(squares, shared) / static_cast<float>(width);
+  const float factor = 1.0f / sqrtf(mean + epsilon);
+  const Row scale = Row::load(weight, width);
+  Row result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) result.value[i] = rounded(x.value[i] * factor * scale.value[i]);
+  return result;
+}
+
+DGEMMA_DEVICE Row add(const Row& a, const Row& b) {
+  Row result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) result.value[i] = rounded(a.value[i] + b.value[i]);
+  return result;
+}
+
+}  // namespace
+}  // namespace dgemma
