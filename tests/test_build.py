@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -141,6 +142,20 @@ def test_code_for_one_instruction_set_is_not_shared() -> None:
 
 def test_import_needs_no_torch_imported_before() -> None:
     subprocess.run([sys.executable, "-c", "from dgemma_ext import ops"], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not _C.has_cuda(), reason="this build has no CUDA kernels")
+def test_kernels_serve_a_gpu_unless_the_plain_form_is_asked_for() -> None:
+    program = "from dgemma_ext import ops; import torch; print(torch._C._dispatch_dump('dgemma::moe_ffn'))"
+    for kernels, where in (("", r"CUDA: registered at csrc/torch/grouped_gemm.cpp"), ("plain", r"CUDA: .*library\.py")):
+        told = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env={**os.environ, "DGEMMA_KERNELS": kernels},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert re.search(where, told), told
 
 
 def test_operators_are_registered_once() -> None:

@@ -20,3 +20,7 @@ def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
     run_tests_on_kernels(
         *(f"tests/{name}" for name in OPERATOR_TESTS), compute_capability=compute_capability, seed=seed
     )
+
+
+def test_what_is_refused_before_a_launch() -> None:
+    run_tests_on_kernels("tests/test_cuda_refusals.py")
