@@ -42,14 +42,14 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op) {
   const int64_t rows = op.block_length * (op.query_heads / op.key_heads);
   plan.row_tiles = static_cast<int32_t>((rows + plan.rows - 1) / plan.rows);
   const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * op.key_heads);
-  // A shorter request has fewer tiles and so more splits; together they stay below twice the blocks
+  // A shorter request has fewer tiles and so more splits; together they stay within the blocks
   // wanted.
   plan.splits =
       op.length != nullptr
           ? kMostSplits
           : attention_splits(static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
   plan.partial_tiles =
-      plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, 2 * kBlocksWanted) : 0;
+      plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, kBlocksWanted) : 0;
   const int64_t tiles = op.batch * plan.partial_tiles;
   const auto take = [&plan](int64_t values) {
     const size_t begin = plan.workspace_bytes;

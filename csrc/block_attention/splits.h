@@ -21,7 +21,7 @@ constexpr int32_t kMostSplits = 8;
 
 // `blocks`: tiles of queries of the request, over all key heads. `keys`: what its queries may see.
 DGEMMA_BOTH inline int32_t attention_splits(int32_t blocks, int32_t keys) {
-  const int32_t to_fill = (kBlocksWanted + blocks - 1) / blocks;
+  const int32_t to_fill = kBlocksWanted / blocks;  // rounded down: one wave, not one and a half
   const int32_t worth = keys / kLeastKeys;
   int32_t splits = to_fill < worth ? to_fill : worth;
   splits = splits < kMostSplits ? splits : kMostSplits;
