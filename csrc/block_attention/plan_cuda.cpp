@@ -48,8 +48,7 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op) {
       op.length != nullptr
           ? kMostSplits
           : attention_splits(static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
-  plan.partial_tiles =
-      plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, kBlocksWanted) : 0;
+  plan.partial_tiles = plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, kBlocksWanted) : 0;
   const int64_t tiles = op.batch * plan.partial_tiles;
   const auto take = [&plan](int64_t values) {
     const size_t begin = plan.workspace_bytes;
