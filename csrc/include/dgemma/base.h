@@ -32,7 +32,11 @@ typedef enum dgemma_status {
   DGEMMA_CUDA_ERROR = 4 /* a launch failed; the message carries CUDA's words */
 } dgemma_status;
 
-typedef enum dgemma_dtype { DGEMMA_FLOAT32 = 0, DGEMMA_BFLOAT16 = 1 } dgemma_dtype;
+typedef enum dgemma_dtype {
+  DGEMMA_FLOAT32 = 0,
+  DGEMMA_BFLOAT16 = 1,
+  DGEMMA_FLOAT16 = 2 /* of the scales of quantized weights alone */
+} dgemma_dtype;
 
 /* The instruction sets that a CPU kernel is compiled for. BEST picks the last one the machine has.
  */

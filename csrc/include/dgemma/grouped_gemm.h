@@ -70,6 +70,57 @@ DGEMMA_API dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cp
 DGEMMA_API size_t dgemma_cuda_dense_workspace(const dgemma_dense* op);
 DGEMMA_API dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* cuda);
 
+/* A matrix [.., rows, columns] whose values take 4 or 8 bits. With r a row and k a column:
+ *
+ *   FP8     values e4m3, one a byte                      w = value * factor
+ *   INT4    values q + 8 in 4 bits, q in [-8, 8)         w = q * scale[r, k / group] * factor
+ *   NVFP4   values e2m1 in 4 bits                        w = value * scale[r, k / 16] * factor
+ *
+ * Of two values in a byte the even column has the low half. Rows follow each other without gaps:
+ * columns (FP8) or columns / 2 bytes, and ceil(columns / group) scales. This is the layout of the
+ * compressed-tensors formats float-quantized, pack-quantized and nvfp4-pack-quantized with their
+ * experts stacked, so a checkpoint's bytes are used as they lie.
+ */
+typedef enum dgemma_weight_format {
+  DGEMMA_WEIGHTS_FP8 = 1,
+  DGEMMA_WEIGHTS_INT4 = 2,
+  DGEMMA_WEIGHTS_NVFP4 = 3
+} dgemma_weight_format;
+
+typedef struct dgemma_quantized {
+  dgemma_weight_format format;
+  int32_t group;            /* columns that share a scale: INT4 32, 64 or 128, NVFP4 16, FP8 0 */
+  const void* values;       /* 16-byte aligned on a GPU */
+  const void* scales;       /* INT4: of scale_dtype; NVFP4: e4m3; FP8: NULL */
+  dgemma_dtype scale_dtype; /* INT4: DGEMMA_BFLOAT16 or DGEMMA_FLOAT16; else not looked at */
+  const float* factors;     /* one for each rows_per_factor rows in turn; NULL stands for 1 */
+  int64_t rows_per_factor;  /* a divisor of the expert_size of gate_up and of the rows of others */
+} dgemma_quantized;
+
+/* The same feed-forward with quantized weights: `ffn` with its gate_up and down NULL. A product is
+ * a row of the decoded weight, rounded to dtype before or after its factor, times the input, summed
+ * in fp32. Columns must be even (INT4) or a multiple of 16 (NVFP4), at most 16,384.
+ */
+typedef struct dgemma_moe_ffn_quantized {
+  dgemma_moe_ffn ffn;
+  dgemma_quantized gate_up; /* [experts, 2 * expert_size, hidden_size] */
+  dgemma_quantized down;    /* [experts, hidden_size, expert_size] */
+} dgemma_moe_ffn_quantized;
+
+DGEMMA_API size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op);
+DGEMMA_API dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
+                                                      dgemma_cpu* cpu);
+
+/* The dense projection likewise: `dense` with its weight NULL. */
+typedef struct dgemma_dense_quantized {
+  dgemma_dense dense;
+  dgemma_quantized weight; /* [out_features, in_features] */
+} dgemma_dense_quantized;
+
+DGEMMA_API size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* op);
+DGEMMA_API dgemma_status dgemma_cpu_dense_quantized(const dgemma_dense_quantized* op,
+                                                    dgemma_cpu* cpu);
+
 /* The router: which experts a token goes to, and with what weights. With x = input[t]:
  *
  *   normed    = x / sqrt(mean(x^2) + epsilon)           in fp32, rounded to dtype
