@@ -111,6 +111,14 @@ DGEMMA_API size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_qu
 DGEMMA_API dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
                                                       dgemma_cpu* cpu);
 
+/* On a GPU: what dgemma_cuda_moe_ffn takes, columns in multiples of 32 (INT4, NVFP4) or 16 (FP8),
+ * values aligned to 16 bytes, scales and factors to 4. The input is not quantized. Bytes that are
+ * no finite number (e4m3's NaN) give wrong finite ones: look for them while loading.
+ */
+DGEMMA_API size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op);
+DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
+                                                       dgemma_cuda* cuda);
+
 /* The dense projection likewise: `dense` with its weight NULL. */
 typedef struct dgemma_dense_quantized {
   dgemma_dense dense;
@@ -120,6 +128,11 @@ typedef struct dgemma_dense_quantized {
 DGEMMA_API size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* op);
 DGEMMA_API dgemma_status dgemma_cpu_dense_quantized(const dgemma_dense_quantized* op,
                                                     dgemma_cpu* cpu);
+
+/* On a GPU: what dgemma_cuda_dense takes, and in_features as columns above. */
+DGEMMA_API size_t dgemma_cuda_dense_quantized_workspace(const dgemma_dense_quantized* op);
+DGEMMA_API dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op,
+                                                     dgemma_cuda* cuda);
 
 /* The router: which experts a token goes to, and with what weights. With x = input[t]:
  *
