@@ -13,6 +13,7 @@ from dgemma_ext.chat import Chat
 from dgemma_ext.config import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError, NonFiniteError
 from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.integrations import accelerate
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.sampler import Canvas, SamplerConfig
 from dgemma_ext.scheduler import Request, RequestState, Scheduler
@@ -42,4 +43,5 @@ __all__ = [
     "SnapshotStore",
     "Tokenizer",
     "__version__",
+    "accelerate",
 ]

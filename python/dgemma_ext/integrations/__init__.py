@@ -1,0 +1,26 @@
+"""This package's kernels inside other libraries. Nothing of theirs is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+Model = TypeVar("Model")
+
+
+def accelerate(model: Model, enabled: bool = True) -> Model:
+    """Makes a DiffusionGemma of Hugging Face transformers run on this package's kernels, in place.
+
+    model: a `DiffusionGemmaForBlockDiffusion`, or a PEFT model around one. `enabled=False` undoes it. Attention, the
+    experts and, in `generate`, the sampler with its self-conditioning are replaced; weights are neither copied, moved
+    nor renamed. What cannot run on the kernels runs on transformers' own code, with one warning
+    (`integrations.transformers.AccelerationWarning`) for each model and reason. Details:
+    `dgemma_ext.integrations.transformers`.
+
+    Returns the model. Raises ValueError for another kind of model, for quantised weights and for a transformers older
+    than 5.17.
+    """
+    from dgemma_ext.integrations import transformers as integration
+
+    unchecked: Any = model
+    integration.accelerate(unchecked, enabled)
+    return model

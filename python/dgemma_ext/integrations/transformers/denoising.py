@@ -1,0 +1,336 @@
+"""A denoising step of transformers' `generate` by `ops.denoise`, in place of `_denoising_step`.
+
+transformers hands the processed logits from step to step, in fp32 while it works on them, and makes the next step's
+soft embedding of them inside the decoder. Here the head's product is kept as it is, in the model's dtype; statistics,
+sampling, acceptance, renoising and stop follow from it, and so does the soft embedding, which a hook puts where the
+decoder hands its own to the self-conditioning module. What goes from step to step is a `Step`.
+
+`denoising_step` has the arguments and results of transformers' method and takes its place on one model. Where a part of
+it is not what it was in the releases that are known (a sampler, a stopping criterion or a logits processor of the
+user's, a compiled loop), transformers' own method runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+from dgemma_ext.errors import NonFiniteError
+from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
+from dgemma_ext.integrations.transformers.releases import NEWEST_KNOWN_STEP, release, release_name
+from dgemma_ext.ops import denoise
+from dgemma_ext.ops.denoise import CanvasStatus, VocabularyStatistics
+
+# Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
+_SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
+_NEVER = 2**31 - 1  # steps: a model without a stopping criterion
+
+_ARGUMENTS = (
+    *("self", "decoder_forward", "current_canvas", "argmax_canvas", "input_ids", "decoder_position_ids"),
+    *("self_conditioning_logits", "mask_mapping", "past_key_values", "finished_denoising", "cur_step", "sampler"),
+    *("logits_processor", "diffusion_stopping_criteria", "model_kwargs"),
+)
+
+
+def unknown_release(model: Any) -> str | None:
+    """Why this transformers' step is not replaced, or None."""
+    if release() > NEWEST_KNOWN_STEP:
+        known = ".".join(map(str, NEWEST_KNOWN_STEP))
+        return f"its method is private, and that of transformers {release_name()} (after {known}) is not known"
+    arguments = tuple(inspect.signature(type(model)._denoising_step).parameters)
+    if arguments != _ARGUMENTS:
+        return f"its method takes other arguments than known ({', '.join(arguments)})"
+    return None
+
+
+@dataclass
+class Step:
+    """What one step of a canvas leaves for the next; transformers' loop carries it as `self_conditioning_logits`.
+
+    Shapes as in `ops.denoise`: raw [batch, length, vocabulary], by position [batch, length], by row [batch].
+    """
+
+    seed: Tensor
+    canvas_index: Tensor
+    number: Tensor  # of the next step, from 1
+    most: Tensor  # steps
+    canvas: Tensor
+    draft: Tensor
+    accepted: Tensor
+    stable_steps: Tensor
+    active: Tensor
+    mean_entropy: Tensor
+    status: Tensor
+    softcap: float
+    stopped: Tensor = field(init=False)  # rows whose draft is stable; the step cap does not count
+    raw: Tensor = field(init=False)
+    temperature: Tensor = field(init=False)
+    soft_embedding: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stopped = ~self.active
+
+    def logits(self) -> Tensor:
+        """The processed logits as transformers would hand them on: rounded to the model's dtype."""
+        capped = torch.tanh(self.raw.float() / self.softcap) * self.softcap
+        return (capped / self.temperature[:, None, None]).to(self.raw.dtype)
+
+    def cpu(self) -> Tensor:
+        """For a streamer that takes logits: the one thing that transformers' loop asks of what it carries."""
+        return self.logits().cpu()
+
+
+@torch.no_grad()
+def denoising_step(
+    self: Any,
+    decoder_forward: Callable[..., Any],
+    current_canvas: Tensor,
+    argmax_canvas: Tensor,
+    input_ids: Tensor,
+    decoder_position_ids: Tensor,
+    self_conditioning_logits: Tensor | Step | None,
+    mask_mapping: dict[str, Tensor | None],
+    past_key_values: Any,
+    finished_denoising: Tensor,
+    cur_step: int,
+    sampler: Any,
+    logits_processor: Any,
+    diffusion_stopping_criteria: Any,
+    **model_kwargs: Any,
+) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """As transformers' `_denoising_step`; `self` is the model. cur_step counts down to 1."""
+    reason = _refused(self, decoder_forward, sampler, logits_processor, diffusion_stopping_criteria)
+    if reason is not None:
+        acceleration_of(self).fall_back("sampler", reason)
+        carried = self_conditioning_logits
+        return type(self)._denoising_step(  # type: ignore[no-any-return]
+            self,
+            decoder_forward=decoder_forward,
+            current_canvas=current_canvas,
+            argmax_canvas=argmax_canvas,
+            input_ids=input_ids,
+            decoder_position_ids=decoder_position_ids,
+            self_conditioning_logits=carried.logits() if isinstance(carried, Step) else carried,
+            mask_mapping=mask_mapping,
+            past_key_values=past_key_values,
+            finished_denoising=finished_denoising,
+            cur_step=cur_step,
+            sampler=sampler,
+            logits_processor=logits_processor,
+            diffusion_stopping_criteria=diffusion_stopping_criteria,
+            **model_kwargs,
+        )
+    step, given = self_conditioning_logits, None
+    if not isinstance(step, Step):
+        step, given = begin(current_canvas, finished_denoising, cur_step, self.final_logit_softcapping), step
+    decoder = self.model.decoder
+    with _soft_embedding(decoder, None if not isinstance(self_conditioning_logits, Step) else step.soft_embedding):
+        hidden = self.model(
+            decoder_input_ids=current_canvas,
+            self_conditioning_logits=given,
+            decoder_attention_mask=mask_mapping,
+            past_key_values=past_key_values,
+            decoder_position_ids=decoder_position_ids,
+            **model_kwargs,
+        ).last_hidden_state
+    raw = self.lm_head(hidden).contiguous()
+    advance(
+        step,
+        raw,
+        temperature=temperature_of(logits_processor, cur_step),
+        entropy_bound=sampler.entropy_bound,
+        stopping=diffusion_stopping_criteria,
+        table=decoder.embed_tokens,
+    )
+    sampler.accepted_token_mask = step.accepted
+    return step.canvas.long(), step.draft.long(), step, step.stopped
+
+
+def _refused(model: Any, decoder_forward: Any, sampler: Any, processors: Any, stopping: Any) -> str | None:
+    if "forward" in vars(model):
+        return "the model's forward was replaced"
+    if decoder_forward != model.forward:
+        return "the loop is compiled (disable_compile=True, or a dynamic cache, leaves it to the kernels)"
+    if (
+        type(sampler) is not generation.EntropyBoundSampler
+        or {"accept_canvas", "renoise_canvas"} & vars(sampler).keys()
+    ):
+        return f"it is a {type(sampler).__name__} of its own, and the kernels have EntropyBoundSampler"
+    if stopping is not None and type(stopping) is not generation.StableAndConfidentStoppingCriteria:
+        return f"it stops by {type(stopping).__name__}, and the kernels by StableAndConfidentStoppingCriteria"
+    others = [type(one).__name__ for one in processors if not _is_schedule(one)]
+    if others or len(processors) > 1:
+        return f"logits processors are given ({', '.join(others) or 'several schedules'})"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    return tensors_refused(model.lm_head.weight, model.model.decoder.embed_tokens.weight)
+
+
+def _is_schedule(processor: Any) -> bool:
+    return type(processor) is generation.LinearTemperatureScheduleLogitsProcessor
+
+
+def temperature_of(processors: Any, cur_step: int) -> float:
+    """Of LinearTemperatureScheduleLogitsProcessor, in fp32 after every operation as on its tensor; 1 without one."""
+    if len(processors) == 0:
+        return 1.0
+    schedule = processors[0]
+    remaining = torch.tensor(cur_step, dtype=torch.int32)
+    share = remaining / schedule.max_denoising_steps
+    return float(schedule.t_min + (schedule.t_max - schedule.t_min) * share)
+
+
+def draw_streams(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seeds of a canvas, int64 [batch], from torch's generator of the device, and canvas indices, int32 [batch]."""
+    seeds = torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device=device)
+    return seeds, torch.zeros(batch, dtype=torch.int32, device=device)
+
+
+def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
+    """Before the first step of a canvas [batch, length], of which `steps` are left."""
+    batch, device = canvas.shape[0], canvas.device
+    seed, canvas_index = draw_streams(batch, device)
+
+    def by_row(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((batch,), value, dtype=dtype, device=device)
+
+    return Step(
+        seed=seed,
+        canvas_index=canvas_index,
+        number=by_row(1, torch.int32),
+        most=by_row(steps, torch.int32),
+        canvas=canvas.to(torch.int32).contiguous(),
+        draft=torch.full(canvas.shape, -1, dtype=torch.int32, device=device),
+        accepted=torch.zeros(canvas.shape, dtype=torch.bool, device=device),
+        stable_steps=by_row(0, torch.int32),
+        active=~finished,
+        mean_entropy=by_row(0.0, torch.float32),
+        status=by_row(0, torch.int32),
+        softcap=softcap,
+    )
+
+
+def advance(
+    step: Step,
+    raw: Tensor,
+    temperature: float,
+    entropy_bound: float,
+    stopping: Any,
+    table: Any,
+    uniforms: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """What follows the head in a step, in place: everything is computed from its product, raw [batch, length,
+    vocabulary].
+
+    stopping: a StableAndConfidentStoppingCriteria or None. table: the decoder's embedding module. uniforms: of sampling
+    and of renoising, float64 [batch, length] each, in place of the drawn ones.
+
+    Raises dg.NonFiniteError where a logit is not finite.
+    """
+    batch, vocabulary = raw.shape[0], raw.shape[2]
+
+    def by_row(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((batch,), value, dtype=dtype, device=raw.device)
+
+    running = step.active.clone()
+    if not bool(running.all()):
+        # A row that has stopped keeps its logits, for a streamer that takes them.
+        raw[~running] = step.raw[~running]
+        temperatures = torch.where(running, temperature, step.temperature)
+    else:
+        temperatures = by_row(temperature, torch.float32)
+    step.raw, step.temperature = raw, temperatures
+    reading: dict[str, Any] = dict(
+        softcap=step.softcap, temperature=temperatures, active=running, allowed=None, allowed_row=None
+    )
+    statistics = denoise.vocabulary_statistics(raw, **reading)
+    masses = _masses(statistics)
+    draws = dict(seed=step.seed, canvas_index=step.canvas_index)
+    sampled = denoise.sample(
+        raw, **reading, **masses, **draws, step=step.number, uniforms=None if uniforms is None else uniforms[0]
+    )
+    never = stopping is None
+    denoise.update_canvas_(
+        sampled,
+        statistics.argmax,
+        statistics.entropy,
+        pinned=None,
+        allowed=None,
+        allowed_row=None,
+        uniforms=None if uniforms is None else uniforms[1],
+        vocabulary=vocabulary,
+        **draws,
+        max_steps=step.most,
+        # The op's own schedule is not used: cur_step is transformers' to say.
+        t_min=by_row(1.0, torch.float64),
+        t_max=by_row(1.0, torch.float64),
+        entropy_bound=by_row(entropy_bound, torch.float32),
+        stability_threshold=by_row(_NEVER if never else stopping.stability_threshold, torch.int32),
+        confidence_threshold=by_row(0.0 if never else stopping.confidence_threshold, torch.float32),
+        active=step.active,
+        canvas=step.canvas,
+        draft=step.draft,
+        stable_steps=step.stable_steps,
+        step=step.number,
+        temperature=temperatures.clone(),
+        accepted=step.accepted,
+        mean_entropy=step.mean_entropy,
+        status=step.status,
+    )
+    for row, status in enumerate(step.status.tolist()):
+        if status == CanvasStatus.NON_FINITE:
+            problem = "the logits of this row of the batch are not finite"
+            raise NonFiniteError(problem, request=row, step=int(step.number[row]))
+    step.stopped = step.stopped | (step.status == CanvasStatus.STABLE)
+    if bool(step.active.any()):
+        step.soft_embedding = denoise.soft_embedding(
+            raw,
+            **(reading | {"active": step.active.clone()}),
+            **masses,
+            pinned=None,
+            embedding=table.weight.detach().contiguous(),
+            embedding_scale=float(table.embed_scale.to(raw.dtype)),
+            tolerance=_SOFT_EMBEDDING_TOLERANCE[raw.dtype],
+            max_embedding_norm=_largest_row_norm(table),
+        )
+
+
+def _masses(statistics: VocabularyStatistics) -> dict[str, Tensor]:
+    return {name: getattr(statistics, name) for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
+
+
+def _largest_row_norm(table: Any) -> float:
+    """max over v of ||weight[v]||, kept with the module until its weight changes."""
+    weight = table.weight.detach()
+    key = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+    known: tuple[Any, float] | None = table.__dict__.get("_dgemma_largest_row_norm")
+    if known is None or known[0] != key:
+        # In pieces, so that no fp32 copy of the table exists.
+        known = key, max(float(piece.float().norm(dim=-1).max()) for piece in weight.split(16_384))
+        table.__dict__["_dgemma_largest_row_norm"] = known
+    return known[1]
+
+
+@contextmanager
+def _soft_embedding(decoder: Any, soft: Tensor | None) -> Iterator[None]:
+    """Inside the block the decoder's self-conditioning module gets `soft` in place of the decoder's zeros."""
+    if soft is None:
+        yield
+        return
+
+    def replaced(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0], soft, *arguments[2:])
+
+    # Before the hooks of others, so that they see it.
+    handle = decoder.self_conditioning.register_forward_pre_hook(replaced, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

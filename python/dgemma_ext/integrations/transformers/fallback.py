@@ -1,0 +1,62 @@
+"""What an accelerated model remembers: what it ran on before, and which warnings it has given."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgemma_ext import _C
+
+
+class AccelerationWarning(UserWarning):
+    """A part of an accelerated model runs on transformers' own code."""
+
+
+@dataclass
+class Acceleration:
+    """Of one model; its attention and expert modules hold the same object.
+
+    attention, experts: the implementations that the model's configurations named before, by sub-configuration.
+    """
+
+    attention: dict[str, str | None] = field(default_factory=dict)
+    experts: dict[str, str | None] = field(default_factory=dict)
+    _given: set[tuple[str, str]] = field(default_factory=set)
+
+    def fall_back(self, part: str, reason: str) -> None:
+        """Warns that `part` runs on transformers' own code, once for each reason."""
+        if (part, reason) not in self._given:
+            self._given.add((part, reason))
+            warnings.warn(
+                f"the {part} of this model runs on transformers' own code: {reason}", AccelerationWarning, stacklevel=2
+            )
+
+
+# For modules that name the implementation without `accelerate`, as from_pretrained(attn_implementation=...) does.
+_OF_NO_MODEL = Acceleration()
+
+
+def acceleration_of(module: nn.Module) -> Acceleration:
+    state: Any = module.__dict__.get("_dgemma_acceleration")
+    return _OF_NO_MODEL if state is None else state
+
+
+def tensors_refused(*tensors: Tensor) -> str | None:
+    """Why no kernel takes these tensors of numbers, or None."""
+    first = tensors[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are needed, and the kernels have none (torch.no_grad() around a pass that trains nothing)"
+    if any(tensor.dtype != first.dtype for tensor in tensors):
+        return f"dtypes are mixed ({', '.join(sorted({str(tensor.dtype) for tensor in tensors}))})"
+    if any(tensor.device != first.device for tensor in tensors):
+        return f"devices are mixed ({', '.join(sorted({str(tensor.device) for tensor in tensors}))})"
+    if first.device.type not in ("cpu", "cuda"):
+        return f"no kernel is for {first.device.type}"
+    takes = (torch.bfloat16,) if first.is_cuda and _C.has_cuda() else (torch.bfloat16, torch.float32)
+    if first.dtype not in takes:
+        return f"no kernel of {first.device.type} takes {first.dtype}"
+    return None

@@ -1,0 +1,137 @@
+"""From an attention mask to what the kernels take: which keys a row's queries see.
+
+A mask is recognised by what it says, not by who made it, and checked whole. Two kinds are: every query of a row sees
+the same keys (the canvas over any prefix; which of the keys are called prefix does not matter then), and causal ones,
+with padding on either side, with or without the layer's window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Which keys: a range where they stand together, else their indices.
+Keys = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch: queries[i] and keys[block][i] are the same position, and keys[prefix] come before.
+
+    Queries outside `queries` see nothing, or are padding.
+    """
+
+    queries: slice
+    prefix: Keys
+    block: Keys
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What a batch sees. `rows` has one entry for all rows of the batch or one for each; None sees nothing at all."""
+
+    causal: bool
+    window: int  # of causal attention, 0: none
+    rows: tuple[Row | None, ...]
+
+
+def without_mask(queries: int, keys: int, causal: bool) -> Visibility | None:
+    """What a missing mask means to transformers' sdpa_attention_forward."""
+    if causal and queries > 1:
+        # Aligned with the first key; keys after the last query are a static cache's unused ones.
+        block = slice(0, queries)
+        return Visibility(True, 0, (Row(block, slice(0, 0), block),)) if keys >= queries else None
+    if keys < queries:
+        return None
+    return Visibility(False, 0, (Row(slice(0, queries), slice(0, keys - queries), slice(keys - queries, keys)),))
+
+
+def of_mask(mask: Tensor, queries: int, keys: int, window: int) -> Visibility | None:
+    """Reads a boolean mask [rows, 1, queries, keys] (True: is seen), or gives None where the kernels cannot do it.
+
+    window: the layer's, 0 for none. What was found is kept with the tensor: a mask serves many layers and steps.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys) or 0 in mask.shape:
+        return None
+    key = (window, 0 if mask.is_inference() else mask._version)
+    known: dict[tuple[int, int], Visibility | None] = mask.__dict__.setdefault("_dgemma_visibility", {})
+    if key not in known:
+        seen = mask[:, 0]
+        known[key] = _same_for_all_queries(seen) or _causal(seen, window)
+    return known[key]
+
+
+def _same_for_all_queries(seen: Tensor) -> Visibility | None:
+    """seen: bool [rows, queries, keys]."""
+    queries = seen.shape[1]
+    if not bool((seen == seen[:, :1]).all()):
+        return None
+    rows: list[Row | None] = []
+    for keys in seen[:, 0]:
+        visible = keys.nonzero()[:, 0]
+        if len(visible) == 0:
+            rows.append(None)
+        elif len(visible) < queries:
+            return None  # the kernels' block is as long as the queries
+        else:
+            prefix, block = visible[: len(visible) - queries], visible[len(visible) - queries :]
+            rows.append(Row(slice(0, queries), _range(prefix), _range(block)))
+    return Visibility(False, 0, _merged(rows))
+
+
+def _causal(seen: Tensor, window: int) -> Visibility | None:
+    """seen: bool [rows, queries, keys]. Valid keys of a row are those that any query sees."""
+    _, queries, keys = seen.shape
+    valid = seen.any(dim=1)
+    if not bool(valid.any()):
+        return None
+    # The last query of the least padded row stands at the last valid key.
+    start = int(valid.any(dim=0).nonzero().max()) + 1 - queries
+    if start < 0:
+        return None
+    position = start + torch.arange(queries, device=seen.device)[:, None]
+    key = torch.arange(keys, device=seen.device)
+    causal = key <= position
+    if window > 0:
+        causal &= key > position - window
+    if not torch.equal(seen, causal & valid[:, None]):
+        return None
+    rows: list[Row | None] = []
+    for keys_of_row in valid:
+        visible = keys_of_row.nonzero()[:, 0]
+        in_prefix, in_block = visible[visible < start], visible[visible >= start]
+        block = _range(in_block)
+        if len(in_block) == 0:
+            rows.append(None)
+            continue
+        prefix = _range(in_prefix)
+        touches = len(in_prefix) == 0 or (isinstance(prefix, slice) and prefix.stop == int(in_block[0]))
+        # A window counts positions, so a hole inside of it must stay one.
+        binds = 0 < window < start + queries
+        if not isinstance(block, slice) or (binds and not touches):
+            return None
+        rows.append(Row(slice(block.start - start, block.stop - start), prefix, block))
+    return Visibility(True, window, _merged(rows))
+
+
+def _range(indices: Tensor) -> Keys:
+    """Rising indices as a range, where they are one."""
+    if len(indices) == 0:
+        return slice(0, 0)
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last + 1 - first == len(indices) else indices
+
+
+def _merged(rows: list[Row | None]) -> tuple[Row | None, ...]:
+    """One entry where all rows are alike, so that a batch is one call."""
+    first = rows[0]
+    alike = first is not None and isinstance(first.prefix, slice) and isinstance(first.block, slice)
+    return (first,) if alike and all(_same_slices(row, first) for row in rows) else tuple(rows)
+
+
+def _same_slices(row: Row | None, other: Row | None) -> bool:
+    if row is None or other is None or isinstance(row.prefix, Tensor) or isinstance(row.block, Tensor):
+        return False
+    return (row.queries, row.prefix, row.block) == (other.queries, other.prefix, other.block)
