@@ -7,6 +7,7 @@
 #include "cpu/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/plan.h"
+#include "grouped_gemm/quantized.h"
 
 namespace dgemma {
 namespace {
@@ -73,7 +74,13 @@ bool sizes_fit(const dgemma_moe_ffn& op) {
          !__builtin_mul_overflow(pairs * op.hidden_size, 4, &bytes);
 }
 
-dgemma_status check(const dgemma_moe_ffn& op, dgemma_cpu* cpu) {
+// The weights of a call: pointers in its dgemma_moe_ffn, or these.
+struct QuantizedPair {
+  const dgemma_quantized* gate_up = nullptr;
+  const dgemma_quantized* down = nullptr;
+};
+
+dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgemma_cpu* cpu) {
   const NamedExtent extent = bad_extent(op);
   if (extent.name != nullptr)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got %" PRId64 ", wants %" PRId64 " to %" PRId64,
@@ -87,20 +94,32 @@ dgemma_status check(const dgemma_moe_ffn& op, dgemma_cpu* cpu) {
                 "count, wants less");
   if (op.tokens == 0) return DGEMMA_OK;
 
+  const bool plain = quantized.gate_up == nullptr;
   const struct {
     const char* name;
     const void* pointer;
-  } pointers[] = {{"input", op.input},
-                  {"expert_ids", op.expert_ids},
-                  {"expert_weights", op.expert_weights},
-                  {"gate_up", op.gate_up},
-                  {"down", op.down},
-                  {"output", op.output}};
-  for (const auto& [name, pointer] : pointers)
-    if (pointer == nullptr)
-      return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got NULL, wants a pointer", name);
-  const dgemma_status status =
-      check_workspace(op.workspace, op.workspace_bytes, layout(op).bytes, cpu);
+    bool wanted;
+  } pointers[] = {{"input", op.input, true},
+                  {"expert_ids", op.expert_ids, true},
+                  {"expert_weights", op.expert_weights, true},
+                  {"gate_up", op.gate_up, plain},
+                  {"down", op.down, plain},
+                  {"output", op.output, true}};
+  for (const auto& [name, pointer, wanted] : pointers)
+    if ((pointer != nullptr) != wanted)
+      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                  wanted ? "%s: got NULL, wants a pointer"
+                         : "%s: got a pointer, wants NULL beside quantized weights",
+                  name);
+  dgemma_status status = DGEMMA_OK;
+  if (!plain) {
+    status = check_quantized("gate_up", *quantized.gate_up, op.expert_size, op.hidden_size, cpu);
+    if (status != DGEMMA_OK) return status;
+    status =
+        check_quantized("down", *quantized.down, op.experts * op.hidden_size, op.expert_size, cpu);
+    if (status != DGEMMA_OK) return status;
+  }
+  status = check_workspace(op.workspace, op.workspace_bytes, layout(op).bytes, cpu);
   if (status != DGEMMA_OK) return status;
   const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
   if (bad >= 0)
@@ -111,18 +130,18 @@ dgemma_status check(const dgemma_moe_ffn& op, dgemma_cpu* cpu) {
   return DGEMMA_OK;
 }
 
-const MoeKernels* kernels_of(dgemma_cpu_variant variant) {
+const MoeKernels* kernels_of(dgemma_cpu_variant variant, bool quantized) {
   switch (variant) {
 #if defined(__x86_64__)
     case DGEMMA_CPU_AVX2:
-      return kMoeKernelsAvx2;
+      return quantized ? kQuantizedMoeKernelsAvx2 : kMoeKernelsAvx2;
     case DGEMMA_CPU_AVX512:
-      return kMoeKernelsAvx512;
+      return quantized ? kQuantizedMoeKernelsAvx512 : kMoeKernelsAvx512;
     case DGEMMA_CPU_AVX512_BF16:
-      return kMoeKernelsAvx512Bf16;
+      return quantized ? kQuantizedMoeKernelsAvx512Bf16 : kMoeKernelsAvx512Bf16;
 #endif
     default:
-      return kMoeKernelsScalar;
+      return quantized ? kQuantizedMoeKernelsScalar : kMoeKernelsScalar;
   }
 }
 
@@ -148,6 +167,41 @@ void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dg
   run_tasks(cpu, tokens, [&](int64_t token) { kernels.combine(pass, token); });
 }
 
+dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgemma_cpu* cpu) {
+  dgemma_status status = check(op, quantized, cpu);
+  if (status != DGEMMA_OK) return status;
+  dgemma_cpu_variant variant;
+  status = resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK) return status;
+
+  const MoeKernels& kernels = kernels_of(variant, quantized.gate_up != nullptr)[op.dtype];
+  const Layout at = layout(op);
+  char* workspace = static_cast<char*>(op.workspace);
+  const int64_t step = tokens_per_pass(op);
+  const int64_t token_bytes = op.hidden_size * static_cast<int64_t>(value_bytes(op.dtype));
+  for (int64_t first = 0; first < op.tokens; first += step) {
+    const int64_t tokens = op.tokens - first < step ? op.tokens - first : step;
+    const int32_t* ids = op.expert_ids + first * op.top_k;
+    const MoePass pass = {.hidden_size = op.hidden_size,
+                          .expert_size = op.expert_size,
+                          .top_k = op.top_k,
+                          .input = static_cast<const char*>(op.input) + first * token_bytes,
+                          .expert_ids = ids,
+                          .expert_weights = op.expert_weights + first * op.top_k,
+                          .gate_up = op.gate_up,
+                          .down = op.down,
+                          .quantized_gate_up = quantized.gate_up,
+                          .quantized_down = quantized.down,
+                          .output = static_cast<char*>(op.output) + first * token_bytes,
+                          .plan = make_moe_plan(ids, tokens * op.top_k, op.experts,
+                                                reinterpret_cast<int32_t*>(workspace + at.plan)),
+                          .activations = workspace + at.activations,
+                          .products = reinterpret_cast<float*>(workspace + at.products)};
+    run_pass(pass, tokens, kernels, cpu);
+  }
+  return DGEMMA_OK;
+}
+
 }  // namespace
 }  // namespace dgemma
 
@@ -157,35 +211,13 @@ size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op) {
 }
 
 dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {
-  using namespace dgemma;
-  dgemma_status status = check(*op, cpu);
-  if (status != DGEMMA_OK) return status;
-  dgemma_cpu_variant variant;
-  status = resolve_cpu_variant(cpu, &variant);
-  if (status != DGEMMA_OK) return status;
+  return dgemma::run(*op, {}, cpu);
+}
 
-  const MoeKernels& kernels = kernels_of(variant)[op->dtype];
-  const Layout at = layout(*op);
-  char* workspace = static_cast<char*>(op->workspace);
-  const int64_t step = tokens_per_pass(*op);
-  const int64_t token_bytes = op->hidden_size * static_cast<int64_t>(value_bytes(op->dtype));
-  for (int64_t first = 0; first < op->tokens; first += step) {
-    const int64_t tokens = op->tokens - first < step ? op->tokens - first : step;
-    const int32_t* ids = op->expert_ids + first * op->top_k;
-    const MoePass pass = {.hidden_size = op->hidden_size,
-                          .expert_size = op->expert_size,
-                          .top_k = op->top_k,
-                          .input = static_cast<const char*>(op->input) + first * token_bytes,
-                          .expert_ids = ids,
-                          .expert_weights = op->expert_weights + first * op->top_k,
-                          .gate_up = op->gate_up,
-                          .down = op->down,
-                          .output = static_cast<char*>(op->output) + first * token_bytes,
-                          .plan = make_moe_plan(ids, tokens * op->top_k, op->experts,
-                                                reinterpret_cast<int32_t*>(workspace + at.plan)),
-                          .activations = workspace + at.activations,
-                          .products = reinterpret_cast<float*>(workspace + at.products)};
-    run_pass(pass, tokens, kernels, cpu);
-  }
-  return DGEMMA_OK;
+size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
+  return dgemma_cpu_moe_ffn_workspace(&op->ffn);
+}
+
+dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, dgemma_cpu* cpu) {
+  return dgemma::run(op->ffn, {&op->gate_up, &op->down}, cpu);
 }

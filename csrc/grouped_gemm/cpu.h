@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dgemma/base.h"
+#include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/plan.h"
 
 namespace dgemma {
@@ -13,12 +13,14 @@ struct MoePass {
   int64_t hidden_size;
   int64_t expert_size;
   int64_t top_k;
-  const void* input;            // [tokens, hidden_size]
-  const int32_t* expert_ids;    // [tokens, top_k]
-  const float* expert_weights;  // [tokens, top_k]
-  const void* gate_up;          // [experts, 2 * expert_size, hidden_size]
-  const void* down;             // [experts, hidden_size, expert_size]
-  void* output;                 // [tokens, hidden_size]
+  const void* input;                          // [tokens, hidden_size]
+  const int32_t* expert_ids;                  // [tokens, top_k]
+  const float* expert_weights;                // [tokens, top_k]
+  const void* gate_up;                        // [experts, 2 * expert_size, hidden_size]
+  const void* down;                           // [experts, hidden_size, expert_size]
+  const dgemma_quantized* quantized_gate_up;  // in place of gate_up and down
+  const dgemma_quantized* quantized_down;
+  void* output;  // [tokens, hidden_size]
   MoePlan plan;
   void* activations;  // [pairs in plan order, expert_size], dtype
   float* products;    // [tokens, top_k, hidden_size]; slots with id -1 are never touched
@@ -39,10 +41,14 @@ struct MoeKernels {
 
 // Indexed by dgemma_dtype.
 extern const MoeKernels kMoeKernelsScalar[2];
+extern const MoeKernels kQuantizedMoeKernelsScalar[2];
 #if defined(__x86_64__)
 extern const MoeKernels kMoeKernelsAvx2[2];
+extern const MoeKernels kQuantizedMoeKernelsAvx2[2];
 extern const MoeKernels kMoeKernelsAvx512[2];
+extern const MoeKernels kQuantizedMoeKernelsAvx512[2];
 extern const MoeKernels kMoeKernelsAvx512Bf16[2];
+extern const MoeKernels kQuantizedMoeKernelsAvx512Bf16[2];
 #endif
 
 }  // namespace dgemma

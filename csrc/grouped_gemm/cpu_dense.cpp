@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
+#include "grouped_gemm/quantized.h"
 
 namespace dgemma {
 namespace {
@@ -12,7 +13,7 @@ namespace {
 // No single extent may be larger, so that products of two are exact.
 constexpr int64_t kLargestExtent = INT32_MAX;
 
-dgemma_status check(const dgemma_dense& op, dgemma_cpu* cpu) {
+dgemma_status check(const dgemma_dense& op, const dgemma_quantized* weight, dgemma_cpu* cpu) {
   const struct {
     const char* name;
     int64_t value, least;
@@ -31,26 +32,51 @@ dgemma_status check(const dgemma_dense& op, dgemma_cpu* cpu) {
   const struct {
     const char* name;
     const void* pointer;
-  } pointers[] = {{"input", op.input}, {"weight", op.weight}, {"output", op.output}};
-  for (const auto& [name, pointer] : pointers)
-    if (pointer == nullptr)
-      return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got NULL, wants a pointer", name);
+    bool wanted;
+  } pointers[] = {{"input", op.input, true},
+                  {"weight", op.weight, weight == nullptr},
+                  {"output", op.output, true}};
+  for (const auto& [name, pointer, wanted] : pointers)
+    if ((pointer != nullptr) != wanted)
+      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                  wanted ? "%s: got NULL, wants a pointer"
+                         : "%s: got a pointer, wants NULL beside quantized weights",
+                  name);
+  if (weight != nullptr)
+    return check_quantized("weight", *weight, op.out_features, op.in_features, cpu);
   return DGEMMA_OK;
 }
 
-DenseTask task_of(dgemma_cpu_variant variant, dgemma_dtype dtype) {
+DenseTask task_of(dgemma_cpu_variant variant, dgemma_dtype dtype, bool quantized) {
   switch (variant) {
 #if defined(__x86_64__)
     case DGEMMA_CPU_AVX2:
-      return kDenseTasksAvx2[dtype];
+      return (quantized ? kQuantizedDenseTasksAvx2 : kDenseTasksAvx2)[dtype];
     case DGEMMA_CPU_AVX512:
-      return kDenseTasksAvx512[dtype];
+      return (quantized ? kQuantizedDenseTasksAvx512 : kDenseTasksAvx512)[dtype];
     case DGEMMA_CPU_AVX512_BF16:
-      return kDenseTasksAvx512Bf16[dtype];
+      return (quantized ? kQuantizedDenseTasksAvx512Bf16 : kDenseTasksAvx512Bf16)[dtype];
 #endif
     default:
-      return kDenseTasksScalar[dtype];
+      return (quantized ? kQuantizedDenseTasksScalar : kDenseTasksScalar)[dtype];
   }
+}
+
+// `weight` is NULL where op has its weight itself.
+dgemma_status run(const dgemma_dense& op, const dgemma_quantized* weight, dgemma_cpu* cpu) {
+  dgemma_status status = check(op, weight, cpu);
+  if (status != DGEMMA_OK) return status;
+  dgemma_cpu_variant variant;
+  status = resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK || op.rows == 0) return status;
+
+  const DenseTask task = task_of(variant, op.dtype, weight != nullptr);
+  const int64_t tasks = (op.out_features + kDenseRowsPerTask - 1) / kDenseRowsPerTask;
+  run_tasks(cpu, tasks, [&](int64_t index) {
+    const int64_t first = index * kDenseRowsPerTask, end = first + kDenseRowsPerTask;
+    task(op, weight, first, end < op.out_features ? end : op.out_features);
+  });
+  return DGEMMA_OK;
 }
 
 }  // namespace
@@ -59,18 +85,11 @@ DenseTask task_of(dgemma_cpu_variant variant, dgemma_dtype dtype) {
 size_t dgemma_cpu_dense_workspace(const dgemma_dense* /*op*/) { return 0; }
 
 dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cpu) {
-  using namespace dgemma;
-  dgemma_status status = check(*op, cpu);
-  if (status != DGEMMA_OK) return status;
-  dgemma_cpu_variant variant;
-  status = resolve_cpu_variant(cpu, &variant);
-  if (status != DGEMMA_OK || op->rows == 0) return status;
+  return dgemma::run(*op, nullptr, cpu);
+}
 
-  const DenseTask task = task_of(variant, op->dtype);
-  const int64_t tasks = (op->out_features + kDenseRowsPerTask - 1) / kDenseRowsPerTask;
-  run_tasks(cpu, tasks, [&](int64_t index) {
-    const int64_t first = index * kDenseRowsPerTask, end = first + kDenseRowsPerTask;
-    task(*op, first, end < op->out_features ? end : op->out_features);
-  });
-  return DGEMMA_OK;
+size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* /*op*/) { return 0; }
+
+dgemma_status dgemma_cpu_dense_quantized(const dgemma_dense_quantized* op, dgemma_cpu* cpu) {
+  return dgemma::run(op->dense, &op->weight, cpu);
 }

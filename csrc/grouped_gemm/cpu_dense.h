@@ -11,15 +11,21 @@ namespace dgemma {
 // second-level cache of 1 MiB beside a block of input rows.
 constexpr int64_t kDenseRowsPerTask = 96;
 
-// output[:, first_row : end_row], rows of the weight being columns of the output.
-typedef void (*DenseTask)(const dgemma_dense& op, int64_t first_row, int64_t end_row);
+// output[:, first_row : end_row], rows of the weight being columns of the output. `weight` is given
+// to the quantized tasks alone.
+typedef void (*DenseTask)(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
+                          int64_t end_row);
 
 // Indexed by dgemma_dtype.
 extern const DenseTask kDenseTasksScalar[2];
+extern const DenseTask kQuantizedDenseTasksScalar[2];
 #if defined(__x86_64__)
 extern const DenseTask kDenseTasksAvx2[2];
+extern const DenseTask kQuantizedDenseTasksAvx2[2];
 extern const DenseTask kDenseTasksAvx512[2];
+extern const DenseTask kQuantizedDenseTasksAvx512[2];
 extern const DenseTask kDenseTasksAvx512Bf16[2];
+extern const DenseTask kQuantizedDenseTasksAvx512Bf16[2];
 #endif
 
 }  // namespace dgemma

@@ -3,5 +3,6 @@
 namespace dgemma {
 
 const DenseTask kDenseTasksAvx2[2] = DGEMMA_DENSE_TASKS;
+const DenseTask kQuantizedDenseTasksAvx2[2] = DGEMMA_QUANTIZED_DENSE_TASKS;
 
 }  // namespace dgemma

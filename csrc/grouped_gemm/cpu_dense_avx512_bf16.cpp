@@ -3,5 +3,6 @@
 namespace dgemma {
 
 const DenseTask kDenseTasksAvx512Bf16[2] = DGEMMA_DENSE_TASKS;
+const DenseTask kQuantizedDenseTasksAvx512Bf16[2] = DGEMMA_QUANTIZED_DENSE_TASKS;
 
 }  // namespace dgemma

@@ -8,25 +8,43 @@
 namespace dgemma {
 namespace {
 
-template <typename T>
-void dense_task(const dgemma_dense& op, int64_t first_row, int64_t end_row) {
+// output[:, first_row : end_row]; `first` and `second` give the weight's rows.
+template <typename T, typename Rows>
+inline void dense_rows(const dgemma_dense& op, int64_t first_row, int64_t end_row,
+                       const Rows& first, const Rows& second) {
   const int64_t k = op.in_features;
   const T* input = static_cast<const T*>(op.input);
-  const T* weight = static_cast<const T*>(op.weight);
   T* output = static_cast<T*>(op.output);
-  prefetch_first_tile(weight + first_row * k, weight + (first_row + kHalfRows) * k, k);
+  prefetch_first_tile(first, first_row, second, first_row + kHalfRows);
   for (int64_t block = 0; block < op.rows; block += kTokensPerBlock) {
     const int64_t left = op.rows - block;
     const int64_t rows = left < kTokensPerBlock ? left : kTokensPerBlock;
     const T* x[kTokensPerBlock];
     for (int64_t t = 0; t < rows; ++t) x[t] = input + (block + t) * k;
-    multiply_rows<T, T>(x, rows, weight, op.out_features, k, first_row, end_row, block == 0,
+    multiply_rows<T, T>(x, rows, first, second, op.out_features, k, first_row, end_row, block == 0,
                         [&](int64_t t) { return output + (block + t) * op.out_features; });
   }
+}
+
+template <typename T>
+void dense_task(const dgemma_dense& op, const dgemma_quantized* /*weight*/, int64_t first_row,
+                int64_t end_row) {
+  const PlainRows<T> rows{static_cast<const T*>(op.weight), op.in_features};
+  dense_rows<T>(op, first_row, end_row, rows, rows);
+}
+
+template <typename T>
+void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
+                          int64_t end_row) {
+  const int64_t k = op.in_features;
+  const DecodedRows<T> first{weight, 0, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  const DecodedRows<T> second{weight, 0, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  dense_rows<T>(op, first_row, end_row, first, second);
 }
 
 }  // namespace
 }  // namespace dgemma
 
-// The table that a file named after its instruction set exports.
+// The tables that a file named after its instruction set exports.
 #define DGEMMA_DENSE_TASKS {dense_task<float>, dense_task<bfloat16>}
+#define DGEMMA_QUANTIZED_DENSE_TASKS {quantized_dense_task<float>, quantized_dense_task<bfloat16>}

@@ -15,16 +15,16 @@ __attribute__((noinline)) Floats activate(Floats gate, Floats up) {
   return 0.5f * gate * (1.0f + tanh(inner)) * up;
 }
 
-template <typename T>
-void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
+// activations[:, first_row : end_row] of one group; `gate` and `up` give its expert's weight rows.
+template <typename T, typename Rows>
+inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row,
+                         Rows gate, Rows up) {
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
   const int64_t begin_pair = pass.plan.first[group], end_pair = pass.plan.first[group + 1];
-  const T* gate = static_cast<const T*>(pass.gate_up) + pass.plan.expert[group] * 2 * size * k;
-  const T* up = gate + size * k;
   const T* input = static_cast<const T*>(pass.input);
   T* activations = static_cast<T*>(pass.activations);
-  prefetch_first_tile(gate + first_row * k, up + first_row * k, k);
+  prefetch_first_tile(gate, first_row, up, first_row);
 
   for (int64_t block = begin_pair; block < end_pair; block += kTokensPerBlock) {
     const int64_t left = end_pair - block;
@@ -33,21 +33,23 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
     for (int64_t t = 0; t < tokens; ++t) x[t] = input + pass.plan.pair[block + t] / pass.top_k * k;
 
     for (int64_t row = first_row; row < end_row;) {
-      const RowTile tile = row_tile(row, end_row, size, kHalfRows, k);
+      const RowTile tile = row_tile(row, end_row, size, kHalfRows);
+      const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat);
+      const HalfRows<T> ups_of = up.take(tile.start, tile.repeat);
       // The rows after this tile, asked for while this one is computed. Beyond the first block of
       // tokens the weights are in the cache.
-      Ahead ahead = {reinterpret_cast<const char*>(gate + tile.end * k),
-                     reinterpret_cast<const char*>(up + tile.end * k), 0};
+      Ahead ahead = {gate.stored(tile.end), up.stored(tile.end), 0};
       if (block == begin_pair)
-        ahead.lines = lines_per_step(kHalfRows * k * static_cast<int64_t>(sizeof(T)), tokens, k,
-                                     Step<T>::kValues);
+        ahead.lines = lines_per_step(kHalfRows * gate.row_bytes(), tokens, k, Step<T>::kValues);
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
         with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
           constexpr int kTokens = decltype(count)::value;
           constexpr int kRegisters = registers_for(kTokens * kHalfRows);
           Floats gates[kRegisters], ups[kRegisters];
-          dot_tile<T, kTokens>(x + t, gate + tile.start * k, up + tile.start * k, tile.stride, k,
-                               ahead, gates, ups);
+          dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, ahead, gates,
+                               ups);
+          gate.multiply_factors(gates, kRegisters);
+          up.multiply_factors(ups, kRegisters);
           HalfResults<T, kTokens> h;
 #pragma GCC unroll 8
           for (int i = 0; i < kRegisters; ++i)
@@ -64,13 +66,24 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
 }
 
 template <typename T>
-void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
+void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
+  const int64_t k = pass.hidden_size;
+  const int64_t size = pass.expert_size;
+  const T* gate = static_cast<const T*>(pass.gate_up) + pass.plan.expert[group] * 2 * size * k;
+  gate_up_rows<T>(pass, group, first_row, end_row, PlainRows<T>{gate, k},
+                  PlainRows<T>{gate + size * k, k});
+}
+
+// products[..., first_row : end_row] of one group's pairs; `first` and `second` give its expert's
+// rows of down.
+template <typename T, typename Rows>
+inline void down_rows(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row,
+                      const Rows& first, const Rows& second) {
   const int64_t k = pass.expert_size;
   const int64_t hidden = pass.hidden_size;
   const int64_t begin_pair = pass.plan.first[group], end_pair = pass.plan.first[group + 1];
-  const T* down = static_cast<const T*>(pass.down) + pass.plan.expert[group] * hidden * k;
   const T* activations = static_cast<const T*>(pass.activations);
-  prefetch_first_tile(down + first_row * k, down + (first_row + kHalfRows) * k, k);
+  prefetch_first_tile(first, first_row, second, first_row + kHalfRows);
 
   for (int64_t block = begin_pair; block < end_pair; block += kTokensPerBlock) {
     const int64_t left = end_pair - block;
@@ -78,9 +91,17 @@ void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t en
     const T* x[kTokensPerBlock];
     for (int64_t t = 0; t < tokens; ++t) x[t] = activations + (block + t) * k;
     multiply_rows<T, float>(
-        x, tokens, down, hidden, k, first_row, end_row, block == begin_pair,
+        x, tokens, first, second, hidden, k, first_row, end_row, block == begin_pair,
         [&](int64_t t) { return pass.products + pass.plan.pair[block + t] * hidden; });
   }
+}
+
+template <typename T>
+void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
+  const int64_t k = pass.expert_size;
+  const T* down = static_cast<const T*>(pass.down) + pass.plan.expert[group] * pass.hidden_size * k;
+  const PlainRows<T> rows{down, k};
+  down_rows<T>(pass, group, first_row, end_row, rows, rows);
 }
 
 // Slots in order, in fp32, rounded once.
@@ -109,9 +130,41 @@ void combine_task(const MoePass& pass, int64_t token) {
 }  // namespace
 }  // namespace dgemma
 
-// The table that a file named after its instruction set exports.
+// The same from codes of 4 and 8 bits.
+namespace dgemma {
+namespace {
+
+template <typename T>
+void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_row,
+                            int64_t end_row) {
+  const int64_t k = pass.hidden_size;
+  const int64_t size = pass.expert_size;
+  const int64_t gate = pass.plan.expert[group] * 2 * size;
+  const DecodedRows<T> gates{pass.quantized_gate_up, gate, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  const DecodedRows<T> ups{pass.quantized_gate_up, gate + size, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  gate_up_rows<T>(pass, group, first_row, end_row, gates, ups);
+}
+
+template <typename T>
+void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
+  const int64_t k = pass.expert_size;
+  const int64_t row = pass.plan.expert[group] * pass.hidden_size;
+  const DecodedRows<T> first{pass.quantized_down, row, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  const DecodedRows<T> second{pass.quantized_down, row, k, DGEMMA_DECODED_SCRATCH(T, k)};
+  down_rows<T>(pass, group, first_row, end_row, first, second);
+}
+
+}  // namespace
+}  // namespace dgemma
+
+// The tables that a file named after its instruction set exports.
 #define DGEMMA_MOE_KERNELS                                                   \
   {                                                                          \
       {gate_up_task<float>, down_task<float>, combine_task<float>},          \
       {gate_up_task<bfloat16>, down_task<bfloat16>, combine_task<bfloat16>}, \
+  }
+#define DGEMMA_QUANTIZED_MOE_KERNELS                                                             \
+  {                                                                                              \
+      {quantized_gate_up_task<float>, quantized_down_task<float>, combine_task<float>},          \
+      {quantized_gate_up_task<bfloat16>, quantized_down_task<bfloat16>, combine_task<bfloat16>}, \
   }

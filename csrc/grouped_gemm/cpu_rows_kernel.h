@@ -3,7 +3,7 @@
 // what that forbids.
 #pragma once
 
-#include "grouped_gemm/cpu_dot_tile.h"
+#include "grouped_gemm/cpu_weight_rows.h"
 
 namespace dgemma {
 namespace {
@@ -12,23 +12,22 @@ namespace {
 // 2816 bf16 values are 352 KiB, which a second-level cache of 1 MiB keeps beside the weights.
 constexpr int64_t kTokensPerBlock = 64;
 
-// What a row tile needs besides its tokens. Rows start .. start + kHalfRows - 1 are computed (all
-// the same row where there are fewer than that), those in [begin, end) are wanted.
+// Rows start .. start + kHalfRows - 1 of a tile's half are computed (all the same row where
+// `repeat`, because there are fewer than that), those in [begin, end) are wanted.
 struct RowTile {
   int64_t start;
   int64_t begin;
   int64_t end;
-  int64_t stride;  // between rows, in values; 0 where one row stands for all
+  bool repeat;
 };
 
 // The tile that begins at `row`, of rows [.., task_end) of a matrix of `matrix_rows` rows: moved
 // back where it would leave the matrix.
-inline RowTile row_tile(int64_t row, int64_t task_end, int64_t matrix_rows, int64_t rows_per_tile,
-                        int64_t row_values) {
-  if (matrix_rows < rows_per_tile) return {row, row, row + 1, 0};
+inline RowTile row_tile(int64_t row, int64_t task_end, int64_t matrix_rows, int64_t rows_per_tile) {
+  if (matrix_rows < rows_per_tile) return {row, row, row + 1, true};
   const int64_t last_start = matrix_rows - rows_per_tile;
   const int64_t end = row + rows_per_tile;
-  return {row < last_start ? row : last_start, row, end < task_end ? end : task_end, row_values};
+  return {row < last_start ? row : last_start, row, end < task_end ? end : task_end, false};
 }
 
 // Cache lines per step so that `bytes` are asked for within `tokens` tokens' tiles along k.
@@ -76,37 +75,29 @@ struct HalfResults {
   }
 };
 
-// Asks for the first tile of a task, which no tile before it did.
-template <typename T>
-inline void prefetch_first_tile(const T* first, const T* second, int64_t k) {
-  Ahead ahead = {reinterpret_cast<const char*>(first), reinterpret_cast<const char*>(second),
-                 (kHalfRows * k * static_cast<int64_t>(sizeof(T)) + kLineBytes - 1) / kLineBytes};
-  prefetch_step(ahead);
-}
-
-// result_row(t)[row] = the product of token t and of one row of `matrix`, for the rows [first_row,
-// end_row) of its `matrix_rows` and up to kTokensPerBlock tokens. `cold`: the weights are not in a
-// cache yet, so the rows after each tile are asked for while it is computed.
-template <typename T, typename Result, typename ResultRow>
-inline void multiply_rows(const T* const* x, int64_t tokens, const T* matrix, int64_t matrix_rows,
-                          int64_t k, int64_t first_row, int64_t end_row, bool cold,
-                          ResultRow result_row) {
+// result_row(t)[row] = the product of token t and of one weight row, for the rows [first_row,
+// end_row) of the matrix's `matrix_rows` and up to kTokensPerBlock tokens. `first` and `second`
+// give the rows of a tile's halves, both of the one matrix. `cold`: the weights are not in a cache
+// yet, so the rows after each tile are asked for while it is computed.
+template <typename T, typename Result, typename Rows, typename ResultRow>
+inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows second,
+                          int64_t matrix_rows, int64_t k, int64_t first_row, int64_t end_row,
+                          bool cold, ResultRow result_row) {
   for (int64_t row = first_row; row < end_row;) {
-    const RowTile tile = row_tile(row, end_row, matrix_rows, 2 * kHalfRows, k);
-    const T* first = matrix + tile.start * k;
-    const int64_t half = kHalfRows * tile.stride;
-    const T* next = matrix + tile.end * k;
-    Ahead ahead = {reinterpret_cast<const char*>(next), reinterpret_cast<const char*>(next + half),
-                   0};
-    if (cold)
-      ahead.lines =
-          lines_per_step(half * static_cast<int64_t>(sizeof(T)), tokens, k, Step<T>::kValues);
+    const RowTile tile = row_tile(row, end_row, matrix_rows, 2 * kHalfRows);
+    const int64_t half = tile.repeat ? 0 : kHalfRows;
+    const HalfRows<T> a = first.take(tile.start, tile.repeat);
+    const HalfRows<T> b = second.take(tile.start + half, tile.repeat);
+    Ahead ahead = {first.stored(tile.end), first.stored(tile.end + half), 0};
+    if (cold) ahead.lines = lines_per_step(half * first.row_bytes(), tokens, k, Step<T>::kValues);
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
       with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
         constexpr int kTokens = decltype(count)::value;
         constexpr int kRegisters = registers_for(kTokens * kHalfRows);
         Floats sums[2][kRegisters];
-        dot_tile<T, kTokens>(x + t, first, first + half, tile.stride, k, ahead, sums[0], sums[1]);
+        dot_tile<T, kTokens>(x + t, a.rows, b.rows, a.stride, k, ahead, sums[0], sums[1]);
+        first.multiply_factors(sums[0], kRegisters);
+        second.multiply_factors(sums[1], kRegisters);
         HalfResults<Result, kTokens> y[2];
 #pragma GCC unroll 8
         for (int i = 0; i < kRegisters; ++i) {

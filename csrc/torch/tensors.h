@@ -107,6 +107,16 @@ class Arguments {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
+  // Data of a tensor of bytes (torch.uint8), or of a type that is named.
+  const void* in_bytes(const Tensor& tensor, const char* name, const Shape& shape) const {
+    return in_type(tensor, name, shape, ScalarType::Byte);
+  }
+  const void* in_type(const Tensor& tensor, const char* name, const Shape& shape,
+                      ScalarType type) const {
+    check(tensor, name, shape, type);
+    return tensor.const_data_ptr();
+  }
+
   // NULL where the tensor is not given.
   template <typename T>
   const T* in(const std::optional<Tensor>& tensor, const char* name, const Shape& shape) const {

@@ -1,0 +1,24 @@
+// Checks and sizes of a matrix of 4 or 8 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/entry.h"
+#include "dgemma/grouped_gemm.h"
+
+namespace dgemma {
+
+// Columns of a quantized matrix at most: a task keeps six decoded rows on its stack.
+constexpr int64_t kMostQuantizedColumns = 16384;
+
+// Bytes of one row's values.
+inline int64_t stored_row_bytes(const dgemma_quantized& matrix, int64_t columns) {
+  return matrix.format == DGEMMA_WEIGHTS_FP8 ? columns : columns / 2;
+}
+
+// A status and a message for what is wrong with a matrix of so many rows, named `name`; `run` is
+// the number of rows that factors must not straddle.
+dgemma_status check_quantized(const char* name, const dgemma_quantized& matrix, int64_t run,
+                              int64_t columns, dgemma_cpu* cpu);
+
+}  // namespace dgemma

@@ -1,0 +1,226 @@
+"""The formats of quantized weights: one small type each, for loader, kernels and tests alike.
+
+A matrix is [..., rows, columns] and stands for `weight` in `input @ weight.T`; experts have a leading dimension. Codes
+are stored as bytes: one in a byte (fp8), or two with the even column in the low half (int4, nvfp4). That is the layout
+of the public compressed-tensors formats, so what a checkpoint holds is used as it lies. `csrc/include/dgemma/
+grouped_gemm.h` says the same in C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+# What e2m1's sixteen codes stand for: one sign bit, two of exponent, one of mantissa.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+_E2M1_MAX = 6.0
+# An int4 code is in [-8, 7]; compressed-tensors scales the largest magnitude to the middle of both ends.
+_INT4_MAX = 7.5
+
+INT4_GROUPS = (32, 64, 128)
+NVFP4_GROUP = 16
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """What the formats share. `values`: uint8 codes [..., rows, bytes]."""
+
+    values: Tensor
+
+    name: ClassVar[str]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale; 0 where all of a row do."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., rows, columns] of the matrix that is meant."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
+    def kernel_scales(self) -> Tensor | None:
+        """Scales of groups of columns, as the kernels take them."""
+        return None
+
+    @property
+    def kernel_factors(self) -> Tensor | None:
+        """float32, one for each equal run of rows, multiplied into the finished sums."""
+        return None
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [..., rows, columns], computed in float32 and rounded once to `dtype`."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Weight(QuantizedWeight):
+    """e4m3 codes with a scale for every row: w = value * scale. `scales`: float32 [..., rows]."""
+
+    scales: Tensor
+
+    name = "fp8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def kernel_factors(self) -> Tensor:
+        return self.scales
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.values.view(torch.float8_e4m3fn).float() * self.scales[..., None]).to(dtype)
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """The nearest codes under a row's largest magnitude / 448, rounded to bfloat16 as checkpoints store it."""
+        scales = _scales_of(weight.float().abs().amax(-1) / _E4M3_MAX, torch.bfloat16).float()
+        scaled = (weight.float() / scales[..., None]).clamp(-_E4M3_MAX, _E4M3_MAX)
+        return cls(scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales)
+
+
+@dataclass(frozen=True, eq=False)
+class Int4Weight(QuantizedWeight):
+    """Numbers q in [-8, 8), stored as q + 8: w = q * scale. `scales`: bfloat16 or float16 [..., rows, groups]."""
+
+    scales: Tensor
+
+    name = "int4"
+
+    @property
+    def group(self) -> int:
+        return self.shape[-1] // self.scales.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
+
+    @property
+    def kernel_scales(self) -> Tensor:
+        return self.scales
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        values = _nibbles(self.values).float() - 8
+        return _times_groups(values, self.scales.float(), self.group).to(dtype)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, group: int) -> Self:
+        """The nearest q under a group's largest magnitude / 7.5, rounded to bfloat16."""
+        grouped = weight.float().unflatten(-1, (-1, group))
+        scales = _scales_of(grouped.abs().amax(-1) / _INT4_MAX, torch.bfloat16)
+        codes = (grouped / scales.float()[..., None]).round().clamp(-8, 7) + 8
+        return cls(_packed(codes.flatten(-2).to(torch.uint8)), scales)
+
+
+@dataclass(frozen=True, eq=False)
+class Nvfp4Weight(QuantizedWeight):
+    """e2m1 codes, an e4m3 scale for 16 columns, and a float32 scale for a run of rows (a stored tensor's).
+
+    w = value * (scale / global_scale) in compressed-tensors' files, value * (scale * global_scale) in ModelOpt's.
+    `scales`: uint8 (e4m3) [..., rows, columns / 16]; `global_scales`: float32 [..., runs], `runs` a divisor of rows.
+    """
+
+    scales: Tensor
+    global_scales: Tensor
+    divides: bool
+
+    name = "nvfp4"
+
+    @property
+    def group(self) -> int:
+        return NVFP4_GROUP
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
+
+    @property
+    def kernel_scales(self) -> Tensor:
+        return self.scales
+
+    @cached_property
+    def kernel_factors(self) -> Tensor:
+        return self.global_scales.reciprocal() if self.divides else self.global_scales
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        levels = torch.tensor(E2M1_VALUES, device=self.device)
+        values = levels[_nibbles(self.values).long()]
+        runs = self.global_scales.repeat_interleave(self.shape[-2] // self.global_scales.shape[-1], -1)[..., None]
+        scales = self.scales.view(torch.float8_e4m3fn).float()
+        return _times_groups(values, scales / runs if self.divides else scales * runs, NVFP4_GROUP).to(dtype)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, global_scale: Tensor | None = None) -> Self:
+        """The nearest codes under a group's largest magnitude / 6.
+
+        global_scale: float32 [...], by which group scales are multiplied before they are rounded to e4m3; default
+        448 * 6 / the largest magnitude of each matrix, which uses e4m3's whole range.
+        """
+        grouped = weight.float().unflatten(-1, (-1, NVFP4_GROUP))
+        largest = grouped.abs().amax(-1)
+        if global_scale is None:
+            global_scale = _E4M3_MAX * _E2M1_MAX / largest.amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
+            global_scale = torch.nan_to_num(global_scale, nan=1.0, posinf=1.0)
+        runs = global_scale[..., None, None]
+        scales = _scales_of((largest / _E2M1_MAX * runs).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
+        codes = _nearest_e2m1(grouped / (scales.float() / runs)[..., None])
+        return cls(_packed(codes.flatten(-2)), scales.view(torch.uint8), global_scale[..., None], divides=True)
+
+
+FORMATS: dict[str, type[QuantizedWeight]] = {kind.name: kind for kind in (Fp8Weight, Int4Weight, Nvfp4Weight)}
+
+
+def _scales_of(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to the dtype they are stored in; one that is zero there becomes its epsilon, as where all weights
+    of a group are zero."""
+    rounded = scales.to(dtype)
+    return torch.where(rounded.float() == 0, torch.finfo(dtype).eps, rounded.float()).to(dtype)
+
+
+def _times_groups(values: Tensor, scales: Tensor, group: int) -> Tensor:
+    """values [..., columns] times the scale of their group [..., groups]."""
+    return values * scales.repeat_interleave(group, -1)
+
+
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """Codes of the nearest values, ties to the even code, beyond 6 to 6."""
+    # Halfway between neighbours; at a tie the even one of the two codes is taken.
+    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
+    magnitude = x.abs().contiguous()
+    below = torch.bucketize(magnitude, borders)  # a tie goes down
+    above = torch.bucketize(magnitude, borders, right=True)  # a tie goes up
+    code = torch.where(below % 2 == 0, below, above)
+    return (code + 8 * (x < 0)).to(torch.uint8)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """uint8 [..., columns] below 16 to two in a byte, the even column in the low half."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _nibbles(values: Tensor) -> Tensor:
+    """The inverse of `_packed`."""
+    return torch.stack((values & 15, values >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,107 @@
+"""What config.json may say of quantized weights, and how a user asks for a format.
+
+Which tensors are quantized, and how, is read off the tensors themselves (stored.py), so the lists of ignored modules
+need no reading: publishers spell them with the encoder's names or the decoder's, both for the same tensors. What is
+checked here is that the files are of a kind that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dgemma_ext.quantized.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+
+# compressed-tensors' names of layouts, and ModelOpt's of algorithms.
+_LAYOUTS = ("float-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")
+_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
+
+# Attributes of LayerWeights by the part of a layer that they belong to.
+PARTS: dict[str, tuple[str, ...]] = {
+    "experts": ("experts_gate_up", "experts_down"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+# The parts that the published checkpoints of each format quantize.
+_USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "attention"), "nvfp4": ("experts", "mlp")}
+
+
+def check_quantization_config(section: Any) -> None:
+    """Refuses what cannot be read: raises ValueError naming the field of config.json."""
+    if section is None:
+        return
+    if not isinstance(section, Mapping):
+        raise ValueError(f"quantization_config must be an object or null, got {section!r}")
+    method = section.get("quant_method")
+    if method == "modelopt":
+        if section.get("quant_algo") not in _ALGORITHMS:
+            raise _refusal("quant_algo", section.get("quant_algo"), _ALGORITHMS)
+        return
+    if method != "compressed-tensors":
+        raise _refusal("quant_method", method, ("compressed-tensors", "modelopt"))
+    if section.get("format") not in _LAYOUTS:
+        raise _refusal("format", section.get("format"), _LAYOUTS)
+    if section.get("quantization_status", "compressed") != "compressed":
+        raise _refusal("quantization_status", section.get("quantization_status"), ("compressed",))
+    for name, group in (section.get("config_groups") or {}).items():
+        path = f"config_groups.{name}"
+        if isinstance(group, Mapping) and group.get("format") not in (None, *_LAYOUTS):
+            raise _refusal(f"{path}.format", group.get("format"), _LAYOUTS)
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("symmetric") is False:
+            raise _refusal(f"{path}.weights.symmetric", False, ("true",))
+        if isinstance(weights, Mapping) and weights.get("actorder") in ("group", True):
+            raise _refusal(f"{path}.weights.actorder", weights.get("actorder"), ("null", "static"))
+
+
+def _refusal(field: str, got: Any, wanted: tuple[str, ...]) -> ValueError:
+    return ValueError(f"quantization_config.{field} is {got!r}; supported: {', '.join(wanted)}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format that plain weights are brought to, and for which parts of a layer."""
+
+    format: str
+    group: int
+    parts: tuple[str, ...]
+
+    def wants(self, attribute: str) -> bool:
+        """Whether the matrix of this attribute of LayerWeights is quantized."""
+        return any(attribute in PARTS[part] for part in self.parts)
+
+    def group_for(self, columns: int) -> int:
+        """Columns that share a scale in rows of so many; the wanted number halved until it divides them, or 0 where
+        none does (the matrix then stays plain)."""
+        group = self.group
+        while group and columns % group:
+            group = group // 2 if self.format == "int4" and group > min(INT4_GROUPS) else 0
+        return group if group or self.format != "fp8" else 1
+
+    def quantizer(self, columns: int) -> Callable[[Tensor], QuantizedWeight] | None:
+        """What quantizes a matrix [..., rows, columns]; None where no group divides its columns."""
+        group = self.group_for(columns)
+        if not group:
+            return None
+        if self.format == "int4":
+            return lambda weight: Int4Weight.quantize(weight, group)
+        return Fp8Weight.quantize if self.format == "fp8" else Nvfp4Weight.quantize
+
+
+_GROUPS = {"fp8": 0, "int4": 32, "nvfp4": 16}
+
+
+def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
+    """ "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; `parts` of a layer default to those that the
+    published checkpoints of the format quantize. Raises ValueError for anything else."""
+    format, _, group = text.partition("-")
+    if format not in _GROUPS or (group and (format != "int4" or group not in map(str, INT4_GROUPS))):
+        raise ValueError(f"weights must be fp8, int4, int4-64, int4-128 or nvfp4, got {text!r}")
+    chosen = _USUAL_PARTS[format] if parts is None else parts
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown or not chosen:
+        raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+    return Target(format, int(group) if group else _GROUPS[format], tuple(chosen))

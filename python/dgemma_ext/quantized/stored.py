@@ -1,0 +1,201 @@
+"""How one weight lies in a checkpoint: as a tensor, in the parts of a quantized format, or expert by expert.
+
+A weight is found by the names and dtypes of what is stored, whoever wrote it:
+
+    plain                    NAME.weight                  BF16, F16 or F32 [rows, columns]
+    fp8                      NAME.weight                  F8_E4M3 [rows, columns]
+                             NAME.weight_scale            BF16, F16 or F32 [rows, 1], [rows] or one
+    int4 (pack-quantized)    NAME.weight_packed           I32 [rows, columns / 8]
+                             NAME.weight_scale            BF16 or F16 [rows, columns / group]
+                             NAME.weight_shape            not read
+    nvfp4 (compressed-tensors)  NAME.weight_packed        U8 [rows, columns / 2]
+                             NAME.weight_scale            F8_E4M3 [rows, columns / 16]
+                             NAME.weight_global_scale     F32, one; divides
+    nvfp4 (ModelOpt)         NAME.weight, NAME.weight_scale as above, NAME.weight_scale_2: F32, one; multiplies
+
+Scales of activations (input_scale, input_global_scale) are not used: activations are measured as they come. Experts are
+stored stacked (experts.gate_up_proj, plain alone) or one by one (experts.E.gate_proj, up_proj, down_proj).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dgemma_ext.errors import CheckpointError
+from dgemma_ext.quantized.formats import INT4_GROUPS, NVFP4_GROUP
+
+if TYPE_CHECKING:
+    from dgemma_ext.checkpoint import TensorInfo
+
+Tensors = Mapping[str, "TensorInfo"]
+
+PLAIN_DTYPES = ("BF16", "F32", "F16")
+_UNREAD = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
+_ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One stored matrix [rows, columns].
+
+    `kind`: "plain", "fp8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and "global_scales" to the
+    stored names; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    parts: dict[str, str]
+    unread: tuple[str, ...] = ()
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Matrices of each expert, stacked when they are loaded: gate and up, or down alone. `shape`: of the stack."""
+
+    shape: tuple[int, int, int]
+    matrices: tuple[tuple[Matrix, ...], ...]
+
+    @property
+    def kind(self) -> str:
+        """That of all of them; "mixed" where they differ, and then they are loaded plain."""
+        kinds = {(matrix.kind, matrix.group) for matrices in self.matrices for matrix in matrices}
+        return kinds.pop()[0] if len(kinds) == 1 else "mixed"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One tensor of any shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "plain"
+
+
+Stored = Plain | Matrix | Experts
+
+
+def names_of(stored: Stored) -> Iterator[str]:
+    """All stored names that belong to a weight."""
+    if isinstance(stored, Plain):
+        yield stored.name
+    elif isinstance(stored, Matrix):
+        yield from (*stored.parts.values(), *stored.unread)
+    else:
+        for matrices in stored.matrices:
+            for matrix in matrices:
+                yield from names_of(matrix)
+
+
+def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored | None:
+    """The weight that is called `name` where it is plain; None where nothing of it is there.
+
+    Raises CheckpointError, naming file and tensor, for parts that are missing, misshapen or of a wrong dtype.
+    """
+    if len(shape) == 3 and name not in tensors:
+        return _find_experts(name, shape, tensors)  # type: ignore[arg-type]  # three extents
+    if len(shape) == 2 and name.endswith(".weight"):
+        return _find_matrix(name.removesuffix(".weight"), shape, tensors)  # type: ignore[arg-type]  # two extents
+    if name not in tensors:
+        return None
+    _check(tensors, name, shape, PLAIN_DTYPES)
+    return Plain(name, shape)
+
+
+def _find_experts(name: str, shape: tuple[int, int, int], tensors: Tensors) -> Experts | None:
+    folder, _, last = name.rpartition(".")
+    experts, rows, columns = shape
+    projections = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+    rows //= len(projections)
+    found = [
+        [_find_matrix(f"{folder}.{expert}.{projection}", (rows, columns), tensors) for projection in projections]
+        for expert in range(experts)
+    ]
+    if not any(matrix for matrices in found for matrix in matrices):
+        return None
+    for expert, matrices in enumerate(found):
+        for projection, matrix in zip(projections, matrices, strict=True):
+            if matrix is None:
+                raise CheckpointError("is missing", tensor=f"{folder}.{expert}.{projection}.weight")
+    return Experts(shape, tuple(tuple(matrix for matrix in matrices if matrix) for matrices in found))
+
+
+def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix | None:
+    plain, packed = f"{base}.weight", f"{base}.weight_packed"
+    for suffix in _ASYMMETRIC:
+        if f"{base}.{suffix}" in tensors:
+            raise CheckpointError(
+                f"is of a quantization that is not supported ({suffix}); supported: symmetric, in the columns' order",
+                file=tensors[f"{base}.{suffix}"].file,
+                tensor=f"{base}.{suffix}",
+            )
+    unread = tuple(f"{base}.{suffix}" for suffix in _UNREAD if f"{base}.{suffix}" in tensors)
+    if packed in tensors:
+        if tensors[packed].dtype == "U8":
+            return _nvfp4(base, packed, "weight_global_scale", shape, tensors, unread)
+        return _int4(base, shape, tensors, unread)
+    if plain not in tensors:
+        return None
+    if tensors[plain].dtype == "F8_E4M3":
+        rows = shape[0]
+        scales = _part(base, "weight_scale", tensors)
+        _check(tensors, plain, shape, ("F8_E4M3",))
+        _check_one_of(tensors, scales, ((rows, 1), (rows,), (1,), ()), PLAIN_DTYPES)
+        return Matrix("fp8", shape, {"values": plain, "scales": scales}, unread)
+    if tensors[plain].dtype == "U8":
+        return _nvfp4(base, plain, "weight_scale_2", shape, tensors, unread)
+    _check(tensors, plain, shape, PLAIN_DTYPES)
+    return Matrix("plain", shape, {"values": plain}, unread)
+
+
+def _int4(base: str, shape: tuple[int, int], tensors: Tensors, unread: tuple[str, ...]) -> Matrix:
+    rows, columns = shape
+    packed, scales = f"{base}.weight_packed", _part(base, "weight_scale", tensors)
+    _check(tensors, packed, (rows, columns // 8), ("I32",))
+    stored = tensors[scales].shape
+    groups = stored[1] if len(stored) == 2 else 0
+    if groups == 0 or stored[0] != rows or columns % groups or columns // groups not in INT4_GROUPS:
+        wanted = " or ".join(str([rows, columns // group]) for group in INT4_GROUPS if columns % group == 0)
+        raise CheckpointError(
+            f"has shape {list(stored)}; the configuration asks for {wanted}", file=tensors[scales].file, tensor=scales
+        )
+    _check(tensors, scales, stored, ("BF16", "F16"))
+    return Matrix("int4", shape, {"values": packed, "scales": scales}, unread, columns // groups)
+
+
+def _nvfp4(
+    base: str, packed: str, global_suffix: str, shape: tuple[int, int], tensors: Tensors, unread: tuple[str, ...]
+) -> Matrix:
+    rows, columns = shape
+    scales, global_scales = _part(base, "weight_scale", tensors), _part(base, global_suffix, tensors)
+    _check(tensors, packed, (rows, columns // 2), ("U8",))
+    _check(tensors, scales, (rows, columns // NVFP4_GROUP), ("F8_E4M3",))
+    _check_one_of(tensors, global_scales, ((1,), ()), ("F32",))
+    kind = "nvfp4" if global_suffix == "weight_global_scale" else "nvfp4-modelopt"
+    parts = {"values": packed, "scales": scales, "global_scales": global_scales}
+    return Matrix(kind, shape, parts, unread, NVFP4_GROUP)
+
+
+def _part(base: str, suffix: str, tensors: Tensors) -> str:
+    name = f"{base}.{suffix}"
+    if name not in tensors:
+        raise CheckpointError("is missing, and the quantized weight needs it", tensor=name)
+    return name
+
+
+def _check(tensors: Tensors, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    _check_one_of(tensors, name, (shape,), dtypes)
+
+
+def _check_one_of(tensors: Tensors, name: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]) -> None:
+    info = tensors[name]
+    if info.shape not in shapes:
+        raise CheckpointError(
+            f"has shape {list(info.shape)}; the configuration asks for {' or '.join(str(list(s)) for s in shapes)}",
+            file=info.file,
+            tensor=name,
+        )
+    if info.dtype not in dtypes:
+        raise CheckpointError(f"has dtype {info.dtype}; supported: {', '.join(dtypes)}", file=info.file, tensor=name)

@@ -1,0 +1,75 @@
+"""The formats of quantized weights: every code, and how numbers are rounded to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dgemma_ext.quantized.formats import (
+    E2M1_VALUES,
+    FORMATS,
+    Fp8Weight,
+    Int4Weight,
+    Nvfp4Weight,
+    QuantizedWeight,
+)
+
+
+def test_every_fp8_code() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)[None]
+    exact = codes.view(torch.float8_e4m3fn).double()
+    scales = torch.tensor([0.375])
+    assert torch.equal(Fp8Weight(codes, scales).dequantized(torch.float32).double(), exact * 0.375)
+
+
+def test_every_int4_code() -> None:
+    codes = torch.arange(32) % 16
+    packed = (codes[0::2] | codes[1::2] << 4).to(torch.uint8)[None]
+    weight = Int4Weight(packed, torch.tensor([[0.25]], dtype=torch.bfloat16))
+    assert weight.group == 32
+    assert weight.dequantized(torch.float32)[0].tolist() == [(int(code) - 8) / 4 for code in codes]
+
+
+def test_every_nvfp4_code() -> None:
+    codes = torch.arange(16)
+    packed = (codes[0::2] | codes[1::2] << 4).to(torch.uint8)[None]
+    scale = torch.tensor([[1.5]]).to(torch.float8_e4m3fn).view(torch.uint8)
+    for divides, factor in ((True, 1 / 4), (False, 4.0)):
+        weight = Nvfp4Weight(packed, scale, torch.tensor([4.0]), divides)
+        assert weight.dequantized(torch.float32)[0].tolist() == [value * 1.5 * factor for value in E2M1_VALUES]
+        assert weight.kernel_factors.tolist() == [factor]
+
+
+def test_ties_of_e2m1_go_to_the_even_code() -> None:
+    # Group maximum 6 under scales of one, so that the numbers stand for themselves.
+    row = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6]])
+    weight = Nvfp4Weight.quantize(row, torch.tensor(1.0))
+    wanted = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+    assert weight.dequantized(torch.float32)[0].tolist() == wanted + [-value for value in wanted]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int4", 0.11), ("nvfp4", 0.11)])
+def test_error_of_normal_weights(name: str, bound: float) -> None:
+    """What the bits can hold: a wrong scale or a swapped pair of columns is far beyond it."""
+    weight = torch.randn(64, 256)
+    made = quantized(name, weight)
+    error = float((made.dequantized(torch.float32) - weight).norm() / weight.norm())
+    assert bound / 4 < error < bound
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_experts_are_quantized_one_by_one(name: str) -> None:
+    stack = torch.randn(3, 16, 64) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
+    together = quantized(name, stack)
+    assert together.shape == (3, 16, 64)
+    for expert in range(3):
+        alone = quantized(name, stack[expert])
+        assert torch.equal(together.dequantized(torch.float32)[expert], alone.dequantized(torch.float32))
+    assert together.nbytes == 3 * quantized(name, stack[0]).nbytes
+
+
+def quantized(name: str, weight: Tensor) -> QuantizedWeight:
+    if name == "int4":
+        return Int4Weight.quantize(weight, 32)
+    return Fp8Weight.quantize(weight) if name == "fp8" else Nvfp4Weight.quantize(weight)

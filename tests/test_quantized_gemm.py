@@ -1,0 +1,206 @@
+"""The experts and the dense projection over quantized weights, on every instruction set, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from backend import BACKEND, DTYPES, cpu_only
+from bounds import assert_close
+from dgemma_ext.ops import quantized_gemm, quantized_gemm_plain
+from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from reference import dense as dense_reference
+from reference import grouped_gemm as reference
+from test_grouped_gemm import route
+
+NAN_CODE = 0x7F  # e4m3's
+KINDS = ["fp8", "int4-32", "int4-64", "int4-128", "int4-float16", "nvfp4", "nvfp4-modelopt"]
+
+
+def quantized(kind: str, weight: Tensor, runs: int = 1) -> QuantizedWeight:
+    """`weight` [..., rows, columns] in a format; nvfp4 with a scale for each of `runs` equal runs of rows."""
+    if kind == "fp8":
+        return Fp8Weight.quantize(weight)
+    if kind.startswith("int4"):
+        made = Int4Weight.quantize(weight, 32 if kind.endswith("float16") else int(kind[5:]))
+        # Scales that no bfloat16 holds.
+        return replace(made, scales=(made.scales.float() * 1.0007).half()) if kind.endswith("float16") else made
+    parts = [Nvfp4Weight.quantize(part) for part in weight.chunk(runs, dim=-2)]
+    made_nvfp4 = Nvfp4Weight(
+        torch.cat([part.values for part in parts], dim=-2),
+        torch.cat([part.scales for part in parts], dim=-2),
+        torch.cat([part.global_scales for part in parts], dim=-1),
+        divides=True,
+    )
+    if kind == "nvfp4":
+        return made_nvfp4
+    return replace(made_nvfp4, global_scales=made_nvfp4.global_scales.reciprocal(), divides=False)
+
+
+def meant(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight that a product in `dtype` is of. int4's scales are rounded into it, as compressed-tensors does; the
+    factors of the others are multiplied into the sums, so that nothing of them is lost."""
+    return weight.dequantized(dtype if weight.name == "int4" else torch.float32)
+
+
+def make_experts(
+    kinds: tuple[str, str], hidden_size: int, expert_size: int, experts: int
+) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """gate_up and down; experts, gate and up differ in size, so that a wrong factor is seen."""
+    sizes = torch.linspace(0.5, 2.0, experts)[:, None, None]
+    gate_up = torch.randn(experts, 2 * expert_size, hidden_size) / hidden_size**0.5 * sizes
+    gate_up[:, :expert_size] *= 0.6
+    down = torch.randn(experts, hidden_size, expert_size) / expert_size**0.5 * sizes
+    return quantized(kinds[0], gate_up, runs=2), quantized(kinds[1], down)
+
+
+# tokens, hidden_size, expert_size, experts, top_k, routing
+CASES = [
+    (24, 384, 128, 8, 4, "distinct"),
+    (9, 2816, 704, 2, 2, "distinct"),  # the model's sizes, few experts; 704 is no multiple of 128
+    (1, 128, 128, 4, 2, "distinct"),
+    (130, 128, 256, 3, 2, "one expert"),  # several blocks of tokens
+    (40, 256, 128, 8, 3, "holes"),
+    (4, 128, 128, 2, 2, "nothing"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experts_are_right(
+    case: tuple[int, int, int, int, int, str], kind: str, dtype: torch.dtype, cpu_variant: str
+) -> None:
+    tokens, hidden_size, expert_size, experts, top_k, routing = case
+    kinds = (kind, "int4-64" if kind == "int4-128" and expert_size % 128 else kind)
+    gate_up, down = make_experts(kinds, hidden_size, expert_size, experts)
+    check_experts(tokens, top_k, routing, gate_up, down, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kinds", [("fp8", "nvfp4"), ("int4-32", "fp8"), ("nvfp4", "int4-64")], ids=str)
+def test_formats_mix(kinds: tuple[str, str], dtype: torch.dtype, cpu_variant: str) -> None:
+    check_experts(12, 3, "distinct", *make_experts(kinds, 128, 64, 5), dtype)
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(16, 16), (48, 80), (112, 16)], ids=str)
+def test_short_rows(sizes: tuple[int, int], dtype: torch.dtype, cpu_variant: str) -> None:
+    """Rows that no register divides; the nvfp4 kernel takes two groups at a time."""
+    check_experts(7, 2, "distinct", *make_experts(("nvfp4", "fp8"), *sizes, 3), dtype)
+    check_experts(7, 2, "distinct", *make_experts(("fp8", "nvfp4"), *sizes, 3), dtype)
+
+
+def check_experts(
+    tokens: int, top_k: int, routing: str, gate_up: QuantizedWeight, down: QuantizedWeight, dtype: torch.dtype
+) -> None:
+    experts, hidden_size, _ = down.shape
+    input = torch.randn(tokens, hidden_size).to(dtype)
+    ids = route(routing, tokens, experts, top_k)
+    scales = torch.rand(tokens, top_k) + 0.1
+    scales[ids < 0] = float("nan")
+    actual = quantized_gemm.moe_ffn(input, ids, scales, gate_up, down)
+    exact = reference.moe_ffn(input, ids, scales, meant(gate_up, dtype), meant(down, dtype))
+    low = reference.moe_ffn_rounded(input, ids, scales, gate_up.dequantized(dtype), down.dequantized(dtype))
+    assert_close(actual, exact, dtype, low)
+    # A token's bits depend on itself alone.
+    half = slice(0, (tokens + 1) // 2)
+    arguments = (part[half].contiguous() for part in (input, ids, scales))
+    assert torch.equal(quantized_gemm.moe_ffn(*arguments, gate_up, down), actual[half])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(1, 128, 64), (70, 256, 100), (5, 2816, 40), (3, 128, 1)], ids=str)
+def test_projection_is_right(sizes: tuple[int, int, int], kind: str, dtype: torch.dtype, cpu_variant: str) -> None:
+    rows, in_features, out_features = sizes
+    if BACKEND != "cpu" and out_features % 8:
+        pytest.skip("a GPU takes features in multiples of eight")
+    input = torch.randn(rows, in_features).to(dtype)
+    weight = quantized(kind, torch.randn(out_features, in_features) / in_features**0.5)
+    actual = quantized_gemm.dense(input, weight)
+    exact = dense_reference.dense(input, meant(weight, dtype))
+    assert_close(actual, exact, dtype, dense_reference.dense_rounded(input, weight.dequantized(dtype)))
+    assert torch.equal(quantized_gemm.linear(input[None], weight), actual[None])
+    assert torch.equal(quantized_gemm.dense(input[:1].contiguous(), weight), actual[:1])
+
+
+@cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_is_decoded(kind: str, cpu_variant: str) -> None:
+    """A product with the identity is the weight: all 256 codes of e4m3, all 16 of the others, under odd scales."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if kind == "fp8":
+        codes[(codes & 0x7F) == NAN_CODE] = 0
+        weight: QuantizedWeight = Fp8Weight(torch.stack((codes, codes.flip(0))), torch.tensor([0.625, 3.0]))
+    else:
+        values = torch.stack((codes[:128] * 2, codes.flip(0)[:128]))  # rows of 256 columns
+        weight = quantized(kind, torch.randn(2, 256))
+        weight = replace(weight, values=values)
+    size = weight.shape[1]
+    for dtype in DTYPES:
+        product = quantized_gemm.dense(torch.eye(size, dtype=dtype), weight)
+        # A factor is multiplied in after the codes are rounded, so the last bit of bfloat16 is not asked for.
+        wanted = weight.dequantized(torch.float32).T
+        torch.testing.assert_close(product.float(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@cpu_only
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_form_is_right(kind: str) -> None:
+    gate_up, down = make_experts((kind, kind), 128, 128, 3)
+    input, ids = torch.randn(6, 128, dtype=torch.bfloat16), route("distinct", 6, 3, 2)
+    scales = torch.rand(6, 2)
+    arguments = (input, ids, scales, *quantized_gemm._parts(gate_up), *quantized_gemm._parts(down))
+    plain = quantized_gemm_plain.moe_ffn_quantized(*arguments)
+    assert_close(plain, quantized_gemm.moe_ffn(input, ids, scales, gate_up, down).double(), torch.bfloat16)
+    weight = quantized(kind, torch.randn(24, 128))
+    plain = quantized_gemm_plain.dense_quantized(input, *quantized_gemm._parts(weight))
+    assert_close(plain, quantized_gemm.dense(input, weight).double(), torch.bfloat16)
+
+
+@cpu_only
+def test_opcheck() -> None:
+    gate_up, down = make_experts(("int4-32", "fp8"), 64, 32, 3)
+    parts = (*quantized_gemm._parts(gate_up), *quantized_gemm._parts(down))
+    torch.library.opcheck(
+        torch.ops.dgemma.moe_ffn_quantized.default,
+        (torch.randn(4, 64), route("distinct", 4, 3, 2), torch.rand(4, 2), *parts),
+    )
+    weight = quantized("nvfp4", torch.randn(24, 64))
+    torch.library.opcheck(
+        torch.ops.dgemma.dense_quantized.default, (torch.randn(4, 64), *quantized_gemm._parts(weight))
+    )
+
+
+@cpu_only
+def test_bad_arguments() -> None:
+    gate_up, down = make_experts(("int4-32", "int4-32"), 64, 32, 3)
+    input, ids, scales = torch.randn(4, 64), route("distinct", 4, 3, 2), torch.rand(4, 2)
+    with pytest.raises(ValueError, match=r"gate_up: got shape \[3, 64, 64\], wants \[3, 64, 32\]"):
+        quantized_gemm.moe_ffn(torch.randn(4, 32), ids, scales, gate_up, replace(down, values=down.values[:, :32]))
+    with pytest.raises(ValueError, match=r"input: got .*float64"):
+        quantized_gemm.moe_ffn(input.double(), ids, scales, gate_up, down)
+    bad = ids.clone()
+    bad[1, 0] = 9
+    with pytest.raises(ValueError, match="expert_ids: got 9 at token 1, slot 0, wants -1 or 0 to 2"):
+        quantized_gemm.moe_ffn(input, bad, scales, gate_up, down)
+    with pytest.raises(ValueError, match=r"weight: got shape \[24, 64\], wants \[out_features, 32\]"):
+        quantized_gemm.dense(torch.randn(4, 32), quantized("fp8", torch.randn(24, 64)))
+    values, codes = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 32, dtype=torch.uint8)
+    scales_of_48 = torch.zeros(8, 4, dtype=torch.bfloat16)
+    for arguments, message in (
+        ((9, codes, None, None), r"weight.format: got 9, wants 1 \(fp8\), 2 \(int4\), 3 \(nvfp4\)"),
+        ((1, codes, None, None), r"weight: got shape \[8, 32\], wants \[8, 64\]"),
+        ((2, codes, None, None), r"weight.group: got 0, wants 0 \(fp8\), 32, 64 or 128 \(int4\)"),
+        ((2, codes, scales_of_48, None), r"weight.group: got 16"),
+        ((2, codes, scales_of_48.float(), None), r"weight: got dtype Float, wants BFloat16"),
+        ((2, codes, torch.zeros(8, 5, dtype=torch.half), None), r"weight: got 5 scales in a row, wants a divisor"),
+        ((1, values, None, torch.ones(3)), r"weight: got 3 factors, wants a divisor of its 8 rows"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            torch.ops.dgemma.dense_quantized(torch.randn(4, 64), *arguments)
