@@ -75,6 +75,9 @@ function(dgemma_add_cuda name code)
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
   target_compile_options(${name} PRIVATE ${code} ${cuda_warnings} -lineinfo)
   target_sources(dgemma PRIVATE $<TARGET_OBJECTS:${name}>)
+  if(TARGET dgemma_shared)
+    target_sources(dgemma_shared PRIVATE $<TARGET_OBJECTS:${name}>)
+  endif()
 endfunction()
 
 dgemma_add_cuda(dgemma_cuda "${portable_code}" ${cuda_sources})
@@ -90,4 +93,9 @@ find_library(
   HINTS "${cuda_bin}/../lib64" "${cuda_bin}/../lib"
   PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED NO_DEFAULT_PATH)
 find_package(Threads REQUIRED)
-target_link_libraries(dgemma PRIVATE "${DGEMMA_CUDART}" Threads::Threads ${CMAKE_DL_LIBS} rt)
+# For this build alone: an installed library finds them on its own machine (cmake/dgemmaConfig.cmake.in).
+set(dgemma_cuda_libraries "${DGEMMA_CUDART}" Threads::Threads ${CMAKE_DL_LIBS} rt)
+target_link_libraries(dgemma PRIVATE "$<BUILD_INTERFACE:${dgemma_cuda_libraries}>")
+if(TARGET dgemma_shared)
+  target_link_libraries(dgemma_shared PRIVATE "$<BUILD_INTERFACE:${dgemma_cuda_libraries}>")
+endif()

@@ -1,4 +1,14 @@
-# The static library: C interface and kernels, no torch, no Python.
+# libdgemma: C interface and kernels, no torch, no Python. Static for the Python module and for hosts, and shared from the
+# same objects.
+
+# The version and the ABI number that the headers tell.
+file(STRINGS "${PROJECT_SOURCE_DIR}/csrc/include/dgemma/base.h" dgemma_numbers REGEX "^#define DGEMMA_[A-Z]+_[A-Z]+ [0-9]+$")
+string(REGEX REPLACE "#define [A-Z_]+ " "" dgemma_numbers "${dgemma_numbers}")
+list(POP_BACK dgemma_numbers dgemma_abi)
+list(JOIN dgemma_numbers "." dgemma_header_version)
+if(NOT dgemma_header_version VERSION_EQUAL PROJECT_VERSION)
+  message(FATAL_ERROR "csrc/include/dgemma/base.h is version ${dgemma_header_version}, pyproject.toml ${PROJECT_VERSION}")
+endif()
 
 # Warnings are errors with the compiler they have been tried with; another release may warn of something new.
 set(dgemma_warnings -Wall -Wextra)
@@ -38,9 +48,25 @@ foreach(source IN LISTS dgemma_sources)
   string(REPLACE ".cpp" "" variant "${suffix}")
   if(variant STREQUAL "scalar" OR CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     target_sources(dgemma PRIVATE "${source}")
-    set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${dgemma_flags_${variant}}")
+    set(flags ${dgemma_flags_${variant}})
+    # csrc/cpu/rows.h: what stands between the products rounds every product and every sum, as torch does.
+    if(source MATCHES "/layer/|/cpu_route_")
+      list(APPEND flags -ffp-contract=off)
+    endif()
+    set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
   endif()
 endforeach()
 
-install(TARGETS dgemma ARCHIVE DESTINATION lib COMPONENT c)
-install(DIRECTORY csrc/include/dgemma DESTINATION include COMPONENT c)
+# The same objects as a shared library, for hosts of the C interface: the test bed and partial builds have none.
+if(NOT DGEMMA_SIM AND NOT DGEMMA_ONLY)
+  add_library(dgemma_shared SHARED $<TARGET_OBJECTS:dgemma>)
+  set_target_properties(
+    dgemma_shared
+    PROPERTIES OUTPUT_NAME dgemma
+               VERSION "${PROJECT_VERSION}"
+               SOVERSION "${dgemma_abi}"
+               LINKER_LANGUAGE CXX
+               LINK_DEPENDS "${PROJECT_SOURCE_DIR}/cmake/dgemma.map")
+  # Nothing but the interface is visible, of the C++ and CUDA run-time libraries neither; and nothing is left undefined.
+  target_link_options(dgemma_shared PRIVATE "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/dgemma.map" -Wl,-z,defs)
+endif()

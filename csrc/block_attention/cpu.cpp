@@ -154,6 +154,7 @@ dgemma_status attention(const dgemma_block_attention& op, bool causal, dgemma_cp
 }  // namespace dgemma
 
 size_t dgemma_cpu_block_attention_workspace(const dgemma_block_attention* op) {
+  if (op == nullptr) return 0;
   const int64_t extents[] = {op->batch, op->block_length, op->query_heads, op->key_heads,
                              op->head_dim};
   for (const int64_t extent : extents)
@@ -164,9 +165,11 @@ size_t dgemma_cpu_block_attention_workspace(const dgemma_block_attention* op) {
 }
 
 dgemma_status dgemma_cpu_canvas_attention(const dgemma_block_attention* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::attention(*op, false, cpu);
 }
 
 dgemma_status dgemma_cpu_causal_attention(const dgemma_block_attention* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::attention(*op, true, cpu);
 }

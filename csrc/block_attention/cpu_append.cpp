@@ -62,6 +62,7 @@ dgemma_status check(const dgemma_append_to_cache& op, dgemma_cpu* cpu) {
 }  // namespace dgemma
 
 dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   if (const auto status = dgemma::check(*op, cpu)) return status;
   if (op->capacity == 0) return DGEMMA_OK;
   dgemma::Append append = {*op,

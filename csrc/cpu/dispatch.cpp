@@ -37,6 +37,31 @@ dgemma_status resolve_cpu_variant(dgemma_cpu* cpu, dgemma_cpu_variant* variant) 
 
 const char* dgemma_version(void) { return DGEMMA_VERSION; }
 
+int dgemma_version_number(void) { return DGEMMA_VERSION_NUMBER; }
+
+int dgemma_abi_version(void) { return DGEMMA_ABI_VERSION; }
+
+const char* dgemma_status_name(dgemma_status status) {
+  switch (status) {
+    case DGEMMA_OK:
+      return "ok";
+    case DGEMMA_INVALID_ARGUMENT:
+      return "invalid argument";
+    case DGEMMA_UNSUPPORTED:
+      return "unsupported";
+    case DGEMMA_WORKSPACE_TOO_SMALL:
+      return "workspace too small";
+    case DGEMMA_CUDA_ERROR:
+      return "CUDA error";
+    default:
+      return "unknown";
+  }
+}
+
+int dgemma_cpu_has_variant(dgemma_cpu_variant variant) {
+  return variant == DGEMMA_CPU_BEST || dgemma::cpu_variant_available(variant) ? 1 : 0;
+}
+
 dgemma_cpu_variant dgemma_cpu_best_variant(void) {
   for (int variant = dgemma::kCpuVariants - 1; variant > 0; --variant)
     if (dgemma::cpu_variant_available(static_cast<dgemma_cpu_variant>(variant)))

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "dgemma/base.h"
 
@@ -18,6 +19,35 @@ __attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma
 
 // NULL, misaligned or smaller than `wanted`: a status and a message; else DGEMMA_OK.
 dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted, dgemma_cpu* cpu);
+
+// A NULL struct: a status, and a message where there is a context to hold it. The first check of
+// all.
+dgemma_status check_call(const void* op, dgemma_cpu* cpu);
+
+// No single extent may be larger, so that products of two are exact.
+constexpr int64_t kLargestSize = INT32_MAX;
+
+struct SizeArgument {
+  const char* name;
+  int64_t value;
+  int64_t least;
+  int64_t most = kLargestSize;
+};
+dgemma_status check_sizes(std::initializer_list<SizeArgument> sizes, dgemma_cpu* cpu);
+
+// float32 or bfloat16, else DGEMMA_UNSUPPORTED.
+dgemma_status check_dtype(dgemma_dtype dtype, dgemma_cpu* cpu);
+
+constexpr size_t bytes_of(dgemma_dtype dtype) { return dtype == DGEMMA_BFLOAT16 ? 2 : 4; }
+
+// A pointer argument and what it must be a multiple of.
+struct BufferArgument {
+  const char* name;
+  const void* pointer;
+  size_t alignment;
+  bool may_be_null = false;
+};
+dgemma_status check_buffers(std::initializer_list<BufferArgument> buffers, dgemma_cpu* cpu);
 
 // Hands out parts of a workspace; without a base only the size is counted.
 struct Carver {

@@ -59,6 +59,12 @@ dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu) {
   if (!(logits.softcap >= 0.0f) || std::isinf(logits.softcap))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
                 "softcap: got %g, wants 0 (none) or a positive number", logits.softcap);
+  if (logits.batch == 0) return DGEMMA_OK;
+  const bool empty = logits.length == 0;
+  status = check_buffers({{"temperature", logits.temperature, sizeof(float)},
+                          {"raw", logits.raw, bytes_of(logits.dtype), empty}},
+                         cpu);
+  if (status != DGEMMA_OK) return status;
   for (int64_t b = 0; b < logits.batch; ++b) {
     if (logits.active != nullptr && logits.active[b] == 0) continue;
     if (!(logits.temperature[b] > 0.0f) || std::isinf(logits.temperature[b]))
@@ -68,6 +74,18 @@ dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu) {
   }
   return check_allowed(logits.allowed, logits.batch, logits.length, logits.vocabulary,
                        logits.active, cpu);
+}
+
+dgemma_status check_statistics(const dgemma_vocabulary_statistics& op, dgemma_cpu* cpu) {
+  const dgemma_status status = check_logits(op.logits, cpu);
+  if (status != DGEMMA_OK || op.logits.batch * op.logits.length == 0) return status;
+  return check_buffers({{"argmax", op.argmax, sizeof(int32_t)},
+                        {"entropy", op.entropy, sizeof(float)},
+                        {"row_max", op.row_max, sizeof(float)},
+                        {"row_sum", op.row_sum, sizeof(double)},
+                        {"tile_max", op.tile_max, sizeof(float)},
+                        {"tile_sum", op.tile_sum, sizeof(float)}},
+                       cpu);
 }
 
 }  // namespace dgemma

@@ -43,7 +43,8 @@ size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* wor
 }
 
 dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
-  const dgemma_status status = check_logits(op.logits, cpu);
+  dgemma_status status = check_logits(op.logits, cpu);
+  if (status == DGEMMA_OK) status = check_masses(op, cpu);
   if (status != DGEMMA_OK) return status;
   if (op.hidden_size < 1 || op.hidden_size > INT32_MAX)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "hidden_size: got %" PRId64 ", wants 1 to %d",
@@ -57,6 +58,11 @@ dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
   if (!(op.max_embedding_norm >= 0.0f))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "max_embedding_norm: got %g, wants at least 0",
                 op.max_embedding_norm);
+  const size_t element = bytes_of(op.logits.dtype);
+  const bool empty = op.logits.batch * op.logits.length == 0;
+  status = check_buffers(
+      {{"embedding", op.embedding, element, empty}, {"output", op.output, element, empty}}, cpu);
+  if (status != DGEMMA_OK) return status;
   return check_workspace(op.workspace, op.workspace_bytes, dgemma_cpu_soft_embedding_workspace(&op),
                          cpu);
 }
@@ -118,7 +124,8 @@ void soft_embedding(const dgemma_soft_embedding& op, const DenoiseTable& table, 
 
 dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
                                                dgemma_cpu* cpu) {
-  dgemma_status status = dgemma::check_logits(op->logits, cpu);
+  dgemma_status status = dgemma::check_call(op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_statistics(*op, cpu);
   dgemma_cpu_variant variant;
   if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
   if (status != DGEMMA_OK) return status;
@@ -128,8 +135,15 @@ dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabulary_statistic
 }
 
 dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
+  dgemma_status status = dgemma::check_call(op, cpu);
+  if (status != DGEMMA_OK) return status;
   const dgemma_logits& logits = op->logits;
-  dgemma_status status = dgemma::check_logits(logits, cpu);
+  status = dgemma::check_logits(logits, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_masses(*op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_draws(*op, logits.batch, cpu);
+  if (status == DGEMMA_OK)
+    status = dgemma::check_buffers(
+        {{"tokens", op->tokens, sizeof(int32_t), logits.batch * logits.length == 0}}, cpu);
   if (status == DGEMMA_OK)
     status = dgemma::check_uniforms(op->uniforms, logits.batch, logits.length, logits.active, cpu);
   dgemma_cpu_variant variant;
@@ -141,12 +155,14 @@ dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
 }
 
 size_t dgemma_cpu_soft_embedding_workspace(const dgemma_soft_embedding* op) {
+  if (op == nullptr) return 0;  // the call itself says what is wrong
   dgemma::SoftEmbeddingWork work = {};
   return dgemma::carve(*op, nullptr, &work);
 }
 
 dgemma_status dgemma_cpu_soft_embedding(const dgemma_soft_embedding* op, dgemma_cpu* cpu) {
-  dgemma_status status = dgemma::check(*op, cpu);
+  dgemma_status status = dgemma::check_call(op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check(*op, cpu);
   dgemma_cpu_variant variant;
   if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
   if (status != DGEMMA_OK) return status;

@@ -8,6 +8,10 @@ namespace {
 
 dgemma_status check(const dgemma_noise& op, dgemma_cpu* cpu) {
   dgemma_status status = check_sizes(op.batch, op.length, op.vocabulary, cpu);
+  if (status == DGEMMA_OK) status = check_draws(op, op.batch, cpu);
+  if (status == DGEMMA_OK)
+    status =
+        check_buffers({{"tokens", op.tokens, sizeof(int32_t), op.batch * op.length == 0}}, cpu);
   if (status != DGEMMA_OK) return status;
   if (op.purpose < DGEMMA_PURPOSE_INITIAL_NOISE || op.purpose > DGEMMA_PURPOSE_RENOISE)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
@@ -22,7 +26,8 @@ dgemma_status check(const dgemma_noise& op, dgemma_cpu* cpu) {
 }  // namespace dgemma
 
 dgemma_status dgemma_cpu_noise(const dgemma_noise* op, dgemma_cpu* cpu) {
-  const dgemma_status status = dgemma::check(*op, cpu);
+  dgemma_status status = dgemma::check_call(op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check(*op, cpu);
   if (status != DGEMMA_OK) return status;
   dgemma::AllowedCount counts(op->vocabulary);
   for (int64_t b = 0; b < op->batch; ++b) {

@@ -31,6 +31,32 @@ dgemma_status run(const char* (*launch)(const Op&, void*), const Op& op, dgemma_
 }  // namespace
 }  // namespace dgemma
 
+dgemma_status dgemma_cuda_token_embedding(const dgemma_token_embedding* op, dgemma_cuda* cuda) {
+  using namespace dgemma;
+  dgemma_status status = check_rows(op->tokens, op->hidden_size, op->dtype, cuda);
+  if (status != DGEMMA_OK) return status;
+  if (op->vocabulary < 1 || op->vocabulary > INT32_MAX)
+    return fail(cuda, DGEMMA_INVALID_ARGUMENT, "vocabulary: got %lld, wants 1 to %d",
+                static_cast<long long>(op->vocabulary), INT32_MAX);
+  if (op->tokens == 0) return DGEMMA_OK;
+  status = check_pointers({{"ids", op->ids, sizeof(int32_t)},
+                           {"embedding", op->embedding, 16},
+                           {"conditioning", op->conditioning, 16, true},
+                           {"output", op->output, 16}},
+                          cuda);
+  return status != DGEMMA_OK ? status : run(&launch_token_embedding, *op, cuda);
+}
+
+dgemma_status dgemma_cuda_rms_norm(const dgemma_rms_norm* op, dgemma_cuda* cuda) {
+  using namespace dgemma;
+  dgemma_status status = check_rows(op->tokens, op->hidden_size, op->dtype, cuda);
+  if (status != DGEMMA_OK || op->tokens == 0) return status;
+  status = check_pointers(
+      {{"input", op->input, 16}, {"weight", op->weight, 16, true}, {"output", op->output, 16}},
+      cuda);
+  return status != DGEMMA_OK ? status : run(&launch_rms_norm, *op, cuda);
+}
+
 dgemma_status dgemma_cuda_attention_residual(const dgemma_attention_residual* op,
                                              dgemma_cuda* cuda) {
   using namespace dgemma;

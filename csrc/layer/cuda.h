@@ -9,6 +9,8 @@ namespace dgemma {
 constexpr int64_t kWidestRow = 8192;
 constexpr int64_t kWidestHead = 512;
 
+const char* launch_token_embedding(const dgemma_token_embedding& op, void* stream);
+const char* launch_rms_norm(const dgemma_rms_norm& op, void* stream);
 const char* launch_normalise_heads(const dgemma_normalise_heads& op, void* stream);
 const char* launch_attention_residual(const dgemma_attention_residual& op, void* stream);
 const char* launch_gelu_product(const dgemma_gelu_product& op, void* stream);

@@ -65,14 +65,28 @@ DGEMMA_DEVICE float block_sum(float value, RowShared& shared) {
   return total;
 }
 
-// x / sqrt(mean(x^2) + epsilon) * weight, rounded once. All threads come.
-DGEMMA_DEVICE Row norm(const Row& x, const bfloat16* weight, int32_t width, float epsilon,
-                       RowShared& shared) {
+// 1 / sqrt(mean(x^2) + epsilon). All threads come.
+DGEMMA_DEVICE float norm_factor(const Row& x, int32_t width, float epsilon, RowShared& shared) {
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) squares = fmaf(x.value[i], x.value[i], squares);
   const float mean = block_sum(squares, shared) / static_cast<float>(width);
-  const float factor = 1.0f / sqrtf(mean + epsilon);
+  return 1.0f / sqrtf(mean + epsilon);
+}
+
+// The norm without a weight, rounded once. All threads come.
+DGEMMA_DEVICE Row norm(const Row& x, int32_t width, float epsilon, RowShared& shared) {
+  const float factor = norm_factor(x, width, epsilon, shared);
+  Row result;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) result.value[i] = rounded(x.value[i] * factor);
+  return result;
+}
+
+// x / sqrt(mean(x^2) + epsilon) * weight, rounded once. All threads come.
+DGEMMA_DEVICE Row norm(const Row& x, const bfloat16* weight, int32_t width, float epsilon,
+                       RowShared& shared) {
+  const float factor = norm_factor(x, width, epsilon, shared);
   const Row scale = Row::load(weight, width);
   Row result;
 #pragma unroll

@@ -1,10 +1,26 @@
 /* What every function of the library shares: status codes, data types, and how a host lends its
- * threads.
+ * threads. docs/embedding.md is the guide; these headers are the reference.
  *
  * The library allocates nothing, keeps no global state and starts no thread. Every function takes
  * one struct that describes the operation (plain pointers and sizes) and one that says where it
  * runs. A call may be made from any thread; two calls may share inputs but not outputs, workspace
- * or the context struct.
+ * or the context struct. Bad arguments give a status and a message, never a crash, as far as the
+ * host can see them: pointers must point to what the struct says, and what lies on a GPU is not
+ * looked at.
+ *
+ * ABI. The interface is C11 and C++17 and is frozen. DGEMMA_ABI_VERSION, which is also the shared
+ * library's SOVERSION, counts the breaks; a host built with one number runs with every later
+ * library of that number. Within a number
+ *   - functions, structs, enumerators and macros may be added;
+ *   - a function keeps its name, its arguments and its meaning;
+ *   - a struct keeps its size, and every field its place, type and meaning; there is no size field:
+ *     an operation that comes to need more gets a struct and a function of its own beside the old;
+ *   - an enumerator keeps its number; later libraries may return new ones.
+ * Only with a new number may a struct grow, at its end, and 0 in a new field then means what there
+ * was without it. So fill structs by name from {0}, and they keep their meaning when they are
+ * compiled against a later header.
+ * A host that loads the library at run time compares dgemma_abi_version() with DGEMMA_ABI_VERSION.
+ * Names that begin with dgemma_ or DGEMMA_ belong to the library; no other symbol is exported.
  */
 #ifndef DGEMMA_BASE_H_
 #define DGEMMA_BASE_H_
@@ -16,6 +32,15 @@
 extern "C" {
 #endif
 
+/* The version of these headers, and their ABI number. */
+#define DGEMMA_VERSION_MAJOR 0
+#define DGEMMA_VERSION_MINOR 1
+#define DGEMMA_VERSION_PATCH 0
+#define DGEMMA_VERSION_NUMBER \
+  (DGEMMA_VERSION_MAJOR * 10000 + DGEMMA_VERSION_MINOR * 100 + DGEMMA_VERSION_PATCH)
+#define DGEMMA_ABI_VERSION 1
+
+/* On every function of the interface; all else of the library is hidden. */
 #if defined(__GNUC__)
 #define DGEMMA_API __attribute__((visibility("default")))
 #else
@@ -62,17 +87,33 @@ typedef struct dgemma_cpu {
   char message[256]; /* written when a call returns anything but DGEMMA_OK */
 } dgemma_cpu;
 
+/* A dgemma_cpu that runs everything in the calling thread, on the machine's best variant:
+ *   dgemma_cpu cpu = DGEMMA_CPU_SERIAL;
+ */
+#define DGEMMA_CPU_SERIAL {NULL, NULL, DGEMMA_CPU_BEST, {0}}
+
 /* Where a CUDA call runs: everything is enqueued on `stream` (a cudaStream_t) and nothing waits. */
 typedef struct dgemma_cuda {
   void* stream;
   char message[256];
 } dgemma_cuda;
 
-/* "0.1.0". */
+/* "0.1.0", of the library that runs. */
 DGEMMA_API const char* dgemma_version(void);
+
+/* Its DGEMMA_VERSION_NUMBER and DGEMMA_ABI_VERSION. */
+DGEMMA_API int dgemma_version_number(void);
+DGEMMA_API int dgemma_abi_version(void);
+
+/* "ok", "invalid argument", "unsupported", "workspace too small", "CUDA error"; "unknown" for
+ * anything else. */
+DGEMMA_API const char* dgemma_status_name(dgemma_status status);
 
 /* The variant that BEST stands for on this machine. */
 DGEMMA_API dgemma_cpu_variant dgemma_cpu_best_variant(void);
+
+/* 1 when this build has the variant and this machine runs it; BEST always. */
+DGEMMA_API int dgemma_cpu_has_variant(dgemma_cpu_variant variant);
 
 /* "scalar", "avx2", "avx512", "avx512_bf16"; "unknown" for anything else. */
 DGEMMA_API const char* dgemma_cpu_variant_name(dgemma_cpu_variant variant);

@@ -162,7 +162,12 @@ typedef struct dgemma_route {
   size_t workspace_bytes;
 } dgemma_route;
 
-/* On a GPU alone: bfloat16, hidden_size a multiple of 8 up to 65,536, up to 1,024 experts, top_k up
+/* On the CPU: float32 and bfloat16, any size, tensors aligned to their elements. Pointers are not
+ * looked at for the workspace. */
+DGEMMA_API size_t dgemma_cpu_route_workspace(const dgemma_route* op);
+DGEMMA_API dgemma_status dgemma_cpu_route(const dgemma_route* op, dgemma_cpu* cpu);
+
+/* On a GPU: bfloat16, hidden_size a multiple of 8 up to 65,536, up to 1,024 experts, top_k up
  * to 32 and to the number of experts; input, scale and projection aligned to 16 bytes.
  */
 DGEMMA_API size_t dgemma_cuda_route_workspace(const dgemma_route* op);

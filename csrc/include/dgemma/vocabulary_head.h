@@ -20,6 +20,11 @@ typedef struct dgemma_vocabulary_head {
   void* raw;             /* [batch, length, vocabulary] */
 } dgemma_vocabulary_head;
 
+/* On the CPU: float32 and bfloat16, any size, tensors aligned to their elements, no workspace. */
+DGEMMA_API size_t dgemma_cpu_vocabulary_head_workspace(const dgemma_vocabulary_head* op);
+DGEMMA_API dgemma_status dgemma_cpu_vocabulary_head(const dgemma_vocabulary_head* op,
+                                                    dgemma_cpu* cpu);
+
 /* On a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels alone. It
  * takes bfloat16, a hidden_size that is a multiple of 8, and tensors aligned to 16 bytes. */
 DGEMMA_API size_t dgemma_cuda_vocabulary_head_workspace(const dgemma_vocabulary_head* op);

@@ -1,0 +1,7 @@
+#include "layer/cpu_kernel.h"
+
+namespace dgemma {
+
+const LayerKernels kLayerKernelsAvx512[2] = DGEMMA_LAYER_KERNELS;
+
+}  // namespace dgemma

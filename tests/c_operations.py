@@ -1,0 +1,265 @@
+"""Arguments that each function of the C interface takes on the CPU, for tests that spoil them one by one."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from c_interface import workspace
+
+EPSILON = 1e-6
+
+
+def tensor(dtype: torch.dtype, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+    return (torch.randn(*shape) * scale + offset).to(dtype)
+
+
+def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def layer_operations(dtype: torch.dtype, tokens: int = 5, hidden: int = 72) -> dict[str, dict[str, Any]]:
+    """Values of every struct of layer.h and of the router, with room for the outputs."""
+    heads, key_heads, width, vocabulary, experts = 3, 1, 24, 40, 6
+    rows = {"tokens": tokens, "hidden_size": hidden, "epsilon": EPSILON, "dtype": dtype}
+    angles = torch.rand(tokens, width // 2) * 6.3
+    table = torch.cat((angles, angles), dim=-1)
+
+    def hiddens(*names: str) -> dict[str, Tensor]:
+        return {name: tensor(dtype, tokens, hidden, scale=2.0) for name in names}
+
+    def weights(*names: str) -> dict[str, Tensor]:
+        return {name: tensor(dtype, hidden, scale=0.3, offset=1.0) for name in names}
+
+    def outputs(*names: str) -> dict[str, Tensor]:
+        return {name: torch.full((tokens, hidden), float("nan"), dtype=dtype) for name in names}
+
+    return {
+        "token_embedding": {
+            **rows,
+            "vocabulary": vocabulary,
+            "scale": hidden**0.5,
+            "normalise": 1,
+            "ids": torch.randint(vocabulary, (tokens,), dtype=torch.int32),
+            "embedding": tensor(dtype, vocabulary, hidden),
+            **hiddens("conditioning"),
+            **outputs("output"),
+        },
+        "rms_norm": {**rows, **hiddens("input"), **weights("weight"), **outputs("output")},
+        "normalise_heads": {
+            "tokens": tokens,
+            "query_heads": heads,
+            "key_heads": key_heads,
+            "head_dim": width,
+            "epsilon": EPSILON,
+            "dtype": dtype,
+            "raw_query": tensor(dtype, tokens, heads, width, scale=3.0),
+            "raw_key": tensor(dtype, tokens, key_heads, width, scale=2.0),
+            "raw_value": tensor(dtype, tokens, key_heads, width),
+            "query_norm": tensor(dtype, width, scale=0.2, offset=1.0),
+            "key_norm": tensor(dtype, width, scale=0.2, offset=1.0),
+            "cosine": table.cos().to(dtype),
+            "sine": table.sin().to(dtype),
+            "query": zeros(dtype, tokens, heads, width),
+            "key": zeros(dtype, tokens, key_heads, width),
+            "value": zeros(dtype, tokens, key_heads, width),
+        },
+        "attention_residual": {
+            **rows,
+            **hiddens("hidden", "attended"),
+            **weights("attended_norm", "dense_norm", "sparse_norm"),
+            **outputs("residual", "dense_input", "sparse_input"),
+        },
+        "gelu_product": {
+            "values": tokens * hidden,
+            "dtype": dtype,
+            **hiddens("gate", "up"),
+            **outputs("output"),
+        },
+        "layer_output": {
+            **rows,
+            "scalar": 0.37,
+            **hiddens("residual", "dense", "sparse"),
+            **weights("dense_norm", "sparse_norm", "norm", "next_norm"),
+            **outputs("output", "next_input"),
+        },
+        "route": {
+            **rows,
+            "experts": experts,
+            "top_k": 2,
+            **hiddens("input"),
+            **weights("scale"),
+            "projection": tensor(dtype, experts, hidden, scale=0.3),
+            "per_expert_scale": tensor(dtype, experts, scale=0.1, offset=1.0),
+            "expert_ids": torch.full((tokens, 2), -7, dtype=torch.int32),
+            "expert_weights": torch.full((tokens, 2), float("nan")),
+        },
+    }
+
+
+def denoise_operations(
+    dtype: torch.dtype, batch: int = 2, length: int = 3, vocabulary: int = 300, hidden: int = 40
+) -> dict[str, dict[str, Any]]:
+    """Values of every struct of denoise.h and vocabulary_head.h."""
+    tiles = -(-vocabulary // 128)
+    logits = {
+        "batch": batch,
+        "length": length,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
+        "raw": tensor(dtype, batch, length, vocabulary, scale=3.0),
+        "softcap": 30.0,
+        "temperature": torch.full((batch,), 0.7),
+    }
+    masses = {
+        "row_max": torch.zeros(batch, length),
+        "row_sum": torch.ones(batch, length, dtype=torch.float64),
+        "tile_max": torch.zeros(batch, length, tiles),
+        "tile_sum": torch.ones(batch, length, tiles),
+    }
+    statistics = {
+        "logits": logits,
+        "argmax": zeros(torch.int32, batch, length),
+        "entropy": torch.zeros(batch, length),
+        **masses,
+    }
+    draws = {
+        "seed": torch.arange(batch),
+        "canvas_index": zeros(torch.int32, batch),
+        "step": torch.ones(batch, dtype=torch.int32),
+    }
+    embedding = tensor(dtype, vocabulary, hidden, scale=0.5)
+
+    def positions(dtype: torch.dtype = torch.int32) -> Tensor:
+        return zeros(dtype, batch, length)
+
+    def requests(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((batch,), value, dtype=dtype)
+
+    return {
+        "vocabulary_statistics": statistics,
+        "sample": {"logits": logits, **masses, **draws, "tokens": positions()},
+        "noise": {
+            "batch": batch,
+            "length": length,
+            "vocabulary": vocabulary,
+            "purpose": 0,
+            **draws,
+            "tokens": positions(),
+        },
+        "update_canvas": {
+            "batch": batch,
+            "length": length,
+            "vocabulary": vocabulary,
+            "sampled": positions(),
+            "argmax": positions(),
+            "entropy": torch.zeros(batch, length),
+            **draws,
+            "max_steps": requests(8, torch.int32),
+            "t_min": requests(0.4, torch.float64),
+            "t_max": requests(0.8, torch.float64),
+            "entropy_bound": requests(0.1),
+            "stability_threshold": requests(1, torch.int32),
+            "confidence_threshold": requests(0.005),
+            "active": torch.ones(batch, dtype=torch.uint8),
+            "canvas": positions(),
+            "draft": positions(),
+            "stable_steps": requests(0, torch.int32),
+            "temperature": requests(0.8),
+            "accepted": positions(torch.uint8),
+            "mean_entropy": requests(0.0),
+            "status": requests(0, torch.int32),
+        },
+        "soft_embedding": {
+            "logits": logits,
+            **masses,
+            "hidden_size": hidden,
+            "embedding": embedding,
+            "embedding_scale": 6.0,
+            "tolerance": 0.0,
+            "max_embedding_norm": 9.0,
+            "output": zeros(dtype, batch, length, hidden),
+        },
+        "vocabulary_head": {
+            "statistics": statistics,
+            "hidden_size": hidden,
+            "hidden": tensor(dtype, batch, length, hidden),
+            "embedding": embedding,
+            "raw": zeros(dtype, batch, length, vocabulary),
+        },
+    }
+
+
+def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Values of every struct of grouped_gemm.h but the router's, and of block_attention.h."""
+    tokens, hidden, expert, experts, top_k = 4, 32, 16, 3, 2
+    batch, length, heads, key_heads, width, slots, capacity = 2, 4, 2, 1, 16, 2, 8
+    block = (batch, length, key_heads, width)
+    stored = (slots, capacity, key_heads, width)
+    cache = {
+        "batch": batch,
+        "block_length": length,
+        "key_heads": key_heads,
+        "head_dim": width,
+        "slots": slots,
+        "capacity": capacity,
+        "dtype": dtype,
+        "key": tensor(dtype, *block),
+        "value": tensor(dtype, *block),
+        "prefix_key": tensor(dtype, *stored),
+        "prefix_value": tensor(dtype, *stored),
+        "slot": int32(1, 0),
+        "prefix_length": int32(3, 0),
+    }
+    return {
+        "moe_ffn": {
+            "tokens": tokens,
+            "hidden_size": hidden,
+            "expert_size": expert,
+            "experts": experts,
+            "top_k": top_k,
+            "dtype": dtype,
+            "input": tensor(dtype, tokens, hidden),
+            "expert_ids": torch.randint(experts, (tokens, top_k), dtype=torch.int32),
+            "expert_weights": torch.rand(tokens, top_k),
+            "gate_up": tensor(dtype, experts, 2 * expert, hidden),
+            "down": tensor(dtype, experts, hidden, expert),
+            "output": zeros(dtype, tokens, hidden),
+        },
+        "dense": {
+            "rows": tokens,
+            "in_features": hidden,
+            "out_features": expert,
+            "dtype": dtype,
+            "input": tensor(dtype, tokens, hidden),
+            "weight": tensor(dtype, expert, hidden),
+            "output": zeros(dtype, tokens, expert),
+        },
+        "append_to_cache": cache,
+        "block_attention": {
+            **cache,
+            "query_heads": heads,
+            "window": 5,
+            "scale": 1.0,
+            "query": tensor(dtype, batch, length, heads, width),
+            "output": zeros(dtype, batch, length, heads, width),
+        },
+    }
+
+
+def with_workspace(library: ctypes.CDLL, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a workspace of the size that the library asks for, where it has one."""
+    if not hasattr(library, f"dgemma_cpu_{name}_workspace"):
+        return values
+    space = workspace(library, f"cpu_{name}", **values)
+    given = {"workspace": space if space.numel() else None, "workspace_bytes": space.numel()}
+    if "statistics" in values:
+        return {**values, "statistics": {**values["statistics"], **given}}
+    return {**values, **given}

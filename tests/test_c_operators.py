@@ -1,0 +1,253 @@
+"""What the C interface has on the CPU beside the operators of torch.ops.dgemma: against the same in torch's operators.
+
+Python's own CPU path runs what these are compared with, so that a C host gets its tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backend import BACKEND
+from bounds import assert_close
+from c_interface import DTYPES, call, context, load, must, operation
+from c_operations import EPSILON, denoise_operations, layer_operations, tensor, with_workspace
+from denoise_cases import bits
+from dgemma_ext import _C
+from dgemma_ext.ops import denoise, layer, router
+
+pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
+
+# Of a bfloat16 result's values, how many may be rounded to the neighbour: fp32 sums are made in another order.
+NEIGHBOURS = 0.01
+BF16, FP32 = torch.bfloat16, torch.float32
+# tokens and hidden sizes: the model's, the bundled models', less than a vector, no whole vectors.
+ROWS = [(5, 2816), (37, 96), (3, 7), (300, 130)]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return load()
+
+
+def plain(name: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    """The outputs by torch's operators, as Python's CPU path makes them; in float64 for values of that type."""
+    v = values
+    if name == "token_embedding":
+        # The scale is rounded to the model's dtype first.
+        hidden = functional.embedding(v["ids"], v["embedding"]) * float(torch.tensor(v["scale"]).to(v["dtype"]))
+        if v["conditioning"] is not None:
+            hidden = hidden + v["conditioning"]
+        return {"output": layer.rms_norm(hidden, None, EPSILON) if v["normalise"] else hidden}
+    if name == "rms_norm":
+        return {"output": layer.rms_norm(v["input"], v["weight"], EPSILON)}
+    if name == "normalise_heads":
+        given = ("raw_query", "raw_key", "raw_value", "query_norm", "key_norm", "cosine", "sine")
+        made: Any = layer._normalise_heads(*(v[n] for n in given), EPSILON)
+        return dict(zip(("query", "key", "value"), made, strict=True))
+    if name == "attention_residual":
+        given = ("hidden", "attended", "attended_norm", "dense_norm", "sparse_norm")
+        made = layer._attention_residual(*(v[n] for n in given), EPSILON)
+        return dict(zip(("residual", "dense_input", "sparse_input"), made, strict=True))
+    if name == "gelu_product":
+        return {"output": layer._gelu_product(v["gate"], v["up"])}
+    given = ("residual", "dense", "sparse", "dense_norm", "sparse_norm", "norm", "next_norm")
+    made = layer._layer_output(*(v[n] for n in given), v["scalar"], EPSILON)
+    return dict(zip(("output", "next_input"), made, strict=True))
+
+
+def in_double(values: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()}
+
+
+LAYER = ["token_embedding", "rms_norm", "normalise_heads", "attention_residual", "gelu_product", "layer_output"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+@pytest.mark.parametrize("name", LAYER)
+def test_layer(library: ctypes.CDLL, name: str, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    values = layer_operations(dtype, tokens, hidden)[name]
+    must(library, f"cpu_{name}", **values)
+    wide = plain(name, in_double(values))
+    for output, wanted in plain(name, values).items():
+        got = values[output]
+        if dtype == BF16:
+            assert float((got != wanted).float().mean()) <= NEIGHBOURS, output
+        assert_close(got, wide[output], dtype, wanted)
+
+
+@pytest.mark.parametrize(("option", "name"), [
+    ("weight", "rms_norm"), ("raw_value", "normalise_heads"), ("next_norm", "layer_output"),
+    ("conditioning", "token_embedding"),
+])  # fmt: skip
+def test_what_may_be_left_out(library: ctypes.CDLL, name: str, option: str) -> None:
+    values = layer_operations(BF16)[name]
+    given = {**values, option: None}
+    if option == "next_norm":
+        given["next_input"] = None
+    must(library, f"cpu_{name}", **given)
+    wanted = plain(name, values if option == "next_norm" else given)
+    for output in set(wanted) - {"next_input"}:
+        assert float((values[output] != wanted[output]).float().mean()) <= NEIGHBOURS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_alone_is_torchs_bit_for_bit(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    values = {**layer_operations(dtype)["token_embedding"], "normalise": 0}
+    for given in (values, {**values, "conditioning": None}):
+        must(library, "cpu_token_embedding", **given)
+        assert bits(values["output"]) == bits(plain("token_embedding", given)["output"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_where_the_order_of_sums_does_not_matter(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Squares of halves, ones and twos add up exactly in any order, so that nothing but roundings can differ."""
+    for name, first in (("rms_norm", "input"), ("attention_residual", "attended"), ("normalise_heads", "raw_query")):
+        values = layer_operations(dtype)[name]
+        for given in (first, "raw_key", "raw_value") if name == "normalise_heads" else (first,):
+            choice = torch.tensor([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
+            values[given] = choice[torch.randint(6, values[given].shape)].to(dtype)
+        must(library, f"cpu_{name}", **values)
+        wanted = plain(name, values)
+        for output in ("query", "key", "value") if name == "normalise_heads" else [next(iter(wanted))]:
+            assert bits(values[output]) == bits(wanted[output]), (name, output)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYER)
+def test_all_instruction_sets_give_the_same_bits(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
+    values = layer_operations(dtype, 9, 138)[name]
+    outputs = list(plain(name, values))
+    seen = set()
+    for variant in _C.cpu_variants():
+        must(library, f"cpu_{name}", variant, **values)
+        seen.add(tuple(b for output in outputs for b in bits(values[output])))
+    assert len(seen) == 1
+
+
+# The router ----------------------------------------------------------------------------------------------------------
+
+ROUTES = [(5, 2816, 128, 8), (37, 96, 4, 2), (20, 130, 16, 16), (1, 7, 1, 1)]
+
+
+def route(library: ctypes.CDLL, values: dict[str, Any], variant: str | None = None) -> tuple[Tensor, Tensor]:
+    must(library, "cpu_route", variant, **with_workspace(library, "route", values))
+    return values["expert_ids"], values["expert_weights"]
+
+
+def route_values(dtype: torch.dtype, tokens: int, hidden: int, experts: int, top_k: int) -> dict[str, Any]:
+    return {
+        **layer_operations(dtype, tokens, hidden)["route"],
+        "experts": experts,
+        "top_k": top_k,
+        "projection": tensor(dtype, experts, hidden, scale=hidden**-0.5),
+        "per_expert_scale": tensor(dtype, experts, scale=0.1, offset=1.0),
+        "expert_ids": torch.full((tokens, top_k), -7, dtype=torch.int32),
+        "expert_weights": torch.full((tokens, top_k), float("nan")),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), ROUTES)
+def test_route(
+    library: ctypes.CDLL, tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, cpu_variant: str
+) -> None:
+    values = route_values(dtype, tokens, hidden, experts, top_k)
+    ids, weights = route(library, values, cpu_variant)
+    operands = (values["input"], values["scale"], values["projection"])
+    found = router.probabilities(*operands, EPSILON)
+    # A score may round to its neighbour where sums are made in another order: then another choice is as good.
+    chosen, best = found.gather(1, ids.long()), found.topk(top_k).values
+    step = {FP32: 1e-5, BF16: 2.0**-6}[dtype]
+    assert bool((best - chosen <= step * best).all())
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    wanted = router.weights_of(found, ids.long(), values["per_expert_scale"])
+    assert bool(((weights - wanted).abs() <= 2 * step * wanted.abs()).all())
+    same_ids, _ = router._plain(*operands, values["per_expert_scale"], top_k, EPSILON)
+    assert float((ids == same_ids).all(dim=1).float().mean()) >= 0.8
+
+
+def test_ties_go_to_the_lower_expert(library: ctypes.CDLL) -> None:
+    values = route_values(BF16, 6, 64, 7, 7)
+    values["projection"] = values["projection"][:1].expand(7, 64).contiguous()
+    ids, weights = route(library, values)
+    assert ids.tolist() == [list(range(7))] * 6
+    assert torch.allclose(weights, values["per_expert_scale"].float()[None] / 7, rtol=1e-5)
+
+
+def test_a_token_that_is_not_finite_gets_experts_and_no_weights(library: ctypes.CDLL) -> None:
+    values = route_values(FP32, 3, 64, 5, 3)
+    values["input"][1, 7] = float("nan")
+    ids, weights = route(library, values)
+    assert ids[1].tolist() == [0, 1, 2]
+    assert bool(torch.isnan(weights[1]).all())
+    assert bool(torch.isfinite(weights[[0, 2]]).all())
+
+
+# The head ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "vocabulary", "hidden"), [(37, 384, 96), (5, 1000, 136), (1, 129, 7)])
+def test_head(library: ctypes.CDLL, length: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
+    values = denoise_operations(dtype, 3, length, vocabulary, hidden)["vocabulary_head"]
+    active = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    values["hidden"][1] = float("nan")
+    values["raw"].fill_(7.0)
+    values["statistics"]["logits"] = {**values["statistics"]["logits"], "raw": None, "active": active}
+    must(library, "cpu_vocabulary_head", **with_workspace(library, "vocabulary_head", values))
+    assert bool((values["raw"][1] == 7.0).all()), "an inactive request's logits were written"
+    exact = values["hidden"].double() @ values["embedding"].double().T
+    for b in (0, 2):
+        assert_close(values["raw"][b], exact[b], dtype, functional.linear(values["hidden"][b], values["embedding"]))
+    # The statistics are those of the logits that were stored, and inactive requests' stay as they were.
+    temperature = values["statistics"]["logits"]["temperature"]
+    told = denoise.vocabulary_statistics(values["raw"], 30.0, temperature, active.bool(), None, None)
+    for name, wanted in told._asdict().items():
+        assert bits(values["statistics"][name][[0, 2]]) == bits(wanted[[0, 2]]), name
+    assert bool((values["statistics"]["entropy"][1] == 0).all())
+
+
+# Bits alone and among others, on any number of threads ---------------------------------------------------------------
+
+TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, TASK, ctypes.c_void_p)
+
+
+@pytest.mark.parametrize("name", [*LAYER, "route"])
+def test_tasks_in_any_order(library: ctypes.CDLL, name: str) -> None:
+    """A host's parallel_for may run tasks in any order; every one is asked for once."""
+    values = layer_operations(BF16, 800, 130)[name]
+    if name == "route":
+        values = with_workspace(library, name, values)
+    must(library, f"cpu_{name}", **values)
+    outputs = ["expert_ids", "expert_weights"] if name == "route" else list(plain(name, values))
+    wanted = [bits(values[output]) for output in outputs]
+    for output in outputs:
+        values[output].fill_(-1)
+    counts: list[int] = []
+
+    @PARALLEL_FOR
+    def backwards(pool: int, tasks: int, task: Any, state: int) -> None:
+        counts.append(tasks)
+        for index in reversed(range(tasks)):
+            task(state, index)
+
+    place = context()
+    place.parallel_for = ctypes.cast(backwards, ctypes.c_void_p)
+    status = getattr(library, f"dgemma_cpu_{name}")(ctypes.byref(operation(name, values)), ctypes.byref(place))
+    assert status == 0, place.message
+    assert min(counts, default=0) > 1
+    assert [bits(values[output]) for output in outputs] == wanted
+
+
+def test_nothing_to_do_is_no_error(library: ctypes.CDLL) -> None:
+    for name, values in layer_operations(BF16).items():
+        empty = {n: None if isinstance(v, Tensor) else v for n, v in values.items()}
+        assert call(library, f"cpu_{name}", **{**empty, "values" if name == "gelu_product" else "tokens": 0})[0] == 0

@@ -1,0 +1,210 @@
+"""Bad input to the C interface on the CPU: a status and a message that names the argument, never a crash."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+from backend import BACKEND
+from c_interface import INVALID_ARGUMENT, OK, UNSUPPORTED, WORKSPACE_TOO_SMALL, call, context, load, operation
+from c_operations import denoise_operations, layer_operations, product_operations, with_workspace
+
+pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
+
+BF16 = torch.bfloat16
+# Pointers that may be NULL.
+OPTIONAL = {
+    "active", "allowed", "conditioning", "keep", "length", "mask", "next_norm", "parallel_for", "pinned", "raw_value",
+    "row_index", "spans", "uniforms", "weight of rms_norm", "workspace of vocabulary_statistics",
+    "workspace of vocabulary_head", "workspace of dense",
+}  # fmt: skip
+
+
+def all_operations() -> dict[str, dict[str, Any]]:
+    return {**layer_operations(BF16), **denoise_operations(BF16), **product_operations(BF16)}
+
+
+NAMES = sorted(all_operations())
+# Files of functions that check the alignment of every tensor; the others' workspaces alone are aligned.
+ALIGNED = [*layer_operations(BF16), *denoise_operations(BF16)]
+
+
+def functions_of(name: str) -> list[str]:
+    return ["canvas_attention", "causal_attention"] if name == "block_attention" else [name]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    return load()
+
+
+def values_of(library: ctypes.CDLL, name: str) -> dict[str, Any]:
+    return with_workspace(library, name, all_operations()[name])
+
+
+def refused(library: ctypes.CDLL, name: str, values: dict[str, Any]) -> list[tuple[int, str]]:
+    return [call(library, f"cpu_{function}", struct=name, **values) for function in functions_of(name)]
+
+
+def pointers(values: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of the pointer fields that have a value."""
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += pointers(value, (*path, name))
+        elif isinstance(value, torch.Tensor):
+            found.append((*path, name))
+    return found
+
+
+def replaced(values: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    changed = value if len(path) == 1 else replaced(values[path[0]], path[1:], value)
+    return {**values, path[0]: changed}
+
+
+def at(values: dict[str, Any], path: tuple[str, ...]) -> Any:
+    return values[path[0]] if len(path) == 1 else at(values[path[0]], path[1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_good_values_are_taken(library: ctypes.CDLL, name: str) -> None:
+    assert {status for status, _ in refused(library, name, values_of(library, name))} == {OK}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_null_pointer_is_named(library: ctypes.CDLL, name: str) -> None:
+    values = values_of(library, name)
+    tried = 0
+    for path in pointers(values):
+        field = path[-1]
+        # The head reads its own raw, and canvas and noise need a seed only to draw.
+        if {field, f"{field} of {name}"} & OPTIONAL or path == ("statistics", "logits", "raw"):
+            continue
+        for status, message in refused(library, name, replaced(values, path, None)):
+            assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, field), (path, status, message)
+            assert "NULL" in message
+            tried += 1
+    assert tried >= 2
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_a_misaligned_tensor_is_named(library: ctypes.CDLL, name: str) -> None:
+    values = values_of(library, name)
+    tried = 0
+    for path in pointers(values):
+        tensor, field = at(values, path), path[-1]
+        if tensor.element_size() == 1 or path == ("statistics", "logits", "raw"):
+            continue
+        status, message = call(library, f"cpu_{name}", **replaced(values, path, tensor.data_ptr() + 1))
+        assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, field), (path, status, message)
+        assert f"wants a multiple of {tensor.element_size()} bytes" in message
+        tried += 1
+    assert tried >= 2
+
+
+def with_workspaces(library: ctypes.CDLL) -> list[str]:
+    return [name for name in NAMES if values_of(library, name).get("workspace") is not None]
+
+
+def test_a_workspace_that_is_too_small_or_misaligned(library: ctypes.CDLL) -> None:
+    names = with_workspaces(library)
+    assert {"moe_ffn", "route", "block_attention", "soft_embedding"} <= set(names)
+    for name in names:
+        values = values_of(library, name)
+        small = {**values, "workspace_bytes": values["workspace_bytes"] - 1}
+        for status, message in refused(library, name, small):
+            assert status == WORKSPACE_TOO_SMALL, (name, message)
+            assert message.startswith("workspace")
+            assert str(values["workspace_bytes"]) in message
+        if name == "block_attention":  # finds an aligned part of it by itself
+            continue
+        for status, message in refused(library, name, {**values, "workspace": values["workspace"].data_ptr() + 1}):
+            assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, "workspace"), name
+
+
+SIZES = [
+    *((name, "tokens", -1) for name in ("token_embedding", "rms_norm", "attention_residual", "layer_output", "route")),
+    *((name, "hidden_size", 0) for name in ("token_embedding", "rms_norm", "attention_residual", "layer_output")),
+    *((name, "hidden_size", 2**31) for name in ("rms_norm", "route", "vocabulary_head")),
+    *((name, "epsilon", -1.0) for name in ("token_embedding", "rms_norm", "normalise_heads", "route", "layer_output")),
+    *((name, "epsilon", float("nan")) for name in ("rms_norm", "attention_residual", "route")),
+    ("token_embedding", "vocabulary", 0),
+    ("token_embedding", "scale", float("inf")),
+    ("normalise_heads", "tokens", -1),
+    ("normalise_heads", "query_heads", 0),
+    ("normalise_heads", "key_heads", 0),
+    ("normalise_heads", "head_dim", 7),
+    ("normalise_heads", "head_dim", 0),
+    ("gelu_product", "values", -1),
+    ("route", "hidden_size", 0),
+    ("route", "experts", 0),
+    ("route", "top_k", 0),
+    ("route", "top_k", 7),
+    ("vocabulary_head", "hidden_size", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), SIZES)
+def test_a_wrong_size_is_named(library: ctypes.CDLL, name: str, field: str, value: float) -> None:
+    status, message = call(library, f"cpu_{name}", **{**values_of(library, name), field: value})
+    assert status == INVALID_ARGUMENT
+    assert message.startswith(f"{field}: got"), message
+    assert "wants" in message
+
+
+@pytest.mark.parametrize("field", ["batch", "length", "vocabulary"])
+def test_a_wrong_size_of_the_heads_logits_is_named(library: ctypes.CDLL, field: str) -> None:
+    values = values_of(library, "vocabulary_head")
+    status, message = call(library, "cpu_vocabulary_head", **replaced(values, ("statistics", "logits", field), -1))
+    assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, field)
+
+
+@pytest.mark.parametrize("token", [-1, 40, 2**31 - 1])
+def test_an_id_outside_the_vocabulary_is_named(library: ctypes.CDLL, token: int) -> None:
+    values = all_operations()["token_embedding"]
+    values["ids"][3] = token
+    values["output"].fill_(7.0)
+    status, message = call(library, "cpu_token_embedding", **values)
+    assert (status, message) == (INVALID_ARGUMENT, f"ids: got {token} at token 3, wants 0 to 39")
+    assert bool((values["output"] == 7.0).all()), "something was written before the check"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_dtype_or_variant_is_unsupported(library: ctypes.CDLL, name: str) -> None:
+    values = values_of(library, name)
+    path = {"vocabulary_head": ("statistics", "logits"), "update_canvas": (), "noise": ()}.get(
+        name, ("logits",) if "logits" in values else ()
+    )
+    if name not in ("update_canvas", "noise"):
+        for status, message in refused(library, name, replaced(values, (*path, "dtype"), 7)):
+            assert status == UNSUPPORTED, message
+            assert message.startswith("dtype: got 7")
+    if name in ("update_canvas", "noise", "append_to_cache"):  # these have one form for all
+        return
+    for function in functions_of(name):
+        place = context()
+        place.variant = 9
+        status = getattr(library, f"dgemma_cpu_{function}")(ctypes.byref(operation(name, values)), ctypes.byref(place))
+        assert status == UNSUPPORTED
+        assert place.message.decode().startswith("variant: got 9")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_null_structs(library: ctypes.CDLL, name: str) -> None:
+    if name in ("moe_ffn", "dense"):
+        pytest.skip("checked where their entry points are")
+    values = values_of(library, name)
+    for function in functions_of(name):
+        entry = getattr(library, f"dgemma_cpu_{function}")
+        place = context()
+        assert entry(None, ctypes.byref(place)) == INVALID_ARGUMENT
+        assert place.message == b"op: got NULL, wants a pointer"
+        assert entry(ctypes.byref(operation(name, values)), None) == INVALID_ARGUMENT
+        assert entry(None, None) == INVALID_ARGUMENT
+    if hasattr(library, f"dgemma_cpu_{name}_workspace"):
+        size = getattr(library, f"dgemma_cpu_{name}_workspace")
+        size.restype = ctypes.c_size_t
+        assert size(None) == 0
