@@ -17,6 +17,8 @@ CASES = [
     "store_tiles",
     "mma_m16n8k16",
     "rounding to bfloat16",
+    "multiply-add of bfloat16",
+    "permuted bytes",
     "special functions",
     "named barriers",
     "mbarrier phases",

@@ -28,4 +28,12 @@ DGEMMA_DEVICE bfloat16 round_to_bfloat16(float x) {
 DGEMMA_DEVICE float low_to_float(uint32_t packed) { return __uint_as_float(packed << 16); }
 DGEMMA_DEVICE float high_to_float(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
+// a b + c of both halves, each rounded once to nearest even; subnormal numbers count. PTX ISA,
+// "Half Precision Floating Point Instructions: fma" (.bf16x2, sm_80).
+DGEMMA_DEVICE uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 }  // namespace dgemma::device

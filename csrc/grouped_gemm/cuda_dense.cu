@@ -17,6 +17,22 @@ const char* run(const DensePlan& plan, const DenseCall& call, void* stream) {
 }
 
 }  // namespace
+
+DenseCall make_dense_call(const dgemma_dense& op, const DensePlan& plan) {
+  return {.work = {.rows = static_cast<int32_t>(op.rows),
+                   .weight_tiles = plan.weight_tiles,
+                   .token_tiles = plan.token_tiles,
+                   .k_steps = plan.k_steps,
+                   .segments = plan.segments,
+                   .apart = plan.apart},
+          .in_features = static_cast<int32_t>(op.in_features),
+          .out_features = static_cast<int32_t>(op.out_features),
+          .input = static_cast<const device::bfloat16*>(op.input),
+          .weight = static_cast<const device::bfloat16*>(op.weight),
+          .output = static_cast<device::bfloat16*>(op.output),
+          .partial = static_cast<float*>(op.workspace)};
+}
+
 }  // namespace dgemma
 
 size_t dgemma_cuda_dense_workspace(const dgemma_dense* op) {
@@ -39,17 +55,5 @@ dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* cuda) {
   const DensePlan plan = make_dense_plan(*op, gpu);
   status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
-  const DenseCall call = {.work = {.rows = static_cast<int32_t>(op->rows),
-                                   .weight_tiles = plan.weight_tiles,
-                                   .token_tiles = plan.token_tiles,
-                                   .k_steps = plan.k_steps,
-                                   .segments = plan.segments,
-                                   .apart = plan.apart},
-                          .in_features = static_cast<int32_t>(op->in_features),
-                          .out_features = static_cast<int32_t>(op->out_features),
-                          .input = static_cast<const device::bfloat16*>(op->input),
-                          .weight = static_cast<const device::bfloat16*>(op->weight),
-                          .output = static_cast<device::bfloat16*>(op->output),
-                          .partial = static_cast<float*>(op->workspace)};
-  return launched(run(plan, call, cuda->stream), cuda);
+  return launched(run(plan, make_dense_call(*op, plan), cuda->stream), cuda);
 }

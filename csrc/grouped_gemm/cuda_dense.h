@@ -22,6 +22,8 @@ struct DenseCall {
   float* partial;                  // [segments, rows, out_features] when apart
 };
 
+DenseCall make_dense_call(const dgemma_dense& op, const DensePlan& plan);
+
 // Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
 const char* launch_dense_sm80_bf16(const DensePlan& plan, const DenseCall& call, void* stream);
 const char* launch_dense_sm90_bf16(const DensePlan& plan, const DenseCall& call, void* stream);

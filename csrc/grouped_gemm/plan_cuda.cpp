@@ -29,26 +29,6 @@ int32_t choose_token_tile(CudaPath path, int64_t pairs, int64_t experts) {
   return tiles[2];
 }
 
-// Shared memory of a multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
-int32_t shared_bytes_of_multiprocessor(int32_t compute_capability) {
-  switch (compute_capability) {
-    case 80:
-    case 87:
-      return 164 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 228 * 1024;
-    default:
-      return 100 * 1024;
-  }
-}
-
-// At most: every expert that has pairs may have one tile that is not full.
-int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
-  return std::min(pairs, experts + pairs / token_tile);
-}
-
 MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles,
                       int64_t most_blocks) {
   const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
@@ -74,6 +54,26 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
   if (outside(op.expert_size, 8, 65536) || op.expert_size % 8 != 0)
     return "expert_size: wants a multiple of 8 up to 65536";
   return nullptr;
+}
+
+// Shared memory of a multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
+int32_t shared_bytes_of_multiprocessor(int32_t compute_capability) {
+  switch (compute_capability) {
+    case 80:
+    case 87:
+      return 164 * 1024;
+    case 90:
+    case 100:
+    case 103:
+      return 228 * 1024;
+    default:
+      return 100 * 1024;
+  }
+}
+
+// At most: every expert that has pairs may have one tile that is not full.
+int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
+  return std::min(pairs, experts + pairs / token_tile);
 }
 
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability) {

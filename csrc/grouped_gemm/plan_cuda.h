@@ -99,6 +99,11 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu);
 // another to end would double the time.
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability);
 
+// What the plans of this family have in common. The shared memory of a multiprocessor, in bytes;
+// and the most token tiles that so many pairs make.
+int32_t shared_bytes_of_multiprocessor(int32_t compute_capability);
+int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile);
+
 // A line for each kernel and one for the workspace.
 void print(const MoeCudaPlan& plan, std::ostream& out);
 

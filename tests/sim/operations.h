@@ -92,6 +92,9 @@ void later_store(Block& block, std::function<std::function<void()>()> read);
 
 void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, const Source& source);
 void store_tiles(void* row, const uint32_t* tile, int count, bool transposed, const Source& source);
+// a b + c of numbers that are bfloat16, such that rounding it to bfloat16 is the only rounding:
+// where float does not hold the sum, its last bit is odd.
+float multiply_add_to_odd(float a, float b, float c);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
 
 // wgmma.cpp

@@ -1,5 +1,6 @@
 // What a warp does with matrices: ldmatrix, stmatrix, mma.sync.
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "operations.h"
@@ -100,6 +101,20 @@ void store_tiles(void* row, const uint32_t* tile, int count, bool transposed,
   Tiles tiles{const_cast<uint32_t*>(tile), static_cast<const uint8_t*>(row)};
   TileRequest request{count, transposed, true};
   warp_collective(0xffffffffu, "store_tiles", &tiles, move_tiles, &request, source);
+}
+
+float multiply_add_to_odd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, sum = product + c;  // the product is exact
+  if (!std::isfinite(sum)) return static_cast<float>(sum);
+  // What the sum lost (Knuth, "The Art of Computer Programming", 4.2.2).
+  const double part = sum - product, lost = (product - (sum - part)) + (c - part);
+  float out = static_cast<float>(sum);
+  const double over = out - sum;
+  if (std::isinf(out) || (over == 0 && lost == 0)) return out;
+  // Toward zero, then odd.
+  const bool away = over != 0 ? (over > 0) == (sum > 0) : (lost > 0) != (sum > 0);
+  if (away) out = std::nextafter(out, 0.0f);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(out) | 1u);
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source) {

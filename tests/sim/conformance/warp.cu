@@ -4,6 +4,7 @@
 
 #include "conformance.h"
 #include "device/barrier.h"
+#include "device/bytes.h"
 #include "device/ldmatrix.h"
 #include "device/math.h"
 #include "device/mma.h"
@@ -199,6 +200,56 @@ std::string rounding() {
   return compare("rounding", out.fetch(), wanted);
 }
 
+__global__ void multiply_add_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t lane = lane_index();
+  out[lane] = multiply_add_bfloat16(in[lane], in[32 + lane], in[64 + lane]);
+}
+
+std::string multiply_add() {
+  // a, b, c and the sum rounded once, as bits: a power of two that makes a normal number of a
+  // subnormal one, alone and with a constant taken away; subnormal results, also from normal
+  // numbers; the keeper of a product's sign; ties to even both ways; a product that c lifts over a
+  // tie and one that it keeps below, though the sum in float is the tie; overflow.
+  const uint16_t rows[16][4] = {{0x0001, 0x7f00, 0xbe00, 0xbde0}, {0x000f, 0x7f00, 0xbe00, 0x3de0},
+                                {0x0040, 0x7e80, 0x8000, 0x3f00}, {0x8040, 0x7e80, 0x8000, 0xbf00},
+                                {0x00c0, 0x7e80, 0x8000, 0x3fc0}, {0x0010, 0x7b80, 0x8000, 0x3b00},
+                                {0x3f00, 0x0002, 0x8000, 0x0001}, {0x0080, 0x3f00, 0x8000, 0x0040},
+                                {0x0000, 0xc000, 0x8000, 0x8000}, {0x0000, 0x4000, 0x8000, 0x0000},
+                                {0x3f81, 0x3fc0, 0x8000, 0x3fc2}, {0x3f83, 0x3fc0, 0x8000, 0x3fc4},
+                                {0x3f80, 0x3f80, 0x3b80, 0x3f80}, {0x3f81, 0x3f81, 0x2f80, 0x3f82},
+                                {0x3f81, 0x3fc0, 0x2f80, 0x3fc2}, {0x7f7f, 0x4000, 0x0000, 0x7f80}};
+  // Each row in the low half once and in the high half once, beside another one.
+  std::vector<uint32_t> in(96), wanted(32);
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const uint16_t* low = rows[lane % 16];
+    const uint16_t* high = rows[(lane * 5 + lane / 16 + 3) % 16];
+    for (uint32_t i = 0; i < 3; ++i)
+      in[32 * i + lane] = static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
+    wanted[lane] = static_cast<uint32_t>(low[3]) | static_cast<uint32_t>(high[3]) << 16;
+  }
+  Buffer<uint32_t> device(in), out(32);
+  if (std::string problem = run(32, 0, 1, multiply_add_kernel, device.device(), out.device());
+      !problem.empty())
+    return problem;
+  return compare("multiply_add_bfloat16", out.fetch(), wanted);
+}
+
+__global__ void permute_kernel(uint32_t* out) {
+  constexpr uint32_t kSelectors[8] = {0x3210, 0x7654, 0x1100, 0x3377,
+                                      0xc480, 0xf7b3, 0x89ab, 0x5d6e};
+  const uint32_t lane = lane_index();
+  if (lane < 8) out[lane] = permute_bytes(0x83720160, 0x15e4d3c2, kSelectors[lane]);
+}
+
+std::string permute() {
+  Buffer<uint32_t> out(8);
+  if (std::string problem = run(32, 0, 1, permute_kernel, out.device()); !problem.empty())
+    return problem;
+  const std::vector<uint32_t> wanted = {0x83720160, 0x15e4d3c2, 0x01016060, 0x83831515,
+                                        0xffc20060, 0x0015ff83, 0x000000ff, 0xd3ffe4ff};
+  return compare("permute_bytes", out.fetch(), wanted);
+}
+
 __global__ void functions_kernel(const float* in, float* out) {
   const uint32_t lane = lane_index();
   const float x = in[lane];
@@ -264,7 +315,8 @@ std::string barriers() {
 std::vector<Case> warp_cases() {
   return {{"shuffles and votes", 90, exchange},   {"load_tiles", 80, tiles<false>},
           {"store_tiles", 90, tiles<true>},       {"mma_m16n8k16", 80, mma},
-          {"rounding to bfloat16", 80, rounding}, {"special functions", 80, functions},
+          {"rounding to bfloat16", 80, rounding}, {"multiply-add of bfloat16", 80, multiply_add},
+          {"permuted bytes", 80, permute},        {"special functions", 80, functions},
           {"named barriers", 80, barriers}};
 }
 

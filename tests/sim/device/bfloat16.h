@@ -26,4 +26,10 @@ inline uint32_t pack_bfloat16(float low, float high) {
 inline float low_to_float(uint32_t packed) { return __uint_as_float(packed << 16); }
 inline float high_to_float(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
+inline uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  return pack_bfloat16(
+      sim::multiply_add_to_odd(low_to_float(a), low_to_float(b), low_to_float(c)),
+      sim::multiply_add_to_odd(high_to_float(a), high_to_float(b), high_to_float(c)));
+}
+
 }  // namespace dgemma::device

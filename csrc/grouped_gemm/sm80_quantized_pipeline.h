@@ -1,0 +1,342 @@
+// What the kernels over quantized weights have in common, on every GPU from sm_80: a ring of stages
+// in shared memory, filled by cp.async as the checkpoint's bytes lie, weights decoded to bfloat16
+// in registers and multiplied by mma.sync.
+//
+// Weights are mma's A (16 rows), tokens its B (8 columns): a unit is 128 weight rows, 32 for each
+// of four warps, by up to kTokens tokens. A stage is 64 deep. The order of the columns within a
+// stage is free, since a sum does not ask for it: thread lane % 4 = j of mma's four takes the
+// sixteen columns 16 j and on, for four steps of 16. They lie side by side: 8 or 16 bytes of a
+// weight row, which a thread loads at once, 32 bytes of a token row, and one scale, whatever the
+// group. So nothing is repacked, neither weights nor activations.
+//
+// Blocks are persistent, and the copies run ahead from one unit into the next, as in
+// sm80_bf16_pipeline.h. What a kernel says of its units is the same too (Work), and of its rows:
+// Rows has `matrix`, `tokens`, weight_row(unit, row) or -1, token_row(unit, row).
+#pragma once
+
+#include "device/cp_async.h"
+#include "device/mma.h"
+#include "device/shared_memory.h"
+#include "device/warp.h"
+#include "grouped_gemm/cuda_quantized.h"
+#include "grouped_gemm/work.h"
+
+namespace dgemma::moe_quantized {
+
+using device::bfloat16;
+
+template <Encoding kEncoding>
+constexpr bool kIsFp8 = kEncoding == Encoding::kFp8;
+template <Encoding kEncoding>
+constexpr dgemma_weight_format kFormat = kEncoding == Encoding::kFp8     ? DGEMMA_WEIGHTS_FP8
+                                         : kEncoding == Encoding::kNvfp4 ? DGEMMA_WEIGHTS_NVFP4
+                                                                         : DGEMMA_WEIGHTS_INT4;
+template <Encoding kEncoding>
+constexpr int32_t kRowBytes = quantized_row_bytes(kFormat<kEncoding>);
+// Bytes of a scale.
+template <Encoding kEncoding>
+constexpr int32_t kScaleBytes = kEncoding == Encoding::kNvfp4 ? 1 : 2;
+
+// 16-byte pieces of a row in a stage, and the rows that the block's threads copy at once.
+template <Encoding kEncoding>
+constexpr int32_t kPieces = kRowBytes<kEncoding> / 16;
+template <Encoding kEncoding>
+constexpr int32_t kRowsAtOnce = kQuantizedThreads / kPieces<kEncoding>;
+constexpr int32_t kTokenPieces = kMoeDepth * 2 / 16;
+constexpr int32_t kTokensAtOnce = kQuantizedThreads / kTokenPieces;
+static_assert(kQuantizedThreads == kQuantizedWeightRows);  // a thread copies the scales of its row
+
+template <Encoding kEncoding, int kTokens>
+struct Stage {
+  alignas(128) uint8_t weights[kQuantizedWeightRows][kRowBytes<kEncoding>];
+  alignas(128) uint8_t tokens[kTokens][kTokenPieces][16];  // pieces by place_of
+  uint8_t scales[kIsFp8<kEncoding> ? 0 : kQuantizedWeightRows][kQuantizedScaleBytes];
+};
+template <Encoding kEncoding, int kTokens>
+struct Ring {
+  static constexpr int32_t kStages = quantized_stages(kTokens);
+  Stage<kEncoding, kTokens> stage[kStages];
+};
+static_assert(sizeof(Ring<Encoding::kFp8, 64>) <= 49152);
+
+// Where a piece of a token row lies. The four threads that share a row read the pieces 2 j, then
+// the pieces 2 j + 1: those side by side, and two rows that follow each other in different banks.
+DGEMMA_DEVICE int32_t place_of(int32_t row, int32_t piece) {
+  return (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
+}
+
+// Where a row's scales of a stage begin, from the matrix's first byte.
+template <Encoding kEncoding>
+DGEMMA_DEVICE int64_t scales_of(const QuantizedMatrix& matrix, int32_t row, int32_t step) {
+  const int32_t group = (step * kMoeDepth) >> matrix.group_bits;
+  return static_cast<int64_t>(row) * matrix.scale_bytes + group * kScaleBytes<kEncoding>;
+}
+
+// A thread's share of the copies, stage after stage, unit after unit.
+template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
+struct Loader {
+  using Unit = decltype(Work().find(kTokens, 0));
+  static constexpr int kWeightCopies = kQuantizedWeightRows / kRowsAtOnce<kEncoding>;
+  static constexpr int kTokenCopies = kTokens / kTokensAtOnce;
+
+  Ring<kEncoding, kTokens>& ring;
+  const Work& work;
+  const Rows& rows;
+  const int32_t units;
+  int32_t index;           // of the unit
+  int32_t step, end_step;  // of the unit
+  int32_t stage = 0;
+  int32_t weight_row[kWeightCopies];  // -1: none
+  int32_t token_row[kTokenCopies];
+  int32_t scale_row;
+
+  DGEMMA_DEVICE Loader(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
+      : ring(ring),
+        work(work),
+        rows(rows),
+        units(work.count()),
+        index(static_cast<int32_t>(blockIdx.x)) {
+    begin_unit();
+  }
+
+  DGEMMA_DEVICE void begin_unit() {
+    if (index >= units) return;
+    const Unit unit = work.find(kTokens, index);
+    const int32_t thread = static_cast<int32_t>(threadIdx.x);
+    step = work.first_step(unit);
+    end_step = step + work.steps(unit);
+#pragma unroll
+    for (int i = 0; i < kWeightCopies; ++i)
+      weight_row[i] =
+          rows.weight_row(unit, thread / kPieces<kEncoding> + i * kRowsAtOnce<kEncoding>);
+#pragma unroll
+    for (int i = 0; i < kTokenCopies; ++i) {
+      const int32_t at = thread / kTokenPieces + i * kTokensAtOnce;
+      token_row[i] = at < unit.rows ? rows.token_row(unit, at) : -1;
+    }
+    if constexpr (!kIsFp8<kEncoding>) scale_row = rows.weight_row(unit, thread);
+  }
+
+  // Starts the copies of the next stage. Weights and tokens past the last column or weight row
+  // become zero; rows past the unit's tokens are left as they are: a product's columns do not mix,
+  // and those are not stored. Without work left the group is empty, so that groups stay as many as
+  // stages.
+  DGEMMA_DEVICE void start() {
+    if (index < units) {
+      const int32_t thread = static_cast<int32_t>(threadIdx.x);
+      const QuantizedMatrix& matrix = rows.matrix;
+      Stage<kEncoding, kTokens>& to = ring.stage[stage];
+      {
+        const int32_t row = thread / kPieces<kEncoding>, piece = thread % kPieces<kEncoding>;
+        const int32_t byte = step * kRowBytes<kEncoding> + piece * 16;
+        const bool inside = byte < matrix.value_bytes;
+#pragma unroll
+        for (int i = 0; i < kWeightCopies; ++i) {
+          const bool there = inside && weight_row[i] >= 0;
+          const int64_t from = static_cast<int64_t>(weight_row[i]) * matrix.value_bytes + byte;
+          device::cp_async_16(&to.weights[row + i * kRowsAtOnce<kEncoding>][piece * 16],
+                              matrix.values + (there ? from : 0), there ? 16 : 0);
+        }
+      }
+      const int32_t piece = thread % kTokenPieces;
+      const int32_t column = step * kMoeDepth + piece * 8;
+      const bool inside = column < matrix.columns;
+#pragma unroll
+      for (int i = 0; i < kTokenCopies; ++i) {
+        if (token_row[i] < 0) continue;
+        const int32_t row = thread / kTokenPieces + i * kTokensAtOnce;
+        const int64_t from = static_cast<int64_t>(token_row[i]) * matrix.columns + column;
+        device::cp_async_16(to.tokens[row][place_of(row, piece)], rows.tokens + (inside ? from : 0),
+                            inside ? 16 : 0);
+      }
+      if constexpr (!kIsFp8<kEncoding>) start_scales(to);
+      stage = stage + 1 < Ring<kEncoding, kTokens>::kStages ? stage + 1 : 0;
+      if (++step == end_step) {
+        index += static_cast<int32_t>(gridDim.x);
+        begin_unit();
+      }
+    }
+    device::cp_async_commit();
+  }
+
+  // Words of four bytes from the one on in which the row's scales begin. In the second one nothing
+  // is read past the row, in the first at most what lies in front of it. What a stage's last
+  // columns lack becomes zero; so do the scales of a row that is not there.
+  DGEMMA_DEVICE void start_scales(Stage<kEncoding, kTokens>& to) {
+    const QuantizedMatrix& matrix = rows.matrix;
+    const int64_t first = scales_of<kEncoding>(matrix, scale_row, step);
+    const int64_t end = static_cast<int64_t>(scale_row + 1) * matrix.scale_bytes;
+    const int64_t word = first & ~int64_t{3};
+    uint8_t* place = to.scales[threadIdx.x];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == 1 && first % 4 == 0) break;
+      const int64_t left = scale_row < 0 ? 0 : end - (word + 4 * i);
+      device::cp_async_4(place + 4 * i, matrix.scales + (left > 0 ? word + 4 * i : 0),
+                         left <= 0  ? 0
+                         : left < 4 ? static_cast<uint32_t>(left)
+                                    : 4);
+    }
+  }
+};
+
+// The products of a warp: [16 weight rows][8 tokens][mma's accumulators].
+constexpr int32_t kRowTiles = kQuantizedWeightRows / 4 / 16;
+template <int kColumns>
+using Sum = float[kRowTiles][kColumns][4];
+
+// The first of a unit's weight rows in a row tile of this warp.
+DGEMMA_DEVICE int32_t first_row(int tile) {
+  return 32 * static_cast<int32_t>(device::warp_index()) + 16 * tile;
+}
+// The tile's row that is this thread's, of the upper eight (half 0) or the lower.
+DGEMMA_DEVICE int32_t own_row(int tile, int half) {
+  return first_row(tile) + 8 * half + static_cast<int32_t>(device::lane_index() / 4);
+}
+
+// What a thread must know of its rows of the unit under work.
+struct OwnRows {
+  float factor[kRowTiles][2];   // what the sums are multiplied by
+  int32_t shift[kRowTiles][2];  // of the scales' first byte in a word, without the step's share
+};
+
+template <Encoding kEncoding, typename Rows, typename Unit>
+DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& unit) {
+  OwnRows own;
+  const QuantizedMatrix& matrix = rows.matrix;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int32_t row = max(0, rows.weight_row(unit, own_row(i / 2, i % 2)));
+    const float factor =
+        matrix.factors != nullptr ? matrix.factors[row / matrix.rows_per_factor] : 1.0f;
+    own.factor[i / 2][i % 2] = kUnit<kEncoding> * factor;
+    own.shift[i / 2][i % 2] = row * (matrix.scale_bytes % 4) % 4;
+  }
+  return own;
+}
+
+// Adds a stage's products. kColumns: the groups of 8 tokens. `offset`: of the step's scales in
+// their row, in bytes.
+template <Encoding kEncoding, int kColumns, int kTokens>
+DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage, const OwnRows& own,
+                                  int32_t offset, int32_t group_bits, Sum<kColumns>& sum) {
+  const int32_t lane = static_cast<int32_t>(device::lane_index());
+  const int32_t quad = lane % 4;
+  constexpr int kWords = kIsFp8<kEncoding> ? 4 : 2;  // a thread's part of a row
+  uint32_t word[kRowTiles][2][kWords];
+  Scale<kEncoding> scale[kRowTiles][2] = {};
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* from = stage.weights[own_row(tile, half)] + quad * 4 * kWords;
+      uint32_t (&to)[kWords] = word[tile][half];
+      if constexpr (kIsFp8<kEncoding>) {
+        const uint4 values = *reinterpret_cast<const uint4*>(from);
+        to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
+      } else {
+        const uint2 values = *reinterpret_cast<const uint2*>(from);
+        to[0] = values.x, to[1] = values.y;
+      }
+    }
+    if constexpr (!kIsFp8<kEncoding>) {
+      uint32_t bits[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t byte = (own.shift[tile][half] + offset) % 4 +
+                             (16 * quad >> group_bits) * kScaleBytes<kEncoding>;
+        const uint8_t* from = stage.scales[own_row(tile, half)] + byte;
+        if constexpr (kScaleBytes<kEncoding> == 1)
+          bits[half] = *from;
+        else
+          bits[half] = *reinterpret_cast<const uint16_t*>(from);
+      }
+      decode_scales<kEncoding>(bits[0], bits[1], scale[tile]);
+    }
+  }
+
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    // Eight columns of every row: A of two steps.
+    uint32_t a[kRowTiles][2][4];
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      uint32_t pair[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t (&from)[kWords] = word[tile][half];
+        decode_weights<kEncoding>(from[part * kWords / 2], from[part * kWords / 2 + kWords / 4],
+                                  scale[tile][half], pair[half]);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a[tile][i / 4][i % 4] = pair[i % 2][i / 2];
+    }
+#pragma unroll
+    for (int group = 0; group < kColumns; ++group) {
+      const int32_t row = 8 * group + lane / 4;
+      const uint4 b =
+          *reinterpret_cast<const uint4*>(stage.tokens[row][place_of(row, 2 * quad + part)]);
+      const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        device::mma_m16n8k16(sum[tile][group], a[tile][0], first);
+        device::mma_m16n8k16(sum[tile][group], a[tile][1], second);
+      }
+    }
+  }
+}
+
+template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
+struct Pipeline {
+  static constexpr int32_t kStages = Ring<kEncoding, kTokens>::kStages;
+  // Groups of 8 tokens in a quarter of the tile.
+  static constexpr int32_t kQuarter = kTokens / 8 / 4;
+
+  Loader<kEncoding, kTokens, Work, Rows> loader;
+  int32_t stage = 0;
+
+  DGEMMA_DEVICE Pipeline(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
+      : loader(ring, work, rows) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) loader.start();
+  }
+
+  // Adds the products of the next `steps` stages, of which `step` is the first one's number.
+  template <int kColumns>
+  DGEMMA_DEVICE void multiply(const OwnRows& own, int32_t step, int32_t steps, Sum<kColumns>& sum) {
+    for (const int32_t end = step + steps; step < end; ++step) {
+      device::cp_async_wait<kStages - 2>();
+      // This step's copies are there for all, and nobody reads the stage any more that is filled
+      // next.
+      __syncthreads();
+      loader.start();
+      const QuantizedMatrix& matrix = loader.rows.matrix;
+      const int32_t offset =
+          kIsFp8<kEncoding> ? 0 : static_cast<int32_t>(scales_of<kEncoding>(matrix, 0, step));
+      multiply_stage<kEncoding, kColumns>(loader.ring.stage[stage], own, offset, matrix.group_bits,
+                                          sum);
+      stage = stage + 1 < kStages ? stage + 1 : 0;
+    }
+  }
+
+  // Calls consume(integral constant, unit) for every unit of this block: how many groups of 8
+  // tokens are multiplied, enough for the unit's rows.
+  template <typename Consume>
+  DGEMMA_DEVICE void for_each_unit(Consume consume) {
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.units;
+         index += static_cast<int32_t>(gridDim.x)) {
+      const auto unit = loader.work.find(kTokens, index);
+      const int32_t quarters = (unit.rows + kTokens / 4 - 1) / (kTokens / 4);
+      if (quarters <= 1)
+        consume(Columns<kQuarter>(), unit);
+      else if (quarters == 2)
+        consume(Columns<2 * kQuarter>(), unit);
+      else if (quarters == 3)
+        consume(Columns<3 * kQuarter>(), unit);
+      else
+        consume(Columns<4 * kQuarter>(), unit);
+    }
+  }
+};
+
+}  // namespace dgemma::moe_quantized
