@@ -22,6 +22,15 @@ dgemma_status check_head(const dgemma_vocabulary_head& op, dgemma_cuda* cuda) {
   return status != DGEMMA_OK ? status : check_statistics_outputs(op.statistics, cuda);
 }
 
+// Null, or CUDA's words.
+const char* multiply(const Head& head, [[maybe_unused]] const Gpu& gpu, void* stream) {
+#if defined(DGEMMA_WITH_SM90)
+  if (gpu.path == CudaPath::kSm90)
+    return launch_head_sm90_bf16(make_head_plan(head.logits, gpu.multiprocessors), head, stream);
+#endif
+  return launch_head_sm80_bf16(head, stream);
+}
+
 }  // namespace
 }  // namespace dgemma
 
@@ -55,7 +64,7 @@ dgemma_status dgemma_cuda_vocabulary_head(const dgemma_vocabulary_head* op, dgem
                      statistics.tile_sum,
                      parts,
                      static_cast<int32_t>(op->hidden_size)};
-  status = launched(launch_head_sm80_bf16(head, cuda->stream), cuda);
+  status = launched(multiply(head, gpu, cuda->stream), cuda);
   if (status != DGEMMA_OK) return status;
   return launched(launch_finish_statistics(statistics, parts, cuda->stream), cuda);
 }

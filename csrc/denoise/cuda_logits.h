@@ -110,7 +110,7 @@ DGEMMA_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// What is kept of one tile of one row; the same in all lanes.
+// What is kept of one tile of one row; the same in all lanes that have the row.
 struct TileStatistics {
   float max;      // of z; -infinity where nothing is usable
   float sum;      // of exp(z - max)
@@ -119,14 +119,59 @@ struct TileStatistics {
   int32_t index;  // the lowest entry that has it
 };
 
-// All 32 lanes come. `first` is the entry of this lane's first.
-DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kLaneEntries], uint32_t usable,
+// A row of a tile by kLanes lanes side by side: lane l has four entries from 4 l on, and in steps
+// of 4 kLanes from there. Sums are made in one tree, whatever the number of lanes.
+template <int kLanes>
+struct RowOfTile {
+  static constexpr int kQuads = 32 / kLanes;
+  static constexpr int kEntries = kLaneEntries * kQuads;
+
+  // From a lane's first entry to its i-th.
+  static DGEMMA_DEVICE int32_t offset(int i) {
+    return i / kLaneEntries * kLaneEntries * kLanes + i % kLaneEntries;
+  }
+  static DGEMMA_DEVICE float max(float value) {
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+      value = fmaxf(value, __shfl_xor_sync(device::kAllLanes, value, lanes));
+    return value;
+  }
+  static DGEMMA_DEVICE int32_t min(int32_t value) {
+    if constexpr (kLanes == 32) return __reduce_min_sync(device::kAllLanes, value);
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+      value = ::min(value, __shfl_xor_sync(device::kAllLanes, value, lanes));
+    return value;
+  }
+  static DGEMMA_DEVICE float sum(float (&value)[kQuads]) {
+#pragma unroll
+    for (int half = kQuads / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int i = 0; i < half; ++i) value[i] += value[i + half];
+    float total = value[0];
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+      total += __shfl_xor_sync(device::kAllLanes, total, lanes);
+    return total;
+  }
+  static DGEMMA_DEVICE bool any(bool value) {
+    const uint32_t lanes = __ballot_sync(device::kAllLanes, value);
+    const uint32_t mine = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+    return (lanes >> device::lane_index() / kLanes * kLanes & mine) != 0;
+  }
+};
+
+// All 32 lanes come, those of a row side by side. `first` is the lane's first entry, `usable` has a
+// bit for each of its entries.
+template <int kEntries>
+DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint32_t usable,
                                              int32_t first, const LogitScale& scale) {
-  float z[kLaneEntries], largest = -INFINITY, best = -INFINITY;
+  using Row = RowOfTile<kTile / kEntries>;
+  float z[kEntries], largest = -INFINITY, best = -INFINITY;
   int32_t index = INT32_MAX;
   bool finite = true;
 #pragma unroll
-  for (int i = 0; i < kLaneEntries; ++i) {
+  for (int i = 0; i < kEntries; ++i) {
     z[i] = -INFINITY;
     if (!(usable >> i & 1)) continue;
     finite = finite && fabsf(raw[i]) < INFINITY;
@@ -134,27 +179,27 @@ DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kLaneEntries], u
     largest = fmaxf(largest, z[i]);
     if (raw[i] > best) {
       best = raw[i];
-      index = first + i;
+      index = first + Row::offset(i);
     }
   }
   TileStatistics tile;
-  tile.max = warp_max(largest);
-  tile.best = warp_max(best);
-  tile.index = __reduce_min_sync(device::kAllLanes, best == tile.best ? index : INT32_MAX);
-  float sum = 0.0f, shifted = 0.0f;
+  tile.max = Row::max(largest);
+  tile.best = Row::max(best);
+  tile.index = Row::min(best == tile.best ? index : INT32_MAX);
+  float sum[Row::kQuads] = {}, shifted[Row::kQuads] = {};
   if (tile.max > -INFINITY) {
 #pragma unroll
-    for (int i = 0; i < kLaneEntries; ++i) {
+    for (int i = 0; i < kEntries; ++i) {
       if (!(usable >> i & 1)) continue;
       const float below = z[i] - tile.max, mass = expf(below);
-      sum += mass;
+      sum[i / kLaneEntries] += mass;
       // Far below, mass is zero and below may be large; their product is zero.
-      if (mass > 0.0f) shifted = fmaf(mass, below, shifted);
+      if (mass > 0.0f) shifted[i / kLaneEntries] = fmaf(mass, below, shifted[i / kLaneEntries]);
     }
   }
-  tile.sum = warp_sum(sum);
-  tile.shifted = warp_sum(shifted);
-  if (__any_sync(device::kAllLanes, !finite)) tile.shifted = NAN;
+  tile.sum = Row::sum(sum);
+  tile.shifted = Row::sum(shifted);
+  if (Row::any(!finite)) tile.shifted = NAN;
   return tile;
 }
 

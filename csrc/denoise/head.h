@@ -2,7 +2,7 @@
 // the one store of the raw logits and the tile's statistics.
 #pragma once
 
-#include "denoise/cuda.h"
+#include "denoise/plan_head.h"
 #include "dgemma/vocabulary_head.h"
 
 namespace dgemma {
@@ -21,5 +21,6 @@ struct Head {
 };
 
 const char* launch_head_sm80_bf16(const Head& head, void* stream);
+const char* launch_head_sm90_bf16(const HeadPlan& plan, const Head& head, void* stream);
 
 }  // namespace dgemma

@@ -1,5 +1,5 @@
 // What the head does with a finished tile: every warp takes rows of it, stores them and makes their
-// statistics, a row at a time, four entries a lane.
+// statistics.
 #pragma once
 
 #include "denoise/cuda_logits.h"
@@ -28,20 +28,38 @@ DGEMMA_DEVICE void store_four(device::bfloat16* to, int32_t vocabulary, int32_t 
       to[first + i] = {static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
 }
 
-// One row of the tile by one warp.
-DGEMMA_DEVICE void finish_row(const Head& p, const LogitScale& scale, int64_t row, int32_t tile,
-                              const device::bfloat16* values) {
+// Rows of the tile by one warp, kLanes lanes to each: `rows` of them at most, of which the first is
+// `row` of the logits and begins at `values`.
+template <int kLanes, int kRows>
+DGEMMA_DEVICE void finish_rows(const Head& p, const LogitScale& scale, int64_t row, int32_t rows,
+                               int32_t tile,
+                               const device::bfloat16 (*values)[HeadTile<kRows>::kStride]) {
+  using Row = RowOfTile<kLanes>;
   const Logits& logits = p.logits;
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
+  const int32_t lane = static_cast<int32_t>(device::lane_index()) % kLanes;
+  const int32_t mine = static_cast<int32_t>(device::lane_index()) / kLanes;
+  const bool there = mine < rows;
   const int32_t first = tile * kTile + lane * kLaneEntries;
-  const uint2 four = *reinterpret_cast<const uint2*>(values + lane * kLaneEntries);
-  store_four(p.raw + row * logits.vocabulary, logits.vocabulary, first, four);
-  const float raw[kLaneEntries] = {device::low_to_float(four.x), device::high_to_float(four.x),
-                                   device::low_to_float(four.y), device::high_to_float(four.y)};
-  const uint32_t usable = usable_entries(allowed_bits(logits.allowed, logits.vocabulary, row),
-                                         logits.vocabulary, first);
+  row += mine;
+  const uint32_t* const bits =
+      there ? allowed_bits(logits.allowed, logits.vocabulary, row) : nullptr;
+  float raw[Row::kEntries];
+  uint32_t usable = 0;
+#pragma unroll
+  for (int i = 0; i < Row::kEntries; i += kLaneEntries) {
+    const int32_t offset = Row::offset(i);
+    const uint2 four =
+        *reinterpret_cast<const uint2*>(&values[there ? mine : 0][lane * kLaneEntries + offset]);
+    raw[i] = device::low_to_float(four.x);
+    raw[i + 1] = device::high_to_float(four.x);
+    raw[i + 2] = device::low_to_float(four.y);
+    raw[i + 3] = device::high_to_float(four.y);
+    if (!there) continue;
+    store_four(p.raw + row * logits.vocabulary, logits.vocabulary, first + offset, four);
+    usable |= usable_entries(bits, logits.vocabulary, first + offset) << i;
+  }
   const TileStatistics statistics = tile_statistics(raw, usable, first, scale);
-  if (lane != 0) return;
+  if (lane != 0 || !there) return;
   const int64_t at = row * logits.tiles + tile;
   p.tile_max[at] = statistics.max;
   p.tile_sum[at] = statistics.sum;

@@ -29,9 +29,8 @@ struct Shared {
 
 // The first tile of this thread's run whose cumulative mass exceeds the target. Rounding may leave
 // none; then the last that has mass, wholly.
-DGEMMA_DEVICE void choose_tile(const Sample& p, const float* tile_max, const float* tile_sum,
-                               float row_max, TileRun run, double before, double target,
-                               Shared& shared) {
+DGEMMA_DEVICE void choose_tile(const float* tile_max, const float* tile_sum, float row_max,
+                               TileRun run, double before, double target, Shared& shared) {
   shared.left = INFINITY;
   for (int32_t tile = run.begin; tile < run.end; ++tile) {
     const double mass = tile_mass(tile_max[tile], tile_sum[tile], row_max);
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(const Sample p) {
                          row % logits.length, DGEMMA_PURPOSE_SAMPLE);
   const double target = uniform * p.row_sum[row];
   if (has_mass && masses.before <= target && target < masses.after)
-    choose_tile(p, tile_max, tile_sum, row_max, run, masses.before, target, shared);
+    choose_tile(tile_max, tile_sum, row_max, run, masses.before, target, shared);
   if (has_mass && !(target < masses.total)) {
     last = __reduce_max_sync(device::kAllLanes, last);
     if (device::lane_index() == 0) atomicMax(&shared.last, last);
