@@ -26,6 +26,19 @@ struct LogitScale {
     if (capped) a = tanhf(fmaf(a, inner, a * inner_low));
     return fmaf(a, outer, a * outer_low);
   }
+  // Several at once, with one look at whether there is a cap.
+  template <int kCount>
+  DGEMMA_DEVICE void operator()(const float (&raw)[kCount], float (&z)[kCount]) const {
+    if (capped) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = tanhf(fmaf(raw[i], inner, raw[i] * inner_low));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) z[i] = raw[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) z[i] = fmaf(z[i], outer, z[i] * outer_low);
+  }
 };
 
 DGEMMA_DEVICE LogitScale make_scale(float softcap, float temperature) {
@@ -137,11 +150,14 @@ struct RowOfTile {
     return value;
   }
   static DGEMMA_DEVICE int32_t min(int32_t value) {
-    if constexpr (kLanes == 32) return __reduce_min_sync(device::kAllLanes, value);
+    if constexpr (kLanes == 32) {
+      return __reduce_min_sync(device::kAllLanes, value);
+    } else {
 #pragma unroll
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
-      value = ::min(value, __shfl_xor_sync(device::kAllLanes, value, lanes));
-    return value;
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+        value = ::min(value, __shfl_xor_sync(device::kAllLanes, value, lanes));
+      return value;
+    }
   }
   static DGEMMA_DEVICE float sum(float (&value)[kQuads]) {
 #pragma unroll
@@ -162,7 +178,8 @@ struct RowOfTile {
 };
 
 // All 32 lanes come, those of a row side by side. `first` is the lane's first entry, `usable` has a
-// bit for each of its entries.
+// bit for each of its entries. No branch within: the entries' chains of tanh and exp run side by
+// side.
 template <int kEntries>
 DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint32_t usable,
                                              int32_t first, const LogitScale& scale) {
@@ -170,32 +187,31 @@ DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint3
   float z[kEntries], largest = -INFINITY, best = -INFINITY;
   int32_t index = INT32_MAX;
   bool finite = true;
+  scale(raw, z);
 #pragma unroll
   for (int i = 0; i < kEntries; ++i) {
-    z[i] = -INFINITY;
-    if (!(usable >> i & 1)) continue;
-    finite = finite && fabsf(raw[i]) < INFINITY;
-    z[i] = scale(raw[i]);
+    const bool use = (usable >> i & 1) != 0;
+    finite = finite && (!use || fabsf(raw[i]) < INFINITY);
+    z[i] = use ? z[i] : -INFINITY;
     largest = fmaxf(largest, z[i]);
-    if (raw[i] > best) {
-      best = raw[i];
-      index = first + Row::offset(i);
-    }
+    const bool beats = use && raw[i] > best;
+    best = beats ? raw[i] : best;
+    index = beats ? first + Row::offset(i) : index;
   }
   TileStatistics tile;
   tile.max = Row::max(largest);
   tile.best = Row::max(best);
   tile.index = Row::min(best == tile.best ? index : INT32_MAX);
   float sum[Row::kQuads] = {}, shifted[Row::kQuads] = {};
-  if (tile.max > -INFINITY) {
+  // Of a tile without usable entries all masses are exp(-infinity).
+  const float top = tile.max > -INFINITY ? tile.max : 0.0f;
 #pragma unroll
-    for (int i = 0; i < kEntries; ++i) {
-      if (!(usable >> i & 1)) continue;
-      const float below = z[i] - tile.max, mass = expf(below);
-      sum[i / kLaneEntries] += mass;
-      // Far below, mass is zero and below may be large; their product is zero.
-      if (mass > 0.0f) shifted[i / kLaneEntries] = fmaf(mass, below, shifted[i / kLaneEntries]);
-    }
+  for (int i = 0; i < kEntries; ++i) {
+    const int quad = i / kLaneEntries;
+    const float below = z[i] - top, mass = expf(below);
+    sum[quad] += mass;
+    // Far below, mass is zero and below may be large; their product is zero.
+    shifted[quad] = mass > 0.0f ? fmaf(mass, below, shifted[quad]) : shifted[quad];
   }
   tile.sum = Row::sum(sum);
   tile.shifted = Row::sum(shifted);
