@@ -1,5 +1,6 @@
 // The C entry points for CUDA: checks of extents and pointers, then the launches. Slots, lengths
 // and spans are on the device and cannot be looked at; a slot out of range is skipped there.
+#include <algorithm>
 #include <cmath>
 
 #include "block_attention/cuda.h"
@@ -31,18 +32,27 @@ dgemma_status check_attention(const dgemma_block_attention& op, bool causal, dge
                         cuda);
 }
 
+const char* launch_attention(const AttentionPlan& plan, const Attention& attention, int32_t batch,
+                             void* stream) {
+#if defined(DGEMMA_WITH_SM90)
+  if (plan.path == CudaPath::kSm90)
+    return launch_attention_256_sm90_bf16(plan, attention, batch, stream);
+#endif
+  return launch_attention_sm80_bf16(plan, attention, batch, stream);
+}
+
 dgemma_status attend(const dgemma_block_attention& op, bool causal, dgemma_cuda* cuda) {
   dgemma_status status = check_attention(op, causal, cuda);
   if (status != DGEMMA_OK || op.batch == 0 || op.block_length == 0) return status;
-  const AttentionPlan plan = make_attention_plan(op);
-  status = check_workspace(op.workspace, op.workspace_bytes, plan.workspace_bytes, cuda);
-  if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
+  const AttentionPlan plan = make_attention_plan(op, gpu.path);
+  status = check_workspace(op.workspace, op.workspace_bytes, plan.workspace_bytes, cuda);
+  if (status != DGEMMA_OK) return status;
   const Attention attention = make_attention(op, plan, causal);
   const auto batch = static_cast<int32_t>(op.batch);
-  status = launched(launch_attention_sm80_bf16(plan, attention, batch, cuda->stream), cuda);
+  status = launched(launch_attention(plan, attention, batch, cuda->stream), cuda);
   if (status != DGEMMA_OK || plan.splits == 1) return status;
   return launched(launch_combine_splits(plan, attention, batch, cuda->stream), cuda);
 }
@@ -52,7 +62,9 @@ dgemma_status attend(const dgemma_block_attention& op, bool causal, dgemma_cuda*
 
 size_t dgemma_cuda_block_attention_workspace(const dgemma_block_attention* op) {
   if (dgemma::attention_cuda_problem(*op) != nullptr) return 0;
-  return dgemma::make_attention_plan(*op).workspace_bytes;
+  // For whichever GPU it will be.
+  return std::max(dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm80).workspace_bytes,
+                  dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm90).workspace_bytes);
 }
 
 dgemma_status dgemma_cuda_canvas_attention(const dgemma_block_attention* op, dgemma_cuda* cuda) {

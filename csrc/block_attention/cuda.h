@@ -16,7 +16,7 @@ struct Attention {
   float *partial, *sums;
   int64_t partial_tiles;
   int32_t block_length, query_heads, key_heads, slots, capacity, window, spans_per_request;
-  int32_t head_dim, rows, most_splits;
+  int32_t head_dim, rows, most_splits, blocks_wanted;
   float scale;
   bool causal;
 };
@@ -48,6 +48,7 @@ inline Attention make_attention(const dgemma_block_attention& op, const Attentio
           .head_dim = static_cast<int32_t>(op.head_dim),
           .rows = plan.rows,
           .most_splits = plan.splits,
+          .blocks_wanted = plan.blocks_wanted,
           .scale = op.scale,
           .causal = causal};
 }
@@ -55,6 +56,8 @@ inline Attention make_attention(const dgemma_block_attention& op, const Attentio
 // Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
 const char* launch_attention_sm80_bf16(const AttentionPlan& plan, const Attention& attention,
                                        int32_t batch, void* stream);
+const char* launch_attention_256_sm90_bf16(const AttentionPlan& plan, const Attention& attention,
+                                           int32_t batch, void* stream);
 const char* launch_combine_splits(const AttentionPlan& plan, const Attention& attention,
                                   int32_t batch, void* stream);
 const char* launch_append_to_cache(const dgemma_append_to_cache& op, void* stream);
@@ -79,7 +82,7 @@ DGEMMA_DEVICE AttentionRequest find_request(const Attention& p, int32_t index) {
   request.row_tiles = (packed + p.rows - 1) / p.rows;
   if (request.row_tiles > 0)
     request.splits =
-        attention_splits(request.row_tiles * p.key_heads,
+        attention_splits(p.blocks_wanted, request.row_tiles * p.key_heads,
                          request.prefix - first_in_window(p, request.prefix) + request.rows);
   return request;
 }

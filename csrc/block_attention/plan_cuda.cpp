@@ -33,12 +33,21 @@ const char* attention_cuda_problem(const dgemma_block_attention& op) {
   return nullptr;
 }
 
-AttentionPlan make_attention_plan(const dgemma_block_attention& op) {
+AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path) {
   AttentionPlan plan = {};
-  // 512 columns are two warps' side by side, so four warps have 32 rows, else 64. Tiles of 32 keys
-  // keep the widest heads within 99 KB, which is what a block may have on 8.6, 8.9 and 12.0.
-  plan.rows = op.head_dim == 512 ? 32 : 64;
-  plan.keys = op.head_dim >= 256 ? 32 : 64;
+  plan.path = op.head_dim == 256 ? path : CudaPath::kSm80;
+  if (plan.path == CudaPath::kSm90) {
+    // See sm90_bf16_keys.h.
+    plan.rows = op.head_dim == 512 ? 64 : 128;
+    plan.keys = op.head_dim == 512 ? 64 : 80;
+    plan.blocks_wanted = kBlocksWanted90;
+  } else {
+    // 512 columns are two warps' side by side, so four warps have 32 rows, else 64. Tiles of 32
+    // keys keep the widest heads within 99 KB, which is what a block may have on 8.6, 8.9 and 12.0.
+    plan.rows = op.head_dim == 512 ? 32 : 64;
+    plan.keys = op.head_dim >= 256 ? 32 : 64;
+    plan.blocks_wanted = kBlocksWanted80;
+  }
   const int64_t rows = op.block_length * (op.query_heads / op.key_heads);
   plan.row_tiles = static_cast<int32_t>((rows + plan.rows - 1) / plan.rows);
   const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * op.key_heads);
@@ -47,8 +56,10 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op) {
   plan.splits =
       op.length != nullptr
           ? kMostSplits
-          : attention_splits(static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
-  plan.partial_tiles = plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, kBlocksWanted) : 0;
+          : attention_splits(plan.blocks_wanted,
+                             static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
+  plan.partial_tiles =
+      plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, plan.blocks_wanted) : 0;
   const int64_t tiles = op.batch * plan.partial_tiles;
   const auto take = [&plan](int64_t values) {
     const size_t begin = plan.workspace_bytes;
@@ -62,8 +73,9 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op) {
 }
 
 void print(const AttentionPlan& plan, std::ostream& out) {
-  out << "attention: " << plan.row_tiles << " tiles of " << plan.rows << " rows, tiles of "
-      << plan.keys << " keys, up to " << plan.splits << " splits\n"
+  out << (plan.path == CudaPath::kSm90 ? "sm90" : "sm80") << " attention: " << plan.row_tiles
+      << " tiles of " << plan.rows << " rows, tiles of " << plan.keys << " keys, up to "
+      << plan.splits << " splits\n"
       << "workspace: " << plan.workspace_bytes << " bytes\n";
 }
 

@@ -6,18 +6,24 @@
 #include <cstdint>
 #include <iosfwd>
 
+#include "cuda/entry.h"
 #include "dgemma/block_attention.h"
 
 namespace dgemma {
 
 constexpr int32_t kAttentionThreads = 128;
+// sm_90: two warpgroups that multiply and one that loads; two blocks that share what they load.
+constexpr int32_t kAttentionThreads90 = 384;
+constexpr int32_t kAttentionCluster = 2;
 constexpr int32_t kCombineThreads = 128;
 
 struct AttentionPlan {
+  CudaPath path;          // kSm90 for head dimensions 256 and 512 on a Hopper
   int32_t rows;           // of a tile of queries
   int32_t keys;           // of a tile of keys
   int32_t row_tiles;      // that a request has at most
   int32_t splits;         // likewise
+  int32_t blocks_wanted;  // that splits are to make of a request alone: see splits.h
   int64_t partial_tiles;  // likewise: row tiles times splits, where there is more than one split
   size_t partial;         // float [batch, partial_tiles, rows, head_dim], before the division
   size_t sums;            // float [batch, partial_tiles, rows, 2]: maximum and sum of a row
@@ -27,7 +33,7 @@ struct AttentionPlan {
 // Null when the kernels take these extents and this dtype, else what they do not take and what they
 // want. Pointers are not looked at.
 const char* attention_cuda_problem(const dgemma_block_attention& op);
-AttentionPlan make_attention_plan(const dgemma_block_attention& op);
+AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path);
 void print(const AttentionPlan& plan, std::ostream& out);
 
 }  // namespace dgemma

@@ -30,14 +30,19 @@ DGEMMA_DEVICE void hold_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
-template <int kTiles, int kCount>
-DGEMMA_DEVICE void hold_registers(float (&registers)[kTiles][kCount]) {
+template <int kCount>
+DGEMMA_DEVICE void hold_registers(uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+template <typename Register, int kTiles, int kCount>
+DGEMMA_DEVICE void hold_registers(Register (&registers)[kTiles][kCount]) {
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) hold_registers(registers[i]);
 }
 
 // wgmma.fence: before the first wgmma of every group, naming the accumulators that the group adds
-// to, at most two: arrays of floats, or arrays of such arrays.
+// to and A where it is in registers, at most two: arrays, or arrays of arrays.
 template <typename... Accumulators>
 DGEMMA_DEVICE void wgmma_fence(Accumulators&... accumulators) {
   static_assert(sizeof...(Accumulators) <= 2);
@@ -48,7 +53,7 @@ DGEMMA_DEVICE void wgmma_fence(Accumulators&... accumulators) {
 DGEMMA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Until at most the newest `kPending` groups are under way; names the accumulators that may be used
-// after it, at most two.
+// after it, and A in registers that may be changed after it, at most two.
 template <int kPending, typename... Accumulators>
 DGEMMA_DEVICE void wgmma_wait(Accumulators&... accumulators) {
   static_assert(sizeof...(Accumulators) <= 2);
