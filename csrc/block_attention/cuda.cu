@@ -36,7 +36,9 @@ const char* launch_attention(const AttentionPlan& plan, const Attention& attenti
                              void* stream) {
 #if defined(DGEMMA_WITH_SM90)
   if (plan.path == CudaPath::kSm90)
-    return launch_attention_256_sm90_bf16(plan, attention, batch, stream);
+    return attention.head_dim == 512
+               ? launch_attention_512_sm90_bf16(plan, attention, batch, stream)
+               : launch_attention_256_sm90_bf16(plan, attention, batch, stream);
 #endif
   return launch_attention_sm80_bf16(plan, attention, batch, stream);
 }

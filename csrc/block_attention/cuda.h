@@ -58,6 +58,8 @@ const char* launch_attention_sm80_bf16(const AttentionPlan& plan, const Attentio
                                        int32_t batch, void* stream);
 const char* launch_attention_256_sm90_bf16(const AttentionPlan& plan, const Attention& attention,
                                            int32_t batch, void* stream);
+const char* launch_attention_512_sm90_bf16(const AttentionPlan& plan, const Attention& attention,
+                                           int32_t batch, void* stream);
 const char* launch_combine_splits(const AttentionPlan& plan, const Attention& attention,
                                   int32_t batch, void* stream);
 const char* launch_append_to_cache(const dgemma_append_to_cache& op, void* stream);

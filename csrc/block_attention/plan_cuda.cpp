@@ -35,7 +35,7 @@ const char* attention_cuda_problem(const dgemma_block_attention& op) {
 
 AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path) {
   AttentionPlan plan = {};
-  plan.path = op.head_dim == 256 ? path : CudaPath::kSm80;
+  plan.path = op.head_dim == 256 || op.head_dim == 512 ? path : CudaPath::kSm80;
   if (plan.path == CudaPath::kSm90) {
     // See sm90_bf16_keys.h.
     plan.rows = op.head_dim == 512 ? 64 : 128;

@@ -39,11 +39,12 @@ class Softmax {
   // The exponentials as wgmma's A, 16 keys at a time.
   DGEMMA_DEVICE void pack() {
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i)
+    for (int i = 0; i < kKeys / 16; ++i) pack(i, exponentials[i]);
+  }
+  DGEMMA_DEVICE void pack(int i, uint32_t (&packed)[4]) const {
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        exponentials[i][j] =
-            device::pack_bfloat16(scores[8 * i + 2 * j], scores[8 * i + 2 * j + 1]);
+    for (int j = 0; j < 4; ++j)
+      packed[j] = device::pack_bfloat16(scores[8 * i + 2 * j], scores[8 * i + 2 * j + 1]);
   }
 
   // Sums of the four threads of a row.

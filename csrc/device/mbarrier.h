@@ -36,13 +36,14 @@ DGEMMA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
                : "memory");
 }
 
-// Arrives at the barrier that lies at the same place in the shared memory of another block of the
-// cluster.
+// Arrives at the barrier that lies at the same place in the shared memory of a block of the
+// cluster. Says that reads are done; writes are ordered within this block alone: in
+// .release.cluster nvcc puts a fence of the whole GPU's memory, for which every warp would wait at
+// every stage.
 DGEMMA_DEVICE void mbarrier_arrive_at_block(Mbarrier* barrier, uint32_t block_rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
-          shared_address(barrier)),
+      " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
       "r"(block_rank)
       : "memory");
 }
