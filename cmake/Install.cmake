@@ -36,6 +36,7 @@ install(
   FILES "${PROJECT_BINARY_DIR}/dgemmaConfig.cmake" "${PROJECT_BINARY_DIR}/dgemmaConfigVersion.cmake"
   DESTINATION "${dgemma_package_dir}"
   COMPONENT c)
-# Written while installing, when the prefix is known.
+file(RELATIVE_PATH dgemma_prefix_from_pc "/prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/prefix")
+string(REGEX REPLACE "/$" "" dgemma_prefix_from_pc "${dgemma_prefix_from_pc}")
 configure_file(cmake/dgemma.pc.in "${PROJECT_BINARY_DIR}/dgemma.pc" @ONLY)
 install(FILES "${PROJECT_BINARY_DIR}/dgemma.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig" COMPONENT c)

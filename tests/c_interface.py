@@ -2,6 +2,7 @@
 
 library = load()                                   # a ctypes.CDLL of libdgemma.so
 call(library, "cpu_rms_norm", tokens=3, hidden_size=8, epsilon=1e-6, dtype=BFLOAT16, input=x, weight=None, output=y)
+python tests/c_interface.py > csrc/abi.txt         # after something was added to the headers
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,32 @@ _SCALARS = {
 }
 
 
+def enumerators() -> list[str]:
+    bodies = re.findall(r"typedef enum dgemma_\w+ \{(.*?)\}", header_text(), re.DOTALL)
+    return [name for body in bodies for name in re.findall(r"\b(DGEMMA_\w+)\b", body)]
+
+
+# What a compiler makes of the headers; the list of it in the repository is csrc/abi.txt.
+ABI = ROOT / "csrc" / "abi.txt"
+
+
+def abi_listing(folder: Path) -> str:
+    """One line for every function, struct (its size and where its fields are) and enumerator, by a C program."""
+    lines = [f'  puts("function {name}");' for name in declared_functions()]
+    for name, struct in sorted(structs().items()):
+        lines.append(f'  printf("struct dgemma_{name} %zu", sizeof(dgemma_{name}));')
+        for field, *_ in struct._fields_:
+            lines.append(f'  printf(" {field}:%zu", offsetof(dgemma_{name}, {field}));')
+        lines.append('  puts("");')
+    lines += [f'  printf("enum {name} %d\\n", {name});' for name in enumerators()]
+    includes = [f"#include <dgemma/{path.name}>" for path in sorted(INCLUDE.glob("*.h"))]
+    program = "\n".join(["#include <stdio.h>", *includes, "int main(void) {", *lines, "  return 0;", "}", ""])
+    (folder / "abi.c").write_text(program)
+    strict = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+    run("cc", *strict, f"-I{INCLUDE.parent}", folder / "abi.c", "-o", folder / "abi")
+    return run(folder / "abi")
+
+
 @cache
 def structs() -> dict[str, type[ctypes.Structure]]:
     """Every struct of an operation by its name without dgemma_; and cpu and cuda, which say where a call runs."""
@@ -173,3 +201,8 @@ def workspace(library: ctypes.CDLL, function: str, **values: Any) -> torch.Tenso
     storage = torch.full((wanted + 64,), 0xFF, dtype=torch.uint8)
     start = -storage.data_ptr() % 64
     return storage[start : start + wanted]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print(abi_listing(Path(temporary)), end="")
