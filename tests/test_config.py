@@ -185,7 +185,7 @@ def test_proportional_rope_honours_its_factor() -> None:
         ("tie_word_embeddings", False),
         ("audio_config", {"hidden_size": 8}),
         ("quantization_config", {"quant_method": "compressed-tensors"}),
-        ("dtype", "float16"),
+        ("dtype", "float64"),
         ("canvas_length", 0),
         ("canvas_length", None),
         ("image_token_id", -1),

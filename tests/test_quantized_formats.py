@@ -44,7 +44,7 @@ def test_every_nvfp4_code() -> None:
 def test_ties_of_e2m1_go_to_the_even_code() -> None:
     # Group maximum 6 under scales of one, so that the numbers stand for themselves.
     row = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6]])
-    weight = Nvfp4Weight.quantize(row, torch.tensor(1.0))
+    weight = Nvfp4Weight.quantize(row, global_scales=torch.tensor([1.0]))
     wanted = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
     assert weight.dequantized(torch.float32)[0].tolist() == wanted + [-value for value in wanted]
 

@@ -28,13 +28,7 @@ def quantized(kind: str, weight: Tensor, runs: int = 1) -> QuantizedWeight:
         made = Int4Weight.quantize(weight, 32 if kind.endswith("float16") else int(kind[5:]))
         # Scales that no bfloat16 holds.
         return replace(made, scales=(made.scales.float() * 1.0007).half()) if kind.endswith("float16") else made
-    parts = [Nvfp4Weight.quantize(part) for part in weight.chunk(runs, dim=-2)]
-    made_nvfp4 = Nvfp4Weight(
-        torch.cat([part.values for part in parts], dim=-2),
-        torch.cat([part.scales for part in parts], dim=-2),
-        torch.cat([part.global_scales for part in parts], dim=-1),
-        divides=True,
-    )
+    made_nvfp4 = Nvfp4Weight.quantize(weight, runs)
     if kind == "nvfp4":
         return made_nvfp4
     return replace(made_nvfp4, global_scales=made_nvfp4.global_scales.reciprocal(), divides=False)

@@ -2,7 +2,8 @@
 
 The layout is the published one (`DiffusionGemmaForBlockDiffusion.save_pretrained` in transformers): safetensors, one
 file or shards with an index; the text weights once, under `model.decoder`; of the encoder only its layer scalars and
-the vision tower, which this engine skips; no `lm_head`, which is tied to the token embedding.
+the vision tower, which this engine skips; no `lm_head`, which is tied to the token embedding. Matrices may be
+quantized, and experts stored one by one (quantized/stored.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from dgemma_ext.config import LayerConfig, ModelConfig
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.quantized.stored import PLAIN_DTYPES, Stored, find_weight, names_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +34,6 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
-_LOADABLE = ("BF16", "F32", "F16")
 # The largest header that the safetensors library reads.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -50,10 +51,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the headers of a checkpoint say. Tensor names are in file order."""
+    """What the headers of a checkpoint say. Tensor names are in file order; `weights` has how each weight that the
+    model needs is stored, by the name of `expected_tensors`."""
 
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    weights: dict[str, Stored]
 
     @property
     def vision_tensors(self) -> tuple[str, ...]:
@@ -178,25 +181,22 @@ def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> Che
             raise CheckpointError(f"is not in {file_name}, where the index has it", file=listing, tensor=name)
 
     expected = expected_tensors(config)
+    weights: dict[str, Stored] = {}
+    missing = []
+    for name, shape in expected.items():
+        stored = find_weight(name, shape, tensors)
+        if stored is None:
+            missing.append(name)
+        else:
+            weights[name] = stored
+    known = {name for stored in weights.values() for name in names_of(stored)}
     for name, info in tensors.items():
-        if name in expected:
-            if info.shape != expected[name]:
-                raise CheckpointError(
-                    f"has shape {list(info.shape)}; the configuration asks for {list(expected[name])}",
-                    file=info.file,
-                    tensor=name,
-                )
-            if info.dtype not in _LOADABLE:
-                raise CheckpointError(
-                    f"has dtype {info.dtype}; supported: {', '.join(_LOADABLE)}", file=info.file, tensor=name
-                )
-        elif not name.startswith(_VISION_PREFIXES):
+        if name not in known and not name.startswith(_VISION_PREFIXES):
             raise CheckpointError("is not part of the model that config.json describes", file=info.file, tensor=name)
-    missing = [name for name in expected if name not in tensors]
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"is missing{others}", file=listing, tensor=missing[0])
-    return CheckpointInfo(files=tuple(files), tensors=tensors)
+    return CheckpointInfo(files=tuple(files), tensors=tensors, weights=weights)
 
 
 def _list_files(folder: Path) -> tuple[Path, list[Path], dict[str, str] | None]:
@@ -285,7 +285,7 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError("has a corrupt header entry", file=file, tensor=name)
     if dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"has dtype {dtype}; supported: {', '.join(_LOADABLE)}", file=file, tensor=name)
+        raise CheckpointError(f"has dtype {dtype}; supported: {', '.join(PLAIN_DTYPES)}", file=file, tensor=name)
     begin, end = offsets
     if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise CheckpointError(f"has {end - begin} bytes; {dtype} {shape} takes another number", file=file, tensor=name)

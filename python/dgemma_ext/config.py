@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.quantized.scheme import check_quantization_config
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -27,7 +28,8 @@ FULL = "full_attention"
 # One full-attention layer after every five sliding ones, where the file gives no pattern.
 _DEFAULT_PATTERN = 6
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Files in float16 are computed in bfloat16: activations of this model overflow float16.
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.bfloat16}
 
 _DEFAULT_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
 
@@ -54,7 +56,6 @@ _NEUTRAL_TEXT_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_TOP_FIELDS: dict[str, tuple[Any, ...]] = {
     "audio_config": (None,),
-    "quantization_config": (None,),
     "tie_word_embeddings": (True, None),
 }
 
@@ -205,6 +206,7 @@ class ModelConfig:
         if top.get("model_type", "diffusion_gemma") != "diffusion_gemma":
             raise top.refuse("model_type", "diffusion_gemma")
         top.neutral(_NEUTRAL_TOP_FIELDS)
+        check_quantization_config(top.get("quantization_config"))
         if top.get("text_config") is None:
             raise ValueError("text_config is missing")
         text = _Section("text_config", top.get("text_config"))

@@ -9,16 +9,17 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch.nn import functional
 
 from dgemma_ext.config import LayerConfig, RopeConfig
+from dgemma_ext.loading import Weight
 from dgemma_ext.ops.layer import gelu_product, normalise_heads, rms_norm
+from dgemma_ext.ops.quantized_gemm import linear
 from dgemma_ext.weights import LayerWeights
 
 
-def gated_mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def gated_mlp(x: torch.Tensor, gate: Weight, up: Weight, down: Weight) -> torch.Tensor:
     """down(gelu_tanh(gate x) * up x): the dense MLP of a layer, and self-conditioning's."""
-    return functional.linear(gelu_product(functional.linear(x, gate), functional.linear(x, up)), down)
+    return linear(gelu_product(linear(x, gate), linear(x, up)), down)
 
 
 __all__ = ["gated_mlp", "project_qkv", "rms_norm", "rotary_tables"]
@@ -50,7 +51,7 @@ def project_qkv(
     On full layers values are the key projection before its norm, its scale and the rotation.
     """
     heads = (x.shape[0], -1, layer.head_dim)
-    query = functional.linear(x, weights.q_proj).view(heads)
-    key = functional.linear(x, weights.k_proj).view(heads)
-    value = None if weights.v_proj is None else functional.linear(x, weights.v_proj).view(heads)
+    query = linear(x, weights.q_proj).view(heads)
+    key = linear(x, weights.k_proj).view(heads)
+    value = None if weights.v_proj is None else linear(x, weights.v_proj).view(heads)
     return normalise_heads(query, key, value, weights.q_norm, weights.k_norm, *tables, epsilon)

@@ -15,9 +15,11 @@ from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
 from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables
-from dgemma_ext.ops import block_attention, denoise, grouped_gemm
+from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
+from dgemma_ext.ops.quantized_gemm import experts, linear
 from dgemma_ext.ops.router import route
+from dgemma_ext.quantized.scheme import parse_target
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
 
@@ -68,19 +70,23 @@ class DiffusionGemma:
         path_or_hub_id: str | os.PathLike[str],
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        weights: str = "stored",
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
 
         `device` "auto" is the first CUDA GPU where torch sees one, else the CPU. `dtype` "auto" is the checkpoint's;
-        otherwise "bfloat16" or "float32" (or the torch dtype).
+        otherwise "bfloat16" or "float32" (or the torch dtype). `weights` "stored" keeps quantized weights as they are;
+        "fp8", "int4" (groups of 32), "int4-64", "int4-128" and "nvfp4" quantize plain ones while they are loaded, those
+        that the published checkpoints of the format quantize; "plain" loads quantized ones as `dtype`.
 
-        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device or dtype.
+        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format.
         """
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)
-        weights = load_weights(path, config, _resolved_dtype(dtype, config), _resolved_device(device))
+        wanted = weights if weights in ("stored", "plain") else parse_target(weights)
+        loaded = load_weights(path, config, _resolved_dtype(dtype, config), _resolved_device(device), weights=wanted)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
-        return cls(config, weights, GenerationDefaults.from_file(path, config), tokenizer)
+        return cls(config, loaded, GenerationDefaults.from_file(path, config), tokenizer)
 
     # The passes ---------------------------------------------------------------------------------------------------
 
@@ -323,7 +329,7 @@ class DiffusionGemma:
         attended = attend(layer, *self._project(hidden, layer, weights, tables, normed))
         rows, dense, sparse = attention_residual(
             hidden[0],
-            functional.linear(attended[0].flatten(-2), weights.o_proj),
+            linear(attended[0].flatten(-2), weights.o_proj),
             weights.post_attention_layernorm,
             weights.pre_feedforward_layernorm,
             weights.pre_feedforward_layernorm_2,
@@ -340,7 +346,7 @@ class DiffusionGemma:
         out, next_normed = layer_output(
             rows,
             gated_mlp(dense, weights.gate_proj, weights.up_proj, weights.down_proj),
-            grouped_gemm.moe_ffn(sparse, ids, scales, weights.experts_gate_up, weights.experts_down),
+            experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down),
             weights.post_feedforward_layernorm_1,
             weights.post_feedforward_layernorm_2,
             weights.post_feedforward_layernorm,

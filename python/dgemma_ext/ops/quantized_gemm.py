@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext.ops import quantized_gemm_plain  # noqa: F401  registers the plain form for CUDA
+from dgemma_ext.ops import (
+    grouped_gemm,
+    quantized_gemm_plain,  # noqa: F401  registers the plain form for CUDA
+)
 from dgemma_ext.quantized.formats import QuantizedWeight
 
 # dgemma_weight_format of csrc/include/dgemma/grouped_gemm.h.
@@ -67,6 +70,21 @@ def dense(input: Tensor, weight: QuantizedWeight) -> Tensor:
     except RuntimeError as error:
         raise _as_value_error(error) from error
     return result
+
+
+def experts(
+    input: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
+) -> Tensor:
+    """moe_ffn over weights of either kind, both of the same."""
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return grouped_gemm.moe_ffn(input, expert_ids, expert_weights, gate_up, down)
+    if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+        raise ValueError("gate_up, down: got a plain and a quantized weight, wants two of a kind")
+    return moe_ffn(input, expert_ids, expert_weights, gate_up, down)
 
 
 def linear(input: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:

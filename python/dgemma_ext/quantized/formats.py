@@ -51,7 +51,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def kernel_scales(self) -> Tensor | None:
@@ -68,9 +68,14 @@ class QuantizedWeight:
         raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def expert(self, index: int) -> Self:
+        """One matrix of a stack [experts, rows, columns]."""
+        return replace(self, **{name: tensor[index] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales by the names of their fields."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
@@ -173,21 +178,27 @@ class Nvfp4Weight(QuantizedWeight):
         return _times_groups(values, scales / runs if self.divides else scales * runs, NVFP4_GROUP).to(dtype)
 
     @classmethod
-    def quantize(cls, weight: Tensor, global_scale: Tensor | None = None) -> Self:
+    def quantize(cls, weight: Tensor, runs: int = 1, global_scales: Tensor | None = None) -> Self:
         """The nearest codes under a group's largest magnitude / 6.
 
-        global_scale: float32 [...], by which group scales are multiplied before they are rounded to e4m3; default
-        448 * 6 / the largest magnitude of each matrix, which uses e4m3's whole range.
+        runs: equal runs of rows with a global scale each: 2 for the gate and up rows of experts. global_scales:
+        float32 [..., runs], by which group scales are multiplied before they are rounded to e4m3; default 448 * 6 / the
+        largest magnitude of each run, which uses e4m3's whole range.
         """
-        grouped = weight.float().unflatten(-1, (-1, NVFP4_GROUP))
+        grouped = weight.float().unflatten(-1, (-1, NVFP4_GROUP)).unflatten(-3, (runs, -1))
         largest = grouped.abs().amax(-1)
-        if global_scale is None:
-            global_scale = _E4M3_MAX * _E2M1_MAX / largest.amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
-            global_scale = torch.nan_to_num(global_scale, nan=1.0, posinf=1.0)
-        runs = global_scale[..., None, None]
-        scales = _scales_of((largest / _E2M1_MAX * runs).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
-        codes = _nearest_e2m1(grouped / (scales.float() / runs)[..., None])
-        return cls(_packed(codes.flatten(-2)), scales.view(torch.uint8), global_scale[..., None], divides=True)
+        if global_scales is None:
+            whole = largest.amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
+            global_scales = torch.nan_to_num(_E4M3_MAX * _E2M1_MAX / whole, nan=1.0, posinf=1.0)
+        divisor = global_scales[..., None, None]
+        scales = _scales_of((largest / _E2M1_MAX * divisor).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
+        codes = _nearest_e2m1(grouped / (scales.float() / divisor)[..., None])
+        return cls(
+            _packed(codes.flatten(-2)).flatten(-3, -2),
+            scales.view(torch.uint8).flatten(-3, -2),
+            global_scales,
+            divides=True,
+        )
 
 
 FORMATS: dict[str, type[QuantizedWeight]] = {kind.name: kind for kind in (Fp8Weight, Int4Weight, Nvfp4Weight)}

@@ -95,9 +95,9 @@ def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored |
     Raises CheckpointError, naming file and tensor, for parts that are missing, misshapen or of a wrong dtype.
     """
     if len(shape) == 3 and name not in tensors:
-        return _find_experts(name, shape, tensors)  # type: ignore[arg-type]  # three extents
+        return _find_experts(name, shape, tensors)
     if len(shape) == 2 and name.endswith(".weight"):
-        return _find_matrix(name.removesuffix(".weight"), shape, tensors)  # type: ignore[arg-type]  # two extents
+        return _find_matrix(name.removesuffix(".weight"), shape, tensors)
     if name not in tensors:
         return None
     _check(tensors, name, shape, PLAIN_DTYPES)
@@ -181,7 +181,8 @@ def _nvfp4(
 def _part(base: str, suffix: str, tensors: Tensors) -> str:
     name = f"{base}.{suffix}"
     if name not in tensors:
-        raise CheckpointError("is missing, and the quantized weight needs it", tensor=name)
+        values = tensors.get(f"{base}.weight_packed") or tensors[f"{base}.weight"]
+        raise CheckpointError("is missing, and the quantized weight needs it", file=values.file, tensor=name)
     return name
 
 
