@@ -378,3 +378,55 @@ def test_several_hosts_at_once(example: Path) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(one["output"], before) for one, before in zip(values, wanted, strict=True))
+
+
+# What the guides show -------------------------------------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs" / "embedding.md").read_text()
+EXAMPLES_README = (EXAMPLE / "README.md").read_text()
+
+
+def test_the_guides_call_compiles_and_runs(prefix: Path, tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```c\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+    program = f"""
+#include <dgemma/grouped_gemm.h>
+#include <stdio.h>
+static uint16_t x[37 * 96], w[192 * 96], y[37 * 192];
+static void* from_your_pool(size_t bytes) {{ return bytes > 0 ? x : NULL; }}
+int main(void) {{
+{code}
+  return 0;
+}}
+"""
+    (tmp_path / "guide.c").write_text(program)
+    library = library_folder(prefix)
+    link = [f"-L{library}", "-ldgemma", f"-Wl,-rpath,{library}"]
+    include = f"-I{prefix / 'include'}"
+    run("cc", "-std=c11", *STRICT, include, tmp_path / "guide.c", "-o", tmp_path / "guide", *link)
+    assert run(tmp_path / "guide") == ""
+
+
+def test_the_guide_names_every_operation_and_its_links_lead_to_files() -> None:
+    rows = "\n".join(line for line in GUIDE.splitlines() if line.startswith("| `"))
+    missing = [
+        name
+        for name in declared_functions()
+        if (match := re.fullmatch(r"dgemma_cpu_(\w+?)(_workspace)?", name))
+        and match[1] not in ("best_variant", "has_variant", "variant_name", "block_attention")
+        and f"`{match[1]}`" not in rows
+    ]
+    assert missing == []
+    for text, folder in ((GUIDE, ROOT / "docs"), (EXAMPLES_README, EXAMPLE)):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_examples_readme_shows_what_it_prints(example: Path) -> None:
+    command = re.search(r"embed_c/embed_c (\S+) (\S+) --seed (\d+)", EXAMPLES_README)
+    printed = re.search(r"^```\n(device .*?)^```$", EXAMPLES_README, re.DOTALL | re.MULTILINE)
+    assert command is not None
+    assert printed is not None
+    shown = printed[1].splitlines()
+    _, tokens, text = answer(example, ROOT / command[1], command[2], "--seed", command[3])
+    assert shown[2].removeprefix("tokens ").removesuffix(" ...") == " ".join(map(str, tokens[:6]))
+    assert shown[3:] == text.split("\n")
