@@ -80,6 +80,12 @@ function(dgemma_add_cuda name code)
   endif()
 endfunction()
 
+# They were made before CUDA was a language here, and link its objects.
+set_target_properties(dgemma PROPERTIES CUDA_ARCHITECTURES OFF)
+if(TARGET dgemma_shared)
+  set_target_properties(dgemma_shared PROPERTIES CUDA_ARCHITECTURES OFF)
+endif()
+
 dgemma_add_cuda(dgemma_cuda "${portable_code}" ${cuda_sources})
 target_compile_definitions(dgemma PUBLIC $<BUILD_INTERFACE:DGEMMA_WITH_CUDA>)
 if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)

@@ -14,6 +14,16 @@ struct QuantizedOnCpu : OnCpu {
   static constexpr auto kMoeFfnWorkspace = &dgemma_cpu_moe_ffn_quantized_workspace;
 };
 
+#if defined(DGEMMA_WITH_CUDA)
+struct QuantizedOnCuda : OnCuda {
+  using OnCuda::OnCuda;
+  static constexpr auto kDense = &dgemma_cuda_dense_quantized;
+  static constexpr auto kDenseWorkspace = &dgemma_cuda_dense_quantized_workspace;
+  static constexpr auto kMoeFfn = &dgemma_cuda_moe_ffn_quantized;
+  static constexpr auto kMoeFfnWorkspace = &dgemma_cuda_moe_ffn_quantized_workspace;
+};
+#endif
+
 int64_t product(const Shape& shape) {
   int64_t count = 1;
   for (const int64_t extent : shape) count *= extent;
@@ -136,8 +146,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "down_format, Tensor down, Tensor? down_scales, Tensor? down_factors) -> Tensor");
 }
 
-#if !defined(DGEMMA_SIM)
-STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) {
-  dgemma::implement_quantized<dgemma::QuantizedOnCpu>(library);
-}
-#endif
+DGEMMA_REGISTER(dgemma::implement_quantized, dgemma::QuantizedOnCpu, dgemma::QuantizedOnCuda)

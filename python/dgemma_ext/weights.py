@@ -168,11 +168,9 @@ def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 def _quantized(attribute: str, weight: Tensor, target: Target) -> Weight:
     """The matrix in the wanted format, expert by expert; plain where no group of columns divides its rows."""
-    quantize = target.quantizer(weight.shape[-1])
-    if quantize is None:
+    if target.group_for(weight.shape[-1]) is None:
         return weight
     if weight.dim() < 3:
-        return quantize(weight)
-    # Gate and up are two matrices, each with a global scale of its own where the format has one.
+        return target.quantize([weight])[0]
     matrices = 2 if attribute == "experts_gate_up" else 1
-    return stack_weights(([quantize(part) for part in expert.chunk(matrices)] for expert in weight), len(weight))
+    return stack_weights((target.quantize(list(expert.chunk(matrices))) for expert in weight), len(weight))

@@ -58,6 +58,10 @@ class Arguments(argparse.Namespace):
     count: int
     pin: bool
     pause: float
+    weights: str
+    out: str
+    to: str
+    parts: str | None
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -120,6 +124,28 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint's folder, or a hub id already downloaded")
     info.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
     info.add_argument("--json", action="store_true", help="one JSON object")
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a checkpoint with weights of 8 or 4 bits",
+        description="Writes a checkpoint's quantized form in the layout of compressed-tensors, and tells the error of\n"
+        "every layer. OUT appears when it is whole; an interrupted run is continued by the same command.",
+    )
+    quantize.add_argument("model", metavar="IN", help="a checkpoint's folder, or a hub id (owner/name) to download")
+    quantize.add_argument("out", metavar="OUT", help="the folder to write, which must not exist")
+    quantize.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="fp8 (a scale per row), int4 (a scale per 32 columns), int4-64, int4-128, or nvfp4",
+    )
+    quantize.add_argument(
+        "--parts",
+        metavar="PART,...",
+        help="some of experts, attention, mlp; default, as published checkpoints do: all of them for fp8, experts and "
+        "attention for int4, experts for nvfp4",
+    )
+    quantize.add_argument("--json", action="store_true", help="one JSON object")
 
     demo = commands.add_parser(
         "demo",

@@ -9,6 +9,7 @@ from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
+from dgemma_ext.cli.sizes import size
 from dgemma_ext.errors import CheckpointError
 
 
@@ -41,7 +42,7 @@ Rows = list[tuple[str, str]]
 
 
 def _machine_rows(facts: dict[str, Any]) -> Rows:
-    gpus = [f"{gpu['name']}, {_size(gpu['bytes'])}" for gpu in facts["gpus"]]
+    gpus = [f"{gpu['name']}, {size(gpu['bytes'])}" for gpu in facts["gpus"]]
     return [
         ("version", f"dgemma_ext {facts['version']}, torch {facts['torch']}, Python {facts['python']}"),
         ("CPU", f"{facts['cpu']}; processors: {facts['processors']}, torch threads: {facts['threads']}"),
@@ -57,11 +58,11 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
     experts, sampler, parameters = facts["experts"], facts["sampler"], facts["parameters"]
     vision, cache = facts["vision"], facts["cache"]
     stored = "; ".join(
-        f"{part['tensors']:,} in {dtype}, {_size(part['bytes'])}" for dtype, part in facts["stored"].items()
+        f"{part['tensors']:,} in {dtype}, {size(part['bytes'])}" for dtype, part in facts["stored"].items()
     )
     rows = [
         ("checkpoint", facts["path"]),
-        ("files", f"{facts['files']}, {_size(facts['stored_bytes'])} of tensors"),
+        ("files", f"{facts['files']}, {size(facts['stored_bytes'])} of tensors"),
         ("tensors", stored),
         (
             "layers",
@@ -79,18 +80,18 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
         ("parameters", f"{parameters['text']:,} for text, {parameters['active']:,} active per token"),
         (
             "weights loaded",
-            "; ".join(f"{_size(count)} as {dtype}" for dtype, count in facts["loaded_bytes"].items()),
+            "; ".join(f"{size(count)} as {dtype}" for dtype, count in facts["loaded_bytes"].items()),
         ),
         (
             "vision, skipped",
-            f"{vision['tensors']} tensors, {_size(vision['bytes'])}: {', '.join(vision['prefixes'])}"
+            f"{vision['tensors']} tensors, {size(vision['bytes'])}: {', '.join(vision['prefixes'])}"
             if vision["tensors"]
             else "none stored",
         ),
         (
             "cache",
             f"{cache['bytes_per_token']:,} bytes per token ({cache['bytes_per_token_after_window']:,} beyond the "
-            f"window); a slot of {cache['slot_context']:,} tokens {_size(cache['slot_bytes'])}, in {cache['dtype']}",
+            f"window); a slot of {cache['slot_context']:,} tokens {size(cache['slot_bytes'])}, in {cache['dtype']}",
         ),
         (
             "sampler",
@@ -107,14 +108,6 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
 
 def _heads(layers: dict[str, Any]) -> str:
     return f"{layers['key_value_heads']} key/value heads of {layers['head_dim']}"
-
-
-def _size(count: int) -> str:
-    """Bytes in decimal units, four figures."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.4g} {unit}"
-    return f"{count} bytes"
 
 
 def _aligned(rows: Rows) -> str:

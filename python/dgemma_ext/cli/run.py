@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dgemma_ext.cli import chat, demo, generate, info
+from dgemma_ext.cli import chat, demo, generate, info, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.errors import CheckpointError
 
@@ -18,6 +18,7 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "chat": chat.run,
     "info": info.run,
     "demo": demo.run,
+    "quantize": quantize.run,
 }
 
 FAILED = 1

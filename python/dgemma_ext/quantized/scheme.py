@@ -7,10 +7,11 @@ checked here is that the files are of a kind that is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dgemma_ext.quantized.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
@@ -25,8 +26,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
-# The parts that the published checkpoints of each format quantize.
-_USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "attention"), "nvfp4": ("experts", "mlp")}
+# The parts that published checkpoints of each format quantize (RedHatAI FP8-dynamic, cyankiwi INT4, nvidia NVFP4).
+_USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "attention"), "nvfp4": ("experts",)}
 
 
 def check_quantization_config(section: Any) -> None:
@@ -73,22 +74,27 @@ class Target:
         """Whether the matrix of this attribute of LayerWeights is quantized."""
         return any(attribute in PARTS[part] for part in self.parts)
 
-    def group_for(self, columns: int) -> int:
-        """Columns that share a scale in rows of so many; the wanted number halved until it divides them, or 0 where
-        none does (the matrix then stays plain)."""
+    def group_for(self, columns: int) -> int | None:
+        """Columns that share a scale in rows of so many, 0 where a row does: the wanted number, for int4 halved until
+        it divides them. None where nothing does; such a matrix stays plain."""
         group = self.group
         while group and columns % group:
-            group = group // 2 if self.format == "int4" and group > min(INT4_GROUPS) else 0
-        return group if group or self.format != "fp8" else 1
+            if self.format != "int4" or group == min(INT4_GROUPS):
+                return None
+            group //= 2
+        return group
 
-    def quantizer(self, columns: int) -> Callable[[Tensor], QuantizedWeight] | None:
-        """What quantizes a matrix [..., rows, columns]; None where no group divides its columns."""
-        group = self.group_for(columns)
-        if not group:
-            return None
+    def quantize(self, matrices: list[Tensor]) -> list[QuantizedWeight]:
+        """Matrices [rows, columns] that other engines multiply as one (an expert's gate and up), quantized: of nvfp4
+        they share the global scale. Their columns have a group."""
+        if self.format == "fp8":
+            return [Fp8Weight.quantize(matrix) for matrix in matrices]
         if self.format == "int4":
-            return lambda weight: Int4Weight.quantize(weight, group)
-        return Fp8Weight.quantize if self.format == "fp8" else Nvfp4Weight.quantize
+            group = self.group_for(matrices[0].shape[-1])
+            assert group, "the caller has asked for the group"
+            return [Int4Weight.quantize(matrix, group) for matrix in matrices]
+        together = Nvfp4Weight.quantize(torch.cat(matrices)).global_scales
+        return [Nvfp4Weight.quantize(matrix, global_scales=together) for matrix in matrices]
 
 
 _GROUPS = {"fp8": 0, "int4": 32, "nvfp4": 16}

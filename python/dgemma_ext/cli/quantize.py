@@ -1,0 +1,60 @@
+"""`dgemma quantize`: writes a checkpoint's quantized form and tells what it cost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.cli.answer import write_json
+from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.cli.sizes import size
+from dgemma_ext.loading import LoadProgress
+from dgemma_ext.quantized.convert import PartError, convert, plan_conversion
+from dgemma_ext.quantized.scheme import PARTS, parse_target
+
+
+def run(arguments: Arguments) -> None:
+    assert arguments.model is not None, "the command line asks for it"
+    target = parse_target(arguments.to, tuple(arguments.parts.split(",")) if arguments.parts else None)
+    source, destination = Path(resolve_checkpoint(arguments.model)), Path(arguments.out).expanduser()
+    before = plan_conversion(source, target).source_bytes
+    began = time.monotonic()
+    with LoadProgress("quantizing", before, None) as bar:
+        errors = convert(source, destination, target, bar.advance)
+    seconds = time.monotonic() - began
+    after = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
+    if arguments.json:
+        write_json(
+            {
+                "event": "quantized",
+                "path": str(destination),
+                "weights": arguments.to,
+                "bytes": {"before": before, "after": after},
+                "seconds": seconds,
+                "errors": [{"layer": e.layer, "part": e.part, "relative": e.relative} for e in errors],
+            }
+        )
+        return
+    print(_table(errors))
+    print(f"{destination}: {size(before)} to {size(after)} as {arguments.to}, {seconds:.1f} s")
+
+
+def _table(errors: list[PartError]) -> str:
+    """Relative errors, a line for each layer, and over all of them."""
+    parts = [part for part in PARTS if any(error.part == part for error in errors)]
+    by_place = {(error.layer, error.part): error.relative for error in errors}
+    lines = ["||quantized - plain|| / ||plain||", f"{'layer':>5}" + "".join(f"{part:>12}" for part in parts)]
+    for layer in sorted({error.layer for error in errors}):
+        cells = (f"{by_place[layer, part]:>12.4f}" if (layer, part) in by_place else f"{'-':>12}" for part in parts)
+        lines.append(f"{layer:>5}" + "".join(cells))
+    totals = []
+    for part in parts:
+        total = PartError(-1, part)
+        for error in errors:
+            if error.part == part:
+                total.error += error.error
+                total.size += error.size
+        totals.append(f"{total.relative:>12.4f}")
+    lines.append(f"{'all':>5}" + "".join(totals))
+    return "\n".join(lines)

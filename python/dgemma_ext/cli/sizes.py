@@ -1,0 +1,11 @@
+"""How the command line writes numbers of bytes."""
+
+from __future__ import annotations
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, four figures."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.4g} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,394 @@
+"""Writes a checkpoint's quantized form, in the layout of compressed-tensors: `dgemma quantize`.
+
+Output goes shard by shard into a folder beside the wanted one, OUT.partial, which gets its index and its config.json
+last and is then renamed: what lies under OUT is whole. A run that was interrupted is continued by the next one with the
+same source and format; finished shards are not made again. Memory is bounded by a shard, not by the checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dgemma_ext.checkpoint import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
+from dgemma_ext.config import ModelConfig
+from dgemma_ext.errors import CheckpointError
+from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.quantized.scheme import PARTS, Target
+from dgemma_ext.quantized.stored import Experts, Matrix, Plain, names_of
+
+# Bytes of a shard, about: with the copy that serialising makes, two of them are in memory at once.
+_SHARD_BYTES = 1_500_000_000
+_STATE_FILE = "progress.json"
+# What a checkpoint has beside its weights.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
+_LAYOUTS = {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+_IGNORED = ["lm_head", "re:.*embed_tokens.*", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision.*"]
+
+
+@dataclass
+class PartError:
+    """The squared error and the squared size of what was quantized of one part of one layer."""
+
+    layer: int
+    part: str
+    error: float = 0.0
+    size: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """||quantized - plain|| / ||plain||."""
+        return (self.error / self.size) ** 0.5 if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One weight to write: `attribute` of LayerWeights where it is quantized, None where it is copied."""
+
+    names: tuple[str, ...]
+    layer: int
+    attribute: str | None
+    stored: Plain | Matrix | Experts | None
+    out_bytes: int
+
+
+@dataclass
+class Conversion:
+    """A source and what becomes of it. `shards`: the work of each file that is written."""
+
+    info: CheckpointInfo
+    target: Target
+    shards: list[list[Work]]
+    groups: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def source_bytes(self) -> int:
+        return self.info.total_bytes
+
+
+def plan_conversion(source: Path, target: Target) -> Conversion:
+    """What is quantized and how it is divided into shards, from the headers alone.
+
+    Raises CheckpointError for a source that cannot be loaded, ValueError where a wanted matrix is quantized already.
+    """
+    config = ModelConfig.from_file(source)
+    info = inspect_checkpoint(source, config)
+    wanted = {
+        name: (layer.index, attribute)
+        for layer in config.layers
+        for attribute, (name, _) in layer_layout(config, layer).items()
+        if target.wants(attribute)
+    }
+    conversion = Conversion(info, target, [[]])
+    taken: set[str] = set()
+    works = []
+    for name, (layer_index, attribute) in wanted.items():
+        stored = info.weights[name]
+        if stored.kind != "plain":
+            raise ValueError(f"IN: the checkpoint has {next(names_of(stored))} as {stored.kind}; wants a plain one")
+        columns = stored.shape[-1]
+        group = target.group_for(columns)
+        if group is None:
+            continue
+        conversion.groups.setdefault(group, []).append(attribute)
+        names = tuple(names_of(stored))
+        taken |= set(names)
+        values = sum(info.tensors[each].nbytes for each in names) // 2
+        works.append(Work(names, layer_index, attribute, stored, values if target.format == "fp8" else values // 2))
+    works += [
+        Work((name,), -1, None, None, tensor.nbytes) for name, tensor in info.tensors.items() if name not in taken
+    ]
+    # In the order of the source's bytes, so that it is read once from front to back.
+    files = {file: number for number, file in enumerate(info.files)}
+    works.sort(key=lambda work: (files[info.tensors[work.names[0]].file], info.tensors[work.names[0]].offset))
+    size = 0
+    for work in works:
+        if size and size + work.out_bytes > _SHARD_BYTES:
+            conversion.shards.append([])
+            size = 0
+        conversion.shards[-1].append(work)
+        size += work.out_bytes
+    return conversion
+
+
+def convert(
+    source: Path, destination: Path, target: Target, advance: Callable[[int], None] = lambda nbytes: None
+) -> list[PartError]:
+    """Writes `source` as `target` to `destination`, which must not exist; returns the error of each layer's parts.
+
+    advance: told how many of the source's bytes are done.
+    Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
+    one of another source or format, CheckpointError when a file cannot be written (what is done is kept, and nothing of
+    it loads).
+    """
+    if destination.exists():
+        raise ValueError(f"OUT: {destination} exists; wants a folder that does not")
+    conversion = plan_conversion(source, target)
+    partial = destination.with_name(destination.name + ".partial")
+    with _writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+    state = _State.open(partial, source, conversion)
+    count = len(conversion.shards)
+    for number, works in enumerate(conversion.shards):
+        file = partial / f"model-{number + 1:05}-of-{count:05}.safetensors"
+        if str(number) not in state.done:
+            tensors: dict[str, Tensor] = {}
+            errors: dict[tuple[int, str], PartError] = {}
+            with _Source(conversion.info) as reader:
+                for work in works:
+                    _do(work, reader, target, tensors, errors)
+                    advance(sum(conversion.info.tensors[name].nbytes for name in work.names))
+                _write_shard(file, tensors)
+            state.finish(number, list(tensors), list(errors.values()))
+        else:
+            advance(sum(conversion.info.tensors[name].nbytes for work in works for name in work.names))
+    with _writing(partial):
+        _write_companions(source, partial, conversion)
+        _write_json(partial / INDEX_FILE, state.index(partial, count))
+        (partial / _STATE_FILE).unlink()
+        os.replace(partial, destination)
+    return state.errors()
+
+
+class _Source:
+    """Reads tensors of the source as they are stored."""
+
+    def __init__(self, info: CheckpointInfo) -> None:
+        self._info = info
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._open.values():
+            stream.__exit__(None, None, None)
+
+    def read(self, name: str) -> Tensor:
+        file = self._info.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", file=file) from error
+        return tensor
+
+    def finite(self, name: str) -> Tensor:
+        """A tensor that is to be quantized. Raises CheckpointError for a value that is not finite."""
+        tensor = self.read(name)
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            raise CheckpointError("has values that are not finite", file=self._info.tensors[name].file, tensor=name)
+        return tensor
+
+
+def _do(
+    work: Work,
+    source: _Source,
+    target: Target,
+    tensors: dict[str, Tensor],
+    errors: dict[tuple[int, str], PartError],
+) -> None:
+    """Adds what becomes of one weight to the shard's tensors, and its error to its layer's."""
+    if work.attribute is None:
+        tensors[work.names[0]] = source.read(work.names[0])
+        return
+    part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
+    error = errors.setdefault((work.layer, part), PartError(work.layer, part))
+    for bases, matrices in _matrices_of(work, source):
+        for base, plain, made in zip(bases, matrices, target.quantize(matrices), strict=True):
+            tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(made).items()}
+            error.error += float((made.dequantized(torch.float32) - plain.float()).square().sum(dtype=torch.float64))
+            error.size += float(plain.float().square().sum(dtype=torch.float64))
+
+
+def _matrices_of(work: Work, source: _Source) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """Names, without their suffix, and values of the matrices that are quantized together."""
+    if isinstance(work.stored, Experts):
+        for matrices in work.stored.matrices:
+            names = [matrix.parts["values"] for matrix in matrices]
+            yield [name.removesuffix(".weight") for name in names], [source.finite(name) for name in names]
+        return
+    name = work.names[0]
+    tensor = source.finite(name)
+    if tensor.dim() == 2:
+        yield [name.removesuffix(".weight")], [tensor]
+        return
+    folder = name.rpartition(".")[0]
+    projections = ["gate_proj", "up_proj"] if work.attribute == "experts_gate_up" else ["down_proj"]
+    for expert, stacked in enumerate(tensor):
+        yield [f"{folder}.{expert}.{each}" for each in projections], list(stacked.chunk(len(projections)))
+
+
+def stored_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A quantized matrix as compressed-tensors stores it, by the suffix of its name."""
+    if isinstance(weight, Fp8Weight):
+        return {
+            "weight": weight.values.view(torch.float8_e4m3fn),
+            "weight_scale": weight.scales[:, None].to(torch.bfloat16),
+        }
+    if isinstance(weight, Int4Weight):
+        return {
+            "weight_packed": weight.values.view(torch.int32),
+            "weight_scale": weight.scales,
+            "weight_shape": torch.tensor(weight.shape),
+        }
+    assert isinstance(weight, Nvfp4Weight)
+    return {
+        "weight_packed": weight.values,
+        "weight_scale": weight.scales.view(torch.float8_e4m3fn),
+        "weight_global_scale": weight.global_scales.clone(),
+    }
+
+
+def quantization_config(conversion: Conversion) -> dict[str, Any]:
+    """What config.json says of it: one group of modules for each number of columns that share a scale."""
+    target = conversion.target
+    groups = {}
+    for number, (group, attributes) in enumerate(sorted(conversion.groups.items())):
+        weights: dict[str, Any] = {"num_bits": 8 if target.format == "fp8" else 4, "symmetric": True, "dynamic": False}
+        activations = None
+        if target.format == "fp8":
+            weights |= {"type": "float", "strategy": "channel"}
+            activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        elif target.format == "int4":
+            weights |= {"type": "int", "strategy": "group", "group_size": group}
+        else:
+            weights |= {"type": "float", "strategy": "tensor_group", "group_size": group}
+            weights["scale_dtype"] = "torch.float8_e4m3fn"
+        groups[f"group_{number}"] = {
+            "targets": [_module_pattern(attribute) for attribute in sorted(set(attributes))],
+            "weights": weights,
+            "input_activations": activations,
+            "output_activations": None,
+            "format": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _LAYOUTS[target.format],
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _IGNORED,
+        "kv_cache_scheme": None,
+    }
+
+
+def _module_pattern(attribute: str) -> str:
+    """The modules of an attribute of LayerWeights, as a regular expression of compressed-tensors."""
+    if attribute == "experts_gate_up":
+        return r"re:.*\.experts\.\d+\.(gate|up)_proj$"
+    if attribute == "experts_down":
+        return r"re:.*\.experts\.\d+\.down_proj$"
+    module = "self_attn" if attribute in PARTS["attention"] else "mlp"
+    return rf"re:.*\.{module}\.{attribute}$"
+
+
+class _State:
+    """What of a partial folder is finished, in its progress.json."""
+
+    def __init__(self, file: Path, fingerprint: str) -> None:
+        self._file = file
+        self._fingerprint = fingerprint
+        self.done: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, partial: Path, source: Path, conversion: Conversion) -> _State:
+        """The state of an earlier run, or a new one."""
+        state = cls(partial / _STATE_FILE, _fingerprint(source, conversion))
+        if not state._file.exists():
+            if any(partial.iterdir()):
+                raise ValueError(f"OUT: {partial} has files of something else; wants it empty or away")
+            return state
+        try:
+            earlier = json.loads(state._file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"cannot be read as JSON: {error}", file=state._file) from error
+        if earlier.get("fingerprint") != state._fingerprint:
+            raise ValueError(f"OUT: {partial} was begun from another source or for another format; remove it first")
+        state.done = earlier["done"]
+        return state
+
+    def finish(self, number: int, names: list[str], errors: list[PartError]) -> None:
+        self.done[str(number)] = {"names": names, "errors": [vars(error) for error in errors]}
+        with _writing(self._file):
+            _write_json(self._file, {"fingerprint": self._fingerprint, "done": self.done})
+
+    def index(self, partial: Path, count: int) -> dict[str, Any]:
+        weight_map = {}
+        for number in range(count):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            weight_map |= dict.fromkeys(self.done[str(number)]["names"], file)
+        total = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def errors(self) -> list[PartError]:
+        """Of all shards, one for a layer's part, in order."""
+        sums: dict[tuple[int, str], PartError] = {}
+        for number in sorted(self.done, key=int):
+            for error in self.done[number]["errors"]:
+                total = sums.setdefault((error["layer"], error["part"]), PartError(error["layer"], error["part"]))
+                total.error += error["error"]
+                total.size += error["size"]
+        return [sums[key] for key in sorted(sums)]
+
+
+def _fingerprint(source: Path, conversion: Conversion) -> str:
+    """Of the source's files (names, sizes, times) and of what is made of them."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.info.files]
+    text = json.dumps([str(source.resolve()), files, repr(conversion.target), _SHARD_BYTES])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Under another name first, so that a shard with its own name is whole."""
+    unfinished = file.with_suffix(".unfinished")
+    with _writing(file):
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+            with unfinished.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _write_companions(source: Path, partial: Path, conversion: Conversion) -> None:
+    """Tokenizer, templates and configurations; config.json with the quantization."""
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.name not in (INDEX_FILE, "config.json"):
+                shutil.copyfile(file, partial / file.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(conversion)
+    _write_json(partial / "config.json", config)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a failed write into a CheckpointError that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(
+            f"cannot be written: {reason}; what is finished is kept for the next run, and none of it loads", file=path
+        ) from error

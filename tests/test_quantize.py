@@ -1,0 +1,251 @@
+"""`dgemma quantize`: what it writes, how it fails, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dgemma_ext as dg
+from checkpoints import make_checkpoint
+from dgemma_ext.cli import main
+from dgemma_ext.config import ModelConfig
+from dgemma_ext.quantized import convert as convert_module
+from dgemma_ext.quantized.convert import convert, plan_conversion
+from dgemma_ext.quantized.formats import QuantizedWeight
+from dgemma_ext.quantized.scheme import parse_target
+from dgemma_ext.weights import ModelWeights, load_weights
+from quantized_checkpoints import requantize, schemes, unfuse
+
+FORMATS = ["fp8", "int4", "int4-64", "nvfp4"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "plain", shards=2)
+
+
+def load(folder: Path, weights: Any = "stored") -> ModelWeights:
+    return load_weights(folder, ModelConfig.from_file(folder), torch.bfloat16, "cpu", weights=weights)
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, QuantizedWeight):
+        for name, tensor in left.tensors().items():
+            assert torch.equal(tensor, right.tensors()[name]), name
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    else:
+        assert left == right
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_file_holds_what_quantizing_while_loading_makes(to: str, source: Path, tmp_path: Path) -> None:
+    errors = convert(source, tmp_path / "out", parse_target(to))
+    written, direct = load(tmp_path / "out"), load(source, parse_target(to))
+    for left, right in zip(written.layers, direct.layers, strict=True):
+        for attribute in vars(left):
+            assert_same(getattr(left, attribute), getattr(right, attribute))
+    assert_same(written.embed_tokens, direct.embed_tokens)
+    assert {error.layer for error in errors} == {0, 1, 2}
+    for error in errors:
+        assert 0.01 < error.relative < (0.04 if to == "fp8" else 0.12), error
+    # The rest of the folder goes with it.
+    for name in ("generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+    dg.DiffusionGemma.from_pretrained(tmp_path / "out", device="cpu").generate("one two", max_new_tokens=8)
+
+
+@pytest.mark.parametrize("to", ["fp8", "int4", "nvfp4"])
+def test_the_defining_package_reads_the_same_weights(to: str, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="read with the package compressed-tensors, which is not here")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    convert(source, tmp_path / "out", parse_target(to, ("experts", "attention", "mlp")))
+    stored = all_tensors(tmp_path / "out")
+    plain = unfuse(all_tensors(source))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    read = QuantizationConfig.model_validate(config["quantization_config"])
+    assert read.format == {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}[to]
+    scheme, compressor = schemes()[to]
+    ours = load(tmp_path / "out", "plain")
+    seen = 0
+    for name in plain:
+        if not re.search(r"layers\.\d+\.(self_attn\.\w_proj|mlp\.\w+_proj|experts\.\d+\.\w+)\.weight", name):
+            continue
+        base = name.removesuffix("weight")
+        parts = {key.removeprefix(base): tensor for key, tensor in stored.items() if key.startswith(base)}
+        targets = [t for group in read.config_groups.values() for t in group.targets]
+        module = name.removesuffix(".weight")
+        assert any(re.match(target.removeprefix("re:"), module) for target in targets), module
+        back = compressor.decompress(parts, scheme)["weight"].bfloat16()
+        assert torch.equal(loaded_plain(ours, name), back), name
+        assert float((back.float() - plain[name].float()).norm() / plain[name].float().norm()) < 0.12
+        seen += 1
+    assert seen == 3 * (3 + 3 + 8 * 3) + 2  # three projections where values come from keys, four elsewhere
+
+
+def loaded_plain(weights: ModelWeights, name: str) -> Tensor:
+    match = re.fullmatch(r"model\.decoder\.layers\.(\d+)\.(?:self_attn|mlp|experts)\.(?:(\d+)\.)?(\w+)\.weight", name)
+    assert match is not None
+    layer = weights.layers[int(match[1])]
+    if match[2] is None:
+        found: Tensor = getattr(layer, match[3])
+        return found
+    if match[3] == "down_proj":
+        assert isinstance(layer.experts_down, Tensor)
+        return layer.experts_down[int(match[2])]
+    assert isinstance(layer.experts_gate_up, Tensor)
+    return layer.experts_gate_up[int(match[2])].chunk(2)[match[3] == "up_proj"]
+
+
+def test_groups_that_do_not_divide_the_columns(source: Path, tmp_path: Path) -> None:
+    """32 columns of down take no group of 64, 64 of gate and up no group of 128: each gets what fits."""
+    convert(source, tmp_path / "out", parse_target("int4-128", ("experts", "mlp")))
+    weights = load(tmp_path / "out")
+    groups = [(layer.experts_gate_up.group, layer.experts_down.group) for layer in weights.layers]  # type: ignore[union-attr]
+    assert groups == [(64, 32)] * 3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert sorted(group["weights"]["group_size"] for group in config["config_groups"].values()) == [32, 64]
+
+
+def test_shards_do_not_change_what_is_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "one", parse_target("int4"))
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+    monkeypatch.setattr(convert_module, "_SHARD_BYTES", 40_000)
+    convert(source, tmp_path / "many", parse_target("int4"))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "_SHARD_BYTES", 40_000)
+    out, target = tmp_path / "out", parse_target("int4")
+    shards = len(plan_conversion(source, target).shards)
+    wanted = convert(source, tmp_path / "whole", target)
+    write, written = convert_module._write_shard, []
+
+    def stop_at_the_third(file: Path, tensors: dict[str, Tensor]) -> None:
+        if len(written) == 2:
+            raise Stopped
+        written.append(file)
+        write(file, tensors)
+
+    monkeypatch.setattr(convert_module, "_write_shard", stop_at_the_third)
+    with pytest.raises(Stopped):
+        convert(source, out, target)
+    assert not out.exists()
+    with pytest.raises(dg.CheckpointError):
+        ModelConfig.from_file(tmp_path / "out.partial")
+    # Another format, or another source, is no continuation.
+    with pytest.raises(ValueError, match=r"out\.partial was begun from another source or for another format"):
+        convert(source, out, parse_target("fp8"))
+    again: list[Path] = []
+    monkeypatch.setattr(
+        convert_module, "_write_shard", lambda file, tensors: (again.append(file), write(file, tensors))
+    )
+    done: list[int] = []
+    errors = convert(source, out, target, done.append)
+    assert len(again) == shards - 2
+    assert not {file.name for file in again} & {file.name for file in written}
+    assert sum(done) == plan_conversion(source, target).source_bytes
+    assert [vars(error) for error in errors] == [vars(error) for error in wanted]
+    whole = all_tensors(tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in all_tensors(out).items())
+
+
+def test_a_disk_that_is_full(source: Path, tmp_path: Path) -> None:
+    """Played by a limit on the size of files, which fails a write half-way just so."""
+    out = tmp_path / "out"
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    program = "import sys; from dgemma_ext.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "quantize", str(source), str(out), "--to", "fp8"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert failed.returncode == 2, failed.stderr
+    assert re.search(r"model-00001-of-00001.safetensors: cannot be written: .*none of it loads", failed.stderr)
+    assert not out.exists()
+    assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+    assert not list((tmp_path / "out.partial").glob("*.unfinished"))
+    # With room again the same command finishes.
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    load(out)
+
+
+def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint(*arguments: str) -> str:
+        assert main(["quantize", *arguments]) == 2
+        return capsys.readouterr().err
+
+    out = str(tmp_path / "out")
+    assert "weights must be fp8, int4, int4-64, int4-128 or nvfp4, got 'int8'" in complaint(
+        str(source), out, "--to", "int8"
+    )
+    assert "parts must be some of experts, attention, mlp, got router" in complaint(
+        str(source), out, "--to", "fp8", "--parts", "experts,router"
+    )
+    assert "exists; wants a folder that does not" in complaint(str(source), str(source), "--to", "fp8")
+    assert "does not exist" in complaint(str(tmp_path / "nothing"), out, "--to", "fp8")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "letter.txt").write_text("mine")
+    assert "has files of something else" in complaint(str(source), out, "--to", "fp8")
+    assert (tmp_path / "out.partial" / "letter.txt").read_text() == "mine"
+    pytest.importorskip("compressed_tensors", reason="writes a quantized checkpoint")
+    single = make_checkpoint(tmp_path / "single", with_tokenizer=False)
+    requantize(single, "int4")
+    assert re.search(r"the checkpoint has .* as int4; wants a plain one", complaint(str(single), out, "--to", "fp8"))
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "plain", with_tokenizer=False)
+    file = source / "model.safetensors"
+    stored = load_file(file)
+    stored["model.decoder.layers.1.experts.down_proj"][3, 2, 1] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(dg.CheckpointError, match=r"layers\.1\.experts\.down_proj: has values that are not finite"):
+        convert(source, tmp_path / "out", parse_target("int4"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_table(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--to", "int4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["layer", "experts", "attention"]
+    assert [line.split()[0] for line in lines[2:6]] == ["0", "1", "2", "all"]
+    assert all(0.05 < float(number) < 0.12 for line in lines[2:6] for number in line.split()[1:])
+    assert main(["quantize", str(source), str(tmp_path / "json"), "--to", "fp8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["bytes"]["after"] < result["bytes"]["before"]
+    assert {(error["layer"], error["part"]) for error in result["errors"]} == {
+        (layer, part) for layer in range(3) for part in ("experts", "attention", "mlp")
+    }
+    assert os.path.isdir(result["path"])
