@@ -57,6 +57,18 @@ class Head(ctypes.Structure):
     _fields_ += [(name, POINTER) for name in ("hidden", "embedding", "raw")]
 
 
+class SoftEmbedding(ctypes.Structure):
+    """dgemma_soft_embedding of csrc/include/dgemma/denoise.h."""
+
+    _fields_ = (
+        [("logits", Logits)]
+        + [(name, POINTER) for name in ("row_max", "row_sum", "tile_max", "tile_sum", "pinned")]
+        + [("hidden_size", ctypes.c_int64), ("embedding", POINTER)]
+        + [(name, ctypes.c_float) for name in ("embedding_scale", "tolerance", "max_embedding_norm")]
+        + [("output", POINTER), ("workspace", POINTER), ("workspace_bytes", ctypes.c_size_t)]
+    )
+
+
 class Cuda(ctypes.Structure):
     """dgemma_cuda of csrc/include/dgemma/base.h."""
 
@@ -125,3 +137,26 @@ def with_nan_behind(tensor: Tensor) -> Tensor:
     longer = torch.full((tensor.numel() + 128 * tensor.shape[-1],), float("nan"), dtype=tensor.dtype)
     longer[: tensor.numel()] = tensor.flatten()
     return longer[: tensor.numel()].view(tensor.shape)
+
+
+def make_statistics(case: Case, poisoned: Poisoned) -> tuple[Statistics, tuple[Tensor, ...]]:
+    """Outputs and workspace are poison."""
+    batch, length, vocabulary = case.logits.shape
+    row, tile = (batch, length), (batch, length, -(-vocabulary // 128))
+    dtypes = (torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
+    parts = tuple(poisoned.tensor(s, t) for s, t in zip([row] * 4 + [tile] * 2, dtypes, strict=True))
+    op = Statistics(describe(case), *(part.data_ptr() for part in parts))
+    op.workspace_bytes = library().dgemma_cuda_vocabulary_statistics_workspace(ctypes.byref(op))
+    workspace = poisoned.tensor((op.workspace_bytes,), torch.uint8)
+    op.workspace = workspace.data_ptr()
+    return op, parts
+
+
+def statistics_of(case: Case) -> tuple[Tensor, ...]:
+    """Of stored logits, by their own kernels: argmax, entropy, row_max, row_sum, tile_max, tile_sum."""
+    poisoned, cuda = Poisoned(), Cuda()
+    op, parts = make_statistics(case, poisoned)
+    with machine(1):
+        status = library().dgemma_cuda_vocabulary_statistics(ctypes.byref(op), ctypes.byref(cuda))
+    assert status == OK, cuda.message.decode()
+    return parts

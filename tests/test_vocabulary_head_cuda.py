@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from bounds import assert_close
 from denoise_cases import NAN, Case, bits, make_case
-from denoise_library import OK, SEEDS, Cuda, Head, Poisoned, Statistics, describe, library, machine, sizes
+from denoise_library import OK, SEEDS, Cuda, Head, Poisoned, library, machine, make_statistics, sizes, statistics_of
 from denoise_library import with_nan_behind as guarded
 from sim.build import SUPPORTED
 from test_denoise_statistics import assert_statistics
@@ -36,19 +36,6 @@ class Result:
         return [bits(tensor[b]) for tensor in (self.raw, *self.parts)]
 
 
-def make_statistics(case: Case, poisoned: Poisoned) -> tuple[Statistics, tuple[Tensor, ...]]:
-    """Outputs and workspace are poison."""
-    batch, length, vocabulary = case.logits.shape
-    row, tile = (batch, length), (batch, length, -(-vocabulary // 128))
-    dtypes = (torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
-    parts = tuple(poisoned.tensor(s, t) for s, t in zip([row] * 4 + [tile] * 2, dtypes, strict=True))
-    op = Statistics(describe(case), *(part.data_ptr() for part in parts))
-    op.workspace_bytes = library().dgemma_cuda_vocabulary_statistics_workspace(ctypes.byref(op))
-    workspace = poisoned.tensor((op.workspace_bytes,), torch.uint8)
-    op.workspace = workspace.data_ptr()
-    return op, parts
-
-
 def run(case: Case, hidden: Tensor, embedding: Tensor, seed: int, **gpu: int) -> Result:
     poisoned, cuda = Poisoned(), Cuda()
     statistics, parts = make_statistics(case, poisoned)
@@ -60,16 +47,6 @@ def run(case: Case, hidden: Tensor, embedding: Tensor, seed: int, **gpu: int) ->
     assert status == OK, cuda.message.decode()
     poisoned.assert_nothing_written_behind()
     return Result(raw, parts)
-
-
-def statistics_of(case: Case) -> tuple[Tensor, ...]:
-    """By the kernel for stored logits."""
-    poisoned, cuda = Poisoned(), Cuda()
-    op, parts = make_statistics(case, poisoned)
-    with machine(1):
-        status = library().dgemma_cuda_vocabulary_statistics(ctypes.byref(op), ctypes.byref(cuda))
-    assert status == OK, cuda.message.decode()
-    return parts
 
 
 def make_operands(case: Case, hidden_size: int) -> tuple[Tensor, Tensor]:

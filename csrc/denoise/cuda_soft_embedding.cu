@@ -8,13 +8,21 @@ namespace dgemma {
 namespace {
 
 const char* run_round(const SoftPlan& plan, const SoftPass& pass, void* stream) {
-  for (const auto launch : {launch_soft_weigh, launch_soft_list, launch_soft_probabilities,
-                            launch_soft_product_sm80_bf16, launch_soft_finish})
+  auto product = launch_soft_product_sm80_bf16;
+#if defined(DGEMMA_WITH_SM90)
+  if (plan.path == CudaPath::kSm90) product = launch_soft_product_sm90_bf16;
+#endif
+  for (const auto launch : {launch_soft_weigh, launch_soft_list, launch_soft_probabilities, product,
+                            launch_soft_finish})
     if (const char* problem = launch(plan, pass, stream)) return problem;
   return nullptr;
 }
 
 dgemma_status check_soft_embedding(const dgemma_soft_embedding& op, dgemma_cuda* cuda) {
+  // The third extent of the product's grid.
+  if (op.logits.batch > 65535)
+    return fail(cuda, DGEMMA_UNSUPPORTED, "batch: got %lld, wants at most 65535",
+                static_cast<long long>(op.logits.batch));
   if (!std::isfinite(op.embedding_scale))
     return fail(cuda, DGEMMA_INVALID_ARGUMENT, "embedding_scale: got %g, wants a finite number",
                 op.embedding_scale);
@@ -37,7 +45,7 @@ dgemma_status check_soft_embedding(const dgemma_soft_embedding& op, dgemma_cuda*
 
 size_t dgemma_cuda_soft_embedding_workspace(const dgemma_soft_embedding* op) {
   if (dgemma::soft_embedding_problem(*op) != nullptr) return 0;
-  return dgemma::make_soft_plan(*op).workspace_bytes;
+  return dgemma::make_soft_plan(*op, dgemma::CudaPath::kSm80).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op, dgemma_cuda* cuda) {
@@ -49,11 +57,11 @@ dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op, dgemma
   if (op->logits.batch == 0 || op->logits.length == 0) return DGEMMA_OK;
   status = check_soft_embedding(*op, cuda);
   if (status != DGEMMA_OK) return status;
-  const SoftPlan plan = make_soft_plan(*op);
-  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
-  if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
+  if (status != DGEMMA_OK) return status;
+  const SoftPlan plan = make_soft_plan(*op, gpu.path);
+  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   status = launched(run_round(plan, make_soft_pass(*op, plan, false), cuda->stream), cuda);
   // Without a tolerance the first round left nothing out.

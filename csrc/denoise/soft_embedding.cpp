@@ -2,6 +2,8 @@
 
 #include <ostream>
 
+#include "denoise/plan_head.h"
+
 namespace dgemma {
 namespace {
 
@@ -19,11 +21,13 @@ const char* soft_embedding_problem(const dgemma_soft_embedding& op) {
   return nullptr;
 }
 
-SoftPlan make_soft_plan(const dgemma_soft_embedding& op) {
+SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path) {
   const Logits logits = make_logits(op.logits);
   const int64_t rows = static_cast<int64_t>(logits.batch) * logits.length;
   SoftPlan plan = {};
-  plan.row_tiles = ceil_divide(logits.length, kSoftRows);
+  plan.path = path;
+  plan.row_tile = path == CudaPath::kSm90 ? vocabulary_row_tile(logits.length) : kSoftRows;
+  plan.row_tiles = ceil_divide(logits.length, plan.row_tile);
   plan.column_tiles = ceil_divide(op.hidden_size, kSoftColumns);
   plan.splits = kSoftSplits;
   size_t at = 0;
@@ -46,7 +50,7 @@ SoftPlan make_soft_plan(const dgemma_soft_embedding& op) {
 
 void print(const SoftPlan& plan, std::ostream& out) {
   out << "soft product: " << plan.column_tiles << " x " << plan.row_tiles << " tiles of "
-      << kSoftRows << " rows by " << kSoftColumns << " columns, " << plan.splits
+      << plan.row_tile << " rows by " << kSoftColumns << " columns, " << plan.splits
       << " splits of the listed vocabulary tiles, steps of " << kSoftDepth << "\n"
       << "workspace: " << plan.workspace_bytes << " bytes\n";
 }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <iosfwd>
 
+#include "cuda/entry.h"
 #include "denoise/cuda.h"
 
 namespace dgemma {
@@ -20,16 +21,19 @@ namespace device {
 struct bfloat16;
 }
 
-// Rows and columns of a block of the product, and the depth of a stage.
+// Rows and columns of a block of the product, and the depth of a stage. On sm_90 the rows are 64,
+// 128 or 256, as the canvas has them (plan_head.h).
 constexpr int32_t kSoftRows = 128;
 constexpr int32_t kSoftColumns = 128;
 constexpr int32_t kSoftDepth = 64;
-// Splits of the listed tiles: with 22 column tiles and two row tiles of the model's canvas, 264
-// blocks, two for each multiprocessor of an H200. A constant, so that bits do not depend on a
-// batch.
+// Splits of the listed tiles: with 22 column tiles of the model's canvas and its one row tile of
+// 256 on sm_90, 132 blocks, one for each multiprocessor of an H200; twice as many with two row
+// tiles. A constant, so that bits do not depend on a batch.
 constexpr int32_t kSoftSplits = 6;
 
 struct SoftPlan {
+  CudaPath path;
+  int32_t row_tile;  // rows of a block of the product
   int32_t row_tiles, column_tiles, splits;
   size_t normaliser;     // float [rows]
   size_t left_out;       // float [rows]: bound on the mass that the row's tiles leave out
@@ -44,7 +48,8 @@ struct SoftPlan {
 
 // Null when the kernels take these sizes, else what they do not take and what they want.
 const char* soft_embedding_problem(const dgemma_soft_embedding& op);
-SoftPlan make_soft_plan(const dgemma_soft_embedding& op);
+// The workspace is the same for every GPU.
+SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path);
 void print(const SoftPlan& plan, std::ostream& out);
 
 // Arguments of the five kernels. `dense`: the second round, of requests that failed the first.
@@ -72,6 +77,7 @@ const char* launch_soft_weigh(const SoftPlan& plan, const SoftPass& pass, void* 
 const char* launch_soft_list(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_probabilities(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_product_sm80_bf16(const SoftPlan& plan, const SoftPass& pass, void* stream);
+const char* launch_soft_product_sm90_bf16(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_finish(const SoftPlan& plan, const SoftPass& pass, void* stream);
 
 }  // namespace dgemma
