@@ -33,6 +33,7 @@ def test_compiles_without_spills_or_local_memory(source: Path) -> None:
         assert report.kernels > 0
         assert report.kernels % (1 if hopper else PORTABLE_ARCHITECTURES) == 0
     assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+    assert report.serialized == 0, "ptxas put a wait behind every wgmma"
 
 
 @needs_disassembler

@@ -56,9 +56,9 @@ CASES = [
     ((1, 64, 700, 264), False),  # three column tiles, the last of them short
     ((2, 65, 513, 64), True),  # a row tile of 128
     ((1, 130, 900, 200), False),
-    ((1, 256, 1100, 128), False),
+    ((1, 256, 3500, 136), False),  # the ring goes round twice
     ((2, 300, 260, 72), True),  # two row tiles of 256, the second short
-    ((1, 3, 20001, 40), False),  # the ring goes round several times
+    ((1, 3, 20001, 136), False),  # the ring goes round many times
     ((1, 2, 300, 2816), False),  # the model's width
 ]
 

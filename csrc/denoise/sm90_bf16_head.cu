@@ -127,7 +127,7 @@ DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const He
   Position<Shared<kRows>> at;
   uint32_t parity = 0;
   for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
-    float sum[kRows / 2] = {};
+    float sum[kRows / 2] = {};  // or the last ones would be kept while tiles are finished
     multiply<Major::k>(shared, at, steps, sum);
     device::mbarrier_wait(&finished.empty, parity ^ 1);  // the tile before is stored
     round_into(finished.tile, sum);

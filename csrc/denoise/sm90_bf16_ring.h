@@ -108,8 +108,9 @@ DGEMMA_DEVICE void release(Ring& ring, Position<Ring> at) {
   if (lane < kClusterBlocks) device::mbarrier_arrive_at_block(&ring.empty[at.stage], lane);
 }
 
-// Both by `steps` stages: sum holds the product of the warpgroup's 64 embedding rows and the canvas
-// rows (see device/wgmma.h for what a thread has of it).
+// The product of `steps` stages, at least one: of the warpgroup's 64 embedding rows and the canvas
+// rows (see device/wgmma.h for what a thread has of it). `sum` need not be set: where it was, ptxas
+// put the zeros between the instructions of the first group, and a wait behind each of them.
 template <Major kMajor, int kRows, typename Beside>
 DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, Position<Ring<kRows, Beside>>& at,
                             int32_t steps, float (&sum)[kRows / 2]) {
@@ -129,7 +130,7 @@ DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, Position<Ring<kRows, Besi
 #pragma unroll
     for (uint32_t k = 0; k < kStageDepth / 16; ++k)
       device::wgmma<kRows, kMajor>(sum, device::advanced(a, k * kNext),
-                                   device::advanced(b, k * kAlongLine));
+                                   device::advanced(b, k * kAlongLine), step > 0 || k > 0);
     device::wgmma_commit();
     // The products of the step before are done; this step's run on.
     if (step > 0) {
@@ -140,7 +141,7 @@ DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, Position<Ring<kRows, Besi
     at.advance();
   }
   device::wgmma_wait<0>(sum);
-  if (steps > 0) release(ring, behind);
+  release(ring, behind);
 }
 
 }  // namespace dgemma::vocabulary_sm90

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();
-    float sum[kRows / 2] = {};
+    float sum[kRows / 2];
     Position<Ring<kRows, Nothing>> at;
     multiply<Major::mn>(ring, at, (part.end - part.begin) * (kTile / kStageDepth), sum);
     store<kRows>(p, b, part, sum);

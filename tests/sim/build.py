@@ -131,6 +131,7 @@ class NvccReport:
     kernels: int  # compiled, one for each architecture
     spill_bytes: int
     stack_bytes: int
+    serialized: int  # kernels whose wgmmas ptxas makes wait for each other (its notes C7510 to C7519)
     registers: int  # of the kernel that uses most
     object: Path
 
@@ -160,6 +161,7 @@ def nvcc_report(source: Path, architecture: str) -> NvccReport:
         kernels=len(re.findall(r"Compiling entry function", text)),
         spill_bytes=sum(numbers(r"(\d+) bytes spill")),
         stack_bytes=sum(numbers(r"(\d+) bytes stack frame")),
+        serialized=len(re.findall(r"wgmma.mma_async instructions are serialized", text)),
         registers=max(numbers(r"Used (\d+) registers"), default=0),
         object=target.with_suffix(".o"),
     )
