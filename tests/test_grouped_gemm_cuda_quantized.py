@@ -23,11 +23,11 @@ from test_grouped_gemm_cuda import Cuda, MoeFfn
 from test_grouped_gemm_cuda_dense import Dense
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sort_pairs", "combine", "sum_segments", "cuda", "cuda_dense", "cuda_quantized"]
+KERNELS = ["sort_pairs", "combine", "sum_segments", "cuda", "cuda_dense", "cuda_quantized", "cuda_fp8", "quantize_rows"]
 KERNELS += [f"sm80_{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
-KERNELS += [f"sm90_bf16_{name}" for name in ("gate_up", "down", "dense")]
+KERNELS += [f"sm90_bf16_{name}" for name in ("gate_up", "down", "dense")] + ["sm90_fp8_gate_up", "sm90_fp8_down"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS] + [ROOT / "csrc" / "cuda" / "entry.cu"]
-SOURCES += [FAMILY / f"plan_{name}.cpp" for name in ("cuda", "dense", "quantized")]
+SOURCES += [FAMILY / f"plan_{name}.cpp" for name in ("cuda", "dense", "quantized", "fp8")]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "quantized_plan.cpp"]
 SEEDS = [1, 2, 3]
 GUARD = 256  # bytes behind the workspace and the output
@@ -53,9 +53,9 @@ class DenseQuantized(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     built = sim_library("grouped_gemm_quantized", SOURCES, ["-DDGEMMA_WITH_SM90"])
-    for name in ("moe_ffn", "dense"):
-        getattr(built, f"dgemma_cuda_{name}_quantized_workspace").restype = ctypes.c_size_t
-    for name in ("moe_quantized_plan", "dense_quantized_plan", "bytes_copied"):
+    for name in ("moe_ffn_quantized", "dense_quantized", "moe_ffn_fp8"):
+        getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
+    for name in ("moe_quantized_plan", "dense_quantized_plan", "moe_fp8_plan", "quantize_rows", "bytes_copied"):
         getattr(built, name).restype = ctypes.c_char_p
     return built
 
@@ -124,16 +124,16 @@ def describe(case: Case) -> MoeFfnQuantized:
     return MoeFfnQuantized(ffn, case.gate_up.describe(), case.down.describe())
 
 
-def run(case: Case, seed: int = 1, capability: int = 80) -> Tensor:
+def run(case: Case, seed: int = 1, capability: int = 80, name: str = "moe_ffn_quantized") -> Tensor:
     """The output of a call into poison, in one of the machine's orders."""
     op, cuda = describe(case), Cuda()
-    size = library().dgemma_cuda_moe_ffn_quantized_workspace(ctypes.byref(op))
+    size = getattr(library(), f"dgemma_cuda_{name}_workspace")(ctypes.byref(op))
     workspace = torch.full((size + GUARD,), 0xFF, dtype=torch.uint8)
     out = torch.full((case.input.numel() + GUARD,), NAN, dtype=torch.bfloat16)
     op.ffn.output, op.ffn.workspace, op.ffn.workspace_bytes = out.data_ptr(), workspace.data_ptr(), size
     library().sim_set_seed(ctypes.c_uint64(seed))
     with gpu(capability):
-        status = library().dgemma_cuda_moe_ffn_quantized(ctypes.byref(op), ctypes.byref(cuda))
+        status = getattr(library(), f"dgemma_cuda_{name}")(ctypes.byref(op), ctypes.byref(cuda))
     assert status == OK, cuda.message.decode()
     assert bool((workspace[size:] == 0xFF).all()), "written behind the workspace"
     assert bool(out[case.input.numel() :].isnan().all()), "written behind the output"

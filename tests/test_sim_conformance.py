@@ -33,6 +33,7 @@ CASES = [
     "TMA, multicast",
     "wgmma shapes, A shared",
     "wgmma shapes, A in registers",
+    "wgmma shapes of e4m3",
     "wgmma A k-major, B k-major",
     "wgmma A k-major, B n-major",
     "wgmma A m-major, B k-major",

@@ -69,6 +69,14 @@ DGEMMA_DEVICE void wgmma(float (&d)[kN / 2], MatrixDescriptor a, MatrixDescripto
       d, a.bits, b.bits, accumulate);
 }
 
+// d = a b + d of e4m3: 64x32 by 32xN, both k-major in shared memory, 32 k being 32 bytes. The sums
+// in d keep about 14 bits (DeepSeek-V3 technical report, 3.3.2): add them up elsewhere every 128 k.
+template <int kN>
+DGEMMA_DEVICE void wgmma_e4m3(float (&d)[kN / 2], MatrixDescriptor a, MatrixDescriptor b,
+                              bool accumulate = true) {
+  WgmmaShape<kN>::shared_e4m3(d, a.bits, b.bits, accumulate);
+}
+
 // The same with A in registers.
 template <int kN, Major kMajorB = Major::k>
 DGEMMA_DEVICE void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], MatrixDescriptor b,

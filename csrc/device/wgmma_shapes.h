@@ -93,6 +93,14 @@ struct WgmmaShape {
                    : DGEMMA_FLOATS_##n                                                            \
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMajorA), "n"(kMajorB)); \
     }                                                                                             \
+    static DGEMMA_DEVICE void shared_e4m3(float (&d)[n], uint64_t a, uint64_t b,                  \
+                                          bool accumulate) {                                      \
+      asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #p2 ", 0;"                                  \
+                   " wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" DGEMMA_NAMES_##n \
+                   "}, %" #p0 ", %" #p1 ", p, 1, 1; }"                                            \
+                   : DGEMMA_FLOATS_##n                                                            \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                          \
+    }                                                                                             \
     template <int kMajorB>                                                                        \
     static DGEMMA_DEVICE void registers(float (&d)[n], const uint32_t (&a)[4], uint64_t b,        \
                                         bool accumulate) {                                        \

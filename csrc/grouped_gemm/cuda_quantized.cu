@@ -9,7 +9,17 @@ namespace {
 
 constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
 
-QuantizedMatrix make_matrix(const dgemma_quantized& matrix, int64_t columns) {
+// Null, or CUDA's words.
+const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  if (const char* problem = launch_sort_pairs(plan, pass.ffn, stream)) return problem;
+  if (const char* problem = launch_gate_up_sm80_quantized(plan, pass, stream)) return problem;
+  if (const char* problem = launch_down_sm80_quantized(plan, pass, stream)) return problem;
+  return launch_combine(plan, pass.ffn, stream);
+}
+
+}  // namespace
+
+QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns) {
   const bool fp8 = matrix.format == DGEMMA_WEIGHTS_FP8;
   const int64_t group = fp8 ? 1 : matrix.group,
                 scale_bytes = matrix.format == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
@@ -26,24 +36,14 @@ QuantizedMatrix make_matrix(const dgemma_quantized& matrix, int64_t columns) {
       .group_bits = group_bits};
 }
 
-// Names are "gate_up.values" and so on.
-dgemma_status check_matrix(const dgemma_quantized& matrix, const char* values, const char* scales,
-                           const char* factors, dgemma_cuda* cuda) {
+dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
+                              const char* scales, const char* factors, dgemma_cuda* cuda) {
   const dgemma_status status = check_pointers(
       {{values, matrix.values, 16}, {factors, matrix.factors, alignof(float), true}}, cuda);
   if (status != DGEMMA_OK || matrix.format == DGEMMA_WEIGHTS_FP8) return status;
   return check_pointers({{scales, matrix.scales, 4}}, cuda);
 }
 
-// Null, or CUDA's words.
-const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
-  if (const char* problem = launch_sort_pairs(plan, pass.ffn, stream)) return problem;
-  if (const char* problem = launch_gate_up_sm80_quantized(plan, pass, stream)) return problem;
-  if (const char* problem = launch_down_sm80_quantized(plan, pass, stream)) return problem;
-  return launch_combine(plan, pass.ffn, stream);
-}
-
-}  // namespace
 }  // namespace dgemma
 
 size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
@@ -66,9 +66,10 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
                                          {"output", ffn.output, 16}},
                                         cuda);
   if (status != DGEMMA_OK) return status;
-  status = check_matrix(op->gate_up, "gate_up.values", "gate_up.scales", "gate_up.factors", cuda);
+  status =
+      check_quantized(op->gate_up, "gate_up.values", "gate_up.scales", "gate_up.factors", cuda);
   if (status != DGEMMA_OK) return status;
-  status = check_matrix(op->down, "down.values", "down.scales", "down.factors", cuda);
+  status = check_quantized(op->down, "down.values", "down.scales", "down.factors", cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
@@ -79,8 +80,8 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < ffn.tokens; token += plan.tokens_per_pass) {
     const MoeQuantizedPass pass = {.ffn = make_moe_cuda_pass(ffn, plan, token),
-                                   .gate_up = make_matrix(op->gate_up, ffn.hidden_size),
-                                   .down = make_matrix(op->down, ffn.expert_size),
+                                   .gate_up = make_quantized_matrix(op->gate_up, ffn.hidden_size),
+                                   .down = make_quantized_matrix(op->down, ffn.expert_size),
                                    .gate_up_encoding = encoding_of(op->gate_up),
                                    .down_encoding = encoding_of(op->down)};
     if (const char* problem = run_pass(plan, pass, cuda->stream)) return launched(problem, cuda);
@@ -105,7 +106,7 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   dgemma_status status =
       check_pointers({{"input", dense.input, 16}, {"output", dense.output, 16}}, cuda);
   if (status != DGEMMA_OK) return status;
-  status = check_matrix(op->weight, "weight.values", "weight.scales", "weight.factors", cuda);
+  status = check_quantized(op->weight, "weight.values", "weight.scales", "weight.factors", cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
@@ -115,7 +116,7 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   status = check_workspace(dense.workspace, dense.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   const DenseQuantizedCall call = {.dense = make_dense_call(dense, plan),
-                                   .weight = make_matrix(op->weight, dense.in_features),
+                                   .weight = make_quantized_matrix(op->weight, dense.in_features),
                                    .encoding = encoding_of(op->weight)};
   if (const char* problem = launch_dense_sm80_quantized(plan, call, cuda->stream))
     return launched(problem, cuda);

@@ -25,6 +25,11 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
   return matrix.scale_dtype == DGEMMA_FLOAT16 ? Encoding::kInt4Float16 : Encoding::kInt4;
 }
 
+QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
+// The three are the names to give in a message: "gate_up.values" and so on.
+dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
+                              const char* scales, const char* factors, dgemma_cuda* cuda);
+
 struct MoeQuantizedPass {
   MoeCudaPass ffn;  // its gate_up and down are null
   QuantizedMatrix gate_up, down;

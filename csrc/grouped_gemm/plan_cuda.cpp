@@ -89,6 +89,7 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   plan.overlap = gpu.compute_capability >= 90;  // griddepcontrol
   const int64_t pairs = plan.tokens_per_pass * op.top_k;
   plan.token_tile = choose_token_tile(gpu.path, pairs, op.experts);
+  plan.depth = kMoeDepth;
   int64_t most_blocks = gpu.multiprocessors;
   if (gpu.path == CudaPath::kSm90) {
     // A block takes almost all of a multiprocessor's shared memory: one fits.
@@ -131,7 +132,7 @@ void print(const MoeCudaPlan& plan, std::ostream& out) {
   const auto part = [&](const char* name, const MoeCudaPart& p) {
     out << name << ": " << p.blocks << " blocks of " << plan.threads << " threads, "
         << p.weight_tiles << " weight tiles of " << plan.weight_rows << " rows per expert, "
-        << p.k_steps << " steps of " << kMoeDepth << ", token tiles of " << plan.token_tile << ", "
+        << p.k_steps << " steps of " << plan.depth << ", token tiles of " << plan.token_tile << ", "
         << plan.stages << " stages of " << plan.stage_bytes << " bytes\n";
   };
   out << "pass: " << plan.tokens_per_pass << " tokens\n";

@@ -77,6 +77,7 @@ struct MoeCudaPlan {
   int32_t weight_rows;  // of a weight tile
   int32_t threads;      // of a block that multiplies
   int32_t stages, stage_bytes;
+  int32_t depth;  // columns in a stage
   MoeCudaPart gate_up, down;
   int32_t combine_blocks;  // of a full pass
 

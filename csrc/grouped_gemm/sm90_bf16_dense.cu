@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                      });
       }
     } else {
-      gather_rows(ring, p.work, p.input, p.in_features, [](int32_t row) { return row; });
+      gather_rows(ring, p.work, p.input, bytes_of(p.in_features), [](int32_t row) { return row; });
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();

@@ -3,7 +3,7 @@
 // A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
 #include "device/launch.h"
 #include "device/shared_memory.h"
-#include "grouped_gemm/sm90_bf16_pipeline.h"
+#include "grouped_gemm/sm90_down_store.h"
 
 namespace dgemma {
 namespace {
@@ -18,46 +18,11 @@ struct Down {
   int32_t hidden_size, expert_size;
 };
 
-// Where a column of the product goes, and what it is multiplied by.
-struct Target {
-  int32_t pair;
-  float weight;
-};
-
 template <int kTokens>
 struct Shared {
   Ring<kTokens> ring;
   Target target[2][kTokens];  // by warpgroup
 };
-
-// Before the products are waited for, so that these loads take no time of their own.
-DGEMMA_DEVICE void load_targets(const Down& p, const MoeUnit& unit, Target* target) {
-  sync_warpgroup();  // the last unit's are used
-  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < unit.rows; i += 128) {
-    const int32_t pair = p.work.tables.pair[unit.first + i];
-    target[i] = {pair, p.expert_weights[pair]};
-  }
-  sync_warpgroup();
-}
-
-// Eight lanes write 32 bytes of a row, a sector of the L2; a lane has two tokens of each eight.
-template <int kN>
-DGEMMA_DEVICE void store(const Down& p, const MoeUnit& unit, const float (&sum)[kN / 2],
-                         const Target* target) {
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
-  const int32_t row = unit.weight_tile * kMoeWeightRows +
-                      static_cast<int32_t>(device::warp_index()) * 16 + lane / 4;
-#pragma unroll
-  for (int i = 0; i < kN / 4; ++i) {
-    const int32_t token = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-    if (token >= unit.rows) continue;
-    const Target to = target[token];
-    float* out = p.products + static_cast<int64_t>(to.pair) * p.hidden_size + row;
-    const int d = 4 * (i / 2) + i % 2;
-    if (row < p.hidden_size) out[0] = to.weight * sum[d];
-    if (row + 8 < p.hidden_size) out[8] = to.weight * sum[d + 2];
-  }
-}
 
 template <int kTokens>
 __global__ void __launch_bounds__(kMoeThreads, 1)
@@ -86,7 +51,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       }
     } else {
       device::wait_for_previous_kernel();
-      gather_rows(shared.ring, p.work, p.activations, p.expert_size,
+      gather_rows(shared.ring, p.work, p.activations, bytes_of(p.expert_size),
                   [](int32_t position) { return position; });
     }
   } else {
@@ -95,10 +60,11 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     Position<kTokens> at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p, unit, target);
+      load_targets(p.work.tables, unit, target,
+                   [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       float sum[kN / 2] = {};
       multiply<kN>(shared.ring, at, p.work.k_steps, sum);
-      store<kN>(p, unit, sum, target);
+      store_products<kN>(unit, sum, target, p.hidden_size, p.products);
     });
   }
 }

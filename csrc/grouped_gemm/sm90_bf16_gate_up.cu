@@ -1,14 +1,10 @@
 // h = gelu_tanh(gate x) * (up x) for every pair, bfloat16 on sm_90: see sm90_bf16_pipeline.h.
 //
-// A weight tile is 64 gate rows and the 64 up rows that belong to them, eight of the one and eight
-// of the other in turn, so that both products of a result are in one thread: row l / 4 of a warp's
-// 16 is gate's, row l / 4 + 8 up's. The copy engine brings them in that order out of the
+// The copy engine brings gate's and up's rows in the order of sm90_gate_up_store.h out of the
 // checkpoint's.
 #include "device/launch.h"
-#include "device/ldmatrix.h"
 #include "device/shared_memory.h"
-#include "grouped_gemm/gelu.h"
-#include "grouped_gemm/sm90_bf16_pipeline.h"
+#include "grouped_gemm/sm90_gate_up_store.h"
 
 namespace dgemma {
 namespace {
@@ -22,52 +18,11 @@ struct GateUp {
   int32_t hidden_size, expert_size, top_k;
 };
 
-constexpr int32_t kColumns = kMoeWeightRows / 2;      // of h, per weight tile
-constexpr uint32_t kWarpgroupColumns = kColumns / 2;  // 32: 64 bytes, four pieces of 16
-constexpr uint32_t kPiecesOfResult = kWarpgroupColumns / 8;
-
 template <int kTokens>
 struct Shared {
   Ring<kTokens> ring;
-  alignas(1024) bfloat16 result[2][kTokens][kWarpgroupColumns];  // by warpgroup; swizzled
+  Results<kTokens> results;
 };
-
-// Where a piece of a token's results lies in the tile.
-DGEMMA_DEVICE char* result_piece(bfloat16 (*tile)[kWarpgroupColumns], uint32_t token,
-                                 uint32_t piece) {
-  const uint32_t offset = (token * kPiecesOfResult + piece) * 16;
-  return reinterpret_cast<char*>(tile) + device::swizzled(offset, Swizzle::bytes_64);
-}
-
-// Through shared memory, so that four threads write 64 bytes of a row together.
-template <int kN>
-DGEMMA_DEVICE void store(const GateUp& p, const MoeUnit& unit, const float (&sum)[kN / 2],
-                         bfloat16 (*tile)[kWarpgroupColumns]) {
-  const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
-  sync_warpgroup();  // the last unit's results are read
-#pragma unroll
-  for (int j = 0; j < kN / 8; j += 2) {
-    uint32_t h[2];  // 16 tokens of the warp's eight columns
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* d = sum + 4 * (j + i);
-      h[i] = device::pack_bfloat16(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
-    }
-    device::store_tiles_transposed(result_piece(tile, 8 * j + lane % 16, warp), h);
-  }
-  sync_warpgroup();
-  const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
-  const int32_t column =
-      unit.weight_tile * kColumns +
-      static_cast<int32_t>(device::warpgroup_index() * kWarpgroupColumns + piece * 8);
-  if (column >= p.expert_size) return;
-  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(unit.rows);
-       token += 128 / kPiecesOfResult) {
-    bfloat16* row = p.activations + (unit.first + static_cast<int64_t>(token)) * p.expert_size;
-    *reinterpret_cast<uint4*>(row + column) =
-        *reinterpret_cast<const uint4*>(result_piece(tile, token, piece));
-  }
-}
 
 template <int kTokens>
 __global__ void __launch_bounds__(kMoeThreads, 1)
@@ -96,7 +51,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                      });
       }
     } else {
-      gather_rows(shared.ring, p.work, p.input, p.hidden_size,
+      gather_rows(shared.ring, p.work, p.input, bytes_of(p.hidden_size),
                   [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
     }
   } else {
@@ -106,7 +61,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       constexpr int kN = decltype(columns)::value;
       float sum[kN / 2] = {};
       multiply<kN>(shared.ring, at, p.work.k_steps, sum);
-      store<kN>(p, unit, sum, shared.result[device::warpgroup_index()]);
+      store_results<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.expert_size,
+                        p.activations);
     });
   }
 }

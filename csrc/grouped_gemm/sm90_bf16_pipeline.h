@@ -50,6 +50,10 @@ DGEMMA_DEVICE void for_each_unit(const Work& work, Visit visit) {
     visit(work.find(kTokens, index));
 }
 
+DGEMMA_DEVICE int32_t bytes_of(int32_t columns) {
+  return columns * static_cast<int32_t>(sizeof(bfloat16));
+}
+
 template <int kTokens>
 struct Ring {
   static constexpr uint32_t kStages = moe_stages(kTokens);
@@ -101,12 +105,13 @@ DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load
   });
 }
 
-// Three warps. Brings the rows row_of(position) of a matrix with `width` columns, for the unit's
-// sorted positions. Rows of the tile past the unit's are left as they are: a product's columns do
-// not mix, and those are not stored. Columns past the last are zero, as the weights' are.
+// Three warps. Brings the rows row_of(position) of a matrix with rows of `row_bytes`, for the
+// unit's sorted positions. Rows of the tile past the unit's are left as they are: a product's
+// columns do not mix, and those are not stored. Columns past the last are zero, as the weights'
+// are.
 template <int kTokens, typename Work, typename RowOf>
-DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const bfloat16* matrix,
-                               int32_t width, RowOf row_of) {
+DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void* matrix,
+                               int32_t row_bytes, RowOf row_of) {
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t piece = thread % kPiecesPerRow;
   Position<kTokens> at;
@@ -119,16 +124,18 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const bflo
 
     const int32_t first = work.first_step(unit), end = first + work.steps(unit);
     for (int32_t step = first; step < end; ++step, at.advance()) {
-      const int32_t column = step * kMoeDepth + static_cast<int32_t>(piece) * 8;
-      const bool inside = column < width;
-      const bfloat16* from = matrix + (inside ? column : 0);
+      const int32_t byte =
+          (step * static_cast<int32_t>(kPiecesPerRow) + static_cast<int32_t>(piece)) * 16;
+      const bool inside = byte < row_bytes;
+      const char* from = static_cast<const char*>(matrix) + (inside ? byte : 0);
       char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       for (uint32_t row = thread / kPiecesPerRow; row < rows;
            row += kGatheringThreads / kPiecesPerRow) {
         const uint32_t place =
             device::swizzled((row * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
-        device::cp_async_16(tile + place, from + static_cast<int64_t>(ring.source_row[row]) * width,
+        device::cp_async_16(tile + place,
+                            from + static_cast<int64_t>(ring.source_row[row]) * row_bytes,
                             inside ? 16 : 0);
       }
       device::cp_async_mbarrier_arrive(&ring.full[at.stage]);

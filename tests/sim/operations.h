@@ -104,6 +104,7 @@ struct Wgmma {
   bool a_in_registers, a_row_major, b_row_major,
       accumulate;  // row-major: m of A, n of B along memory
   uint64_t a, b;
+  bool e4m3 = false;  // else bfloat16
 };
 void wgmma(float* d, const uint32_t* a, const Wgmma& operation, const Source& source);
 void wgmma_fence(const Source& source);

@@ -1,7 +1,9 @@
 // wgmma. A warpgroup's products wait in a queue and are computed at a random later time, in order.
 // From issue to completion the accumulators hold NaN and their shared-memory operands are not yet
 // read, so whoever is too early with either sees wrong numbers.
+#include <array>
 #include <bit>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 
@@ -35,7 +37,8 @@ using dgemma::device::swizzle_period;
 using dgemma::device::swizzle_row_bytes;
 using dgemma::device::swizzled;
 
-constexpr int kRows = 64, kDepth = 16;
+constexpr int kRows = 64, kDepth = 16;  // of bfloat16; of e4m3 twice as deep in as many bytes
+constexpr int kDepthE4m3 = 2 * kDepth;
 
 // A register of a thread is row `row`, columns `column` and the next, and so on: see
 // device/wgmma.h.
@@ -123,8 +126,37 @@ void read_tile(const Block& block, const Tile& tile, uint32_t rows, bool by_k, f
   });
 }
 
-// out[64][n] += a[64][16] b[16][n]. Four rows at once, so that four chains of additions hide each
-// other's latency.
+float e4m3_to_float(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return NAN;
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -9)
+                              : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
+void read_e4m3_tile(const Block& block, const Tile& tile, uint32_t rows, bool by_k, float* out) {
+  static const auto values = [] {
+    std::array<float, 256> all;
+    for (uint32_t i = 0; i < 256; ++i) all[i] = e4m3_to_float(static_cast<uint8_t>(i));
+    return all;
+  }();
+  const uint32_t row_step = by_k ? 1 : kDepthE4m3, k_step = by_k ? rows : 1;
+  visit_pieces(tile, rows, [&](uint32_t row, uint32_t k, uint32_t address) {
+    const uint8_t* piece = block.shared + address - kSharedWindow;
+    for (uint32_t i = 0; i < 16; ++i) out[row * row_step + (2 * k + i) * k_step] = values[piece[i]];
+  });
+}
+
+// What an accumulator keeps of a sum of e4m3 products: 14 bits.
+void cut_to_14_bits(float* sums, uint32_t count) {
+  for (uint32_t i = 0; i < count; ++i)
+    sums[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(sums[i]) & ~0x3ffu);
+}
+
+// out[64][n] += a[64][kDepth] b[kDepth][n]. Four rows at once, so that four chains of additions
+// hide each other's latency.
+template <int kDepth>
 void multiply_add(const float* a, const float* b, float* out, uint32_t n) {
   typedef float Eight [[gnu::vector_size(32), gnu::aligned(4), gnu::may_alias]];
   for (int i = 0; i < kRows; i += 4) {
@@ -175,8 +207,11 @@ void compute(WgmmaQueue& queue) {
   WgmmaOperation& operation = queue.operations.front();
   const Wgmma& what = operation.what;
   const auto n = static_cast<uint32_t>(what.n);
-  static float a[kRows * kDepth], b[kDepth * 256];
-  if (what.a_in_registers) {
+  static float a[kRows * kDepthE4m3], b[kDepthE4m3 * 256];
+  if (what.e4m3) {
+    read_e4m3_tile(*queue.block, decode(what.a, false), kRows, false, a);
+    read_e4m3_tile(*queue.block, decode(what.b, false), n, true, b);
+  } else if (what.a_in_registers) {
     for (uint32_t t = 0; t < kWarpgroupThreads; ++t) {
       const uint32_t row = 16 * (t / 32) + t % 32 / 4, k = 2 * (t % 4);
       for (uint32_t i = 0; i < 4; ++i) {
@@ -189,12 +224,17 @@ void compute(WgmmaQueue& queue) {
   } else {
     read_tile(*queue.block, decode(what.a, what.a_row_major), kRows, false, a);
   }
-  read_tile(*queue.block, decode(what.b, what.b_row_major), n, true, b);
+  if (!what.e4m3) read_tile(*queue.block, decode(what.b, what.b_row_major), n, true, b);
 
   float* tile = operation.accumulators->tile.data();
   if (!what.accumulate) std::memset(tile, 0, sizeof(float) * kRows * n);
-  multiply_add(a, b, tile, n);
-  machine->statistics.products += static_cast<uint64_t>(kRows) * kDepth * n;
+  if (what.e4m3) {
+    multiply_add<kDepthE4m3>(a, b, tile, n);
+    cut_to_14_bits(tile, kRows * n);
+  } else {
+    multiply_add<kDepth>(a, b, tile, n);
+  }
+  machine->statistics.products += uint64_t{kRows} * (what.e4m3 ? kDepthE4m3 : kDepth) * n;
 
   const std::shared_ptr<WgmmaAccumulators> accumulators = operation.accumulators;
   queue.operations.pop_front();
@@ -261,7 +301,7 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
   WgmmaOperation& operation = queue.operations[number - queue.done];
   const Wgmma& first = operation.what;
   if (first.n != what.n || first.a_in_registers != what.a_in_registers || first.a != what.a ||
-      first.b != what.b || first.accumulate != what.accumulate ||
+      first.b != what.b || first.accumulate != what.accumulate || first.e4m3 != what.e4m3 ||
       first.a_row_major != what.a_row_major || first.b_row_major != what.b_row_major)
     fail(source, "wgmma: threads of the warpgroup issue different ones (the other at %s)",
          place_of(operation.source).c_str());

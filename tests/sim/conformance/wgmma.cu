@@ -193,11 +193,89 @@ std::string layouts() {
   return {};
 }
 
+// Small whole numbers as e4m3.
+uint8_t e4m3_bits(float whole_number) {
+  static constexpr uint8_t kMagnitudes[5] = {0x00, 0x38, 0x40, 0x44, 0x48};
+  const int number = static_cast<int>(whole_number);
+  return static_cast<uint8_t>(number < 0 ? kMagnitudes[-number] | 0x80 : kMagnitudes[number]);
+}
+
+constexpr uint32_t kKE4m3 = 64;  // two products of 32 k, rows of 64 bytes
+
+struct SharedE4m3 {
+  alignas(512) uint8_t a[kRows * kKE4m3];
+  alignas(512) uint8_t b[256 * kKE4m3];
+};
+
+// out (64 x kN) = a (64 x k) b^T (kN x k) + 1, or without the 1.
+template <int kN>
+__global__ void __launch_bounds__(128)
+    e4m3_kernel(const uint8_t* a, const uint8_t* b, bool accumulate, float* out) {
+  auto& shared = shared_memory<SharedE4m3>();
+  for (uint32_t i = threadIdx.x; i < kRows * kKE4m3; i += 128)
+    shared.a[swizzled(i, Swizzle::bytes_64)] = a[i];
+  for (uint32_t i = threadIdx.x; i < kN * kKE4m3; i += 128)
+    shared.b[swizzled(i, Swizzle::bytes_64)] = b[i];
+  fence_proxy_async();
+  __syncthreads();
+  float d[kN / 2];
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) d[i] = 1.0f;
+  const MatrixDescriptor a_tile = k_major_descriptor(shared.a, Swizzle::bytes_64);
+  const MatrixDescriptor b_tile = k_major_descriptor(shared.b, Swizzle::bytes_64);
+  wgmma_fence(d);
+#pragma unroll
+  for (uint32_t k = 0; k < kKE4m3; k += 32)
+    wgmma_e4m3<kN>(d, advanced(a_tile, k), advanced(b_tile, k), k > 0 || accumulate);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  const uint32_t row = 16 * warp_index() + lane_index() / 4, column = 2 * (lane_index() % 4);
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) {
+    const uint32_t at = static_cast<uint32_t>(i);
+    out[(row + 8 * (at / 2 % 2)) * kN + column + 8 * (at / 4) + at % 2] = d[i];
+  }
+}
+
+template <int kN>
+std::string e4m3_product(bool accumulate) {
+  const std::vector<float> a = small_numbers(kRows * kKE4m3, kN),
+                           b = small_numbers(kN * kKE4m3, kN + 1);
+  std::vector<uint8_t> a_values, b_values;
+  for (float x : a) a_values.push_back(e4m3_bits(x));
+  for (float x : b) b_values.push_back(e4m3_bits(x));
+  Buffer<uint8_t> a_device(a_values), b_device(b_values);
+  Buffer<float> out(kRows * kN);
+  if (std::string problem = run(128, sizeof(SharedE4m3), 1, e4m3_kernel<kN>, a_device.device(),
+                                b_device.device(), accumulate, out.device());
+      !problem.empty())
+    return problem;
+  std::vector<float> wanted(kRows * kN, accumulate ? 1.0f : 0.0f);
+  for (size_t i = 0; i < kRows; ++i)
+    for (size_t j = 0; j < kN; ++j)
+      for (size_t k = 0; k < kKE4m3; ++k)
+        wanted[i * kN + j] += a[i * kKE4m3 + k] * b[j * kKE4m3 + k];
+  return compare("wgmma_e4m3", out.fetch(), wanted);
+}
+
+template <int... kEighths>
+std::string all_e4m3_shapes(std::integer_sequence<int, kEighths...>) {
+  std::string first;
+  const auto keep = [&](std::string problem) {
+    if (first.empty()) first = std::move(problem);
+  };
+  (keep(e4m3_product<8 * (kEighths + 1)>(kEighths % 2 == 0)), ...);
+  return first;
+}
+
+std::string shapes_e4m3() { return all_e4m3_shapes(std::make_integer_sequence<int, 32>()); }
+
 }  // namespace
 
 std::vector<Case> wgmma_cases() {
   return {{"wgmma shapes, A shared", 90, shapes_shared},
           {"wgmma shapes, A in registers", 90, shapes_registers},
+          {"wgmma shapes of e4m3", 90, shapes_e4m3},
           {"wgmma A k-major, B k-major", 90, layouts<false, Major::k, Major::k>},
           {"wgmma A k-major, B n-major", 90, layouts<false, Major::k, Major::mn>},
           {"wgmma A m-major, B k-major", 90, layouts<false, Major::mn, Major::k>},

@@ -41,6 +41,12 @@ void wgmma(float (&d)[kN / 2], MatrixDescriptor a, MatrixDescriptor b, bool accu
              {kN, false, kMajorA == Major::mn, kMajorB == Major::mn, accumulate, a.bits, b.bits},
              source);
 }
+template <int kN>
+void wgmma_e4m3(float (&d)[kN / 2], MatrixDescriptor a, MatrixDescriptor b, bool accumulate = true,
+                SIM_SOURCE) {
+  static_assert(kN % 8 == 0 && kN >= 8 && kN <= 256);
+  sim::wgmma(d, nullptr, {kN, false, false, false, accumulate, a.bits, b.bits, true}, source);
+}
 template <int kN, Major kMajorB = Major::k>
 void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], MatrixDescriptor b, bool accumulate = true,
            SIM_SOURCE) {

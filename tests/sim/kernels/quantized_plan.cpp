@@ -4,7 +4,8 @@
 #include <sstream>
 
 #include "entry.h"
-#include "grouped_gemm/cuda_quantized.h"
+#include "grouped_gemm/cuda_fp8.h"
+#include "grouped_gemm/quantize_rows.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 
@@ -40,6 +41,24 @@ SIM_ENTRY dense_quantized_plan(const dgemma_dense_quantized* op, int32_t compute
   const dgemma::Gpu gpu = gpu_of(compute_capability, multiprocessors);
   write(dgemma::make_dense_quantized_plan(*op, gpu), text, bytes);
   return nullptr;
+}
+
+SIM_ENTRY moe_fp8_plan(const dgemma_moe_ffn_quantized* op, int32_t multiprocessors, char* text,
+                       size_t bytes) {
+  if (const char* problem = dgemma::moe_fp8_problem(*op, text, bytes)) return problem;
+  write(dgemma::make_moe_fp8_plan(*op, multiprocessors).ffn, text, bytes);
+  return nullptr;
+}
+
+SIM_ENTRY quantize_rows(const void* input, uint8_t* output, float* scales, int32_t rows,
+                        int32_t width) {
+  return dgemma::launch_quantize_rows({.input = static_cast<const dgemma::device::bfloat16*>(input),
+                                       .output = output,
+                                       .scales = scales,
+                                       .rows = rows,
+                                       .width = width,
+                                       .filled = nullptr},
+                                      true, nullptr);
 }
 
 // Bytes that the last kernel read by cp.async from global memory.
