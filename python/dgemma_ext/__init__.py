@@ -14,6 +14,7 @@ from dgemma_ext.config import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError, NonFiniteError
 from dgemma_ext.events import Commit, Draft, Event, Failure, Output
 from dgemma_ext.integrations import accelerate
+from dgemma_ext.memory import MemoryPlan, NotEnoughMemory
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.sampler import Canvas, SamplerConfig
 from dgemma_ext.scheduler import Request, RequestState, Scheduler
@@ -32,8 +33,10 @@ __all__ = [
     "Event",
     "Failure",
     "GenerationDefaults",
+    "MemoryPlan",
     "ModelConfig",
     "NonFiniteError",
+    "NotEnoughMemory",
     "Output",
     "Request",
     "RequestState",

@@ -30,21 +30,11 @@ _PROGRESS_AFTER_SECONDS = 1.0
 Weight = Tensor | QuantizedWeight
 
 
-class WeightReader:
-    """Reads weights of an inspected checkpoint, to `dtype` (quantized ones as they are) on `device`.
+class MappedFiles:
+    """The tensors of an inspected checkpoint, as they are stored, out of memory maps that stay open with it."""
 
-    On the CPU a tensor that is stored as it is wanted is the mapped file itself. Used as a context manager, which keeps
-    the files open. Every method raises CheckpointError, naming file and tensor, for a file that cannot be read and for
-    values that no weight may have.
-    """
-
-    def __init__(
-        self, info: CheckpointInfo, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
-    ) -> None:
-        self._info = info
-        self._dtype = dtype
-        self._device = device
-        self._advance = advance
+    def __init__(self, info: CheckpointInfo) -> None:
+        self.info = info
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -53,6 +43,37 @@ class WeightReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stack.close()
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises CheckpointError for a file that cannot be read."""
+        file = self.info.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot be read: {error}", file=file) from error
+        return tensor
+
+    def refusal(self, name: str, problem: str) -> CheckpointError:
+        """The error for a tensor that cannot be used."""
+        return CheckpointError(problem, file=self.info.tensors[name].file, tensor=name)
+
+
+class WeightReader:
+    """Reads weights of an inspected checkpoint, to `dtype` (quantized ones as they are) on `device`.
+
+    On the CPU a tensor that is stored as it is wanted is the mapped file itself. Every method raises CheckpointError,
+    naming file and tensor, for a file that cannot be read and for values that no weight may have.
+    """
+
+    def __init__(
+        self, files: MappedFiles, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
+    ) -> None:
+        self._files = files
+        self._dtype = dtype
+        self._device = device
+        self._advance = advance
 
     def read(self, stored: Stored) -> Weight:
         """A weight as it is stored; experts stacked, and plain where they are of more than one format."""
@@ -93,22 +114,9 @@ class WeightReader:
         experts = ([self._read_matrix(matrix) for matrix in matrices] for matrices in stored.matrices)
         return stack_weights(cast("Iterable[list[QuantizedWeight]]", experts), len(stored.matrices))
 
-    def _mapped(self, name: str) -> Tensor:
-        file = self._info.tensors[name].file
-        try:
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot be read: {error}", file=file) from error
-        return tensor
-
-    def _refuse(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(problem, file=self._info.tensors[name].file, tensor=name)
-
     def _plain(self, name: str) -> Tensor:
         """The tensor as the wanted dtype on the device, every value read once."""
-        mapped = self._mapped(name)
+        mapped = self._files.tensor(name)
         in_place = mapped.dtype == self._dtype and self._device.type == "cpu"
         result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype, device=self._device)
         source, target = mapped.reshape(-1), result.view(-1)
@@ -128,28 +136,28 @@ class WeightReader:
                 if len(bad):
                     position = begin + int(bad[0])
                     where = _indices(position, mapped.shape)
-                    raise self._refuse(name, f"has {float(target[position])} at {where}, read as {self._dtype}")
+                    raise self._files.refusal(name, f"has {float(target[position])} at {where}, read as {self._dtype}")
         return result
 
     def _codes(self, name: str, check_nan: bool) -> Tensor:
         """The bytes of a quantized tensor; of e4m3, refused where one is NaN."""
-        mapped = self._mapped(name).view(torch.uint8)
+        mapped = self._files.tensor(name).view(torch.uint8)
         for piece in mapped.reshape(-1).split(CHUNK_ELEMENTS):
             if check_nan and bool(((piece & 0x7F) == 0x7F).any()):
                 position = int(((mapped.reshape(-1) & 0x7F) == 0x7F).nonzero()[0])
-                raise self._refuse(name, f"has nan at {_indices(position, mapped.shape)}")
+                raise self._files.refusal(name, f"has nan at {_indices(position, mapped.shape)}")
             self._advance(piece.numel())
         return mapped.to(self._device)
 
     def _scales(self, name: str) -> Tensor:
         """Scales in the dtype they are stored in; refused where one is not finite or is zero."""
-        mapped = self._mapped(name)
+        mapped = self._files.tensor(name)
         values = mapped.float()
         bad = torch.nonzero(~(values.isfinite() & (values != 0)).reshape(-1))
         if len(bad):
             position = int(bad[0])
             value = float(values.reshape(-1)[position])
-            raise self._refuse(name, f"has a scale of {value} at {_indices(position, mapped.shape)}")
+            raise self._files.refusal(name, f"has a scale of {value} at {_indices(position, mapped.shape)}")
         self._advance(mapped.nbytes)
         return mapped.to(self._device)
 

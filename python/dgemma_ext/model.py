@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional
 
 from dgemma_ext.cache import Cache
-from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.checkpoint import inspect_checkpoint, resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
 from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables
+from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.quantized_gemm import experts, linear
 from dgemma_ext.ops.router import route
-from dgemma_ext.quantized.scheme import parse_target
+from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
 
@@ -79,12 +80,17 @@ class DiffusionGemma:
         "fp8", "int4" (groups of 32), "int4-64", "int4-128" and "nvfp4" quantize plain ones while they are loaded, those
         that the published checkpoints of the format quantize; "plain" loads quantized ones as `dtype`.
 
-        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format.
+        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, and
+        dg.NotEnoughMemory, before anything is loaded, with a table of what the model would take.
         """
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)
-        wanted = weights if weights in ("stored", "plain") else parse_target(weights)
-        loaded = load_weights(path, config, _resolved_dtype(dtype, config), _resolved_device(device), weights=wanted)
+        wanted = resolve_weights(weights)
+        resolved, place = resolve_dtype(dtype, config), _resolved_device(device)
+        info = inspect_checkpoint(path, config)
+        plan = memory_plan(config, info, wanted, resolved, place)
+        check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
+        loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
         return cls(config, loaded, GenerationDefaults.from_file(path, config), tokenizer)
 
@@ -446,7 +452,8 @@ def _resolved_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _resolved_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    """A dtype that is asked for, "auto" being the checkpoint's. Raises ValueError for one that is not served."""
     if isinstance(dtype, str):
         if dtype == "auto":
             return config.dtype

@@ -20,7 +20,7 @@ from dgemma_ext.checkpoint import (
     resolve_checkpoint,
 )
 from dgemma_ext.config import ModelConfig
-from dgemma_ext.loading import LoadProgress, Weight, WeightReader, stack_weights
+from dgemma_ext.loading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
 from dgemma_ext.quantized.formats import QuantizedWeight
 from dgemma_ext.quantized.scheme import Target
 from dgemma_ext.quantized.stored import Stored, names_of
@@ -90,6 +90,7 @@ def load_weights(
     device: torch.device | str,
     progress: bool | None = None,
     weights: Target | str = "stored",
+    info: CheckpointInfo | None = None,
 ) -> ModelWeights:
     """Loads every text weight on `device`, one at a time, in the order of the files.
 
@@ -101,18 +102,20 @@ def load_weights(
     costs the CPU's matrix products nothing measurable. So a checkpoint must not be overwritten while it is in use.
     Everything else is copied, through the mapping, in pieces; no second copy of a tensor exists.
 
-    `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second.
+    `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: what
+    inspect_checkpoint returned, where the caller has it.
     Raises CheckpointError as `inspect_checkpoint` does, and for NaN and infinite values, converted to `dtype`, and for
     scales of zero; ValueError where a Target meets a matrix that is stored in another format.
     """
-    info = inspect_checkpoint(path, config)
+    info = info or inspect_checkpoint(path, config)
     layouts = [model_layout(config), *(layer_layout(config, layer) for layer in config.layers)]
     attribute_of = {name: attribute for layout in layouts for attribute, (name, _) in layout.items()}
     loaded: dict[str, Weight] = {}
     with (
         LoadProgress("loading weights", info.loaded_bytes, progress) as bar,
-        WeightReader(info, dtype, torch.device(device), bar.advance) as reader,
+        MappedFiles(info) as files,
     ):
+        reader = WeightReader(files, dtype, torch.device(device), bar.advance)
         order = {file: number for number, file in enumerate(info.files)}
 
         def place(name: str) -> tuple[int, int]:

@@ -27,7 +27,9 @@ def load_model(arguments: Arguments) -> DiffusionGemma:
     path = resolve_checkpoint(arguments.model)
     config = ModelConfig.from_file(path)
     arguments.sampler.resolve(GenerationDefaults.from_file(path, config), config.canvas_length)
-    return DiffusionGemma.from_pretrained(path, device=arguments.device, dtype=arguments.dtype)
+    return DiffusionGemma.from_pretrained(
+        path, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+    )
 
 
 def tokenizer_of(model: DiffusionGemma) -> Tokenizer:

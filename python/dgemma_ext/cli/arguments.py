@@ -123,6 +123,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint's folder, or a hub id already downloaded")
     info.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
+    info.add_argument("--device", default="auto", help="where the memory is planned: auto, cpu or cuda")
+    info.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
+    _add_weights(info)
     info.add_argument("--json", action="store_true", help="one JSON object")
 
     quantize = commands.add_parser(
@@ -172,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="between steps in a terminal, not counted (default: 0.25)",
     )
     _add_device(demo)
+    _add_weights(demo)
     demo.add_argument("--watch", action="store_true", help="with --json: drafts and commits too")
     demo.add_argument("--json", action="store_true", help="one JSON object per puzzle and line")
     return parser
@@ -180,11 +184,22 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id (owner/name) to download")
     _add_device(parser)
+    _add_weights(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU where torch sees one), cpu or cuda[:N]")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        default="stored",
+        metavar="FORMAT",
+        help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes plain weights while loading, plain does the reverse "
+        "(default: as stored)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

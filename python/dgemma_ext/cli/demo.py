@@ -45,7 +45,9 @@ class Attempt:
 
 def run(arguments: Arguments) -> None:
     folder = Path(arguments.model) if arguments.model is not None else demo.checkpoint(arguments.size)
-    model = DiffusionGemma.from_pretrained(folder, device=arguments.device, dtype=arguments.dtype)
+    model = DiffusionGemma.from_pretrained(
+        folder, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+    )
     size = demo.grid_size(model.config.canvas_length)
     if size is None or arguments.size not in (None, size):
         wanted = "a Sudoku" if size is None else f"a {arguments.size}x{arguments.size} Sudoku"

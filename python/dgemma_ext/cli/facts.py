@@ -15,10 +15,10 @@ from dgemma_ext import _C, __version__, demo
 from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import CheckpointInfo, expected_tensors, inspect_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
+from dgemma_ext.memory import USUAL_CONTEXT, memory_plan
+from dgemma_ext.model import resolve_dtype
+from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import TOKENIZER_FILE, Tokenizer
-
-# The context of a scheduler's slots unless it is given one.
-_USUAL_CONTEXT = 8192
 
 
 def machine_facts() -> dict[str, Any]:
@@ -39,11 +39,13 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def checkpoint_facts(folder: Path, context: int | None) -> dict[str, Any]:
-    """What config.json, generation_config.json and the tensor headers say; no weight is read.
+def checkpoint_facts(
+    folder: Path, context: int | None, weights: str = "stored", dtype: str = "auto", device: str = "cpu"
+) -> dict[str, Any]:
+    """What config.json, generation_config.json and the tensor headers say, and what the model takes; no weight is read.
 
-    context: positions of the cache slot whose bytes are told. Raises CheckpointError, and ValueError for a context that
-    the model does not have.
+    context: positions of the cache slot whose bytes are told. weights, dtype, device: as of from_pretrained; a GPU need
+    not be there. Raises CheckpointError, and ValueError for a context that the model does not have.
     """
     config = ModelConfig.from_file(folder)
     headers = inspect_checkpoint(folder, config)
@@ -74,7 +76,8 @@ def checkpoint_facts(folder: Path, context: int | None) -> dict[str, Any]:
             # model.encoder.vision_tower and the like: three parts name the module.
             "prefixes": sorted({".".join(name.split(".")[:3]) for name in headers.vision_tensors}),
         },
-        "cache": _cache(config, context or min(_USUAL_CONTEXT, config.max_position_embeddings)),
+        "cache": _cache(config, context or min(USUAL_CONTEXT, config.max_position_embeddings)),
+        "memory": _memory(config, headers, context, weights, dtype, device),
         "sampler": asdict(GenerationDefaults.from_file(folder, config)),
         "text_files": _text_files(folder),
     }
@@ -119,6 +122,23 @@ def _cache(config: ModelConfig, context: int) -> dict[str, Any]:
         "bytes_per_token_after_window": bytes_of([layer for layer in config.layers if not layer.is_sliding]),
         "slot_context": context,
         "slot_bytes": slot.nbytes,
+    }
+
+
+def _memory(
+    config: ModelConfig, headers: CheckpointInfo, context: int | None, weights: str, dtype: str, device: str
+) -> dict[str, Any]:
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    plan = memory_plan(config, headers, resolve_weights(weights), resolve_dtype(dtype, config), place, context)
+    return {
+        "device": place.type,
+        "weights": {part: {"kept": how, "bytes": nbytes} for part, (how, nbytes) in plan.weights.items()},
+        "cache_bytes": plan.cache,
+        "workspace_bytes": plan.workspace,
+        "logits_bytes": plan.logits,
+        "total_bytes": plan.total,
+        "context": plan.context,
+        "table": plan.table(),
     }
 
 

@@ -9,21 +9,27 @@ from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
-from dgemma_ext.cli.sizes import size
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.sizes import size
 
 
 def run(arguments: Arguments) -> None:
     facts: dict[str, Any] = {"machine": machine_facts()}
     if arguments.model is not None:
-        facts["checkpoint"] = checkpoint_facts(_local_folder(arguments.model), arguments.context)
+        folder = _local_folder(arguments.model)
+        options = (arguments.weights, arguments.dtype, arguments.device)
+        facts["checkpoint"] = checkpoint_facts(folder, arguments.context, *options)
     if arguments.json:
         write_json(facts)
         return
     sections = [_machine_rows(facts["machine"])]
     if "checkpoint" in facts:
         sections.insert(0, _checkpoint_rows(facts["checkpoint"]))
-    print("\n\n".join(_aligned(rows) for rows in sections))
+    texts = [_aligned(rows) for rows in sections]
+    if "checkpoint" in facts:
+        memory = facts["checkpoint"]["memory"]
+        texts.insert(1, f"memory on {memory['device']}\n{memory['table']}")
+    print("\n\n".join(texts))
 
 
 def _local_folder(name: str) -> Path:
@@ -78,10 +84,6 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
         ("vocabulary", f"{facts['vocabulary']:,} tokens"),
         ("context", f"{facts['context']:,} tokens, canvas of {facts['canvas_length']}"),
         ("parameters", f"{parameters['text']:,} for text, {parameters['active']:,} active per token"),
-        (
-            "weights loaded",
-            "; ".join(f"{size(count)} as {dtype}" for dtype, count in facts["loaded_bytes"].items()),
-        ),
         (
             "vision, skipped",
             f"{vision['tensors']} tensors, {size(vision['bytes'])}: {', '.join(vision['prefixes'])}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dgemma_ext.cli import chat, demo, generate, info, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.memory import NotEnoughMemory
 
 _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "generate": generate.run,
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OUTPUT_CLOSED
     except (ValueError, CheckpointError) as error:
         return _complain(str(error), BAD_INPUT)
+    except NotEnoughMemory as error:  # with its table
+        print(f"dgemma: {error}", file=sys.stderr)
+        return FAILED
     except Exception as error:  # whatever else fails is told in one line too
         return _complain(f"{type(error).__name__}: {error} (DGEMMA_DEBUG=1 shows where)", FAILED)
     return 0

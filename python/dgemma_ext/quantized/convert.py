@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dgemma_ext.checkpoint import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
 from dgemma_ext.config import ModelConfig
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.loading import MappedFiles
 from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 from dgemma_ext.quantized.scheme import PARTS, Target
 from dgemma_ext.quantized.stored import Experts, Matrix, Plain, names_of
@@ -106,7 +107,7 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
         conversion.groups.setdefault(group, []).append(attribute)
         names = tuple(names_of(stored))
         taken |= set(names)
-        values = sum(info.tensors[each].nbytes for each in names) // 2
+        values = math.prod(stored.shape)
         works.append(Work(names, layer_index, attribute, stored, values if target.format == "fp8" else values // 2))
     works += [
         Work((name,), -1, None, None, tensor.nbytes) for name, tensor in info.tensors.items() if name not in taken
@@ -147,7 +148,7 @@ def convert(
         if str(number) not in state.done:
             tensors: dict[str, Tensor] = {}
             errors: dict[tuple[int, str], PartError] = {}
-            with _Source(conversion.info) as reader:
+            with MappedFiles(conversion.info) as reader:
                 for work in works:
                     _do(work, reader, target, tensors, errors)
                     advance(sum(conversion.info.tensors[name].nbytes for name in work.names))
@@ -163,48 +164,25 @@ def convert(
     return state.errors()
 
 
-class _Source:
-    """Reads tensors of the source as they are stored."""
-
-    def __init__(self, info: CheckpointInfo) -> None:
-        self._info = info
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self._open.values():
-            stream.__exit__(None, None, None)
-
-    def read(self, name: str) -> Tensor:
-        file = self._info.tensors[name].file
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot be read: {error}", file=file) from error
-        return tensor
-
-    def finite(self, name: str) -> Tensor:
-        """A tensor that is to be quantized. Raises CheckpointError for a value that is not finite."""
-        tensor = self.read(name)
-        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-            raise CheckpointError("has values that are not finite", file=self._info.tensors[name].file, tensor=name)
-        return tensor
+def _finite(source: MappedFiles, name: str) -> Tensor:
+    """A tensor that is to be quantized. Raises CheckpointError for a value that is not finite."""
+    tensor = source.tensor(name)
+    # A finite sum has finite terms; finite terms may have an infinite sum.
+    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        raise source.refusal(name, "has values that are not finite")
+    return tensor
 
 
 def _do(
     work: Work,
-    source: _Source,
+    source: MappedFiles,
     target: Target,
     tensors: dict[str, Tensor],
     errors: dict[tuple[int, str], PartError],
 ) -> None:
     """Adds what becomes of one weight to the shard's tensors, and its error to its layer's."""
     if work.attribute is None:
-        tensors[work.names[0]] = source.read(work.names[0])
+        tensors[work.names[0]] = source.tensor(work.names[0])
         return
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
     error = errors.setdefault((work.layer, part), PartError(work.layer, part))
@@ -215,15 +193,15 @@ def _do(
             error.size += float(plain.float().square().sum(dtype=torch.float64))
 
 
-def _matrices_of(work: Work, source: _Source) -> Iterator[tuple[list[str], list[Tensor]]]:
+def _matrices_of(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], list[Tensor]]]:
     """Names, without their suffix, and values of the matrices that are quantized together."""
     if isinstance(work.stored, Experts):
         for matrices in work.stored.matrices:
             names = [matrix.parts["values"] for matrix in matrices]
-            yield [name.removesuffix(".weight") for name in names], [source.finite(name) for name in names]
+            yield [name.removesuffix(".weight") for name in names], [_finite(source, name) for name in names]
         return
     name = work.names[0]
-    tensor = source.finite(name)
+    tensor = _finite(source, name)
     if tensor.dim() == 2:
         yield [name.removesuffix(".weight")], [tensor]
         return
@@ -327,7 +305,7 @@ class _State:
             _write_json(self._file, {"fingerprint": self._fingerprint, "done": self.done})
 
     def index(self, partial: Path, count: int) -> dict[str, Any]:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number in range(count):
             file = f"model-{number + 1:05}-of-{count:05}.safetensors"
             weight_map |= dict.fromkeys(self.done[str(number)]["names"], file)

@@ -111,3 +111,8 @@ def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
     if unknown or not chosen:
         raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
     return Target(format, int(group) if group else _GROUPS[format], tuple(chosen))
+
+
+def resolve_weights(text: str) -> Target | str:
+    """What a user asks for: "stored", "plain" or a format of parse_target. Raises ValueError for anything else."""
+    return text if text in ("stored", "plain") else parse_target(text)

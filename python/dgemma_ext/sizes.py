@@ -1,4 +1,4 @@
-"""How the command line writes numbers of bytes."""
+"""Numbers of bytes as people read them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,186 @@
+"""How many bytes a model takes on its device, told before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dgemma_ext import _C
+from dgemma_ext.cache import Cache
+from dgemma_ext.checkpoint import CheckpointInfo, layer_layout, model_layout
+from dgemma_ext.config import LayerConfig, ModelConfig
+from dgemma_ext.quantized.scheme import PARTS, Target
+from dgemma_ext.quantized.stored import Experts, Matrix, Stored, names_of
+from dgemma_ext.sizes import size
+
+# Positions of a cache slot unless a caller names them; the model's context where that is shorter.
+USUAL_CONTEXT = 8192
+# Positions of one piece of a long prompt (model.ENCODE_CHUNK).
+_CHUNK = 4096
+# Bytes of codes and scales for one value; a row's or a matrix's own scales are counted apart.
+_BYTES_OF_A_VALUE = {"fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "nvfp4-modelopt": 0.5 + 1 / 16}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by what they are for. `weights`: part of the model → (how it is kept, bytes)."""
+
+    weights: dict[str, tuple[str, int]]
+    cache: int
+    workspace: int
+    logits: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return sum(nbytes for _, nbytes in self.weights.values()) + self.cache + self.workspace + self.logits
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """What, how, bytes: a line each, the total last."""
+        return [
+            *((f"{part} weights", how, nbytes) for part, (how, nbytes) in self.weights.items()),
+            ("cache", f"one slot of {self.context:,} tokens", self.cache),
+            ("workspace", "largest of a pass", self.workspace),
+            ("logits", "of one canvas", self.logits),
+            ("total", "", self.total),
+        ]
+
+    def table(self) -> str:
+        return "\n".join(f"{what:18}  {how:24}  {size(nbytes):>8}" for what, how, nbytes in self.rows())
+
+
+class NotEnoughMemory(MemoryError):
+    """A model that its device cannot hold. `plan` is what it would take, `available` the device's free bytes."""
+
+    def __init__(self, plan: MemoryPlan, available: int, device: torch.device) -> None:
+        self.plan = plan
+        self.available = available
+        super().__init__(
+            f"{device} has {size(available)} free, and the model takes {size(plan.total)}:\n{plan.table()}"
+        )
+
+
+def memory_plan(
+    config: ModelConfig,
+    info: CheckpointInfo,
+    weights: Target | str,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int | None = None,
+) -> MemoryPlan:
+    """What loading `info` with these options takes, with one request of `context` positions.
+
+    weights, dtype: as of load_weights. On the CPU plain weights that are stored as they are wanted count as well,
+    although they stay in the mapped file. Raises ValueError for a context that the model does not have.
+    """
+    chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
+    cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
+    return MemoryPlan(
+        weights=_weights(config, info, weights, dtype),
+        cache=cache.nbytes,
+        workspace=_workspace(config, min(_CHUNK, chosen), dtype, device.type == "cuda"),
+        logits=config.canvas_length * config.vocab_size * dtype.itemsize,
+        context=chosen,
+    )
+
+
+def check_memory(plan: MemoryPlan, in_files: int, device: torch.device) -> None:
+    """Raises NotEnoughMemory where the device has less free than the plan takes, `in_files` bytes not counted."""
+    available = available_bytes(device)
+    if available is not None and plan.total - in_files > available:
+        raise NotEnoughMemory(plan, available, device)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free bytes of a GPU, or what the kernel says a program may still take of main memory; None where nobody tells."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def mapped_bytes(config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype) -> int:
+    """Bytes of plain weights that stay in their mapped file on the CPU: stored as they are wanted."""
+    stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    total = 0
+    for attribute, stored in _by_attribute(config, info):
+        changed = isinstance(weights, Target) and weights.wants(attribute)
+        if stored.kind == "plain" and not isinstance(stored, Experts) and not changed:
+            tensor = info.tensors[next(names_of(stored))]
+            total += tensor.nbytes if tensor.dtype == stored_as else 0
+    return total
+
+
+def _by_attribute(config: ModelConfig, info: CheckpointInfo) -> list[tuple[str, Stored]]:
+    """Every weight with its attribute of ModelWeights or LayerWeights."""
+    layouts = [model_layout(config), *(layer_layout(config, layer) for layer in config.layers)]
+    return [(attribute, info.weights[name]) for layout in layouts for attribute, (name, _) in layout.items()]
+
+
+def _weights(
+    config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype
+) -> dict[str, tuple[str, int]]:
+    kept: dict[str, dict[str, int]] = {}
+    for attribute, stored in _by_attribute(config, info):
+        part = next((part for part, attributes in PARTS.items() if attribute in attributes), "other")
+        part = "embedding" if attribute == "embed_tokens" else part
+        how, nbytes = _bytes_of(attribute, stored, weights, dtype)
+        of_part = kept.setdefault(part, {})
+        of_part[how] = of_part.get(how, 0) + nbytes
+    order = ("embedding", "experts", "attention", "mlp", "other")
+    return {part: (", ".join(kept[part]), sum(kept[part].values())) for part in order if part in kept}
+
+
+def _bytes_of(attribute: str, stored: Stored, weights: Target | str, dtype: torch.dtype) -> tuple[str, int]:
+    """How a weight is kept, and its bytes."""
+    values = math.prod(stored.shape)
+    columns = stored.shape[-1] if stored.shape else 1
+    kind, group = stored.kind, _group(stored)
+    if isinstance(weights, Target) and kind == "plain" and weights.wants(attribute):
+        wanted = weights.group_for(columns)
+        if wanted is not None:
+            kind, group = weights.format, wanted
+    if kind in ("plain", "mixed") or weights == "plain" or attribute in ("embed_tokens", "router_proj"):
+        return str(dtype).removeprefix("torch."), values * dtype.itemsize
+    # Scales of two bytes for a group, or of four for a row.
+    per_value = 0.5 + 2 / group if kind == "int4" else _BYTES_OF_A_VALUE[kind]
+    rows = 4 * values // columns if kind == "fp8" else 0
+    return kind.removesuffix("-modelopt"), round(values * per_value) + rows
+
+
+def _group(stored: Stored) -> int:
+    if isinstance(stored, Experts):
+        return stored.matrices[0][0].group
+    return stored.group if isinstance(stored, Matrix) else 0
+
+
+def _workspace(config: ModelConfig, positions: int, dtype: torch.dtype, cuda: bool) -> int:
+    """The largest that a pass over so many positions, or a denoising step, has beside weights, cache and logits."""
+    heads = config.num_attention_heads
+    kinds: set[LayerConfig] = set(config.layers)
+    attention = max(
+        _C.block_attention_workspace(1, positions, heads, layer.num_key_value_heads, layer.head_dim, cuda)
+        for layer in kinds
+    )
+    experts = _C.moe_ffn_workspace(
+        positions,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        config.num_experts,
+        config.top_k_experts,
+        bfloat16=dtype == torch.bfloat16,
+        cuda=cuda,
+    )
+    soft = _C.soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, cuda)
+    # At once in a layer: residual, three norms and two outputs of a hidden row; gate and up of the dense MLP;
+    # projections and their rotated forms.
+    projections = max((heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in kinds)
+    row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
+    return max(attention, experts, soft) + positions * row * dtype.itemsize
