@@ -24,6 +24,7 @@ import transformers_oracle as oracle
 from accelerated import CHECKPOINTS, all_on_kernels, caught_fallbacks, plain, random_ids, twin
 from bounds import relative_distance
 from dgemma_ext.integrations.transformers import IMPLEMENTATION, releases
+from older_transformers import run_under_5_17
 from test_parity_forward import assert_as_good
 
 # Largest difference, as a share of the largest magnitude in the reference.
@@ -261,3 +262,11 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases.transformers, "__version__", "5.16.2")
     with pytest.raises(ValueError, match=r"transformers: got 5.16.2, wants 5.17 or later"):
         dg.accelerate(plain("flat"))
+
+
+# Other releases -------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_5_17() -> None:
+    """All tests of the integration."""
+    run_under_5_17(*sorted(Path(__file__).parent.glob("test_integration_transformers*.py")))

@@ -7,9 +7,6 @@ so bf16 is compared one layer at a time, each with transformers' input, cache an
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from checkpoints import FULL, SLIDING, make_checkpoint
 from dgemma_ext import layers, model
 from dgemma_ext.ops import router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from older_transformers import run_under_5_17
 from transformers_oracle import Pair, load_pair
 
 # Largest difference, as a share of the largest magnitude in the reference; ten times the worst seen (5e-6).
@@ -342,15 +340,4 @@ def test_bf16_ends(pair_of: Any, name: str) -> None:
 
 
 def test_transformers_5_17() -> None:
-    """This file once more under transformers 5.17, the oldest that the package promises to agree with."""
-    folder = os.environ.get("DGEMMA_TRANSFORMERS_5_17")
-    if folder is None:
-        pytest.skip("DGEMMA_TRANSFORMERS_5_17 names no folder with transformers 5.17 (pip install --target)")
-    environment = os.environ | {"PYTHONPATH": folder}
-    environment.pop("DGEMMA_TRANSFORMERS_5_17")
-    version = "import transformers; print(transformers.__version__)"
-    found = subprocess.run([sys.executable, "-c", version], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.startswith("5.17.")
-    run = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_under_5_17(Path(__file__))

@@ -87,7 +87,7 @@ def _enable(base: Any) -> None:
     base._dgemma_acceleration = state
     for module in base.modules():
         if isinstance(module, (*attention.attention_classes(), experts.experts_class())):
-            module._dgemma_acceleration = state
+            module.__dict__["_dgemma_acceleration"] = state
     # By sub-configuration: the vision tower keeps its own.
     base.set_attn_implementation(dict.fromkeys(configs, IMPLEMENTATION))
     base.set_experts_implementation(dict.fromkeys(configs, IMPLEMENTATION))

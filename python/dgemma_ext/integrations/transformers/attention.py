@@ -114,16 +114,16 @@ def _attend_rows(
     """Rows that see the same keys; zero for queries that see nothing."""
     if row is None:
         return query.new_zeros(query.shape)
-    operands = [
+    batch, prefix = query.shape[0], _chosen(key, row.prefix)
+    operands = (
         query[:, row.queries].contiguous(),
         _chosen(key, row.block),
         _chosen(value, row.block),
-        _chosen(key, row.prefix),
+        prefix,
         _chosen(value, row.prefix),
-    ]
-    batch, prefix = query.shape[0], operands[3].shape[1]
-    operands.append(torch.arange(batch, dtype=torch.int32, device=query.device))
-    operands.append(torch.full((batch,), prefix, dtype=torch.int32, device=query.device))
+        torch.arange(batch, dtype=torch.int32, device=query.device),
+        torch.full((batch,), prefix.shape[1], dtype=torch.int32, device=query.device),
+    )
     if visibility.causal:
         found = block_attention.causal_attention(*operands, window=visibility.window, scale=scale)
     else:

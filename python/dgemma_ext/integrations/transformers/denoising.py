@@ -110,7 +110,7 @@ def denoising_step(
     if reason is not None:
         acceleration_of(self).fall_back("sampler", reason)
         carried = self_conditioning_logits
-        return type(self)._denoising_step(  # type: ignore[no-any-return]
+        return type(self)._denoising_step(
             self,
             decoder_forward=decoder_forward,
             current_canvas=current_canvas,
@@ -252,7 +252,7 @@ def advance(
     )
     statistics = denoise.vocabulary_statistics(raw, **reading)
     masses = _masses(statistics)
-    draws = dict(seed=step.seed, canvas_index=step.canvas_index)
+    draws: dict[str, Any] = dict(seed=step.seed, canvas_index=step.canvas_index)
     sampled = denoise.sample(
         raw, **reading, **masses, **draws, step=step.number, uniforms=None if uniforms is None else uniforms[0]
     )
@@ -302,7 +302,7 @@ def advance(
         )
 
 
-def _masses(statistics: VocabularyStatistics) -> dict[str, Tensor]:
+def _masses(statistics: VocabularyStatistics) -> dict[str, Any]:
     return {name: getattr(statistics, name) for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
 
 
