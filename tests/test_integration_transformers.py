@@ -120,6 +120,19 @@ def test_static_cache() -> None:
     assert_within(logits[1], logits[0], "logits")
 
 
+def test_spans() -> None:
+    """An image's tokens see each other whole, on layers of both kinds."""
+    model = plain("flat")
+    prompt, spans = random_ids(model, 1, 47, 50), [(3, 9), (20, 28)]
+    wanted, causal = oracle.encode(model, prompt, spans=spans), oracle.encode(model, prompt)
+    with all_on_kernels():
+        got = oracle.encode(twin(model), prompt, spans=spans)
+    for mine, theirs in zip(got.layers, wanted.layers, strict=True):
+        assert_within(mine.keys, theirs.keys, "keys")
+        assert_within(mine.values, theirs.values, "values")
+    assert float((wanted.layers[-1].keys - causal.layers[-1].keys).abs().max()) > 0.01
+
+
 # bf16 -----------------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,13 @@ def hidden_keys(*ranges: tuple[int, int]) -> torch.Tensor:
     return valid
 
 
+def with_spans(mask: torch.Tensor, *spans: tuple[int, int]) -> torch.Tensor:
+    mask = mask.clone()
+    for first, last in spans:
+        mask[:, first - PREFIX : last - PREFIX, first:last] = True
+    return mask
+
+
 def random_mask() -> torch.Tensor:
     mask = torch.rand(ROWS, 1, QUERIES, KEYS) < 0.5
     mask[..., 0] = True
@@ -52,6 +59,7 @@ MASKS: dict[str, tuple[torch.Tensor, int, bool]] = {
     "all, hole in the prefix": (EVERYTHING & HOLE, 0, True),
     "all, canvas hidden": (EVERYTHING & hidden_keys((9, 12), (0, 3)), 0, True),
     "all, fewer keys than queries": (EVERYTHING & hidden_keys((2, KEYS)), 0, False),
+    "all, nearly no key in one row": (EVERYTHING & hidden_keys((5, KEYS)) & hidden_keys((0, 1)), 0, False),
     "all, nothing in one row": (EVERYTHING & hidden_keys((0, KEYS)), 0, True),
     "all, static cache": (EVERYTHING & hidden_keys((12, KEYS), (12, KEYS), (12, KEYS)), 0, True),
     "causal": (causal_mask()[None], 0, True),
@@ -65,6 +73,11 @@ MASKS: dict[str, tuple[torch.Tensor, int, bool]] = {
     "window, right padded": (causal_mask(WINDOW) & RIGHT, WINDOW, True),
     "window, hole": (causal_mask(WINDOW) & HOLE, WINDOW, False),
     "window that never binds, hole": (causal_mask() & HOLE, 99, True),
+    "spans": (with_spans(causal_mask()[None], (9, 12), (13, 15)), 0, True),
+    "spans beyond the window": (with_spans(causal_mask(3)[None], (9, 14)), 3, True),
+    "spans, left padded": (with_spans(causal_mask(WINDOW) & LEFT, (11, 14)) & LEFT, WINDOW, True),
+    "spans, hole": (with_spans(causal_mask() & HOLE, (11, 14)), 0, False),
+    "spans that overlap": (with_spans(causal_mask()[None], (9, 12), (11, 14)), 0, False),
     "another window": (causal_mask(WINDOW - 1)[None], WINDOW, False),
     "window where the layer has none": (causal_mask(WINDOW)[None], 0, False),
     "random": (random_mask(), 0, False),
@@ -191,6 +204,34 @@ def test_mask_of_its_own() -> None:
                 assert_within(accelerated(**given).logits, model(**given).logits, "logits")
     assert len(fallbacks) == 1
     assert "its mask is neither causal" in fallbacks[0]
+
+
+def test_tensors_of_other_kinds() -> None:
+    """A tensor subclass (a quantiser's, a shard of several devices) is not read as plain memory."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model = plain("flat")
+    accelerated = twin(model)
+    experts = accelerated.model.decoder.layers[0].experts
+    del experts.gate_up_proj
+    experts.gate_up_proj = model.model.decoder.layers[0].experts.gate_up_proj.detach().as_subclass(Packed)
+    with torch.no_grad(), caught_fallbacks() as fallbacks:
+        assert_within(accelerated(**inputs(model)).logits, model(**inputs(model)).logits, "logits")
+    assert len(fallbacks) == 1
+    assert "the kernels take plain tensors, and one is a Packed" in fallbacks[0]
+
+
+def test_inference_mode() -> None:
+    """Inference tensors have no version counter, and no gradients."""
+    model, mask = plain("flat"), padded("left", 17)
+    accelerated = twin(model)
+    given: dict[str, Any] = inputs(model) | {"attention_mask": mask}
+    given["decoder_attention_mask"] = torch.nn.functional.pad(mask, (0, 8), value=1)
+    with torch.inference_mode(), all_on_kernels():
+        assert_within(accelerated(**given).logits, model(**given).logits, "logits")
+        generate(accelerated)
 
 
 def test_each_model_warns_for_itself() -> None:

@@ -65,7 +65,9 @@ def attention_forward(
         if reason is None:
             visibility = _visibility(attention_mask, query, key, sliding_window, causal)
             if visibility is None:
-                reason = "its mask is neither causal (padded or not) nor the same for all queries of a row"
+                reason = (
+                    "its mask is neither causal (padded, with spans or without) nor the same for all queries of a row"
+                )
         if reason is not None:
             acceleration_of(module).fall_back("attention", reason)
     if visibility is None:
@@ -125,7 +127,10 @@ def _attend_rows(
         torch.full((batch,), prefix.shape[1], dtype=torch.int32, device=query.device),
     )
     if visibility.causal:
-        found = block_attention.causal_attention(*operands, window=visibility.window, scale=scale)
+        spans = None
+        if row.spans:
+            spans = torch.tensor(row.spans, dtype=torch.int32, device=query.device).expand(batch, -1, -1).contiguous()
+        found = block_attention.causal_attention(*operands, spans=spans, window=visibility.window, scale=scale)
     else:
         found = block_attention.canvas_attention(*operands, scale=scale)
     if found.shape[1] == query.shape[1]:

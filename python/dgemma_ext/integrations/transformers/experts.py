@@ -48,7 +48,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def _refused(module: Any, hidden_states: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
-    if getattr(module, "_is_expert_parallel", False):
+    if len(gate_up) != module.config.num_experts:
         return "its experts are spread over several devices"
     activation = module.config.hidden_activation
     if activation != _ACTIVATION:

@@ -48,6 +48,9 @@ def acceleration_of(module: nn.Module) -> Acceleration:
 def tensors_refused(*tensors: Tensor) -> str | None:
     """Why no kernel takes these tensors of numbers, or None."""
     first = tensors[0]
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"the kernels take plain tensors, and one is a {type(tensor).__name__}"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "gradients are needed, and the kernels have none (torch.no_grad() around a pass that trains nothing)"
     if any(tensor.dtype != first.dtype for tensor in tensors):

@@ -2,7 +2,8 @@
 
 A mask is recognised by what it says, not by who made it, and checked whole. Two kinds are: every query of a row sees
 the same keys (the canvas over any prefix; which of the keys are called prefix does not matter then), and causal ones,
-with padding on either side, with or without the layer's window.
+with padding on either side, with or without the layer's window, with or without spans whose tokens see each other whole
+(an image's).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ Keys = slice | Tensor
 class Row:
     """One row of a batch: queries[i] and keys[block][i] are the same position, and keys[prefix] come before.
 
-    Queries outside `queries` see nothing, or are padding.
+    Queries outside `queries` see nothing, or are padding. spans: of causal attention, ranges of positions counted from
+    the first key of the prefix.
     """
 
     queries: slice
     prefix: Keys
     block: Keys
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,20 @@ def _causal(seen: Tensor, window: int) -> Visibility | None:
     causal = key <= position
     if window > 0:
         causal &= key > position - window
+    spans: list[list[tuple[int, int]]] = [[] for _ in valid]
     if not torch.equal(seen, causal & valid[:, None]):
-        return None
+        spans = _spans(seen, start)
+        whole = torch.stack([_with_spans(causal, start, spans_of_row) for spans_of_row in spans])
+        if not torch.equal(seen, whole & valid[:, None]):
+            return None
     rows: list[Row | None] = []
-    for keys_of_row in valid:
+    for keys_of_row, spans_of_row in zip(valid, spans, strict=True):
         visible = keys_of_row.nonzero()[:, 0]
         in_prefix, in_block = visible[visible < start], visible[visible >= start]
         block = _range(in_block)
+        # A query whose own key is hidden is padding in a causal mask; in another kind it may be looked at.
+        if any(spans) and not bool(keys_of_row[start + queries - 1]):
+            return None
         if len(in_block) == 0:
             rows.append(None)
             continue
@@ -110,10 +120,33 @@ def _causal(seen: Tensor, window: int) -> Visibility | None:
         touches = len(in_prefix) == 0 or (isinstance(prefix, slice) and prefix.stop == int(in_block[0]))
         # A window counts positions, so a hole inside of it must stay one.
         binds = 0 < window < start + queries
-        if not isinstance(block, slice) or (binds and not touches):
+        if not isinstance(block, slice) or ((binds or spans_of_row) and not touches):
             return None
-        rows.append(Row(slice(block.start - start, block.stop - start), prefix, block))
+        first = int(visible[0])
+        counted = tuple((begin - first, end - first) for begin, end in spans_of_row)
+        rows.append(Row(slice(block.start - start, block.stop - start), prefix, block, counted))
     return Visibility(True, window, _merged(rows))
+
+
+def _spans(seen: Tensor, start: int) -> list[list[tuple[int, int]]]:
+    """For each row the ranges of keys that begin with a query that sees beyond itself and end where it does."""
+    ends = (seen * torch.arange(1, seen.shape[2] + 1, dtype=torch.int32, device=seen.device)).amax(-1)
+    found: list[list[tuple[int, int]]] = []
+    for ends_of_row in ends.tolist():
+        spans: list[tuple[int, int]] = []
+        for position, end in enumerate(ends_of_row, start=start):
+            if end > position + 1 and (not spans or position >= spans[-1][1]):
+                spans.append((position, end))
+        found.append(spans)
+    return found
+
+
+def _with_spans(causal: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
+    """causal, bool [queries, keys], where the tokens of a span see each other too."""
+    whole = causal.clone()
+    for begin, end in spans:
+        whole[begin - start : end - start, begin:end] = True
+    return whole
 
 
 def _range(indices: Tensor) -> Keys:
@@ -134,4 +167,4 @@ def _merged(rows: list[Row | None]) -> tuple[Row | None, ...]:
 def _same_slices(row: Row | None, other: Row | None) -> bool:
     if row is None or other is None or isinstance(row.prefix, Tensor) or isinstance(row.block, Tensor):
         return False
-    return (row.queries, row.prefix, row.block) == (other.queries, other.prefix, other.block)
+    return (row.queries, row.prefix, row.block, row.spans) == (other.queries, other.prefix, other.block, other.spans)
