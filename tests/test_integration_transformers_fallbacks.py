@@ -14,6 +14,7 @@ import dgemma_ext as dg
 from accelerated import all_on_kernels, caught_fallbacks, counted_kernels, plain, random_ids, twin
 from dgemma_ext.integrations.transformers import attention, denoising, releases
 from dgemma_ext.integrations.transformers.fallback import Acceleration
+from dgemma_ext.integrations.transformers.visibility import of_mask
 from test_integration_transformers import FP32_BOUND, ROWS, assert_within, padded, passes
 
 # Attention against transformers' own, mask by mask --------------------------------------------------------------------
@@ -112,6 +113,21 @@ def test_masks(name: str) -> None:
         sees &= mask[:, 0, :, PREFIX:].diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(got[sees], wanted[sees], rtol=1e-5, atol=1e-6)
     assert torch.isfinite(got).all()
+
+
+def test_what_was_found_in_a_mask_is_not_kept_too_long() -> None:
+    """Not when the tensor changes, and not for a layer with another window."""
+    mask = causal_mask(WINDOW)[None, None].clone()
+    assert of_mask(mask, QUERIES, KEYS, 0) is None
+    found = of_mask(mask, QUERIES, KEYS, WINDOW)
+    assert found is not None
+    assert found.window == WINDOW
+    assert of_mask(mask, QUERIES, KEYS, WINDOW) is found
+    mask[:] = causal_mask()
+    assert of_mask(mask, QUERIES, KEYS, WINDOW) is None
+    found = of_mask(mask, QUERIES, KEYS, 0)
+    assert found is not None
+    assert found.window == 0
 
 
 @pytest.mark.parametrize(("queries", "causal"), [(QUERIES, True), (QUERIES, False), (1, True), (1, False)])
