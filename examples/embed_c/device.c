@@ -8,6 +8,7 @@ void device_close(device* d) {
   for (size_t i = 0; i < d->owned_count; ++i) d->release(d->owned[i]);
   free(d->owned);
   d->release(d->workspace);
+  if (d->close != NULL) d->close();
 }
 
 void* device_memory(device* d, size_t bytes) {

@@ -51,6 +51,7 @@ typedef struct device {
   void (*write)(void* to, const void* host, size_t bytes);
   /* Waits until everything before it is done. */
   void (*read)(void* host, const void* from, size_t bytes);
+  void (*close)(void); /* or NULL */
 #define EMBED_MEMBER(function, op) dgemma_status (*function)(const dgemma_##op*, void* context);
   EMBED_OPERATIONS(EMBED_MEMBER)
 #undef EMBED_MEMBER

@@ -25,6 +25,8 @@ static void copy_out(void* host, const void* from, size_t bytes) {
   check(cudaStreamSynchronize(gpu.stream));
 }
 
+static void close_stream(void) { check(cudaStreamDestroy(gpu.stream)); }
+
 #define FORWARD(function, op)                                                \
   static dgemma_status run_##function(const dgemma_##op* o, void* context) { \
     return dgemma_cuda_##function(o, context);                               \
@@ -42,6 +44,7 @@ device device_cuda(void) {
                   .release = release_there,
                   .write = copy_in,
                   .read = copy_out,
+                  .close = close_stream,
 #define ENTRY(function, op) .function = run_##function,
                   EMBED_OPERATIONS(ENTRY)
 #undef ENTRY
