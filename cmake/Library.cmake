@@ -68,5 +68,7 @@ if(NOT DGEMMA_SIM AND NOT DGEMMA_ONLY)
                LINKER_LANGUAGE CXX
                LINK_DEPENDS "${PROJECT_SOURCE_DIR}/cmake/dgemma.map")
   # Nothing but the interface is visible, of the C++ and CUDA run-time libraries neither; and nothing is left undefined.
-  target_link_options(dgemma_shared PRIVATE "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/dgemma.map" -Wl,-z,defs)
+  if(NOT APPLE)
+    target_link_options(dgemma_shared PRIVATE "-Wl,--version-script=${PROJECT_SOURCE_DIR}/cmake/dgemma.map" -Wl,-z,defs)
+  endif()
 endif()

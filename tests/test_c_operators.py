@@ -191,6 +191,19 @@ def test_route(
     assert float((ids == same_ids).all(dim=1).float().mean()) >= 0.8
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_rounded_where_torchs_are(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """A unit matrix shows the projection's input as the scores; squares that add up exactly leave its roundings alone."""
+    values = route_values(dtype, 40, 64, 64, 64)
+    choice = torch.tensor([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
+    values["input"], values["projection"] = choice[torch.randint(6, (40, 64))].to(dtype), torch.eye(64).to(dtype)
+    ids, weights = route(library, values)
+    operands = (values["input"], values["scale"], values["projection"], values["per_expert_scale"])
+    wanted_ids, wanted = router._plain(*operands, 64, EPSILON)
+    assert torch.equal(ids, wanted_ids)
+    assert torch.allclose(weights, wanted, rtol=2e-6, atol=0.0)
+
+
 def test_ties_go_to_the_lower_expert(library: ctypes.CDLL) -> None:
     values = route_values(BF16, 6, 64, 7, 7)
     values["projection"] = values["projection"][:1].expand(7, 64).contiguous()
