@@ -40,12 +40,12 @@ lint: .venv/.installed
 	$(venv_python) -m ruff check .
 	$(venv_python) -m ruff format --check .
 	$(venv_python) -m mypy
-	find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
+	find csrc tools examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
 
 format: .venv/.installed
 	$(venv_python) -m ruff check --fix .
 	$(venv_python) -m ruff format .
-	find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format -i
+	find csrc tools examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format -i
 
 # Without .venv: the machine's own Python holds torch with CUDA there, and nothing can be fetched.
 gpu-check:

@@ -193,7 +193,7 @@ def test_route(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_rounded_where_torchs_are(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """A unit matrix shows the projection's input as the scores; squares that add up exactly leave its roundings alone."""
+    """A unit matrix shows the projection's input as scores; squares that add up exactly leave its roundings alone."""
     values = route_values(dtype, 40, 64, 64, 64)
     choice = torch.tensor([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
     values["input"], values["projection"] = choice[torch.randint(6, (40, 64))].to(dtype), torch.eye(64).to(dtype)

@@ -206,18 +206,20 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
 }  // namespace dgemma
 
 size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op) {
-  if (dgemma::bad_extent(*op).name != nullptr || !dgemma::sizes_fit(*op)) return 0;
+  if (op == nullptr || dgemma::bad_extent(*op).name != nullptr || !dgemma::sizes_fit(*op)) return 0;
   return dgemma::layout(*op).bytes;
 }
 
 dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::run(*op, {}, cpu);
 }
 
 size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
-  return dgemma_cpu_moe_ffn_workspace(&op->ffn);
+  return op != nullptr ? dgemma_cpu_moe_ffn_workspace(&op->ffn) : 0;
 }
 
 dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::run(op->ffn, {&op->gate_up, &op->down}, cpu);
 }

@@ -85,11 +85,13 @@ dgemma_status run(const dgemma_dense& op, const dgemma_quantized* weight, dgemma
 size_t dgemma_cpu_dense_workspace(const dgemma_dense* /*op*/) { return 0; }
 
 dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::run(*op, nullptr, cpu);
 }
 
 size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* /*op*/) { return 0; }
 
 dgemma_status dgemma_cpu_dense_quantized(const dgemma_dense_quantized* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
   return dgemma::run(op->dense, &op->weight, cpu);
 }
