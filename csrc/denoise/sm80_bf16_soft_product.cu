@@ -39,14 +39,12 @@ __global__ void __launch_bounds__(sm80::kThreads) soft_product(const SoftPass p,
   sm80::multiply_all<true>(
       device::shared_memory<sm80::Ring>(), (end - begin) * kStepsPerTile, sum,
       [&](sm80::Stage& stage, int32_t step) {
-        const int32_t at = begin + step / kStepsPerTile;
-        const int32_t depth = step % kStepsPerTile * sm80::kDepth;
+        const int32_t token =
+            list[begin + step / kStepsPerTile] * kTile + step % kStepsPerTile * sm80::kDepth;
         sm80::start_copy(stage.left, p.probabilities, [&](int32_t row, int32_t piece) {
-          return first_row + row < length ? probabilities + row * stride +
-                                                static_cast<int64_t>(at) * kTile + depth + 8 * piece
+          return first_row + row < length ? probabilities + row * stride + token + 8 * piece
                                           : nullptr;
         });
-        const int32_t token = list[at] * kTile + depth;
         sm80::start_copy(stage.right, p.embedding, [&](int32_t row, int32_t piece) {
           // The first 64 rows are of the first 64 columns, the others of the rest.
           const int32_t v = token + row % sm80::kDepth;

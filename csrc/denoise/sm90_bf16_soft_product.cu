@@ -67,8 +67,8 @@ DGEMMA_DEVICE void load(Ring<kRows, Nothing>& ring, const device::TensorMap* emb
     const int32_t token = list[at] * kTile;
 #pragma unroll 1
     for (int32_t depth = 0; depth < kTile; depth += kStageDepth)
-      fill(ring, position, probabilities, at * kTile + depth, part.first_row, part.request,
-           row_policy, [&](auto& stage, device::Mbarrier* full) {
+      fill(ring, position, probabilities, token + depth, part.first_row, part.request, row_policy,
+           [&](auto& stage, device::Mbarrier* full) {
 #pragma unroll
              for (int32_t half = 0; half < 2; ++half)
                device::tma_load(stage.embedding[half], embedding, full, embedding_policy,

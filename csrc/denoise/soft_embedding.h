@@ -1,11 +1,11 @@
 // The soft embedding in CUDA: its plan, its workspace and its kernels.
 //
-// Per request, one after the other: (1) weigh: which vocabulary tiles each row needs, and the row's
-// normaliser; (2) list: the tiles that any row needs; (3) probabilities of those tiles, in
-// bfloat16, side by side; (4) their product with the embedding's rows, in splits; (5) finish:
-// splits summed in order, the tolerance checked, scaled and rounded. Where the check fails for a
-// row, its request is done again with all tiles by the same five kernels, which otherwise end at
-// once: the host decides nothing.
+// Per request, one after the other: (1) weigh: which vocabulary tiles each row needs, their z in
+// bfloat16, and the row's normaliser; (2) list: the tiles that any row needs; (3) probabilities of
+// those tiles, in the place of their z; (4) their product with the embedding's rows, in splits; (5)
+// finish: splits summed in order, the tolerance checked, scaled and rounded. Where the check fails
+// for a row, its request is done again with all tiles by the same five kernels, which otherwise end
+// at once: the host decides nothing.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ struct SoftPlan {
   size_t list;           // int32 [batch, tiles]
   size_t count;          // int32 [batch]
   size_t failed;         // uint32 [batch]: the tolerance was not kept
-  size_t probabilities;  // bfloat16 [rows, tiles * 128]
+  size_t probabilities;  // bfloat16 [rows, tiles * 128]: z, then probabilities, of listed tiles
   size_t partial;        // float [batch, splits, length, hidden_size]
   size_t workspace_bytes;
 };

@@ -1,5 +1,5 @@
-// The probabilities of the listed tiles, rounded to bfloat16 and stored side by side: a warp has a
-// tile of a row at a time. A row that does not need a tile of the list has zeros there.
+// The probabilities of the listed tiles, rounded to bfloat16, in the place of their z: a warp has
+// four tiles of a row at a time. A row that does not need a tile of the list has zeros there.
 #include "denoise/soft_weights.h"
 #include "device/launch.h"
 
@@ -18,31 +18,33 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   const int64_t row = blockIdx.x / kBlocksPerRow, request = row / logits.length;
   if (!takes_part(p, request)) return;
   const bool summed = has_sum(p, row);
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
-  const LogitScale scale = make_scale(logits.softcap, logits.temperature[request]);
-  const uint32_t* const bits = allowed_bits(logits.allowed, logits.vocabulary, row);
+  const int32_t group = static_cast<int32_t>(device::lane_index()) / kSoftLanes;
   const float row_max = rounded(p.row_max[row]);
-  const float normaliser = summed ? p.normaliser[row] : 1.0f;
+  const float share = summed ? 1.0f / p.normaliser[row] : 0.0f;
   const int32_t* const list = p.list + request * logits.tiles;
-  device::bfloat16* const to =
-      p.probabilities + row * static_cast<int64_t>(logits.tiles) * kTile + lane * kLaneEntries;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x % kBlocksPerRow) * kWarps +
-                        static_cast<int32_t>(device::warp_index());
-  for (int32_t at = begin; at < p.count[request]; at += kBlocksPerRow * kWarps) {
+  const int32_t count = p.count[request];
+  const int32_t warp = static_cast<int32_t>(blockIdx.x % kBlocksPerRow) * kWarps +
+                       static_cast<int32_t>(device::warp_index());
+  for (int32_t at = warp * kTilesAtOnce + group; at < count;
+       at += kBlocksPerRow * kWarps * kTilesAtOnce) {
     const int32_t tile = list[at];
-    float probability[kLaneEntries] = {};
-    if (summed && reads_tile(p, tile_bound(p.tile_max[row * logits.tiles + tile], row_max))) {
-      const int32_t first = tile * kTile + lane * kLaneEntries;
-      const uint32_t usable = usable_entries(bits, logits.vocabulary, first);
-      float raw[kLaneEntries];
-      read_entries<device::bfloat16>(logits, row, first, usable, raw);
+    const bool reads =
+        summed && reads_tile(p, tile_bound(p.tile_max[row * logits.tiles + tile], row_max));
+    device::bfloat16* const entries = soft_entries(p, row, tile);
+    uint2 z[SoftTile::kQuads];
 #pragma unroll
-      for (int i = 0; i < kLaneEntries; ++i)
-        if (usable >> i & 1) probability[i] = expf(rounded(scale(raw[i])) - row_max) / normaliser;
-    }
-    *reinterpret_cast<uint2*>(to + static_cast<int64_t>(at) * kTile) = {
-        device::pack_bfloat16(probability[0], probability[1]),
-        device::pack_bfloat16(probability[2], probability[3])};
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad)
+      z[quad] =
+          reads ? *reinterpret_cast<const uint2*>(entries + SoftTile::offset(quad * kLaneEntries))
+                : uint2{0, 0};
+    const auto probability = [&](float of) { return reads ? expf(of - row_max) * share : 0.0f; };
+#pragma unroll
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad)
+      *reinterpret_cast<uint2*>(entries + SoftTile::offset(quad * kLaneEntries)) = {
+          device::pack_bfloat16(probability(device::low_to_float(z[quad].x)),
+                                probability(device::high_to_float(z[quad].x))),
+          device::pack_bfloat16(probability(device::low_to_float(z[quad].y)),
+                                probability(device::high_to_float(z[quad].y)))};
   }
 }
 

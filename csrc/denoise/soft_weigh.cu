@@ -1,5 +1,6 @@
-// Which vocabulary tiles each row needs, its normaliser, and what the others may weigh: a block has
-// a row, a warp a tile at a time. Tiles that a row does not need are not read.
+// Which vocabulary tiles each row needs, their z rounded to bfloat16, its normaliser, and what the
+// other tiles may weigh: a block has a row, a warp four tiles at a time. Tiles that a row does not
+// need are not read.
 #include "denoise/row_scan.h"
 #include "denoise/soft_weights.h"
 #include "device/launch.h"
@@ -8,9 +9,11 @@
 namespace dgemma {
 namespace {
 
+constexpr int32_t kWorkers = kRowWarps * kTilesAtOnce;
+
 struct Shared {
-  double sum[kRowWarps];
-  float left_out[kRowWarps];
+  double sum[kWorkers];
+  float left_out[kWorkers];
 };
 
 __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
@@ -20,38 +23,55 @@ __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
   const int64_t row = blockIdx.x, request = row / logits.length;
   if (!takes_part(p, request) || !has_sum(p, row)) return;
   Shared& shared = device::shared_memory<Shared>();
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
-  const int32_t warp = static_cast<int32_t>(device::warp_index());
+  const int32_t lane = static_cast<int32_t>(device::lane_index()) % kSoftLanes;
+  const int32_t worker = static_cast<int32_t>(device::warp_index()) * kTilesAtOnce +
+                         static_cast<int32_t>(device::lane_index()) / kSoftLanes;
   const LogitScale scale = make_scale(logits.softcap, logits.temperature[request]);
   const uint32_t* const bits = allowed_bits(logits.allowed, logits.vocabulary, row);
+  const auto* const raw_row =
+      static_cast<const device::bfloat16*>(logits.raw) + row * logits.vocabulary;
   const float row_max = rounded(p.row_max[row]);
 
   double sum = 0.0;
   float left_out = 0.0f;
-  for (int32_t tile = warp; tile < logits.tiles; tile += kRowWarps) {
-    const float bound = tile_bound(p.tile_max[row * logits.tiles + tile], row_max);
-    if (!reads_tile(p, bound)) {
-      left_out += bound;
-      continue;
-    }
+  for (int32_t tile = worker; tile - worker % kTilesAtOnce < logits.tiles; tile += kWorkers) {
+    const bool there = tile < logits.tiles;
+    const float bound = there ? tile_bound(p.tile_max[row * logits.tiles + tile], row_max) : 0.0f;
+    const bool reads = there && reads_tile(p, bound);
+    if (!reads) left_out += bound;
+    if (!__any_sync(device::kAllLanes, reads)) continue;
     const int32_t first = tile * kTile + lane * kLaneEntries;
-    const uint32_t usable = usable_entries(bits, logits.vocabulary, first);
-    float raw[kLaneEntries], weight = 0.0f;
-    read_entries<device::bfloat16>(logits, row, first, usable, raw);
+    float z[SoftTile::kEntries];
+    read_tile(raw_row, logits.vocabulary, first, reads, z);
+    scale(z, z);
+    device::bfloat16* const to = soft_entries(p, row, there ? tile : 0);
+    float weight[SoftTile::kQuads];
 #pragma unroll
-    for (int i = 0; i < kLaneEntries; ++i)
-      if (usable >> i & 1) weight += expf(rounded(scale(raw[i])) - row_max);
-    sum += warp_sum(weight);
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t offset = SoftTile::offset(quad * kLaneEntries);
+      const uint32_t usable = reads ? usable_entries(bits, logits.vocabulary, first + offset) : 0;
+      const int at = quad * kLaneEntries;
+#pragma unroll
+      for (int i = 0; i < kLaneEntries; ++i) z[at + i] = usable >> i & 1 ? z[at + i] : -INFINITY;
+      const uint2 packed = {device::pack_bfloat16(z[at], z[at + 1]),
+                            device::pack_bfloat16(z[at + 2], z[at + 3])};
+      if (reads) *reinterpret_cast<uint2*>(to + offset) = packed;
+      weight[quad] = expf(device::low_to_float(packed.x) - row_max);
+      weight[quad] += expf(device::high_to_float(packed.x) - row_max);
+      weight[quad] += expf(device::low_to_float(packed.y) - row_max);
+      weight[quad] += expf(device::high_to_float(packed.y) - row_max);
+    }
+    sum += SoftTile::sum(weight);
     // Every row that needs the tile stores the same.
-    if (lane == 0) p.wanted[request * logits.tiles + tile] = 1;
+    if (reads && lane == 0) p.wanted[request * logits.tiles + tile] = 1;
   }
   if (lane == 0) {
-    shared.sum[warp] = sum;
-    shared.left_out[warp] = left_out;
+    shared.sum[worker] = sum;
+    shared.left_out[worker] = left_out;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int32_t w = 1; w < kRowWarps; ++w) {
+  for (int32_t w = 1; w < kWorkers; ++w) {
     sum += shared.sum[w];
     left_out += shared.left_out[w];
   }

@@ -39,5 +39,42 @@ DGEMMA_DEVICE bool reads_tile(const SoftPass& p, float bound) {
   return bound > limit;
 }
 
+// A warp takes four tiles of a row at a time, eight lanes each: their chains of tanh and exp run
+// side by side, and a bound or a sum is made once for a lane's sixteen entries.
+constexpr int kSoftLanes = 8;
+constexpr int32_t kTilesAtOnce = 32 / kSoftLanes;
+using SoftTile = RowOfTile<kSoftLanes>;
+
+// A lane's logits of a tile, from `first` on: four at a time unless rows begin in between. What is
+// not there is zero.
+DGEMMA_DEVICE void read_tile(const device::bfloat16* row, int32_t width, int32_t first, bool there,
+                             float (&value)[SoftTile::kEntries]) {
+  const bool aligned = width % kLaneEntries == 0;
+#pragma unroll
+  for (int i = 0; i < SoftTile::kEntries; i += kLaneEntries) {
+    const int32_t at = first + SoftTile::offset(i);
+    uint2 four = {0, 0};
+    if (aligned) {
+      if (there && at < width) four = *reinterpret_cast<const uint2*>(row + at);
+    } else {
+      uint32_t bits[kLaneEntries] = {};
+#pragma unroll
+      for (int j = 0; j < kLaneEntries; ++j)
+        if (there && at + j < width) bits[j] = row[at + j].bits;
+      four = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    }
+    value[i] = device::low_to_float(four.x);
+    value[i + 1] = device::high_to_float(four.x);
+    value[i + 2] = device::low_to_float(four.y);
+    value[i + 3] = device::high_to_float(four.y);
+  }
+}
+
+// Where a lane's first entry of a row's tile lies among z and probabilities.
+DGEMMA_DEVICE device::bfloat16* soft_entries(const SoftPass& p, int64_t row, int32_t tile) {
+  return p.probabilities + (row * p.logits.tiles + tile) * kTile +
+         static_cast<int32_t>(device::lane_index()) % kSoftLanes * kLaneEntries;
+}
+
 }  // namespace
 }  // namespace dgemma
