@@ -143,6 +143,24 @@ struct RowOfTile {
   static DGEMMA_DEVICE int32_t offset(int i) {
     return i / kLaneEntries * kLaneEntries * kLanes + i % kLaneEntries;
   }
+  // A bit for each of a lane's entries that exists and is allowed.
+  static DGEMMA_DEVICE uint32_t usable(const uint32_t* bits, int32_t vocabulary, int32_t first) {
+    uint32_t usable = 0;
+#pragma unroll
+    for (int i = 0; i < kEntries; i += kLaneEntries) {
+      const int32_t left = ::min(::max(vocabulary - first - offset(i), 0), kLaneEntries);
+      usable |= ((1u << left) - 1) << i;
+    }
+    if (bits == nullptr) return usable;
+    uint32_t allowed = 0;
+#pragma unroll
+    for (int i = 0; i < kEntries; i += kLaneEntries) {
+      const int32_t at = first + offset(i);
+      const uint32_t word = at < vocabulary ? bits[at / 32] : 0;
+      allowed |= (word >> at % 32 & 0xf) << i;
+    }
+    return usable & allowed;
+  }
   static DGEMMA_DEVICE float max(float value) {
 #pragma unroll
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)

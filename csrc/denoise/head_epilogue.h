@@ -43,8 +43,8 @@ DGEMMA_DEVICE void finish_rows(const Head& p, const LogitScale& scale, int64_t r
   row += mine;
   const uint32_t* const bits =
       there ? allowed_bits(logits.allowed, logits.vocabulary, row) : nullptr;
+  const uint32_t usable = there ? Row::usable(bits, logits.vocabulary, first) : 0;
   float raw[Row::kEntries];
-  uint32_t usable = 0;
 #pragma unroll
   for (int i = 0; i < Row::kEntries; i += kLaneEntries) {
     const int32_t offset = Row::offset(i);
@@ -54,9 +54,7 @@ DGEMMA_DEVICE void finish_rows(const Head& p, const LogitScale& scale, int64_t r
     raw[i + 1] = device::high_to_float(four.x);
     raw[i + 2] = device::low_to_float(four.y);
     raw[i + 3] = device::high_to_float(four.y);
-    if (!there) continue;
-    store_four(p.raw + row * logits.vocabulary, logits.vocabulary, first + offset, four);
-    usable |= usable_entries(bits, logits.vocabulary, first + offset) << i;
+    if (there) store_four(p.raw + row * logits.vocabulary, logits.vocabulary, first + offset, four);
   }
   const TileStatistics statistics = tile_statistics(raw, usable, first, scale);
   if (lane != 0 || !there) return;

@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   if (!takes_part(p, request)) return;
   const bool summed = has_sum(p, row);
   const int32_t group = static_cast<int32_t>(device::lane_index()) / kSoftLanes;
-  const float row_max = rounded(p.row_max[row]);
+  // A row without a sum, or a tile that it does not read: z is minus infinity, so all are zero.
+  constexpr uint32_t kNothing = 0xff80ff80;
+  const float row_max = summed ? rounded(p.row_max[row]) : 0.0f;
   const float share = summed ? 1.0f / p.normaliser[row] : 0.0f;
   const int32_t* const list = p.list + request * logits.tiles;
   const int32_t count = p.count[request];
@@ -36,8 +38,8 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
     for (int quad = 0; quad < SoftTile::kQuads; ++quad)
       z[quad] =
           reads ? *reinterpret_cast<const uint2*>(entries + SoftTile::offset(quad * kLaneEntries))
-                : uint2{0, 0};
-    const auto probability = [&](float of) { return reads ? expf(of - row_max) * share : 0.0f; };
+                : uint2{kNothing, kNothing};
+    const auto probability = [&](float of) { return expf(of - row_max) * share; };
 #pragma unroll
     for (int quad = 0; quad < SoftTile::kQuads; ++quad)
       *reinterpret_cast<uint2*>(entries + SoftTile::offset(quad * kLaneEntries)) = {

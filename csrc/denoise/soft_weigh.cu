@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
     if (!reads) left_out += bound;
     if (!__any_sync(device::kAllLanes, reads)) continue;
     const int32_t first = tile * kTile + lane * kLaneEntries;
+    const uint32_t usable = reads ? SoftTile::usable(bits, logits.vocabulary, first) : 0;
     float z[SoftTile::kEntries];
     read_tile(raw_row, logits.vocabulary, first, reads, z);
     scale(z, z);
@@ -49,10 +50,10 @@ __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
 #pragma unroll
     for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
       const int32_t offset = SoftTile::offset(quad * kLaneEntries);
-      const uint32_t usable = reads ? usable_entries(bits, logits.vocabulary, first + offset) : 0;
       const int at = quad * kLaneEntries;
 #pragma unroll
-      for (int i = 0; i < kLaneEntries; ++i) z[at + i] = usable >> i & 1 ? z[at + i] : -INFINITY;
+      for (int i = 0; i < kLaneEntries; ++i)
+        z[at + i] = usable >> (at + i) & 1 ? z[at + i] : -INFINITY;
       const uint2 packed = {device::pack_bfloat16(z[at], z[at + 1]),
                             device::pack_bfloat16(z[at + 2], z[at + 3])};
       if (reads) *reinterpret_cast<uint2*>(to + offset) = packed;

@@ -49,24 +49,30 @@ using SoftTile = RowOfTile<kSoftLanes>;
 // not there is zero.
 DGEMMA_DEVICE void read_tile(const device::bfloat16* row, int32_t width, int32_t first, bool there,
                              float (&value)[SoftTile::kEntries]) {
-  const bool aligned = width % kLaneEntries == 0;
+  uint2 four[SoftTile::kQuads];
+  if (width % kLaneEntries == 0) {
 #pragma unroll
-  for (int i = 0; i < SoftTile::kEntries; i += kLaneEntries) {
-    const int32_t at = first + SoftTile::offset(i);
-    uint2 four = {0, 0};
-    if (aligned) {
-      if (there && at < width) four = *reinterpret_cast<const uint2*>(row + at);
-    } else {
-      uint32_t bits[kLaneEntries] = {};
-#pragma unroll
-      for (int j = 0; j < kLaneEntries; ++j)
-        if (there && at + j < width) bits[j] = row[at + j].bits;
-      four = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t at = first + SoftTile::offset(quad * kLaneEntries);
+      four[quad] = there && at < width ? *reinterpret_cast<const uint2*>(row + at) : uint2{0, 0};
     }
-    value[i] = device::low_to_float(four.x);
-    value[i + 1] = device::high_to_float(four.x);
-    value[i + 2] = device::low_to_float(four.y);
-    value[i + 3] = device::high_to_float(four.y);
+  } else {
+#pragma unroll
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t at = first + SoftTile::offset(quad * kLaneEntries);
+      uint32_t bits[kLaneEntries];
+#pragma unroll
+      for (int i = 0; i < kLaneEntries; ++i)
+        bits[i] = there && at + i < width ? row[at + i].bits : 0;
+      four[quad] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    }
+  }
+#pragma unroll
+  for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+    value[kLaneEntries * quad] = device::low_to_float(four[quad].x);
+    value[kLaneEntries * quad + 1] = device::high_to_float(four[quad].x);
+    value[kLaneEntries * quad + 2] = device::low_to_float(four[quad].y);
+    value[kLaneEntries * quad + 3] = device::high_to_float(four[quad].y);
   }
 }
 
