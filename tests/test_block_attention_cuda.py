@@ -5,25 +5,28 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sim.build import ROOT, SUPPORTED, sim_library
+from cuda_tools import find_nvcc
+from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
 from test_block_attention import Built, Case, Request
 
 FAMILY = ROOT / "csrc" / "block_attention"
 KERNELS = ["sm80_bf16_attention", "sm90_bf16_attention_256", "sm90_bf16_attention_512", "combine_splits"]
 KERNELS += ["append_to_cache"]
-SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"] if (FAMILY / f"{name}.cu").exists()]
+SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"]]
 SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", FAMILY / "plan_cuda.cpp"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "attention_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]
-GUARD = 256  # bytes behind the workspace
+GUARD = 256  # bytes before the output and behind output and workspace
 HEAD_DIMS = [256, 512]
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
@@ -50,14 +53,15 @@ class Cuda(ctypes.Structure):
 
 
 BFLOAT16 = 1
-OK = 0
+OK, WORKSPACE_TOO_SMALL = 0, 3
 
 
 @cache
 def library() -> ctypes.CDLL:
     built = sim_library("block_attention", SOURCES, ["-DDGEMMA_WITH_SM90"])
     built.dgemma_cuda_block_attention_workspace.restype = ctypes.c_size_t
-    built.attention_plan.restype = ctypes.c_char_p
+    for name in ("attention_plan", "attention_units", "attention_run", "attention_traffic"):
+        getattr(built, name).restype = ctypes.c_char_p
     return built
 
 
@@ -90,10 +94,11 @@ def run(built: Built, seed: int, capability: int = 90, with_length: bool = True)
     op = describe(built)
     if not with_length:
         op.length = None
-    out = torch.full_like(built.query, float("nan"))
+    count, guard = built.query.numel(), GUARD // 2
+    guarded = torch.full((count + 2 * guard,), -1, dtype=torch.int16)  # NaN in bfloat16
     op.workspace_bytes = library().dgemma_cuda_block_attention_workspace(ctypes.byref(op))
     workspace = torch.full((op.workspace_bytes + GUARD,), 0xFF, dtype=torch.uint8)
-    op.output, op.workspace = out.data_ptr(), workspace.data_ptr()
+    op.output, op.workspace = guarded.data_ptr() + GUARD, workspace.data_ptr()
     function = library().dgemma_cuda_causal_attention if built.case.causal else library().dgemma_cuda_canvas_attention
     library().sim_set_seed(ctypes.c_uint64(seed))
     cuda = Cuda()
@@ -101,7 +106,9 @@ def run(built: Built, seed: int, capability: int = 90, with_length: bool = True)
         status = function(ctypes.byref(op), ctypes.byref(cuda))
     assert status == OK, cuda.message.decode()
     assert bool((workspace[op.workspace_bytes :] == 0xFF).all()), "written behind the workspace"
-    return out
+    assert bool((guarded[:guard] == -1).all()), "written before the output"
+    assert bool((guarded[guard + count :] == -1).all()), "written behind the output"
+    return guarded[guard : guard + count].view(torch.bfloat16).reshape(built.query.shape)
 
 
 def build(case: Case) -> Built:
@@ -112,18 +119,12 @@ def build(case: Case) -> Built:
 
 def check(built: Built, out: Tensor) -> None:
     """Against the oracle; rows without a query are as they were."""
+    clean = out.clone()
     for b, request in enumerate(built.case.requests):
-        assert bool(out[b, request.rows if request.slot >= 0 else 0 :].isnan().all())
-    built.check(out.nan_to_num(0.0) if bool(out.isnan().any()) and finite_rows(built, out) else out)
-
-
-def finite_rows(built: Built, out: Tensor) -> bool:
-    """Whether all rows that have a query are finite."""
-    return all(
-        bool(torch.isfinite(out[b, : request.rows]).all())
-        for b, request in enumerate(built.case.requests)
-        if request.slot >= 0
-    )
+        rows = request.rows if request.slot >= 0 else 0
+        assert bool(out[b, rows:].isnan().all())
+        clean[b, rows:] = 0.0
+    built.check(clean)
 
 
 SLIDING: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "window": 200, "capacity": 199}
@@ -174,10 +175,241 @@ ALL_CASES = {**CASES, **{f"causal_{name}": case for name, case in CAUSAL_CASES.i
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_kernels_are_right(name: str, head_dim: int) -> None:
-    case = ALL_CASES[name]
-    case.head_dim = head_dim
-    built = build(case)
+    built = build(replace(ALL_CASES[name], head_dim=head_dim))
     outputs = [run(built, seed) for seed in SEEDS]
     check(built, outputs[0])
     for output in outputs[1:]:
-        assert torch.equal(output.view(torch.int16), outputs[0].view(torch.int16))
+        assert same_bits(output, outputs[0])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("name", ["ring", "causal_spans"])
+def test_the_other_path(name: str, head_dim: int) -> None:
+    """The kernel for all GPUs, by the same calls."""
+    built = build(replace(ALL_CASES[name], head_dim=head_dim))
+    check(built, run(built, seed=1, capability=80))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_alone_and_in_a_batch(causal: bool, head_dim: int) -> None:
+    """Each request into its own number of splits, with lengths given or not."""
+    requests = [Request(530, 5, 1), Request(20, 3, 2), Request(900, 40, 0)]
+    shape: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "head_dim": head_dim, "capacity": 950, "causal": causal}
+    built = build(Case(requests, block=41, **shape))
+    together = run(built, seed=1)
+    check(built, together)
+    for b, r in enumerate(requests):
+        alone = build(Case([Request(r.prefix, r.rows, 0)], **shape))
+        alone.query[0], alone.key[0], alone.value[0] = (x[b, : r.rows] for x in (built.query, built.key, built.value))
+        alone.prefix_key[0], alone.prefix_value[0] = built.prefix_key[r.slot], built.prefix_value[r.slot]
+        for with_length in (True, False):
+            assert same_bits(run(alone, seed=2, with_length=with_length)[0], together[b, : r.rows])
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_cluster_reads_keys_once(head_dim: int) -> None:
+    """Whole tiles come by the copy engine, once for two tiles of rows; cp.async brings the queries alone."""
+    keys, rows = {256: (80, 128), 512: (64, 64)}[head_dim]
+    # Two or three tiles of rows for each of two key heads; five tiles of keys.
+    case = Case([Request(2 * keys, 3 * keys)], query_heads=2, key_heads=2, head_dim=head_dim, capacity=2 * keys)
+    built = build(case)
+    op, out = describe(built), torch.empty_like(built.query)
+    workspace = torch.empty(plan_of(op).workspace_bytes, dtype=torch.uint8)
+    op.output, op.workspace, op.workspace_bytes = out.data_ptr(), workspace.data_ptr(), workspace.numel()
+    statistics = (ctypes.c_uint64 * 6)()
+    assert library().attention_traffic(ctypes.byref(op), ctypes.c_bool(False), statistics) is None
+    clusters = {256: 1, 512: 2}[head_dim]
+    assert -(-3 * keys // rows) in (2 * clusters - 1, 2 * clusters)
+    # Keys and values of two heads, two bytes each.
+    assert statistics[2] == clusters * 2 * (2 * 5 * keys * head_dim) * 2
+    assert statistics[4] == built.query.numel() * 2
+
+
+@dataclass
+class Plan:
+    path: int
+    rows: int
+    keys: int
+    row_tiles: int
+    splits: int
+    partial_tiles: int
+    partial: int
+    sums: int
+    workspace_bytes: int
+    text: str
+
+
+def plan_of(op: BlockAttention, capability: int = 90) -> Plan:
+    numbers, text = (ctypes.c_int64 * 9)(), ctypes.create_string_buffer(500)
+    problem = library().attention_plan(ctypes.byref(op), capability, numbers, text, ctypes.c_size_t(500))
+    assert problem is None, problem
+    return Plan(*numbers, text.value.decode())
+
+
+# Key heads, head dimension, window and capacity of the model's two kinds of layers, 16 query heads.
+LAYERS = {"sliding": (8, 256, 1024, 1023), "full": (2, 512, 0, 12288)}
+QUERY_HEADS = 16
+
+
+def model_layer(layer: str, batch: int = 1, block: int = 256) -> BlockAttention:
+    key_heads, head_dim, window, capacity = LAYERS[layer]
+    op = BlockAttention(batch, block, QUERY_HEADS, key_heads, head_dim, batch, capacity, window)
+    op.scale, op.dtype = 1.0, BFLOAT16
+    return op
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def units_of(op: BlockAttention, causal: bool) -> np.ndarray:
+    """Request, key head, row tile, split, first position, end, tiles of keys and part, of every block with rows."""
+    room = ctypes.c_int32(0)
+    call = library().attention_units
+    assert call(ctypes.byref(op), ctypes.c_bool(causal), None, ctypes.byref(room)) is None
+    units = np.full((room.value + 1, 8), -7, dtype=np.int32)
+    pointer = units.ctypes.data_as(ctypes.c_void_p)
+    assert call(ctypes.byref(op), ctypes.c_bool(causal), pointer, ctypes.byref(room)) is None
+    assert room.value == len(units) - 1
+    assert bool((units[-1] == -7).all())
+    return units[:-1]
+
+
+def run_of(first: int, keys: int, end: int, prefix: int, capacity: int) -> tuple[int, int]:
+    out = (ctypes.c_int32 * 2)()
+    assert library().attention_run(first, keys, end, prefix, capacity, out) is None
+    return out[0], out[1]
+
+
+PREFIXES = [0, 1, 79, 767, 1022, 1023, 1024, 4096, 8192]
+
+
+@pytest.mark.parametrize("given_lengths", [False, True])
+@pytest.mark.parametrize(("causal", "block"), [(False, 256), (False, 37), (True, 256), (True, 1500)])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_units_cover_the_model_once(layer: str, causal: bool, block: int, given_lengths: bool) -> None:
+    """At true extents: every row of a request meets every key it sees in one split; parts do not overlap."""
+    key_heads, _, window, capacity = LAYERS[layer]
+    op = model_layer(layer, len(PREFIXES), block)
+    lengths = [max(1, block - 19 * i) for i in range(len(PREFIXES))] if given_lengths else [block] * len(PREFIXES)
+    slots, prefixes, length = integers(list(range(len(PREFIXES)))), integers(PREFIXES), integers(lengths)
+    op.slot, op.prefix_length = slots.data_ptr(), prefixes.data_ptr()
+    op.length = length.data_ptr() if given_lengths else None
+    plan = plan_of(op)
+    assert plan.path == 90
+    group = QUERY_HEADS // key_heads
+    units = units_of(op, causal)
+    for index, (prefix, rows) in enumerate(zip(PREFIXES, lengths, strict=True)):
+        own = units[units[:, 0] == index]
+        splits = int(own[:, 3].max()) + 1
+        if splits > 1:
+            assert len(set(own[:, 7].tolist())) == len(own)
+            assert own[:, 7].min() >= index * plan.partial_tiles
+            assert own[:, 7].max() < (index + 1) * plan.partial_tiles
+        row_tiles = -(-rows * group // plan.rows)
+        covered = np.zeros((key_heads, row_tiles, prefix + rows + 1), dtype=np.int64)
+        for _, head, tile, _, first, end, tiles, _ in own.tolist():
+            if tiles > 0:
+                covered[head, tile, first] += 1
+                covered[head, tile, min(first + tiles * plan.keys, end)] -= 1
+            for number in range(tiles):
+                check_run(first + number * plan.keys, plan.keys, end, prefix, capacity)
+        covered = covered.cumsum(axis=2)
+        for tile in range(row_tiles):
+            tokens = range(tile * plan.rows // group, min(rows, -(-(tile + 1) * plan.rows // group)))
+            low = max(0, (prefix + tokens[0] if causal else prefix) - window + 1) if window else 0
+            high = prefix + (tokens[-1] + 1 if causal else rows)
+            assert bool((covered[:, tile, low:high] == 1).all())
+            assert int(covered[:, tile].max()) == 1
+
+
+@cache
+def check_run(first: int, keys: int, end: int, prefix: int, capacity: int) -> None:
+    """One run of rows where the tile is one, and no row of it that may not be read."""
+    source, row = run_of(first, keys, end, prefix, capacity)
+    positions = np.arange(first, first + keys)
+    in_ring = positions % max(capacity, 1)
+    if source == 0:
+        assert positions[-1] < prefix
+        assert bool((in_ring == np.arange(row, row + keys)).all())
+    elif source == 1:
+        assert first >= prefix
+        assert row == first - prefix
+        assert positions[-1] < end
+    else:
+        whole_prefix = positions[-1] < prefix and bool((np.diff(in_ring) == 1).all())
+        assert not whole_prefix
+        assert not (first >= prefix and positions[-1] < end)
+
+
+def test_most_tiles_of_the_model_are_whole() -> None:
+    """Of the 16 tiles of a sliding layer three are not: the ring's end, the prefix's end, the last."""
+    first = 5000 - 1023
+    sources = [run_of(first + 80 * i, 80, 5256, 5000, 1023)[0] for i in range(16)]
+    assert sources.count(2) == 3
+    sources = [run_of(64 * i, 64, 4352, 4096, 12288)[0] for i in range(68)]
+    assert sources.count(2) == 0
+
+
+def test_plan_for_the_model_on_an_h200() -> None:
+    """One canvas is 128 blocks, one for each of 132 multiprocessors."""
+    sliding, full = plan_of(model_layer("sliding")), plan_of(model_layer("full"))
+    assert (sliding.row_tiles * 8 * sliding.splits, full.row_tiles * 2 * full.splits) == (128, 128)
+    assert sliding.text == (
+        "sm90 attention: 4 tiles of 128 rows, tiles of 80 keys, up to 4 splits\nworkspace: 17436672 bytes\n"
+    )
+    assert full.text == (
+        "sm90 attention: 32 tiles of 64 rows, tiles of 64 keys, up to 2 splits\nworkspace: 17369088 bytes\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "path"), [(256, 90, 90), (512, 90, 90), (128, 90, 80), (512, 100, 80)]
+)
+def test_path(head_dim: int, capability: int, path: int) -> None:
+    op = model_layer("full")
+    op.head_dim = head_dim
+    assert plan_of(op, capability).path == path
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("block", [1, 31, 256, 5000])
+def test_workspace_is_enough_for_every_gpu(block: int, batch: int, layer: str) -> None:
+    op = model_layer(layer, batch, block)
+    for with_lengths in (False, True):
+        length = integers([block] * batch)
+        op.length = length.data_ptr() if with_lengths else None
+        wanted = library().dgemma_cuda_block_attention_workspace(ctypes.byref(op))
+        plans = [plan_of(op, capability) for capability in (80, 90)]
+        assert wanted == max(plan.workspace_bytes for plan in plans)
+        for plan in plans:
+            floats = batch * plan.partial_tiles * plan.rows
+            assert plan.partial + 4 * floats * op.head_dim <= plan.sums
+            assert plan.sums + 4 * floats * 2 <= plan.workspace_bytes
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_small_workspace(head_dim: int) -> None:
+    built = build(replace(ALL_CASES["split"], head_dim=head_dim))
+    op, cuda = describe(built), Cuda()
+    out = torch.zeros_like(built.query)
+    workspace = torch.zeros(2**16, dtype=torch.uint8)
+    op.output, op.workspace, op.workspace_bytes = out.data_ptr(), workspace.data_ptr(), 2**16
+    assert library().dgemma_cuda_canvas_attention(ctypes.byref(op), ctypes.byref(cuda)) == WORKSPACE_TOO_SMALL
+    wanted = plan_of(op).workspace_bytes
+    assert cuda.message.decode() == f"workspace_bytes: got 65536, wants at least {wanted}"
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_registers_fit_a_block_of_384_threads(head_dim: int) -> None:
+    """They are shared out at launch: 65,536 for 384 threads are at most 168 each."""
+    report = nvcc_report(FAMILY / f"sm90_bf16_attention_{head_dim}.cu", "90a")
+    assert (report.kernels, report.spill_bytes, report.stack_bytes) == (1, 0, 0)
+    assert report.registers <= 168

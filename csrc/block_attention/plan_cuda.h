@@ -12,9 +12,8 @@
 namespace dgemma {
 
 constexpr int32_t kAttentionThreads = 128;
-// sm_90: two warpgroups that multiply and one that loads; two blocks that share what they load.
+// sm_90: two warpgroups that multiply and one that loads.
 constexpr int32_t kAttentionThreads90 = 384;
-constexpr int32_t kAttentionCluster = 2;
 constexpr int32_t kCombineThreads = 128;
 
 struct AttentionPlan {

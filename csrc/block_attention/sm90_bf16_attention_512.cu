@@ -281,19 +281,19 @@ class Rest {
 __global__ void __launch_bounds__(kAttentionThreads90, 1)
     attention(const __grid_constant__ KeyMaps maps, const __grid_constant__ Attention p) {
   auto& shared = device::shared_memory<Layout>();
-  device::wait_for_previous_kernel();
-  device::let_next_kernel_begin();
-  Place at = find_place(p);
-  const AttentionRequest request = find_request(p, at.request);
-  if (is_outside(p, request, at)) return;
   if (threadIdx.x == 0) {
-    initialise(shared.common);
+    initialise(shared.common, maps);
     for (uint32_t i = 0; i < kBuffers; ++i) {
       device::mbarrier_init(&shared.written[i], kWarps);
       device::mbarrier_init(&shared.read[i], kWarps);
     }
     device::fence_mbarrier_init();
   }
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  const AttentionRequest request = find_request(p, static_cast<int32_t>(blockIdx.z));
+  const Place at = find_place(p, request);
+  if (at.row_tile < 0 || at.split >= request.splits) return;  // with the whole cluster
   const KeyRange keys = find_keys(p, request, at, shared.common);
   device::cluster_sync();  // the barriers of both blocks are there
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "block_attention/cuda.h"
+#include "block_attention/sm90_units.h"
 #include "device/cluster.h"
 #include "device/cp_async.h"
 #include "device/fence.h"
@@ -89,9 +90,17 @@ struct Position {
   }
 };
 
-// By one thread; fence_mbarrier_init and a barrier of the cluster follow.
+// Keys and values as (column of a group, row, group of columns).
+struct KeyMaps {
+  device::TensorMap prefix_key, prefix_value, key, value;
+};
+
+// By one thread, before the kernel in front has ended; fence_mbarrier_init and a barrier of the
+// cluster follow.
 template <int kHeadDim>
-DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared) {
+DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
+  for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
+    device::prefetch_tensor_map(map);
   for (int i = 0; i < Tile<kHeadDim>::kStages; ++i) {
     device::mbarrier_init(&shared.full[i], kLoadingThreads);
     device::mbarrier_init(&shared.empty[i], kAttentionCluster * Tile<kHeadDim>::kUsers);
@@ -121,23 +130,16 @@ DGEMMA_DEVICE void release(Shared<kHeadDim>& shared, Position<kHeadDim> at) {
   if (lane < kAttentionCluster) device::mbarrier_arrive_at_block(&shared.empty[at.stage], lane);
 }
 
-// Where this block is. Row tiles of causal attention are taken from the last, which see most.
+// Where this block is. Splits come after heads: those that a request has not are the last to begin.
 struct Place {
   int32_t request, head, split;
-  int32_t row_tile;  // may be one past the request's last: the second of a cluster
+  int32_t row_tile;  // see row_tile_of_block
 };
 
-DGEMMA_DEVICE Place find_place(const Attention& p) {
+DGEMMA_DEVICE Place find_place(const Attention& p, const AttentionRequest& request) {
   return {static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y) % p.key_heads,
-          static_cast<int32_t>(blockIdx.y) / p.key_heads, static_cast<int32_t>(blockIdx.x)};
-}
-
-// Whether the whole cluster has nothing to do; else row_tile becomes that of the request.
-DGEMMA_DEVICE bool is_outside(const Attention& p, const AttentionRequest& request, Place& at) {
-  const int32_t tiles = (request.row_tiles + kAttentionCluster - 1) / kAttentionCluster;
-  const int32_t tile = at.row_tile / kAttentionCluster, rank = at.row_tile % kAttentionCluster;
-  at.row_tile = (p.causal ? tiles - 1 - tile : tile) * kAttentionCluster + rank;
-  return tile >= tiles || at.split >= request.splits;
+          static_cast<int32_t>(blockIdx.y) / p.key_heads,
+          row_tile_of_block(static_cast<int32_t>(blockIdx.x), request.row_tiles, p.causal)};
 }
 
 // What the cluster goes over: positions `first` .. `end` - 1 by tiles of keys. Every row of this
@@ -176,18 +178,11 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
   keys.end = __reduce_max_sync(device::kAllLanes, keys.end);
   keys.common_first = __reduce_max_sync(device::kAllLanes, keys.common_first);
   keys.common_end = __reduce_min_sync(device::kAllLanes, keys.common_end);
-  const int32_t tiles = (keys.end - keys.first + kKeys - 1) / kKeys;
-  const int32_t each = (tiles + request.splits - 1) / request.splits;
-  const int32_t begin = min(at.split * each, tiles);
-  keys.first += begin * kKeys;
-  keys.tiles = min(each, tiles - begin);
+  const KeyTiles own_tiles = keys_of_split(keys.first, keys.end, kKeys, request.splits, at.split);
+  keys.first = own_tiles.first;
+  keys.tiles = own_tiles.tiles;
   return keys;
 }
-
-// Keys and values as (column of a group, row, group of columns).
-struct KeyMaps {
-  device::TensorMap prefix_key, prefix_value, key, value;
-};
 
 // The warps that load.
 template <int kHeadDim>
@@ -255,14 +250,13 @@ class Loader {
 
   DGEMMA_DEVICE void load(const device::TensorMap& prefix_map, const device::TensorMap& block_map,
                           const bfloat16* prefix, const bfloat16* block, int32_t first) {
-    if (first + T::kKeys <= request_.prefix) {
-      const int32_t row = first % p_.capacity;
-      if (row + T::kKeys <= p_.capacity)
-        return load_whole(prefix_map, request_.slot * p_.capacity + row);
-    } else if (first >= request_.prefix && first + T::kKeys <= keys_.end) {
-      return load_whole(block_map, place_.request * p_.block_length + first - request_.prefix);
-    }
-    load_rows(prefix, block, first);
+    const KeyRun run = find_run(first, T::kKeys, keys_.end, request_.prefix, p_.capacity);
+    if (run.source == KeySource::kPrefix)
+      load_whole(prefix_map, request_.slot * p_.capacity + run.row);
+    else if (run.source == KeySource::kBlock)
+      load_whole(block_map, place_.request * p_.block_length + run.row);
+    else
+      load_rows(prefix, block, first);
   }
 
   // One run of rows in memory, `row` being the first.
@@ -372,7 +366,6 @@ const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch,
   if (const char* problem = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return problem;
   if (const char* problem = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return problem;
   const int32_t clusters = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster;
-  // Splits come after heads: those that a request has not are the last to begin.
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(clusters * kAttentionCluster),
                    static_cast<unsigned>(p.key_heads * plan.splits), static_cast<unsigned>(batch)),
