@@ -122,15 +122,14 @@ class Scores {
     softmax_.finish();
 #pragma unroll
     for (int which = 0; which < 2; ++which)
-      if (device::lane_index() % 4 == 0)
-        shared_.sums[first_row() + 8 * which] = softmax_.sum(which);
+      if (device::lane_index() % 4 == 0) shared_.sums[row_ + 8 * which] = softmax_.sum(which);
     device::named_barrier_arrive(kSumsBarrier, 2 * 32 * kWarps);
   }
 
   DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int32_t row = first_row() + 8 * which;
+      const int32_t row = row_ + 8 * which;
       if (!has_row(p, request, at, row)) continue;
       store_sums(p, request, at, row, softmax_.max(which), softmax_.sum(which));
       columns_.store(p, request, at, row, which, 0, softmax_.sum(which));
@@ -177,10 +176,10 @@ class Scores {
     device::mbarrier_wait(&shared_.read[buffer], buffer_.parity ^ 1);
 #pragma unroll
     for (int which = 0; which < 2; ++which)
-      if (lane % 4 == 0) shared_.factors[buffer][first_row() + 8 * which] = softmax_.factor(which);
+      if (lane % 4 == 0) shared_.factors[buffer][row_ + 8 * which] = softmax_.factor(which);
     // The four tiles of 8 by 8 that wgmma's A has of 16 keys: rows 0-7 and 8-15 of keys 0-7, then
     // those of keys 8-15.
-    const uint32_t row = device::warp_index() % kWarps * 16 + lane % 16;
+    const uint32_t row = static_cast<uint32_t>(row_) / 16 * 16 + lane % 16;
     char* const tile_of_exponentials = reinterpret_cast<char*>(shared_.exponentials[buffer]);
 #pragma unroll
     for (uint32_t k = 0; k < T::kKeys / 16; ++k) {
@@ -219,6 +218,7 @@ class Scores {
   }
 
   Layout& shared_;
+  const int32_t row_ = first_row();
   Position<kHeadDim> at_;
   Buffer buffer_;
   Softmax<T::kKeys> softmax_;
@@ -239,8 +239,7 @@ class Rest {
       at_.advance(kUnits);                                               // the other's values
       const uint32_t buffer = buffer_.index;
       device::mbarrier_wait(&shared_.written[buffer], buffer_.parity);
-      columns_.multiply(shared_.factors[buffer][first_row()],
-                        shared_.factors[buffer][first_row() + 8]);
+      columns_.multiply(shared_.factors[buffer][row_], shared_.factors[buffer][row_ + 8]);
       const auto exponentials =
           device::k_major_descriptor(shared_.exponentials[buffer], Swizzle::bytes_128);
       Position<kHeadDim> value = at_;
@@ -265,7 +264,7 @@ class Rest {
   DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      const int32_t row = first_row() + 8 * which;
+      const int32_t row = row_ + 8 * which;
       if (has_row(p, request, at, row))
         columns_.store(p, request, at, row, which, kHeadDim / 2, shared_.sums[row]);
     }
@@ -273,6 +272,7 @@ class Rest {
 
  private:
   Layout& shared_;
+  const int32_t row_ = first_row();
   Position<kHeadDim> at_;
   Buffer buffer_;
   Columns columns_;
