@@ -25,6 +25,7 @@ CASES = [
     "mbarrier phases and bytes",
     "cp_async",
     "cp_async_mbarrier_arrive",
+    "mbarrier_arrive_times",
     "bulk load and store",
     "cluster",
     "last block",

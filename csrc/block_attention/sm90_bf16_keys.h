@@ -6,8 +6,8 @@
 // is one run of rows in memory is brought by the copy engine, half of each unit's columns by either
 // block, to both: L2 is read once for the two. Where a tile crosses the end of the cache's ring or
 // of the prefix, or reaches past the last key, each block copies its rows by itself with cp.async,
-// rows past the last as zeros. A stage is full when all loading threads have arrived and all bytes
-// have come, and empty again when the warps that read it have released it in both blocks.
+// rows past the last as zeros. A stage is full when it has an arrival of each loading thread and
+// all bytes have come, and empty again when the warps that read it have released it in both blocks.
 #pragma once
 
 #include "block_attention/cuda.h"
@@ -267,15 +267,16 @@ class Loader {
     for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
       device::Mbarrier* const full = &shared_.full[at_.stage];
       device::mbarrier_wait(&shared_.empty[at_.stage], at_.parity ^ 1);
-      if (warp_ == 0 && lane_ == 0) {
+      __syncwarp();  // no lane is left behind by two rounds
+      if (lane_ != 0) continue;
+      if (warp_ == 0) {
         device::mbarrier_arrive_expect_bytes(full, sizeof(typename S::Unit));
         const int32_t group = rank_ * kShare;
         device::tma_load_multicast(shared_.unit[at_.stage][group], &map, full,
                                    device::evict_normal(), kBlocks, 0, row,
                                    place_.head * (kHeadDim / kGroup) + unit * S::kGroups + group);
-      } else {
-        device::mbarrier_arrive(full);
       }
+      device::mbarrier_arrive_times(full, warp_ == 0 ? 31 : 32);  // for the warp
     }
   }
 

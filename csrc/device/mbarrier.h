@@ -36,6 +36,14 @@ DGEMMA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
                : "memory");
 }
 
+// Arrives so many times at once (sm_90).
+DGEMMA_DEVICE void mbarrier_arrive_times(Mbarrier* barrier, uint32_t arrivals) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1; }" ::"r"(
+                   shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
 // Arrives at the barrier that lies at the same place in the shared memory of a block of the
 // cluster. Says that reads are done; writes are ordered within this block alone: in
 // .release.cluster nvcc puts a fence of the whole GPU's memory, for which every warp would wait at

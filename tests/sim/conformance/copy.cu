@@ -178,6 +178,32 @@ std::string bulk() {
   return compare("bulk copies", out.fetch(), wanted);
 }
 
+// One thread arrives for the warp but itself.
+__global__ void arrive_times_kernel(uint32_t* out) {
+  auto& shared = shared_memory<Shared>();
+  if (threadIdx.x == 0) mbarrier_init(&shared.barrier, 32);
+  __syncthreads();
+  const uint32_t lane = lane_index();
+  if (warp_index() == 0) {
+    if (lane == 5) {
+      mbarrier_arrive_times(&shared.barrier, 31);
+      out[0] = mbarrier_try_wait(&shared.barrier, 0);
+      mbarrier_arrive(&shared.barrier);
+    }
+  } else {
+    mbarrier_wait(&shared.barrier, 0);
+    if (lane == 0) out[1] = 7;
+  }
+}
+
+std::string arrive_times() {
+  Buffer<uint32_t> out(2);
+  if (std::string problem = run(64, sizeof(Shared), 1, arrive_times_kernel, out.device());
+      !problem.empty())
+    return problem;
+  return compare("mbarrier_arrive_times", out.fetch(), {0, 7});
+}
+
 // Four blocks: each gives its left neighbour a word by an ordinary store, its right neighbour 64
 // bytes by a bulk copy, and arrives at block 0's barrier.
 struct ClusterShared {
@@ -265,6 +291,7 @@ std::vector<Case> copy_cases() {
           {"mbarrier phases and bytes", 90, phases<true>},
           {"cp_async", 80, cp_async},
           {"cp_async_mbarrier_arrive", 80, cp_async_arrive},
+          {"mbarrier_arrive_times", 90, arrive_times},
           {"bulk load and store", 90, bulk},
           {"cluster", 90, cluster},
           {"last block", 80, last_block}};

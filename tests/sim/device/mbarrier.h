@@ -18,6 +18,9 @@ inline void mbarrier_invalidate(Mbarrier* barrier, SIM_SOURCE) {
 inline void mbarrier_arrive(Mbarrier* barrier, SIM_SOURCE) {
   sim::mbarrier_arrive(&barrier->state, source);
 }
+inline void mbarrier_arrive_times(Mbarrier* barrier, uint32_t arrivals, SIM_SOURCE) {
+  for (uint32_t i = 0; i < arrivals; ++i) sim::mbarrier_arrive(&barrier->state, source);
+}
 inline void mbarrier_arrive_at_block(Mbarrier* barrier, uint32_t block_rank, SIM_SOURCE) {
   sim::mbarrier_arrive_at_block(&barrier->state, block_rank, source);
 }
