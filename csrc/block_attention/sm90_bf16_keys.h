@@ -334,13 +334,11 @@ DGEMMA_DEVICE void load_all(Loader<kHeadDim>& loader, const KeyMaps& maps, int32
 }
 
 // Host: [rows, key_heads, head_dim] as (column of a group, row, group of columns), a copy being a
-// tile of keys by a block's share of a unit. A tensor without rows is never copied from.
+// tile of keys by a block's share of a unit.
 template <int kHeadDim>
 const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat16* base,
                         int64_t rows) {
   using T = Tile<kHeadDim>;
-  *map = {};
-  if (rows == 0) return nullptr;
   const uint64_t row_values = static_cast<uint64_t>(p.key_heads) * kHeadDim;
   return device::encode_tensor_map(
       map, {.type = device::ElementType::bfloat16,
@@ -360,12 +358,16 @@ const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch,
   KeyMaps maps;
   const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
   const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
-  if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
-    return problem;
-  if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
-    return problem;
   if (const char* problem = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return problem;
   if (const char* problem = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return problem;
+  maps.prefix_key = maps.key;  // where there is no cache: never copied from
+  maps.prefix_value = maps.value;
+  if (stored > 0) {
+    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
+      return problem;
+    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
+      return problem;
+  }
   const int32_t clusters = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster;
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(clusters * kAttentionCluster),
