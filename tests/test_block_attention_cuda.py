@@ -411,8 +411,5 @@ def test_small_workspace(head_dim: int) -> None:
 def test_registers_fit_a_block_of_384_threads(head_dim: int) -> None:
     """They are shared out at launch: 65,536 for 384 threads are at most 168 each. Products are not made to wait."""
     report = nvcc_report(FAMILY / f"sm90_bf16_attention_{head_dim}.cu", "90a")
-    assert (report.kernels, report.spill_bytes, report.stack_bytes) == (1, 0, 0)
+    assert (report.kernels, report.spill_bytes, report.stack_bytes, report.serialized) == (1, 0, 0, 0)
     assert report.registers <= 168
-    said = report.object.with_suffix(".ptxas").read_text()
-    assert "Compiling entry function" in said
-    assert "serialized" not in said  # of wgmma, ptxas's message C7510
