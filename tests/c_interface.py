@@ -54,7 +54,10 @@ def build_folder() -> Path:
 
     Without any it makes one of the library alone, which takes a minute.
     """
-    builds = [path.parent for path in (ROOT / "build").glob("*/CMakeCache.txt")]
+    # build/gpu is where `make gpu-check` builds.
+    builds = [
+        path.parent for pattern in ("*", "gpu/cmake") for path in (ROOT / "build").glob(f"{pattern}/CMakeCache.txt")
+    ]
     builds.sort(key=lambda folder: (folder / "CMakeCache.txt").stat().st_mtime)
     usable = [
         folder

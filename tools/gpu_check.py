@@ -85,7 +85,8 @@ def conformance(_nvcc: str, _code: str, arguments: list[str]) -> bool:
 def operators(_nvcc: str, _code: str, arguments: list[str]) -> bool:
     tests = [f"tests/{name}" for name in OPERATOR_TESTS]
     passed = run("operators on the GPU", [*PYTEST, *tests, *arguments], DGEMMA_TEST_BACKEND="cuda")
-    return run("model on the GPU", [*PYTEST, "tests/test_gpu_model.py", "--durations=5", *arguments]) and passed
+    models = ["tests/test_gpu_model.py", "tests/test_gpu_embed_c.py"]
+    return run("model on the GPU", [*PYTEST, *models, "--durations=5", *arguments]) and passed
 
 
 def suite(_nvcc: str, _code: str, arguments: list[str]) -> bool:
