@@ -113,6 +113,16 @@ def test_the_bounds_notice_a_wrong_scale() -> None:
             assert_close_to_rounded(output, mistake)
 
 
+def test_sums_do_not_stay_in_the_tensor_core() -> None:
+    """It keeps 14 bits of a sum (the test bed cuts the rest off), so long sums of one sign would all come out smaller."""
+    case = make((2, 2816, 704, 1, 1, "distinct"))
+    case.input = case.input.abs()
+    for matrix in (case.gate_up, case.down):
+        matrix.values &= 0x7F
+    wanted = rounded_activations(case, torch.float64)
+    assert abs(float(run_fp8(case).double().sum() / wanted.sum()) - 1) < 1e-3
+
+
 def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
     case = make((75, 256, 128, 4, 2, "distinct"))
     together = run_fp8(case)

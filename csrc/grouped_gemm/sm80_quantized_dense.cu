@@ -13,13 +13,13 @@ struct Rows {
   const bfloat16* tokens;  // [rows, in_features]: the input
   int32_t out_features;
 
+  DGEMMA_DEVICE int32_t first_weight_row(const DenseUnit&) const { return 0; }
   DGEMMA_DEVICE int32_t weight_row(const DenseUnit& unit, int32_t row) const {
-    const int32_t feature = unit.weight_tile * kQuantizedWeightRows + row;
-    return feature < out_features ? feature : -1;
+    const int32_t at = unit.weight_tile * kQuantizedWeightRows + row;
+    return at < out_features ? at : -1;
   }
-  DGEMMA_DEVICE int32_t token_row(const DenseUnit& unit, int32_t row) const {
-    return unit.first + row;
-  }
+  DGEMMA_DEVICE int64_t first_token_row(const DenseUnit& unit) const { return unit.first; }
+  DGEMMA_DEVICE int32_t token_row(const DenseUnit&, int32_t row) const { return row; }
 };
 
 template <int kColumns>
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
     for (int32_t segment = unit.segment; segment < unit.segment + unit.segments; ++segment) {
       Sum<kColumns> sum = {};
       pipeline.template multiply<kColumns>(own, p.work.begin(segment), p.work.steps(segment), sum);
-      add<kColumns>(total, sum, own);
+      // Found again: kept, the factors would take registers that there are not.
+      add<kColumns>(total, sum, find_own_rows<kEncoding>(rows, unit));
     }
     store<kColumns>(p, unit, total);
   });

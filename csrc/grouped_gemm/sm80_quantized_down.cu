@@ -14,13 +14,15 @@ struct Rows {
   const bfloat16* tokens;  // [pairs, expert_size], in sorted order: the activations
   int32_t hidden_size;
 
+  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
+    return unit.expert * hidden_size;
+  }
   DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
     const int32_t at = unit.weight_tile * kQuantizedWeightRows + row;
-    return at < hidden_size ? unit.expert * hidden_size + at : -1;
+    return at < hidden_size ? at : -1;
   }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return unit.first + row;
-  }
+  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit& unit) const { return unit.first; }
+  DGEMMA_DEVICE int32_t token_row(const MoeUnit&, int32_t row) const { return row; }
 };
 
 struct Down {

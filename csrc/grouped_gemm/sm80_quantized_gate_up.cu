@@ -21,11 +21,15 @@ struct Rows {
   int32_t expert_size, top_k;
   const int32_t* pair;
 
+  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
+    return 2 * unit.expert * expert_size;
+  }
   DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
     const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
     const int32_t up = row % 16 / 8;
-    return result < expert_size ? (2 * unit.expert + up) * expert_size + result : -1;
+    return result < expert_size ? up * expert_size + result : -1;
   }
+  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit&) const { return 0; }
   DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
     return pair[unit.first + row] / top_k;
   }

@@ -11,7 +11,8 @@
 //
 // Blocks are persistent, and the copies run ahead from one unit into the next, as in
 // sm80_bf16_pipeline.h. What a kernel says of its units is the same too (Work), and of its rows:
-// Rows has `matrix`, `tokens`, weight_row(unit, row) or -1, token_row(unit, row).
+// Rows has `matrix`, `tokens`, first_weight_row(unit) and, from there, weight_row(unit, row) or -1;
+// first_token_row(unit) and token_row(unit, row) likewise.
 #pragma once
 
 #include "device/cp_async.h"
@@ -65,19 +66,21 @@ DGEMMA_DEVICE int32_t place_of(int32_t row, int32_t piece) {
   return (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
 }
 
-// Where a row's scales of a stage begin, from the matrix's first byte.
+// Where a step's scales begin in their row, in bytes.
 template <Encoding kEncoding>
-DGEMMA_DEVICE int64_t scales_of(const QuantizedMatrix& matrix, int32_t row, int32_t step) {
-  const int32_t group = (step * kMoeDepth) >> matrix.group_bits;
-  return static_cast<int64_t>(row) * matrix.scale_bytes + group * kScaleBytes<kEncoding>;
+DGEMMA_DEVICE int32_t scales_of(const QuantizedMatrix& matrix, int32_t step) {
+  return ((step * kMoeDepth) >> matrix.group_bits) * kScaleBytes<kEncoding>;
 }
 
-// A thread's share of the copies, stage after stage, unit after unit.
+// A thread's share of the copies, stage after stage, unit after unit. Where they begin is kept as
+// one address for the unit and offsets in 32 bits: an expert has at most 2^31 bytes of weights, its
+// tokens less. An address of its own for every copy would take registers that there are not.
 template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
 struct Loader {
   using Unit = decltype(Work().find(kTokens, 0));
   static constexpr int kWeightCopies = kQuantizedWeightRows / kRowsAtOnce<kEncoding>;
   static constexpr int kTokenCopies = kTokens / kTokensAtOnce;
+  static constexpr uint32_t kNone = UINT32_MAX;
 
   Ring<kEncoding, kTokens>& ring;
   const Work& work;
@@ -86,9 +89,10 @@ struct Loader {
   int32_t index;           // of the unit
   int32_t step, end_step;  // of the unit
   int32_t stage = 0;
-  int32_t weight_row[kWeightCopies];  // -1: none
-  int32_t token_row[kTokenCopies];
-  int32_t scale_row;
+  const uint8_t* weights;  // of the unit's matrix, at this step
+  const uint8_t* scales;   // likewise, at the first step
+  const char* tokens;      // of the unit's first row, at this step
+  uint32_t weight_offset[kWeightCopies], token_offset[kTokenCopies], scale_offset;  // or kNone
 
   DGEMMA_DEVICE Loader(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
       : ring(ring),
@@ -102,19 +106,37 @@ struct Loader {
   DGEMMA_DEVICE void begin_unit() {
     if (index >= units) return;
     const Unit unit = work.find(kTokens, index);
+    const QuantizedMatrix& matrix = rows.matrix;
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
     step = work.first_step(unit);
     end_step = step + work.steps(unit);
+    const int64_t first = rows.first_weight_row(unit);
+    weights = matrix.values + first * matrix.value_bytes + step * kRowBytes<kEncoding>;
 #pragma unroll
-    for (int i = 0; i < kWeightCopies; ++i)
-      weight_row[i] =
+    for (int i = 0; i < kWeightCopies; ++i) {
+      const int32_t row =
           rows.weight_row(unit, thread / kPieces<kEncoding> + i * kRowsAtOnce<kEncoding>);
+      weight_offset[i] =
+          row < 0 ? kNone
+                  : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.value_bytes) +
+                        static_cast<uint32_t>(thread % kPieces<kEncoding> * 16);
+    }
+    tokens = reinterpret_cast<const char*>(
+        rows.tokens + rows.first_token_row(unit) * matrix.columns + step * kMoeDepth);
 #pragma unroll
     for (int i = 0; i < kTokenCopies; ++i) {
       const int32_t at = thread / kTokenPieces + i * kTokensAtOnce;
-      token_row[i] = at < unit.rows ? rows.token_row(unit, at) : -1;
+      token_offset[i] = at >= unit.rows ? kNone
+                                        : static_cast<uint32_t>(rows.token_row(unit, at)) *
+                                                  static_cast<uint32_t>(2 * matrix.columns) +
+                                              static_cast<uint32_t>(thread % kTokenPieces * 16);
     }
-    if constexpr (!kIsFp8<kEncoding>) scale_row = rows.weight_row(unit, thread);
+    if constexpr (!kIsFp8<kEncoding>) {
+      const int32_t row = rows.weight_row(unit, thread);
+      scales = matrix.scales + first * matrix.scale_bytes;
+      scale_offset =
+          row < 0 ? kNone : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes);
+    }
   }
 
   // Starts the copies of the next stage. Weights and tokens past the last column or weight row
@@ -128,28 +150,26 @@ struct Loader {
       Stage<kEncoding, kTokens>& to = ring.stage[stage];
       {
         const int32_t row = thread / kPieces<kEncoding>, piece = thread % kPieces<kEncoding>;
-        const int32_t byte = step * kRowBytes<kEncoding> + piece * 16;
-        const bool inside = byte < matrix.value_bytes;
+        const bool inside = step * kRowBytes<kEncoding> + piece * 16 < matrix.value_bytes;
 #pragma unroll
         for (int i = 0; i < kWeightCopies; ++i) {
-          const bool there = inside && weight_row[i] >= 0;
-          const int64_t from = static_cast<int64_t>(weight_row[i]) * matrix.value_bytes + byte;
+          const bool there = inside && weight_offset[i] != kNone;
           device::cp_async_16(&to.weights[row + i * kRowsAtOnce<kEncoding>][piece * 16],
-                              matrix.values + (there ? from : 0), there ? 16 : 0);
+                              weights + (there ? weight_offset[i] : 0), there ? 16 : 0);
         }
       }
-      const int32_t piece = thread % kTokenPieces;
-      const int32_t column = step * kMoeDepth + piece * 8;
-      const bool inside = column < matrix.columns;
+      const int32_t row = thread / kTokenPieces, piece = thread % kTokenPieces;
+      const bool inside = step * kMoeDepth + piece * 8 < matrix.columns;
 #pragma unroll
       for (int i = 0; i < kTokenCopies; ++i) {
-        if (token_row[i] < 0) continue;
-        const int32_t row = thread / kTokenPieces + i * kTokensAtOnce;
-        const int64_t from = static_cast<int64_t>(token_row[i]) * matrix.columns + column;
-        device::cp_async_16(to.tokens[row][place_of(row, piece)], rows.tokens + (inside ? from : 0),
-                            inside ? 16 : 0);
+        if (token_offset[i] == kNone) continue;
+        // Rows that are an even number apart have their pieces in the same places.
+        device::cp_async_16(to.tokens[row + i * kTokensAtOnce][place_of(row, piece)],
+                            tokens + (inside ? token_offset[i] : 0), inside ? 16 : 0);
       }
       if constexpr (!kIsFp8<kEncoding>) start_scales(to);
+      weights += kRowBytes<kEncoding>;
+      tokens += 2 * kMoeDepth;
       stage = stage + 1 < Ring<kEncoding, kTokens>::kStages ? stage + 1 : 0;
       if (++step == end_step) {
         index += static_cast<int32_t>(gridDim.x);
@@ -159,20 +179,29 @@ struct Loader {
     device::cp_async_commit();
   }
 
-  // Words of four bytes from the one on in which the row's scales begin. In the second one nothing
-  // is read past the row, in the first at most what lies in front of it. What a stage's last
-  // columns lack becomes zero; so do the scales of a row that is not there.
+  // Words of four bytes from the one on in which the row's scales begin; zero where there is no
+  // row. Where rows are whole words, as the model's nearly all are, one word holds them. Elsewhere
+  // they may reach into a second one, of which nothing past the row is read, and the first may
+  // begin with what lies in front of them.
   DGEMMA_DEVICE void start_scales(Stage<kEncoding, kTokens>& to) {
     const QuantizedMatrix& matrix = rows.matrix;
-    const int64_t first = scales_of<kEncoding>(matrix, scale_row, step);
-    const int64_t end = static_cast<int64_t>(scale_row + 1) * matrix.scale_bytes;
-    const int64_t word = first & ~int64_t{3};
+    const bool there = scale_offset != kNone;
+    const uint32_t offset = there ? scale_offset : 0;
+    const int32_t of_step = scales_of<kEncoding>(matrix, step);
     uint8_t* place = to.scales[threadIdx.x];
+    if (matrix.scale_bytes % 4 == 0) {
+      device::cp_async_4(place, scales + (offset + (static_cast<uint32_t>(of_step) & ~3u)),
+                         there ? 4 : 0);
+      return;
+    }
+    const uint8_t* first = scales + offset + of_step;
+    const uint8_t* end = scales + offset + matrix.scale_bytes;
+    const uint8_t* word = first - reinterpret_cast<uintptr_t>(first) % 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i == 1 && first % 4 == 0) break;
-      const int64_t left = scale_row < 0 ? 0 : end - (word + 4 * i);
-      device::cp_async_4(place + 4 * i, matrix.scales + (left > 0 ? word + 4 * i : 0),
+    for (int i = 0; i < 2; ++i, word += 4) {
+      if (i == 1 && word == first + 4) break;
+      const int32_t left = there ? static_cast<int32_t>(end - word) : 0;
+      device::cp_async_4(place + 4 * i, left > 0 ? word : matrix.scales,
                          left <= 0  ? 0
                          : left < 4 ? static_cast<uint32_t>(left)
                                     : 4);
@@ -196,8 +225,8 @@ DGEMMA_DEVICE int32_t own_row(int tile, int half) {
 
 // What a thread must know of its rows of the unit under work.
 struct OwnRows {
-  float factor[kRowTiles][2];   // what the sums are multiplied by
-  int32_t shift[kRowTiles][2];  // of the scales' first byte in a word, without the step's share
+  float factor[kRowTiles][2];    // what the sums are multiplied by
+  uint32_t shift[kRowTiles][2];  // where a row's scales begin in a word
 };
 
 template <Encoding kEncoding, typename Rows, typename Unit>
@@ -206,30 +235,50 @@ DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& unit) {
   const QuantizedMatrix& matrix = rows.matrix;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int32_t row = max(0, rows.weight_row(unit, own_row(i / 2, i % 2)));
+    const int32_t row =
+        rows.first_weight_row(unit) + max(0, rows.weight_row(unit, own_row(i / 2, i % 2)));
     const float factor =
         matrix.factors != nullptr ? matrix.factors[row / matrix.rows_per_factor] : 1.0f;
     own.factor[i / 2][i % 2] = kUnit<kEncoding> * factor;
-    own.shift[i / 2][i % 2] = row * (matrix.scale_bytes % 4) % 4;
+    own.shift[i / 2][i % 2] =
+        static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes) % 4;
   }
   return own;
 }
 
+// Where a thread's operands lie in every stage: offsets, so that nothing of them is computed twice.
+template <Encoding kEncoding>
+struct Places {
+  int32_t weights;    // of its first row
+  int32_t scales;     // likewise, without the row's shift
+  int32_t tokens[2];  // of the first eight tokens, by part of the columns
+
+  DGEMMA_DEVICE explicit Places(int32_t group_bits) {
+    const int32_t lane = static_cast<int32_t>(device::lane_index()), quad = lane % 4;
+    weights = own_row(0, 0) * kRowBytes<kEncoding> + quad * (kRowBytes<kEncoding> / 4);
+    scales =
+        own_row(0, 0) * kQuantizedScaleBytes + (16 * quad >> group_bits) * kScaleBytes<kEncoding>;
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+      tokens[part] = (lane / 4 * kTokenPieces + place_of(lane / 4, 2 * quad + part)) * 16;
+  }
+};
+
 // Adds a stage's products. kColumns: the groups of 8 tokens. `offset`: of the step's scales in
 // their row, in bytes.
 template <Encoding kEncoding, int kColumns, int kTokens>
-DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage, const OwnRows& own,
-                                  int32_t offset, int32_t group_bits, Sum<kColumns>& sum) {
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
-  const int32_t quad = lane % 4;
+DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
+                                  const Places<kEncoding>& places, const OwnRows& own,
+                                  uint32_t offset, Sum<kColumns>& sum) {
   constexpr int kWords = kIsFp8<kEncoding> ? 4 : 2;  // a thread's part of a row
   uint32_t word[kRowTiles][2][kWords];
   Scale<kEncoding> scale[kRowTiles][2] = {};
+  const uint8_t* weights = stage.weights[0] + places.weights;
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* from = stage.weights[own_row(tile, half)] + quad * 4 * kWords;
+      const uint8_t* from = weights + (16 * tile + 8 * half) * kRowBytes<kEncoding>;
       uint32_t (&to)[kWords] = word[tile][half];
       if constexpr (kIsFp8<kEncoding>) {
         const uint4 values = *reinterpret_cast<const uint4*>(from);
@@ -243,9 +292,9 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage, const 
       uint32_t bits[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t byte = (own.shift[tile][half] + offset) % 4 +
-                             (16 * quad >> group_bits) * kScaleBytes<kEncoding>;
-        const uint8_t* from = stage.scales[own_row(tile, half)] + byte;
+        const uint8_t* from = stage.scales[0] + places.scales +
+                              (16 * tile + 8 * half) * kQuantizedScaleBytes +
+                              ((own.shift[tile][half] + offset) & 3u);
         if constexpr (kScaleBytes<kEncoding> == 1)
           bits[half] = *from;
         else
@@ -271,11 +320,10 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage, const 
 #pragma unroll
       for (int i = 0; i < 8; ++i) a[tile][i / 4][i % 4] = pair[i % 2][i / 2];
     }
+    const uint8_t* tokens = stage.tokens[0][0] + places.tokens[part];
 #pragma unroll
     for (int group = 0; group < kColumns; ++group) {
-      const int32_t row = 8 * group + lane / 4;
-      const uint4 b =
-          *reinterpret_cast<const uint4*>(stage.tokens[row][place_of(row, 2 * quad + part)]);
+      const uint4 b = *reinterpret_cast<const uint4*>(tokens + 8 * group * kTokenPieces * 16);
       const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -293,10 +341,11 @@ struct Pipeline {
   static constexpr int32_t kQuarter = kTokens / 8 / 4;
 
   Loader<kEncoding, kTokens, Work, Rows> loader;
+  const Places<kEncoding> places;
   int32_t stage = 0;
 
   DGEMMA_DEVICE Pipeline(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
-      : loader(ring, work, rows) {
+      : loader(ring, work, rows), places(rows.matrix.group_bits) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) loader.start();
   }
@@ -310,11 +359,10 @@ struct Pipeline {
       // next.
       __syncthreads();
       loader.start();
-      const QuantizedMatrix& matrix = loader.rows.matrix;
-      const int32_t offset =
-          kIsFp8<kEncoding> ? 0 : static_cast<int32_t>(scales_of<kEncoding>(matrix, 0, step));
-      multiply_stage<kEncoding, kColumns>(loader.ring.stage[stage], own, offset, matrix.group_bits,
-                                          sum);
+      const uint32_t offset =
+          kIsFp8<kEncoding> ? 0
+                            : static_cast<uint32_t>(scales_of<kEncoding>(loader.rows.matrix, step));
+      multiply_stage<kEncoding, kColumns>(loader.ring.stage[stage], places, own, offset, sum);
       stage = stage + 1 < kStages ? stage + 1 : 0;
     }
   }
