@@ -114,7 +114,7 @@ def test_the_bounds_notice_a_wrong_scale() -> None:
 
 
 def test_sums_do_not_stay_in_the_tensor_core() -> None:
-    """It keeps 14 bits of a sum (the test bed cuts the rest off), so long sums of one sign would all come out smaller."""
+    """It keeps 14 bits of a sum (the test bed cuts off the rest): long sums of one sign would all come out smaller."""
     case = make((2, 2816, 704, 1, 1, "distinct"))
     case.input = case.input.abs()
     for matrix in (case.gate_up, case.down):
