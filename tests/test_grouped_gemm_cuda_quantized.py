@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -79,10 +81,10 @@ class Case:
     down: Matrix
 
     def rows(self, rows: list[int]) -> Case:
-        some = [x[rows].contiguous() for x in (self.input, self.expert_ids, self.expert_weights)]
-        return Case(*some, self.gate_up, self.down)
+        input, ids, weights = (x[rows].contiguous() for x in (self.input, self.expert_ids, self.expert_weights))
+        return Case(input, ids, weights, self.gate_up, self.down)
 
-    def exact(self) -> tuple[object, Tensor]:
+    def exact(self) -> tuple[np.ndarray[Any, Any], Tensor]:
         """In float64, and in bfloat16 steps."""
         call = self.input, self.expert_ids, self.expert_weights
         weights = self.gate_up.exact(), self.down.exact()
