@@ -343,6 +343,19 @@ def test_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the loop is compiled" in fallbacks[0]
 
 
+def test_compiled_by_the_user() -> None:
+    """One graph, as without acceleration, and the same logits."""
+    model = twin(plain("flat"), enabled=False)
+    model.set_experts_implementation("grouped_mm")  # the eager experts are no graph
+    accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
+    with torch.no_grad(), caught_fallbacks() as fallbacks:
+        model.model.encoder(input_ids=random_ids(model, 2, 20, 1), past_key_values=cache)
+        given: dict[str, Any] = dict(decoder_input_ids=random_ids(model, 2, 8, 2), past_key_values=cache)
+        compiled = torch.compile(accelerated.forward, backend="eager", fullgraph=True)
+        assert_within(compiled(**given).logits, model(**given).logits, "logits")
+    assert not fallbacks
+
+
 def test_repeatable_and_seeded() -> None:
     """torch.manual_seed decides everything; every row, canvas and run has numbers of its own."""
     accelerated = twin(plain("flat"))

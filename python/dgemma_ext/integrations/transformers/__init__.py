@@ -11,6 +11,9 @@ Three things of the model are replaced, and put back by `dg.accelerate(model, en
 Everything else stays transformers': norms, rotations, projections, router, dense MLP, vision tower, caches, streamers,
 stopping at an end of text. Hooks and adapters (PEFT's LoRA) on any of its modules work as before.
 
+Inside of torch.compile all of this is transformers' own, as its graph wants no look at a mask; `generate` says so where
+it compiles its loop (for a static cache), and a model that you compile yourself does not.
+
 Random numbers: at the first step of each canvas one seed per row is drawn from torch's generator, and the sampler's own
 counter-based numbers follow from it. So `torch.manual_seed` makes a generation repeatable, but its tokens are not those
 that transformers' sampler draws after the same seed; their distribution is the same. The first canvas of noise is drawn

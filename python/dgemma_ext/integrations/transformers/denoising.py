@@ -157,7 +157,9 @@ def _refused(model: Any, decoder_forward: Any, sampler: Any, processors: Any, st
     if "forward" in vars(model):
         return "the model's forward was replaced"
     if decoder_forward != model.forward:
-        return "the loop is compiled (disable_compile=True, or a dynamic cache, leaves it to the kernels)"
+        return (
+            "the loop is compiled, its passes too (disable_compile=True, or a dynamic cache, leaves it to the kernels)"
+        )
     if (
         type(sampler) is not generation.EntropyBoundSampler
         or {"accept_canvas", "renoise_canvas"} & vars(sampler).keys()
