@@ -5,8 +5,8 @@
  * one struct that describes the operation (plain pointers and sizes) and one that says where it
  * runs. A call may be made from any thread; two calls may share inputs but not outputs, workspace
  * or the context struct. Bad arguments give a status and a message, never a crash, as far as the
- * host can see them: pointers must point to what the struct says, and what lies on a GPU is not
- * looked at.
+ * host can see them: pointers must point to what the struct says, what lies on a GPU is not looked
+ * at, and a struct that is itself NULL is refused on the CPU alone.
  *
  * ABI. The interface is C11 and C++17 and is frozen. DGEMMA_ABI_VERSION, which is also the shared
  * library's SOVERSION, counts the breaks; a host built with one number runs with every later
