@@ -11,7 +11,8 @@ import torch
 import dgemma_ext as dg
 from dgemma_ext.checkpoint import layer_layout, model_layout
 from dgemma_ext.config import GenerationDefaults, ModelConfig
-from dgemma_ext.weights import LayerWeights, ModelWeights
+from dgemma_ext.quantized.scheme import parse_target
+from dgemma_ext.weights import LayerWeights, ModelWeights, quantized_weight
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -48,10 +49,17 @@ def true_config(layers: int = LAYERS, **changes: Any) -> ModelConfig:
 
 
 def random_model(
-    config: ModelConfig, device: str = "cuda", experts_hit: int = EXPERTS, final_norm: float = 1.0, seed: int = 0
+    config: ModelConfig,
+    device: str = "cuda",
+    experts_hit: int = EXPERTS,
+    final_norm: float = 1.0,
+    seed: int = 0,
+    weights: str = "bfloat16",
 ) -> dg.DiffusionGemma:
     """Normal weights, unit norms and scalars. Routing hits about `experts_hit` experts a layer: the others' rows of the
-    router are zero. final_norm: 1 leaves the logits as peaked as the tied head makes them, 0.05 makes them flat."""
+    router are zero. final_norm: 1 leaves the logits as peaked as the tied head makes them, 0.05 makes them flat.
+    weights: "bfloat16", or a format that each layer is quantized to when it is made."""
+    target = None if weights == "bfloat16" else parse_target(weights)
     generator = torch.Generator(device).manual_seed(seed)
 
     def made(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
@@ -66,8 +74,12 @@ def random_model(
         values = {"v_proj": None, **made(dict(layer_layout(config, layer)))}
         values["decoder_layer_scalar"] = values["encoder_layer_scalar"] = 1.0
         values["router_proj"][experts_hit:] = 0.0
+        if target is not None:
+            for attribute in filter(target.wants, list(values)):
+                if values[attribute] is not None:
+                    values[attribute] = quantized_weight(attribute, values[attribute], target)
         layers.append(LayerWeights(**values))
     ends = made(dict(model_layout(config)))
     ends["norm"].fill_(final_norm)
-    weights = ModelWeights(**ends, layers=layers)
-    return dg.DiffusionGemma(config, weights, GenerationDefaults.from_dict({}, config), None)
+    made_weights = ModelWeights(**ends, layers=layers)
+    return dg.DiffusionGemma(config, made_weights, GenerationDefaults.from_dict({}, config), None)

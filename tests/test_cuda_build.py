@@ -40,7 +40,8 @@ def test_compiles_without_spills_or_local_memory(source: Path) -> None:
 @pytest.mark.parametrize("source", HOPPER, ids=name_of)
 def test_hopper_kernels_use_its_tensor_cores_and_copy_engine(source: Path) -> None:
     code = machine_code(nvcc_report(source, "90a"))
-    assert re.search(r"\bHGMMA\.64x\d+x16\.F32\.BF16\b", code)
+    product = r"\bQGMMA\.64x\d+x32\.F32\.E4M3\.E4M3\b" if "fp8" in source.name else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
+    assert re.search(product, code)
     assert re.search(r"\bUTMALDG\b|\bUBLKCP\b|\bLDGSTS\b", code)
 
 
@@ -53,4 +54,5 @@ def test_sm80_kernels_use_tensor_cores_and_asynchronous_copies(source: Path) -> 
     for listing in listings:
         assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", listing)
         assert re.search(r"\bLDGSTS\b", listing)
-        assert re.search(r"\bLDSM\b", listing)
+        # The operands of quantized weights lie in shared memory as the tensor core's lanes take them: whole words, LDS.
+        assert re.search(r"\bLDS(\.64|\.128)\b" if "quantized" in source.name else r"\bLDSM\b", listing)

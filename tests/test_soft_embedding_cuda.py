@@ -73,6 +73,14 @@ def test_dense(size: tuple[int, int, int, int], masked: bool) -> None:
     assert bits(results[1]) == bits(results[0]) == bits(results[2])
 
 
+@pytest.mark.parametrize("vocabulary", [130, 257])
+def test_flat_rows_count_nothing_past_the_vocabulary(vocabulary: int) -> None:
+    """Every entry weighs the same, so one that is not there would show."""
+    case = make_case(BF16, length=5, vocabulary=vocabulary, spread=0.01)
+    how = make_embedding(case, 64)
+    assert_close(run(case, how, 1), exact(case, how), BF16, in_low_precision(case, how))
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_tiles_that_no_row_needs_are_not_read(seed: int) -> None:
     case = peaked(BF16, spread=1.0, among=500, length=70)

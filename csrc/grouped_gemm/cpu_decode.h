@@ -185,140 +185,127 @@ inline void look_up_some(const Table<T>& table, const uint8_t* codes, int64_t co
   std::memcpy(to, values, static_cast<size_t>(columns) * sizeof(T));
 }
 
-// Exact in every type. Of fp8 weights the row's factor is multiplied into the finished sums.
+// kCodes codes. Exact in every type. Of fp8 weights the row's factor is multiplied into the
+// finished sums.
 template <typename T>
-inline void decode_e4m3(const uint8_t* codes, int64_t columns, T* to) {
-  int64_t i = 0;
+inline void decode_e4m3(const uint8_t* codes, T* to) {
 #if defined(__AVX2__)
-  for (; i + kLanes <= columns; i += kLanes) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kCodes; i += kLanes) {
     const Words code = widen_bytes(codes + i);
     const Floats normal = (Floats)(((code & 0x7fu) << 20) + (120u << 23));
     const Floats small = __builtin_convertvector((Ints)(code & 7u), Floats) * 0x1p-9f;
     const Floats magnitude = (code & 0x78u) == 0u ? small : normal;
     store(to + i, (Floats)((Words)magnitude | (code & 0x80u) << 24));
   }
+#else
+  for (int64_t i = 0; i < kCodes; ++i) to[i] = round_to<T>(e4m3_to_float(codes[i]));
 #endif
-  for (; i < columns; ++i) to[i] = round_to<T>(e4m3_to_float(codes[i]));
 }
 
 #if defined(__AVX512BW__)
 template <>
-inline void decode_e4m3<bfloat16>(const uint8_t* codes, int64_t columns, bfloat16* to) {
+__attribute__((always_inline)) inline void decode_e4m3<bfloat16>(const uint8_t* codes,
+                                                                 bfloat16* to) {
   // The eight numbers without an exponent, m / 512.
   Words32 small = {};
   for (int m = 1; m < 8; ++m)
     small[m] = round_to<bfloat16>(e4m3_to_float(static_cast<uint8_t>(m))).bits;
-  int64_t i = 0;
-  for (; i + 32 <= columns; i += 32) {
-    __m256i bytes;
-    std::memcpy(&bytes, codes + i, sizeof bytes);
-    const Words32 code = (Words32)_mm512_maskz_cvtepu8_epi16(~0u, bytes);
-    const Words32 normal = ((code & 0x7f) << 4) + (120 << 7);
-    const Words32 magnitude = (code & 0x78) == 0 ? permute(code, small) : normal;
-    const Words32 result = magnitude | ((code & 0x80) << 8);
-    std::memcpy(to + i, &result, sizeof result);
-  }
-  for (; i < columns; ++i) to[i] = round_to<bfloat16>(e4m3_to_float(codes[i]));
+  static_assert(kCodes == 32);
+  __m256i bytes;
+  std::memcpy(&bytes, codes, sizeof bytes);
+  const Words32 code = (Words32)_mm512_maskz_cvtepu8_epi16(~0u, bytes);
+  const Words32 normal = ((code & 0x7f) << 4) + (120 << 7);
+  const Words32 magnitude = (code & 0x78) == 0 ? permute(code, small) : normal;
+  const Words32 result = magnitude | ((code & 0x80) << 8);
+  std::memcpy(to, &result, sizeof result);
 }
 #endif
-
-// Scales of a row that are converted at once. Their conversions one by one took as long as the
-// codes.
-constexpr int64_t kScales = 64;
-
-// `columns` values with a scale for each kGroup of them. convert(first, count, to) gives some of
-// the scales as floats.
-template <int kGroup, typename T, typename Convert>
-inline void decode_groups(const float* values, const uint8_t* codes, int64_t columns,
-                          Convert convert, T* to) {
-  float scales[kScales];
-  const int64_t groups = (columns + kGroup - 1) / kGroup;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t left = groups - group;
-    if (group % kScales == 0) convert(group, left < kScales ? left : kScales, scales);
-    const Table<T> table(values, scales[group % kScales]);
-    const int64_t first = group * kGroup;
-    if (first + kGroup <= columns && kGroup % kCodes == 0) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kGroup; i += kCodes)
-        table.look_up(codes + (first + i) / 2, to + first + i);
-      continue;
-    }
-    const int64_t end = first + kGroup < columns ? first + kGroup : columns;
-    int64_t i = first;
-    for (; i + kCodes <= end; i += kCodes) table.look_up(codes + i / 2, to + i);
-    if (i < end) look_up_some(table, codes + i / 2, end - i, to + i);
-  }
-}
-
-template <typename T>
-inline void decode_int4(const dgemma_quantized& matrix, int64_t row, int64_t columns, T* to) {
-  const uint8_t* codes = static_cast<const uint8_t*>(matrix.values) + row * (columns / 2);
-  const int64_t groups = (columns + matrix.group - 1) / matrix.group;
-  const uint16_t* scales = static_cast<const uint16_t*>(matrix.scales) + row * groups;
-  const bool is_half = matrix.scale_dtype == DGEMMA_FLOAT16;
-  const auto convert = [scales, is_half](int64_t first, int64_t count, float* floats) {
-    for (int64_t i = 0; i < count; ++i)
-      floats[i] =
-          is_half ? half_to_float(scales[first + i]) : to_float(bfloat16{scales[first + i]});
-  };
-  if (matrix.group == 32) return decode_groups<32>(kInt4Values, codes, columns, convert, to);
-  if (matrix.group == 64) return decode_groups<64>(kInt4Values, codes, columns, convert, to);
-  decode_groups<128>(kInt4Values, codes, columns, convert, to);
-}
 
 // Columns that share a scale of the format NVFP4.
 constexpr int64_t kNvfp4Group = 16;
 
-template <typename T>
-inline void decode_nvfp4(const dgemma_quantized& matrix, int64_t row, int64_t columns, T* to) {
-  const uint8_t* codes = static_cast<const uint8_t*>(matrix.values) + row * (columns / 2);
-  const int64_t groups = columns / kNvfp4Group;
-  const uint8_t* scales = static_cast<const uint8_t*>(matrix.scales) + row * groups;
-#if defined(__AVX512BW__)
-  // Two groups at a time: the tables of both fill one register of 32 words, and the codes of the
-  // second group look into its upper half.
-  if constexpr (sizeof(T) == sizeof(bfloat16)) {
-    Words32 offset = {};
-    for (int i = 16; i < 32; ++i) offset[i] = 16;
-    const Floats values = load(kE2m1Values);
-    float floats[kScales];
-    for (int64_t group = 0; group < groups; group += 2) {
-      const int64_t left = groups - group;
-      if (group % kScales == 0)
-        decode_e4m3(scales + group, left < kScales ? left : kScales, floats);
-      const float* scale = floats + group % kScales;
-      if (left == 1) {
-        look_up_some(Table<T>(kE2m1Values, scale[0]), codes + group * 8, kNvfp4Group,
-                     to + group * kNvfp4Group);
-        break;
-      }
-      const Words32 tables = round_pair(values * scale[0], values * scale[1]);
-      const Words32 result = permute(spread_codes(codes + group * 8) | offset, tables);
-      std::memcpy(to + group * kNvfp4Group, &result, sizeof result);
-    }
-    return;
-  }
-#endif
-  decode_groups<kNvfp4Group>(
-      kE2m1Values, codes, columns,
-      [scales](int64_t first, int64_t count, float* floats) {
-        decode_e4m3(scales + first, count, floats);
-      },
-      to);
+// Where a row's codes and scales begin.
+struct StoredRow {
+  const uint8_t* codes;
+  const uint8_t* scales;
+};
+template <dgemma_weight_format kFormat>
+inline StoredRow stored_row(const dgemma_quantized& matrix, int64_t row, int64_t columns) {
+  const uint8_t* codes = static_cast<const uint8_t*>(matrix.values);
+  const uint8_t* scales = static_cast<const uint8_t*>(matrix.scales);
+  if (kFormat == DGEMMA_WEIGHTS_FP8) return {codes + row * columns, nullptr};
+  const int64_t groups = (columns + matrix.group - 1) / matrix.group;
+  const int64_t scale_bytes = kFormat == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
+  return {codes + row * (columns / 2), scales + row * groups * scale_bytes};
 }
 
-template <typename T>
-inline void decode_row(const dgemma_quantized& matrix, int64_t row, int64_t columns, T* to) {
-  switch (matrix.format) {
-    case DGEMMA_WEIGHTS_FP8:
-      return decode_e4m3(static_cast<const uint8_t*>(matrix.values) + row * columns, columns, to);
-    case DGEMMA_WEIGHTS_INT4:
-      return decode_int4(matrix, row, columns, to);
-    case DGEMMA_WEIGHTS_NVFP4:
-      return decode_nvfp4(matrix, row, columns, to);
+// kCodes columns from their codes, under the scale or, of NVFP4, the scales at `scale`.
+template <dgemma_weight_format kFormat, typename T>
+__attribute__((always_inline)) inline void decode_run(const uint8_t* codes, const uint8_t* scale,
+                                                      dgemma_dtype scale_dtype, T* to) {
+  if constexpr (kFormat == DGEMMA_WEIGHTS_FP8) {
+    decode_e4m3(codes, to);
+  } else if constexpr (kFormat == DGEMMA_WEIGHTS_INT4) {
+    uint16_t bits;
+    std::memcpy(&bits, scale, sizeof bits);
+    const float value =
+        scale_dtype == DGEMMA_BFLOAT16 ? to_float(bfloat16{bits}) : half_to_float(bits);
+    Table<T>(kInt4Values, value).look_up(codes, to);
+  } else {
+#if defined(__AVX512BW__)
+    // The tables of two groups fill one register of 32 words, and the codes of the second group
+    // look into its upper half.
+    if constexpr (sizeof(T) == sizeof(bfloat16)) {
+      Words32 offset = {};
+      for (int i = 16; i < 32; ++i) offset[i] = 16;
+      const Floats unscaled = load(kE2m1Values);
+      const Words32 tables =
+          round_pair(unscaled * e4m3_to_float(scale[0]), unscaled * e4m3_to_float(scale[1]));
+      const Words32 result = permute(spread_codes(codes) | offset, tables);
+      std::memcpy(to, &result, sizeof result);
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < kCodes; i += kNvfp4Group)
+      look_up_some(Table<T>(kE2m1Values, e4m3_to_float(scale[i / kNvfp4Group])), codes + i / 2,
+                   kNvfp4Group, to + i);
   }
 }
+
+// A whole row.
+template <dgemma_weight_format kFormat, typename T>
+inline void decode_row(const dgemma_quantized& matrix, int64_t row, int64_t columns, T* to) {
+  constexpr bool kFp8 = kFormat == DGEMMA_WEIGHTS_FP8;
+  constexpr int64_t kScaleBytes = kFormat == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
+  const StoredRow stored = stored_row<kFormat>(matrix, row, columns);
+  const auto codes = [&](int64_t column) { return stored.codes + (kFp8 ? column : column / 2); };
+  const auto scale = [&](int64_t column) {
+    return kFp8 ? nullptr
+                : stored.scales + static_cast<uint32_t>(column) /
+                                      static_cast<uint32_t>(matrix.group) * kScaleBytes;
+  };
+  int64_t column = 0;
+  for (; column + kCodes <= columns; column += kCodes)
+    decode_run<kFormat>(codes(column), scale(column), matrix.scale_dtype, to + column);
+  if (column == columns) return;
+  // The end of a row that is no whole run: what lies behind it is not read.
+  const int64_t left = columns - column;
+  uint8_t padded[kCodes] = {}, scales[4] = {};
+  T decoded[kCodes];
+  std::memcpy(padded, codes(column), static_cast<size_t>(kFp8 ? left : left / 2));
+  if (!kFp8) std::memcpy(scales, scale(column), kScaleBytes);
+  decode_run<kFormat>(padded, scales, matrix.scale_dtype, decoded);
+  std::memcpy(to + column, decoded, static_cast<size_t>(left) * sizeof(T));
+}
+
+// Whether codes are decoded beside the products: AVX-512 has registers left for it.
+template <typename T>
+#if defined(__AVX512BW__)
+constexpr bool kDecodesInSteps = sizeof(T) == sizeof(bfloat16);
+#else
+constexpr bool kDecodesInSteps = false;
+#endif
 
 }  // namespace
 }  // namespace dgemma

@@ -79,21 +79,21 @@ struct Step<bfloat16> {
 
 // Memory to ask for while a tile computes: `lines` cache lines of two streams at every step.
 // The processor's own prefetcher stops at each 4 KiB page and at short rows; see NOTES.md.
+constexpr int64_t kLineBytes = 64;
 struct Ahead {
   const char* first;
   const char* second;
   int64_t lines;
-};
-constexpr int64_t kLineBytes = 64;
 
-inline void prefetch_step(Ahead& ahead) {
-  for (int64_t i = 0; i < ahead.lines; ++i) {
-    __builtin_prefetch(ahead.first, 0, 2);  // into the second-level cache
-    __builtin_prefetch(ahead.second, 0, 2);
-    ahead.first += kLineBytes;
-    ahead.second += kLineBytes;
+  void step() {
+    for (int64_t i = 0; i < lines; ++i) {
+      __builtin_prefetch(first, 0, 2);  // into the second-level cache
+      __builtin_prefetch(second, 0, 2);
+      first += kLineBytes;
+      second += kLineBytes;
+    }
   }
-}
+};
 
 // fold<w>(a, b): in each run of 2w lanes, lane i plus lane i + w; the sums of a and of b share the
 // result. Four (three) levels turn 16 (8) accumulators into one register of their sums.
@@ -168,10 +168,11 @@ constexpr int registers_for(int sums) { return (sums + kLanes - 1) / kLanes; }
 
 // Dot products of kTokens tokens with rows first, first + stride, ... and second, second + stride,
 // ... (kHalfRows each), all of length k. Sum t * kHalfRows + r goes to lane folded_lane(i % kLanes)
-// of register i / kLanes.
-template <typename T, int kTokens>
+// of register i / kLanes. work.step() is called at every step: what it does runs beside the
+// products.
+template <typename T, int kTokens, typename Work>
 inline void dot_tile(const T* const* tokens, const T* first, const T* second, int64_t stride,
-                     int64_t k, Ahead& ahead, Floats* first_sums, Floats* second_sums) {
+                     int64_t k, Work& work, Floats* first_sums, Floats* second_sums) {
   typedef typename Step<T>::Values Values;
   constexpr int kSums = kTokens * kHalfRows;
   Floats sums[2][kSums] = {};
@@ -180,22 +181,21 @@ inline void dot_tile(const T* const* tokens, const T* first, const T* second, in
   for (int t = 0; t < kTokens; ++t) x[t] = tokens[t];
 
   auto step = [&](auto load, int64_t i) __attribute__((always_inline)) {
-    Values w[2][kHalfRows];
+    Values token[kTokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) token[t] = load(x[t] + i);
 #pragma GCC unroll 8
     for (int r = 0; r < kHalfRows; ++r) {
-      w[0][r] = load(first + r * stride + i);
-      w[1][r] = load(second + r * stride + i);
-    }
+      const Values w0 = load(first + r * stride + i);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) {
-      const Values token = load(x[t] + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < kHalfRows; ++r) {
+      for (int t = 0; t < kTokens; ++t)
         sums[0][t * kHalfRows + r] =
-            Step<T>::multiply_add(w[0][r], token, sums[0][t * kHalfRows + r]);
+            Step<T>::multiply_add(w0, token[t], sums[0][t * kHalfRows + r]);
+      const Values w1 = load(second + r * stride + i);
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
         sums[1][t * kHalfRows + r] =
-            Step<T>::multiply_add(w[1][r], token, sums[1][t * kHalfRows + r]);
-      }
+            Step<T>::multiply_add(w1, token[t], sums[1][t * kHalfRows + r]);
     }
   };
   [[maybe_unused]] Floats aside[2][kSums] = {};
@@ -207,12 +207,14 @@ inline void dot_tile(const T* const* tokens, const T* first, const T* second, in
       }
   };
   const int64_t whole = k - k % Step<T>::kValues;
+  Work ahead = work;  // in registers
   for (int64_t i = 0; i < whole; i += Step<T>::kValues) {
-    prefetch_step(ahead);
+    ahead.step();
     step([](const T* p) __attribute__((always_inline)) { return Step<T>::load(p); }, i);
     if constexpr (kLanes == 1)
       if (i / Step<T>::kValues % kStepsPerSum == kStepsPerSum - 1) put_aside();
   }
+  work = ahead;
   if (whole < k) {
     const int64_t rest = k - whole;
     step([rest](const T* p)

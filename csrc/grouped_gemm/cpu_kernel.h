@@ -32,15 +32,21 @@ inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, 
     const T* x[kTokensPerBlock];
     for (int64_t t = 0; t < tokens; ++t) x[t] = input + pass.plan.pair[block + t] / pass.top_k * k;
 
+    WorkAhead<Rows> ahead;
     for (int64_t row = first_row; row < end_row;) {
       const RowTile tile = row_tile(row, end_row, size, kHalfRows);
-      const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat);
-      const HalfRows<T> ups_of = up.take(tile.start, tile.repeat);
+      const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat, ahead.first);
+      const HalfRows<T> ups_of = up.take(tile.start, tile.repeat, ahead.second);
       // The rows after this tile, asked for while this one is computed. Beyond the first block of
       // tokens the weights are in the cache.
-      Ahead ahead = {gate.stored(tile.end), up.stored(tile.end), 0};
-      if (block == begin_pair)
-        ahead.lines = lines_per_step(kHalfRows * gate.row_bytes(), tokens, k, Step<T>::kValues);
+      const RowTile next = row_tile(tile.end, end_row, size, kHalfRows);
+      const int64_t steps = count_steps<T>(tokens, k);
+      const int64_t lines =
+          block == begin_pair ? lines_per_step(kHalfRows * gate.row_bytes(), steps) : 0;
+      const int64_t make_in = tile.end < end_row ? steps : 0;
+      ahead = {{gate.stored(next.start), up.stored(next.start), lines},
+               gate.make(next.start, make_in),
+               up.make(next.start, make_in)};
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
         with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
           constexpr int kTokens = decltype(count)::value;
@@ -140,18 +146,25 @@ void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_ro
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
   const int64_t gate = pass.plan.expert[group] * 2 * size;
-  const DecodedRows<T> gates{pass.quantized_gate_up, gate, k, DGEMMA_DECODED_SCRATCH(T, k)};
-  const DecodedRows<T> ups{pass.quantized_gate_up, gate + size, k, DGEMMA_DECODED_SCRATCH(T, k)};
-  gate_up_rows<T>(pass, group, first_row, end_row, gates, ups);
+  T* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
+  with_format(pass.quantized_gate_up->format, [&](auto format) {
+    typedef DecodedRows<T, decltype(format)::value> Rows;
+    gate_up_rows<T>(pass, group, first_row, end_row,
+                    Rows(*pass.quantized_gate_up, gate, k, scratch[0]),
+                    Rows(*pass.quantized_gate_up, gate + size, k, scratch[1]));
+  });
 }
 
 template <typename T>
 void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
   const int64_t k = pass.expert_size;
   const int64_t row = pass.plan.expert[group] * pass.hidden_size;
-  const DecodedRows<T> first{pass.quantized_down, row, k, DGEMMA_DECODED_SCRATCH(T, k)};
-  const DecodedRows<T> second{pass.quantized_down, row, k, DGEMMA_DECODED_SCRATCH(T, k)};
-  down_rows<T>(pass, group, first_row, end_row, first, second);
+  T* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
+  with_format(pass.quantized_down->format, [&](auto format) {
+    typedef DecodedRows<T, decltype(format)::value> Rows;
+    down_rows<T>(pass, group, first_row, end_row, Rows(*pass.quantized_down, row, k, scratch[0]),
+                 Rows(*pass.quantized_down, row, k, scratch[1]));
+  });
 }
 
 }  // namespace

@@ -30,9 +30,14 @@ inline RowTile row_tile(int64_t row, int64_t task_end, int64_t matrix_rows, int6
   return {row < last_start ? row : last_start, row, end < task_end ? end : task_end, false};
 }
 
-// Cache lines per step so that `bytes` are asked for within `tokens` tokens' tiles along k.
-inline int64_t lines_per_step(int64_t bytes, int64_t tokens, int64_t k, int64_t values) {
-  const int64_t steps = (tokens + kTileTokens - 1) / kTileTokens * (k / values);
+// Steps of all tiles of so many tokens.
+template <typename T>
+inline int64_t count_steps(int64_t tokens, int64_t k) {
+  return (tokens + kTileTokens - 1) / kTileTokens * (k / Step<T>::kValues);
+}
+
+// Cache lines per step so that `bytes` are asked for within so many steps.
+inline int64_t lines_per_step(int64_t bytes, int64_t steps) {
   const int64_t lines = (bytes + kLineBytes - 1) / kLineBytes;
   return steps > 0 ? (lines + steps - 1) / steps : 0;
 }
@@ -83,13 +88,19 @@ template <typename T, typename Result, typename Rows, typename ResultRow>
 inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows second,
                           int64_t matrix_rows, int64_t k, int64_t first_row, int64_t end_row,
                           bool cold, ResultRow result_row) {
+  WorkAhead<Rows> ahead;
   for (int64_t row = first_row; row < end_row;) {
     const RowTile tile = row_tile(row, end_row, matrix_rows, 2 * kHalfRows);
     const int64_t half = tile.repeat ? 0 : kHalfRows;
-    const HalfRows<T> a = first.take(tile.start, tile.repeat);
-    const HalfRows<T> b = second.take(tile.start + half, tile.repeat);
-    Ahead ahead = {first.stored(tile.end), first.stored(tile.end + half), 0};
-    if (cold) ahead.lines = lines_per_step(half * first.row_bytes(), tokens, k, Step<T>::kValues);
+    const HalfRows<T> a = first.take(tile.start, tile.repeat, ahead.first);
+    const HalfRows<T> b = second.take(tile.start + half, tile.repeat, ahead.second);
+    const RowTile next = row_tile(tile.end, end_row, matrix_rows, 2 * kHalfRows);
+    const int64_t steps = count_steps<T>(tokens, k);
+    const int64_t lines = cold ? lines_per_step(half * first.row_bytes(), steps) : 0;
+    const int64_t make_in = tile.end < end_row ? steps : 0;
+    ahead = {{first.stored(next.start), first.stored(next.start + half), lines},
+             first.make(next.start, make_in),
+             second.make(next.start + half, make_in)};
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
       with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
         constexpr int kTokens = decltype(count)::value;

@@ -17,7 +17,7 @@ import puzzles
 Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per puzzle
 
 
-def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
+def with_transformers(folder: Path, batch: int, weights: str) -> Callable[[list[str], bool, int], Outcome]:
     """The oracle: transformers' model class under the loop in sampling.py."""
     import torch
 
@@ -25,6 +25,8 @@ def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, in
     import sampling
     import tokenizer
 
+    if weights != "stored":
+        raise ValueError("--weights is for the engine dgemma_ext")
     model = checkpoint.load(folder)
     text = tokenizer.build()
 
@@ -44,11 +46,11 @@ def with_transformers(folder: Path, batch: int) -> Callable[[list[str], bool, in
     return solve
 
 
-def with_dgemma(folder: Path, batch: int) -> Callable[[list[str], bool, int], Outcome]:
+def with_dgemma(folder: Path, batch: int, weights: str) -> Callable[[list[str], bool, int], Outcome]:
     import dgemma_ext as dg
     from dgemma_ext.demo import Puzzle, pinned_clues
 
-    model = dg.DiffusionGemma.from_pretrained(str(folder))
+    model = dg.DiffusionGemma.from_pretrained(str(folder), weights=weights)
 
     def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
         answers: list[str] = []
@@ -77,6 +79,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--blanks", type=int, nargs=2, help="fewest and most blanks; default 10 22 (6x6), 35 45 (9x9)")
     parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument(
+        "--weights", default="stored", help="fp8, int4, int4-64, int4-128 or nvfp4: quantize on loading"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the puzzles are always the same")
     parser.add_argument("--engine", choices=ENGINES, default="dgemma_ext")
     parser.add_argument("--threads", type=int, default=1)
@@ -89,13 +94,14 @@ def main() -> None:
     size = round(cells**0.5)
     blanks = tuple(arguments.blanks or {6: (10, 22), 9: (35, 45)}[size])
     test = puzzles.held_out(size, blanks, arguments.count)
-    solve = ENGINES[arguments.engine](arguments.checkpoint, arguments.batch)
+    solve = ENGINES[arguments.engine](arguments.checkpoint, arguments.batch, arguments.weights)
     for pin in (True, False):
         began = time.perf_counter()
         answers, steps = solve([puzzle.text for puzzle in test], pin, arguments.seed)
         solved = sum(puzzles.check(answer, puzzle.text) for answer, puzzle in zip(answers, test, strict=True))
         report = {
             "engine": arguments.engine,
+            "weights": arguments.weights,
             "puzzles": len(test),
             "size": size,
             "blanks": list(blanks),

@@ -154,7 +154,7 @@ def _as_wanted(
             name = next(names_of(stored))
             raise ValueError(f"weights {weights.format} was asked for, and the checkpoint has {name} as {read.name}")
         return read
-    return _quantized(attribute, read, weights)
+    return quantized_weight(attribute, read, weights)
 
 
 def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -169,7 +169,7 @@ def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
     return stack
 
 
-def _quantized(attribute: str, weight: Tensor, target: Target) -> Weight:
+def quantized_weight(attribute: str, weight: Tensor, target: Target) -> Weight:
     """The matrix in the wanted format, expert by expert; plain where no group of columns divides its rows."""
     if target.group_for(weight.shape[-1]) is None:
         return weight
