@@ -86,7 +86,7 @@ class DiffusionGemma:
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)
         wanted = resolve_weights(weights)
-        resolved, place = resolve_dtype(dtype, config), _resolved_device(device)
+        resolved, place = resolve_dtype(dtype, config), resolve_device(device)
         info = inspect_checkpoint(path, config)
         plan = memory_plan(config, info, wanted, resolved, place)
         check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
@@ -438,7 +438,8 @@ def _largest_row_norm(embedding: torch.Tensor) -> float:
     return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))
 
 
-def _resolved_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device that is asked for, "auto" being a GPU where torch sees one. Raises ValueError for one that is not."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

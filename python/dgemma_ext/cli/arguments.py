@@ -62,6 +62,13 @@ class Arguments(argparse.Namespace):
     out: str
     to: str
     parts: str | None
+    prefix: int
+    batch: int
+    layers: int | None
+    experts_hit: int | None
+    flat: bool
+    chart: str | None
+    trace: str | None
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -149,6 +156,35 @@ def build_parser() -> argparse.ArgumentParser:
         "attention for int4, experts for nvfp4",
     )
     quantize.add_argument("--json", action="store_true", help="one JSON object")
+
+    profile = commands.add_parser(
+        "profile",
+        help="tell where the time of a denoising step goes",
+        description="Runs denoising steps, and one encode pass, and tells for each part how long it takes, what it\n"
+        "reads and multiplies, and how long that takes at best on this device (bandwidth and products are\n"
+        "measured in the same run).",
+        epilog="MODEL random has the published sizes and no checkpoint; --layers makes it fit.",
+    )
+    profile.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a checkpoint's folder, a hub id (owner/name) to download, demo (the largest bundled one), or random",
+    )
+    _add_device(profile)
+    _add_weights(profile)
+    profile.add_argument("--steps", type=_positive, default=4, metavar="N", help="steps to watch (default: 4)")
+    profile.add_argument(
+        "--prefix", type=_positive, default=128, metavar="N", help="random tokens before the canvas (default: 128)"
+    )
+    profile.add_argument("--batch", type=_positive, default=1, metavar="N", help="requests side by side (default: 1)")
+    profile.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: the prefix)")
+    profile.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the tokens and draws (default: 0)")
+    profile.add_argument("--layers", type=_positive, metavar="N", help="random: of so many layers (default: 30)")
+    profile.add_argument("--experts-hit", type=_positive, metavar="N", help="random: route to N experts (default: all)")
+    profile.add_argument("--flat", action="store_true", help="random: flat distributions (default: peaked)")
+    profile.add_argument("--chart", metavar="FILE.png", help="draw time against floor (needs the extra: report)")
+    profile.add_argument("--trace", metavar="FILE.json", help="write every operator for Perfetto or chrome://tracing")
+    profile.add_argument("--json", action="store_true", help="one JSON object")
 
     demo = commands.add_parser(
         "demo",

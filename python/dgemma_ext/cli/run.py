@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dgemma_ext.cli import chat, demo, generate, info, quantize
+from dgemma_ext.cli import chat, demo, generate, info, profile, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.memory import NotEnoughMemory
@@ -20,6 +20,7 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "info": info.run,
     "demo": demo.run,
     "quantize": quantize.run,
+    "profile": profile.run,
 }
 
 FAILED = 1

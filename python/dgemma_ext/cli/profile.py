@@ -1,0 +1,181 @@
+"""`dgemma profile`: where the time of a denoising step goes, as a table, JSON, a chart and a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dgemma_ext import demo
+from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.cli.answer import write_json
+from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.config import ModelConfig
+from dgemma_ext.model import DiffusionGemma, resolve_device, resolve_dtype
+from dgemma_ext.profile import Profile, chart, check_sizes, profile, trace
+from dgemma_ext.profile.timeline import Pass, ratio_text
+from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
+from dgemma_ext.quantized.scheme import Target, resolve_weights
+from dgemma_ext.sizes import size
+
+RANDOM, DEMO = "random", "demo"
+# Final norm of a model with flat distributions; 1 leaves them as peaked as the tied head makes them.
+_FLAT = 0.05
+
+
+def run(arguments: Arguments) -> None:
+    _check_files(arguments)
+    model = _model(arguments)
+    assert arguments.steps is not None
+    assert arguments.seed is not None
+    found = profile(
+        model, arguments.steps, arguments.prefix, arguments.batch, context=arguments.context, seed=arguments.seed
+    )
+    if arguments.chart is not None:
+        chart.write(found, Path(arguments.chart), f"dgemma profile {arguments.model}")
+    if arguments.trace is not None:
+        trace.write(found, Path(arguments.trace))
+    if arguments.json:
+        write_json({"event": "profile", "model": arguments.model, "weights": arguments.weights, **fields(found)})
+        return
+    print(table(found, f"{arguments.model}, weights {arguments.weights}"))
+    for file in filter(None, (arguments.chart, arguments.trace)):
+        print(f"written: {file}")
+
+
+def _check_files(arguments: Arguments) -> None:
+    """Refuses, before anything is loaded, what could not be written at the end."""
+    for name, file, suffix in (("chart", arguments.chart, ".png"), ("trace", arguments.trace, ".json")):
+        if file is None:
+            continue
+        if Path(file).suffix != suffix:
+            raise ValueError(f"--{name} must name a file that ends in {suffix}, got {file}")
+        if not Path(file).expanduser().absolute().parent.is_dir():
+            raise ValueError(f"--{name}: {Path(file).parent} is no folder")
+    if arguments.chart is not None:
+        chart.require()
+
+
+def _model(arguments: Arguments) -> DiffusionGemma:
+    """The model that is asked for, after the sizes are known to fit it."""
+    if arguments.model == RANDOM:
+        config = true_config(arguments.layers or LAYERS)
+        check_sizes(config, arguments.prefix, arguments.context)
+        target = resolve_weights(arguments.weights)
+        return random_model(
+            config,
+            resolve_device(arguments.device),
+            resolve_dtype(arguments.dtype, config),
+            target if isinstance(target, Target) else None,
+            arguments.experts_hit,
+            final_norm=_FLAT if arguments.flat else 1.0,
+            seed=arguments.seed or 0,
+        )
+    for name, value in (("layers", arguments.layers), ("experts-hit", arguments.experts_hit), ("flat", arguments.flat)):
+        if value:
+            raise ValueError(f"--{name} is for MODEL {RANDOM}, got {arguments.model}")
+    assert arguments.model is not None
+    folder = demo.checkpoint() if arguments.model == DEMO else Path(resolve_checkpoint(arguments.model))
+    check_sizes(ModelConfig.from_file(folder), arguments.prefix, arguments.context)
+    return DiffusionGemma.from_pretrained(
+        folder, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+    )
+
+
+# As text ----------------------------------------------------------------------------------------------------------
+
+
+def table(found: Profile, title: str) -> str:
+    """The step part by part, and what else was found, as lines."""
+    step, encode, machine = found.step, found.encode, found.machine
+    experts = sum(found.experts_hit) / len(found.experts_hit)
+    canvases = "a canvas" if found.batch == 1 else f"{found.batch} canvases"
+    lines = [
+        f"{title}: {found.dtype}, {found.layers} layers, on {found.device}",
+        f"a denoising step of {canvases} of {found.canvas} tokens after {found.prefix:,}, mean of {step.repeats}",
+        "",
+        *_rows(step),
+        "",
+        f"everything else: {_ms(step.between)} ms outside of operators (Python, waiting, the clock itself)",
+        f"unwatched, a step took {_ms(step.unwatched_seconds)} ms",
+        f"experts hit: {experts:.1f} of {found.experts} in a layer, on average",
+        f"encode of {found.prefix:,} tokens: {_ms(encode.seconds)} ms, floor {_ms(encode.floor)} ms",
+        f"floor: bytes at {machine.bandwidth / 1e9:.4g} GB/s or FLOPs at "
+        + ", ".join(f"{peak / 1e12:.4g} TFLOP/s ({kind})" for kind, peak in machine.peaks.items())
+        + ", whichever takes longer; both measured in this run",
+    ]
+    if found.soft_tiles is not None:
+        a_row, together = (f"{count:,.1f}" for count in found.soft_tiles)
+        words = (
+            f"soft embedding: {a_row} of {found.vocabulary_tiles:,} vocabulary tiles count for a row, {together} in all"
+        )
+        lines.insert(-1, words)
+    return "\n".join(lines)
+
+
+def _rows(step: Pass) -> list[str]:
+    lines = [("part", "ms", "share", "bytes", "GFLOP", "floor ms", "x floor")]
+    for row in step.rows:
+        share = f"{100 * row.seconds / step.seconds:.1f} %"
+        if row.bytes is None or row.flops is None or row.floor is None:
+            lines.append((row.part.label, _ms(row.seconds), share, "-", "-", "-", "-"))
+            continue
+        gigaflops = f"{row.flops / 1e9:.4g}" if row.flops else "-"
+        counted = (size(round(row.bytes)), gigaflops, _ms(row.floor), ratio_text(row.ratio or 0))
+        lines.append((row.part.label, _ms(row.seconds), share, *counted))
+    moved, flops = (sum(getattr(row, name) or 0 for row in step.rows) for name in ("bytes", "flops"))
+    ratio = ratio_text(step.seconds / step.floor)
+    total = ("step", _ms(step.seconds), "100 %", size(round(moved)), f"{flops / 1e9:.4g}", _ms(step.floor), ratio)
+    lines.append(total)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(total))]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, three figures or whole."""
+    value = seconds * 1e3
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+# As JSON ----------------------------------------------------------------------------------------------------------
+
+
+def fields(found: Profile) -> dict[str, Any]:
+    """A profile as JSON's own types. Times are in seconds, of one pass."""
+    return {
+        "device": found.device,
+        "dtype": found.dtype,
+        "layers": found.layers,
+        "canvas": found.canvas,
+        "prefix": found.prefix,
+        "batch": found.batch,
+        "context": found.context,
+        "machine": {"bytes_per_second": found.machine.bandwidth, "flops_per_second": dict(found.machine.peaks)},
+        "experts": found.experts,
+        "experts_hit": list(found.experts_hit),
+        "vocabulary_tiles": found.vocabulary_tiles,
+        "soft_tiles": None if found.soft_tiles is None else list(found.soft_tiles),
+        "step": _pass_fields(found.step),
+        "encode": _pass_fields(found.encode),
+    }
+
+
+def _pass_fields(one: Pass) -> dict[str, Any]:
+    return {
+        "repeats": one.repeats,
+        "seconds": one.seconds,
+        "unwatched_seconds": one.unwatched_seconds,
+        "seconds_outside_operators": one.between,
+        "floor_seconds": one.floor,
+        "parts": [
+            {
+                "part": row.part.value,
+                "seconds": row.seconds,
+                "share": row.seconds / one.seconds,
+                "bytes": row.bytes,
+                "flops": row.flops,
+                "floor_seconds": row.floor,
+                "ratio": row.ratio,
+            }
+            for row in one.rows
+        ],
+    }

@@ -1,0 +1,96 @@
+"""What a device reads and multiplies at best, measured in the run that uses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.profile.count import PLAIN
+
+# Larger than the caches of the CPUs (up to 384 MB of L3 in a server, shared) and GPUs (50 to 96 MB) at hand.
+_CPU_STREAM_BYTES = 2**29
+_GPU_STREAM_BYTES = 2**32
+# Rows, inner and outer size of the product: wide enough that its start and end do not count, and some 0.1 s on a core.
+_CPU_PRODUCT = (512, 2816, 4096)
+_GPU_PRODUCT = (8192, 8192, 8192)
+# Of so many rounds the best counts: a floor is what the device can do.
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device's measured bests. `bandwidth`: bytes read per second; `peaks`: FLOP/s by kind of product."""
+
+    device: str
+    bandwidth: float
+    peaks: Mapping[str, float]
+
+    def floor(self, moved: float, flops: Mapping[str, float]) -> float:
+        """Seconds that so many bytes and FLOPs (by kind) take at best: the larger of both."""
+        products = sum(count / self.peaks.get(kind, self.peaks[PLAIN]) for kind, count in flops.items())
+        return max(moved / self.bandwidth, products)
+
+
+@cache
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measures a device, once in a process: a plain sum over a large tensor, and large products."""
+    if device.type == "cuda":
+        return _measure_gpu(device, dtype)
+    values = torch.ones(_CPU_STREAM_BYTES // 4)
+    bandwidth = _CPU_STREAM_BYTES / _best_seconds(values.sum)
+    del values
+    rows, inner, outer = _CPU_PRODUCT
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
+    flops = 2.0 * rows * inner * outer
+    # The faster of torch's product and this package's own.
+    seconds = min(
+        _best_seconds(lambda: torch.mm(left, right.t()), rounds=3),
+        _best_seconds(lambda: grouped_gemm.dense(left, right), rounds=2),
+    )
+    return Machine(f"cpu, {torch.get_num_threads()} threads", bandwidth, {PLAIN: flops / seconds})
+
+
+def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
+    values = torch.ones(_GPU_STREAM_BYTES // 4, device=device)
+    bandwidth = _GPU_STREAM_BYTES / _best_gpu_seconds(values.sum)
+    del values
+    rows, inner, outer = _GPU_PRODUCT
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    right = torch.randn(outer, inner, device=device).to(dtype)
+    flops = 2.0 * rows * inner * outer
+    peaks = {PLAIN: flops / _best_gpu_seconds(lambda: torch.mm(left, right.t()))}
+    if torch.cuda.get_device_capability(device) >= (8, 9):  # the first with products of 8 bits
+        narrow = (left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn))
+        one = torch.ones((), device=device)
+        peaks["fp8"] = flops / _best_gpu_seconds(
+            lambda: torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)
+        )
+    return Machine(torch.cuda.get_device_name(device), bandwidth, peaks)
+
+
+def _best_seconds(call: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    call()
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _best_gpu_seconds(call: Callable[[], object]) -> float:
+    call()
+    found = []
+    for _ in range(_ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) * 1e-3)
+    return min(found)

@@ -1,0 +1,235 @@
+"""Runs denoising steps and an encode pass of a model, looks on, and puts together what each part took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+
+from dgemma_ext import _C
+from dgemma_ext.config import ModelConfig
+from dgemma_ext.events import Draft, Event, Failure
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.ops.denoise import VOCABULARY_TILE
+from dgemma_ext.profile.count import (
+    Operation,
+    StepShape,
+    encode_operations,
+    expected_experts_hit,
+    formats_of,
+    step_operations,
+)
+from dgemma_ext.profile.kernels import events_of, slices_on_gpu
+from dgemma_ext.profile.machine import Machine, measure
+from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles
+from dgemma_ext.profile.timeline import Pass, Slice, rows_of
+from dgemma_ext.sampler import SamplerConfig
+from dgemma_ext.scheduler import Scheduler
+
+# The first step of a canvas has no self-conditioning; the second is the first of the kind that is measured.
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profiled model. `experts_hit`: mean over the steps, by layer. `soft_tiles`: of `vocabulary_tiles` those that
+    the soft embedding must not leave out, mean of a row and of all together. `drafts`: each request's last one."""
+
+    device: str
+    dtype: str
+    layers: int
+    canvas: int
+    prefix: int
+    batch: int
+    context: int
+    machine: Machine
+    experts: int
+    step: Pass
+    encode: Pass
+    experts_hit: tuple[float, ...]
+    soft_tiles: tuple[float, float] | None
+    vocabulary_tiles: int
+    drafts: tuple[tuple[int, ...], ...]
+
+
+def profile(
+    model: DiffusionGemma, steps: int = 4, prefix: int = 128, batch: int = 1, context: int | None = None, seed: int = 0
+) -> Profile:
+    """Measures `steps` denoising steps of `batch` requests with `prefix` random tokens each, and one encode pass.
+
+    Steps run as the scheduler runs them, none of them the first of a canvas. For each that is looked on, one runs
+    unwatched. context: positions of a cache slot, default the prefix. On a GPU the parts' times are those of their
+    kernels, told by torch's profiler, and the step's is the unwatched wall time; on a CPU all is the host's clock.
+
+    Raises ValueError for sizes that the model does not have.
+    """
+    context = check_sizes(model.config, prefix, context)
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    machine = measure(model.device, model.dtype)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
+    scheduler = Scheduler(model, max_batch=batch, max_length=context)
+    # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
+    cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
+    sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=cap)
+    for row in range(batch):
+        scheduler.submit(ids[row].tolist(), max_new_tokens=model.config.canvas_length, sampler=sampler, seed=seed + row)
+    drafts: list[tuple[int, ...]] = []
+
+    def step() -> None:
+        drafts[:] = _drafts(scheduler.step())
+
+    for _ in range(_WARM_UP):
+        step()
+    watch = _Watch(model)
+    plain, watched = watch.alternate(step, steps)
+    hits = watch.hits or [[expected_experts_hit(model.config, batch * model.config.canvas_length)]] * steps
+    hit = tuple(mean(of_layer) for of_layer in zip(*hits, strict=True))
+    formats, dtype = formats_of(model.weights), model.dtype
+    fused = model.device.type == "cuda" and _C.has_cuda()
+    tiles = (mean(n for n, _ in watch.tiles), mean(n for _, n in watch.tiles)) if watch.tiles else None
+    shape = StepShape(batch, prefix, model.config.canvas_length, hit, tiles, statistics_in_head=fused)
+    step_pass = watch.finished(plain, watched, step_operations(model.config, formats, dtype, shape), machine)
+
+    watch = _Watch(model)
+    cache = model.new_cache(1, context)
+
+    def encode() -> None:
+        cache.free(0)
+        model.encode(ids[:1], cache)
+
+    plain, watched = watch.alternate(encode, 1)
+    of_encode = [*watch.hits[0], 0.0] if watch.hits else [expected_experts_hit(model.config, prefix)] * len(hit)
+    operations = encode_operations(model.config, formats, dtype, prefix, of_encode)
+    encode_pass = watch.finished(plain, watched, operations, machine)
+    return Profile(
+        device=machine.device,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=len(model.config.layers),
+        canvas=model.config.canvas_length,
+        prefix=prefix,
+        batch=batch,
+        context=context,
+        machine=machine,
+        experts=model.config.num_experts,
+        step=step_pass,
+        encode=encode_pass,
+        experts_hit=hit,
+        soft_tiles=tiles,
+        vocabulary_tiles=-(-model.config.vocab_size // VOCABULARY_TILE),
+        drafts=tuple(drafts),
+    )
+
+
+def check_sizes(config: ModelConfig, prefix: int, context: int | None) -> int:
+    """The context that is meant. Raises ValueError for a prefix or a context that the model does not have."""
+    longest = config.max_position_embeddings
+    if context is not None and not 1 <= context <= longest:
+        raise ValueError(f"context must be in [1, {longest}], the model's, got {context}")
+    # A canvas follows the prefix.
+    most = min(longest - config.canvas_length, longest if context is None else context)
+    if not 1 <= prefix <= most:
+        words = f"the model's context of {longest} less a canvas" if most < (context or longest) else "the context"
+        raise ValueError(f"prefix must be in [1, {most}], {words}, got {prefix}")
+    return prefix if context is None else context
+
+
+def _drafts(events: Sequence[Event]) -> list[tuple[int, ...]]:
+    for event in events:
+        if isinstance(event, Failure):
+            raise event.error
+    return [event.token_ids for event in events if isinstance(event, Draft)]
+
+
+class _Watch:
+    """Runs a pass, unwatched and watched by turns."""
+
+    def __init__(self, model: DiffusionGemma) -> None:
+        self._cuda = model.device.type == "cuda"
+        self._layers = len(model.config.layers)
+        sliding = [layer.is_sliding for layer in model.config.layers]
+        self._recorder = Recorder(model.weights, sliding, ranges=self._cuda)
+        self.hits: list[list[float]] = []
+        self.tiles: list[tuple[float, float]] = []
+        self._slices: list[Slice] = []
+        # The first use of a dispatch mode in a process imports half a second of torch.
+        with self._recorder:
+            torch.zeros(1).add_(1)
+        self._recorder.calls.clear()
+
+    def alternate(self, run: Callable[[], None], rounds: int) -> tuple[list[float], list[tuple[float, float]]]:
+        """Seconds of each unwatched run, and begin and end of each watched one on the host's clock."""
+        plain = []
+        if self._cuda:
+            # The profiler slows what runs beside it, so that all unwatched runs come first.
+            plain = [_length(self._timed(run)) for _ in range(rounds)]
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profiler:
+                watched = [self._watched(run) for _ in range(rounds)]
+            self._slices = slices_on_gpu(events_of(profiler), self._recorder.calls)
+            return plain, watched
+        watched = []
+        for _ in range(rounds):
+            plain.append(_length(self._timed(run)))
+            watched.append(self._watched(run))
+        self._slices = [_slice_of(call) for call in self._recorder.calls]
+        return plain, watched
+
+    def finished(
+        self, plain: list[float], watched: list[tuple[float, float]], operations: Sequence[Operation], machine: Machine
+    ) -> Pass:
+        """Puts a pass together from what `alternate` returned and what was counted."""
+        seconds = mean(plain) if self._cuda else mean(map(_length, watched))
+        rows, between = rows_of(self._slices, operations, machine, seconds, len(watched))
+        return Pass(
+            seconds=seconds,
+            unwatched_seconds=mean(plain),
+            between=between,
+            rows=rows,
+            operations=tuple(operations),
+            slices=tuple(self._slices),
+            spans=tuple(map(self._on_gpu, range(len(watched)))) if self._cuda else tuple(watched),
+            machine=machine,
+        )
+
+    def _on_gpu(self, repeat: int) -> tuple[float, float]:
+        """From the first kernel of a pass to its last one: kernels have a clock of their own."""
+        pieces = [piece for piece in self._slices if piece.repeat == repeat]
+        return min(piece.begin for piece in pieces), max(piece.end for piece in pieces)
+
+    def _watched(self, run: Callable[[], None]) -> tuple[float, float]:
+        def recorded() -> None:
+            self._recorder.begin_pass()
+            with self._recorder:
+                run()
+
+        span = self._timed(recorded)
+        routed = self._recorder.routed
+        if routed:
+            self.hits.append([float(experts_hit(routed[layer])) for layer in sorted(routed)])
+        if self._recorder.softened:
+            self.tiles.append(soft_tiles(self._recorder.softened))
+        routed.clear()
+        self._recorder.softened.clear()
+        return span
+
+    def _timed(self, run: Callable[[], None]) -> tuple[float, float]:
+        if self._cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        if self._cuda:
+            torch.cuda.synchronize()
+        return begin, time.perf_counter()
+
+
+def _length(span: tuple[float, float]) -> float:
+    return span[1] - span[0]
+
+
+def _slice_of(call: Call) -> Slice:
+    return Slice(call.part, call.name, call.layer, call.begin, call.end, call.end - call.begin, call.repeat)

@@ -1,0 +1,118 @@
+"""DiffusionGemma 26B-A4B with random weights: its true shapes, as many layers as are asked for, and no checkpoint."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dgemma_ext.checkpoint import Layout, layer_layout, model_layout
+from dgemma_ext.config import FULL, SLIDING, GenerationDefaults, ModelConfig
+from dgemma_ext.memory import available_bytes
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.quantized.scheme import Target
+from dgemma_ext.sizes import size
+from dgemma_ext.weights import LayerWeights, ModelWeights, quantized_weight
+
+LAYERS = 30
+EXPERTS = 128
+# One full layer after every five sliding ones.
+_PATTERN = 6
+# Of the published initialisation (initializer_range).
+_DEVIATION = 0.02
+_CODE_BITS = {"fp8": 8, "int4": 4, "nvfp4": 4}
+
+# The published config.json, but its vision tower.
+_TEXT: dict[str, Any] = {
+    "model_type": "diffusion_gemma_text",
+    "hidden_size": 2816,
+    "intermediate_size": 2112,
+    "moe_intermediate_size": 704,
+    "num_experts": EXPERTS,
+    "top_k_experts": 8,
+    "vocab_size": 262_144,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "sliding_window": 1024,
+    "max_position_embeddings": 262_144,
+    "use_bidirectional_attention": "vision",
+}
+
+
+def true_config(layers: int = LAYERS, **changes: Any) -> ModelConfig:
+    """The published configuration with so many layers, the last a full one. changes: fields of text_config.
+
+    Raises ValueError as ModelConfig.from_dict does.
+    """
+    kinds = [FULL if index % _PATTERN == _PATTERN - 1 or index == layers - 1 else SLIDING for index in range(layers)]
+    canvas_length = changes.pop("canvas_length", 256)
+    text = {**_TEXT, "num_hidden_layers": layers, "layer_types": kinds, **changes}
+    return ModelConfig.from_dict(
+        {"model_type": "diffusion_gemma", "canvas_length": canvas_length, "eos_token_id": [1, 106], "text_config": text}
+    )
+
+
+def random_model(
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    target: Target | None = None,
+    experts_hit: int | None = None,
+    final_norm: float = 1.0,
+    seed: int = 0,
+) -> DiffusionGemma:
+    """Normal weights, unit norms and scalars, made on the device.
+
+    target: what each layer is quantized to as it is made. experts_hit: routing hits about so many experts of a layer,
+    because the router's rows of the others are zero; default all. final_norm: 1 leaves the distributions as peaked as
+    the tied head makes them, 0.05 makes them flat. Raises ValueError where the device has less free memory than that.
+    """
+    device = torch.device(device)
+    hit = config.num_experts if experts_hit is None else experts_hit
+    if not config.top_k_experts <= hit <= config.num_experts:
+        raise ValueError(f"experts_hit must be in [{config.top_k_experts}, {config.num_experts}], got {hit}")
+    _check_room(config, device, dtype, target)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def made(layout: Layout) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for attribute, (_, shape) in layout.items():
+            value = torch.ones(shape, dtype=dtype, device=device)
+            values[attribute] = value if len(shape) < 2 else value.normal_(0.0, _DEVIATION, generator=generator)
+        return values
+
+    layers = []
+    for layer in config.layers:
+        values = {"v_proj": None, **made(layer_layout(config, layer))}
+        values["decoder_layer_scalar"] = values["encoder_layer_scalar"] = 1.0
+        values["router_proj"][hit:] = 0.0
+        if target is not None:
+            for attribute in filter(target.wants, list(values)):
+                if values[attribute] is not None:
+                    values[attribute] = quantized_weight(attribute, values[attribute], target)
+        layers.append(LayerWeights(**values))
+    ends = made(model_layout(config))
+    ends["norm"].fill_(final_norm)
+    return DiffusionGemma(
+        config, ModelWeights(**ends, layers=layers), GenerationDefaults.from_dict({}, config), tokenizer=None
+    )
+
+
+def _check_room(config: ModelConfig, device: torch.device, dtype: torch.dtype, target: Target | None) -> None:
+    wanted = 0.0
+    for layout in (model_layout(config), *(layer_layout(config, layer) for layer in config.layers)):
+        for attribute, (_, shape) in layout.items():
+            # Scales left out: a refusal must be sure.
+            quantized = target is not None and target.wants(attribute)
+            bits = _CODE_BITS[target.format] if target is not None and quantized else 8 * dtype.itemsize
+            wanted += math.prod(shape) * bits / 8
+    free = available_bytes(device)
+    if free is not None and wanted > free:
+        raise ValueError(
+            f"a random model of {len(config.layers)} layers takes {size(round(wanted))}, and {device} has "
+            f"{size(free)} free; fewer layers take less"
+        )
