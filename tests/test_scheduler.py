@@ -8,11 +8,12 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from dgemma_ext import RequestState, SamplerConfig
+from dgemma_ext.loop import DRIVERS
 from models import random_model, smallest_model
 
 # Loose enough that some canvases stop early and some run to the cap.
@@ -29,14 +30,15 @@ def run(scheduler: dg.Scheduler) -> None:
         scheduler.step()
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_tokens_alone_in_a_batch_joined_late_and_twice(dtype: torch.dtype) -> None:
+def test_the_same_tokens_alone_in_a_batch_joined_late_and_twice(dtype: torch.dtype, batched: bool) -> None:
     model = random_model(dtype)
     chosen, seeds = prompts(model, 7), list(range(7))
     alone = [model.generate(p, max_new_tokens=20, sampler=SAMPLER, seed=s) for p, s in zip(chosen, seeds, strict=True)]
     again = [model.generate(p, max_new_tokens=20, sampler=SAMPLER, seed=s) for p, s in zip(chosen, seeds, strict=True)]
     batch = model.generate(chosen, max_new_tokens=20, sampler=SAMPLER, seed=seeds)
-    late = dg.Scheduler(model, max_batch=3, max_length=100)
+    late = dg.Scheduler(model, max_batch=3, max_length=100, batched=batched)
     requests = []
     for prompt, seed in zip(chosen, seeds, strict=True):
         requests.append(late.submit(prompt, max_new_tokens=20, sampler=SAMPLER, seed=seed))
@@ -91,12 +93,29 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=3000, deadline=None, derandomize=True)
+@settings(max_examples=1200, deadline=None, derandomize=True)
 @given(schedule=st.lists(actions, min_size=1, max_size=14), max_batch=st.integers(1, 3))
 def test_any_schedule_gives_every_request_the_tokens_it_gets_alone(
     schedule: list[tuple[str, int]], max_batch: int
 ) -> None:
-    scheduler = dg.Scheduler(smallest_model(), max_batch=max_batch, max_length=24)
+    check_schedule(schedule, dg.Scheduler(smallest_model(), max_batch=max_batch, max_length=24))
+
+
+@pytest.mark.parametrize("driver", list(DRIVERS))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    schedule=st.lists(st.one_of(actions, st.just(("canvas", 1))), min_size=1, max_size=14),
+    max_batch=st.integers(1, 5),
+)
+def test_any_schedule_of_a_batch_gives_every_request_the_tokens_it_gets_alone(
+    driver: str, schedule: list[tuple[str, int]], max_batch: int
+) -> None:
+    scheduler = dg.Scheduler(smallest_model(), max_batch=max_batch, max_length=24, batched=True, driver=driver)
+    check_schedule(schedule, scheduler)
+
+
+def check_schedule(schedule: list[tuple[str, int]], scheduler: dg.Scheduler) -> None:
+    max_batch = scheduler.free_slots
     submitted: list[tuple[int, dg.Request]] = []
     for action, argument in schedule:
         if action == "submit":
@@ -110,9 +129,12 @@ def test_any_schedule_gives_every_request_the_tokens_it_gets_alone(
         elif action == "step":
             for _ in range(argument):
                 scheduler.step()
+        elif action == "canvas":
+            scheduler.finish_canvas()
         running = sum(r.state is RequestState.RUNNING for _, r in submitted)
         assert scheduler.free_slots + running == max_batch
-    run(scheduler)
+    while not scheduler.idle:
+        scheduler.finish_canvas() if len(schedule) % 2 else scheduler.step()
     assert scheduler.free_slots == max_batch
     assert all(scheduler.cache.length(slot) == 0 for slot in range(max_batch))
     for index, request in submitted:

@@ -36,7 +36,8 @@ def generate(
     """
     prompts, is_batch = _as_batch(prompt)
     answers = _Run(model, prompts, max_new_tokens, sampler, seed, canvas)
-    for event in answers.events():
+    # Where nobody looks at drafts, the steps of a canvas are left to the scheduler's loop.
+    for event in answers.events(drafts=on_draft is not None):
         if on_draft is not None and isinstance(event, Draft):
             on_draft(event)
     outputs = [request.output for request in answers.requests]
@@ -83,9 +84,10 @@ class _Run:
             for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True)
         ]
 
-    def events(self) -> Iterator[Draft | Commit]:
+    def events(self, drafts: bool = True) -> Iterator[Draft | Commit]:
+        advance = self.scheduler.step if drafts else self.scheduler.finish_canvas
         while not self.scheduler.idle:
-            for event in self.scheduler.step():
+            for event in advance():
                 if isinstance(event, Failure):
                     raise event.error
                 yield event

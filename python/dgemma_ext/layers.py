@@ -17,12 +17,20 @@ from dgemma_ext.ops.quantized_gemm import linear
 from dgemma_ext.weights import LayerWeights
 
 
-def gated_mlp(x: torch.Tensor, gate: Weight, up: Weight, down: Weight) -> torch.Tensor:
-    """down(gelu_tanh(gate x) * up x): the dense MLP of a layer, and self-conditioning's."""
-    return linear(gelu_product(linear(x, gate), linear(x, up)), down)
+def dense(x: torch.Tensor, weight: Weight, requests: int = 1) -> torch.Tensor:
+    """x @ weight.T for x [requests * L, in]: on the CPU request by request, because the bits of torch's product for a
+    row depend on how many rows there are, and a request's must not depend on its batch. On a GPU in one product."""
+    if requests == 1 or x.device.type != "cpu":
+        return linear(x, weight)
+    return torch.cat([linear(rows, weight) for rows in x.chunk(requests)])
 
 
-__all__ = ["gated_mlp", "project_qkv", "rms_norm", "rotary_tables"]
+def gated_mlp(x: torch.Tensor, gate: Weight, up: Weight, down: Weight, requests: int = 1) -> torch.Tensor:
+    """down(gelu_tanh(gate x) * up x): the dense MLP of a layer, and self-conditioning's. x: [requests * L, in]."""
+    return dense(gelu_product(dense(x, gate, requests), dense(x, up, requests)), down, requests)
+
+
+__all__ = ["dense", "gated_mlp", "project_qkv", "rms_norm", "rotary_tables"]
 
 
 @cache
@@ -45,13 +53,15 @@ def project_qkv(
     layer: LayerConfig,
     tables: tuple[torch.Tensor, torch.Tensor],
     epsilon: float,
+    requests: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised, rotated queries [L, heads, head_dim], keys and values [L, key heads, head_dim], from x [L, hidden].
+    """Normalised, rotated queries [n, heads, head_dim], keys and values [n, key heads, head_dim], from x [n, hidden]:
+    the rows of all requests one after the other, as many of each. `tables` have a row for each.
 
     On full layers values are the key projection before its norm, its scale and the rotation.
     """
     heads = (x.shape[0], -1, layer.head_dim)
-    query = linear(x, weights.q_proj).view(heads)
-    key = linear(x, weights.k_proj).view(heads)
-    value = None if weights.v_proj is None else linear(x, weights.v_proj).view(heads)
+    query = dense(x, weights.q_proj, requests).view(heads)
+    key = dense(x, weights.k_proj, requests).view(heads)
+    value = None if weights.v_proj is None else dense(x, weights.v_proj, requests).view(heads)
     return normalise_heads(query, key, value, weights.q_norm, weights.k_norm, *tables, epsilon)

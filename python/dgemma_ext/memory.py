@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dgemma_ext import _C
 from dgemma_ext.cache import Cache
+from dgemma_ext.canvas_batch import make_canvas_batch
 from dgemma_ext.checkpoint import CheckpointInfo, layer_layout, model_layout
 from dgemma_ext.config import LayerConfig, ModelConfig
 from dgemma_ext.quantized.scheme import PARTS, Target
 from dgemma_ext.quantized.stored import Experts, Matrix, Stored, names_of
 from dgemma_ext.sizes import size
+
+if TYPE_CHECKING:
+    from dgemma_ext.model import DiffusionGemma
 
 # Positions of a cache slot unless a caller names them; the model's context where that is shorter.
 USUAL_CONTEXT = 8192
@@ -33,6 +38,7 @@ class MemoryPlan:
     workspace: int
     logits: int
     context: int
+    requests: int = 1
 
     @property
     def total(self) -> int:
@@ -42,9 +48,9 @@ class MemoryPlan:
         """What, how, bytes: a line each, the total last."""
         return [
             *((f"{part} weights", how, nbytes) for part, (how, nbytes) in self.weights.items()),
-            ("cache", f"one slot of {self.context:,} tokens", self.cache),
+            ("cache", f"{_several(self.requests, 'slot')} of {self.context:,} tokens", self.cache),
             ("workspace", "largest of a pass", self.workspace),
-            ("logits", "of one canvas", self.logits),
+            ("logits", f"of {_several(self.requests, 'canvas')}", self.logits),
             ("total", "", self.total),
         ]
 
@@ -52,15 +58,19 @@ class MemoryPlan:
         return "\n".join(f"{what:18}  {how:24}  {size(nbytes):>8}" for what, how, nbytes in self.rows())
 
 
+def _several(count: int, what: str) -> str:
+    return f"one {what}" if count == 1 else f"{count} {what}es" if what == "canvas" else f"{count} {what}s"
+
+
 class NotEnoughMemory(MemoryError):
-    """A model that its device cannot hold. `plan` is what it would take, `available` the device's free bytes."""
+    """A model, or a batch of requests, that its device cannot hold. `plan` is what it would take, `available` the
+    device's free bytes."""
 
     def __init__(self, plan: MemoryPlan, available: int, device: torch.device) -> None:
         self.plan = plan
         self.available = available
-        super().__init__(
-            f"{device} has {size(available)} free, and the model takes {size(plan.total)}:\n{plan.table()}"
-        )
+        what = "the model" if plan.weights else f"a batch of {plan.requests}"
+        super().__init__(f"{device} has {size(available)} free, and {what} takes {size(plan.total)}:\n{plan.table()}")
 
 
 def memory_plan(
@@ -87,6 +97,25 @@ def memory_plan(
     )
 
 
+def batch_plan(model: DiffusionGemma, requests: int, length: int, max_length: int, slots: int) -> MemoryPlan:
+    """What a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache of `slots`
+    (0 where there is one) for `max_length` positions each."""
+    config, dtype, device = model.config, model.dtype, model.device
+    buffers = make_canvas_batch(model, requests, length, device="meta")
+    cache = 0
+    if slots:
+        cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
+    positions = max(requests * length, min(_CHUNK, max_length))
+    return MemoryPlan(
+        weights={},
+        cache=cache,
+        workspace=_workspace(config, positions, dtype, device.type == "cuda") + buffers.nbytes - buffers.logits.nbytes,
+        logits=buffers.logits.nbytes,
+        context=max_length,
+        requests=requests,
+    )
+
+
 def check_memory(plan: MemoryPlan, in_files: int, device: torch.device) -> None:
     """Raises NotEnoughMemory where the device has less free than the plan takes, `in_files` bytes not counted."""
     available = available_bytes(device)
@@ -98,7 +127,8 @@ def available_bytes(device: torch.device) -> int | None:
     """Free bytes of a GPU, or what the kernel says a program may still take of main memory; None where nobody tells."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        # What torch keeps for its next allocations is as good as free.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

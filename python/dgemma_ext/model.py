@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import inspect_checkpoint, resolve_checkpoint
-from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
-from dgemma_ext.layers import gated_mlp, project_qkv, rms_norm, rotary_tables
+from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
+from dgemma_ext.layers import dense, gated_mlp, project_qkv, rms_norm, rotary_tables
 from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
-from dgemma_ext.ops.quantized_gemm import experts, linear
+from dgemma_ext.ops.quantized_gemm import experts
 from dgemma_ext.ops.router import route
 from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import Tokenizer
@@ -37,6 +37,9 @@ ENCODE_CHUNK = 4096
 _SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# By what the tables depend on: a layer's rope and head dimension.
+RotaryTables = dict[tuple[RopeConfig, int], tuple[torch.Tensor, torch.Tensor]]
 
 # attend(layer, query, key, value): the attention of a pass, over its cache.
 _Attention = Callable[[LayerConfig, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -232,18 +235,20 @@ class DiffusionGemma:
         return functional.embedding(ids, self.weights.embed_tokens) * self.embedding_scale
 
     def _canvas_input(self, canvas: torch.Tensor, soft_embedding: torch.Tensor | None) -> torch.Tensor:
-        """The first layer's input: the tokens' embeddings and the self-conditioning, normalised together."""
+        """The first layer's input [1, B * L, hidden]: the embeddings of the tokens [B, L] and the self-conditioning,
+        normalised together."""
         weights, epsilon = self.weights, self.config.rms_norm_eps
-        hidden = self._embed(canvas)
+        hidden = self._embed(canvas.reshape(-1))
         if soft_embedding is not None:
-            normed = rms_norm(soft_embedding, weights.self_conditioning_pre_norm, epsilon)
+            normed = rms_norm(soft_embedding.flatten(0, 1), weights.self_conditioning_pre_norm, epsilon)
             hidden = hidden + gated_mlp(
                 normed,
                 weights.self_conditioning_gate_proj,
                 weights.self_conditioning_up_proj,
                 weights.self_conditioning_down_proj,
+                requests=canvas.shape[0],
             )
-        return rms_norm(hidden, None, epsilon)
+        return rms_norm(hidden, None, epsilon)[None]
 
     def _canvas_attention(self, cache: Cache, slot: int) -> _Attention:
         """The attention of a denoising pass over what the slot holds."""
@@ -273,13 +278,14 @@ class DiffusionGemma:
         self, start: int, count: int
     ) -> Iterator[tuple[LayerConfig, LayerWeights, tuple[torch.Tensor, torch.Tensor]]]:
         """Each layer with its weights and the rotary tables of positions start .. start + count - 1."""
-        positions = torch.arange(start, start + count, device=self.device)
-        tables: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+        tables = self.rotary_tables(torch.arange(start, start + count, device=self.device))
         for layer, weights in zip(self.config.layers, self.weights.layers, strict=True):
-            key = (layer.rope, layer.head_dim)
-            if key not in tables:
-                tables[key] = rotary_tables(layer.rope, layer.head_dim, positions, self.dtype)
-            yield layer, weights, tables[key]
+            yield layer, weights, tables[layer.rope, layer.head_dim]
+
+    def rotary_tables(self, positions: torch.Tensor) -> RotaryTables:
+        """Cosines and sines of int positions [n] for every kind of layer, each [n, head_dim]."""
+        kinds = dict.fromkeys((layer.rope, layer.head_dim) for layer in self.config.layers)
+        return {kind: rotary_tables(*kind, positions, self.dtype) for kind in kinds}
 
     def _encode_block(self, ids: torch.Tensor, cache: Cache, slot: int, spans: list[tuple[int, int]]) -> None:
         """Encodes int [1, n] ids after what the slot holds."""
@@ -311,12 +317,13 @@ class DiffusionGemma:
         weights: LayerWeights,
         tables: tuple[torch.Tensor, torch.Tensor],
         normed: torch.Tensor | None,
+        requests: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of hidden [1, L, hidden], each [1, L, heads, head_dim]."""
         epsilon = self.config.rms_norm_eps
         if normed is None:
             normed = rms_norm(hidden, weights.input_layernorm, epsilon)
-        query, key, value = project_qkv(normed[0], weights, layer, tables, epsilon)
+        query, key, value = project_qkv(normed[0], weights, layer, tables, epsilon, requests)
         return query[None], key[None], value[None]
 
     def _layer(
@@ -328,30 +335,30 @@ class DiffusionGemma:
         layer_scalar: float,
         attend: _Attention,
         normed: torch.Tensor | None = None,
+        requests: int = 1,
+        idle: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer on hidden [1, L, hidden]; `attend` is the pass's attention, `normed` the layer's first norm of
-        hidden where it is known. Returns the output and the norm of it that comes next."""
+        """One layer on hidden [1, n, hidden]; `attend` is the pass's attention, `normed` the layer's first norm of
+        hidden where it is known. Returns the output and the norm of it that comes next.
+
+        requests: how many share the rows, as many rows of each. idle: bool [n, 1], rows that no expert is to see.
+        """
         epsilon = self.config.rms_norm_eps
-        attended = attend(layer, *self._project(hidden, layer, weights, tables, normed))
-        rows, dense, sparse = attention_residual(
+        attended = attend(layer, *self._project(hidden, layer, weights, tables, normed, requests))
+        rows, dense_input, sparse = attention_residual(
             hidden[0],
-            linear(attended[0].flatten(-2), weights.o_proj),
+            dense(attended[0].flatten(-2), weights.o_proj, requests),
             weights.post_attention_layernorm,
             weights.pre_feedforward_layernorm,
             weights.pre_feedforward_layernorm_2,
             epsilon,
         )
-        ids, scales = route(
-            rows,
-            weights.router_scale,
-            weights.router_proj,
-            weights.router_per_expert_scale,
-            self.config.top_k_experts,
-            epsilon,
-        )
+        ids, scales = self._route(rows, weights, requests)
+        if idle is not None:
+            ids.masked_fill_(idle, -1)
         out, next_normed = layer_output(
             rows,
-            gated_mlp(dense, weights.gate_proj, weights.up_proj, weights.down_proj),
+            gated_mlp(dense_input, weights.gate_proj, weights.up_proj, weights.down_proj, requests),
             experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down),
             weights.post_feedforward_layernorm_1,
             weights.post_feedforward_layernorm_2,
@@ -363,6 +370,15 @@ class DiffusionGemma:
         if self.debug and not bool(torch.isfinite(out).all()):
             raise FloatingPointError(f"the output of layer {layer.index} is not finite")
         return out[None], next_normed[None]
+
+    def _route(self, rows: torch.Tensor, weights: LayerWeights, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of rows [n, hidden] and their weights; by request where `dense` is, for the same reason."""
+        router = (weights.router_scale, weights.router_proj, weights.router_per_expert_scale)
+        rest = (self.config.top_k_experts, self.config.rms_norm_eps)
+        if requests == 1 or rows.device.type != "cpu":
+            return route(rows, *router, *rest)
+        ids, scales = zip(*(route(part, *router, *rest) for part in rows.chunk(requests)), strict=True)
+        return torch.cat(ids), torch.cat(scales)
 
     def _norm_after(self, layer: LayerConfig) -> torch.Tensor:
         """The weight of the norm that a layer's output meets next: the next layer's first, or the last of all."""

@@ -107,6 +107,10 @@ class Canvas:
     allowed: Sequence[int] | Sequence[Sequence[int] | None] | None = None
     start_step: int = 1
 
+    def first_step(self, index: int, length: int) -> int:
+        """Of canvas `index`: start_step where it has tokens, else 1."""
+        return self.start_step if len(self.tokens) > index * length else 1
+
     def check(self, vocabulary: int, max_steps: int) -> None:
         """Raises ValueError naming the field."""
         for position, token in enumerate(self.tokens):
@@ -150,34 +154,34 @@ class Canvas:
 
 @dataclass
 class CanvasState:
-    """One request's canvas under work: the tensors that the step's ops read and write, with a batch of one.
+    """Canvases under work: the tensors that the step's ops read and write, for B requests (`begin_canvas`: one).
 
     Whatever differs from request to request or from step to step is a tensor on the device, so that a step has the same
     arguments every time.
     """
 
-    canvas: torch.Tensor  # int32 [1, L]
-    draft: torch.Tensor  # int32 [1, L], -1 before the first step
-    accepted: torch.Tensor  # bool [1, L]
-    entropy: torch.Tensor  # fp32 [1, L]
-    pinned: torch.Tensor | None  # bool [1, L]
+    canvas: torch.Tensor  # int32 [B, L]
+    draft: torch.Tensor  # int32 [B, L], -1 before the first step
+    accepted: torch.Tensor  # bool [B, L]
+    entropy: torch.Tensor  # fp32 [B, L]
+    pinned: torch.Tensor | None  # bool [B, L]
     allowed: torch.Tensor | None  # int32 bit mask [rows, ceil(vocabulary / 32)]
-    allowed_row: torch.Tensor | None  # int32 [1, L]
-    seed: torch.Tensor  # int64 [1]
-    canvas_index: torch.Tensor  # int32 [1]
-    step: torch.Tensor  # int32 [1]
-    max_steps: torch.Tensor  # int32 [1]
-    t_min: torch.Tensor  # fp64 [1]
-    t_max: torch.Tensor  # fp64 [1]
-    entropy_bound: torch.Tensor  # fp32 [1]
-    stability_threshold: torch.Tensor  # int32 [1]
-    confidence_threshold: torch.Tensor  # fp32 [1]
-    temperature: torch.Tensor  # fp32 [1]
-    active: torch.Tensor  # bool [1]
-    stable_steps: torch.Tensor  # int32 [1]
-    mean_entropy: torch.Tensor  # fp32 [1]
-    status: torch.Tensor  # int32 [1], denoise.CanvasStatus
-    soft_embedding: torch.Tensor | None = None  # [1, L, hidden]; None is exact zero
+    allowed_row: torch.Tensor | None  # int32 [B, L]
+    seed: torch.Tensor  # int64 [B]
+    canvas_index: torch.Tensor  # int32 [B]
+    step: torch.Tensor  # int32 [B]
+    max_steps: torch.Tensor  # int32 [B]
+    t_min: torch.Tensor  # fp64 [B]
+    t_max: torch.Tensor  # fp64 [B]
+    entropy_bound: torch.Tensor  # fp32 [B]
+    stability_threshold: torch.Tensor  # int32 [B]
+    confidence_threshold: torch.Tensor  # fp32 [B]
+    temperature: torch.Tensor  # fp32 [B]
+    active: torch.Tensor  # bool [B]
+    stable_steps: torch.Tensor  # int32 [B]
+    mean_entropy: torch.Tensor  # fp32 [B]
+    status: torch.Tensor  # int32 [B], denoise.CanvasStatus
+    soft_embedding: torch.Tensor | None = None  # [B, L, hidden]; None is exact zero
 
     @property
     def length(self) -> int:
@@ -192,7 +196,7 @@ def begin_canvas(
     content = content or Canvas()
     window = slice(index * length, (index + 1) * length)
     tokens = list(content.tokens[window])
-    start_step = content.start_step if tokens else 1
+    start_step = content.first_step(index, length)
     given = [t is not None for t in tokens] + [False] * (length - len(tokens))
     pinned = list(content.pinned[window]) if content.pinned is not None else []
     masks, rows = _allowed_masks(content, window, vocabulary)
@@ -311,20 +315,36 @@ def _advance(
     renoise_uniforms: torch.Tensor | None,
 ) -> None:
     """Sampling, acceptance, renoising, stop and soft embedding, from the raw logits and their statistics."""
-    masses: dict[str, Any] = {
-        "row_max": statistics.row_max,
-        "row_sum": statistics.row_sum,
-        "tile_max": statistics.tile_max,
-        "tile_sum": statistics.tile_sum,
-    }
+    decide(model, state, raw, reading, statistics, sample_uniforms, renoise_uniforms)
+    state.entropy = statistics.entropy
+    if bool(state.active):
+        state.soft_embedding = embed_softly(model, state, raw, reading, statistics)
+
+
+def _masses(statistics: denoise.VocabularyStatistics) -> dict[str, Any]:
+    return {name: getattr(statistics, name) for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
+
+
+def decide(
+    model: DiffusionGemma,
+    state: CanvasState,
+    raw: torch.Tensor,
+    reading: dict[str, Any],
+    statistics: denoise.VocabularyStatistics,
+    sample_uniforms: torch.Tensor | None = None,
+    renoise_uniforms: torch.Tensor | None = None,
+    sampled: torch.Tensor | None = None,
+) -> None:
+    """Sampling, acceptance, renoising and stop, of the active requests. sampled: where to put the drawn tokens."""
     sampled = denoise.sample(
         raw,
         **reading,
-        **masses,
+        **_masses(statistics),
         seed=state.seed,
         canvas_index=state.canvas_index,
         step=state.step,
         uniforms=sample_uniforms,
+        out=sampled,
     )
     denoise.update_canvas_(
         sampled,
@@ -353,16 +373,27 @@ def _advance(
         mean_entropy=state.mean_entropy,
         status=state.status,
     )
-    state.entropy = statistics.entropy
-    if not bool(state.active):
-        return
-    state.soft_embedding = denoise.soft_embedding(
+
+
+def embed_softly(
+    model: DiffusionGemma,
+    state: CanvasState,
+    raw: torch.Tensor,
+    reading: dict[str, Any],
+    statistics: denoise.VocabularyStatistics,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The next step's self-conditioning [B, L, hidden]."""
+    return denoise.soft_embedding(
         raw,
         **reading,
-        **masses,
+        **_masses(statistics),
         pinned=state.pinned,
         embedding=model.weights.embed_tokens,
         embedding_scale=model.embedding_scale,
         tolerance=model.soft_embedding_tolerance,
         max_embedding_norm=model.max_embedding_norm,
+        out=out,
+        workspace=workspace,
     )

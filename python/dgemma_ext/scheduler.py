@@ -1,7 +1,13 @@
 """Requests that share a model: they join and leave between denoising steps.
 
 A request's tokens depend on its prompt, sampler and seed alone. Its draws are keyed by (seed, canvas, step,
-position), and its passes run on its own rows, so the same bits come out alone, in a batch, or joined late by others.
+position), and on the CPU its dense products are its own, so the same bits come out alone, in a batch, or joined late by
+others.
+
+Two forms. One by one, the CPU's: a canvas of 256 tokens meets all experts anyway, and a batch would make nothing faster
+there. Batched, a GPU's: requests with canvases of one length share each denoising step (canvas_group.py), and
+`finish_canvas` leaves the steps of a whole canvas to a loop (loop.py). Requests whose canvas rules the allowed tokens,
+and all of a debug run, go one by one in both.
 """
 
 from __future__ import annotations
@@ -14,8 +20,12 @@ from typing import Any, cast
 import torch
 
 from dgemma_ext.cache import SnapshotStore
+from dgemma_ext.canvas_batch import Told, bucket_of
+from dgemma_ext.canvas_group import CanvasGroup, MakeDevice, Progress
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.loop import DRIVERS
+from dgemma_ext.memory import batch_plan, check_memory
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampler import Canvas, CanvasState, ResolvedSampler, SamplerConfig, begin_canvas, denoising_step
@@ -60,6 +70,8 @@ class Request:
         self.finish_reason: str | None = None
         self._scheduler = scheduler
         self._slot = -1
+        # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
+        self._in_canvas = False
         self._work: CanvasState | None = None
         # Ids that the next canvas must see and that are not in the cache yet.
         self._uncached = prompt_ids
@@ -111,13 +123,38 @@ class Scheduler:
 
     max_length: positions that a slot can hold (prompt and committed canvases), default the smaller of the model's
     context and 8,192 (a slot of the published model takes 360 MiB then: 200 for its rings, 160 for its full layers).
+    batched: whether requests share a step, default on a GPU. driver: how a batch's steps are driven (loop.DRIVERS).
+
+    Raises dg.NotEnoughMemory, with a table and before anything is made, where cache and buffers of a batch do not fit.
     """
 
-    def __init__(self, model: DiffusionGemma, max_batch: int = 8, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        max_batch: int = 8,
+        max_length: int | None = None,
+        batched: bool | None = None,
+        driver: str = "eager",
+        make_device: MakeDevice | None = None,
+    ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if driver not in DRIVERS:
+            raise ValueError(f"driver must be one of {', '.join(DRIVERS)}, got {driver!r}")
         self.model = model
-        self.cache = model.new_cache(max_batch, max_length or min(model.config.max_position_embeddings, 8192))
+        self.max_batch = max_batch
+        self._batched = model.device.type == "cuda" if batched is None else batched
+        self._driver, self._make_device = driver, make_device
+        positions = max_length or min(model.config.max_position_embeddings, 8192)
+        length = model.config.canvas_length
+        if self._batched:
+            plan = batch_plan(model, bucket_of(max_batch), length, positions, slots=max_batch)
+            check_memory(plan, 0, model.device)
+        self.cache = model.new_cache(max_batch, positions)
+        # By canvas length. The checkpoint's own is always there.
+        self._groups: dict[int, CanvasGroup[Request]] = {}
+        if self._batched:
+            self._groups[length] = self._new_group(length)
         self._free_slots = list(range(max_batch))
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -146,7 +183,8 @@ class Scheduler:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
         snapshots: where to look for an encoded beginning of the prompt and to leave new ones.
-        Raises ValueError naming the argument.
+        Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for a batch of canvases of
+        another length than the checkpoint's do not fit.
         """
         model = self.model
         ids = prompt_to_ids(model, prompt)
@@ -170,54 +208,106 @@ class Scheduler:
                 f"max_length is {self.cache.max_length}"
             )
         request = Request(self, self._submitted, ids, limit, resolved, seed, canvas, snapshots)
+        if not self._goes_alone(request):
+            self._need_group(resolved.canvas_length)
         self._submitted += 1
         self._waiting.append(request)
         return request
 
     def step(self) -> list[Event]:
         """Admits what fits, then makes one denoising step of every running request; returns what happened, in order."""
+        return self._advance(whole=False)
+
+    def finish_canvas(self) -> list[Event]:
+        """Admits what fits, then makes denoising steps until a canvas is finished, without a Draft for each.
+
+        The same tokens as by `step`. Requests go on by as many steps as their batch makes; none is stopped early.
+        """
+        return [event for event in self._advance(whole=True) if not isinstance(event, Draft)]
+
+    def _advance(self, whole: bool) -> list[Event]:
+        """One step of every running request; with `whole` as many as finish a canvas of every batch."""
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
             request._slot = self._free_slots.pop(0)
             request.state = RequestState.RUNNING
             self._running.append(request)
-        events: list[Event] = []
-        for request in list(self._running):
+        running = list(self._running)
+        events: dict[int, list[Event]] = {}
+        for request in running:
             if request.state is not RequestState.RUNNING:
                 continue  # cancelled while this step was under way
             try:
-                events += self._advance(request)
+                if not request._in_canvas:
+                    self._begin(request)
+                if self._goes_alone(request):
+                    events[request.number] = self._advance_alone(request, whole)
             except (NonFiniteError, FloatingPointError) as error:
-                events.append(self._fail(request, error))
-        return events
+                events[request.number] = [self._fail(request, error)]
+        for group in self._groups.values():
+            if group.members:
+                for request, progress in (group.run() if whole else group.step()).items():
+                    if request.state is RequestState.RUNNING:
+                        events[request.number] = self._told(request, progress)
+        return [event for request in running for event in events.get(request.number, [])]
 
-    def _advance(self, request: Request) -> list[Event]:
-        """One denoising step, with the encode before the first step of a canvas and the commit after the last."""
-        if request._work is None:
-            self._encode_pending(request)
-            request._work = begin_canvas(
-                self.model, request.sampler, request.seed, len(request.denoising_steps), request.canvas
-            )
-            request.denoising_steps.append(0)
-        work = request._work
-        step = int(work.step)
-        denoising_step(self.model, self.cache, request._slot, work, self._logits_buffer(work.length))
-        request.denoising_steps[-1] += 1
-        status = CanvasStatus(int(work.status))
-        if status is CanvasStatus.NON_FINITE:
-            raise NonFiniteError("a logit or a statistic is not finite", request=request.number, step=step)
-        draft = Draft(
-            request=request,
-            canvas_index=int(work.canvas_index),
-            step=step,
-            token_ids=tuple(work.draft[0].tolist()),
-            accepted=work.accepted[0].cpu().clone(),
-            entropy=work.entropy[0].cpu().clone(),
-            mean_entropy=float(work.mean_entropy),
-        )
+    def _begin(self, request: Request) -> None:
+        """The encode before the first step of a canvas, and the canvas."""
+        self._encode_pending(request)
+        index, sampler = len(request.denoising_steps), request.sampler
+        work = begin_canvas(self.model, sampler, request.seed, index, request.canvas)
+        request.denoising_steps.append(0)
+        request._in_canvas = True
+        if self._goes_alone(request):
+            request._work = work
+            return
+        first_step = 1 if request.canvas is None else request.canvas.first_step(index, sampler.canvas_length)
+        group = self._groups[sampler.canvas_length]
+        group.join(request, work, request._slot, first_step, sampler.max_denoising_steps)
+
+    def _advance_alone(self, request: Request, whole: bool) -> list[Event]:
+        """One denoising step (with `whole` all that the canvas has left), and the commit after the last."""
+        while True:
+            work = request._work
+            assert work is not None, "the canvas has begun"
+            step = int(work.step)
+            denoising_step(self.model, self.cache, request._slot, work, self._logits_buffer(work.length))
+            request.denoising_steps[-1] += 1
+            told = Told(work.status, work.step, work.mean_entropy, work.draft, work.entropy, work.accepted)
+            status, draft = self._draft(request, told, 0, step)
+            if status is not CanvasStatus.RUNNING:
+                return [draft, self._commit(request, draft)]
+            if not whole:
+                return [draft]
+
+    def _told(self, request: Request, progress: Progress) -> list[Event]:
+        """What a batch's steps made of a request's canvas."""
+        told, row = progress.told, progress.row
+        failed = int(told.status[row]) == CanvasStatus.NON_FINITE
+        # The step that fails is not counted by the device, and the one after the last that it made is told.
+        request.denoising_steps[-1] = progress.steps + failed
+        try:
+            status, draft = self._draft(request, told, row, int(told.step[row]) - (not failed))
+        except NonFiniteError as error:
+            return [self._fail(request, error)]
         if status is CanvasStatus.RUNNING:
             return [draft]
         return [draft, self._commit(request, draft)]
+
+    def _draft(self, request: Request, told: Told, row: int, step: int) -> tuple[CanvasStatus, Draft]:
+        """A row of what was told after `step`. Raises NonFiniteError where a number was not finite."""
+        status = CanvasStatus(int(told.status[row]))
+        if status is CanvasStatus.NON_FINITE:
+            raise NonFiniteError("a logit or a statistic is not finite", request=request.number, step=step)
+        return status, Draft(
+            request=request,
+            canvas_index=len(request.denoising_steps) - 1,
+            step=step,
+            token_ids=tuple(told.draft[row].tolist()),
+            accepted=told.accepted[row].cpu().clone(),
+            entropy=told.entropy[row].cpu().clone(),
+            mean_entropy=float(told.mean_entropy[row]),
+        )
 
     def _encode_pending(self, request: Request) -> None:
         """Brings the cache up to date: a saved beginning of the prompt where there is one, then the encode pass."""
@@ -246,7 +336,7 @@ class Scheduler:
         elif len(draft.token_ids) >= room:
             request.finish_reason = "length"
         request.token_ids += kept
-        request._work = None
+        self._end_canvas(request)
         if request.finish_reason is not None:
             request.state = RequestState.FINISHED
             self._release(request)
@@ -286,7 +376,32 @@ class Scheduler:
         self.cache.free(request._slot)
         self._free_slots.append(request._slot)
         request._slot = -1
+        self._end_canvas(request)
+
+    def _end_canvas(self, request: Request) -> None:
         request._work = None
+        request._in_canvas = False
+        group = self._groups.get(request.sampler.canvas_length)
+        if group is not None:
+            group.leave(request)
+
+    def _goes_alone(self, request: Request) -> bool:
+        rules_tokens = request.canvas is not None and request.canvas.allowed is not None
+        return not self._batched or rules_tokens or self.model.debug
+
+    def _need_group(self, length: int) -> None:
+        """Buffers for canvases of this length. Those of a length that nobody has any more are given up first."""
+        if length in self._groups:
+            return
+        wanted = {request.sampler.canvas_length for request in (*self._running, *self._waiting)}
+        wanted.add(self.model.config.canvas_length)
+        self._groups = {kept: group for kept, group in self._groups.items() if kept in wanted}
+        plan = batch_plan(self.model, bucket_of(self.max_batch), length, self.cache.max_length, slots=0)
+        check_memory(plan, 0, self.model.device)
+        self._groups[length] = self._new_group(length)
+
+    def _new_group(self, length: int) -> CanvasGroup[Request]:
+        return CanvasGroup(self.model, self.cache, self.max_batch, length, self._driver, self._make_device)
 
     def _logits_buffer(self, length: int) -> torch.Tensor:
         if self._logits is None or self._logits.shape[1] < length:

@@ -21,6 +21,7 @@ def vocabulary_head(
     allowed_row: Tensor | None = None,
     *,
     logits: Tensor | None = None,
+    out: VocabularyStatistics | None = None,
 ) -> tuple[Tensor, VocabularyStatistics]:
     """Raw logits hidden @ embedding.T, stored once in the tensors' dtype, and `vocabulary_statistics` of them.
 
@@ -29,6 +30,7 @@ def vocabulary_head(
         embedding: [vocabulary, hidden_size], dtype of hidden.
         softcap, temperature, active, allowed, allowed_row: as `vocabulary_statistics` takes them.
         logits: where to store the raw logits, [batch, length, vocabulary]; allocated when None.
+        out: where to store the statistics; what belongs to requests that are not active stays as it is there.
 
     Returns:
         The raw logits and their statistics.
@@ -48,19 +50,24 @@ def vocabulary_head(
     if tuple(logits.shape) != (batch, length, vocabulary) or logits.dtype != hidden.dtype:
         wanted = f"{[batch, length, vocabulary]} of {hidden.dtype}"
         raise ValueError(f"logits: got {list(logits.shape)} of {logits.dtype}, wants {wanted}")
-    tiles = -(-vocabulary // VOCABULARY_TILE)
-    # Zero where a request is not active.
-    out = VocabularyStatistics(
-        argmax=hidden.new_zeros((batch, length), dtype=torch.int32),
-        entropy=hidden.new_zeros((batch, length), dtype=torch.float32),
-        row_max=hidden.new_zeros((batch, length), dtype=torch.float32),
-        row_sum=hidden.new_zeros((batch, length), dtype=torch.float64),
-        tile_max=hidden.new_zeros((batch, length, tiles), dtype=torch.float32),
-        tile_sum=hidden.new_zeros((batch, length, tiles), dtype=torch.float32),
-    )
+    layout = statistics_layout(batch, length, vocabulary)
+    if out is None:
+        # Zero where a request is not active.
+        out = VocabularyStatistics(*(hidden.new_zeros(shape, dtype=dtype) for shape, dtype in layout))
+    for name, tensor, (shape, dtype) in zip(VocabularyStatistics._fields, out, layout, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"out.{name}: got {list(tensor.shape)} of {tensor.dtype}, wants {list(shape)} of {dtype}")
     reading = (softcap, temperature, active, allowed, allowed_row)
     torch.ops.dgemma.vocabulary_head(hidden, embedding, *reading, logits, *out)
     return logits, out
+
+
+def statistics_layout(batch: int, length: int, vocabulary: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of VocabularyStatistics, field by field."""
+    positions: tuple[int, ...] = (batch, length)
+    tiles = (*positions, -(-vocabulary // VOCABULARY_TILE))
+    of_positions = [(positions, dtype) for dtype in (torch.int32, torch.float32, torch.float32, torch.float64)]
+    return [*of_positions, (tiles, torch.float32), (tiles, torch.float32)]
 
 
 def _plain(hidden: Tensor, embedding: Tensor, *operands: Any) -> None:

@@ -1,0 +1,79 @@
+"""One denoising step of a batch of canvases: one pass, whatever the requests' steps, prefixes and settings.
+
+The same operations as sampler.denoising_step, request by request the same bits on the CPU. Nothing here looks at a
+value, allocates what outlives the step, or depends on how many rows are in use: a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dgemma_ext.canvas_batch import CanvasBatch
+from dgemma_ext.ops import block_attention
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from dgemma_ext.sampler import decide, embed_softly
+
+if TYPE_CHECKING:
+    from dgemma_ext.cache import Cache
+    from dgemma_ext.config import LayerConfig
+    from dgemma_ext.model import DiffusionGemma
+
+
+def batch_step(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
+    """Advances every active row by one denoising step, in place; other rows stay as they are.
+
+    A row's first step has a soft embedding of zeros, which is what none means. Rows that are not active cost their
+    part of the dense products: attention, experts, head and all after it leave them out.
+    """
+    state = batch.state
+    hidden = _last_hidden(model, cache, batch)
+    # The update writes the next step's temperature over this one's, which the soft embedding still reads.
+    batch.temperature.copy_(state.temperature)
+    reading: dict[str, Any] = {
+        "softcap": model.config.final_logit_softcapping,
+        "temperature": batch.temperature,
+        "active": state.active,
+        "allowed": None,
+        "allowed_row": None,
+    }
+    raw, statistics = vocabulary_head(
+        hidden, model.weights.embed_tokens, **reading, logits=batch.logits, out=batch.statistics
+    )
+    decide(model, state, raw, reading, statistics, sampled=batch.sampled)
+    # Of those that go on: a finished canvas needs no self-conditioning.
+    embed_softly(model, state, raw, reading, statistics, out=state.soft_embedding, workspace=batch.workspace)
+
+
+def _last_hidden(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> torch.Tensor:
+    """What the head takes: the last layer's output, normalised, [B, L, hidden]."""
+    state, shape = batch.state, (batch.rows, batch.length)
+    idle = state.active.logical_not()
+    slot = batch.slot.masked_fill(idle, -1)
+    idle_rows = idle[:, None].expand(shape).reshape(-1, 1)
+
+    def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = batch.attended[layer.head_dim]
+        block_attention.canvas_attention(
+            query[0].unflatten(0, shape),
+            key[0].unflatten(0, shape),
+            value[0].unflatten(0, shape),
+            cache.keys[layer.index],
+            cache.values[layer.index],
+            slot,
+            batch.prefix_length,
+            window=layer.sliding_window,
+            out=out,
+        )
+        return out.flatten(0, 1)[None]
+
+    hidden, normed = model._canvas_input(state.canvas, state.soft_embedding), None
+    for layer, weights in zip(model.config.layers, model.weights.layers, strict=True):
+        tables = batch.tables[layer.rope, layer.head_dim]
+        scalar = weights.decoder_layer_scalar
+        hidden, normed = model._layer(
+            hidden, layer, weights, tables, scalar, attend, normed, requests=batch.rows, idle=idle_rows
+        )
+    assert normed is not None, "a model has layers"
+    return normed[0].unflatten(0, shape)
