@@ -2,10 +2,12 @@
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, clang-format; changes nothing        make format   rewrites
+# make report     on a GPU: speed by batch, prefix and part beside transformers and published figures; goes on where it was
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
 #
-# ARGS="-k attention -x" goes to pytest (test, bench, gpu-check); PYTHON=... chooses the interpreter of a new .venv.
+# ARGS="-k attention -x" goes to pytest (test, bench, gpu-check), ARGS="--minutes 8" to the report; PYTHON=... chooses the
+# interpreter of a new .venv.
 # DGEMMA_CUDA=1 builds the CUDA kernels for demo and bench too where no GPU and no nvcc is found, DGEMMA_CUDA=0 leaves them
 # out; DGEMMA_CUDA_ARCHITECTURES="80;90a" chooses what for.
 #
@@ -18,7 +20,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo build build-cuda test bench lint format gpu-check clean
+.PHONY: help demo build build-cuda test bench report lint format gpu-check clean
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -50,6 +52,13 @@ format: .venv/.installed
 # Without .venv: the machine's own Python holds torch with CUDA there, and nothing can be fetched.
 gpu-check:
 	@"$${PYTHON:-python3}" tools/gpu_check.py $(ARGS)
+
+# With a GPU like gpu-check, which builds for it; without one on .venv's build.
+report:
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  exec "$${PYTHON:-python3}" tools/gpu_check.py --part report $(ARGS); \
+	fi; \
+	$(MAKE) --no-print-directory build && exec $(venv_python) bench/full_report.py $(ARGS)
 
 clean:
 	rm -rf build .venv/.built .venv/.built-cuda

@@ -11,6 +11,7 @@ Parts, each of some minutes on 16 cores (every one builds first, which takes no 
     suite        everything else that runs without a GPU, with this build
     sanitizer    compute-sanitizer over the operators, memcheck and racecheck, where it is installed
     bench        bench/ on the GPU; writes bench/results/<device>.json and prints a table
+    report       only when it is named (`make report`): bench/full_report.py, which gets the rest of the arguments
 
 It needs nothing from the network and no virtual environment: the Python that runs it must hold torch 2.11 or later
 with CUDA, pytest with pytest-benchmark, and what builds the package (scikit-build-core, pybind11, cmake, ninja); nvcc
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "gpu"
 SITE = FOLDER / "site"
 PARTS = ("probe", "conformance", "operators", "suite", "sanitizer", "bench")
+NAMED_ONLY = ("report",)
 # The tests that use the GPU; the others only use this build.
 ON_GPU = "gpu"
 # What compute-sanitizer looks at: every kernel, at small sizes.
@@ -115,9 +117,13 @@ def bench(_nvcc: str, _code: str, arguments: list[str]) -> bool:
     return measured and run("report", [sys.executable, "bench/report.py", raw])
 
 
+def report(_nvcc: str, _code: str, arguments: list[str]) -> bool:
+    return run("full report", [sys.executable, "bench/full_report.py", *arguments])
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-check", add_help=False)
-    parser.add_argument("--part", action="append", choices=PARTS)
+    parser.add_argument("--part", action="append", choices=[*PARTS, *NAMED_ONLY])
     chosen, rest = parser.parse_known_args(arguments)
     try:
         import torch
@@ -144,6 +150,7 @@ def main(arguments: list[str]) -> int:
         "suite": suite,
         "sanitizer": sanitizer,
         "bench": bench,
+        "report": report,
     }
     failures = [name for name in chosen.part or PARTS if not parts[name](nvcc, code, rest)]
     if failures:

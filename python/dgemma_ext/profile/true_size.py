@@ -44,16 +44,22 @@ _TEXT: dict[str, Any] = {
 
 
 def true_config(layers: int = LAYERS, **changes: Any) -> ModelConfig:
-    """The published configuration with so many layers, the last a full one. changes: fields of text_config.
+    """The published configuration with so many layers, the last a full one. changes: canvas_length, and fields of
+    text_config. Raises ValueError as ModelConfig.from_dict does."""
+    return ModelConfig.from_dict(config_dict(layers, **changes))
 
-    Raises ValueError as ModelConfig.from_dict does.
-    """
+
+def config_dict(layers: int = LAYERS, canvas_length: int = 256, **changes: Any) -> dict[str, Any]:
+    """The same as config.json would have it."""
     kinds = [FULL if index % _PATTERN == _PATTERN - 1 or index == layers - 1 else SLIDING for index in range(layers)]
-    canvas_length = changes.pop("canvas_length", 256)
     text = {**_TEXT, "num_hidden_layers": layers, "layer_types": kinds, **changes}
-    return ModelConfig.from_dict(
-        {"model_type": "diffusion_gemma", "canvas_length": canvas_length, "eos_token_id": [1, 106], "text_config": text}
-    )
+    return {
+        "model_type": "diffusion_gemma",
+        "canvas_length": canvas_length,
+        "dtype": "bfloat16",
+        "eos_token_id": [1, 106],
+        "text_config": text,
+    }
 
 
 def random_model(

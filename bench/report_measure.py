@@ -1,0 +1,178 @@
+"""How each kind of point is measured. Times are in seconds, on the host's clock with the device idle at both ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from report_points import Point, Scale
+
+import dgemma_ext as dg
+from dgemma_ext.cli.profile import fields
+from dgemma_ext.profile import profile
+from dgemma_ext.profile.true_size import config_dict, random_model, true_config
+from dgemma_ext.quantized.scheme import parse_target
+
+FLAT = 0.05  # final norm
+_PROFILED_STEPS = 4
+
+
+class Measurer:
+    """Keeps the random model of the last point, so that points of one model need it made once."""
+
+    def __init__(self, scale: Scale, device: str) -> None:
+        self.scale = scale
+        self.device = torch.device(device)
+        self._model: dg.DiffusionGemma | None = None
+        self._made: tuple[str, int] | None = None
+
+    def measure(self, point: Point) -> dict[str, Any]:
+        """The figures of a point. Raises what its run raises."""
+        if point.kind == "transformers":
+            self._forget()  # both do not fit beside each other
+            return measure_transformers(self.scale, point, self.device)
+        model = self._model_of(point)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        model.weights.norm.fill_(FLAT if point.flat else 1.0)
+        found: dict[str, Any] = getattr(self, f"_{point.kind}")(model, point)
+        if self.device.type == "cuda":
+            found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        return found
+
+    def _model_of(self, point: Point) -> dg.DiffusionGemma:
+        if self._model is None or self._made != point.model:
+            self._forget()
+            target = None if point.weights == "bfloat16" else parse_target(point.weights)
+            config = true_config(self.scale.layers, **self.scale.changes)
+            self._model = random_model(config, self.device, target=target, experts_hit=point.experts)
+            self._made = point.model
+        return self._model
+
+    def _forget(self) -> None:
+        self._model = self._made = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Kinds ------------------------------------------------------------------------------------------------------
+
+    def _fixed(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
+        """The time of a canvas: encoding the canvas before it, and `steps` denoising steps. The first canvas warms up.
+
+        step_seconds: the same without the encode, divided by the steps. tokens_per_second: prefill is not counted, as
+        the published figures do not; every canvas pays for one encode.
+        """
+        sampler = dg.SamplerConfig(max_denoising_steps=point.steps, confidence_threshold=0.0, eos_token_ids=())
+        canvases = 1 + self.scale.repeats
+        batch, ends = Batch(model, point, sampler, canvases), []
+        for _ in range(canvases):
+            batch.finish_canvas()
+            ends.append(self._now())
+        canvas_seconds = median(end - begin for begin, end in pairwise(ends))
+        encode_seconds = point.batch * self._encode_seconds(model, point.prefix, model.config.canvas_length)
+        tokens = point.batch * model.config.canvas_length
+        return {
+            "canvas_seconds": canvas_seconds,
+            "encode_seconds": encode_seconds,
+            "step_seconds": max(canvas_seconds - encode_seconds, 0.0) / point.steps,
+            "tokens_per_second": tokens / canvas_seconds,
+        }
+
+    def _adaptive(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
+        """Canvases that stop as the sampler decides, from random prompts and weights: how many steps that takes says
+        nothing of the published model."""
+        canvases = 1 + self.scale.repeats
+        batch = Batch(model, point, dg.SamplerConfig(eos_token_ids=()), canvases)
+        begin = self._now()
+        for _ in range(canvases):
+            batch.finish_canvas()
+        seconds = self._now() - begin
+        prefill = point.batch * self._encode_seconds(model, 0, point.prefix)
+        steps = [count for request in batch.requests for count in request.denoising_steps]
+        tokens = point.batch * canvases * model.config.canvas_length
+        return {
+            "seconds": seconds,
+            "prefill_seconds": prefill,
+            "tokens_per_second": tokens / max(seconds - prefill, 1e-9),
+            "tokens_per_second_with_prefill": tokens / seconds,
+            "denoising_steps": sum(steps) / len(steps),
+        }
+
+    def _prefill(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
+        seconds = self._encode_seconds(model, 0, point.prefix)
+        return {"seconds": seconds, "tokens_per_second": point.prefix / seconds}
+
+    def _profile(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
+        return fields(profile(model, steps=_PROFILED_STEPS, prefix=point.prefix, batch=point.batch))
+
+    def _encode_seconds(self, model: dg.DiffusionGemma, before: int, count: int) -> float:
+        """Median time of encoding so many tokens into a slot that holds `before`."""
+        cache = model.new_cache(1, before + count)
+        if before:
+            model.encode(random_ids(model, 1, before), cache)
+        saved, ids = cache.snapshot(0), random_ids(model, 1, count)
+        times = []
+        for _ in range(1 + self.scale.repeats):
+            cache.restore(0, saved)
+            begin = self._now()
+            model.encode(ids, cache)
+            times.append(self._now() - begin)
+        return median(times[1:])
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def random_ids(model: dg.DiffusionGemma, rows: int, count: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+class Batch:
+    """The requests of a point in a scheduler, of so many canvases each."""
+
+    def __init__(self, model: dg.DiffusionGemma, point: Point, sampler: dg.SamplerConfig, canvases: int) -> None:
+        length = model.config.canvas_length
+        max_length = point.prefix + (canvases - 1) * length
+        self.scheduler = dg.Scheduler(model, max_batch=point.batch, max_length=max_length)
+        self.requests = [
+            self.scheduler.submit(ids, max_new_tokens=canvases * length, sampler=sampler, seed=row)
+            for row, ids in enumerate(random_ids(model, point.batch, point.prefix).tolist())
+        ]
+        self._canvases = 0
+        self._committed = dict.fromkeys((request.number for request in self.requests), 0)
+
+    def finish_canvas(self) -> None:
+        """Goes on until every request has one more canvas."""
+        self._canvases += 1
+        while min(self._committed.values()) < self._canvases:
+            for event in self.scheduler.step():
+                if isinstance(event, dg.Failure):
+                    raise event.error
+                if isinstance(event, dg.Commit):
+                    self._committed[event.request.number] += 1
+
+
+def measure_transformers(scale: Scale, point: Point, device: torch.device) -> dict[str, Any]:
+    """transformers in a process of its own. Raises RuntimeError with the last of what it wrote where it fails."""
+    order = {
+        "config": config_dict(scale.layers, **scale.changes),
+        "device": str(device),
+        "compile": scale.compile_transformers,
+        "canvases": 1 + scale.repeats,
+        **point.fields(),
+    }
+    worker = [sys.executable, str(Path(__file__).with_name("report_transformers.py")), json.dumps(order)]
+    done = subprocess.run(worker, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"transformers' process ended with status {done.returncode}: {done.stderr[-300:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

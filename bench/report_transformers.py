@@ -1,0 +1,93 @@
+"""One point of `make report` by transformers' own generate: its static cache, compiled where that is asked for.
+
+    python bench/report_transformers.py JSON
+
+A process of its own, because two models of the true size do not fit beside each other. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+
+class CanvasTimes:
+    """A streamer that notes when each canvas is there (the prompt comes first)."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # `value` is on the host: the device has finished
+
+    def end(self) -> None:
+        pass
+
+
+def make_model(order: dict[str, Any]) -> Any:
+    """transformers' class with normal weights and unit norms; the router's rows of experts that are not hit: zero."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(order["device"]):
+        model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(order["config"]))
+    torch.set_default_dtype(torch.float32)
+    generator = torch.Generator(order["device"]).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            if name.endswith("router.proj.weight"):
+                parameter[order["experts"] :] = 0.0
+    return model.eval()
+
+
+def generation_settings(order: dict[str, Any]) -> dict[str, Any]:
+    """Every canvas takes all its steps: a draft would have to stay the same for longer than there are steps."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": order["canvases"] * order["config"]["canvas_length"],
+        "max_denoising_steps": order["steps"],
+        "stability_threshold": order["steps"] + 1,
+        "confidence_threshold": 0.005,
+        "eos_token_id": None,
+        "cache_implementation": "static",
+        "disable_compile": not order["compile"],
+    }
+    return settings
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    import transformers
+
+    model = make_model(order)
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = order["config"]["text_config"]["vocab_size"]
+    ids = torch.randint(5, vocabulary, (order["batch"], order["prefix"]), generator=generator)
+    canvas_length = order["config"]["canvas_length"]
+    runs = 2 if order["compile"] else 1  # the first compiles
+    for _ in range(runs):
+        streamer = CanvasTimes()
+        model.generate(ids.to(order["device"]), streamer=streamer, **generation_settings(order))
+    # From a canvas to the next: one encode and all steps, as for this package.
+    seconds = median(end - begin for begin, end in pairwise(streamer.times[1:]))
+    figures = {
+        "canvas_seconds": seconds,
+        "forward_seconds": seconds / (order["steps"] + 1),
+        "tokens_per_second": order["batch"] * canvas_length / seconds,
+        "transformers": transformers.__version__,
+        "compiled": order["compile"],
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
