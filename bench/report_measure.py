@@ -154,7 +154,7 @@ class Batch:
         """Goes on until every request has one more canvas."""
         self._canvases += 1
         while min(self._committed.values()) < self._canvases:
-            for event in self.scheduler.step():
+            for event in self.scheduler.finish_canvas():
                 if isinstance(event, dg.Failure):
                     raise event.error
                 if isinstance(event, dg.Commit):

@@ -56,7 +56,7 @@ OPERATORS = {
     Part.SAMPLING: {"vocabulary_statistics", "sample", "update_canvas_"},
     Part.SOFT_EMBEDDING: {"soft_embedding"},
 }
-IN_TORCH = {"_to_copy", "pow", "mean", "add", "add_", "rsqrt", "mul", "clone", "cat", "copy_"}
+IN_TORCH = {"_to_copy", "pow", "mean", "add", "add_", "rsqrt", "mul", "clone", "cat", "copy_", "masked_fill_"}
 
 
 @cache
@@ -65,8 +65,9 @@ def model(weights: str = "stored") -> dg.DiffusionGemma:
 
 
 @cache
-def profiled(batch: int = 1, weights: str = "stored") -> Profile:
-    return profile(model(weights), steps=STEPS, prefix=PREFIX, batch=batch)
+def profiled(batch: int = 1, weights: str = "stored", batched: bool = False) -> Profile:
+    """batched: as on a GPU, where requests share a step."""
+    return profile(model(weights), steps=STEPS, prefix=PREFIX, batch=batch, batched=batched)
 
 
 class Meter(TorchDispatchMode):
@@ -345,9 +346,12 @@ def test_rows_sum_to_the_step(batch: int) -> None:
     assert of_encode == set(Part) - {Part.HEAD, Part.SAMPLING, Part.SOFT_EMBEDDING, Part.FULL} | {Part.FULL}
 
 
-@pytest.mark.parametrize(("batch", "weights"), [(1, "stored"), (3, "stored"), (1, "fp8"), (1, "nvfp4")])
-def test_every_operator_is_of_its_part(batch: int, weights: str) -> None:
-    found = profiled(batch, weights)
+@pytest.mark.parametrize(
+    ("batch", "weights", "batched"),
+    [(1, "stored", False), (3, "stored", False), (1, "fp8", False), (1, "nvfp4", True), (3, "stored", True)],
+)
+def test_every_operator_is_of_its_part(batch: int, weights: str, batched: bool) -> None:
+    found = profiled(batch, weights, batched)
     names: dict[Part, set[str]] = defaultdict(set)
     for piece in found.step.slices:
         names[piece.part].add(piece.name)
@@ -364,8 +368,9 @@ def test_every_operator_is_of_its_part(batch: int, weights: str) -> None:
     assert gelus == {(Part.EMBEDDING, None), (Part.MLP, 0), (Part.MLP, 1), (Part.MLP, 2)}
 
 
-def test_every_counted_operation_was_seen_and_its_work_is_shared_out() -> None:
-    found = profiled(3)
+@pytest.mark.parametrize("batched", [False, True])
+def test_every_counted_operation_was_seen_and_its_work_is_shared_out(batched: bool) -> None:
+    found = profiled(3, batched=batched)
     for one in (found.step, found.encode):
         seen = {(piece.name, piece.layer) for piece in one.slices}
         assert {(op.name, op.layer) for op in one.operations} - seen == (
@@ -396,6 +401,16 @@ def test_a_floor_takes_each_product_at_its_own_peak() -> None:
     assert machine.floor(200.0, {PLAIN: 30.0}) == 3.0
     assert machine.floor(0.0, {PLAIN: 30.0, "fp8": 30.0}) == 4.5
     assert Machine("none", 100.0, {PLAIN: 10.0}).floor(0.0, {"fp8": 30.0}) == 3.0
+
+
+def test_a_batched_step_counts_the_same() -> None:
+    """Three requests in a batch of four rows: the fourth hits no expert and needs no tile."""
+    alone, together = profiled(3), profiled(3, batched=True)
+    assert together.experts_hit == alone.experts_hit
+    assert together.soft_tiles == alone.soft_tiles
+    assert [row.bytes for row in together.step.rows] == [row.bytes for row in alone.step.rows]
+    of_experts = [sum(piece.name == "moe_ffn" for piece in found.step.slices) for found in (alone, together)]
+    assert of_experts == [3 * 3 * STEPS, 3 * STEPS]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -168,9 +168,13 @@ def soft_tiles(softened: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float
     of_rows: list[Tensor] = []
     together: Tensor | None = None
     for named, result in softened:
-        masses = named["tile_sum"].double() * (named["tile_max"] - named["row_max"][..., None]).double().exp()
-        masses = (masses / named["row_sum"][..., None]).nan_to_num(0.0).flatten(0, -2)
-        norms = result.double().norm(dim=-1).flatten() / named["embedding_scale"]
+        running = slice(None) if named.get("active") is None else named["active"]
+        row_max, row_sum, tile_max, tile_sum = (
+            named[name][running] for name in ("row_max", "row_sum", "tile_max", "tile_sum")
+        )
+        masses = tile_sum.double() * (tile_max - row_max[..., None]).double().exp()
+        masses = (masses / row_sum[..., None]).nan_to_num(0.0).flatten(0, -2)
+        norms = result[running].double().norm(dim=-1).flatten() / named["embedding_scale"]
         spare = norms * named["tolerance"] / named["max_embedding_norm"]
         ordered, order = masses.sort(dim=-1, descending=True)
         # Mass of a tile and of all that are lighter.

@@ -56,13 +56,20 @@ class Profile:
 
 
 def profile(
-    model: DiffusionGemma, steps: int = 4, prefix: int = 128, batch: int = 1, context: int | None = None, seed: int = 0
+    model: DiffusionGemma,
+    steps: int = 4,
+    prefix: int = 128,
+    batch: int = 1,
+    context: int | None = None,
+    seed: int = 0,
+    batched: bool | None = None,
 ) -> Profile:
     """Measures `steps` denoising steps of `batch` requests with `prefix` random tokens each, and one encode pass.
 
     Steps run as the scheduler runs them, none of them the first of a canvas. For each that is looked on, one runs
-    unwatched. context: positions of a cache slot, default the prefix. On a GPU the parts' times are those of their
-    kernels, told by torch's profiler, and the step's is the unwatched wall time; on a CPU all is the host's clock.
+    unwatched. context: positions of a cache slot, default the prefix. batched: as the Scheduler takes it. On a GPU the
+    parts' times are those of their kernels, told by torch's profiler, and the step's is the unwatched wall time; on a
+    CPU all is the host's clock.
 
     Raises ValueError for sizes that the model does not have.
     """
@@ -72,7 +79,7 @@ def profile(
             raise ValueError(f"{name} must be at least 1, got {value}")
     machine = measure(model.device, model.dtype)
     ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
-    scheduler = Scheduler(model, max_batch=batch, max_length=context)
+    scheduler = Scheduler(model, max_batch=batch, max_length=context, batched=batched)
     # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
     cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
     sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=cap)
