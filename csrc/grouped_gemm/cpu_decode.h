@@ -44,6 +44,23 @@ inline float half_to_float(uint16_t half) {
 #endif
 }
 
+// kLanes numbers of type float16.
+inline Floats load_halves(const uint8_t* from) {
+#if defined(__AVX512F__)
+  __m256i halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, halves);
+#elif defined(__AVX2__)
+  __m128i halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Floats)_mm256_cvtph_ps(halves);
+#else
+  uint16_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return broadcast(half_to_float(bits));
+#endif
+}
+
 #if defined(__AVX2__)
 // kLanes bytes, one in each lane. On AVX-512 the form that takes a mask, as below: GCC 12 warns of
 // its own header in those without (bug 105593).
@@ -214,10 +231,11 @@ __attribute__((always_inline)) inline void decode_e4m3<bfloat16>(const uint8_t* 
   static_assert(kCodes == 32);
   __m256i bytes;
   std::memcpy(&bytes, codes, sizeof bytes);
-  const Words32 code = (Words32)_mm512_maskz_cvtepu8_epi16(~0u, bytes);
-  const Words32 normal = ((code & 0x7f) << 4) + (120 << 7);
+  // The sign is moved along to the top.
+  const Words32 code = (Words32)_mm512_maskz_cvtepi8_epi16(~0u, bytes);
+  const Words32 normal = ((code << 4) & 0x07f0) + (120 << 7);
   const Words32 magnitude = (code & 0x78) == 0 ? permute(code, small) : normal;
-  const Words32 result = magnitude | ((code & 0x80) << 8);
+  const Words32 result = magnitude | (code & 0x8000);
   std::memcpy(to, &result, sizeof result);
 }
 #endif
@@ -225,33 +243,48 @@ __attribute__((always_inline)) inline void decode_e4m3<bfloat16>(const uint8_t* 
 // Columns that share a scale of the format NVFP4.
 constexpr int64_t kNvfp4Group = 16;
 
-// Where a row's codes and scales begin.
-struct StoredRow {
-  const uint8_t* codes;
-  const uint8_t* scales;
-};
+// Bytes of a run of kCodes codes, and of a scale.
 template <dgemma_weight_format kFormat>
-inline StoredRow stored_row(const dgemma_quantized& matrix, int64_t row, int64_t columns) {
-  const uint8_t* codes = static_cast<const uint8_t*>(matrix.values);
-  const uint8_t* scales = static_cast<const uint8_t*>(matrix.scales);
-  if (kFormat == DGEMMA_WEIGHTS_FP8) return {codes + row * columns, nullptr};
-  const int64_t groups = (columns + matrix.group - 1) / matrix.group;
-  const int64_t scale_bytes = kFormat == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
-  return {codes + row * (columns / 2), scales + row * groups * scale_bytes};
+constexpr int64_t kRunBytes = kFormat == DGEMMA_WEIGHTS_FP8 ? kCodes : kCodes / 2;
+template <dgemma_weight_format kFormat>
+constexpr int64_t kScaleBytes = kFormat == DGEMMA_WEIGHTS_INT4    ? 2
+                                : kFormat == DGEMMA_WEIGHTS_NVFP4 ? 1
+                                                                  : 0;
+
+// Scales in a row of so many columns.
+template <dgemma_weight_format kFormat>
+inline int64_t count_scales(int64_t columns, int64_t group) {
+  return kFormat == DGEMMA_WEIGHTS_FP8 ? 0 : (columns + group - 1) / group;
+}
+
+// `count` scales as floats. Converted one by one they would take as long as the codes.
+template <dgemma_weight_format kFormat>
+inline void convert_scales(const uint8_t* scales, int64_t count, dgemma_dtype dtype, float* to) {
+  if constexpr (kFormat == DGEMMA_WEIGHTS_INT4) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes)
+      store(to + i, dtype == DGEMMA_BFLOAT16 ? load(reinterpret_cast<const bfloat16*>(scales) + i)
+                                             : load_halves(scales + 2 * i));
+    for (; i < count; ++i) {
+      uint16_t bits;
+      std::memcpy(&bits, scales + 2 * i, sizeof bits);
+      to[i] = dtype == DGEMMA_BFLOAT16 ? to_float(bfloat16{bits}) : half_to_float(bits);
+    }
+  } else if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4) {
+    int64_t i = 0;
+    for (; i + kCodes <= count; i += kCodes) decode_e4m3(scales + i, to + i);
+    for (; i < count; ++i) to[i] = e4m3_to_float(scales[i]);
+  }
 }
 
 // kCodes columns from their codes, under the scale or, of NVFP4, the scales at `scale`.
 template <dgemma_weight_format kFormat, typename T>
-__attribute__((always_inline)) inline void decode_run(const uint8_t* codes, const uint8_t* scale,
-                                                      dgemma_dtype scale_dtype, T* to) {
+__attribute__((always_inline)) inline void decode_run(const uint8_t* codes, const float* scale,
+                                                      T* to) {
   if constexpr (kFormat == DGEMMA_WEIGHTS_FP8) {
     decode_e4m3(codes, to);
   } else if constexpr (kFormat == DGEMMA_WEIGHTS_INT4) {
-    uint16_t bits;
-    std::memcpy(&bits, scale, sizeof bits);
-    const float value =
-        scale_dtype == DGEMMA_BFLOAT16 ? to_float(bfloat16{bits}) : half_to_float(bits);
-    Table<T>(kInt4Values, value).look_up(codes, to);
+    Table<T>(kInt4Values, *scale).look_up(codes, to);
   } else {
 #if defined(__AVX512BW__)
     // The tables of two groups fill one register of 32 words, and the codes of the second group
@@ -260,42 +293,39 @@ __attribute__((always_inline)) inline void decode_run(const uint8_t* codes, cons
       Words32 offset = {};
       for (int i = 16; i < 32; ++i) offset[i] = 16;
       const Floats unscaled = load(kE2m1Values);
-      const Words32 tables =
-          round_pair(unscaled * e4m3_to_float(scale[0]), unscaled * e4m3_to_float(scale[1]));
+      const Words32 tables = round_pair(unscaled * scale[0], unscaled * scale[1]);
       const Words32 result = permute(spread_codes(codes) | offset, tables);
       std::memcpy(to, &result, sizeof result);
       return;
     }
 #endif
     for (int64_t i = 0; i < kCodes; i += kNvfp4Group)
-      look_up_some(Table<T>(kE2m1Values, e4m3_to_float(scale[i / kNvfp4Group])), codes + i / 2,
-                   kNvfp4Group, to + i);
+      look_up_some(Table<T>(kE2m1Values, scale[i / kNvfp4Group]), codes + i / 2, kNvfp4Group,
+                   to + i);
   }
 }
 
-// A whole row.
+// A whole row; `scales` as convert_scales gives them.
 template <dgemma_weight_format kFormat, typename T>
-inline void decode_row(const dgemma_quantized& matrix, int64_t row, int64_t columns, T* to) {
+inline void decode_row(const uint8_t* codes, const float* scales, int64_t group, int64_t columns,
+                       T* to) {
   constexpr bool kFp8 = kFormat == DGEMMA_WEIGHTS_FP8;
-  constexpr int64_t kScaleBytes = kFormat == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
-  const StoredRow stored = stored_row<kFormat>(matrix, row, columns);
-  const auto codes = [&](int64_t column) { return stored.codes + (kFp8 ? column : column / 2); };
-  const auto scale = [&](int64_t column) {
-    return kFp8 ? nullptr
-                : stored.scales + static_cast<uint32_t>(column) /
-                                      static_cast<uint32_t>(matrix.group) * kScaleBytes;
+  const auto codes_of = [&](int64_t column) { return codes + (kFp8 ? column : column / 2); };
+  const auto scale_of = [&](int64_t column) {
+    return kFp8 ? nullptr : scales + static_cast<uint32_t>(column) / static_cast<uint32_t>(group);
   };
   int64_t column = 0;
   for (; column + kCodes <= columns; column += kCodes)
-    decode_run<kFormat>(codes(column), scale(column), matrix.scale_dtype, to + column);
+    decode_run<kFormat>(codes_of(column), scale_of(column), to + column);
   if (column == columns) return;
   // The end of a row that is no whole run: what lies behind it is not read.
   const int64_t left = columns - column;
-  uint8_t padded[kCodes] = {}, scales[4] = {};
+  uint8_t padded[kCodes] = {};
+  float last_scales[2] = {};
   T decoded[kCodes];
-  std::memcpy(padded, codes(column), static_cast<size_t>(kFp8 ? left : left / 2));
-  if (!kFp8) std::memcpy(scales, scale(column), kScaleBytes);
-  decode_run<kFormat>(padded, scales, matrix.scale_dtype, decoded);
+  std::memcpy(padded, codes_of(column), static_cast<size_t>(kFp8 ? left : left / 2));
+  if (!kFp8) last_scales[0] = *scale_of(column);
+  decode_run<kFormat>(padded, last_scales, decoded);
   std::memcpy(to + column, decoded, static_cast<size_t>(left) * sizeof(T));
 }
 

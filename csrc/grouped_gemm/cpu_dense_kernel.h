@@ -37,7 +37,7 @@ template <typename T>
 void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
                           int64_t end_row) {
   const int64_t k = op.in_features;
-  T* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
+  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
   with_format(weight->format, [&](auto format) {
     typedef DecodedRows<T, decltype(format)::value> Rows;
     dense_rows<T>(op, first_row, end_row, Rows(*weight, 0, k, scratch[0]),

@@ -138,7 +138,7 @@ constexpr int folded_lane(int i) { return i; }
 // The sums of `count` (at most kLanes) accumulators; sum i is in lane folded_lane(i), the other
 // lanes repeat some of them.
 template <int count>
-inline Floats fold_all(const Floats* sums) {
+__attribute__((always_inline)) inline Floats fold_all(const Floats* sums) {
   static_assert(count >= 1 && count <= kLanes);
 #if defined(__AVX2__)
   Floats level[kLanes];
@@ -171,8 +171,10 @@ constexpr int registers_for(int sums) { return (sums + kLanes - 1) / kLanes; }
 // of register i / kLanes. work.step() is called at every step: what it does runs beside the
 // products.
 template <typename T, int kTokens, typename Work>
-inline void dot_tile(const T* const* tokens, const T* first, const T* second, int64_t stride,
-                     int64_t k, Work& work, Floats* first_sums, Floats* second_sums) {
+__attribute__((always_inline)) inline void dot_tile(const T* const* tokens, const T* first,
+                                                    const T* second, int64_t stride, int64_t k,
+                                                    Work& work, Floats* first_sums,
+                                                    Floats* second_sums) {
   typedef typename Step<T>::Values Values;
   constexpr int kSums = kTokens * kHalfRows;
   Floats sums[2][kSums] = {};

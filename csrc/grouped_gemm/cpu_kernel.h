@@ -43,28 +43,33 @@ inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, 
       const int64_t steps = count_steps<T>(tokens, k);
       const int64_t lines =
           block == begin_pair ? lines_per_step(kHalfRows * gate.row_bytes(), steps) : 0;
-      const int64_t make_in = tile.end < end_row ? steps : 0;
-      ahead = {{gate.stored(next.start), up.stored(next.start), lines},
-               gate.make(next.start, make_in),
-               up.make(next.start, make_in)};
+      ahead.ask(gate.stored(next.start), up.stored(next.start), lines);
+      if (tile.end < end_row) {
+        gate.make(next.start, ahead.first);
+        up.make(next.start, ahead.second);
+        ahead.within(tokens / kTileTokens * (k / Step<T>::kValues));
+      }
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
-        with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
-          constexpr int kTokens = decltype(count)::value;
-          constexpr int kRegisters = registers_for(kTokens * kHalfRows);
-          Floats gates[kRegisters], ups[kRegisters];
-          dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, ahead, gates,
-                               ups);
-          gate.multiply_factors(gates, kRegisters);
-          up.multiply_factors(ups, kRegisters);
-          HalfResults<T, kTokens> h;
+        with_count<Rows::kDecoded>(
+            tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
+              constexpr int kTokens = decltype(count)::value;
+              constexpr int kRegisters = registers_for(kTokens * kHalfRows);
+              Floats gates[kRegisters], ups[kRegisters];
+              ahead.template beside<kTokens>(k / Step<T>::kValues, [&](auto& work) {
+                dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, work,
+                                     gates, ups);
+              });
+              gate.multiply_factors(gates, kRegisters);
+              up.multiply_factors(ups, kRegisters);
+              HalfResults<T, kTokens> h;
 #pragma GCC unroll 8
-          for (int i = 0; i < kRegisters; ++i)
-            store(h.lanes + i * kLanes, activate(gates[i], ups[i]));
+              for (int i = 0; i < kRegisters; ++i)
+                store(h.lanes + i * kLanes, activate(gates[i], ups[i]));
 #pragma GCC unroll 8
-          for (int token = 0; token < kTokens; ++token)
-            h.write(token, tile.begin - tile.start, tile.end - tile.start,
-                    activations + (block + t + token) * size + tile.begin);
-        });
+              for (int token = 0; token < kTokens; ++token)
+                h.write(token, tile.begin - tile.start, tile.end - tile.start,
+                        activations + (block + t + token) * size + tile.begin);
+            });
       }
       row = tile.end;
     }
@@ -146,7 +151,7 @@ void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_ro
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
   const int64_t gate = pass.plan.expert[group] * 2 * size;
-  T* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
+  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
   with_format(pass.quantized_gate_up->format, [&](auto format) {
     typedef DecodedRows<T, decltype(format)::value> Rows;
     gate_up_rows<T>(pass, group, first_row, end_row,
@@ -159,7 +164,7 @@ template <typename T>
 void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
   const int64_t k = pass.expert_size;
   const int64_t row = pass.plan.expert[group] * pass.hidden_size;
-  T* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
+  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
   with_format(pass.quantized_down->format, [&](auto format) {
     typedef DecodedRows<T, decltype(format)::value> Rows;
     down_rows<T>(pass, group, first_row, end_row, Rows(*pass.quantized_down, row, k, scratch[0]),
