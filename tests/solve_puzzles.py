@@ -21,9 +21,9 @@ SEED = 20261121
 def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
     """Text, steps, and whether the puzzle is solved, with clues pinned for every second one."""
     model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(size), device=device)
-    _own_memory(model.weights)
+    own_memory(model.weights)
     for layer in model.weights.layers:
-        _own_memory(layer)
+        own_memory(layer)
     found = []
     for index in range(count):
         puzzle = demo.draw(size, SEED, index)
@@ -39,7 +39,7 @@ def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
     return found
 
 
-def _own_memory(record: Any) -> None:
+def own_memory(record: Any) -> None:
     """Gives every tensor an allocation of its own, aligned as on a GPU; a file may put it at any address."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

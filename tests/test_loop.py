@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from dgemma_ext import SamplerConfig, demo
 from dgemma_ext import memory as memory_module
 from dgemma_ext.batch_step import batch_step
 from dgemma_ext.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch, told_bytes
-from dgemma_ext.canvas_group import CanvasGroup
 from dgemma_ext.loop import DRIVERS, DirectDevice, Look
 from dgemma_ext.ops import block_attention
 from dgemma_ext.sampler import CanvasState, begin_canvas, denoising_step
@@ -62,13 +60,8 @@ class StreamDevice(DirectDevice):
 
 
 def scheduler_of(model: dg.DiffusionGemma, driver: str, log: Log, max_batch: int = 4, **options: Any) -> dg.Scheduler:
-    def make(scheduler: dg.Scheduler) -> Callable[[CanvasBatch, int], StreamDevice]:
-        return lambda batch, members: StreamDevice(model, scheduler.cache, batch, members, log=log)
-
-    scheduler = dg.Scheduler(model, max_batch=max_batch, batched=True, driver=driver, **options)
-    for group in scheduler._groups.values():
-        group._make_device = make(scheduler)
-    return scheduler
+    make = partial(StreamDevice, log=log)
+    return dg.Scheduler(model, max_batch=max_batch, batched=True, driver=driver, make_device=make, **options)
 
 
 # One step of a batch ------------------------------------------------------------------------------------------------
@@ -335,23 +328,15 @@ def test_a_row_that_is_not_finite_fails_alone(driver: str, monkeypatch: pytest.M
     alone = [model.generate(p, max_new_tokens=16, sampler=SAMPLER, seed=s) for s, p in enumerate(chosen)]
     scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=True, driver=driver)
     requests = [scheduler.submit(p, max_new_tokens=16, sampler=SAMPLER, seed=s) for s, p in enumerate(chosen)]
-    original = CanvasGroup._device
-    steps = []
+    original, steps = DirectDevice.step, []
 
-    def poisoned(group: CanvasGroup[dg.Request]) -> Any:
-        device = original(group)
-        step = device.step
+    def poisoned(device: DirectDevice) -> None:
+        steps.append(1)
+        if len(steps) == 2:  # the second step of every first canvas
+            device._batch.state.soft_embedding[1, 3] = float("nan")  # type: ignore[index]
+        original(device)
 
-        def with_poison() -> None:
-            steps.append(1)
-            if len(steps) == 2:  # the second step of every first canvas
-                group._batch.state.soft_embedding[1, 3] = float("nan")  # type: ignore[index]
-            step()
-
-        monkeypatch.setattr(device, "step", with_poison)
-        return device
-
-    monkeypatch.setattr(CanvasGroup, "_device", poisoned)
+    monkeypatch.setattr(DirectDevice, "step", poisoned)
     events = []
     while not scheduler.idle:
         events += scheduler.finish_canvas()
@@ -417,3 +402,40 @@ def test_a_driver_that_is_not_there_is_refused() -> None:
         dg.Scheduler(smallest_model(), driver="fast")
     with pytest.raises(ValueError, match="max_denoising_steps must be at least 1, got 0"):
         dg.Scheduler(smallest_model(), batched=True).submit([1], sampler=SamplerConfig(max_denoising_steps=0))
+
+
+def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    wanted = [plain(3)[i] for i in range(3)]
+    monkeypatch.setattr(dg.generate, "_keeps_schedulers", lambda model: True)
+    monkeypatch.setattr(model, "kept_scheduler", None)
+
+    def answer(i: int) -> dg.Output:
+        output = model.generate(prompts(3)[i], 20, SAMPLER, seed=i)
+        assert isinstance(output, dg.Output)
+        return output
+
+    assert answer(0) == wanted[0]
+    kept = model.kept_scheduler
+    assert kept is not None
+    assert (kept.max_batch, kept.cache.max_length) == (1, 1024)
+    assert answer(1) == wanted[1]
+    assert model.kept_scheduler is kept
+    # A stream that is left early gives its row and its slot back; one that goes on keeps them.
+    stream = model.stream(prompts(3)[2], 20, SAMPLER, seed=2)
+    assert next(stream).request.number == 0
+    assert not kept.idle
+    assert answer(0) == wanted[0]
+    assert model.kept_scheduler is kept
+    stream.close()  # type: ignore[attr-defined]
+    assert kept.idle
+    assert kept.free_slots == 1
+    assert answer(2) == wanted[2]
+    assert model.generate(prompts(3), 20, SAMPLER, seed=[0, 1, 2]) == wanted
+    assert model.kept_scheduler is not kept
+    assert model.kept_scheduler is not None
+    assert model.kept_scheduler.max_batch == 4
+    busy = dg.Scheduler(model, max_batch=1, max_length=64)
+    busy.submit([1], 4)
+    with pytest.raises(RuntimeError, match="numbers must stay different"):
+        busy.number_from_zero()

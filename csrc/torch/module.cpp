@@ -15,6 +15,7 @@ namespace dgemma {
 [[gnu::weak]] void bind_grouped_gemm(pybind11::module_& module);
 [[gnu::weak]] void bind_block_attention(pybind11::module_& module);
 [[gnu::weak]] void bind_denoise(pybind11::module_& module);
+void bind_graph_loop(pybind11::module_& module);
 
 namespace {
 
@@ -63,4 +64,5 @@ PYBIND11_MODULE(_C, module) {
   if (dgemma::bind_grouped_gemm) dgemma::bind_grouped_gemm(module);
   if (dgemma::bind_block_attention) dgemma::bind_block_attention(module);
   if (dgemma::bind_denoise) dgemma::bind_denoise(module);
+  dgemma::bind_graph_loop(module);
 }

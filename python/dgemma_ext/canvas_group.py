@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from dgemma_ext.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch
-from dgemma_ext.loop import DRIVERS, Device, DirectDevice
+from dgemma_ext.loop import Device, DirectDevice, driver_for
 from dgemma_ext.sampler import CanvasState
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Member = TypeVar("Member")
 
-# make(batch, members): where steps of the batch run, the first `members` rows of it in use.
-MakeDevice = Callable[[CanvasBatch, int], Device]
+# make(model, cache, batch): where steps of the batch run.
+MakeDevice = Callable[["DiffusionGemma", "Cache", CanvasBatch], Device]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CanvasGroup(Generic[Member]):
     """Up to `capacity` members with canvases of one length. Rows 0 to n - 1 are in use, and a step runs over the next
     power of two.
 
-    driver: of loop.DRIVERS. make_device: where steps run, by default here and now (DirectDevice).
+    driver: of loop.DRIVERS. make_device: where steps run; called for every batch size when it is first met.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class CanvasGroup(Generic[Member]):
         capacity: int,
         length: int,
         driver: str = "eager",
-        make_device: MakeDevice | None = None,
+        make_device: MakeDevice = DirectDevice,
     ) -> None:
         self._model, self._cache = model, cache
         self._batch = make_canvas_batch(model, bucket_of(capacity), length)
-        self._driver = DRIVERS[driver]
-        self._make_device = make_device or (lambda batch, members: DirectDevice(model, cache, batch, members))
+        self._driver, self._make_device = driver, make_device
+        self._devices: dict[int, Device] = {}
         self._members: list[Member] = []
         self._rows: list[_Row] = []
 
@@ -88,11 +88,14 @@ class CanvasGroup(Generic[Member]):
     def run(self) -> dict[Member, Progress]:
         """Steps until a member's canvas is finished."""
         most = min(row.max_steps - row.next_step + 1 for row in self._rows)
-        return self._progress(self._driver(self._device(), len(self._members), most))
+        device = self._device()
+        return self._progress(driver_for(device, self._driver)(device, len(self._members), most))
 
     def _device(self) -> Device:
-        members = len(self._members)
-        return self._make_device(self._batch.first(bucket_of(members)), members)
+        rows = bucket_of(len(self._members))
+        if rows not in self._devices:
+            self._devices[rows] = self._make_device(self._model, self._cache, self._batch.first(rows))
+        return self._devices[rows]
 
     def _progress(self, told: Told) -> dict[Member, Progress]:
         found = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dgemma_ext.canvas_batch import bucket_of
 from dgemma_ext.events import Commit, Draft, Failure, Output
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.sampler import Canvas, SamplerConfig
@@ -13,6 +14,8 @@ from dgemma_ext.scheduler import Prompt, Scheduler, positions_needed, prompt_to_
 # More requests than this at once wait their turn: on a CPU a larger batch makes nothing faster, and each slot costs
 # memory.
 _MAX_BATCH = 32
+# A kept cache has at least as many positions as a sliding layer's window keeps of the published model.
+_LEAST_POSITIONS = 1024
 
 
 def generate(
@@ -78,7 +81,7 @@ class _Run:
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         longest = positions_needed(max(map(len, ids)), max(limit, 1), resolved.canvas_length)
         context = model.config.max_position_embeddings
-        self.scheduler = Scheduler(model, min(len(prompts), _MAX_BATCH), min(longest, context))
+        self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests = [
             self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas)
             for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True)
@@ -86,11 +89,39 @@ class _Run:
 
     def events(self, drafts: bool = True) -> Iterator[Draft | Commit]:
         advance = self.scheduler.step if drafts else self.scheduler.finish_canvas
-        while not self.scheduler.idle:
-            for event in advance():
-                if isinstance(event, Failure):
-                    raise event.error
-                yield event
+        try:
+            while not self.scheduler.idle:
+                for event in advance():
+                    if isinstance(event, Failure):
+                        raise event.error
+                    yield event
+        finally:  # the scheduler may serve a later call
+            for request in self.requests:
+                request.cancel()
+
+
+def _scheduler_for(model: DiffusionGemma, requests: int, positions: int) -> Scheduler:
+    """A scheduler for so many requests of so many positions; on a GPU the last call's, where it is large enough.
+
+    There its buffers and graphs are worth keeping: to capture a step takes as long as some steps. So sizes are rounded
+    up to powers of two, and few of them serve all calls.
+    """
+    if not _keeps_schedulers(model):
+        return Scheduler(model, requests, positions)
+    kept = model.kept_scheduler
+    if kept is not None and not kept.idle:
+        return Scheduler(model, requests, positions)  # a stream that is not at its end has the kept one
+    if kept is None or kept.max_batch < requests or kept.cache.max_length < positions:
+        kept = model.kept_scheduler = None  # its memory first
+        rounded = max(_LEAST_POSITIONS, bucket_of(positions))
+        kept = Scheduler(model, bucket_of(requests), min(rounded, model.config.max_position_embeddings))
+        model.kept_scheduler = kept
+    kept.number_from_zero()
+    return kept
+
+
+def _keeps_schedulers(model: DiffusionGemma) -> bool:
+    return model.device.type == "cuda"
 
 
 def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:

@@ -34,7 +34,12 @@ class Look(Protocol):
 
 
 class Device(Protocol):
-    """Where the steps of a batch run, in the order in which they are queued."""
+    """Where the steps of a batch run, in the order in which they are queued.
+
+    repeats: whether it has `until_finished`.
+    """
+
+    repeats: bool
 
     def step(self) -> None:
         """Queues one step."""
@@ -45,7 +50,7 @@ class Device(Protocol):
         ...
 
     def until_finished(self, most: int) -> None:
-        """Queues steps that end by themselves: when a row in use is not active any more, or after `most`."""
+        """Queues steps that end by themselves: when a row with a request is not active any more, or after `most`."""
         ...
 
 
@@ -87,16 +92,23 @@ def until_finished(device: Device, members: int, most: int) -> Told:
 DRIVERS: dict[str, Driver] = {"eager": step_then_look, "late": one_step_late, "graph": until_finished}
 
 
+def driver_for(device: Device, wanted: str) -> Driver:
+    """The driver of this name, or the next best where the device does not repeat steps by itself."""
+    return DRIVERS["late" if wanted == "graph" and not device.repeats else wanted]
+
+
 def finished(told: Told, members: int) -> torch.Tensor:
     """bool [members]: whose canvas is done, for good or with a number that is not finite."""
     return told.status[:members] != 0
 
 
 class DirectDevice:
-    """Runs every step as it is called, operator by operator: the CPU, and a GPU that no graph serves."""
+    """Runs every step as it is called, operator by operator."""
 
-    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch, members: int) -> None:
-        self._model, self._cache, self._batch, self._members = model, cache, batch, members
+    repeats = True
+
+    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
+        self._model, self._cache, self._batch = model, cache, batch
 
     def step(self) -> None:
         batch_step(self._model, self._cache, self._batch)
@@ -108,7 +120,7 @@ class DirectDevice:
         """What loop_condition_kernel (csrc/cuda/graph_loop.cu) decides after every step, here on the host."""
         for _ in range(most):
             self.step()
-            if not bool(self._batch.state.active[: self._members].all()):
+            if bool(((self._batch.slot >= 0) & ~self._batch.state.active).any()):
                 return
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dgemma_ext.chat import Chat
     from dgemma_ext.events import Commit, Draft
     from dgemma_ext.sampler import Canvas, SamplerConfig
-    from dgemma_ext.scheduler import Prompt
+    from dgemma_ext.scheduler import Prompt, Scheduler
 
 # Long prompts are encoded in pieces of this many positions, which bounds the memory of a pass.
 ENCODE_CHUNK = 4096
@@ -67,6 +67,8 @@ class DiffusionGemma:
         self.embedding_scale = float(torch.tensor(math.sqrt(config.hidden_size)).to(self.dtype))
         self.soft_embedding_tolerance = _SOFT_EMBEDDING_TOLERANCE[self.dtype]
         self.max_embedding_norm = _largest_row_norm(weights.embed_tokens)
+        # What `generate` keeps on a GPU from call to call: a cache, buffers, graphs. None gives the memory back.
+        self.kept_scheduler: Scheduler | None = None
 
     @classmethod
     def from_pretrained(

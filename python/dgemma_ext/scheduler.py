@@ -19,12 +19,13 @@ from typing import Any, cast
 
 import torch
 
+from dgemma_ext import cuda_loop
 from dgemma_ext.cache import SnapshotStore
 from dgemma_ext.canvas_batch import Told, bucket_of
 from dgemma_ext.canvas_group import CanvasGroup, MakeDevice, Progress
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.events import Commit, Draft, Event, Failure, Output
-from dgemma_ext.loop import DRIVERS
+from dgemma_ext.loop import DRIVERS, DirectDevice
 from dgemma_ext.memory import batch_plan, check_memory
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.ops.denoise import CanvasStatus
@@ -123,7 +124,8 @@ class Scheduler:
 
     max_length: positions that a slot can hold (prompt and committed canvases), default the smaller of the model's
     context and 8,192 (a slot of the published model takes 360 MiB then: 200 for its rings, 160 for its full layers).
-    batched: whether requests share a step, default on a GPU. driver: how a batch's steps are driven (loop.DRIVERS).
+    batched: whether requests share a step, default on a GPU. driver: how `finish_canvas` drives a batch's steps, of
+    loop.DRIVERS; "eager" runs them operator by operator on a GPU too, the others from captured CUDA graphs.
 
     Raises dg.NotEnoughMemory, with a table and before anything is made, where cache and buffers of a batch do not fit.
     """
@@ -134,7 +136,7 @@ class Scheduler:
         max_batch: int = 8,
         max_length: int | None = None,
         batched: bool | None = None,
-        driver: str = "eager",
+        driver: str = "graph",
         make_device: MakeDevice | None = None,
     ) -> None:
         if max_batch < 1:
@@ -144,7 +146,7 @@ class Scheduler:
         self.model = model
         self.max_batch = max_batch
         self._batched = model.device.type == "cuda" if batched is None else batched
-        self._driver, self._make_device = driver, make_device
+        self._driver, self._make_device = driver, make_device or _device_maker(model.device, driver)
         positions = max_length or min(model.config.max_position_embeddings, 8192)
         length = model.config.canvas_length
         if self._batched:
@@ -170,6 +172,12 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         return len(self._free_slots)
+
+    def number_from_zero(self) -> None:
+        """The next request is number 0. For an idle scheduler that begins another call's work."""
+        if not self.idle:
+            raise RuntimeError("requests are running or waiting, and their numbers must stay different")
+        self._submitted = 0
 
     def submit(
         self,
@@ -408,6 +416,12 @@ class Scheduler:
             shape = (1, length, self.model.config.vocab_size)
             self._logits = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         return self._logits[:, :length]
+
+
+def _device_maker(device: torch.device, driver: str) -> MakeDevice:
+    if device.type != "cuda":
+        return DirectDevice
+    return cuda_loop.LaunchDevice if driver == "eager" else cuda_loop.cuda_device
 
 
 def positions_needed(prompt_length: int, max_new_tokens: int, canvas_length: int) -> int:

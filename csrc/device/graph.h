@@ -1,0 +1,95 @@
+// A CUDA graph that repeats a step until a kernel at the step's end says that it is enough: a
+// conditional WHILE node, which came with CUDA 12.4.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/language.h"
+
+namespace dgemma::device {
+
+// What a kernel of the loop's body decides by.
+using GraphCondition = cudaGraphConditionalHandle;
+
+// The first CUDA release whose driver has WHILE nodes.
+constexpr int32_t kLoopsFrom = 12040;
+
+// Whether the body runs once more. One thread sets it; the last value counts.
+DGEMMA_DEVICE void set_graph_condition(GraphCondition condition, bool again) {
+  cudaGraphSetConditional(condition, again ? 1u : 0u);
+}
+
+// The CUDA release that the driver serves, 12040 for 12.4; 0 without a driver.
+inline int32_t driver_release() {
+  int release = 0;
+  return cudaDriverGetVersion(&release) == cudaSuccess ? release : 0;
+}
+
+class WhileGraph {
+ public:
+  WhileGraph() = default;
+  WhileGraph(const WhileGraph&) = delete;
+  WhileGraph& operator=(const WhileGraph&) = delete;
+  ~WhileGraph() {
+    if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
+    if (graph_ != nullptr) cudaGraphDestroy(graph_);
+    if (capture_ != nullptr) cudaStreamDestroy(capture_);
+  }
+
+  // step: a cudaGraph_t, which is copied; what it works on must stay where it is. end(condition,
+  // stream) launches the kernel that sets the condition and gives what the launch said. Null, or
+  // CUDA's words.
+  template <typename End>
+  const char* build(void* step, End end) {
+    const char* problem = nullptr;
+    const cudaError_t error = build_graph(static_cast<cudaGraph_t>(step), end, &problem);
+    if (problem != nullptr) return problem;
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+
+  // Enqueues the loop. The body runs at least once.
+  const char* launch(void* stream) {
+    const cudaError_t error = cudaGraphLaunch(executable_, static_cast<cudaStream_t>(stream));
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+
+ private:
+  template <typename End>
+  cudaError_t build_graph(cudaGraph_t step, End end, const char** problem) {
+    cudaError_t error = cudaGraphCreate(&graph_, 0);
+    if (error != cudaSuccess) return error;
+    GraphCondition condition = 0;
+    error = cudaGraphConditionalHandleCreate(&condition, graph_, 1, cudaGraphCondAssignDefault);
+    if (error != cudaSuccess) return error;
+    cudaGraphNodeParams loop = {};
+    loop.type = cudaGraphNodeTypeConditional;
+    loop.conditional.handle = condition;
+    loop.conditional.type = cudaGraphCondTypeWhile;
+    loop.conditional.size = 1;
+    cudaGraphNode_t node = nullptr, body_step = nullptr;
+    error = cudaGraphAddNode(&node, graph_, nullptr, nullptr, 0, &loop);
+    if (error != cudaSuccess) return error;
+    const cudaGraph_t body = loop.conditional.phGraph_out[0];
+    error = cudaGraphAddChildGraphNode(&body_step, body, nullptr, 0, step);
+    if (error != cudaSuccess) return error;
+    // A stream of its own: nothing but the kernel at the end is to be captured.
+    error = cudaStreamCreateWithFlags(&capture_, cudaStreamNonBlocking);
+    if (error != cudaSuccess) return error;
+    error = cudaStreamBeginCaptureToGraph(capture_, body, &body_step, nullptr, 1,
+                                          cudaStreamCaptureModeThreadLocal);
+    if (error != cudaSuccess) return error;
+    *problem = end(condition, static_cast<void*>(capture_));
+    cudaGraph_t captured = nullptr;
+    error = cudaStreamEndCapture(capture_, &captured);
+    if (error != cudaSuccess || *problem != nullptr) return error;
+    return cudaGraphInstantiate(&executable_, graph_, 0);
+  }
+
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+  cudaStream_t capture_ = nullptr;
+};
+
+}  // namespace dgemma::device

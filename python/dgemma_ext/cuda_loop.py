@@ -1,0 +1,136 @@
+"""A batch's steps on a GPU: a step is a captured CUDA graph, a canvas one launch where the driver has WHILE nodes.
+
+What the host wants to know is copied into pinned memory with an event behind it, so that it waits for that copy alone.
+Operators that wait for the device themselves cannot be captured: the plain torch forms, and all with DGEMMA_SYNC=1.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from dgemma_ext import _C
+from dgemma_ext.canvas_batch import CanvasBatch, Told, told_bytes
+from dgemma_ext.loop import Device, DirectDevice, Look
+
+if TYPE_CHECKING:
+    from dgemma_ext.cache import Cache
+    from dgemma_ext.model import DiffusionGemma
+
+# Calls before a capture: libraries choose algorithms and allocate in their first, torch's manual asks for some.
+_WARM_UP = 2
+
+
+def graphs_can_serve() -> bool:
+    """Whether every operator of a step can be captured."""
+    plain, waits = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
+    return _C.has_cuda() and not plain and not waits
+
+
+def cuda_device(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> Device:
+    """Where steps of this batch run: in graphs, or operator by operator where they cannot be captured."""
+    if graphs_can_serve():
+        try:
+            return GraphDevice(model, cache, batch)
+        except RuntimeError as error:
+            _say_once(f"a denoising step could not be captured in a CUDA graph, so it runs launch by launch: {error}")
+    return LaunchDevice(model, cache, batch)
+
+
+class LaunchDevice(DirectDevice):
+    """Operator by operator; the host waits for nothing but the copies of its looks."""
+
+    repeats = False
+
+    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
+        super().__init__(model, cache, batch)
+        # Two: a driver that is a step late waits for one copy while the next one is under way.
+        self._copies = [_PinnedCopy(batch) for _ in range(2)]
+        self._looks = 0
+
+    def look(self) -> Look:
+        self._looks += 1
+        copy = self._copies[self._looks % 2]
+        copy.queue()
+        return copy
+
+
+class GraphDevice(LaunchDevice):
+    """A step is one launch of a graph, and so is a whole canvas, where the driver can repeat a step by itself."""
+
+    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
+        super().__init__(model, cache, batch)
+        self._graph = _captured(batch, super().step)
+        self._steps_left = torch.zeros(1, dtype=torch.int32, device=model.device)
+        state = batch.state
+        pointers = (state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
+        self._loop = None
+        try:
+            self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *pointers)
+        except RuntimeError as error:
+            _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
+        self.repeats = self._loop is not None
+
+    def step(self) -> None:
+        self._graph.replay()
+
+    def until_finished(self, most: int) -> None:
+        assert self._loop is not None, "asked for where `repeats` is set"
+        self._steps_left.fill_(most)
+        self._loop.launch(torch.cuda.current_stream(self._batch.slot.device).cuda_stream)
+
+
+class _PinnedCopy:
+    """What was told, on its way to the host."""
+
+    def __init__(self, batch: CanvasBatch) -> None:
+        self._source = batch.told
+        self._buffer = torch.empty(batch.told.shape, dtype=torch.uint8, pin_memory=True)
+        self._told = Told.over(self._buffer, batch.told.numel() // told_bytes(1, batch.length), batch.length)
+        self._done = torch.cuda.Event()
+
+    def queue(self) -> None:
+        self._buffer.copy_(self._source, non_blocking=True)
+        self._done.record()
+
+    def wait(self) -> Told:
+        self._done.synchronize()
+        return self._told
+
+
+def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The step as a graph. Its state stays as it is: nothing is active while the step is tried."""
+    active = batch.state.active.clone()
+    batch.state.active.zero_()
+    try:
+        side = torch.cuda.Stream(batch.slot.device)
+        side.wait_stream(torch.cuda.current_stream(batch.slot.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                step()
+        torch.cuda.current_stream(batch.slot.device).wait_stream(side)
+        # Kept, so that a loop can hold a copy of it.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(graph, pool=_pool(batch.slot.device)):
+            step()
+        graph.instantiate()
+    finally:
+        batch.state.active.copy_(active)
+    return graph
+
+
+@cache
+def _pool(device: torch.device) -> torch.cuda._POOL_HANDLE:
+    """The memory of all graphs of a GPU: one runs at a time, and what outlives a step lies in the batch's buffers."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

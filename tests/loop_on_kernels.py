@@ -1,0 +1,94 @@
+"""The loop of a canvas as a GPU would run it, on the test bed: CUDA kernels for every operator and for the condition,
+and a stand-in for the captured graph. Prints what differs from the same puzzles one by one, as JSON.
+
+python tests/loop_on_kernels.py 3
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from typing import Any
+
+import torch
+
+import dgemma_ext as dg
+from dgemma_ext import _C, demo
+from dgemma_ext.loop import DRIVERS, DirectDevice
+from solve_puzzles import SEED, own_memory
+
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Step(ctypes.Structure):
+    """What stands for a captured graph: tests/sim/device/graph.h."""
+
+    _fields_ = [("run", CALLBACK), ("context", ctypes.c_void_p)]
+
+
+class HostGraphDevice(DirectDevice):
+    """As cuda_loop.GraphDevice: the loop decides by its own kernel, without Python's looking at a flag."""
+
+    def __init__(self, *operands: Any) -> None:
+        super().__init__(*operands)
+        self.errors: list[BaseException] = []
+        self._graph = Step(CALLBACK(self._run), None)
+        self._steps_left = torch.zeros(1, dtype=torch.int32)
+        active, slot = self._batch.state.active, self._batch.slot
+        pointers = (active.data_ptr(), slot.data_ptr(), self._batch.rows, self._steps_left.data_ptr())
+        self._loop = _C.GraphLoop(ctypes.addressof(self._graph), *pointers)
+
+    def _run(self, _context: int | None) -> None:
+        try:
+            self.step()
+        except BaseException as error:  # cannot pass through C
+            self.errors.append(error)
+
+    def until_finished(self, most: int) -> None:
+        self._steps_left.fill_(most)
+        self._loop.launch(0)
+        if self.errors:
+            raise self.errors[0]
+
+
+def main(count: int) -> None:
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    for record in (model.weights, *model.weights.layers):
+        own_memory(record)
+    puzzles = [demo.draw(6, SEED, index) for index in range(count)]
+    chats: list[Any] = [[{"role": "user", "content": puzzle.text}] for puzzle in puzzles]
+    length = model.config.canvas_length
+    # The first is done when it is stable, the others at caps of 5, 8 ... steps: some steps finish none.
+    samplers = [dg.SamplerConfig(max_denoising_steps=20)]
+    samplers += [dg.SamplerConfig(max_denoising_steps=2 + 3 * n, confidence_threshold=0.0) for n in range(1, count)]
+    alone: list[Any] = [model.generate(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
+    found: dict[str, Any] = {"steps": [list(output.denoising_steps) for output in alone]}
+    original = DirectDevice.step
+    for driver in DRIVERS:
+        steps, runs = [], 0
+
+        def counted(device: DirectDevice, steps: list[int] = steps) -> None:
+            steps.append(1)
+            original(device)
+
+        DirectDevice.step = counted  # type: ignore[method-assign]
+        scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_device=HostGraphDevice)
+        requests = [scheduler.submit(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
+        while not scheduler.idle:
+            runs += 1
+            assert scheduler.finish_canvas(), "a loop ends when a canvas is finished"
+        different = [r.number for r, one in zip(requests, alone, strict=True) if r.output != one]
+        found[driver] = {"different": different, "steps": len(steps), "runs": runs}
+        if driver == "graph":
+            scheduler.submit(chats[0], length, samplers[-1])
+            scheduler.step()
+            del steps[:]
+            scheduler._groups[length]._device().until_finished(3)
+            found["until 3"] = len(steps)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main(int(sys.argv[1]))

@@ -1,0 +1,33 @@
+"""The loop of a canvas on the CUDA kernels, on the host: batches, frozen rows, and the kernel that ends the loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sim.build import SUPPORTED
+from sim.extension import run_on_kernels, run_tests_on_kernels
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
+PUZZLES = 3
+
+
+@pytest.mark.parametrize(("compute_capability", "seed"), [(80, 1), (90, 2)])
+def test_puzzles_in_a_batch_are_solved_as_one_by_one(compute_capability: int, seed: int) -> None:
+    script = Path(__file__).parent / "loop_on_kernels.py"
+    found = json.loads(run_on_kernels(script, str(PUZZLES), compute_capability=compute_capability, seed=seed))
+    finishing = {steps for (steps,) in found["steps"]}
+    assert len(finishing) > 1, "rows must finish at different steps"
+    # All begin together, so there are as many steps as the longest canvas has, and a loop for every step that ends one.
+    right = {"different": [], "steps": max(finishing), "runs": len(finishing)}
+    assert found["eager"] == right
+    assert found["graph"] == right
+    # The step that is queued too much when the first is done is one of the others' own.
+    assert found["late"] == right
+    assert found["until 3"] == 3, "a launch makes no more steps than it was told"
+
+
+def test_the_kernels_freeze_what_is_finished() -> None:
+    run_tests_on_kernels("tests/test_loop.py", "-k", "frozen or would_be_alone", seed=3)
