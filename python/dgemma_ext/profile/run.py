@@ -79,7 +79,7 @@ def profile(
             raise ValueError(f"{name} must be at least 1, got {value}")
     machine = measure(model.device, model.dtype)
     ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
-    scheduler = Scheduler(model, max_batch=batch, max_length=context, batched=batched)
+    scheduler = Scheduler(model, max_batch=batch, max_length=context, batched=batched, driver="eager")
     # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
     cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
     sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=cap)
