@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cache
 
 import torch
 
+from dgemma_ext.memory import available_bytes
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.profile.count import PLAIN
 
@@ -56,8 +58,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
-    values = torch.ones(_GPU_STREAM_BYTES // 4, device=device)
-    bandwidth = _GPU_STREAM_BYTES / _best_gpu_seconds(values.sum)
+    # A model may have left little room.
+    stream_bytes = min(_GPU_STREAM_BYTES, (available_bytes(device) or _GPU_STREAM_BYTES) // 4)
+    values = torch.ones(stream_bytes // 4, device=device)
+    bandwidth = values.nbytes / _best_gpu_seconds(values.sum)
     del values
     rows, inner, outer = _GPU_PRODUCT
     left = torch.randn(rows, inner, device=device).to(dtype)
@@ -67,9 +71,13 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
     if torch.cuda.get_device_capability(device) >= (8, 9):  # the first with products of 8 bits
         narrow = (left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn))
         one = torch.ones((), device=device)
-        peaks["fp8"] = flops / _best_gpu_seconds(
-            lambda: torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)
-        )
+
+        def product_of_8_bits() -> torch.Tensor:
+            return torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)
+
+        # torch does not promise this function; without it 8 bits are measured by the other products.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            peaks["fp8"] = flops / _best_gpu_seconds(product_of_8_bits)
     return Machine(torch.cuda.get_device_name(device), bandwidth, peaks)
 
 

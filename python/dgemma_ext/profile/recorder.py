@@ -7,6 +7,7 @@ conversion, belongs to the part of the operator that made its newest argument. O
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dgemma_ext import _C
 from dgemma_ext.ops import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
@@ -81,8 +83,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         short = func._schema.name.partition("::")[2]
-        if short == "vocabulary_head" and not args[0].is_cuda:
-            # The CPU's is written in torch's operators: the product is the head's, the statistics are not.
+        if short == "vocabulary_head" and not statistics_in_head(args[0].device):
+            # It is written in torch's operators there: the product is the head's, the statistics are not.
             with self:
                 return vocabulary_head._plain(*args, **kwargs)
         part, name = self._part_and_name(short, args)
@@ -145,6 +147,11 @@ class Recorder(TorchDispatchMode):
             return Part.OTHER if fresh or not tensors else Part.EMBEDDING
         # A pass that has entered its layers does not go back to its input: this is a layer's first norm.
         return Part.NORMS if part is Part.EMBEDDING else part
+
+
+def statistics_in_head(device: torch.device) -> bool:
+    """Whether a kernel makes the statistics while the head's product is still at hand: a GPU's own does."""
+    return device.type == "cuda" and _C.has_cuda() and os.environ.get("DGEMMA_KERNELS") != "plain"
 
 
 def _tensors(values: Any) -> list[Tensor]:

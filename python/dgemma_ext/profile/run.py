@@ -9,7 +9,6 @@ from statistics import mean
 
 import torch
 
-from dgemma_ext import _C
 from dgemma_ext.config import ModelConfig
 from dgemma_ext.events import Draft, Event, Failure
 from dgemma_ext.model import DiffusionGemma
@@ -24,7 +23,7 @@ from dgemma_ext.profile.count import (
 )
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
 from dgemma_ext.profile.machine import Machine, measure
-from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles
+from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles, statistics_in_head
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
 from dgemma_ext.sampler import SamplerConfig
 from dgemma_ext.scheduler import Scheduler
@@ -97,9 +96,8 @@ def profile(
     hits = watch.hits or [[expected_experts_hit(model.config, batch * model.config.canvas_length)]] * steps
     hit = tuple(mean(of_layer) for of_layer in zip(*hits, strict=True))
     formats, dtype = formats_of(model.weights), model.dtype
-    fused = model.device.type == "cuda" and _C.has_cuda()
     tiles = (mean(n for n, _ in watch.tiles), mean(n for _, n in watch.tiles)) if watch.tiles else None
-    shape = StepShape(batch, prefix, model.config.canvas_length, hit, tiles, statistics_in_head=fused)
+    shape = StepShape(batch, prefix, model.config.canvas_length, hit, tiles, statistics_in_head(model.device))
     step_pass = watch.finished(plain, watched, step_operations(model.config, formats, dtype, shape), machine)
 
     watch = _Watch(model)
