@@ -428,6 +428,18 @@ def test_looking_on_changes_no_token(batch: int) -> None:
     assert profile(watched, steps=2, prefix=PREFIX, batch=batch, seed=5).drafts == drafts
 
 
+def test_looking_on_changes_no_bit() -> None:
+    watched = model()
+    cache, canvas = watched.new_cache(1, PREFIX), torch.arange(5, 13)[None]
+    watched.encode(torch.arange(5, 5 + PREFIX)[None], cache)
+    recorder = Recorder(watched.weights, [layer.is_sliding for layer in watched.config.layers])
+    plain = watched.denoise(canvas, cache, self_conditioning=torch.zeros(1, 8, 512))
+    with recorder:
+        seen = watched.denoise(canvas, cache, self_conditioning=torch.zeros(1, 8, 512))
+    assert torch.equal(seen, plain)
+    assert len(recorder.calls) > 50
+
+
 def test_sizes_are_checked() -> None:
     for sizes, named in (
         ({"prefix": 4097}, "prefix must be in"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from command import Run, dgemma, random_checkpoint
-from dgemma_ext.profile import true_size
+from command import Run, dgemma, library_model, random_checkpoint
+from dgemma_ext.profile import chart, profile, true_size
 from dgemma_ext.profile.parts import Part
 from test_profile import SMALL
 
@@ -149,6 +150,11 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
 
     file = tmp_path / "chart.png"
     profiled(random_checkpoint(), *PREFIX, "--chart", str(file))
+    assert file.stat().st_size > 10_000
+    # One whose floors are half of the times, as long as it is drawn.
+    found = profile(library_model(), steps=1, prefix=20)
+    rows = tuple(replace(row, seconds=1e-3, floor=5e-4 if row.floor else None) for row in found.step.rows)
+    chart.write(replace(found, step=replace(found.step, rows=rows)), file, "half")
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = imread(file)[..., :3]
     assert pixels.shape[0] > 500
@@ -160,6 +166,9 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
     for red, green, blue in ((0x6B, 0xB6, 0xA8), (0x46, 0x68, 0x91), (0, 0, 0)):
         near = (abs(coloured * 255 - (red, green, blue)) < 2).all(axis=1)
         assert near.sum() > 200, (red, green, blue)
+        # The legend is on the right, and has neither bars nor the parts' names.
+        left = near.reshape(pixels.shape[:2])[:, : pixels.shape[1] * 6 // 10]
+        assert left.sum() > 1000, (red, green, blue)
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
