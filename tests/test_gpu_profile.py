@@ -25,7 +25,9 @@ def test_kernels_make_up_the_parts(batch: int, tmp_path: Path) -> None:
         assert row.seconds > 0, row
     assert sum(row.seconds for row in found.step.rows) == pytest.approx(found.step.seconds)
     kernels = sum(piece.seconds for piece in found.step.slices) / found.step.repeats
-    assert 0 < kernels < found.step.seconds
+    # Driven by Python: kernels of a graph may overlap.
+    assert 0 < kernels < found.step.unwatched_seconds
+    assert found.driven_seconds == found.step.seconds
     assert all(piece.kernels for piece in found.step.slices)
     on_cpu = profile(dg.DiffusionGemma.from_pretrained(demo.checkpoint(9), device="cpu"), 3, 100, batch, batched=True)
     wanted = {(piece.part, piece.name, piece.layer) for piece in on_cpu.step.slices if piece.name == "moe_ffn"}

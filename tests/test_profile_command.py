@@ -14,7 +14,7 @@ import pytest
 from command import Run, dgemma, library_model, random_checkpoint
 from dgemma_ext.profile import chart, profile, true_size
 from dgemma_ext.profile.parts import Part
-from test_profile import SMALL
+from profiles import SMALL
 
 PREFIX = ["--prefix", "20", "--steps", "2"]
 

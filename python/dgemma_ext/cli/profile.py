@@ -89,14 +89,18 @@ def table(found: Profile, title: str) -> str:
     step, encode, machine = found.step, found.encode, found.machine
     experts = sum(found.experts_hit) / len(found.experts_hit)
     canvases = "a canvas" if found.batch == 1 else f"{found.batch} canvases"
+    if found.driven_seconds is None:
+        outside, alone = "operators (Python, waiting, the clock itself)", "a step"
+    else:
+        outside, alone = "kernels", "a step driven by Python"
     lines = [
         f"{title}: {found.dtype}, {found.layers} layers, on {found.device}",
         f"a denoising step of {canvases} of {found.canvas} tokens after {found.prefix:,}, mean of {step.repeats}",
         "",
         *_rows(step),
         "",
-        f"everything else: {_ms(step.between)} ms outside of operators (Python, waiting, the clock itself)",
-        f"unwatched, a step took {_ms(step.unwatched_seconds)} ms",
+        f"everything else: {_ms(step.between)} ms outside of {outside}",
+        f"unwatched, {alone} took {_ms(step.unwatched_seconds)} ms",
         f"experts hit: {experts:.1f} of {found.experts} in a layer, on average",
         f"encode of {found.prefix:,} tokens: {_ms(encode.seconds)} ms, floor {_ms(encode.floor)} ms",
         f"floor: bytes at {machine.bandwidth / 1e9:.4g} GB/s or FLOPs at "
@@ -154,6 +158,7 @@ def fields(found: Profile) -> dict[str, Any]:
         "experts_hit": list(found.experts_hit),
         "vocabulary_tiles": found.vocabulary_tiles,
         "soft_tiles": None if found.soft_tiles is None else list(found.soft_tiles),
+        "driven_seconds": found.driven_seconds,
         "step": _pass_fields(found.step),
         "encode": _pass_fields(found.encode),
     }

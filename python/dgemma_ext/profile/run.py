@@ -30,12 +30,15 @@ from dgemma_ext.scheduler import Scheduler
 
 # The first step of a canvas has no self-conditioning; the second is the first of the kind that is measured.
 _WARM_UP = 2
+# Steps of a canvas whose steps a loop drives: enough that its one look at the end does not count.
+_DRIVEN_STEPS = 16
 
 
 @dataclass(frozen=True)
 class Profile:
     """A profiled model. `experts_hit`: mean over the steps, by layer. `soft_tiles`: of `vocabulary_tiles` those that
-    the soft embedding must not leave out, mean of a row and of all together. `drafts`: each request's last one."""
+    the soft embedding must not leave out, mean of a row and of all together. `drafts`: each request's last one.
+    `driven_seconds`: of a step where a loop drives those of a whole canvas; None where requests go one by one."""
 
     device: str
     dtype: str
@@ -52,6 +55,7 @@ class Profile:
     soft_tiles: tuple[float, float] | None
     vocabulary_tiles: int
     drafts: tuple[tuple[int, ...], ...]
+    driven_seconds: float | None
 
 
 def profile(
@@ -66,9 +70,10 @@ def profile(
     """Measures `steps` denoising steps of `batch` requests with `prefix` random tokens each, and one encode pass.
 
     Steps run as the scheduler runs them, none of them the first of a canvas. For each that is looked on, one runs
-    unwatched. context: positions of a cache slot, default the prefix. batched: as the Scheduler takes it. On a GPU the
-    parts' times are those of their kernels, told by torch's profiler, and the step's is the unwatched wall time; on a
-    CPU all is the host's clock.
+    unwatched. context: positions of a cache slot, default the prefix. batched: as the Scheduler takes it.
+
+    On a GPU the parts' times are those of their kernels, told by torch's profiler, and the step's is the wall time
+    where a loop drives the steps of a whole canvas, which nobody can look into. On a CPU all is the host's clock.
 
     Raises ValueError for sizes that the model does not have.
     """
@@ -78,6 +83,8 @@ def profile(
             raise ValueError(f"{name} must be at least 1, got {value}")
     machine = measure(model.device, model.dtype)
     ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
+    shared = model.device.type == "cuda" if batched is None else batched
+    driven = _driven_seconds(model, ids, context, seed) if shared else None
     scheduler = Scheduler(model, max_batch=batch, max_length=context, batched=batched, driver="eager")
     # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
     cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
@@ -98,7 +105,8 @@ def profile(
     formats, dtype = formats_of(model.weights), model.dtype
     tiles = (mean(n for n, _ in watch.tiles), mean(n for _, n in watch.tiles)) if watch.tiles else None
     shape = StepShape(batch, prefix, model.config.canvas_length, hit, tiles, statistics_in_head(model.device))
-    step_pass = watch.finished(plain, watched, step_operations(model.config, formats, dtype, shape), machine)
+    counted = step_operations(model.config, formats, dtype, shape)
+    step_pass = watch.finished(plain, watched, counted, machine, driven)
 
     watch = _Watch(model)
     cache = model.new_cache(1, context)
@@ -127,6 +135,7 @@ def profile(
         soft_tiles=tiles,
         vocabulary_tiles=-(-model.config.vocab_size // VOCABULARY_TILE),
         drafts=tuple(drafts),
+        driven_seconds=driven,
     )
 
 
@@ -171,7 +180,7 @@ class _Watch:
         plain = []
         if self._cuda:
             # The profiler slows what runs beside it, so that all unwatched runs come first.
-            plain = [_length(self._timed(run)) for _ in range(rounds)]
+            plain = [_length(timed(run, cuda=True)) for _ in range(rounds)]
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=activities) as profiler:
                 watched = [self._watched(run) for _ in range(rounds)]
@@ -179,16 +188,21 @@ class _Watch:
             return plain, watched
         watched = []
         for _ in range(rounds):
-            plain.append(_length(self._timed(run)))
+            plain.append(_length(timed(run)))
             watched.append(self._watched(run))
         self._slices = [_slice_of(call) for call in self._recorder.calls]
         return plain, watched
 
     def finished(
-        self, plain: list[float], watched: list[tuple[float, float]], operations: Sequence[Operation], machine: Machine
+        self,
+        plain: list[float],
+        watched: list[tuple[float, float]],
+        operations: Sequence[Operation],
+        machine: Machine,
+        driven: float | None = None,
     ) -> Pass:
-        """Puts a pass together from what `alternate` returned and what was counted."""
-        seconds = mean(plain) if self._cuda else mean(map(_length, watched))
+        """Puts a pass together from what `alternate` returned, what was counted, and a GPU's own time of it."""
+        seconds = (driven or mean(plain)) if self._cuda else mean(map(_length, watched))
         rows, between = rows_of(self._slices, operations, machine, seconds, len(watched))
         return Pass(
             seconds=seconds,
@@ -212,7 +226,7 @@ class _Watch:
             with self._recorder:
                 run()
 
-        span = self._timed(recorded)
+        span = timed(recorded, self._cuda)
         routed = self._recorder.routed
         if routed:
             self.hits.append([float(experts_hit(routed[layer])) for layer in sorted(routed)])
@@ -222,14 +236,34 @@ class _Watch:
         self._recorder.softened.clear()
         return span
 
-    def _timed(self, run: Callable[[], None]) -> tuple[float, float]:
-        if self._cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        if self._cuda:
-            torch.cuda.synchronize()
-        return begin, time.perf_counter()
+
+def _driven_seconds(model: DiffusionGemma, ids: torch.Tensor, context: int, seed: int) -> float:
+    """Of a step, where a loop drives the steps of a whole canvas. The first canvas of each request warms up."""
+    scheduler = Scheduler(model, max_batch=len(ids), max_length=context, batched=True)
+    sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=1 + _DRIVEN_STEPS)
+
+    def finish() -> None:
+        while not scheduler.idle:
+            _drafts(scheduler.finish_canvas())
+
+    for _ in range(2):
+        for row, prompt in enumerate(ids.tolist()):
+            scheduler.submit(prompt, model.config.canvas_length, sampler, seed + row)
+        # The encode, and the step without self-conditioning.
+        _drafts(scheduler.step())
+        span = timed(finish, model.device.type == "cuda")
+    return _length(span) / _DRIVEN_STEPS
+
+
+def timed(run: Callable[[], None], cuda: bool = False) -> tuple[float, float]:
+    """Begin and end on the host's clock, with an idle GPU at both."""
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return begin, time.perf_counter()
 
 
 def _length(span: tuple[float, float]) -> float:
