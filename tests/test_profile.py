@@ -12,7 +12,7 @@ import torch
 import dgemma_ext as dg
 from checkpoints import PUBLISHED_CONFIG
 from dgemma_ext.config import ModelConfig
-from dgemma_ext.profile import profile
+from dgemma_ext.profile import profile, run
 from dgemma_ext.profile.count import PLAIN, total
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
 from dgemma_ext.profile.machine import Machine
@@ -236,6 +236,49 @@ def test_the_profiler_tells_the_ranges_of_calls_as_they_are_read() -> None:
     for number, piece in zip(numbers, slices, strict=True):
         call = recorder.calls[number]
         assert (piece.part, piece.name, piece.layer) == (call.part, call.name, call.layer)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CPU in the place of the GPU: each call launches one kernel of 3 us, told as torch's profiler would."""
+    launched: list[int] = []
+
+    def with_kernels(profiler: Any) -> list[dict[str, Any]]:
+        events = events_of(profiler)
+        for number, one in enumerate(e for e in events.copy() if e.get("name", "").startswith(RANGE)):
+            launched.append(number)
+            begin = one["ts"] + one["dur"] / 2
+            events.append(event("cudaLaunchKernel", "cuda_runtime", begin, 0.0, correlation=number))
+            events.append(event(f"kernel {number}", "kernel", 1e9 + 5 * number, 3.0, correlation=number))
+        return events
+
+    monkeypatch.setattr(run, "events_of", with_kernels)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    watched = model()
+    watch = run._Watch(watched)
+    watch._cuda = True
+    watch._recorder = Recorder(watched.weights, [layer.is_sliding for layer in watched.config.layers], ranges=True)
+    cache = watched.new_cache(1, PREFIX)
+
+    def encode() -> None:
+        cache.free(0)
+        watched.encode(torch.arange(5, 25)[None], cache)
+
+    unwatched, spans = watch.alternate(encode, 2)
+    assert len(unwatched) == len(spans) == 2
+    machine = Machine("none", bandwidth=1e9, peaks={PLAIN: 1e9})
+    one = watch.finished(unwatched, spans, [], machine, driven=0.5)
+    # What a loop drives is what is measured; the kernels are of the steps that were watched.
+    assert one.seconds == 0.5
+    assert sum(row.seconds for row in one.rows) == pytest.approx(0.5)
+    assert one.between == pytest.approx(0.5 - 3e-6 * len(launched) / 2)
+    assert len(one.slices) == len(launched) == len(watch._recorder.calls)
+    assert {piece.kernels for piece in one.slices} == {(f"kernel {number}",) for number in launched}
+    first, second = one.spans
+    assert first[0] == pytest.approx(1e3)
+    assert first[1] <= second[0] < second[1] == pytest.approx(1e3 + 5e-6 * (len(launched) - 1) + 3e-6)
+    assert {piece.repeat for piece in one.slices if first[0] <= piece.begin < first[1]} == {0}
+    assert watch.finished(unwatched, spans, [], machine).seconds == pytest.approx(sum(unwatched) / 2)
 
 
 # The random model of the true size ----------------------------------------------------------------------------------
