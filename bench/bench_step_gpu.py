@@ -2,12 +2,14 @@
 
     make gpu-check ARGS="--part bench -k step"
 
-The step runs as the scheduler runs it, launch by launch: what the host takes beyond the GPU's time shows. Goals are for
-one H200, a canvas of 256 tokens, bfloat16.
+`bench_step` runs one request's step launch by launch: what the host takes beyond the GPU's time shows. `bench_canvas`
+runs whole canvases as the scheduler does, by each of its drivers. Goals are for one H200, a canvas of 256 tokens,
+bfloat16.
 """
 
 from __future__ import annotations
 
+import time
 from functools import cache
 
 import pytest
@@ -17,6 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from true_size import random_model, true_config
 
 import dgemma_ext as dg
+from dgemma_ext.canvas_group import CanvasGroup
+from dgemma_ext.loop import DRIVERS, driver_for
 from dgemma_ext.sampler import begin_canvas, denoising_step
 
 # Read for the head, and again for the soft embedding.
@@ -91,3 +95,45 @@ def bench_head_to_soft_embedding(benchmark: BenchmarkFixture, peaked: bool) -> N
     operations = 2.0 * 256 * 262_144 * 2816
     work = Work(bytes=2 * HEAD_BYTES, operations=2 * operations)
     record(benchmark, step, work, 800.0 if peaked else 1350.0)
+
+
+CANVAS_STEPS = 16
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+@pytest.mark.parametrize("driver", list(DRIVERS))
+def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> None:
+    """Canvases of 16 steps by a driver: microseconds by the wall clock for each step, and of them the host's to queue
+    one. "eager" launches a step's kernels one by one, the others replay a captured step."""
+    made = model(84)
+    scheduler = dg.Scheduler(made, requests, 1024, driver=driver)
+    sampler = dg.SamplerConfig(confidence_threshold=0.0, max_denoising_steps=CANVAS_STEPS)
+    for seed in range(requests):
+        scheduler.submit(list(range(5, 133)), made.config.canvas_length, sampler, seed)
+    scheduler.step()
+    (group,) = scheduler._groups.values()
+    assert isinstance(group, CanvasGroup)
+    device, state = group._device(), group._batch.state
+
+    def canvas() -> None:
+        state.step.fill_(1)
+        state.status.zero_()
+        state.active[:requests].fill_(True)
+        driver_for(device, driver)(device, requests, CANVAS_STEPS)
+
+    canvas()
+    queued = []
+    for _ in range(10):
+        state.active.fill_(False)  # a step of nobody: the GPU keeps up, and the host does not wait for its queue
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        device.step()
+        queued.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(5):
+        canvas()
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - began) / 5 / CANVAS_STEPS
+    benchmark.extra_info.update(microseconds=wall * 1e6, host_microseconds=sorted(queued)[5] * 1e6)
+    benchmark.pedantic(canvas, rounds=3)

@@ -59,9 +59,9 @@ def main(count: int) -> None:
     puzzles = [demo.draw(6, SEED, index) for index in range(count)]
     chats: list[Any] = [[{"role": "user", "content": puzzle.text}] for puzzle in puzzles]
     length = model.config.canvas_length
-    # The first is done when it is stable, the others at caps of 5, 8 ... steps: some steps finish none.
+    # The first is done when it is stable, the others at caps of 4, 6 ... steps: some steps finish none.
     samplers = [dg.SamplerConfig(max_denoising_steps=20)]
-    samplers += [dg.SamplerConfig(max_denoising_steps=2 + 3 * n, confidence_threshold=0.0) for n in range(1, count)]
+    samplers += [dg.SamplerConfig(max_denoising_steps=2 + 2 * n, confidence_threshold=0.0) for n in range(1, count)]
     alone: list[Any] = [model.generate(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
     found: dict[str, Any] = {"steps": [list(output.denoising_steps) for output in alone]}
     original = DirectDevice.step

@@ -31,3 +31,12 @@ def test_puzzles_in_a_batch_are_solved_as_one_by_one(compute_capability: int, se
 
 def test_the_kernels_freeze_what_is_finished() -> None:
     run_tests_on_kernels("tests/test_loop.py", "-k", "frozen or would_be_alone", seed=3)
+
+
+def test_a_step_of_a_batch_never_looks_at_a_value_and_asks_for_no_more_kernels() -> None:
+    """A captured step could not wait. csrc/cuda/NOTES.md has the counts."""
+    counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))
+    alone, batch, four = (counts[f"rows {rows}, step 2"] for rows in (0, 1, 4))
+    assert (alone["waits"], batch["waits"], four["waits"]) == (1, 0, 0)
+    assert batch["kernels"] == alone["kernels"]
+    assert batch["torch"] <= alone["torch"] + 15

@@ -87,7 +87,7 @@ def conformance(_nvcc: str, _code: str, arguments: list[str]) -> bool:
 def operators(_nvcc: str, _code: str, arguments: list[str]) -> bool:
     tests = [f"tests/{name}" for name in OPERATOR_TESTS]
     passed = run("operators on the GPU", [*PYTEST, *tests, *arguments], DGEMMA_TEST_BACKEND="cuda")
-    models = [f"tests/test_gpu_{name}.py" for name in ("model", "embed_c", "profile")]
+    models = [f"tests/test_gpu_{name}.py" for name in ("model", "loop", "embed_c", "profile")]
     return run("model on the GPU", [*PYTEST, *models, "--durations=5", *arguments]) and passed
 
 

@@ -42,8 +42,10 @@ std::unique_ptr<GraphLoop> GraphLoop::make(void* step, const LoopFlags& flags,
                                            std::string* problem) {
   const int32_t release = device::driver_release();
   if (release < device::kLoopsFrom) {
-    *problem = "the driver serves CUDA " + std::to_string(release / 1000) + "." +
-               std::to_string(release % 1000 / 10) + ", and loops in graphs came with 12.4";
+    *problem = release == 0 ? "there is no driver"
+                            : "the driver serves CUDA " + std::to_string(release / 1000) + "." +
+                                  std::to_string(release % 1000 / 10) +
+                                  ", and loops in graphs came with 12.4";
     return nullptr;
   }
   auto loop = std::make_unique<Loop>();

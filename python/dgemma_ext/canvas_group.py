@@ -92,7 +92,9 @@ class CanvasGroup(Generic[Member]):
         return self._progress(driver_for(device, self._driver)(device, len(self._members), most))
 
     def _device(self) -> Device:
-        rows = bucket_of(len(self._members))
+        return self._device_of(bucket_of(len(self._members)))
+
+    def _device_of(self, rows: int) -> Device:
         if rows not in self._devices:
             self._devices[rows] = self._make_device(self._model, self._cache, self._batch.first(rows))
         return self._devices[rows]

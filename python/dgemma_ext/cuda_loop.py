@@ -65,15 +65,15 @@ class GraphDevice(LaunchDevice):
 
     def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
         super().__init__(model, cache, batch)
-        self._graph = _captured(batch, super().step)
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=model.device)
-        state = batch.state
-        pointers = (state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
+        flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
         self._loop = None
-        try:
-            self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *pointers)
-        except RuntimeError as error:
-            _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
+        with torch.cuda.device(model.device):
+            self._graph = _captured(batch, super().step)
+            try:
+                self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
+            except RuntimeError as error:
+                _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
         self.repeats = self._loop is not None
 
     def step(self) -> None:
@@ -82,7 +82,9 @@ class GraphDevice(LaunchDevice):
     def until_finished(self, most: int) -> None:
         assert self._loop is not None, "asked for where `repeats` is set"
         self._steps_left.fill_(most)
-        self._loop.launch(torch.cuda.current_stream(self._batch.slot.device).cuda_stream)
+        device = self._steps_left.device
+        with torch.cuda.device(device):
+            self._loop.launch(torch.cuda.current_stream(device).cuda_stream)
 
 
 class _PinnedCopy:
@@ -90,17 +92,21 @@ class _PinnedCopy:
 
     def __init__(self, batch: CanvasBatch) -> None:
         self._source = batch.told
-        self._buffer = torch.empty(batch.told.shape, dtype=torch.uint8, pin_memory=True)
+        self._buffer = _pinned_like(batch.told)
         self._told = Told.over(self._buffer, batch.told.numel() // told_bytes(1, batch.length), batch.length)
         self._done = torch.cuda.Event()
 
     def queue(self) -> None:
         self._buffer.copy_(self._source, non_blocking=True)
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(self._source.device))
 
     def wait(self) -> Told:
         self._done.synchronize()
         return self._told
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -108,12 +114,12 @@ def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGr
     active = batch.state.active.clone()
     batch.state.active.zero_()
     try:
-        side = torch.cuda.Stream(batch.slot.device)
-        side.wait_stream(torch.cuda.current_stream(batch.slot.device))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
                 step()
-        torch.cuda.current_stream(batch.slot.device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         # Kept, so that a loop can hold a copy of it.
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph, pool=_pool(batch.slot.device)):

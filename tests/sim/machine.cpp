@@ -377,6 +377,8 @@ extern "C" {
   sim::multiprocessors = multiprocessors;
 }
 [[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) { sim::next_seed = seed; }
+// A launch takes one seed: the difference of two calls is how many there were between them.
+[[gnu::visibility("default")]] uint64_t sim_next_seed() { return sim::next_seed; }
 [[gnu::visibility("default")]] void sim_statistics(uint64_t (&out)[6]) {
   const sim::Statistics& s = sim::last_statistics;
   const uint64_t values[6] = {

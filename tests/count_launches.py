@@ -1,0 +1,87 @@
+"""What a GPU would be asked to do in a denoising step with 30 layers: kernels of ours, counted as the test bed runs
+them, and operators of torch's that are a launch each there. Prints them for one request by itself and for batches.
+
+tests/test_sim_loop.py runs it on the test bed, whose process has the counter of launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dgemma_ext import _C
+from dgemma_ext.batch_step import batch_step
+from dgemma_ext.canvas_batch import make_canvas_batch
+from dgemma_ext.sampler import SamplerConfig, begin_canvas, denoising_step
+from models import random_model
+
+LAYERS = ("sliding_attention",) * 5 + ("full_attention",)
+# Not a launch on a GPU: views that the schema does not call so, allocations, and what an operator of ours is.
+FREE = {"_unsafe_view", "empty", "new_empty", "empty_like", "detach", "_reshape_alias"}
+# The host waits for the device.
+WAITS = {"_local_scalar_dense", "item"}
+
+
+class Counted(TorchDispatchMode):
+    """Operators of torch's by name, and how many kernels of ours ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torchs: Counter[str] = Counter()
+        self.waits = 0
+        self._machine = ctypes.CDLL(_C.__file__)
+        self._machine.sim_next_seed.restype = ctypes.c_uint64
+        self._before = self._machine.sim_next_seed()
+
+    @property
+    def kernels(self) -> int:
+        return int(self._machine.sim_next_seed()) - self._before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        library, _, short = func._schema.name.partition("::")
+        if short in WAITS:
+            self.waits += 1
+        elif library == "aten" and not func.is_view and short not in FREE:
+            self.torchs[short] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    model = random_model(
+        torch.bfloat16, layers=LAYERS * 5, hidden=64, head_dim=32, global_head_dim=64, window=24, canvas=16
+    )
+    found = {}
+    sampler = SamplerConfig(confidence_threshold=0.0).resolve(model.defaults, 16)
+    for rows in (0, 1, 4):  # 0: one by one
+        cache = model.new_cache(max(rows, 1), 64)
+        states = []
+        for slot in range(max(rows, 1)):
+            model.encode(torch.arange(9 + slot)[None], cache, slots=[slot])
+            states.append(begin_canvas(model, sampler, seed=slot, index=0))
+        batch = make_canvas_batch(model, max(rows, 1), 16)
+        for slot, state in enumerate(states):
+            tables = model.rotary_tables(torch.arange(9 + slot, 25 + slot))
+            batch.load(slot, state, slot, 9 + slot, tables)
+        logits = torch.empty(1, 16, model.config.vocab_size, dtype=model.dtype)
+        for step in range(2):  # the first has no self-conditioning
+            with Counted() as counted:
+                if rows == 0:
+                    denoising_step(model, cache, 0, states[0], logits)
+                else:
+                    batch_step(model, cache, batch)
+            found[f"rows {rows}, step {step + 1}"] = {
+                "kernels": counted.kernels,
+                "torch": sum(counted.torchs.values()),
+                "waits": counted.waits,
+                "by name": dict(counted.torchs.most_common()),
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

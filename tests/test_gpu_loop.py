@@ -1,0 +1,141 @@
+"""The loop of a canvas on a GPU: captured steps and the WHILE node give the tokens of single steps, without waits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import dgemma_ext as dg
+from dgemma_ext import _C, SamplerConfig, demo
+from dgemma_ext.cuda_loop import GraphDevice, LaunchDevice
+from dgemma_ext.loop import DRIVERS
+
+pytestmark = pytest.mark.gpu
+
+PUZZLES = 6
+# Every canvas runs to this cap, so that a batch keeps its size and with it the bits of its dense products.
+TO_THE_CAP = SamplerConfig(max_denoising_steps=7, confidence_threshold=0.0)
+
+
+def model() -> dg.DiffusionGemma:
+    return dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cuda")
+
+
+def chats(count: int) -> list[Any]:
+    return [[{"role": "user", "content": demo.draw(6, 20261121, index).text}] for index in range(count)]
+
+
+def answers(scheduler: dg.Scheduler, count: int, sampler: SamplerConfig | None) -> list[dg.Output]:
+    length = scheduler.model.config.canvas_length
+    requests = [scheduler.submit(chat, length, sampler, seed) for seed, chat in enumerate(chats(count))]
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    return [request.output for request in requests]
+
+
+@contextmanager
+def no_fallback() -> Iterator[None]:
+    """What is said once where steps are not captured, or not repeated by the device, is an error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield
+
+
+def test_the_same_tokens_by_every_driver_alone() -> None:
+    made = model()
+    with no_fallback():
+        found = {
+            driver: [
+                answers(dg.Scheduler(made, 1, 256, driver=driver), 1, SamplerConfig(max_denoising_steps=cap))
+                for cap in (1, 4, 48)
+            ]
+            for driver in DRIVERS
+        }
+    assert found["late"] == found["eager"]
+    assert found["graph"] == found["eager"]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_same_tokens_by_every_driver_in_a_batch(count: int) -> None:
+    made = model()
+    with no_fallback():
+        found = {
+            driver: answers(dg.Scheduler(made, count, 256, driver=driver), count, TO_THE_CAP) for driver in DRIVERS
+        }
+    assert {output.denoising_steps for output in found["eager"]} == {(7,)}
+    assert found["late"] == found["eager"]
+    assert found["graph"] == found["eager"]
+
+
+def test_a_batch_in_which_rows_finish_solves_as_many_puzzles() -> None:
+    """Tokens may differ from one by one: the bits of a dense product depend on the rows of the batch."""
+    made = model()
+    alone = [made.generate(chat, made.config.canvas_length, seed=seed) for seed, chat in enumerate(chats(PUZZLES))]
+    solved = [
+        sum(demo.check(output.text, puzzle) for output, puzzle in zip(side, texts(), strict=True))
+        for side in (alone, answers(dg.Scheduler(made, PUZZLES, 256), PUZZLES, None))
+    ]
+    assert abs(solved[0] - solved[1]) <= 1, solved
+
+
+def texts() -> list[str]:
+    return [demo.draw(6, 20261121, index).text for index in range(PUZZLES)]
+
+
+@pytest.mark.parametrize("driver", ["late", "graph"])
+def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_looks(driver: str) -> None:
+    made = model()
+    scheduler = dg.Scheduler(made, 3, 256, driver=driver)
+    answers(scheduler, 3, TO_THE_CAP)  # captures
+    for seed, chat in enumerate(chats(3)):
+        scheduler.submit(chat, made.config.canvas_length, TO_THE_CAP, seed)
+    scheduler.step()
+    (group,) = scheduler._groups.values()
+    assert isinstance(group._device(), GraphDevice)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        progress = group.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = torch.cuda.memory_stats()
+    assert [one.steps for one in progress.values()] == [7, 7, 7]
+    for counter in ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries"):
+        assert after[counter] == before[counter], counter
+
+
+def test_a_watched_request_is_told_every_draft() -> None:
+    made = model()
+    drafts: list[dg.Draft] = []
+    output = made.generate(chats(1)[0], made.config.canvas_length, TO_THE_CAP, 0, None, drafts.append)
+    assert [draft.step for draft in drafts] == [1, 2, 3, 4, 5, 6, 7]
+    assert drafts[-1].token_ids[: len(output.token_ids)] == output.token_ids
+    assert made.generate(chats(1)[0], made.config.canvas_length, TO_THE_CAP, 0) == output
+
+
+def test_a_step_that_cannot_be_captured_runs_launch_by_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    wanted = answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP)
+    monkeypatch.setenv("DGEMMA_SYNC", "1")
+    scheduler = dg.Scheduler(made, 1, 256)
+    assert answers(scheduler, 1, TO_THE_CAP) == wanted
+    (group,) = scheduler._groups.values()
+    assert type(group._device_of(1)) is LaunchDevice
+
+
+def test_a_loop_that_the_driver_does_not_have_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    wanted = answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP)
+
+    def refuse(*_: int) -> None:
+        raise RuntimeError("dgemma::GraphLoop: no")
+
+    monkeypatch.setattr(_C, "GraphLoop", refuse)
+    with pytest.warns(RuntimeWarning, match="one ahead: dgemma::GraphLoop: no"):
+        assert answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP) == wanted
