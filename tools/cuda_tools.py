@@ -22,6 +22,7 @@ OPERATOR_TESTS = (
     "test_denoise_soft_embedding.py",
     "test_block_attention.py",
     "test_grouped_gemm.py",
+    "test_quantized_gemm.py",
     "test_vocabulary_head.py",
     "test_router_and_dense.py",
     "test_layer.py",

@@ -41,14 +41,19 @@ def build() -> None:
                 command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
             )
             assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-        package = FOLDER / "site" / "dgemma_ext"
+        # Replaced only where it is not up to date: another run of tests may have it open.
+        package, python = FOLDER / "site" / "dgemma_ext", ROOT / "python" / "dgemma_ext"
+        (module,) = (FOLDER / "build").glob("_C*.so")
+        copy = package / module.name
+        entries = {entry.name for entry in python.iterdir() if entry.suffix != ".so"} - {"__pycache__"}
+        is_same = copy.exists() and copy.stat().st_mtime_ns == module.stat().st_mtime_ns
+        if is_same and {entry.name for entry in package.iterdir()} - {"__pycache__"} == entries | {copy.name}:
+            return
         shutil.rmtree(package, ignore_errors=True)
         package.mkdir(parents=True)
-        for entry in (ROOT / "python" / "dgemma_ext").iterdir():
-            if entry.suffix != ".so":
-                (package / entry.name).symlink_to(entry)
-        for module in (FOLDER / "build").glob("_C*.so"):
-            shutil.copy2(module, package)
+        for name in entries:
+            (package / name).symlink_to(python / name)
+        shutil.copy2(module, copy)
 
 
 def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: int = 1) -> None:

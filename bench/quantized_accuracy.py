@@ -1,0 +1,71 @@
+"""What quantized weights change in the logits of a denoising pass, against the same checkpoint as it is.
+
+    python bench/quantized_accuracy.py                 # the bundled model, and a random one at true width (5 GB)
+    python bench/quantized_accuracy.py FOLDER ...      # checkpoints
+
+For each format: the cosine between the logits (fp32, soft-capped, of all positions together), the share of positions
+whose largest logit is at the same token, and the mean over positions of the divergence KL(plain || quantized) in nats.
+int4 is of experts and attention, nvfp4 of experts alone, fp8 of the dense MLP too: the usual parts of each.
+The canvas is noise, after a prompt of 128 random tokens (or what the checkpoint's context leaves room for).
+
+Of random weights the share says little: their largest logits lie close together, and nothing was learnt that rounding
+could leave intact. The solve rate of a trained model (examples/sudoku/evaluate.py --weights) says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from bench_step_cpu import FLATTENING, ROOT, write_checkpoint
+
+import dgemma_ext as dg
+import dgemma_ext.demo
+
+FORMATS = ("fp8", "int4", "int4-64", "int4-128", "nvfp4")
+PROMPT_TOKENS = 128
+
+
+@torch.inference_mode()
+def logits_of(folder: Path, weights: str) -> torch.Tensor:
+    """fp32 [L, V] of one pass over a canvas of noise."""
+    model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype="bfloat16", weights=weights)
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    prompt = min(PROMPT_TOKENS, config.max_position_embeddings - config.canvas_length)
+    ids = torch.randint(0, config.vocab_size, (1, prompt), generator=generator)
+    canvas = torch.randint(0, config.vocab_size, (1, config.canvas_length), generator=generator)
+    cache = model.new_cache(1, prompt)
+    model.encode(ids, cache)
+    return model.denoise(canvas, cache)[0]
+
+
+def compare(plain: torch.Tensor, quantized: torch.Tensor) -> dict[str, float]:
+    cosine = torch.nn.functional.cosine_similarity(plain.flatten(), quantized.flatten(), dim=0)
+    top = (plain.argmax(-1) == quantized.argmax(-1)).float().mean()
+    of_plain, of_quantized = plain.log_softmax(-1), quantized.log_softmax(-1)
+    divergence = (of_plain.exp() * (of_plain - of_quantized)).sum(-1).mean()
+    figures = {"cosine": cosine, "top_1": top, "divergence": divergence}
+    return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("checkpoints", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    folders = arguments.checkpoints or [
+        Path(dgemma_ext.demo.checkpoint(6)),
+        write_checkpoint(ROOT / "build" / "bench_step_cpu" / "peaked", 1.0),
+        write_checkpoint(ROOT / "build" / "bench_step_cpu" / "flat", FLATTENING),
+    ]
+    for folder in folders:
+        plain = logits_of(folder, "stored")
+        for weights in FORMATS:
+            row = {"checkpoint": folder.name, "weights": weights, **compare(plain, logits_of(folder, weights))}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
