@@ -12,7 +12,7 @@ import torch
 import dgemma_ext as dg
 from checkpoints import PUBLISHED_CONFIG
 from dgemma_ext.config import ModelConfig
-from dgemma_ext.profile import profile, run
+from dgemma_ext.profile import machine, profile, run
 from dgemma_ext.profile.count import PLAIN, total
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
 from dgemma_ext.profile.machine import Machine
@@ -109,10 +109,10 @@ def test_rows_hold_what_is_counted() -> None:
 
 
 def test_a_floor_takes_each_product_at_its_own_peak() -> None:
-    machine = Machine("none", bandwidth=100.0, peaks={PLAIN: 10.0, "fp8": 20.0})
-    assert machine.floor(400.0, {PLAIN: 30.0}) == 4.0
-    assert machine.floor(200.0, {PLAIN: 30.0}) == 3.0
-    assert machine.floor(0.0, {PLAIN: 30.0, "fp8": 30.0}) == 4.5
+    device = Machine("none", bandwidth=100.0, peaks={PLAIN: 10.0, "fp8": 20.0})
+    assert device.floor(400.0, {PLAIN: 30.0}) == 4.0
+    assert device.floor(200.0, {PLAIN: 30.0}) == 3.0
+    assert device.floor(0.0, {PLAIN: 30.0, "fp8": 30.0}) == 4.5
     assert Machine("none", 100.0, {PLAIN: 10.0}).floor(0.0, {"fp8": 30.0}) == 3.0
 
 
@@ -127,6 +127,17 @@ def test_a_batched_step_counts_the_same() -> None:
     assert together.driven_seconds > 0
     of_experts = [sum(piece.name == "moe_ffn" for piece in found.step.slices) for found in (alone, together)]
     assert of_experts == [3 * 3 * STEPS, 3 * STEPS]
+
+
+def test_long_work_is_followed_by_another_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Machine("cpu", 10.0, {PLAIN: 4.0}), Machine("cpu", 9.0, {PLAIN: 5.0})]
+    monkeypatch.setattr(machine, "_measure_cpu", lambda dtype: found.pop(0))
+    machine.measure.cache_clear()
+    device = torch.device("cpu")
+    assert machine.measure_after(0.1, device, torch.bfloat16) == Machine("cpu", 10.0, {PLAIN: 4.0})
+    assert machine.measure_after(1e3, device, torch.bfloat16) == Machine("cpu", 10.0, {PLAIN: 5.0})
+    assert found == []
+    machine.measure.cache_clear()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -264,10 +275,9 @@ def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> Non
         cache.free(0)
         watched.encode(torch.arange(5, 25)[None], cache)
 
-    unwatched, spans = watch.alternate(encode, 2)
-    assert len(unwatched) == len(spans) == 2
-    machine = Machine("none", bandwidth=1e9, peaks={PLAIN: 1e9})
-    one = watch.finished(unwatched, spans, [], machine, driven=0.5)
+    watch.alternate(encode, 2)
+    device = Machine("none", bandwidth=1e9, peaks={PLAIN: 1e9})
+    one = watch.finished([], device, driven=0.5)
     # What a loop drives is what is measured; the kernels are of the steps that were watched.
     assert one.seconds == 0.5
     assert sum(row.seconds for row in one.rows) == pytest.approx(0.5)
@@ -278,7 +288,8 @@ def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first[0] == pytest.approx(1e3)
     assert first[1] <= second[0] < second[1] == pytest.approx(1e3 + 5e-6 * (len(launched) - 1) + 3e-6)
     assert {piece.repeat for piece in one.slices if first[0] <= piece.begin < first[1]} == {0}
-    assert watch.finished(unwatched, spans, [], machine).seconds == pytest.approx(sum(unwatched) / 2)
+    alone = watch.finished([], device)
+    assert alone.seconds == alone.unwatched_seconds == one.unwatched_seconds > 0
 
 
 # The random model of the true size ----------------------------------------------------------------------------------

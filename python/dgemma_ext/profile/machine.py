@@ -22,6 +22,8 @@ _CPU_PRODUCT = (512, 2816, 4096)
 _GPU_PRODUCT = (8192, 8192, 8192)
 # Of so many rounds the best counts: a floor is what the device can do.
 _ROUNDS = 5
+# After work of so many seconds a device is measured again: what else ran on it the first time may be over.
+_LONG = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,27 @@ class Machine:
         products = sum(count / self.peaks.get(kind, self.peaks[PLAIN]) for kind, count in flops.items())
         return max(moved / self.bandwidth, products)
 
+    def or_better(self, other: Machine) -> Machine:
+        """The best of two measurements of one device."""
+        peaks = {kind: max(peak, other.peaks.get(kind, 0.0)) for kind, peak in self.peaks.items()}
+        return Machine(self.device, max(self.bandwidth, other.bandwidth), {**other.peaks, **peaks})
+
 
 @cache
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Measures a device, once in a process: a plain sum over a large tensor, and large products."""
-    if device.type == "cuda":
-        return _measure_gpu(device, dtype)
+    return _measure_gpu(device, dtype) if device.type == "cuda" else _measure_cpu(dtype)
+
+
+def measure_after(work_seconds: float, device: torch.device, dtype: torch.dtype) -> Machine:
+    """The same after work that took so long; long work is followed by another measurement."""
+    before = measure(device, dtype)
+    if work_seconds < _LONG:
+        return before
+    return before.or_better(measure.__wrapped__(device, dtype))
+
+
+def _measure_cpu(dtype: torch.dtype) -> Machine:
     values = torch.ones(_CPU_STREAM_BYTES // 4)
     bandwidth = _CPU_STREAM_BYTES / _best_seconds(values.sum)
     del values
@@ -51,8 +68,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     flops = 2.0 * rows * inner * outer
     # The faster of torch's product and this package's own.
     seconds = min(
-        _best_seconds(lambda: torch.mm(left, right.t()), rounds=3),
-        _best_seconds(lambda: grouped_gemm.dense(left, right), rounds=2),
+        _best_seconds(lambda: torch.mm(left, right.t())),
+        _best_seconds(lambda: grouped_gemm.dense(left, right)),
     )
     return Machine(f"cpu, {torch.get_num_threads()} threads", bandwidth, {PLAIN: flops / seconds})
 

@@ -22,7 +22,7 @@ from dgemma_ext.profile.count import (
     step_operations,
 )
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
-from dgemma_ext.profile.machine import Machine, measure
+from dgemma_ext.profile.machine import Machine, measure, measure_after
 from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles, statistics_in_head
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
 from dgemma_ext.sampler import SamplerConfig
@@ -81,16 +81,55 @@ def profile(
     for name, value in (("steps", steps), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    machine = measure(model.device, model.dtype)
+    measure(model.device, model.dtype)
+    began = time.perf_counter()
     ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
     shared = model.device.type == "cuda" if batched is None else batched
     driven = _driven_seconds(model, ids, context, seed) if shared else None
-    scheduler = Scheduler(model, max_batch=batch, max_length=context, batched=batched, driver="eager")
+    watched_steps, drafts = _watched_steps(model, ids, steps, context, seed, batched)
+    watched_encode = _watched_encode(model, ids[:1], context)
+    machine = measure_after(time.perf_counter() - began, model.device, model.dtype)
+
+    config, formats, dtype = model.config, formats_of(model.weights), model.dtype
+    expected = [expected_experts_hit(config, batch * config.canvas_length)] * len(config.layers)
+    hit = tuple(mean(of_layer) for of_layer in zip(*(watched_steps.hits or [expected]), strict=True))
+    tiles = watched_steps.tiles
+    soft = (mean(n for n, _ in tiles), mean(n for _, n in tiles)) if tiles else None
+    shape = StepShape(batch, prefix, config.canvas_length, hit, soft, statistics_in_head(model.device))
+    of_step = step_operations(config, formats, dtype, shape)
+    # The last layer of an encode pass has no experts.
+    hit_by_encode = [*watched_encode.hits[0], 0.0] if watched_encode.hits else expected
+    of_encode = encode_operations(config, formats, dtype, prefix, hit_by_encode)
+    return Profile(
+        device=machine.device,
+        dtype=str(dtype).removeprefix("torch."),
+        layers=len(config.layers),
+        canvas=config.canvas_length,
+        prefix=prefix,
+        batch=batch,
+        context=context,
+        machine=machine,
+        experts=config.num_experts,
+        step=watched_steps.finished(of_step, machine, driven),
+        encode=watched_encode.finished(of_encode, machine),
+        experts_hit=hit,
+        soft_tiles=soft,
+        vocabulary_tiles=-(-config.vocab_size // VOCABULARY_TILE),
+        drafts=drafts,
+        driven_seconds=driven,
+    )
+
+
+def _watched_steps(
+    model: DiffusionGemma, ids: torch.Tensor, steps: int, context: int, seed: int, batched: bool | None
+) -> tuple[_Watch, tuple[tuple[int, ...], ...]]:
+    """Denoising steps of requests with these prompts, and each request's draft after the last of them."""
+    scheduler = Scheduler(model, max_batch=len(ids), max_length=context, batched=batched, driver="eager")
     # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
     cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
     sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=cap)
-    for row in range(batch):
-        scheduler.submit(ids[row].tolist(), max_new_tokens=model.config.canvas_length, sampler=sampler, seed=seed + row)
+    for row, prompt in enumerate(ids.tolist()):
+        scheduler.submit(prompt, max_new_tokens=model.config.canvas_length, sampler=sampler, seed=seed + row)
     drafts: list[tuple[int, ...]] = []
 
     def step() -> None:
@@ -99,44 +138,20 @@ def profile(
     for _ in range(_WARM_UP):
         step()
     watch = _Watch(model)
-    plain, watched = watch.alternate(step, steps)
-    hits = watch.hits or [[expected_experts_hit(model.config, batch * model.config.canvas_length)]] * steps
-    hit = tuple(mean(of_layer) for of_layer in zip(*hits, strict=True))
-    formats, dtype = formats_of(model.weights), model.dtype
-    tiles = (mean(n for n, _ in watch.tiles), mean(n for _, n in watch.tiles)) if watch.tiles else None
-    shape = StepShape(batch, prefix, model.config.canvas_length, hit, tiles, statistics_in_head(model.device))
-    counted = step_operations(model.config, formats, dtype, shape)
-    step_pass = watch.finished(plain, watched, counted, machine, driven)
+    watch.alternate(step, steps)
+    return watch, tuple(drafts)
 
-    watch = _Watch(model)
-    cache = model.new_cache(1, context)
+
+def _watched_encode(model: DiffusionGemma, ids: torch.Tensor, context: int) -> _Watch:
+    """An encode pass over ids [1, n] into an empty slot."""
+    watch, cache = _Watch(model), model.new_cache(1, context)
 
     def encode() -> None:
         cache.free(0)
-        model.encode(ids[:1], cache)
+        model.encode(ids, cache)
 
-    plain, watched = watch.alternate(encode, 1)
-    of_encode = [*watch.hits[0], 0.0] if watch.hits else [expected_experts_hit(model.config, prefix)] * len(hit)
-    operations = encode_operations(model.config, formats, dtype, prefix, of_encode)
-    encode_pass = watch.finished(plain, watched, operations, machine)
-    return Profile(
-        device=machine.device,
-        dtype=str(dtype).removeprefix("torch."),
-        layers=len(model.config.layers),
-        canvas=model.config.canvas_length,
-        prefix=prefix,
-        batch=batch,
-        context=context,
-        machine=machine,
-        experts=model.config.num_experts,
-        step=step_pass,
-        encode=encode_pass,
-        experts_hit=hit,
-        soft_tiles=tiles,
-        vocabulary_tiles=-(-model.config.vocab_size // VOCABULARY_TILE),
-        drafts=tuple(drafts),
-        driven_seconds=driven,
-    )
+    watch.alternate(encode, 1)
+    return watch
 
 
 def check_sizes(config: ModelConfig, prefix: int, context: int | None) -> int:
@@ -167,51 +182,46 @@ class _Watch:
         self._layers = len(model.config.layers)
         sliding = [layer.is_sliding for layer in model.config.layers]
         self._recorder = Recorder(model.weights, sliding, ranges=self._cuda)
+        # Of each watched run: experts hit by layer, and the soft embedding's tiles (recorder.soft_tiles).
         self.hits: list[list[float]] = []
         self.tiles: list[tuple[float, float]] = []
+        # Seconds unwatched; begin and end watched, on the slices' clock.
+        self._plain: list[float] = []
+        self._spans: list[tuple[float, float]] = []
         self._slices: list[Slice] = []
         # The first use of a dispatch mode in a process imports half a second of torch.
         with self._recorder:
             torch.zeros(1).add_(1)
         self._recorder.calls.clear()
 
-    def alternate(self, run: Callable[[], None], rounds: int) -> tuple[list[float], list[tuple[float, float]]]:
-        """Seconds of each unwatched run, and begin and end of each watched one on the host's clock."""
-        plain = []
+    def alternate(self, run: Callable[[], None], rounds: int) -> None:
+        """Runs a pass so many times each way."""
         if self._cuda:
             # The profiler slows what runs beside it, so that all unwatched runs come first.
-            plain = [_length(timed(run, cuda=True)) for _ in range(rounds)]
+            self._plain = [_length(timed(run, cuda=True)) for _ in range(rounds)]
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=activities) as profiler:
-                watched = [self._watched(run) for _ in range(rounds)]
+                self._spans = [self._watched(run) for _ in range(rounds)]
             self._slices = slices_on_gpu(events_of(profiler), self._recorder.calls)
-            return plain, watched
-        watched = []
+            self._spans = [self._on_gpu(repeat) for repeat in range(rounds)]
+            return
         for _ in range(rounds):
-            plain.append(_length(timed(run)))
-            watched.append(self._watched(run))
+            self._plain.append(_length(timed(run)))
+            self._spans.append(self._watched(run))
         self._slices = [_slice_of(call) for call in self._recorder.calls]
-        return plain, watched
 
-    def finished(
-        self,
-        plain: list[float],
-        watched: list[tuple[float, float]],
-        operations: Sequence[Operation],
-        machine: Machine,
-        driven: float | None = None,
-    ) -> Pass:
-        """Puts a pass together from what `alternate` returned, what was counted, and a GPU's own time of it."""
-        seconds = (driven or mean(plain)) if self._cuda else mean(map(_length, watched))
-        rows, between = rows_of(self._slices, operations, machine, seconds, len(watched))
+    def finished(self, operations: Sequence[Operation], machine: Machine, driven: float | None = None) -> Pass:
+        """Puts a pass together from what `alternate` has seen, what was counted, and a GPU's own time of it."""
+        seconds = (driven or mean(self._plain)) if self._cuda else mean(map(_length, self._spans))
+        rows, between = rows_of(self._slices, operations, machine, seconds, len(self._spans))
         return Pass(
             seconds=seconds,
-            unwatched_seconds=mean(plain),
+            unwatched_seconds=mean(self._plain),
             between=between,
             rows=rows,
             operations=tuple(operations),
             slices=tuple(self._slices),
-            spans=tuple(map(self._on_gpu, range(len(watched)))) if self._cuda else tuple(watched),
+            spans=tuple(self._spans),
             machine=machine,
         )
 
