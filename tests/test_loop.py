@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
@@ -442,6 +443,23 @@ def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytes
     busy.submit([1], 4)
     with pytest.raises(RuntimeError, match="numbers must stay different"):
         busy.number_from_zero()
+
+
+def test_a_kept_scheduler_does_not_keep_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = random_model()
+    monkeypatch.setattr(dg.generate, "_keeps_schedulers", lambda model: True)
+    model = dg.DiffusionGemma(base.config, base.weights, base.defaults, base.tokenizer)
+    drafts = list(model.stream(prompts(1)[0], 20, SAMPLER))
+    assert model.kept_scheduler is not None
+    known = weakref.ref(model)
+    del model
+    assert known() is None, "dropped without a search for cycles"
+    assert [event.text for event in drafts if isinstance(event, dg.Draft)]
+    # A stream of a model that nobody else has goes on.
+    stream = dg.DiffusionGemma(base.config, base.weights, base.defaults, base.tokenizer).stream(
+        prompts(1)[0], 20, SAMPLER
+    )
+    assert len(list(stream)) == len(drafts)
 
 
 # A GPU's devices, with stand-ins for what torch has of CUDA --------------------------------------------------------

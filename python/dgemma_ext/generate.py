@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def generate(
     """Answers a prompt, or each of a list of prompts.
 
     prompt: a string, a chat (role/content dicts), token ids, or a list of any of these. max_new_tokens: default the
-    checkpoint's. seed: one number, or one per prompt; the same seed and prompt give the same bits in any batch.
+    checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
+    batch.
     canvas: what the first canvases begin with, one for all or one per prompt. on_draft: called after every denoising
     step.
 
@@ -74,6 +76,7 @@ class _Run:
         seed: int | Sequence[int],
         canvas: Canvas | Sequence[Canvas | None] | None,
     ) -> None:
+        self.model = model  # alive while a stream is
         seeds = _one_per_prompt("seed", seed, isinstance(seed, int), len(prompts))
         canvases = _one_per_prompt("canvas", canvas, canvas is None or isinstance(canvas, Canvas), len(prompts))
         ids = [prompt_to_ids(model, prompt) for prompt in prompts]
@@ -114,7 +117,9 @@ def _scheduler_for(model: DiffusionGemma, requests: int, positions: int) -> Sche
     if kept is None or kept.max_batch < requests or kept.cache.max_length < positions:
         kept = model.kept_scheduler = None  # its memory first
         rounded = max(_LEAST_POSITIONS, bucket_of(positions))
-        kept = Scheduler(model, bucket_of(requests), min(rounded, model.config.max_position_embeddings))
+        # It must not keep the model that keeps it: who drops the model wants its memory back at once.
+        proxy: DiffusionGemma = weakref.proxy(model)
+        kept = Scheduler(proxy, bucket_of(requests), min(rounded, model.config.max_position_embeddings))
         model.kept_scheduler = kept
     kept.number_from_zero()
     return kept

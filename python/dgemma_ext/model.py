@@ -309,8 +309,9 @@ class DiffusionGemma:
 
     def _place(self, cache: Cache, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and its length as the kernels want them: int32 [1] each."""
-        place = torch.tensor([[slot], [cache.length(slot)]], dtype=torch.int32, device=self.device)
-        return place[0], place[1]
+        # Filled on the device: a copy from the host would wait for what runs there.
+        slots = torch.full((1,), slot, dtype=torch.int32, device=self.device)
+        return slots, torch.full((1,), cache.length(slot), dtype=torch.int32, device=self.device)
 
     def _project(
         self,
@@ -401,7 +402,8 @@ class DiffusionGemma:
             raise ValueError(f"slots must be {ids.shape[0]} different slots, one per row of {name}, got {chosen}")
         for slot in chosen:
             cache.length(slot)  # refuses a slot that does not exist
-        return ids.to(self.device), chosen
+        # Without waiting for what runs on a GPU, but where the caller could change the ids under the copy.
+        return ids.to(self.device, non_blocking=not ids.is_pinned()), chosen
 
     # Text -----------------------------------------------------------------------------------------------------------
 

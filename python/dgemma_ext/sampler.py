@@ -197,25 +197,25 @@ def begin_canvas(
     window = slice(index * length, (index + 1) * length)
     tokens = list(content.tokens[window])
     start_step = content.first_step(index, length)
-    given = [t is not None for t in tokens] + [False] * (length - len(tokens))
+    given = [t is not None for t in tokens]
     pinned = list(content.pinned[window]) if content.pinned is not None else []
     masks, rows = _allowed_masks(content, window, vocabulary)
+    draft = torch.full((1, length), -1, dtype=torch.int32, device=device)
 
+    # Filled on the device, or copied without waiting: steps that are still under way there need not end first.
     def scalar(value: float, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([value], dtype=dtype, device=device)
+        return torch.full((1,), value, dtype=dtype, device=device)
+
+    def row(values: list[int] | list[bool], dtype: torch.dtype) -> torch.Tensor:
+        padded = [*values, *[0] * (length - len(values))]
+        return torch.tensor([padded], dtype=dtype).to(device, non_blocking=True)
 
     state = CanvasState(
-        canvas=torch.tensor(
-            [[t or 0 for t in tokens] + [0] * (length - len(tokens))], dtype=torch.int32, device=device
-        ),
-        draft=torch.full((1, length), -1, dtype=torch.int32, device=device),
+        canvas=row([t or 0 for t in tokens], torch.int32) if tokens else torch.zeros_like(draft),
+        draft=draft,
         accepted=torch.zeros(1, length, dtype=torch.bool, device=device),
         entropy=torch.zeros(1, length, device=device),
-        pinned=(
-            torch.tensor([pinned + [False] * (length - len(pinned))], dtype=torch.bool, device=device)
-            if any(pinned)
-            else None
-        ),
+        pinned=row(pinned, torch.bool) if any(pinned) else None,
         allowed=None if masks is None else masks.to(device),
         allowed_row=None if rows is None else rows.to(device),
         seed=scalar(seed, torch.int64),
@@ -240,7 +240,7 @@ def begin_canvas(
         seed=state.seed,
         canvas_index=state.canvas_index,
         step=torch.zeros_like(state.step),
-        keep=torch.tensor([given], dtype=torch.bool, device=device) if any(given) else None,
+        keep=row(given, torch.bool) if any(given) else None,
         allowed=state.allowed,
         allowed_row=state.allowed_row,
     )

@@ -70,6 +70,7 @@ class Request:
         self.denoising_steps: list[int] = []
         self.finish_reason: str | None = None
         self._scheduler = scheduler
+        self._tokenizer = scheduler.model.tokenizer
         self._slot = -1
         # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
         self._in_canvas = False
@@ -115,8 +116,7 @@ class Request:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
-        tokenizer = self._scheduler.model.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(list(ids))
+        return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))
 
 
 class Scheduler:
