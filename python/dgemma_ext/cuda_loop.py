@@ -122,7 +122,8 @@ def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGr
         torch.cuda.current_stream().wait_stream(side)
         # Kept, so that a loop can hold a copy of it.
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, pool=_pool(batch.slot.device)):
+        # What other threads do meanwhile is theirs.
+        with torch.cuda.graph(graph, pool=_pool(batch.slot.device), capture_error_mode="thread_local"):
             step()
         graph.instantiate()
     finally:

@@ -34,7 +34,10 @@ def generate(
     checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
     batch.
     canvas: what the first canvases begin with, one for all or one per prompt. on_draft: called after every denoising
-    step.
+    step, for which the host waits; without it the steps of a canvas are left to the device.
+
+    On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `model.kept_scheduler = None`
+    gives their memory back.
 
     Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
     dg.NonFiniteError naming the request and the step.
