@@ -57,8 +57,8 @@ def test_json_tells_the_same_for_machines() -> None:
         "weights": "fp8",
         "dtype": "bfloat16",
     }
-    assert found["machine"]["bytes_per_second"] > 1e8
-    assert found["machine"]["flops_per_second"]["plain"] > 1e8
+    assert found["machine"]["bytes_per_second"] > 0
+    assert found["machine"]["flops_per_second"]["plain"] > 0
     step = found["step"]
     assert [row["part"] for row in step["parts"]] == [part.value for part in Part]
     assert step["repeats"] == 2
