@@ -1,0 +1,123 @@
+"""What drives a GPU's steps, over stand-ins for what torch has of CUDA: graphs, looks, and doing without either."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import dgemma_ext as dg
+from dgemma_ext import _C, cuda_loop
+from dgemma_ext.canvas_batch import CanvasBatch
+from dgemma_ext.loop import DRIVERS
+from models import random_model
+from test_loop import SAMPLER, plain, prompts
+
+
+class StandIn:
+    """A stream, an event and a context: everything has happened when it is asked for."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: object) -> None: ...
+
+    def record(self, _stream: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Graph:
+    """A captured step, and by its address the step that a loop repeats."""
+
+    by_address: ClassVar[dict[int, Graph]] = {}
+
+    def __init__(self, _batch: CanvasBatch, step: Callable[[], None]) -> None:
+        self.replay = step
+        self.by_address[id(self)] = self
+
+    def raw_cuda_graph(self) -> int:
+        return id(self)
+
+
+class GraphLoop:
+    """csrc/cuda/graph_loop.cu in Python, over the same addresses."""
+
+    def __init__(self, step: int, active: int, slot: int, rows: int, steps_left: int) -> None:
+        self.step = Graph.by_address[step].replay
+        self.active = (ctypes.c_uint8 * rows).from_address(active)
+        self.slot = (ctypes.c_int32 * rows).from_address(slot)
+        self.left = ctypes.c_int32.from_address(steps_left)
+
+    def launch(self, stream: int) -> None:
+        assert stream == 0
+        again = True
+        while again:
+            self.step()
+            self.left.value -= 1
+            again = all(s < 0 or a for s, a in zip(self.slot, self.active, strict=True)) and self.left.value > 0
+
+
+@pytest.fixture
+def cuda_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("device", "current_stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, StandIn)
+    monkeypatch.setattr(cuda_loop, "graphs_can_serve", lambda: True)
+    monkeypatch.setattr(cuda_loop, "_captured", Graph)
+    monkeypatch.setattr(cuda_loop, "_pinned_like", torch.empty_like)
+    monkeypatch.setattr(_C, "GraphLoop", GraphLoop, raising=False)
+    cuda_loop._say_once.cache_clear()
+
+
+def answers_of(driver: str) -> tuple[list[dg.Output], dict[int, Any]]:
+    make = cuda_loop.LaunchDevice if driver == "eager" else cuda_loop.cuda_device
+    scheduler = dg.Scheduler(random_model(), 3, 100, batched=True, driver=driver, make_device=make)
+    requests = [scheduler.submit(p, 20, SAMPLER, s) for s, p in enumerate(prompts(5))]
+    scheduler.step()
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    return [request.output for request in requests], scheduler._groups[8]._devices
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+@pytest.mark.parametrize("driver", list(DRIVERS))
+def test_the_devices_of_a_gpu_give_the_same_answers(driver: str) -> None:
+    found, devices = answers_of(driver)
+    assert found == plain(5)
+    assert {4} < set(devices) <= {1, 2, 4}, "a batch shrinks as requests end"
+    assert {type(device) for device in devices.values()} == {
+        cuda_loop.LaunchDevice if driver == "eager" else cuda_loop.GraphDevice
+    }
+    assert all(device.repeats is (driver != "eager") for device in devices.values())
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+@pytest.mark.parametrize("missing", ["loops", "graphs", "kernels"])
+def test_what_a_driver_does_not_have_is_told_once_and_done_without(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not here")
+
+    if missing == "kernels":
+        monkeypatch.setattr(cuda_loop, "graphs_can_serve", lambda: False)
+    else:
+        monkeypatch.setattr(*((_C, "GraphLoop") if missing == "loops" else (cuda_loop, "_captured")), refuse)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found, devices = answers_of("graph")
+    assert found == plain(5)
+    assert not any(device.repeats for device in devices.values())
+    wanted = {
+        "loops": ["the host queues every denoising step by itself, one ahead: not here"],
+        "graphs": ["a denoising step could not be captured in a CUDA graph, so it runs launch by launch: not here"],
+        "kernels": [],
+    }
+    assert [str(warning.message) for warning in told] == wanted[missing]
