@@ -99,7 +99,7 @@ def test_the_devices_of_a_gpu_give_the_same_answers(driver: str) -> None:
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
-@pytest.mark.parametrize("missing", ["loops", "graphs", "kernels"])
+@pytest.mark.parametrize("missing", ["loops", "launch", "graphs", "kernels"])
 def test_what_a_driver_does_not_have_is_told_once_and_done_without(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,15 +108,21 @@ def test_what_a_driver_does_not_have_is_told_once_and_done_without(
 
     if missing == "kernels":
         monkeypatch.setattr(cuda_loop, "graphs_can_serve", lambda: False)
+    elif missing == "graphs":
+        monkeypatch.setattr(cuda_loop, "_captured", refuse)
+    elif missing == "loops":
+        monkeypatch.setattr(_C, "GraphLoop", refuse)
     else:
-        monkeypatch.setattr(*((_C, "GraphLoop") if missing == "loops" else (cuda_loop, "_captured")), refuse)
+        monkeypatch.setattr(GraphLoop, "launch", refuse)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found, devices = answers_of("graph")
     assert found == plain(5)
     assert not any(device.repeats for device in devices.values())
+    one_ahead = ["the host queues every denoising step by itself, one ahead: not here"]
     wanted = {
-        "loops": ["the host queues every denoising step by itself, one ahead: not here"],
+        "loops": one_ahead,
+        "launch": one_ahead,
         "graphs": ["a denoising step could not be captured in a CUDA graph, so it runs launch by launch: not here"],
         "kernels": [],
     }

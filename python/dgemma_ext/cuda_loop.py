@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -67,20 +68,21 @@ class GraphDevice(LaunchDevice):
         super().__init__(model, cache, batch)
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=model.device)
         flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
-        self._loop = None
-        with torch.cuda.device(model.device):
+        with torch.cuda.device(model.device), _nothing_active(batch):
             self._graph = _captured(batch, super().step)
             try:
                 self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
+                # Tried once, so that what a driver refuses at its launch is met here.
+                self.until_finished(1)
+                torch.cuda.current_stream().synchronize()
+                self.repeats = True
             except RuntimeError as error:
                 _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
-        self.repeats = self._loop is not None
 
     def step(self) -> None:
         self._graph.replay()
 
     def until_finished(self, most: int) -> None:
-        assert self._loop is not None, "asked for where `repeats` is set"
         self._steps_left.fill_(most)
         device = self._steps_left.device
         with torch.cuda.device(device):
@@ -109,25 +111,31 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
-def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step as a graph. Its state stays as it is: nothing is active while the step is tried."""
+@contextmanager
+def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
+    """In which steps change nothing of the canvases that are under way."""
     active = batch.state.active.clone()
     batch.state.active.zero_()
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        # Kept, so that a loop can hold a copy of it.
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        # What other threads do meanwhile is theirs.
-        with torch.cuda.graph(graph, pool=_pool(batch.slot.device), capture_error_mode="thread_local"):
-            step()
-        graph.instantiate()
+        yield
     finally:
         batch.state.active.copy_(active)
+
+
+def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The step as a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    # Kept, so that a loop can hold a copy of it.
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    # What other threads do meanwhile is theirs.
+    with torch.cuda.graph(graph, pool=_pool(batch.slot.device), capture_error_mode="thread_local"):
+        step()
+    graph.instantiate()
     return graph
 
 
