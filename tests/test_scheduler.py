@@ -93,7 +93,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=900, deadline=None, derandomize=True)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(schedule=st.lists(actions, min_size=1, max_size=14), max_batch=st.integers(1, 3))
 def test_any_schedule_gives_every_request_the_tokens_it_gets_alone(
     schedule: list[tuple[str, int]], max_batch: int
