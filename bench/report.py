@@ -18,7 +18,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-COLUMNS = ("microseconds", "goal", "floor", "floor_share", "gigabytes_per_second", "teraflops", "peer", "ratio")
+COLUMNS = (
+    "microseconds",
+    "host_microseconds",
+    "goal",
+    "floor",
+    "floor_share",
+    "gigabytes_per_second",
+    "teraflops",
+    "peer",
+    "ratio",
+)
 
 
 def environment() -> dict[str, str]:
