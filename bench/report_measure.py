@@ -64,37 +64,44 @@ class Measurer:
     # Kinds ------------------------------------------------------------------------------------------------------
 
     def _fixed(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
-        """The time of a canvas: encoding the canvas before it, and `steps` denoising steps. The first canvas warms up.
+        """The time of a canvas: `steps` denoising steps, the first of which encodes the canvas before it. The first
+        canvas warms up; of the last, the first step is timed apart.
 
-        step_seconds: the same without the encode, divided by the steps. tokens_per_second: prefill is not counted, as
-        the published figures do not; every canvas pays for one encode.
+        step_seconds: of one of the others. commit_seconds: by how much the first is longer. tokens_per_second: prefill
+        is not counted, as the published figures do not; every canvas takes the one before it.
         """
         sampler = dg.SamplerConfig(max_denoising_steps=point.steps, confidence_threshold=0.0, eos_token_ids=())
         canvases = 1 + self.scale.repeats
-        batch, ends = Batch(model, point, sampler, canvases), []
+        batch, ends = Batch(model, point, sampler, canvases + 1), []
         for _ in range(canvases):
             batch.finish_canvas()
             ends.append(self._now())
         canvas_seconds = median(end - begin for begin, end in pairwise(ends))
-        encode_seconds = point.batch * self._encode_seconds(model, point.prefix, model.config.canvas_length)
+        batch.step()
+        first_seconds = self._now() - ends[-1]
+        batch.finish_canvas()
+        step_seconds = (self._now() - ends[-1] - first_seconds) / (point.steps - 1)
         tokens = point.batch * model.config.canvas_length
         return {
             "canvas_seconds": canvas_seconds,
-            "encode_seconds": encode_seconds,
-            "step_seconds": max(canvas_seconds - encode_seconds, 0.0) / point.steps,
+            "commit_seconds": first_seconds - step_seconds,
+            "step_seconds": step_seconds,
             "tokens_per_second": tokens / canvas_seconds,
         }
 
     def _adaptive(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
         """Canvases that stop as the sampler decides, from random prompts and weights: how many steps that takes says
-        nothing of the published model."""
+        nothing of the published model. Prefill is what the first step takes longer than the second."""
         canvases = 1 + self.scale.repeats
         batch = Batch(model, point, dg.SamplerConfig(eos_token_ids=()), canvases)
-        begin = self._now()
+        ends = [self._now()]
+        for _ in range(2):
+            batch.step()
+            ends.append(self._now())
+        prefill = max(ends[1] - ends[0] - (ends[2] - ends[1]), 0.0)
         for _ in range(canvases):
             batch.finish_canvas()
-        seconds = self._now() - begin
-        prefill = point.batch * self._encode_seconds(model, 0, point.prefix)
+        seconds = self._now() - ends[0]
         steps = [count for request in batch.requests for count in request.denoising_steps]
         tokens = point.batch * canvases * model.config.canvas_length
         return {
@@ -154,11 +161,18 @@ class Batch:
         """Goes on until every request has one more canvas."""
         self._canvases += 1
         while min(self._committed.values()) < self._canvases:
-            for event in self.scheduler.finish_canvas():
-                if isinstance(event, dg.Failure):
-                    raise event.error
-                if isinstance(event, dg.Commit):
-                    self._committed[event.request.number] += 1
+            self._look_at(self.scheduler.finish_canvas())
+
+    def step(self) -> None:
+        """One denoising step of every request."""
+        self._look_at(self.scheduler.step())
+
+    def _look_at(self, events: list[dg.Event]) -> None:
+        for event in events:
+            if isinstance(event, dg.Failure):
+                raise event.error
+            if isinstance(event, dg.Commit):
+                self._committed[event.request.number] += 1
 
 
 def measure_transformers(scale: Scale, point: Point, device: torch.device) -> dict[str, Any]:

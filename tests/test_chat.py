@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
-import torch
 
 import dgemma_ext as dg
 from models import random_model
@@ -15,15 +12,15 @@ SAMPLER = dg.SamplerConfig(max_denoising_steps=2)
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each encode pass took."""
+    """How many tokens each pass took into the cache."""
     counts: list[int] = []
-    original = dg.DiffusionGemma.encode
+    original = dg.Cache.advance
 
-    def spy(self: dg.DiffusionGemma, ids: torch.Tensor, cache: dg.Cache, slots: Sequence[int] | None = None) -> None:
-        counts.append(ids.shape[1])
-        original(self, ids, cache, slots)
+    def spy(self: dg.Cache, slot: int, count: int) -> None:
+        counts.append(count)
+        original(self, slot, count)
 
-    monkeypatch.setattr(dg.DiffusionGemma, "encode", spy)
+    monkeypatch.setattr(dg.Cache, "advance", spy)
     return counts
 
 

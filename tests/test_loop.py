@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from typing import Any
@@ -16,6 +17,7 @@ from dgemma_ext import SamplerConfig, demo
 from dgemma_ext import memory as memory_module
 from dgemma_ext.batch_step import batch_step
 from dgemma_ext.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch, told_bytes
+from dgemma_ext.joint_pass import Pending
 from dgemma_ext.loop import DRIVERS, DirectDevice, Look
 from dgemma_ext.ops import block_attention
 from dgemma_ext.sampler import CanvasState, begin_canvas, denoising_step
@@ -40,9 +42,9 @@ class StreamDevice(DirectDevice):
         self._log, self._looks = log, 0
         self._buffers = [torch.empty_like(self._batch.told) for _ in range(2)]
 
-    def step(self) -> None:
+    def step(self, pending: Sequence[Pending] = ()) -> None:
         self._log.calls.append("step")
-        super().step()
+        super().step(pending)
 
     def look(self) -> Look:
         self._log.calls.append("look")
@@ -331,11 +333,11 @@ def test_a_row_that_is_not_finite_fails_alone(driver: str, monkeypatch: pytest.M
     requests = [scheduler.submit(p, max_new_tokens=16, sampler=SAMPLER, seed=s) for s, p in enumerate(chosen)]
     original, steps = DirectDevice.step, []
 
-    def poisoned(device: DirectDevice) -> None:
+    def poisoned(device: DirectDevice, pending: Sequence[Pending] = ()) -> None:
         steps.append(1)
         if len(steps) == 2:  # the second step of every first canvas
             device._batch.state.soft_embedding[1, 3] = float("nan")  # type: ignore[index]
-        original(device)
+        original(device, pending)
 
     monkeypatch.setattr(DirectDevice, "step", poisoned)
     events = []

@@ -6,11 +6,13 @@ value, allocates what outlives the step, or depends on how many rows are in use:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dgemma_ext.canvas_batch import CanvasBatch
+from dgemma_ext.joint_pass import CanvasRows, Pending, last_hidden
 from dgemma_ext.ops import block_attention
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from dgemma_ext.sampler import decide, embed_softly
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from dgemma_ext.model import DiffusionGemma
 
 
-def batch_step(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
+def batch_step(model: DiffusionGemma, cache: Cache, batch: CanvasBatch, pending: Sequence[Pending] = ()) -> None:
     """Advances every active row by one denoising step, in place; other rows stay as they are.
+
+    pending: tokens that the same pass encodes, each for a row that counts them to its prefix. Such a step is not for a
+    graph: its shapes are those of the tokens.
 
     A row's first step has a soft embedding of zeros, which is what none means. Rows that are not active cost their
     part of the dense products: attention, experts, head and all after it leave them out.
     """
     state = batch.state
-    hidden = _last_hidden(model, cache, batch)
+    hidden = _last_hidden(model, cache, batch, pending)
     # The update writes the next step's temperature over this one's, which the soft embedding still reads.
     batch.temperature.copy_(state.temperature)
     reading: dict[str, Any] = {
@@ -46,7 +51,7 @@ def batch_step(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
     embed_softly(model, state, raw, reading, statistics, out=state.soft_embedding, workspace=batch.workspace)
 
 
-def _last_hidden(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> torch.Tensor:
+def _last_hidden(model: DiffusionGemma, cache: Cache, batch: CanvasBatch, pending: Sequence[Pending]) -> torch.Tensor:
     """What the head takes: the last layer's output, normalised, [B, L, hidden]."""
     state, shape = batch.state, (batch.rows, batch.length)
     idle = state.active.logical_not()
@@ -68,12 +73,11 @@ def _last_hidden(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> tor
         )
         return out.flatten(0, 1)[None]
 
-    hidden, normed = model._canvas_input(state.canvas, state.soft_embedding), None
-    for layer, weights in zip(model.config.layers, model.weights.layers, strict=True):
-        tables = batch.tables[layer.rope, layer.head_dim]
-        scalar = weights.decoder_layer_scalar
-        hidden, normed = model._layer(
-            hidden, layer, weights, tables, scalar, attend, normed, requests=batch.rows, idle=idle_rows
-        )
-    assert normed is not None, "a model has layers"
-    return normed[0].unflatten(0, shape)
+    rows = CanvasRows(
+        hidden=model._canvas_input(state.canvas, state.soft_embedding),
+        tables=batch.tables,
+        whose=model._rows(*[batch.length] * batch.rows),
+        attend=attend,
+        idle=idle_rows,
+    )
+    return last_hidden(model, cache, rows, pending)[0].unflatten(0, shape)

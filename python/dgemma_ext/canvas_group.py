@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from dgemma_ext.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch
+from dgemma_ext.joint_pass import Pending
 from dgemma_ext.loop import Device, DirectDevice, driver_for
 from dgemma_ext.sampler import CanvasState
 
@@ -29,6 +30,7 @@ class _Row:
     first_step: int
     next_step: int  # as far as the host has looked
     max_steps: int
+    pending: Pending | None  # what its first step is to encode
 
 
 class CanvasGroup(Generic[Member]):
@@ -58,14 +60,28 @@ class CanvasGroup(Generic[Member]):
     def members(self) -> tuple[Member, ...]:
         return tuple(self._members)
 
-    def join(self, member: Member, canvas: CanvasState, slot: int, first_step: int, max_steps: int) -> None:
-        """Takes a canvas that is about to begin, over what the slot holds. The numbers are those of the canvas, which
-        the host need not ask the device for."""
-        prefix = self._cache.length(slot)
+    @property
+    def pending(self) -> int:
+        """How many tokens the next step is to encode."""
+        return sum(one.ids.shape[1] for one in self._pending())
+
+    def join(
+        self,
+        member: Member,
+        canvas: CanvasState,
+        slot: int,
+        first_step: int,
+        max_steps: int,
+        pending: torch.Tensor | None = None,
+    ) -> None:
+        """Takes a canvas that is about to begin, over what the slot holds and `pending`, int [1, n]: tokens that its
+        first step encodes. The numbers are those of the canvas, which the host need not ask the device for."""
+        prefix = self._cache.length(slot) + (0 if pending is None else pending.shape[1])
         positions = torch.arange(prefix, prefix + self._batch.length, device=self._model.device)
         self._batch.load(len(self._members), canvas, slot, prefix, self._model.rotary_tables(positions))
         self._members.append(member)
-        self._rows.append(_Row(first_step, first_step, max_steps))
+        waiting = None if pending is None else Pending(slot, pending.to(self._model.device, non_blocking=True))
+        self._rows.append(_Row(first_step, first_step, max_steps, waiting))
 
     def leave(self, member: Member) -> None:
         """Gives the member's row up; the last row takes its place. A member that is not here is none's concern."""
@@ -82,14 +98,24 @@ class CanvasGroup(Generic[Member]):
     def step(self) -> dict[Member, Progress]:
         """One denoising step of every member."""
         device = self._device()
-        device.step()
+        device.step(self._take_pending())
         return self._progress(device.look().wait())
 
     def run(self) -> dict[Member, Progress]:
         """Steps until a member's canvas is finished."""
         most = min(row.max_steps - row.next_step + 1 for row in self._rows)
         device = self._device()
-        return self._progress(driver_for(device, self._driver)(device, len(self._members), most))
+        drive = driver_for(device, self._driver)
+        return self._progress(drive(device, len(self._members), most, self._take_pending()))
+
+    def _pending(self) -> list[Pending]:
+        return [row.pending for row in self._rows if row.pending is not None]
+
+    def _take_pending(self) -> list[Pending]:
+        pending = self._pending()
+        for row in self._rows:
+            row.pending = None
+        return pending
 
     def _device(self) -> Device:
         return self._device_of(bucket_of(len(self._members)))

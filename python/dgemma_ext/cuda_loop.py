@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from dgemma_ext.loop import Device, DirectDevice, Look
 
 if TYPE_CHECKING:
     from dgemma_ext.cache import Cache
+    from dgemma_ext.joint_pass import Pending
     from dgemma_ext.model import DiffusionGemma
 
 # Calls before a capture: libraries choose algorithms and allocate in their first, torch's manual asks for some.
@@ -79,8 +80,11 @@ class GraphDevice(LaunchDevice):
             except RuntimeError as error:
                 _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
 
-    def step(self) -> None:
-        self._graph.replay()
+    def step(self, pending: Sequence[Pending] = ()) -> None:
+        if pending:
+            super().step(pending)  # of a shape that is not met again
+        else:
+            self._graph.replay()
 
     def until_finished(self, most: int) -> None:
         self._steps_left.fill_(most)

@@ -6,31 +6,64 @@ bfloat16 decide which experts are chosen and which token is the draft.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
 from functools import cache
+from typing import Any
 
 import torch
 
 from dgemma_ext.config import LayerConfig, RopeConfig
 from dgemma_ext.loading import Weight
+from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops.layer import gelu_product, normalise_heads, rms_norm
 from dgemma_ext.ops.quantized_gemm import linear
+from dgemma_ext.ops.router import route
 from dgemma_ext.weights import LayerWeights
 
 
-def dense(x: torch.Tensor, weight: Weight, requests: int = 1) -> torch.Tensor:
-    """x @ weight.T for x [requests * L, in]: on the CPU request by request, because the bits of torch's product for a
-    row depend on how many rows there are, and a request's must not depend on its batch. On a GPU in one product."""
-    if requests == 1 or x.device.type != "cpu":
+class Products(Enum):
+    """How dense products treat rows of several requests. The bits of torch's product for a row depend on how many rows
+    there are, so what a request's bits may depend on is a choice."""
+
+    APART = "apart"  # torch's, one for the rows of each request: the CPU's, where it costs nothing
+    TOGETHER = "together"  # torch's, one for all rows: a GPU's
+    INVARIANT = "invariant"  # our own, one for all rows, whose bits for a row are that row's alone
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whose the rows of a pass are: `counts` of them belong to each request in turn."""
+
+    counts: tuple[int, ...]
+    products: Products
+
+    def dense(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """x [rows, in] @ weight.T. The product with a quantized weight is our own in any case."""
+        if isinstance(weight, torch.Tensor):
+            if self.products is Products.INVARIANT:
+                return grouped_gemm.dense(x, weight)
+            if self._apart:
+                return torch.cat([linear(rows, weight) for rows in x.split(self.counts)])
         return linear(x, weight)
-    return torch.cat([linear(rows, weight) for rows in x.chunk(requests)])
+
+    def gated_mlp(self, x: torch.Tensor, gate: Weight, up: Weight, down: Weight) -> torch.Tensor:
+        """down(gelu_tanh(gate x) * up x): the dense MLP of a layer, and self-conditioning's."""
+        return self.dense(gelu_product(self.dense(x, gate), self.dense(x, up)), down)
+
+    def route(self, x: torch.Tensor, *router: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.router.route`, whose scores are torch's product on the CPU."""
+        if not self._apart:
+            return route(x, *router)
+        ids, weights = zip(*(route(rows, *router) for rows in x.split(self.counts)), strict=True)
+        return torch.cat(ids), torch.cat(weights)
+
+    @property
+    def _apart(self) -> bool:
+        return self.products is Products.APART and len(self.counts) > 1
 
 
-def gated_mlp(x: torch.Tensor, gate: Weight, up: Weight, down: Weight, requests: int = 1) -> torch.Tensor:
-    """down(gelu_tanh(gate x) * up x): the dense MLP of a layer, and self-conditioning's. x: [requests * L, in]."""
-    return dense(gelu_product(dense(x, gate, requests), dense(x, up, requests)), down, requests)
-
-
-__all__ = ["dense", "gated_mlp", "project_qkv", "rms_norm", "rotary_tables"]
+__all__ = ["Products", "Rows", "project_qkv", "rms_norm", "rotary_tables"]
 
 
 @cache
@@ -53,15 +86,15 @@ def project_qkv(
     layer: LayerConfig,
     tables: tuple[torch.Tensor, torch.Tensor],
     epsilon: float,
-    requests: int = 1,
+    whose: Rows,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised, rotated queries [n, heads, head_dim], keys and values [n, key heads, head_dim], from x [n, hidden]:
-    the rows of all requests one after the other, as many of each. `tables` have a row for each.
+    """Normalised, rotated queries [n, heads, head_dim], keys and values [n, key heads, head_dim], from x [n, hidden],
+    `tables` having a row for each.
 
     On full layers values are the key projection before its norm, its scale and the rotation.
     """
     heads = (x.shape[0], -1, layer.head_dim)
-    query = dense(x, weights.q_proj, requests).view(heads)
-    key = dense(x, weights.k_proj, requests).view(heads)
-    value = None if weights.v_proj is None else dense(x, weights.v_proj, requests).view(heads)
+    query = whose.dense(x, weights.q_proj).view(heads)
+    key = whose.dense(x, weights.k_proj).view(heads)
+    value = None if weights.v_proj is None else whose.dense(x, weights.v_proj).view(heads)
     return normalise_heads(query, key, value, weights.q_norm, weights.k_norm, *tables, epsilon)

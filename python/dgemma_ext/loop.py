@@ -12,7 +12,7 @@ is cleared by the step that finishes it), so a step that is queued too much chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from dgemma_ext.canvas_batch import CanvasBatch, Told, told_bytes
 
 if TYPE_CHECKING:
     from dgemma_ext.cache import Cache
+    from dgemma_ext.joint_pass import Pending
     from dgemma_ext.model import DiffusionGemma
 
 
@@ -41,8 +42,8 @@ class Device(Protocol):
 
     repeats: bool
 
-    def step(self) -> None:
-        """Queues one step."""
+    def step(self, pending: Sequence[Pending] = ()) -> None:
+        """Queues one step; `pending`: tokens that it encodes for its rows to see."""
         ...
 
     def look(self) -> Look:
@@ -54,38 +55,43 @@ class Device(Protocol):
         ...
 
 
-# driver(device, members, most): queues steps until one of the first `members` rows, all active at the beginning, is
-# finished; after `most` steps, at least 1, one is. What it gives back has been read after the step that finished it, or
-# later.
-Driver = Callable[[Device, int, int], Told]
+# driver(device, members, most, pending): queues steps until one of the first `members` rows, all active at the
+# beginning, is finished; after `most` steps, at least 1, one is. The first encodes what is pending. What it gives back
+# has been read after the step that finished the row, or later.
+Driver = Callable[[Device, int, int, Sequence["Pending"]], Told]
 
 
-def step_then_look(device: Device, members: int, most: int) -> Told:
-    for _ in range(most):
-        device.step()
+def step_then_look(device: Device, members: int, most: int, pending: Sequence[Pending] = ()) -> Told:
+    for step in range(most):
+        device.step(() if step else pending)
         told = device.look().wait()
         if finished(told, members).any():
             break
     return told
 
 
-def one_step_late(device: Device, members: int, most: int) -> Told:
-    device.step()
-    pending = device.look()
+def one_step_late(device: Device, members: int, most: int, pending: Sequence[Pending] = ()) -> Told:
+    device.step(pending)
+    newest = device.look()
     for _ in range(most - 1):
         device.step()
-        late, pending = pending, device.look()
+        late, newest = newest, device.look()
         told = late.wait()
         over = finished(told, members)
         if over.all():
             return told  # frozen: the step that is still under way changes nothing
         if over.any():
             break
-    return pending.wait()
+    return newest.wait()
 
 
-def until_finished(device: Device, members: int, most: int) -> Told:
-    device.until_finished(most)
+def until_finished(device: Device, members: int, most: int, pending: Sequence[Pending] = ()) -> Told:
+    if pending:
+        # By the host, for its shapes are its own. Should it finish a canvas, the device finds that one step late.
+        device.step(pending)
+        most -= 1
+    if most:
+        device.until_finished(most)
     return device.look().wait()
 
 
@@ -110,8 +116,8 @@ class DirectDevice:
     def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
         self._model, self._cache, self._batch = model, cache, batch
 
-    def step(self) -> None:
-        batch_step(self._model, self._cache, self._batch)
+    def step(self, pending: Sequence[Pending] = ()) -> None:
+        batch_step(self._model, self._cache, self._batch, pending)
 
     def look(self) -> Look:
         return _Copied(self._batch)

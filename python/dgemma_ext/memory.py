@@ -14,6 +14,7 @@ from dgemma_ext.cache import Cache
 from dgemma_ext.canvas_batch import make_canvas_batch
 from dgemma_ext.checkpoint import CheckpointInfo, layer_layout, model_layout
 from dgemma_ext.config import LayerConfig, ModelConfig
+from dgemma_ext.joint_pass import JOINT_TOKENS
 from dgemma_ext.quantized.scheme import PARTS, Target
 from dgemma_ext.quantized.stored import Experts, Matrix, Stored, names_of
 from dgemma_ext.sizes import size
@@ -91,7 +92,7 @@ def memory_plan(
     return MemoryPlan(
         weights=_weights(config, info, weights, dtype),
         cache=cache.nbytes,
-        workspace=_workspace(config, min(_CHUNK, chosen), dtype, device.type == "cuda"),
+        workspace=_workspace(config, _positions(1, config.canvas_length, chosen), dtype, device.type == "cuda"),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
     )
@@ -105,7 +106,7 @@ def batch_plan(model: DiffusionGemma, requests: int, length: int, max_length: in
     cache = 0
     if slots:
         cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
-    positions = max(requests * length, min(_CHUNK, max_length))
+    positions = _positions(requests, length, max_length)
     return MemoryPlan(
         weights={},
         cache=cache,
@@ -189,6 +190,11 @@ def _group(stored: Stored) -> int:
     if isinstance(stored, Experts):
         return stored.matrices[0][0].group
     return stored.group if isinstance(stored, Matrix) else 0
+
+
+def _positions(requests: int, length: int, max_length: int) -> int:
+    """The most rows of a pass: a piece of a prompt, or canvases with what their first step encodes."""
+    return max(min(_CHUNK, max_length), requests * length + min(JOINT_TOKENS, max_length))
 
 
 def _workspace(config: ModelConfig, positions: int, dtype: torch.dtype, cuda: bool) -> int:

@@ -14,12 +14,12 @@ from torch.nn import functional
 from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import inspect_checkpoint, resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
-from dgemma_ext.layers import dense, gated_mlp, project_qkv, rms_norm, rotary_tables
+from dgemma_ext.joint_pass import CanvasRows, Pending, last_hidden
+from dgemma_ext.layers import Products, Rows, project_qkv, rms_norm, rotary_tables
 from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.quantized_gemm import experts
-from dgemma_ext.ops.router import route
 from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
@@ -42,7 +42,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 RotaryTables = dict[tuple[RopeConfig, int], tuple[torch.Tensor, torch.Tensor]]
 
 # attend(layer, query, key, value): the attention of a pass, over its cache.
-_Attention = Callable[[LayerConfig, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[[LayerConfig, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class DiffusionGemma:
@@ -61,6 +61,8 @@ class DiffusionGemma:
         self.tokenizer = tokenizer
         self.dtype = weights.embed_tokens.dtype
         self.device = weights.embed_tokens.device
+        # What a request's bits may depend on; on the CPU they are its own.
+        self.products = Products.APART if self.device.type == "cpu" else Products.TOGETHER
         # Checks every layer's output, so that a non-finite value is named where it appears first.
         self.debug = os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0")
         # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
@@ -195,15 +197,25 @@ class DiffusionGemma:
         return out
 
     def last_hidden(
-        self, canvas: torch.Tensor, cache: Cache, slot: int, soft_embedding: torch.Tensor | None
+        self,
+        canvas: torch.Tensor,
+        cache: Cache,
+        slot: int,
+        soft_embedding: torch.Tensor | None,
+        pending: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the head takes: the last layer's output, normalised, [1, L, hidden]. Arguments as of raw_logits."""
-        attend = self._canvas_attention(cache, slot)
-        hidden, normed = self._canvas_input(canvas, soft_embedding), None
-        for layer, weights, tables in self._layers(cache.length(slot), canvas.shape[1]):
-            hidden, normed = self._layer(hidden, layer, weights, tables, weights.decoder_layer_scalar, attend, normed)
-        assert normed is not None, "a model has layers"
-        return normed
+        """What the head takes: the last layer's output, normalised, [1, L, hidden]. Arguments as of raw_logits.
+
+        pending: int [1, n], tokens that the same pass encodes into the slot, for the canvas to see.
+        """
+        start, length, taken = cache.length(slot), canvas.shape[1], 0 if pending is None else pending.shape[1]
+        rows = CanvasRows(
+            hidden=self._canvas_input(canvas, soft_embedding),
+            tables=self.rotary_tables(torch.arange(start + taken, start + taken + length, device=self.device)),
+            whose=self._rows(length),
+            attend=self._canvas_attention(cache, slot, taken),
+        )
+        return last_hidden(self, cache, rows, [] if pending is None else [Pending(slot, pending)])
 
     def soft_embedding_of_logits(self, processed: torch.Tensor) -> torch.Tensor:
         """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
@@ -243,18 +255,17 @@ class DiffusionGemma:
         hidden = self._embed(canvas.reshape(-1))
         if soft_embedding is not None:
             normed = rms_norm(soft_embedding.flatten(0, 1), weights.self_conditioning_pre_norm, epsilon)
-            hidden = hidden + gated_mlp(
+            hidden = hidden + self._rows(*[canvas.shape[1]] * canvas.shape[0]).gated_mlp(
                 normed,
                 weights.self_conditioning_gate_proj,
                 weights.self_conditioning_up_proj,
                 weights.self_conditioning_down_proj,
-                requests=canvas.shape[0],
             )
         return rms_norm(hidden, None, epsilon)[None]
 
-    def _canvas_attention(self, cache: Cache, slot: int) -> _Attention:
-        """The attention of a denoising pass over what the slot holds."""
-        place = self._place(cache, slot)
+    def _canvas_attention(self, cache: Cache, slot: int, more: int = 0) -> Attention:
+        """The attention of a denoising pass over what the slot holds, and `more` positions that it will hold."""
+        place = self._place(cache, slot, more)
 
         def attend(layer: LayerConfig, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             prefix = (cache.keys[layer.index], cache.values[layer.index], *place)
@@ -262,7 +273,7 @@ class DiffusionGemma:
 
         return attend
 
-    def _causal_attention(self, cache: Cache, slot: int, spans: torch.Tensor | None) -> _Attention:
+    def _causal_attention(self, cache: Cache, slot: int, spans: torch.Tensor | None) -> Attention:
         """The attention of an encode pass; it appends the block's keys and values to the slot's rows."""
         place = self._place(cache, slot)
 
@@ -300,18 +311,26 @@ class DiffusionGemma:
             if layer.index == len(self.config.layers) - 1:
                 # Nobody looks at what follows the last layer's keys and values.
                 _, key, value = self._project(hidden, layer, weights, tables, normed)
-                rows = (cache.keys[layer.index], cache.values[layer.index])
-                block_attention.append_to_cache(key, value, *rows, *self._place(cache, slot))
+                self._append(layer, key, value, cache, slot)
             else:
                 scalar = weights.encoder_layer_scalar
                 hidden, normed = self._layer(hidden, layer, weights, tables, scalar, attend, normed)
         cache.advance(slot, count)
 
-    def _place(self, cache: Cache, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slot and its length as the kernels want them: int32 [1] each."""
+    def _append(self, layer: LayerConfig, key: torch.Tensor, value: torch.Tensor, cache: Cache, slot: int) -> None:
+        """Puts keys and values [1, n, key heads, head_dim] behind what a layer has of the slot."""
+        rows = (cache.keys[layer.index], cache.values[layer.index])
+        block_attention.append_to_cache(key, value, *rows, *self._place(cache, slot))
+
+    def _place(self, cache: Cache, slot: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot and its length, with `more` positions, as the kernels want them: int32 [1] each."""
         # Filled on the device: a copy from the host would wait for what runs there.
         slots = torch.full((1,), slot, dtype=torch.int32, device=self.device)
-        return slots, torch.full((1,), cache.length(slot), dtype=torch.int32, device=self.device)
+        return slots, torch.full((1,), cache.length(slot) + more, dtype=torch.int32, device=self.device)
+
+    def _rows(self, *counts: int) -> Rows:
+        """Rows of a pass, so many of each request."""
+        return Rows(counts, self.products)
 
     def _project(
         self,
@@ -320,13 +339,14 @@ class DiffusionGemma:
         weights: LayerWeights,
         tables: tuple[torch.Tensor, torch.Tensor],
         normed: torch.Tensor | None,
-        requests: int = 1,
+        whose: Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of hidden [1, L, hidden], each [1, L, heads, head_dim]."""
         epsilon = self.config.rms_norm_eps
         if normed is None:
             normed = rms_norm(hidden, weights.input_layernorm, epsilon)
-        query, key, value = project_qkv(normed[0], weights, layer, tables, epsilon, requests)
+        whose = whose or self._rows(hidden.shape[1])
+        query, key, value = project_qkv(normed[0], weights, layer, tables, epsilon, whose)
         return query[None], key[None], value[None]
 
     def _layer(
@@ -335,53 +355,52 @@ class DiffusionGemma:
         layer: LayerConfig,
         weights: LayerWeights,
         tables: tuple[torch.Tensor, torch.Tensor],
-        layer_scalar: float,
-        attend: _Attention,
+        layer_scalar: float | Sequence[tuple[int, float]],
+        attend: Attention,
         normed: torch.Tensor | None = None,
-        requests: int = 1,
+        whose: Rows | None = None,
         idle: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer on hidden [1, n, hidden]; `attend` is the pass's attention, `normed` the layer's first norm of
         hidden where it is known. Returns the output and the norm of it that comes next.
 
-        requests: how many share the rows, as many rows of each. idle: bool [n, 1], rows that no expert is to see.
+        layer_scalar: of all rows, or of so many rows each. idle: bool [n, 1], rows that no expert is to see.
         """
         epsilon = self.config.rms_norm_eps
-        attended = attend(layer, *self._project(hidden, layer, weights, tables, normed, requests))
+        whose = whose or self._rows(hidden.shape[1])
+        attended = attend(layer, *self._project(hidden, layer, weights, tables, normed, whose))
         rows, dense_input, sparse = attention_residual(
             hidden[0],
-            dense(attended[0].flatten(-2), weights.o_proj, requests),
+            whose.dense(attended[0].flatten(-2), weights.o_proj),
             weights.post_attention_layernorm,
             weights.pre_feedforward_layernorm,
             weights.pre_feedforward_layernorm_2,
             epsilon,
         )
-        ids, scales = self._route(rows, weights, requests)
+        router = (weights.router_scale, weights.router_proj, weights.router_per_expert_scale)
+        ids, scales = whose.route(rows, *router, self.config.top_k_experts, epsilon)
         if idle is not None:
             ids.masked_fill_(idle, -1)
-        out, next_normed = layer_output(
-            rows,
-            gated_mlp(dense_input, weights.gate_proj, weights.up_proj, weights.down_proj, requests),
-            experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down),
+        mlp = whose.gated_mlp(dense_input, weights.gate_proj, weights.up_proj, weights.down_proj)
+        sparse = experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down)
+        norms = (
             weights.post_feedforward_layernorm_1,
             weights.post_feedforward_layernorm_2,
             weights.post_feedforward_layernorm,
             self._norm_after(layer),
-            layer_scalar,
-            epsilon,
         )
+        parts = [(rows.shape[0], layer_scalar)] if isinstance(layer_scalar, float) else layer_scalar
+        counts = [count for count, _ in parts]
+        made = [
+            layer_output(residual, of_mlp, of_experts, *norms, scalar, epsilon)
+            for (_, scalar), residual, of_mlp, of_experts in zip(
+                parts, rows.split(counts), mlp.split(counts), sparse.split(counts), strict=True
+            )
+        ]
+        out, next_normed = made[0] if len(made) == 1 else (torch.cat(side) for side in zip(*made, strict=True))
         if self.debug and not bool(torch.isfinite(out).all()):
             raise FloatingPointError(f"the output of layer {layer.index} is not finite")
         return out[None], next_normed[None]
-
-    def _route(self, rows: torch.Tensor, weights: LayerWeights, requests: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts of rows [n, hidden] and their weights; by request where `dense` is, for the same reason."""
-        router = (weights.router_scale, weights.router_proj, weights.router_per_expert_scale)
-        rest = (self.config.top_k_experts, self.config.rms_norm_eps)
-        if requests == 1 or rows.device.type != "cpu":
-            return route(rows, *router, *rest)
-        ids, scales = zip(*(route(part, *router, *rest) for part in rows.chunk(requests)), strict=True)
-        return torch.cat(ids), torch.cat(scales)
 
     def _norm_after(self, layer: LayerConfig) -> torch.Tensor:
         """The weight of the norm that a layer's output meets next: the next layer's first, or the last of all."""

@@ -269,12 +269,14 @@ def denoising_step(
     logits: torch.Tensor | None = None,
     sample_uniforms: torch.Tensor | None = None,
     renoise_uniforms: torch.Tensor | None = None,
+    pending: torch.Tensor | None = None,
 ) -> None:
     """One step of one canvas, in place: pass, statistics, sampling, acceptance, renoising, stop, soft embedding.
 
     logits: a buffer [1, L, vocabulary] for the raw logits. The uniforms (float64 [1, L]) replace the drawn ones.
+    pending: int [1, n], tokens that the same pass encodes into the slot, for the canvas to see.
     """
-    hidden = model.last_hidden(state.canvas, cache, slot, state.soft_embedding)
+    hidden = model.last_hidden(state.canvas, cache, slot, state.soft_embedding, pending)
     reading = _reading(model, state)
     raw, statistics = vocabulary_head(hidden, model.weights.embed_tokens, **reading, logits=logits)
     _advance(model, state, raw, reading, statistics, sample_uniforms, renoise_uniforms)

@@ -25,6 +25,7 @@ from dgemma_ext.canvas_batch import Told, bucket_of
 from dgemma_ext.canvas_group import CanvasGroup, MakeDevice, Progress
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.joint_pass import JOINT_TOKENS
 from dgemma_ext.loop import DRIVERS, DirectDevice
 from dgemma_ext.memory import batch_plan, check_memory
 from dgemma_ext.model import DiffusionGemma
@@ -260,18 +261,24 @@ class Scheduler:
         return [event for request in running for event in events.get(request.number, [])]
 
     def _begin(self, request: Request) -> None:
-        """The encode before the first step of a canvas, and the canvas."""
-        self._encode_pending(request)
+        """The canvas, and what it wants to see: in the cache, or left to its first step."""
+        self._recall(request)
+        alone = self._goes_alone(request)
+        taken = 0 if alone else self._groups[request.sampler.canvas_length].pending
+        if len(request._uncached) + taken > JOINT_TOKENS:
+            self.model.encode(torch.tensor([request._uncached]), self.cache, slots=[request._slot])
+            self._note_encoded(request)
         index, sampler = len(request.denoising_steps), request.sampler
         work = begin_canvas(self.model, sampler, request.seed, index, request.canvas)
         request.denoising_steps.append(0)
         request._in_canvas = True
-        if self._goes_alone(request):
+        if alone:
             request._work = work
             return
         first_step = 1 if request.canvas is None else request.canvas.first_step(index, sampler.canvas_length)
         group = self._groups[sampler.canvas_length]
-        group.join(request, work, request._slot, first_step, sampler.max_denoising_steps)
+        steps = (first_step, sampler.max_denoising_steps)
+        group.join(request, work, request._slot, *steps, self._pending(request))
 
     def _advance_alone(self, request: Request, whole: bool) -> list[Event]:
         """One denoising step (with `whole` all that the canvas has left), and the commit after the last."""
@@ -279,7 +286,9 @@ class Scheduler:
             work = request._work
             assert work is not None, "the canvas has begun"
             step = int(work.step)
-            denoising_step(self.model, self.cache, request._slot, work, self._logits_buffer(work.length))
+            logits, pending = self._logits_buffer(work.length), self._pending(request)
+            denoising_step(self.model, self.cache, request._slot, work, logits, pending=pending)
+            self._note_encoded(request)
             request.denoising_steps[-1] += 1
             told = Told(work.status, work.step, work.mean_entropy, work.draft, work.entropy, work.accepted)
             status, draft = self._draft(request, told, 0, step)
@@ -290,6 +299,7 @@ class Scheduler:
 
     def _told(self, request: Request, progress: Progress) -> list[Event]:
         """What a batch's steps made of a request's canvas."""
+        self._note_encoded(request)
         told, row = progress.told, progress.row
         failed = int(told.status[row]) == CanvasStatus.NON_FINITE
         # The step that fails is not counted by the device, and the one after the last that it made is told.
@@ -317,21 +327,30 @@ class Scheduler:
             mean_entropy=float(told.mean_entropy[row]),
         )
 
-    def _encode_pending(self, request: Request) -> None:
-        """Brings the cache up to date: a saved beginning of the prompt where there is one, then the encode pass."""
+    def _recall(self, request: Request) -> None:
+        """Puts a saved beginning of the prompt into the slot, where there is one."""
         slot, store = request._slot, request.snapshots
-        if not request._cached and store is not None:
-            saved = store.longest_prefix(request._uncached)
-            if saved is not None:
-                self.cache.restore(slot, saved)
-                request._cached = request._uncached[: saved.length]
-                request._uncached = request._uncached[saved.length :]
+        if store is None or request._cached:
+            return
+        saved = store.longest_prefix(request._uncached)
+        if saved is not None:
+            self.cache.restore(slot, saved)
+            request._cached = request._uncached[: saved.length]
+            request._uncached = request._uncached[saved.length :]
+            if not request._uncached:
+                store.add(request._cached, saved)  # the newest again
+
+    def _pending(self, request: Request) -> torch.Tensor | None:
+        """What the canvas's first step is to encode: int [1, n]."""
+        return torch.tensor([request._uncached], device=self.model.device) if request._uncached else None
+
+    def _note_encoded(self, request: Request) -> None:
+        """The slot holds all that the canvas wants to see."""
         if request._uncached:
-            self.model.encode(torch.tensor([request._uncached]), self.cache, slots=[slot])
-        request._cached = request._cached + request._uncached
-        request._uncached = []
-        if store is not None:
-            store.add(request._cached, self.cache.snapshot(slot))
+            request._cached = request._cached + request._uncached
+            request._uncached = []
+            if request.snapshots is not None:
+                request.snapshots.add(request._cached, self.cache.snapshot(request._slot))
 
     def _commit(self, request: Request, draft: Draft) -> Commit:
         """Takes the finished canvas into the answer; ends the request at an end of text or at its length."""
@@ -349,7 +368,7 @@ class Scheduler:
             request.state = RequestState.FINISHED
             self._release(request)
         else:
-            # Encoded when the next canvas begins, so that the last canvas of an answer costs no pass.
+            # Encoded by the next canvas's first step, and the last canvas of an answer not at all.
             request._uncached = list(draft.token_ids)
         return Commit(
             request=request,

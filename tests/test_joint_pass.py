@@ -1,0 +1,161 @@
+"""Tokens that a canvas's first step encodes on its way: the same bits as an encode pass before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dgemma_ext as dg
+from backend import DTYPES
+from dgemma_ext import SamplerConfig
+from dgemma_ext import scheduler as scheduler_module
+from dgemma_ext.batch_step import batch_step
+from dgemma_ext.cache import SnapshotStore
+from dgemma_ext.canvas_batch import make_canvas_batch
+from dgemma_ext.joint_pass import Pending
+from dgemma_ext.sampler import begin_canvas
+from models import random_model
+
+# The default model of the tests has windows of 16 and canvases of 8.
+WINDOW, LENGTH = 16, 8
+SAMPLER = SamplerConfig(max_denoising_steps=4, confidence_threshold=4.0, entropy_bound=6.0, t_max=0.1, t_min=0.01)
+
+
+def ids(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 512, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def slot_of(cache: dg.Cache, slot: int) -> list[torch.Tensor]:
+    saved = cache.snapshot(slot)
+    return [*saved.keys, *saved.values]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prefix", [0, 3, WINDOW - 1, WINDOW, 41])
+@pytest.mark.parametrize("count", [1, LENGTH, WINDOW - 1, WINDOW + 1, 37])
+def test_one_pass_gives_what_two_give(prefix: int, count: int, dtype: torch.dtype) -> None:
+    model = random_model(dtype)
+    assert model.config.layers[0].sliding_window == WINDOW
+    assert model.config.canvas_length == LENGTH
+    cache, more, canvas = model.new_cache(2, 128), ids(count, 1), ids(LENGTH, 2)
+    soft = torch.randn(1, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    if prefix:
+        for slot in range(2):
+            model.encode(ids(prefix, 4), cache, slots=[slot])
+    model.encode(more, cache, slots=[0])
+    expected = model.last_hidden(canvas, cache, 0, soft)
+    actual = model.last_hidden(canvas, cache, 1, soft, pending=more)
+    assert torch.equal(actual, expected)
+    assert cache.length(1) == cache.length(0) == prefix + count
+    for one, other in zip(slot_of(cache, 1), slot_of(cache, 0), strict=True):
+        assert torch.equal(one, other)
+    # What it has appended is what the next pass sees.
+    assert torch.equal(model.last_hidden(canvas, cache, 1, soft), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_batch_join_with_their_tokens(dtype: torch.dtype) -> None:
+    """Two join, one with more than a window; one is in the midst of its canvas; a row has no request."""
+    model = random_model(dtype)
+    cache, apart = model.new_cache(4, 128), model.new_cache(4, 128)
+    resolved = SAMPLER.resolve(model.defaults, LENGTH)
+    waiting = {0: ids(5, 10), 2: ids(WINDOW + 3, 12)}
+    batches = []
+    for which in (cache, apart):
+        batch = make_canvas_batch(model, 4, LENGTH)
+        model.encode(ids(7, 11), which, slots=[1])
+        model.encode(ids(WINDOW, 13), which, slots=[2])
+        for row in (1, 0, 2):
+            if which is apart and row in waiting:
+                model.encode(waiting[row], which, slots=[row])
+            prefix = which.length(row) + (waiting[row].shape[1] if which is cache and row in waiting else 0)
+            tables = model.rotary_tables(torch.arange(prefix, prefix + LENGTH))
+            batch.load(row, begin_canvas(model, resolved, seed=row, index=0), row, prefix, tables)
+            if row == 1:
+                batch_step(model, which, batch)
+        batches.append(batch)
+    batch_step(model, cache, batches[0], [Pending(slot, tokens) for slot, tokens in waiting.items()])
+    batch_step(model, apart, batches[1])
+    for _ in range(2):
+        for name in ("canvas", "draft", "entropy", "step", "soft_embedding"):
+            one, other = (getattr(batch.state, name)[:3] for batch in batches)
+            assert torch.equal(one, other), name
+        for slot in range(3):
+            assert all(map(torch.equal, slot_of(cache, slot), slot_of(apart, slot)))
+        batch_step(model, cache, batches[0])
+        batch_step(model, apart, batches[1])
+    assert batches[0].state.step.tolist() == [4, 5, 4, 0]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("most", [0, 12, 1024])
+def test_no_request_needs_a_pass_of_its_own_for_a_short_beginning(
+    batched: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`most`: the tokens that a step may encode; with 0 every piece has its own pass, as the answers expect."""
+    model = random_model()
+    prompts = [ids(count, count)[0].tolist() for count in (3, 12, 13)]
+    passes, original = [], model.encode
+
+    def counted(tokens: torch.Tensor, *rest: object, **more: object) -> None:
+        passes.append(tokens.shape[1])
+        original(tokens, *rest, **more)  # type: ignore[arg-type]
+
+    def answers() -> list[dg.Output]:
+        scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=batched)
+        requests = [scheduler.submit(p, 20, SAMPLER, seed) for seed, p in enumerate(prompts)]
+        while not scheduler.idle:
+            scheduler.finish_canvas()
+        return [request.output for request in requests]
+
+    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", 0)
+    expected = answers()
+    monkeypatch.setattr(model, "encode", counted)
+    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", most)
+    assert answers() == expected
+    assert all(len(output.denoising_steps) == 3 for output in expected), "each commits two canvases"
+    if most == 0:
+        assert sorted(passes) == sorted([3, 12, 13] + 6 * [LENGTH])
+    elif most == 1024:
+        assert passes == []
+    elif batched:
+        assert passes[:2] == [12, 13], "what does not fit beside the first request's three"
+    else:
+        assert passes == [13]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_a_step_encodes_is_remembered(batched: bool) -> None:
+    model, store = random_model(), SnapshotStore()
+    scheduler = dg.Scheduler(model, max_batch=1, max_length=100, batched=batched)
+    prompt = ids(9, 5)[0].tolist()
+    request = scheduler.submit(prompt, 12, SAMPLER, 0, snapshots=store)
+    while not scheduler.idle:
+        scheduler.step()
+    canvas = list(request.output.token_ids[:LENGTH])
+    for known, length in ((prompt, 9), (prompt + canvas, 9 + LENGTH)):
+        saved = store.longest_prefix(known)
+        assert saved is not None
+        cache = model.new_cache(1, 100)
+        for part in (known[:9], known[9:]):
+            if part:
+                model.encode(torch.tensor([part]), cache)
+        assert saved.length == length
+        assert all(map(torch.equal, [*saved.keys, *saved.values], slot_of(cache, 0)))
+
+
+def test_a_request_that_is_cancelled_leaves_nothing_to_encode() -> None:
+    model = random_model()
+    alone = model.generate(ids(6, 1)[0].tolist(), 8, SAMPLER, 1)
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=100, batched=True)
+    kept = scheduler.submit(ids(6, 1)[0].tolist(), 8, SAMPLER, 1)
+    gone = scheduler.submit(ids(4, 2)[0].tolist(), 20, SAMPLER, 2)
+    while len(gone.denoising_steps) < 2:
+        scheduler.finish_canvas()
+    gone.cancel()
+    (group,) = scheduler._groups.values()
+    assert group.pending == 0
+    while not scheduler.idle:
+        scheduler.step()
+    assert kept.output == alone
+    assert scheduler.cache.length(0) == scheduler.cache.length(1) == 0
