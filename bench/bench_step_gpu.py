@@ -20,6 +20,7 @@ from true_size import random_model, true_config
 
 import dgemma_ext as dg
 from dgemma_ext.canvas_group import CanvasGroup
+from dgemma_ext.layers import Products
 from dgemma_ext.loop import DRIVERS, driver_for
 from dgemma_ext.sampler import begin_canvas, denoising_step
 
@@ -71,6 +72,17 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
     work = Work(bytes=experts * experts_hit / 128 + dense + 2 * HEAD_BYTES)
     benchmark.extra_info["gigabytes_allocated"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
     record(benchmark, step, work, GOALS[weights][experts_hit], rounds=10)
+
+
+@pytest.mark.parametrize("prefix", [128, 8192])
+def bench_batch_invariant_step(benchmark: BenchmarkFixture, prefix: int) -> None:
+    """What `batch_invariant=True` costs: the step of bench_step[bfloat16-128-...] with our own dense products."""
+    made = model(128)
+    made.products = Products.INVARIANT
+    try:
+        bench_step(benchmark, "bfloat16", 128, prefix)
+    finally:
+        made.products = Products.TOGETHER
 
 
 @pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])

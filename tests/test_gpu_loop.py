@@ -139,3 +139,15 @@ def test_a_loop_that_the_driver_does_not_have_is_left_to_the_host(monkeypatch: p
     monkeypatch.setattr(_C, "GraphLoop", refuse)
     with pytest.warns(RuntimeWarning, match="one ahead: dgemma::GraphLoop: no"):
         assert answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP) == wanted
+
+
+def test_a_batch_changes_no_bit_where_that_is_asked_for() -> None:
+    made = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cuda", batch_invariant=True)
+    alone = []
+    for seed, chat in enumerate(chats(5)):
+        scheduler = dg.Scheduler(made, 1, 256)
+        request = scheduler.submit(chat, made.config.canvas_length, None, seed)
+        while not scheduler.idle:
+            scheduler.finish_canvas()
+        alone.append(request.output)
+    assert answers(dg.Scheduler(made, 5, 256), 5, None) == alone

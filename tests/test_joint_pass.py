@@ -7,12 +7,15 @@ import torch
 
 import dgemma_ext as dg
 from backend import DTYPES
-from dgemma_ext import SamplerConfig
+from dgemma_ext import _C, SamplerConfig
 from dgemma_ext import scheduler as scheduler_module
 from dgemma_ext.batch_step import batch_step
 from dgemma_ext.cache import SnapshotStore
 from dgemma_ext.canvas_batch import make_canvas_batch
 from dgemma_ext.joint_pass import Pending
+from dgemma_ext.layers import Products
+from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.placement import resolve_products
 from dgemma_ext.sampler import begin_canvas
 from models import random_model
 
@@ -159,3 +162,44 @@ def test_a_request_that_is_cancelled_leaves_nothing_to_encode() -> None:
         scheduler.step()
     assert kept.output == alone
     assert scheduler.cache.length(0) == scheduler.cache.length(1) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_our_own_products_all_rows_go_together_and_no_bit_changes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`batch_invariant`: one product for the rows of all requests, whose bits a row's neighbours do not change."""
+    model = random_model(dtype)
+    prompts = [ids(count, count)[0].tolist() for count in (3, 12, 13)]
+    rows: list[int] = []
+    product = grouped_gemm.dense
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return product(x, weight)
+
+    monkeypatch.setattr(grouped_gemm, "dense", counted)
+    monkeypatch.setattr(model, "products", Products.INVARIANT)
+    alone = [model.generate(prompt, 20, SAMPLER, seed) for seed, prompt in enumerate(prompts)]
+    del rows[:]
+    scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=True)
+    requests = [scheduler.submit(prompt, 20, SAMPLER, seed) for seed, prompt in enumerate(prompts)]
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    assert [request.output for request in requests] == alone
+    # Three canvases in four rows, and the prompts with the first step.
+    assert max(rows) == 4 * LENGTH + 3 + 12 + 13
+
+
+def test_a_gpu_that_cannot_be_batch_invariant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for invariant in (False, True):
+        assert resolve_products(invariant, cpu, torch.float32) is Products.APART
+    assert resolve_products(False, cuda, torch.float32) is Products.TOGETHER
+    with pytest.raises(ValueError, match=r"batch_invariant on a GPU is for dtype bfloat16, got torch.float32"):
+        resolve_products(True, cuda, torch.float32)
+    monkeypatch.setattr(_C, "has_cuda", lambda: False)
+    with pytest.raises(ValueError, match="needs a build with CUDA kernels"):
+        resolve_products(True, cuda, torch.bfloat16)
+    monkeypatch.setattr(_C, "has_cuda", lambda: True)
+    assert resolve_products(True, cuda, torch.bfloat16) is Products.INVARIANT

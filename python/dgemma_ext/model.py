@@ -15,11 +15,12 @@ from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import inspect_checkpoint, resolve_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
 from dgemma_ext.joint_pass import CanvasRows, Pending, last_hidden
-from dgemma_ext.layers import Products, Rows, project_qkv, rms_norm, rotary_tables
+from dgemma_ext.layers import Rows, project_qkv, rms_norm, rotary_tables
 from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.quantized_gemm import experts
+from dgemma_ext.placement import resolve_device, resolve_dtype, resolve_products
 from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
@@ -35,8 +36,6 @@ ENCODE_CHUNK = 4096
 
 # Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
 _SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 # By what the tables depend on: a layer's rope and head dimension.
 RotaryTables = dict[tuple[RopeConfig, int], tuple[torch.Tensor, torch.Tensor]]
@@ -62,7 +61,7 @@ class DiffusionGemma:
         self.dtype = weights.embed_tokens.dtype
         self.device = weights.embed_tokens.device
         # What a request's bits may depend on; on the CPU they are its own.
-        self.products = Products.APART if self.device.type == "cpu" else Products.TOGETHER
+        self.products = resolve_products(False, self.device, self.dtype)
         # Checks every layer's output, so that a non-finite value is named where it appears first.
         self.debug = os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0")
         # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
@@ -79,6 +78,7 @@ class DiffusionGemma:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         weights: str = "stored",
+        batch_invariant: bool = False,
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
 
@@ -86,6 +86,8 @@ class DiffusionGemma:
         otherwise "bfloat16" or "float32" (or the torch dtype). `weights` "stored" keeps quantized weights as they are;
         "fp8", "int4" (groups of 32), "int4-64", "int4-128" and "nvfp4" quantize plain ones while they are loaded, those
         that the published checkpoints of the format quantize; "plain" loads quantized ones as `dtype`.
+        `batch_invariant`: a request's tokens are the same alone and in any batch, to the bit, on a GPU too, because its
+        dense products are our own kernels' and not torch's; on the CPU they are in any case.
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, and
         dg.NotEnoughMemory, before anything is loaded, with a table of what the model would take.
@@ -94,12 +96,15 @@ class DiffusionGemma:
         config = ModelConfig.from_file(path)
         wanted = resolve_weights(weights)
         resolved, place = resolve_dtype(dtype, config), resolve_device(device)
+        products = resolve_products(batch_invariant, place, resolved)
         info = inspect_checkpoint(path, config)
         plan = memory_plan(config, info, wanted, resolved, place)
         check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
         loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
-        return cls(config, loaded, GenerationDefaults.from_file(path, config), tokenizer)
+        model = cls(config, loaded, GenerationDefaults.from_file(path, config), tokenizer)
+        model.products = products
+        return model
 
     # The passes ---------------------------------------------------------------------------------------------------
 
@@ -475,30 +480,3 @@ def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> It
 def _largest_row_norm(embedding: torch.Tensor) -> float:
     """max over v of ||embedding[v]||, in pieces so that no fp32 copy of the table exists."""
     return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A device that is asked for, "auto" being a GPU where torch sees one. Raises ValueError for one that is not."""
-    if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, and torch sees no CUDA GPU here")
-    return resolved
-
-
-def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    """A dtype that is asked for, "auto" being the checkpoint's. Raises ValueError for one that is not served."""
-    if isinstance(dtype, str):
-        if dtype == "auto":
-            return config.dtype
-        if dtype in _DTYPES:
-            return _DTYPES[dtype]
-    elif dtype in _DTYPES.values():
-        return dtype
-    raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")

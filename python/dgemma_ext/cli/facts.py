@@ -16,7 +16,7 @@ from dgemma_ext.cache import Cache
 from dgemma_ext.checkpoint import CheckpointInfo, expected_tensors, inspect_checkpoint
 from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig
 from dgemma_ext.memory import USUAL_CONTEXT, memory_plan
-from dgemma_ext.model import resolve_dtype
+from dgemma_ext.placement import resolve_dtype
 from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import TOKENIZER_FILE, Tokenizer
 

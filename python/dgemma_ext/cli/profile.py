@@ -10,7 +10,8 @@ from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.config import ModelConfig
-from dgemma_ext.model import DiffusionGemma, resolve_device, resolve_dtype
+from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.placement import resolve_device, resolve_dtype
 from dgemma_ext.profile import Profile, chart, check_sizes, profile, trace
 from dgemma_ext.profile.timeline import Pass, ratio_text
 from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
