@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import dgemma_ext as dg
-from dgemma_ext.sampler import begin_canvas
+from dgemma_ext import memory
+from dgemma_ext.sampler import begin_canvas, denoising_step
 from models import random_model
 
 SAMPLER = dg.SamplerConfig(max_denoising_steps=6, confidence_threshold=1e-9, entropy_bound=4.0)
@@ -147,3 +148,79 @@ def test_an_end_of_text_beyond_the_length_does_not_count(model: dg.DiffusionGemm
     output = model.generate([5], max_new_tokens=6, sampler=sampler, canvas=canvas)
     assert output.finish_reason == "length"
     assert len(output.token_ids) == 6
+
+
+# A trimmed last canvas ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "end", "lengths"),
+    [
+        (256, 256, [256]),
+        (256, 257, [256, 64]),
+        (256, 64, [64]),
+        (256, 65, [128]),
+        (256, 193, [256]),
+        (8, 13, [8, 6]),
+        # A quarter of ten is three positions, and four of them are more than there are.
+        (10, 10, [10]),
+        (10, 9, [9]),
+        (10, 11, [10, 3]),
+        (3, 1, [1]),
+    ],
+)
+def test_lengths_of_trimmed_canvases(length: int, end: int, lengths: list[int], model: dg.DiffusionGemma) -> None:
+    for trim, expected in ((True, lengths), (False, [length] * len(lengths))):
+        sampler = dg.SamplerConfig(canvas_length=length, trim_canvas=trim).resolve(model.defaults, 256)
+        assert [sampler.length_of(index, end) for index in range(len(lengths))] == expected
+
+
+def test_an_end_of_text_is_certain_where_it_is_pinned() -> None:
+    tokens, pinned = [5, END, None, END, END], [True, False, False, True, True]
+    assert dg.Canvas(tokens, pinned).certain_length((END, 3)) == 4
+    assert dg.Canvas(tokens, pinned).certain_length((3,)) is None
+    assert dg.Canvas(tokens).certain_length((END,)) is None
+    assert dg.Canvas().certain_length((END,)) is None
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("ends", ["by length", "by a pinned end of text"])
+def test_a_trimmed_canvas_is_one_of_that_length(ends: str, batched: bool, model: dg.DiffusionGemma) -> None:
+    """Thirteen tokens in canvases of eight: the second has six positions, with the noise and draws of a whole one."""
+    common = {"max_denoising_steps": 4, "confidence_threshold": 0.0, "entropy_bound": 6.0, "eos_token_ids": (END,)}
+    canvas, limit = None, 13
+    if ends == "by a pinned end of text":
+        canvas, limit = dg.Canvas([*[None] * 12, END], [*[False] * 12, True]), 30
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=64, batched=batched)
+    settings = dg.SamplerConfig(**common, trim_canvas=True)  # type: ignore[arg-type]
+    request = scheduler.submit([5, 6], limit, settings, seed=9, canvas=canvas)
+    beside = scheduler.submit([7], 16, settings, seed=10)
+    lengths = []
+    while not scheduler.idle:
+        lengths += [len(event.token_ids) for event in scheduler.step() if getattr(event, "request", None) is request]
+    resolved = settings.resolve(model.defaults, 8)
+    cache, told = model.new_cache(1, 64), []
+    model.encode(torch.tensor([[5, 6]]), cache)
+    for index, length in enumerate((8, 6)):
+        state = begin_canvas(model, resolved, 9, index, canvas, length)
+        assert torch.equal(state.canvas, begin_canvas(model, resolved, 9, index, canvas).canvas[:, :length])
+        while bool(state.active):
+            denoising_step(model, cache, 0, state)
+        told += state.draft[0].tolist()
+        model.encode(state.draft, cache)
+    assert END not in told[:12], "another seed"
+    assert list(request.output.token_ids) == told[:13]
+    # Drafts, then what was committed.
+    assert lengths == [8] * 5 + [6] * 4 + [5]
+    assert beside.output == model.generate([7], 16, settings, seed=10)
+
+
+def test_a_trimmed_canvas_that_does_not_fit_is_refused_when_it_is_submitted(
+    model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=64, batched=True)
+    monkeypatch.setattr(memory, "available_bytes", lambda _: 0)
+    scheduler.submit([5], 16, dg.SamplerConfig(trim_canvas=True))
+    with pytest.raises(dg.NotEnoughMemory):
+        scheduler.submit([5], 13, dg.SamplerConfig(trim_canvas=True))
+    assert len(scheduler._waiting) == 1

@@ -28,7 +28,9 @@ class SamplerConfig:
     max_denoising_steps: cap on the steps of a canvas. entropy_bound: nats; a position is accepted while the entropies
     of the surer ones sum to no more. t_min, t_max: the temperature falls linearly from t_max towards t_min.
     stability_threshold: for how many steps the draft must not change. confidence_threshold: nats; the mean entropy
-    must be below. canvas_length: at most the checkpoint's.
+    must be below. canvas_length: at most the checkpoint's. trim_canvas: leaves out of an answer's last canvas what
+    lies beyond its length limit or a pinned end of text, in quarters of a canvas. That is less work, and may change
+    tokens, because positions that would be cut off are seen by the others.
     """
 
     max_denoising_steps: int | None = None
@@ -40,6 +42,7 @@ class SamplerConfig:
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     canvas_length: int | None = None
+    trim_canvas: bool = False
 
     def resolve(self, defaults: GenerationDefaults, canvas_length: int) -> ResolvedSampler:
         """Fills in what is None and checks the whole; raises ValueError naming the field."""
@@ -66,6 +69,7 @@ class ResolvedSampler:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     canvas_length: int
+    trim_canvas: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
@@ -81,6 +85,15 @@ class ResolvedSampler:
     def _require(self, holds: bool, field: str, wanted: str) -> None:
         if not holds:
             raise ValueError(f"{field} must be {wanted}, got {getattr(self, field)}")
+
+    def length_of(self, index: int, end: int) -> int:
+        """Positions of canvas `index` of an answer that has `end` tokens at most."""
+        reached = end - index * self.canvas_length
+        if not self.trim_canvas or reached >= self.canvas_length:
+            return self.canvas_length
+        # Quarters, so that few lengths occur: each has buffers and graphs of its own.
+        quarter = -(-self.canvas_length // 4)
+        return min(-(-reached // quarter) * quarter, self.canvas_length)
 
     def temperature(self, step: int) -> float:
         """Of the step, counted from 1: t_min + (t_max - t_min) * remaining / max_denoising_steps.
@@ -110,6 +123,11 @@ class Canvas:
     def first_step(self, index: int, length: int) -> int:
         """Of canvas `index`: start_step where it has tokens, else 1."""
         return self.start_step if len(self.tokens) > index * length else 1
+
+    def certain_length(self, eos_token_ids: Sequence[int]) -> int | None:
+        """Tokens up to the first pinned end of text; None where none is pinned."""
+        pairs = enumerate(zip(self.tokens, self.pinned or (), strict=False), start=1)
+        return next((count for count, (token, pinned) in pairs if pinned and token in eos_token_ids), None)
 
     def check(self, vocabulary: int, max_steps: int) -> None:
         """Raises ValueError naming the field."""
@@ -189,14 +207,24 @@ class CanvasState:
 
 
 def begin_canvas(
-    model: DiffusionGemma, sampler: ResolvedSampler, seed: int, index: int, content: Canvas | None = None
+    model: DiffusionGemma,
+    sampler: ResolvedSampler,
+    seed: int,
+    index: int,
+    content: Canvas | None = None,
+    length: int | None = None,
 ) -> CanvasState:
-    """The state before the first step of canvas `index`: noise, and the tokens that `content` gives."""
-    device, length, vocabulary = model.device, sampler.canvas_length, model.config.vocab_size
+    """The state before the first step of canvas `index`: noise, and the tokens that `content` gives.
+
+    length: of this canvas, where it is not the sampler's.
+    """
+    device, vocabulary = model.device, model.config.vocab_size
+    length = length or sampler.canvas_length
     content = content or Canvas()
-    window = slice(index * length, (index + 1) * length)
+    start = index * sampler.canvas_length
+    window = slice(start, start + length)
     tokens = list(content.tokens[window])
-    start_step = content.first_step(index, length)
+    start_step = content.first_step(index, sampler.canvas_length)
     given = [t is not None for t in tokens]
     pinned = list(content.pinned[window]) if content.pinned is not None else []
     masks, rows = _allowed_masks(content, window, vocabulary)

@@ -73,6 +73,10 @@ class Request:
         self._scheduler = scheduler
         self._tokenizer = scheduler.model.tokenizer
         self._slot = -1
+        certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
+        self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
+        # Of the canvas under way.
+        self._length = sampler.canvas_length
         # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
         self._in_canvas = False
         self._work: CanvasState | None = None
@@ -84,6 +88,12 @@ class Request:
     @property
     def done(self) -> bool:
         return self.state not in (RequestState.WAITING, RequestState.RUNNING)
+
+    @property
+    def canvas_lengths(self) -> set[int]:
+        """Of the canvases that the answer may have."""
+        canvases = -(-self._longest // self.sampler.canvas_length)
+        return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
 
     @property
     def output(self) -> Output:
@@ -218,7 +228,7 @@ class Scheduler:
             )
         request = Request(self, self._submitted, ids, limit, resolved, seed, canvas, snapshots)
         if not self._goes_alone(request):
-            self._need_group(resolved.canvas_length)
+            self._need_groups(request)
         self._submitted += 1
         self._waiting.append(request)
         return request
@@ -263,20 +273,21 @@ class Scheduler:
     def _begin(self, request: Request) -> None:
         """The canvas, and what it wants to see: in the cache, or left to its first step."""
         self._recall(request)
+        index, sampler = len(request.denoising_steps), request.sampler
+        request._length = sampler.length_of(index, request._longest)
         alone = self._goes_alone(request)
-        taken = 0 if alone else self._groups[request.sampler.canvas_length].pending
+        taken = 0 if alone else self._groups[request._length].pending
         if len(request._uncached) + taken > JOINT_TOKENS:
             self.model.encode(torch.tensor([request._uncached]), self.cache, slots=[request._slot])
             self._note_encoded(request)
-        index, sampler = len(request.denoising_steps), request.sampler
-        work = begin_canvas(self.model, sampler, request.seed, index, request.canvas)
+        work = begin_canvas(self.model, sampler, request.seed, index, request.canvas, request._length)
         request.denoising_steps.append(0)
         request._in_canvas = True
         if alone:
             request._work = work
             return
         first_step = 1 if request.canvas is None else request.canvas.first_step(index, sampler.canvas_length)
-        group = self._groups[sampler.canvas_length]
+        group = self._groups[request._length]
         steps = (first_step, sampler.max_denoising_steps)
         group.join(request, work, request._slot, *steps, self._pending(request))
 
@@ -408,7 +419,7 @@ class Scheduler:
     def _end_canvas(self, request: Request) -> None:
         request._work = None
         request._in_canvas = False
-        group = self._groups.get(request.sampler.canvas_length)
+        group = self._groups.get(request._length)
         if group is not None:
             group.leave(request)
 
@@ -416,16 +427,19 @@ class Scheduler:
         rules_tokens = request.canvas is not None and request.canvas.allowed is not None
         return not self._batched or rules_tokens or self.model.debug
 
-    def _need_group(self, length: int) -> None:
-        """Buffers for canvases of this length. Those of a length that nobody has any more are given up first."""
-        if length in self._groups:
+    def _need_groups(self, request: Request) -> None:
+        """Buffers for canvases of a request's lengths. Those of lengths that nobody has any more are given up first."""
+        missing = request.canvas_lengths - self._groups.keys()
+        if not missing:
             return
-        wanted = {request.sampler.canvas_length for request in (*self._running, *self._waiting)}
-        wanted.add(self.model.config.canvas_length)
+        wanted = {self.model.config.canvas_length}.union(
+            *(one.canvas_lengths for one in (*self._running, *self._waiting, request))
+        )
         self._groups = {kept: group for kept, group in self._groups.items() if kept in wanted}
-        plan = batch_plan(self.model, bucket_of(self.max_batch), length, self.cache.max_length, slots=0)
-        check_memory(plan, 0, self.model.device)
-        self._groups[length] = self._new_group(length)
+        for length in missing:
+            plan = batch_plan(self.model, bucket_of(self.max_batch), length, self.cache.max_length, slots=0)
+            check_memory(plan, 0, self.model.device)
+            self._groups[length] = self._new_group(length)
 
     def _new_group(self, length: int) -> CanvasGroup[Request]:
         return CanvasGroup(self.model, self.cache, self.max_batch, length, self._driver, self._make_device)

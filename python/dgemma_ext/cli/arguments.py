@@ -53,6 +53,7 @@ class Arguments(argparse.Namespace):
     stability_threshold: int | None
     confidence_threshold: float | None
     canvas_length: int | None
+    trim_canvas: bool
     context: int | None
     size: int | None
     count: int
@@ -80,6 +81,7 @@ class Arguments(argparse.Namespace):
             stability_threshold=self.stability_threshold,
             confidence_threshold=self.confidence_threshold,
             canvas_length=self.canvas_length,
+            trim_canvas=self.trim_canvas,
         )
 
 
@@ -249,6 +251,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stability-threshold", type=int, metavar="N", help="stop when unchanged for so many steps ...")
     group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="... and mean entropy is below this")
     group.add_argument("--canvas-length", type=_positive, metavar="N", help="tokens per canvas, at most the model's")
+    group.add_argument(
+        "--trim-canvas",
+        action="store_true",
+        help="cut the last canvas to --max-new-tokens, in quarters: less work, perhaps other tokens",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
