@@ -24,14 +24,17 @@ from bench_step_cpu import FLATTENING, ROOT, write_checkpoint
 import dgemma_ext as dg
 import dgemma_ext.demo
 
-FORMATS = ("fp8", "int4", "int4-64", "int4-128", "nvfp4")
+# Formats of weights, and what the experts' activations are rounded to.
+FORMATS = (("fp8", None), ("fp8", "fp8"), ("int4", None), ("int4-64", None), ("int4-128", None), ("nvfp4", None))
 PROMPT_TOKENS = 128
 
 
 @torch.inference_mode()
-def logits_of(folder: Path, weights: str) -> torch.Tensor:
+def logits_of(folder: Path, weights: str, activations: str | None = None) -> torch.Tensor:
     """fp32 [L, V] of one pass over a canvas of noise."""
-    model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype="bfloat16", weights=weights)
+    model = dg.DiffusionGemma.from_pretrained(
+        folder, device="cpu", dtype="bfloat16", weights=weights, activations=activations
+    )
     config = model.config
     generator = torch.Generator().manual_seed(0)
     prompt = min(PROMPT_TOKENS, config.max_position_embeddings - config.canvas_length)
@@ -62,9 +65,10 @@ def main() -> None:
     ]
     for folder in folders:
         plain = logits_of(folder, "stored")
-        for weights in FORMATS:
-            row = {"checkpoint": folder.name, "weights": weights, **compare(plain, logits_of(folder, weights))}
-            print(json.dumps(row), flush=True)
+        for weights, activations in FORMATS:
+            options = {"weights": weights, "activations": activations}
+            figures = compare(plain, logits_of(folder, weights, activations))
+            print(json.dumps({"checkpoint": folder.name, **options, **figures}), flush=True)
 
 
 if __name__ == "__main__":

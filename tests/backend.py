@@ -2,7 +2,7 @@
 
 DGEMMA_TEST_BACKEND in the environment: "cpu", the default; "sim", the CUDA kernels on the host (test_sim_operators.py
 starts such runs); "cuda", the kernels on a GPU (`make gpu-check`), on copies of the tests' tensors (on_gpu.py). The
-tests of an operator are the same for all of them.
+tests of an operator are the same for all of them. DGEMMA_TEST_GPU: the compute capability of the GPU that "sim" plays.
 """
 
 from __future__ import annotations
@@ -21,6 +21,17 @@ DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat1
 VARIANTS = _C.cpu_variants() if BACKEND == "cpu" else [BACKEND]
 # And the form in plain torch, which stands for none of the kernels.
 FORMS = [*VARIANTS, "plain"] if BACKEND == "cpu" else VARIANTS
+
+
+def _compute_capability() -> int:
+    if BACKEND == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    return int(os.environ.get("DGEMMA_TEST_GPU", "90"))
+
+
+# 90 for 9.0, where the backend is one of the GPU's.
+COMPUTE_CAPABILITY = _compute_capability()
 
 # For tests of what only the CPU does: it looks at values before it computes, and takes any size and type.
 cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's operators alone")

@@ -21,6 +21,9 @@ struct QuantizedOnCuda : OnCuda {
   static constexpr auto kDenseWorkspace = &dgemma_cuda_dense_quantized_workspace;
   static constexpr auto kMoeFfn = &dgemma_cuda_moe_ffn_quantized;
   static constexpr auto kMoeFfnWorkspace = &dgemma_cuda_moe_ffn_quantized_workspace;
+  // On the CPU that one is written in torch (ops/quantized_gemm_plain.py).
+  static constexpr auto kMoeFfnFp8 = &dgemma_cuda_moe_ffn_fp8;
+  static constexpr auto kMoeFfnFp8Workspace = &dgemma_cuda_moe_ffn_fp8_workspace;
 };
 #endif
 
@@ -70,16 +73,11 @@ dgemma_quantized describe_matrix(const Arguments& arguments, const char* name, i
   return matrix;
 }
 
-template <typename Backend>
-Tensor moe_ffn_quantized(const Tensor& input, const Tensor& expert_ids,
-                         const Tensor& expert_weights, int64_t gate_up_format,
-                         const Tensor& gate_up, const std::optional<Tensor>& gate_up_scales,
-                         const std::optional<Tensor>& gate_up_factors, int64_t down_format,
-                         const Tensor& down, const std::optional<Tensor>& down_scales,
-                         const std::optional<Tensor>& down_factors) {
-  const Arguments arguments("moe_ffn_quantized", Backend::kDevice);
-  dgemma_moe_ffn_quantized op = {};
-  dgemma_moe_ffn& ffn = op.ffn;
+// The arguments that no format changes; `gate_up` is looked at for its extents.
+dgemma_moe_ffn describe_ffn(const Arguments& arguments, const Tensor& input,
+                            const Tensor& expert_ids, const Tensor& expert_weights,
+                            const Tensor& gate_up) {
+  dgemma_moe_ffn ffn = {};
   ffn.dtype = arguments.dtype(input, "input");
   ffn.tokens = arguments.size(input, "input", 2, 0);
   ffn.hidden_size = input.size(1);
@@ -90,18 +88,60 @@ Tensor moe_ffn_quantized(const Tensor& input, const Tensor& expert_ids,
   ffn.expert_ids = arguments.in<int32_t>(expert_ids, "expert_ids", {ffn.tokens, ffn.top_k});
   ffn.expert_weights =
       arguments.in<float>(expert_weights, "expert_weights", {ffn.tokens, ffn.top_k});
+  return ffn;
+}
+
+// The call into a new tensor, in a workspace of its own.
+template <typename Backend, typename Entry, typename Workspace>
+Tensor run_ffn(const Arguments& arguments, const char* name, const Tensor& input,
+               dgemma_moe_ffn_quantized& op, Entry entry, Workspace workspace_bytes) {
+  dgemma_moe_ffn& ffn = op.ffn;
+  Tensor out = torch::stable::new_empty(input, input.sizes());
+  ffn.output = arguments.out(out, "out", {ffn.tokens, ffn.hidden_size}, ffn.dtype);
+  const Tensor workspace = torch::stable::new_empty(
+      input, {static_cast<int64_t>(workspace_bytes(&op))}, ScalarType::Byte);
+  ffn.workspace = arguments.workspace(workspace, &ffn.workspace_bytes);
+  Backend(name, input).run(entry, op);
+  return out;
+}
+
+template <typename Backend>
+Tensor moe_ffn_quantized(const Tensor& input, const Tensor& expert_ids,
+                         const Tensor& expert_weights, int64_t gate_up_format,
+                         const Tensor& gate_up, const std::optional<Tensor>& gate_up_scales,
+                         const std::optional<Tensor>& gate_up_factors, int64_t down_format,
+                         const Tensor& down, const std::optional<Tensor>& down_scales,
+                         const std::optional<Tensor>& down_factors) {
+  const Arguments arguments("moe_ffn_quantized", Backend::kDevice);
+  dgemma_moe_ffn_quantized op = {};
+  op.ffn = describe_ffn(arguments, input, expert_ids, expert_weights, gate_up);
+  const dgemma_moe_ffn& ffn = op.ffn;
   op.gate_up =
       describe_matrix(arguments, "gate_up", gate_up_format, gate_up, gate_up_scales,
                       gate_up_factors, {ffn.experts, 2 * ffn.expert_size}, ffn.hidden_size);
   op.down = describe_matrix(arguments, "down", down_format, down, down_scales, down_factors,
                             {ffn.experts, ffn.hidden_size}, ffn.expert_size);
-  Tensor out = torch::stable::new_empty(input, input.sizes());
-  ffn.output = arguments.out(out, "out", {ffn.tokens, ffn.hidden_size}, ffn.dtype);
-  const Tensor workspace = torch::stable::new_empty(
-      input, {static_cast<int64_t>(Backend::kMoeFfnWorkspace(&op))}, ScalarType::Byte);
-  ffn.workspace = arguments.workspace(workspace, &ffn.workspace_bytes);
-  Backend("moe_ffn_quantized", input).run(Backend::kMoeFfn, op);
-  return out;
+  return run_ffn<Backend>(arguments, "moe_ffn_quantized", input, op, Backend::kMoeFfn,
+                          Backend::kMoeFfnWorkspace);
+}
+
+template <typename Backend>
+Tensor moe_ffn_fp8(const Tensor& input, const Tensor& expert_ids, const Tensor& expert_weights,
+                   const Tensor& gate_up, const std::optional<Tensor>& gate_up_factors,
+                   const Tensor& down, const std::optional<Tensor>& down_factors) {
+  const Arguments arguments("moe_ffn_fp8", Backend::kDevice);
+  dgemma_moe_ffn_quantized op = {};
+  op.ffn = describe_ffn(arguments, input, expert_ids, expert_weights, gate_up);
+  const dgemma_moe_ffn& ffn = op.ffn;
+  const auto describe = [&](const char* name, const Tensor& values,
+                            const std::optional<Tensor>& factors, int64_t rows, int64_t columns) {
+    return describe_matrix(arguments, name, DGEMMA_WEIGHTS_FP8, values, std::nullopt, factors,
+                           {ffn.experts, rows}, columns);
+  };
+  op.gate_up = describe("gate_up", gate_up, gate_up_factors, 2 * ffn.expert_size, ffn.hidden_size);
+  op.down = describe("down", down, down_factors, ffn.hidden_size, ffn.expert_size);
+  return run_ffn<Backend>(arguments, "moe_ffn_fp8", input, op, Backend::kMoeFfnFp8,
+                          Backend::kMoeFfnFp8Workspace);
 }
 
 template <typename Backend>
@@ -130,6 +170,8 @@ template <typename Backend, typename Library>
 void implement_quantized(Library& library) {
   library.impl("dense_quantized", TORCH_BOX(&dense_quantized<Backend>));
   library.impl("moe_ffn_quantized", TORCH_BOX(&moe_ffn_quantized<Backend>));
+  if constexpr (requires { Backend::kMoeFfnFp8; })
+    library.impl("moe_ffn_fp8", TORCH_BOX(&moe_ffn_fp8<Backend>));
 }
 
 }  // namespace
@@ -144,6 +186,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dgemma, library) {
       "moe_ffn_quantized(Tensor input, Tensor expert_ids, Tensor expert_weights, int "
       "gate_up_format, Tensor gate_up, Tensor? gate_up_scales, Tensor? gate_up_factors, int "
       "down_format, Tensor down, Tensor? down_scales, Tensor? down_factors) -> Tensor");
+  library.def(
+      "moe_ffn_fp8(Tensor input, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, "
+      "Tensor? gate_up_factors, Tensor down, Tensor? down_factors) -> Tensor");
 }
 
 DGEMMA_REGISTER(dgemma::implement_quantized, dgemma::QuantizedOnCpu, dgemma::QuantizedOnCuda)

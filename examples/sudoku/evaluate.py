@@ -15,9 +15,10 @@ from pathlib import Path
 import puzzles
 
 Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per puzzle
+Solve = Callable[[list[str], bool, int], Outcome]  # puzzles, whether to pin their clues, seed
 
 
-def with_transformers(folder: Path, batch: int, weights: str) -> Callable[[list[str], bool, int], Outcome]:
+def with_transformers(folder: Path, batch: int, weights: str, activations: str | None) -> Solve:
     """The oracle: transformers' model class under the loop in sampling.py."""
     import torch
 
@@ -25,8 +26,8 @@ def with_transformers(folder: Path, batch: int, weights: str) -> Callable[[list[
     import sampling
     import tokenizer
 
-    if weights != "stored":
-        raise ValueError("--weights is for the engine dgemma_ext")
+    if weights != "stored" or activations is not None:
+        raise ValueError("--weights and --activations are for the engine dgemma_ext")
     model = checkpoint.load(folder)
     text = tokenizer.build()
 
@@ -46,11 +47,11 @@ def with_transformers(folder: Path, batch: int, weights: str) -> Callable[[list[
     return solve
 
 
-def with_dgemma(folder: Path, batch: int, weights: str) -> Callable[[list[str], bool, int], Outcome]:
+def with_dgemma(folder: Path, batch: int, weights: str, activations: str | None) -> Solve:
     import dgemma_ext as dg
     from dgemma_ext.demo import Puzzle, pinned_clues
 
-    model = dg.DiffusionGemma.from_pretrained(str(folder), weights=weights)
+    model = dg.DiffusionGemma.from_pretrained(str(folder), weights=weights, activations=activations)
 
     def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
         answers: list[str] = []
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", default="stored", help="fp8, int4, int4-64, int4-128 or nvfp4: quantize on loading"
     )
+    parser.add_argument("--activations", choices=["fp8"], help="round what goes into experts with fp8 weights too")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the puzzles are always the same")
     parser.add_argument("--engine", choices=ENGINES, default="dgemma_ext")
     parser.add_argument("--threads", type=int, default=1)
@@ -94,7 +96,8 @@ def main() -> None:
     size = round(cells**0.5)
     blanks = tuple(arguments.blanks or {6: (10, 22), 9: (35, 45)}[size])
     test = puzzles.held_out(size, blanks, arguments.count)
-    solve = ENGINES[arguments.engine](arguments.checkpoint, arguments.batch, arguments.weights)
+    options = (arguments.batch, arguments.weights, arguments.activations)
+    solve = ENGINES[arguments.engine](arguments.checkpoint, *options)
     for pin in (True, False):
         began = time.perf_counter()
         answers, steps = solve([puzzle.text for puzzle in test], pin, arguments.seed)
@@ -102,6 +105,7 @@ def main() -> None:
         report = {
             "engine": arguments.engine,
             "weights": arguments.weights,
+            "activations": arguments.activations,
             "puzzles": len(test),
             "size": size,
             "blanks": list(blanks),

@@ -20,7 +20,7 @@ from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.quantized_gemm import experts
-from dgemma_ext.placement import resolve_device, resolve_dtype, resolve_products
+from dgemma_ext.placement import resolve_activations, resolve_device, resolve_dtype, resolve_products
 from dgemma_ext.quantized.scheme import resolve_weights
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
@@ -62,6 +62,8 @@ class DiffusionGemma:
         self.device = weights.embed_tokens.device
         # What a request's bits may depend on; on the CPU they are its own.
         self.products = resolve_products(False, self.device, self.dtype)
+        # What the experts' activations are rounded to: None or "fp8".
+        self.activations: str | None = None
         # Checks every layer's output, so that a non-finite value is named where it appears first.
         self.debug = os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0")
         # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
@@ -79,6 +81,7 @@ class DiffusionGemma:
         dtype: str | torch.dtype = "auto",
         weights: str = "stored",
         batch_invariant: bool = False,
+        activations: str | None = None,
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
 
@@ -88,9 +91,13 @@ class DiffusionGemma:
         that the published checkpoints of the format quantize; "plain" loads quantized ones as `dtype`.
         `batch_invariant`: a request's tokens are the same alone and in any batch, to the bit, on a GPU too, because its
         dense products are our own kernels' and not torch's; on the CPU they are in any case.
+        `activations` "fp8" rounds what goes into the experts' products to FP8 as well, a scale for each token, where
+        their weights are fp8: other tokens come out. For GPUs of compute capability 8.9, 9.0 and 12.x; on the CPU the
+        same roundings, slowly.
 
-        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, and
-        dg.NotEnoughMemory, before anything is loaded, with a table of what the model would take.
+        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format and
+        for activations that weights or device do not serve, and dg.NotEnoughMemory, before anything is loaded, with a
+        table of what the model would take.
         """
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)
@@ -100,10 +107,11 @@ class DiffusionGemma:
         info = inspect_checkpoint(path, config)
         plan = memory_plan(config, info, wanted, resolved, place)
         check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
+        rounded = resolve_activations(activations, plan.weights["experts"][0], config, place, resolved)
         loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
         model = cls(config, loaded, GenerationDefaults.from_file(path, config), tokenizer)
-        model.products = products
+        model.products, model.activations = products, rounded
         return model
 
     # The passes ---------------------------------------------------------------------------------------------------
@@ -387,7 +395,7 @@ class DiffusionGemma:
         if idle is not None:
             ids.masked_fill_(idle, -1)
         mlp = whose.gated_mlp(dense_input, weights.gate_proj, weights.up_proj, weights.down_proj)
-        sparse = experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down)
+        sparse = experts(sparse, ids, scales, weights.experts_gate_up, weights.experts_down, self.activations)
         norms = (
             weights.post_feedforward_layernorm_1,
             weights.post_feedforward_layernorm_2,

@@ -7,6 +7,7 @@ import torch
 from dgemma_ext import _C
 from dgemma_ext.config import ModelConfig
 from dgemma_ext.layers import Products
+from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -22,6 +23,25 @@ def resolve_products(batch_invariant: bool, device: torch.device, dtype: torch.d
     if not _C.has_cuda():
         raise ValueError("batch_invariant on a GPU needs a build with CUDA kernels, and this one has none")
     return Products.INVARIANT
+
+
+def resolve_activations(
+    activations: str | None, kept: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """What the experts' activations are rounded to: None or "fp8". `kept`: how the experts' weights are (memory_plan).
+
+    Raises ValueError for anything else, for weights that are not fp8, and for a GPU that cannot multiply them."""
+    if activations is None:
+        return None
+    if activations != "fp8":
+        raise ValueError(f"activations must be fp8, or None for those of the dtype, got {activations!r}")
+    if kept != "fp8":
+        raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {kept}")
+    try:
+        check_moe_ffn_fp8(config.hidden_size, config.moe_intermediate_size, dtype, device)
+    except ValueError as error:
+        raise ValueError(f"activations fp8: {str(error).removeprefix('dgemma::moe_ffn_fp8: ')}") from error
+    return activations
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -74,7 +74,7 @@ def run_on_kernels(script: Path, *arguments: str, compute_capability: int = 90, 
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", program, *arguments]
-    environment = {**os.environ, "DGEMMA_TEST_BACKEND": "sim"}
+    environment = {**os.environ, "DGEMMA_TEST_BACKEND": "sim", "DGEMMA_TEST_GPU": str(compute_capability)}
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout

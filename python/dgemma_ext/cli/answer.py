@@ -28,7 +28,11 @@ def load_model(arguments: Arguments) -> DiffusionGemma:
     config = ModelConfig.from_file(path)
     arguments.sampler.resolve(GenerationDefaults.from_file(path, config), config.canvas_length)
     return DiffusionGemma.from_pretrained(
-        path, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+        path,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        activations=arguments.activations,
     )
 
 

@@ -60,6 +60,7 @@ class Arguments(argparse.Namespace):
     pin: bool
     pause: float
     weights: str
+    activations: str | None
     out: str
     to: str
     parts: str | None
@@ -174,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(profile)
     _add_weights(profile)
+    _add_activations(profile)
     profile.add_argument("--steps", type=_positive, default=4, metavar="N", help="steps to watch (default: 4)")
     profile.add_argument(
         "--prefix", type=_positive, default=128, metavar="N", help="random tokens before the canvas (default: 128)"
@@ -214,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_device(demo)
     _add_weights(demo)
+    _add_activations(demo)
     demo.add_argument("--watch", action="store_true", help="with --json: drafts and commits too")
     demo.add_argument("--json", action="store_true", help="one JSON object per puzzle and line")
     return parser
@@ -223,6 +226,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id (owner/name) to download")
     _add_device(parser)
     _add_weights(parser)
+    _add_activations(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +241,14 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes plain weights while loading, plain does the reverse "
         "(default: as stored)",
+    )
+
+
+def _add_activations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=["fp8"],
+        help="round what goes into experts with fp8 weights to fp8 as well, which changes tokens (default: no)",
     )
 
 

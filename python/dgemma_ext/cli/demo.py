@@ -46,7 +46,11 @@ class Attempt:
 def run(arguments: Arguments) -> None:
     folder = Path(arguments.model) if arguments.model is not None else demo.checkpoint(arguments.size)
     model = DiffusionGemma.from_pretrained(
-        folder, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+        folder,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        activations=arguments.activations,
     )
     size = demo.grid_size(model.config.canvas_length)
     if size is None or arguments.size not in (None, size):

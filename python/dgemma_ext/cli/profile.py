@@ -11,7 +11,7 @@ from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.config import ModelConfig
 from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.placement import resolve_device, resolve_dtype
+from dgemma_ext.placement import resolve_activations, resolve_device, resolve_dtype
 from dgemma_ext.profile import Profile, chart, check_sizes, profile, trace
 from dgemma_ext.profile.timeline import Pass, ratio_text
 from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
@@ -36,9 +36,11 @@ def run(arguments: Arguments) -> None:
     if arguments.trace is not None:
         trace.write(found, Path(arguments.trace))
     if arguments.json:
-        write_json({"event": "profile", "model": arguments.model, "weights": arguments.weights, **fields(found)})
+        options = {"weights": arguments.weights, "activations": arguments.activations}
+        write_json({"event": "profile", "model": arguments.model, **options, **fields(found)})
         return
-    print(table(found, f"{arguments.model}, weights {arguments.weights}"))
+    rounded = f", activations {arguments.activations}" if arguments.activations is not None else ""
+    print(table(found, f"{arguments.model}, weights {arguments.weights}{rounded}"))
     for file in filter(None, (arguments.chart, arguments.trace)):
         print(f"written: {file}")
 
@@ -62,15 +64,20 @@ def _model(arguments: Arguments) -> DiffusionGemma:
         config = true_config(arguments.layers or LAYERS)
         check_sizes(config, arguments.prefix, arguments.context)
         target = resolve_weights(arguments.weights)
-        return random_model(
+        device, dtype = resolve_device(arguments.device), resolve_dtype(arguments.dtype, config)
+        kept = target.format if isinstance(target, Target) else str(dtype).removeprefix("torch.")
+        activations = resolve_activations(arguments.activations, kept, config, device, dtype)
+        model = random_model(
             config,
-            resolve_device(arguments.device),
-            resolve_dtype(arguments.dtype, config),
+            device,
+            dtype,
             target if isinstance(target, Target) else None,
             arguments.experts_hit,
             final_norm=_FLAT if arguments.flat else 1.0,
             seed=arguments.seed or 0,
         )
+        model.activations = activations
+        return model
     for name, value in (("layers", arguments.layers), ("experts-hit", arguments.experts_hit), ("flat", arguments.flat)):
         if value:
             raise ValueError(f"--{name} is for MODEL {RANDOM}, got {arguments.model}")
@@ -78,7 +85,11 @@ def _model(arguments: Arguments) -> DiffusionGemma:
     folder = demo.checkpoint() if arguments.model == DEMO else Path(resolve_checkpoint(arguments.model))
     check_sizes(ModelConfig.from_file(folder), arguments.prefix, arguments.context)
     return DiffusionGemma.from_pretrained(
-        folder, device=arguments.device, dtype=arguments.dtype, weights=arguments.weights
+        folder,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        activations=arguments.activations,
     )
 
 

@@ -17,7 +17,7 @@ def moe_ffn(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: 
     """
     experts, hidden_size, expert_size = down.shape
     tokens, top_k = expert_ids.shape
-    hit = _hit_experts(expert_ids, experts)
+    hit = hit_experts(expert_ids, experts)
     # Kept by slot, so that the sum over slots has one order whichever experts they are.
     products = torch.zeros((tokens, top_k, hidden_size), dtype=torch.float32, device=input.device)
     for expert in hit:
@@ -46,7 +46,8 @@ def moe_ffn_out(
     out.copy_(moe_ffn(input, expert_ids, expert_weights, gate_up, down))
 
 
-def _hit_experts(expert_ids: Tensor, experts: int) -> list[int]:
+def hit_experts(expert_ids: Tensor, experts: int) -> list[int]:
+    """The experts that some token goes to, in order. Raises ValueError for an id that is none."""
     found: list[int] = torch.unique(expert_ids).tolist()
     for expert in found:
         if not -1 <= expert < experts:

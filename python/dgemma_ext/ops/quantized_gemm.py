@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from dgemma_ext.ops import (
     grouped_gemm,
-    quantized_gemm_plain,  # noqa: F401  registers the plain form for CUDA
+    quantized_gemm_plain,  # noqa: F401  registers the plain forms
 )
-from dgemma_ext.quantized.formats import QuantizedWeight
+from dgemma_ext.quantized.formats import Fp8Weight, QuantizedWeight
 
 # dgemma_weight_format of csrc/include/dgemma/grouped_gemm.h.
 FORMAT_NUMBERS = {"fp8": 1, "int4": 2, "nvfp4": 3}
@@ -38,15 +38,7 @@ def moe_ffn(
     Raises:
         ValueError: an argument has another dtype, shape or device, or an id is out of range.
     """
-    if input.dim() != 2 or input.dtype not in DTYPES:
-        raise ValueError(f"input: got {list(input.shape)} of {input.dtype}, wants two dimensions of one of {DTYPES}")
-    experts, _, expert_size = down.shape
-    for name, got, wanted in (
-        ("gate_up", gate_up.shape, (experts, 2 * expert_size, input.shape[1])),
-        ("down", down.shape, (experts, input.shape[1], expert_size)),
-    ):
-        if tuple(got) != wanted:
-            raise ValueError(f"{name}: got shape {list(got)}, wants {list(wanted)}")
+    _check_matrices(input, gate_up, down)
     try:
         result: Tensor = torch.ops.dgemma.moe_ffn_quantized(
             input, expert_ids, expert_weights, *_parts(gate_up), *_parts(down)
@@ -54,6 +46,54 @@ def moe_ffn(
     except RuntimeError as error:
         raise _as_value_error(error) from error
     return result
+
+
+def moe_ffn_fp8(
+    input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight
+) -> Tensor:
+    """`moe_ffn` with activations in FP8 too, as float-quantized checkpoints with dynamic activations mean it.
+
+    Each row of `input`, and of h = gelu_tanh(gate x) * (up x) after it was rounded to the dtype of `input`, is divided
+    by its largest magnitude / 448 and rounded to e4m3 (to nearest, ties to even); its products are multiplied by that
+    again. Rounding both in turn moves a result by about 4 % of its norm.
+
+    A GPU of compute capability 8.9, 9.0 or 12.x multiplies e4m3 (bfloat16 input alone). On the CPU it is written in
+    torch, which is exact up to the roundings named and slow.
+
+    Arguments and result as of `moe_ffn`; both weights are fp8.
+
+    Raises:
+        ValueError: as `moe_ffn`, for weights of another format, and on a GPU that has no kernel for it.
+    """
+    _check_matrices(input, gate_up, down)
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        if weight.name != "fp8":
+            raise ValueError(f"{name}: got weights in {weight.name}, wants fp8")
+    for name, got, dtype in (
+        ("expert_ids", expert_ids, torch.int32),
+        ("expert_weights", expert_weights, torch.float32),
+    ):
+        if got.dim() != 2 or got.dtype != dtype or got.shape != (len(input), expert_ids.shape[-1]):
+            raise ValueError(f"{name}: got {list(got.shape)} of {got.dtype}, wants [{len(input)}, top_k] of {dtype}")
+    try:
+        result: Tensor = torch.ops.dgemma.moe_ffn_fp8(
+            input, expert_ids, expert_weights, gate_up.values, gate_up.kernel_factors, down.values, down.kernel_factors
+        )
+    except RuntimeError as error:
+        raise _as_value_error(error) from error
+    return result
+
+
+def check_moe_ffn_fp8(hidden_size: int, expert_size: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Raises ValueError, naming what is supported, where `moe_ffn_fp8` does not take these sizes, this dtype or this
+    device: it is called once, for one token and one expert of zeros."""
+    matrices = [
+        Fp8Weight(torch.zeros(shape, dtype=torch.uint8, device=device), torch.ones(shape[:2], device=device))
+        for shape in ((1, 2 * expert_size, hidden_size), (1, hidden_size, expert_size))
+    ]
+    input = torch.zeros((1, hidden_size), dtype=dtype, device=device)
+    ids = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    moe_ffn_fp8(input, ids, torch.ones((1, 1), device=device), *matrices)
 
 
 def dense(input: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -78,13 +118,17 @@ def experts(
     expert_weights: Tensor,
     gate_up: Tensor | QuantizedWeight,
     down: Tensor | QuantizedWeight,
+    activations: str | None = None,
 ) -> Tensor:
-    """moe_ffn over weights of either kind, both of the same."""
+    """moe_ffn over weights of either kind, both of the same; with activations "fp8" moe_ffn_fp8."""
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        if activations is not None:
+            raise ValueError(f"activations: got {activations} with plain weights, wants None")
         return grouped_gemm.moe_ffn(input, expert_ids, expert_weights, gate_up, down)
     if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
         raise ValueError("gate_up, down: got a plain and a quantized weight, wants two of a kind")
-    return moe_ffn(input, expert_ids, expert_weights, gate_up, down)
+    form = moe_ffn_fp8 if activations == "fp8" else moe_ffn
+    return form(input, expert_ids, expert_weights, gate_up, down)
 
 
 def linear(input: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
@@ -92,6 +136,18 @@ def linear(input: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     if isinstance(weight, Tensor):
         return functional.linear(input, weight)
     return dense(input.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], weight.shape[0])
+
+
+def _check_matrices(input: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight) -> None:
+    if input.dim() != 2 or input.dtype not in DTYPES:
+        raise ValueError(f"input: got {list(input.shape)} of {input.dtype}, wants two dimensions of one of {DTYPES}")
+    experts, _, expert_size = down.shape
+    for name, got, wanted in (
+        ("gate_up", gate_up.shape, (experts, 2 * expert_size, input.shape[1])),
+        ("down", down.shape, (experts, input.shape[1], expert_size)),
+    ):
+        if tuple(got) != wanted:
+            raise ValueError(f"{name}: got shape {list(got)}, wants {list(wanted)}")
 
 
 def _parts(weight: QuantizedWeight) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
@@ -106,6 +162,11 @@ def _as_value_error(error: RuntimeError) -> Exception:
 
 @torch.library.register_fake("dgemma::moe_ffn_quantized")
 def _moe_ffn_fake(input: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(input)
+
+
+@torch.library.register_fake("dgemma::moe_ffn_fp8")
+def _moe_ffn_fp8_fake(input: Tensor, *_: object) -> Tensor:
     return torch.empty_like(input)
 
 

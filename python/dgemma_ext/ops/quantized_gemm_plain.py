@@ -1,4 +1,4 @@
-"""The operators of `quantized_gemm` in plain torch: what runs where no kernel is written yet."""
+"""The operators of `quantized_gemm` in plain torch: what runs where no kernel is written."""
 
 from __future__ import annotations
 
@@ -34,6 +34,56 @@ def moe_ffn_quantized(
     )
 
 
+def moe_ffn_fp8(
+    input: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_factors: Tensor | None,
+    down: Tensor,
+    down_factors: Tensor | None,
+) -> Tensor:
+    """As `dgemma_ext.ops.quantized_gemm.moe_ffn_fp8`, one expert that is hit after another.
+
+    Sums are made in float64, which holds every sum of up to 2^17 products of e4m3 exactly: the only roundings are those
+    that are meant, and a token's bits do not depend on how many others there are.
+    """
+    experts, hidden_size, expert_size = down.shape
+    products = torch.zeros((*expert_ids.shape, hidden_size), dtype=torch.float64, device=input.device)
+    for expert in grouped_gemm_plain.hit_experts(expert_ids, experts):
+        token, slot = torch.where(expert_ids == expert)
+        gate, up = _product_of_rows(input[token], gate_up, gate_up_factors, expert).split(expert_size, dim=-1)
+        h = (functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
+        products[token, slot] = _product_of_rows(h, down, down_factors, expert)
+    weights = torch.where(expert_ids >= 0, expert_weights, 0.0).double()
+    total = torch.zeros((len(input), hidden_size), dtype=torch.float64, device=input.device)
+    for k in range(expert_ids.shape[1]):
+        total += weights[:, k, None] * products[:, k]
+    return total.to(input.dtype)
+
+
+def _product_of_rows(rows: Tensor, values: Tensor, factors: Tensor | None, expert: int) -> Tensor:
+    """rows @ matrix.T in float64 for one expert's matrix of e4m3 codes, the rows rounded to e4m3 too."""
+    codes, scales = rows_to_e4m3(rows)
+    product = functional.linear(codes.double(), values[expert].view(torch.float8_e4m3fn).double())
+    if factors is not None:
+        per_expert = factors.reshape(len(values), -1).double()[expert]
+        product *= per_expert.repeat_interleave(values.shape[1] // len(per_expert))
+    return product * scales.double()
+
+
+def rows_to_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their largest magnitude / 448, to the nearest e4m3, and that quotient: [n, columns] as
+    float8_e4m3fn and float32 [n, 1]. As csrc/grouped_gemm/quantize_rows.cu, in float32; a row of zeros has the scale 0.
+    """
+    greatest = torch.finfo(torch.float8_e4m3fn).max
+    largest = rows.float().abs().amax(-1, keepdim=True)
+    # Not `448 / largest`: torch makes a product with the reciprocal of that, which is rounded once more.
+    inverse = torch.where(largest > 0, torch.full_like(largest, greatest) / largest, 0.0)
+    codes = (rows.float() * inverse).clamp(-greatest, greatest).to(torch.float8_e4m3fn)
+    return codes, largest / greatest
+
+
 def dense_quantized(
     input: Tensor, format: int, weight: Tensor, scales: Tensor | None, factors: Tensor | None
 ) -> Tensor:
@@ -54,4 +104,5 @@ def _weight(format: int, values: Tensor, scales: Tensor | None, factors: Tensor 
 
 
 register("dgemma::moe_ffn_quantized", moe_ffn_quantized)
+register("dgemma::moe_ffn_fp8", moe_ffn_fp8)
 register("dgemma::dense_quantized", dense_quantized)

@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
         self._in_input = short == "embedding" or (self._in_input and PART_OF_WEIGHT[owner.attribute] is Part.EMBEDDING)
         if owner.attribute == "embed_tokens":
             return (Part.EMBEDDING, short) if short == "embedding" else (Part.HEAD, "vocabulary_head")
-        name = owner.attribute if short in _PRODUCTS else short.removesuffix("_quantized")
+        name = owner.attribute if short in _PRODUCTS else short.removesuffix("_quantized").removesuffix("_fp8")
         return PART_OF_WEIGHT[owner.attribute], name
 
     def _part_by_origin(self, tensors: Sequence[Tensor]) -> Part:
