@@ -25,12 +25,15 @@ from test_grouped_gemm import route
 from test_quantized_gemm import make_experts
 
 # GPUs that multiply e4m3.
-SERVED = (89, 90, 120)
+SERVED = (90,)
 served = pytest.mark.skipif(
     BACKEND != "cpu" and COMPUTE_CAPABILITY not in SERVED, reason="test_a_gpu_that_cannot_says_what_can looks at it"
 )
-# How far the tensor core's sums may be off: an h that differs in its last bits may become the next code.
-BOUND = {"cpu": GLOBAL_BOUND}.get(BACKEND, {torch.bfloat16: 3e-4})
+# The tensor core's sums are off in their last bits, and an h that differs in them may become the next code. Of all
+# tokens, and of each by itself.
+BOUND, ROW_BOUND = (
+    (GLOBAL_BOUND, GLOBAL_BOUND) if BACKEND == "cpu" else ({torch.bfloat16: 3e-4}, {torch.bfloat16: 3e-3})
+)
 
 
 def make_case(
@@ -72,7 +75,7 @@ def test_moe_ffn_fp8_is_right(sizes: tuple[int, int, int, int, int, str], dtype:
     if BACKEND == "cpu":
         assert_close(actual, wanted, dtype)
     for row, wanted_row in zip(actual.double(), wanted, strict=True):
-        assert relative_distance(row, wanted_row) <= (10 if BACKEND != "cpu" else 1) * BOUND[dtype]
+        assert relative_distance(row, wanted_row) <= ROW_BOUND[dtype]
     assert relative_distance(actual.double(), wanted) <= BOUND[dtype]
     # The roundings that are meant, and not much more.
     unrounded = torch.from_numpy(reference.moe_ffn(*call, rounds=False))
@@ -88,10 +91,12 @@ def test_moe_ffn_fp8_is_right(sizes: tuple[int, int, int, int, int, str], dtype:
 def test_a_wrong_scale_is_noticed() -> None:
     input, ids, scales, gate_up, down = make_case(*CASES[0], torch.bfloat16)
     off = gate_up.scales.clone()
-    off[3] *= 1.1
+    off[3] *= 2
     actual = quantized_gemm.moe_ffn_fp8(input, ids, scales, replace(gate_up, scales=off), down)
     wanted = torch.from_numpy(reference.moe_ffn(input, ids, scales, exact(gate_up), exact(down)))
-    assert relative_distance(actual.double(), wanted) > BOUND[torch.bfloat16]
+    rows = [relative_distance(*pair) for pair in zip(actual.double(), wanted, strict=True)]
+    goes_there = (ids == 3).any(-1).tolist()
+    assert [distance > ROW_BOUND[torch.bfloat16] for distance in rows] == goes_there
 
 
 @pytest.mark.skipif(BACKEND == "cpu" or COMPUTE_CAPABILITY in SERVED, reason="of GPUs that do not multiply e4m3")
