@@ -89,6 +89,33 @@ def test_short_rows(sizes: tuple[int, int], dtype: torch.dtype, cpu_variant: str
     check_experts(7, 2, "distinct", *make_experts(("fp8", "nvfp4"), *sizes, 3), dtype)
 
 
+@cpu_only
+@pytest.mark.parametrize("power", [-127, -100, 123, 124, 125])
+def test_scales_at_the_ends_of_what_a_number_holds(power: int, cpu_variant: str) -> None:
+    """Four times the scale is finite, eight times is not for the last two."""
+    gate_up, down = make_experts(("int4-32", "int4-32"), 128, 128, 2)
+    codes = torch.randint(4, 13, (2, 128, 64, 2), dtype=torch.uint8)  # -4 to 4
+    down = replace(
+        down,
+        values=codes[..., 0] | codes[..., 1] << 4,
+        scales=(torch.rand(2, 128, 4) * 0.5 + 1.0).mul(2.0**power).bfloat16(),
+    )
+    # So small that sums stay finite too.
+    input, ids = torch.randn(8, 128).bfloat16() * 2.0**-8, route("one expert", 8, 2, 1)
+    scales = torch.full((8, 1), 2.0 ** min(-power, 126))
+    actual = quantized_gemm.moe_ffn(input, ids, scales, gate_up, down).double()
+    wide = replace(down, scales=(down.scales.float() * 2.0**-power).bfloat16())
+    exact = torch.as_tensor(
+        reference.moe_ffn(input, ids, torch.ones(8, 1), meant(gate_up, torch.bfloat16), meant(wide, torch.bfloat16))
+    ).double() * float(scales[0, 0] * 2.0**power)
+    largest = float(exact.abs().max())
+    if power < -126:
+        # The weight, or eight times it: what is below the normal numbers may count as nothing.
+        assert float(actual.abs().max()) <= largest * 4
+    else:
+        torch.testing.assert_close(actual, exact, rtol=0, atol=largest * 0.01)
+
+
 def check_experts(
     tokens: int, top_k: int, routing: str, gate_up: QuantizedWeight, down: QuantizedWeight, dtype: torch.dtype
 ) -> None:

@@ -158,6 +158,8 @@ void run_row_tasks(dgemma_cpu* cpu, int64_t groups, int64_t rows, int64_t rows_p
 }
 
 void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dgemma_cpu* cpu) {
+  if (kernels.takes_shuffled != nullptr && kernels.takes_shuffled(pass))
+    run_tasks(cpu, tokens, [&](int64_t token) { kernels.shuffle(pass, token); });
   run_row_tasks(
       cpu, pass.plan.groups, pass.expert_size, kGateUpRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.gate_up(pass, group, first, end); });
@@ -186,6 +188,8 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                           .expert_size = op.expert_size,
                           .top_k = op.top_k,
                           .input = static_cast<const char*>(op.input) + first * token_bytes,
+                          // Nobody has written products yet when it is read.
+                          .shuffled = workspace + at.products,
                           .expert_ids = ids,
                           .expert_weights = op.expert_weights + first * op.top_k,
                           .gate_up = op.gate_up,

@@ -14,6 +14,7 @@ struct MoePass {
   int64_t expert_size;
   int64_t top_k;
   const void* input;                          // [tokens, hidden_size]
+  void* shuffled;                             // the same in the order that weights are decoded in
   const int32_t* expert_ids;                  // [tokens, top_k]
   const float* expert_weights;                // [tokens, top_k]
   const void* gate_up;                        // [experts, 2 * expert_size, hidden_size]
@@ -31,6 +32,9 @@ constexpr int64_t kGateUpRowsPerTask = 48;
 constexpr int64_t kDownRowsPerTask = 192;
 
 struct MoeKernels {
+  // Whether gate_up reads pass.shuffled, which is to be made before: row `token` of it. NULL: no.
+  bool (*takes_shuffled)(const MoePass& pass);
+  void (*shuffle)(const MoePass& pass, int64_t token);
   // activations[:, first_row : end_row] of one group.
   void (*gate_up)(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row);
   // products[..., first_row : end_row] of one group's pairs.

@@ -80,6 +80,11 @@ constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4
 constexpr float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
+// Where a column of a shuffled row lies: see shuffled_codes.
+inline int64_t shuffled_place(int64_t column) {
+  return (column & ~int64_t{31}) | (column & 3) << 3 | (column >> 2 & 7);
+}
+
 // Columns that a table looks up at a time, two in a byte: a register of bfloat16.
 #if defined(__AVX512BW__)
 constexpr int64_t kCodes = 32;
@@ -124,6 +129,28 @@ inline Words32 spread_codes(const uint8_t* codes) {
   return (Words32)((bytes | bytes << 12) & 0x000f000fu);
 }
 
+// The same 32 numbers in another order, which one shift makes: a word of the codes has four, and
+// the one of column 4 w + n goes to place 8 n + w. Above the low four bits of an index something is
+// left; a table whose halves are the same does not mind.
+inline Words32 shuffled_codes(const uint8_t* codes) {
+  constexpr Words32 kShifts = {0, 0, 0, 0, 0, 0, 0, 0, 4,  4,  4,  4,  4,  4,  4,  4,
+                               8, 8, 8, 8, 8, 8, 8, 8, 12, 12, 12, 12, 12, 12, 12, 12};
+  __m128i loaded;
+  std::memcpy(&loaded, codes, sizeof loaded);
+  const __m512i repeated = _mm512_maskz_broadcast_i32x4(0xffff, loaded);
+  return (Words32)_mm512_maskz_srlv_epi16(~0u, repeated, (__m512i)kShifts);
+}
+
+// 32 values in the order of shuffled_codes.
+inline void shuffle(const bfloat16* from, bfloat16* to) {
+  Words32 index, words;
+  for (int place = 0; place < 32; ++place)
+    index[place] = static_cast<uint16_t>(4 * (place % 8) + place / 8);
+  std::memcpy(&words, from, sizeof words);
+  words = permute(index, words);
+  std::memcpy(to, &words, sizeof words);
+}
+
 // The sixteen values under one scale, rounded to T, in a register.
 template <typename T>
 struct Table;
@@ -135,11 +162,35 @@ struct Table<bfloat16> {
     const Floats scaled = load(values) * scale;
     words = round_pair(scaled, scaled);
   }
+  explicit Table(Words32 rounded) : words(rounded) {}
   void look_up(const uint8_t* codes, bfloat16* to) const {
     const Words32 result = permute(spread_codes(codes), words);
     std::memcpy(to, &result, sizeof result);
   }
+  void look_up_shuffled(const uint8_t* codes, bfloat16* to) const {
+    const Words32 result = permute(shuffled_codes(codes), words);
+    std::memcpy(to, &result, sizeof result);
+  }
 };
+
+// The same table without a multiplication, which would wait for the pipes that the dot products
+// fill: a code is at most the sum of two powers of two, and 2^n times a scale is an addition to its
+// exponent. For scales that are all_usual.
+__attribute__((always_inline)) inline Table<bfloat16> int4_table_by_sums(float scale) {
+  // By code, -8 to 7: exponent and sign of either power, and which codes have one.
+  constexpr uint32_t kMinus = 1u << 31, k1 = 0, k2 = 1u << 23, k4 = 2u << 23, k8 = 3u << 23;
+  constexpr Words kFirst = {kMinus + k8, kMinus + k8, kMinus + k4, kMinus + k4,
+                            kMinus + k4, kMinus + k2, kMinus + k2, kMinus + k1,
+                            0,           k1,          k2,          k2,
+                            k4,          k4,          k4,          k8};
+  constexpr Words kSecond = {0, k1, kMinus + k2, kMinus + k1, 0, kMinus + k1, 0,  0,
+                             0, 0,  0,           k1,          0, k1,          k2, kMinus + k1};
+  constexpr __mmask16 kHasFirst = 0xfeff, kHasSecond = 0xe82e;
+  const __m512i bits = (__m512i)(Words)broadcast(scale);
+  const Floats sum = (Floats)_mm512_maskz_add_epi32(kHasFirst, bits, (__m512i)kFirst) +
+                     (Floats)_mm512_maskz_add_epi32(kHasSecond, bits, (__m512i)kSecond);
+  return Table<bfloat16>(round_pair(sum, sum));
+}
 
 template <>
 struct Table<float> {
@@ -277,6 +328,21 @@ inline void convert_scales(const uint8_t* scales, int64_t count, dgemma_dtype dt
   }
 }
 
+// Whether neither the scales nor eight times them leave the exponents of normal numbers.
+inline bool all_usual(const float* scales, int64_t count) {
+  Ints unusual = {};
+  const auto look_at = [&](Floats scale) __attribute__((always_inline)) {
+    const Words magnitude = (Words)scale & 0x7fffffffu;
+    unusual |= (magnitude - 0x00800000u) > 0x7d000000u;  // 2^-126 to 2^124
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) look_at(load(scales + i));
+  for (; i < count; ++i) look_at(broadcast(scales[i]));
+  bool usual = true;
+  for (int lane = 0; lane < kLanes; ++lane) usual = usual && unusual[lane] == 0;
+  return usual;
+}
+
 // kCodes columns from their codes, under the scale or, of NVFP4, the scales at `scale`.
 template <dgemma_weight_format kFormat, typename T>
 __attribute__((always_inline)) inline void decode_run(const uint8_t* codes, const float* scale,
@@ -336,6 +402,13 @@ constexpr bool kDecodesInSteps = sizeof(T) == sizeof(bfloat16);
 #else
 constexpr bool kDecodesInSteps = false;
 #endif
+
+// Whether rows of this format and so many columns are decoded in the order of shuffled_codes. The
+// tokens that they are multiplied with must then be shuffled too.
+template <typename T>
+inline bool decodes_shuffled(dgemma_weight_format format, int64_t columns) {
+  return kDecodesInSteps<T> && format == DGEMMA_WEIGHTS_INT4 && columns % 32 == 0;
+}
 
 }  // namespace
 }  // namespace dgemma

@@ -79,6 +79,13 @@ struct HalfResults {
     const int i = token * kHalfRows + row;
     return lanes[i / kLanes * kLanes + folded_lane(i % kLanes)];
   }
+  // to[place[r]] = row r of one token for r in [begin, end).
+  __attribute__((always_inline)) void scatter(int token, int64_t begin, int64_t end,
+                                              const int64_t* place, T* to) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kHalfRows; ++r)
+      if (begin <= r && r < end) to[place[r]] = at(token, r);
+  }
   // to[r - begin] = row r of one token for r in [begin, end). A tile whose rows are all wanted, as
   // nearly every tile's are, takes loops of constant length.
   __attribute__((always_inline)) void write(int token, int64_t begin, int64_t end, T* to) const {
@@ -111,9 +118,10 @@ inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows se
     const int64_t lines = cold ? lines_per_step(half * first.row_bytes(), steps) : 0;
     ahead.ask(first.stored(next.start), first.stored(next.start + half), lines);
     if (tile.end < end_row) {
-      first.make(next.start, ahead.first);
-      second.make(next.start + half, ahead.second);
-      ahead.within(tokens / kTileTokens * (k / Step<T>::kValues));
+      const int64_t full_steps = tokens / kTileTokens * (k / Step<T>::kValues);
+      first.make(next.start, full_steps > 0, ahead.first);
+      second.make(next.start + half, full_steps > 0, ahead.second);
+      ahead.within(full_steps);
     }
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
       with_count<Rows::kDecoded>(

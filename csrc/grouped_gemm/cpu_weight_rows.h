@@ -23,12 +23,13 @@ struct HalfRows {
 template <typename T>
 struct PlainRows {
   static constexpr bool kDecoded = false;
+  static constexpr bool kShuffled = false;
   const T* matrix;
   int64_t columns;
 
   // Rows that are being made ready: nothing is to be done for these.
   struct Making {};
-  void make(int64_t /*first*/, Making& /*making*/) {}
+  void make(int64_t /*first*/, bool /*beside*/, Making& /*making*/) {}
 
   // Rows first, first + 1, ..., or `first` as each of them.
   HalfRows<T> take(int64_t first, bool repeat, Making& /*made*/) {
@@ -52,10 +53,12 @@ constexpr int64_t decoded_bytes(int64_t columns) {
                       decoded_stride(columns) / kNvfp4Group * static_cast<int64_t>(sizeof(float)));
 }
 
-template <typename T, dgemma_weight_format kFormat>
+// shuffled: in the order of shuffled_codes, where decodes_shuffled.
+template <typename T, dgemma_weight_format kFormat, bool shuffled = false>
 class DecodedRows {
  public:
   static constexpr bool kDecoded = true;
+  static constexpr bool kShuffled = shuffled;
   static constexpr bool kInSteps = kDecodesInSteps<T>;
   static constexpr int64_t kRunBytes = dgemma::kRunBytes<kFormat>;
 
@@ -83,22 +86,40 @@ class DecodedRows {
       for (; run < runs; ++run) decode(run);
     }
     __attribute__((always_inline)) void decode(int64_t i) const {
-      // A group of INT4 is 1, 2 or 4 runs, a run of NVFP4 two groups.
-      const int64_t scale = kFormat == DGEMMA_WEIGHTS_INT4 ? i >> group_shift : 2 * i;
-      decode_run<kFormat>(codes + i * kRunBytes,
-                          kFormat == DGEMMA_WEIGHTS_FP8 ? nullptr : scales + scale,
-                          to + i * kCodes);
+#if defined(__AVX512BW__)
+      if constexpr (kShuffled)
+        return Table<T>(kInt4Values, *scale_of(i))
+            .look_up_shuffled(codes + i * kRunBytes, to + i * kCodes);
+#endif
+      decode_run<kFormat>(codes + i * kRunBytes, scale_of(i), to + i * kCodes);
+    }
+    // The same beside the products of a tile, where multiplications are dear.
+    __attribute__((always_inline)) void decode_beside(int64_t i) const {
+#if defined(__AVX512BW__)
+      if constexpr (kShuffled)
+        return int4_table_by_sums(*scale_of(i))
+            .look_up_shuffled(codes + i * kRunBytes, to + i * kCodes);
+#endif
+      decode(i);
+    }
+
+   private:
+    // A group of INT4 is 1, 2 or 4 runs, a run of NVFP4 two groups.
+    __attribute__((always_inline)) const float* scale_of(int64_t i) const {
+      if constexpr (kFormat == DGEMMA_WEIGHTS_FP8) return nullptr;
+      return scales + (kFormat == DGEMMA_WEIGHTS_INT4 ? i >> group_shift : 2 * i);
     }
   };
 
-  // Begins rows first, first + 1, ...
-  void make(int64_t first, Making& making) {
-    // Rows that are no whole runs, or cut a group short, and instruction sets whose registers the
-    // products fill, are decoded when they are taken.
+  // Begins rows first, first + 1, ...; beside: some of it by decode_beside.
+  void make(int64_t first, bool beside, Making& making) {
+    // Rows that are no whole runs, or cut a group short, or have scales beyond the usual, and
+    // instruction sets whose registers the products fill, are decoded when they are taken.
     const int64_t whole = matrix_.group > kCodes ? matrix_.group : kCodes;
     if (!kInSteps || columns_ % whole != 0) return;
-    making.codes = codes(first);
     making.scales = load_scales(first, kHalfRows);
+    if (kShuffled && beside && !all_usual(making.scales, kHalfRows * scales_per_row_)) return;
+    making.codes = codes(first);
     making.to = buffer(1 - which_);
     making.first = first;
     making.run = 0;
@@ -115,8 +136,7 @@ class DecodedRows {
       const int rows = repeat ? 1 : kHalfRows;
       const float* scales = load_scales(first, rows);
       for (int r = 0; r < rows; ++r)
-        decode_row<kFormat>(codes(first + r), scales + r * scales_per_row_, matrix_.group, columns_,
-                            buffer(which_) + r * stride);
+        decode(codes(first + r), scales + r * scales_per_row_, buffer(which_) + r * stride);
     }
     take_factors(first, repeat);
     return {buffer(which_), repeat ? 0 : stride};
@@ -130,6 +150,18 @@ class DecodedRows {
   int64_t row_bytes() const { return stored_row_bytes(matrix_, columns_); }
 
  private:
+  void decode(const uint8_t* codes, const float* scales, T* to) const {
+#if defined(__AVX512BW__)
+    if constexpr (kShuffled) {
+      for (int64_t column = 0; column < columns_; column += kCodes)
+        Table<T>(kInt4Values, scales[column / matrix_.group])
+            .look_up_shuffled(codes + column / 2, to + column);
+      return;
+    }
+#endif
+    decode_row<kFormat>(codes, scales, matrix_.group, columns_, to);
+  }
+
   T* buffer(int which) { return values_ + which * kHalfRows * decoded_stride(columns_); }
   const uint8_t* codes(int64_t row) const {
     return static_cast<const uint8_t*>(matrix_.values) + (first_row_ + row) * row_bytes();
@@ -190,6 +222,20 @@ inline void with_format(dgemma_weight_format format, Run run) {
     case DGEMMA_WEIGHTS_NVFP4:
       return run(Format<DGEMMA_WEIGHTS_NVFP4>{});
   }
+}
+
+// Calls run with the type of a matrix's decoded rows, shuffled where they may be.
+template <typename Rows>
+struct RowsOf {
+  typedef Rows Type;
+};
+template <typename T, typename Run>
+inline void with_moe_rows(const dgemma_quantized& matrix, int64_t columns, Run run) {
+  if constexpr (kDecodesInSteps<T>)
+    if (decodes_shuffled<T>(matrix.format, columns))
+      return run(RowsOf<DecodedRows<T, DGEMMA_WEIGHTS_INT4, true>>{});
+  with_format(matrix.format,
+              [&](auto format) { run(RowsOf<DecodedRows<T, decltype(format)::value>>{}); });
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ class DecodeAhead {
     constexpr int64_t kDistance = 4096;
     __builtin_prefetch(now_.codes + now_.run * kRunBytes + kDistance, 0, 2);
 #pragma GCC unroll 4
-    for (int i = 0; i < kRuns; ++i) now_.decode(now_.run + i);
+    for (int i = 0; i < kRuns; ++i) now_.decode_beside(now_.run + i);
     now_.run += kRuns;
   }
   // The rest of a half is decoded when its rows are taken.
