@@ -43,6 +43,7 @@ REPORTS = {
     "end_before_wgmma": r"ends before wgmma_wait for its last wgmma",
     "wgmma_no_proxy_fence": r"wgmma reads shared memory at offset \d+, written by ordinary stores",
     "wgmma_differs_by_thread": r"wgmma: threads of the warpgroup issue different ones",
+    "wgmma_registers_changed": r"wgmma_wait: registers of A were changed before it \(the product at .*faults\.cu:\d+\)",
     "barrier_counts_differ": r"named_barrier_sync 1: expects \d+ threads, but others of this round expect \d+",
     "barrier_twice": r"named_barrier_arrive 1: this thread has already come in this round",
     "barrier_of_odd_count": r"named_barrier_sync 1: 100 threads; must be a multiple of 32",

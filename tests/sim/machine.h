@@ -71,6 +71,14 @@ struct BulkGroup {
   bool waiting = false;  // the thread waits for this group
 };
 
+// Four registers of a thread that a wgmma takes its A from, until the wait that covers it.
+struct LentRegisters {
+  uint64_t product;  // the thread's so many-th
+  const uint32_t* place;
+  uint32_t held[4];  // when it was issued
+  Source source;
+};
+
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
@@ -86,6 +94,7 @@ struct Thread {
 
   uint64_t wgmma_issued = 0;
   std::vector<uint64_t> wgmma_groups;  // how many were issued at each commit
+  std::deque<LentRegisters> wgmma_lent;
   bool wgmma_fenced = false;
   bool cluster_arrived = false;
   uint64_t cluster_generation = 0;

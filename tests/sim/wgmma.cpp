@@ -1,6 +1,7 @@
 // wgmma. A warpgroup's products wait in a queue and are computed at a random later time, in order.
-// From issue to completion the accumulators hold NaN and their shared-memory operands are not yet
-// read, so whoever is too early with either sees wrong numbers.
+// From issue to completion the accumulators hold NaN and their shared-memory operands and A in
+// registers are not yet read, so whoever is too early with any sees wrong numbers. A register of A
+// that was changed before the wait is reported there too, whenever the product was computed.
 #include <array>
 #include <bit>
 #include <cmath>
@@ -27,7 +28,7 @@ struct WgmmaOperation {
   Source source;
   uint32_t issued = 0;
   std::shared_ptr<WgmmaAccumulators> accumulators;
-  std::vector<uint32_t> a_registers;  // [128][4], read at issue
+  const uint32_t* a_registers[kWarpgroupThreads] = {};  // four each, where A is in registers
 };
 
 namespace {
@@ -216,7 +217,7 @@ void compute(WgmmaQueue& queue) {
       const uint32_t row = 16 * (t / 32) + t % 32 / 4, k = 2 * (t % 4);
       for (uint32_t i = 0; i < 4; ++i) {
         float* to = a + (row + 8 * (i % 2)) * kDepth + k + 8 * (i / 2);
-        const uint32_t packed = operation.a_registers[4 * t + i];
+        const uint32_t packed = operation.a_registers[t][i];
         to[0] = std::bit_cast<float>(packed << 16);
         to[1] = std::bit_cast<float>(packed & 0xffff0000u);
       }
@@ -276,7 +277,6 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
     WgmmaOperation& operation = queue.operations.emplace_back();
     operation.what = what;
     operation.source = source;
-    if (what.a_in_registers) operation.a_registers.resize(4 * kWarpgroupThreads);
     // The accumulators of the product before, where it adds to the same registers and is not done
     // yet.
     if (queue.operations.size() > 1) {
@@ -316,7 +316,10 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
   } else if (accumulators.d[t] != d) {
     fail(source, "wgmma: threads of the warpgroup name different accumulators");
   }
-  if (what.a_in_registers) std::memcpy(operation.a_registers.data() + 4 * t, a, 16);
+  if (what.a_in_registers) {
+    operation.a_registers[t] = a;
+    thread.wgmma_lent.push_back({number, a, {a[0], a[1], a[2], a[3]}, source});
+  }
 
   if (++operation.issued < kWarpgroupThreads) return;
   if (!what.a_in_registers)
@@ -347,6 +350,13 @@ void wgmma_wait(uint32_t pending, const Source& source) {
   WgmmaQueue& queue = queue_of(thread, source);
   if (thread.wgmma_groups.size() <= pending) return;
   const uint64_t needed = thread.wgmma_groups[thread.wgmma_groups.size() - 1 - pending];
+  for (; !thread.wgmma_lent.empty() && thread.wgmma_lent.front().product < needed;
+       thread.wgmma_lent.pop_front()) {
+    const LentRegisters& lent = thread.wgmma_lent.front();
+    if (std::memcmp(lent.place, lent.held, sizeof lent.held) != 0)
+      fail(source, "wgmma_wait: registers of A were changed before it (the product at %s)",
+           place_of(lent.source).c_str());
+  }
   while (queue.done < needed) block_on(queue.waiters, {describe_products, &queue, pending, source});
 }
 

@@ -164,6 +164,21 @@ void faulty_wgmma(Arguments) {
   wgmma_commit();
   if (kFault != 3) wgmma_wait<0>(d);
 }
+// The next step's A goes into the registers of a product that may still be under way.
+void wgmma_registers_changed(Arguments) {
+  float d[4] = {};
+  uint32_t a[2][4] = {};
+  const MatrixDescriptor b = k_major_descriptor(shared().tile, Swizzle::none);
+  for (uint32_t step = 0; step < 4; ++step) {
+    uint32_t (&own)[4] = a[step % 2];
+    wgmma_wait<2>(own);
+    for (uint32_t i = 0; i < 4; ++i) own[i] = step + 1;
+    wgmma_fence(d);
+    wgmma<8>(d, own, b);
+    wgmma_commit();
+  }
+  wgmma_wait<0>(d);
+}
 void barrier_counts_differ(Arguments) { named_barrier_sync(1, threadIdx.x < 64 ? 64 : 96); }
 void barrier_twice(Arguments) {
   named_barrier_arrive(1, 128);
@@ -225,6 +240,7 @@ constexpr Fault kFaults[] = {
     {"end_before_wgmma", faulty_wgmma<3>},
     {"wgmma_no_proxy_fence", faulty_wgmma<4>},
     {"wgmma_differs_by_thread", faulty_wgmma<5>},
+    FAULT(wgmma_registers_changed),
     FAULT(barrier_counts_differ),
     FAULT(barrier_twice),
     FAULT(barrier_of_odd_count),
