@@ -27,7 +27,8 @@ from test_grouped_gemm_cuda_dense import Dense
 FAMILY = ROOT / "csrc" / "grouped_gemm"
 KERNELS = ["sort_pairs", "combine", "sum_segments", "cuda", "cuda_dense", "cuda_quantized", "cuda_fp8", "quantize_rows"]
 KERNELS += [f"sm80_{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
-KERNELS += [f"sm90_bf16_{name}" for name in ("gate_up", "down", "dense")] + ["sm90_fp8_gate_up", "sm90_fp8_down"]
+KERNELS += [f"sm90_{kind}_{name}" for kind in ("bf16", "fp8", "quantized") for name in ("gate_up", "down")]
+KERNELS += ["sm90_bf16_dense"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS] + [ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [FAMILY / f"plan_{name}.cpp" for name in ("cuda", "dense", "quantized", "fp8")]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "quantized_plan.cpp"]

@@ -41,7 +41,8 @@ MoeCudaPass make_moe_cuda_pass(const dgemma_moe_ffn& op, const MoeCudaPlan& plan
           .tables = {integers(plan.first), integers(plan.tiles_before), integers(plan.pair),
                      static_cast<int32_t>(op.experts)},
           .activations = reinterpret_cast<device::bfloat16*>(workspace + plan.activations),
-          .products = reinterpret_cast<float*>(workspace + plan.products)};
+          .products = reinterpret_cast<float*>(workspace + plan.products),
+          .arranged_input = reinterpret_cast<device::bfloat16*>(workspace + plan.arranged_input)};
 }
 
 }  // namespace dgemma

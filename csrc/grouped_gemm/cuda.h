@@ -21,6 +21,9 @@ struct MoeCudaPass {
   MoeTables tables;
   device::bfloat16* activations;  // [pairs, expert_size], in sorted order
   float* products;                // [pairs, hidden_size], row token * top_k + slot
+  // [tokens, arranged width] where the plan has blocks that arrange the input; then rows of
+  // `activations` have an arranged width too.
+  device::bfloat16* arranged_input;
 };
 
 // The pass that begins with this token.

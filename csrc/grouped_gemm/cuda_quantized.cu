@@ -11,9 +11,17 @@ constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
 
 // Null, or CUDA's words.
 const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  auto gate_up = launch_gate_up_sm80_quantized;
+  auto down = launch_down_sm80_quantized;
+#if defined(DGEMMA_WITH_SM90)
+  if (plan.path == CudaPath::kSm90) {
+    gate_up = launch_gate_up_sm90_quantized;
+    down = launch_down_sm90_quantized;
+  }
+#endif
   if (const char* problem = launch_sort_pairs(plan, pass.ffn, stream)) return problem;
-  if (const char* problem = launch_gate_up_sm80_quantized(plan, pass, stream)) return problem;
-  if (const char* problem = launch_down_sm80_quantized(plan, pass, stream)) return problem;
+  if (const char* problem = gate_up(plan, pass, stream)) return problem;
+  if (const char* problem = down(plan, pass, stream)) return problem;
   return launch_combine(plan, pass.ffn, stream);
 }
 

@@ -47,6 +47,10 @@ const char* launch_gate_up_sm80_quantized(const MoeCudaPlan& plan, const MoeQuan
                                           void* stream);
 const char* launch_down_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                        void* stream);
+const char* launch_gate_up_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                          void* stream);
+const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                       void* stream);
 const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
                                         void* stream);
 
@@ -60,6 +64,16 @@ const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuanti
        ? (token_tile == 32 ? launch<Encoding::kInt4Float16, 32>                             \
                            : launch<Encoding::kInt4Float16, 64>)                            \
        : (token_tile == 32 ? launch<Encoding::kNvfp4, 32> : launch<Encoding::kNvfp4, 64>))( \
+      __VA_ARGS__)
+
+// The same of the kernels for sm_90, which have no FP8.
+#define DGEMMA_LAUNCH_QUANTIZED_90(encoding, token_tile, launch, ...)                        \
+  (encoding == Encoding::kInt4                                                               \
+       ? (token_tile == 64 ? launch<Encoding::kInt4, 64> : launch<Encoding::kInt4, 128>)     \
+   : encoding == Encoding::kInt4Float16                                                      \
+       ? (token_tile == 64 ? launch<Encoding::kInt4Float16, 64>                              \
+                           : launch<Encoding::kInt4Float16, 128>)                            \
+       : (token_tile == 64 ? launch<Encoding::kNvfp4, 64> : launch<Encoding::kNvfp4, 128>))( \
       __VA_ARGS__)
 
 }  // namespace dgemma

@@ -80,11 +80,15 @@ struct MoeCudaPlan {
   int32_t depth;  // columns in a stage
   MoeCudaPart gate_up, down;
   int32_t combine_blocks;  // of a full pass
+  // Blocks beside the one that sorts, which bring the input into the order of arranged_columns.h;
+  // mostly none.
+  int32_t arranging_blocks;
 
   // The workspace: where its parts begin, in bytes, and its size.
   size_t first, tiles_before, pair;  // int32: see MoeTables
   size_t activations;                // bfloat16 [pairs, expert_size], in sorted order
   size_t products;                   // float32 [pairs, hidden_size], in the order of the slots
+  size_t arranged_input;             // bfloat16 [tokens, arranged width], where blocks arrange it
   size_t workspace_bytes;
 };
 

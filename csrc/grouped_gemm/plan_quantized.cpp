@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "grouped_gemm/arranged_columns.h"
+
 namespace dgemma {
 namespace {
 
@@ -32,6 +34,32 @@ MoeCudaPart make_part(const MoeCudaPlan& plan, int64_t weight_tiles, int64_t dep
   const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
           static_cast<int32_t>(blocks)};
+}
+
+// Twice the mean number of an expert's tokens here too. More than 128 would leave no registers for
+// two sets of decoded weights beside the sums.
+void plan_sm90(const dgemma_moe_ffn& ffn, int64_t pairs, int32_t multiprocessors,
+               MoeCudaPlan* plan) {
+  plan->path = CudaPath::kSm90;
+  plan->token_tile = 2 * pairs <= 64 * ffn.experts ? 64 : 128;
+  plan->threads = kMoeThreads;
+  plan->weight_rows = kMoeWeightRows;
+  plan->stages = quantized_stages_90(plan->token_tile);
+  plan->stage_bytes = quantized_stage_bytes_90(plan->token_tile);
+  plan->depth = kQuantizedDepth90;
+  const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan->token_tile);
+  const auto part = [&](int64_t weight_tiles, int64_t depth) {
+    return MoeCudaPart{
+        static_cast<int32_t>(weight_tiles),
+        static_cast<int32_t>(ceil_divide(depth, kQuantizedDepth90)),
+        static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors))};
+  };
+  plan->gate_up = part(ceil_divide(ffn.expert_size, kMoeWeightRows / 2), ffn.hidden_size);
+  plan->down = part(ceil_divide(ffn.hidden_size, kMoeWeightRows), ffn.expert_size);
+  const int64_t values =
+      plan->tokens_per_pass * arranged_width(static_cast<int32_t>(ffn.hidden_size));
+  plan->arranging_blocks =
+      static_cast<int32_t>(ceil_divide(values, kArrangedPerThread * kMoeSortThreads));
 }
 
 // Null, or what is wrong with a matrix of so many columns; `rows` is what rows_per_factor divides.
@@ -100,6 +128,20 @@ MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gp
   MoeCudaPlan plan =
       make_moe_cuda_plan(ffn, {CudaPath::kSm80, gpu.compute_capability, gpu.multiprocessors});
   const int64_t pairs = plan.tokens_per_pass * ffn.top_k;
+  if (op.gate_up.format != DGEMMA_WEIGHTS_FP8 && op.down.format != DGEMMA_WEIGHTS_FP8) {
+    const auto width = [](int64_t columns) {
+      return arranged_width(static_cast<int32_t>(columns));
+    };
+    WorkspaceParts parts = {plan.activations};
+    plan.activations = parts.take<uint16_t>(pairs * width(ffn.expert_size));
+    plan.products = parts.take<float>(pairs * ffn.hidden_size);
+    plan.arranged_input = parts.take<uint16_t>(plan.tokens_per_pass * width(ffn.hidden_size));
+    plan.workspace_bytes = parts.bytes;
+    if (gpu.path == CudaPath::kSm90) {
+      plan_sm90(ffn, pairs, gpu.multiprocessors, &plan);
+      return plan;
+    }
+  }
   plan.token_tile = choose_token_tile(pairs, ffn.experts);
   plan.weight_rows = kQuantizedWeightRows;
   plan.threads = kQuantizedThreads;

@@ -35,13 +35,29 @@ constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false)
   return token_tile == 64 ? 2 : dense ? 3 : 4;
 }
 
+// On sm_90, where both matrices have 4 bits: the tiles and roles of the bfloat16 path, stages of
+// arranged_columns.h's 128 columns.
+constexpr int32_t kQuantizedDepth90 = 128;
+// A stage's scales of a row: at most 8 bytes, which may begin within a word, in whole pieces.
+constexpr int32_t kQuantizedScaleBytes90 = 16;
+constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {
+  return kMoeWeightRows * (kQuantizedDepth90 / 2 + kQuantizedScaleBytes90) +
+         token_tile * kQuantizedDepth90 * 2;
+}
+// As moe_stages.
+constexpr int32_t quantized_stages_90(int32_t token_tile) {
+  const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
+  return (kMoeSharedLimit - results - 2048) / quantized_stage_bytes_90(token_tile);
+}
+
 // Null, or what is wrong with the sizes and formats of a call ("gate_up.group: got 48, wants ..."),
 // perhaps in `text`, which has room for `bytes`. Pointers are not looked at.
 const char* moe_quantized_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
 const char* dense_quantized_problem(const dgemma_dense_quantized& op, char* text, size_t bytes);
 
-// A plan of the sm_80 path, which serves every GPU here. `stage_bytes` is of gate_up; the formats
-// of gate_up and down may differ.
+// A plan of the sm_80 path, which serves every GPU here, or of the sm_90 path for matrices of 4
+// bits on it. `stage_bytes` is of gate_up; the formats of gate_up and down may differ. The
+// workspace is the same for every GPU.
 MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
 DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu& gpu);
 

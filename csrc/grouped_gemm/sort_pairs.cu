@@ -1,4 +1,5 @@
 // Which pairs go to which expert: a counting sort by one block, in front of the other kernels.
+// Other blocks of the same launch may arrange the input's columns at the same time.
 //
 // The pairs are cut into 32 runs, one for each warp. Every warp counts its run's pairs by expert,
 // the counts become positions, and every warp goes over its run again and places it. No atomics:
@@ -6,6 +7,7 @@
 #include "device/launch.h"
 #include "device/shared_memory.h"
 #include "device/warp.h"
+#include "grouped_gemm/arrange_rows.h"
 #include "grouped_gemm/cuda.h"
 
 namespace dgemma {
@@ -54,7 +56,12 @@ DGEMMA_DEVICE int32_t scan_lanes(int32_t value) {
   return value;
 }
 
-__global__ void __launch_bounds__(kMoeSortThreads, 1) sort_pairs(const Sort sort) {
+__global__ void __launch_bounds__(kMoeSortThreads, 1)
+    sort_pairs(const Sort sort, const ArrangeRows rows) {
+  if (blockIdx.x > 0) {
+    arrange(rows, static_cast<int64_t>(blockIdx.x - 1) * kMoeSortThreads + threadIdx.x);
+    return;
+  }
   Shared& shared = device::shared_memory<Shared>();
   const uint32_t warp = device::warp_index(), lane = device::lane_index();
   const uint32_t lanes_below = (1u << lane) - 1;
@@ -122,10 +129,12 @@ const char* launch_sort_pairs(const MoeCudaPlan& plan, const MoeCudaPass& pass, 
                      const_cast<int32_t*>(tables.first),
                      const_cast<int32_t*>(tables.tiles_before),
                      const_cast<int32_t*>(tables.pair)};
+  const ArrangeRows rows = {pass.input, pass.arranged_input, pass.tokens, pass.hidden_size};
   // It does not begin before the kernel in front ends: that one may still read this workspace.
-  const device::LaunchShape shape = {
-      .grid = dim3(1), .threads = kMoeSortThreads, .shared_bytes = sizeof(Shared)};
-  return device::launch(shape, stream, sort_pairs, sort);
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(1 + plan.arranging_blocks)),
+                                     .threads = kMoeSortThreads,
+                                     .shared_bytes = sizeof(Shared)};
+  return device::launch(shape, stream, sort_pairs, sort, rows);
 }
 
 }  // namespace dgemma
