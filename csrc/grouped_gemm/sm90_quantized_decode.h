@@ -72,18 +72,26 @@ DGEMMA_DEVICE void decode_scales(uint32_t first, uint32_t second,
   }
 }
 
+// Twice the magnitudes of e2m1 by their codes, a byte each. Half of them come from lane 0, which
+// keeps them in a register: the compiler would make the constant anew wherever it is used.
+struct DecodeTable {
+  uint32_t first;
+  static constexpr uint32_t kLast = 0x0c080604;
+};
+DGEMMA_DEVICE DecodeTable make_decode_table() {
+  return {__shfl_sync(device::kAllLanes, 0x03020100u + device::lane_index(), 0)};
+}
+
 // pair[0], pair[1]: the values at even places, as a step takes them; pair[2], pair[3]: at odd ones.
 template <Encoding kEncoding>
 DGEMMA_DEVICE void decode_word(uint32_t word, const GroupScale<kEncoding>& scale,
-                               uint32_t (&pair)[4]) {
+                               const DecodeTable& table, uint32_t (&pair)[4]) {
   using decode::multiply;
   using device::multiply_add_bfloat16;
   if constexpr (kEncoding == Encoding::kNvfp4) {
-    // Twice the magnitudes of four values by their codes, from a table of eight bytes.
-    constexpr uint32_t kFirst = 0x03020100, kLast = 0x0c080604;
     const uint32_t codes = word & 0x77777777u;
-    const uint32_t low = permute_bytes(kFirst, kLast, codes);
-    const uint32_t high = permute_bytes(kFirst, kLast, codes >> 16);
+    const uint32_t low = permute_bytes(table.first, table.kLast, codes);
+    const uint32_t high = permute_bytes(table.first, table.kLast, codes >> 16);
     const uint32_t even = word << 4 & 0x80808080u, odd = word & 0x80808080u;  // signs
     pair[0] = permute_bytes(low, even, 0x5240);
     pair[1] = permute_bytes(high, even, 0x7260);

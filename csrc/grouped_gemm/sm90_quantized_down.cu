@@ -52,25 +52,25 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (warp >= kMultiplyingWarps) {
     device::decrease_registers<kLoadingRegisters>();
     if (warp == kMultiplyingWarps) {
-      if (device::elect_one()) {
-        const auto once = device::evict_first();
-        load_values(shared.ring, p.work,
-                    [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
-                      const int32_t row = unit.weight_tile * kMoeWeightRows;
-                      for (int32_t box = 0; box < 2; ++box)
-                        device::tma_load(to + box * kBoxRows, &weights, full, once, byte,
-                                         row + box * static_cast<int32_t>(kBoxRows), unit.expert);
-                    });
-      }
+      const auto once = device::evict_first();
+      load_weights<kEncoding>(
+          shared.ring, p.work, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
+            const int32_t row = unit.weight_tile * kMoeWeightRows;
+            for (int32_t box = 0; box < 2; ++box)
+              device::tma_load(to + box * kBoxRows, &weights, full, once, byte,
+                               row + box * static_cast<int32_t>(kBoxRows), unit.expert);
+          });
     } else {
       device::wait_for_previous_kernel();
-      gather<kEncoding>(shared.ring, p.work, p.rows, p.activations,
-                        [](int32_t position) { return position; });
+      gather_tokens(shared.ring, p.work, p.activations, p.rows.matrix.columns,
+                    [](int32_t position) { return position; });
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();
     Target* target = shared.target[device::warpgroup_index()];
     const uint32_t row = 16 * warp + device::lane_index() / 4;
+    const DecodeTable table = make_decode_table();
     Place<kTokens> at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       own.find<kEncoding>(0, p.rows, unit, row, static_cast<int32_t>(row));
       own.find<kEncoding>(1, p.rows, unit, row + 8, static_cast<int32_t>(row + 8));
       float sum[kN / 2] = {};
-      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, p.work.k_steps, sum);
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
       store_products<kN>(unit, sum, target, p.rows.hidden_size, p.products);
     });
   }

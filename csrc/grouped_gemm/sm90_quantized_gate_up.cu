@@ -108,24 +108,23 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (warp >= kMultiplyingWarps) {
     device::decrease_registers<kLoadingRegisters>();
     if (warp == kMultiplyingWarps) {
-      if (device::elect_one()) {
-        const auto once = device::evict_first();
-        load_values(shared.ring, p.work,
-                    [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
-                      // Pairs of rows: see make_layout.
-                      const int32_t gate =
-                          unit.expert * p.rows.expert_size + unit.weight_tile * kColumns / 2;
-                      device::tma_load(to, &weights, full, once, byte, gate, 0);
-                      device::tma_load(to + kBoxRows, &weights, full, once, byte,
-                                       gate + p.rows.expert_size / 2, 0);
-                    });
-      }
+      const auto once = device::evict_first();
+      load_weights<kEncoding>(
+          shared.ring, p.work, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
+            // Pairs of rows: see make_layout.
+            const int32_t gate = unit.expert * p.rows.expert_size + unit.weight_tile * kColumns / 2;
+            device::tma_load(to, &weights, full, once, byte, gate, 0);
+            device::tma_load(to + kBoxRows, &weights, full, once, byte,
+                             gate + p.rows.expert_size / 2, 0);
+          });
     } else {
-      gather<kEncoding>(shared.ring, p.work, p.rows, p.input,
-                        [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+      gather_tokens(shared.ring, p.work, p.input, p.rows.matrix.columns,
+                    [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();
+    const DecodeTable table = make_decode_table();
     Place<kTokens> at;
     const int32_t result = own_result();
     const uint32_t place = static_cast<uint32_t>(result % 2 * (kColumns / 2) + result / 2);
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       own.find<kEncoding>(0, p.rows, unit, place, result);
       own.find<kEncoding>(1, p.rows, unit, place + kBoxRows, result + kColumns);
       float sum[kN / 2] = {};
-      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, p.work.k_steps, sum);
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
       store<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.rows.expert_size,
                 p.activations);
     });

@@ -40,7 +40,8 @@ struct WeightRing {
   Stage<kTokens> stage[kStages];
   device::Mbarrier full[kStages];
   device::Mbarrier empty[kStages];
-  int32_t source_row[kTokens];  // of the unit that is being gathered
+  // Where the token rows of the unit that is being gathered begin, in pieces of 16 bytes.
+  uint32_t source[kTokens];
 };
 
 // A stage and how often, modulo 2, the ring has gone round.
@@ -54,42 +55,28 @@ struct Place {
   }
 };
 
-// By one thread; __syncthreads follows.
+// By one thread; __syncthreads follows. The weights' bytes and every copying thread fill a stage.
 template <int kTokens>
 DGEMMA_DEVICE void initialise(WeightRing<kTokens>& ring) {
   for (uint32_t i = 0; i < WeightRing<kTokens>::kStages; ++i) {
-    device::mbarrier_init(&ring.full[i], 1 + kGatheringThreads);
+    device::mbarrier_init(&ring.full[i], 1 + 32 + kGatheringThreads);
     device::mbarrier_init(&ring.empty[i], kMultiplyingWarps);
   }
   device::fence_mbarrier_init();
 }
 
-// One thread. load(destination, barrier, unit, first byte of the rows) starts the copies of a whole
-// weight tile.
-template <int kTokens, typename Load>
-DGEMMA_DEVICE void load_values(WeightRing<kTokens>& ring, const MoeWork& work, Load load) {
-  Place<kTokens> at;
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
-      auto& weights = ring.stage[at.stage].weights;
-      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof weights);
-      load(weights, &ring.full[at.stage], unit, step * static_cast<int32_t>(kValueBytes));
-    }
-  });
-}
-
-// Bytes of scales that a stage takes of a row, 2 to 8, and where a step's begin in the row.
+// Bytes of so many columns' scales.
 template <Encoding kEncoding>
-DGEMMA_DEVICE int32_t scale_bytes_before(const QuantizedMatrix& matrix, int32_t columns) {
+DGEMMA_DEVICE int32_t scale_bytes_of(const QuantizedMatrix& matrix, int32_t columns) {
   return (columns >> matrix.group_bits) * (kEncoding == Encoding::kNvfp4 ? 1 : 2);
 }
 
-// A row's scales of one stage; zero past the row's end. The row may begin within a word, and so the
-// words may begin with what lies in front of it.
-DGEMMA_DEVICE void start_scales(uint8_t* to, const QuantizedMatrix& matrix, int64_t row,
+// The scales of a stage out of one row: `bytes`, 2 to 8, from byte `before` of the row on; zero
+// past its end. In words of four from the one on in which they begin, so with what lies in front of
+// them.
+DGEMMA_DEVICE void start_scales(uint8_t* to, const QuantizedMatrix& matrix, const uint8_t* row,
                                 int32_t before, int32_t bytes) {
-  const uint8_t* first = matrix.scales + row * matrix.scale_bytes + before;
+  const uint8_t* first = row + before;
   const int32_t in_front = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
   const uint8_t* word = first - in_front;
   int32_t left = matrix.scale_bytes - before + in_front;
@@ -102,39 +89,95 @@ DGEMMA_DEVICE void start_scales(uint8_t* to, const QuantizedMatrix& matrix, int6
   }
 }
 
-// Three warps. Brings token rows row_of(position) for the unit's sorted positions, out of a matrix
-// of arranged columns, and the scales. Rows of the tile past the unit's are left as they are: a
-// product's columns do not mix, and those are not stored.
-template <Encoding kEncoding, int kTokens, typename Rows, typename RowOf>
-DGEMMA_DEVICE void gather(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
-                          const bfloat16* tokens, RowOf row_of) {
-  constexpr uint32_t kPieces = kArrangedBlock * sizeof(bfloat16) / 16;
-  const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
-  const uint32_t piece = thread % kPieces;
+// One warp. Brings a whole weight tile and its scales: nothing that the kernel in front writes.
+// load(destination, barrier, unit, first byte of the rows) starts the copies of the values.
+template <Encoding kEncoding, int kTokens, typename Rows, typename Load>
+DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
+                                Load load) {
+  constexpr int kRowsOfLane = kMoeWeightRows / 32;
   const QuantizedMatrix& matrix = rows.matrix;
-  const int64_t row_bytes = bytes_of(arranged_width(matrix.columns));
-  const int32_t scale_bytes = scale_bytes_before<kEncoding>(matrix, kArrangedBlock);
+  const int32_t lane = static_cast<int32_t>(device::lane_index());
+  const bool leader = device::elect_one();
+  const int32_t scale_bytes = scale_bytes_of<kEncoding>(matrix, kArrangedBlock);
+  // The model's rows are nearly all whole words. One or two of them, or both at once.
+  const bool whole_words = matrix.scale_bytes % 4 == 0, two = scale_bytes > 4;
+  const bool at_once =
+      two && matrix.scale_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.scales) % 8 == 0;
+  Place<kTokens> at;
+  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
+    const uint8_t* row[kRowsOfLane];
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i)
+      row[i] = matrix.scales + rows.matrix_row(unit, lane + 32 * i) * matrix.scale_bytes;
+    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
+      Stage<kTokens>& stage = ring.stage[at.stage];
+      const int32_t before = scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock);
+      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      if (leader) {
+        device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof stage.weights);
+        load(stage.weights, &ring.full[at.stage], unit, step * static_cast<int32_t>(kValueBytes));
+      }
+      uint8_t* to = stage.scales[lane];
+      const int32_t word = before & ~3;
+      if (whole_words && word + (two ? 8 : 4) <= matrix.scale_bytes) {
+#pragma unroll
+        for (int i = 0; i < kRowsOfLane; ++i, to += sizeof stage.scales / kRowsOfLane) {
+          if (at_once) {
+            device::cp_async_8(to, row[i] + word);
+            continue;
+          }
+          device::cp_async_4(to, row[i] + word);
+          if (two) device::cp_async_4(to + 4, row[i] + word + 4);
+        }
+      } else {
+        for (int i = 0; i < kRowsOfLane; ++i, to += sizeof stage.scales / kRowsOfLane)
+          start_scales(to, matrix, row[i], before, scale_bytes);
+      }
+      device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+    }
+  });
+}
+
+// Three warps. Brings token rows row_of(position) for the unit's sorted positions, out of a matrix
+// with so many columns, arranged. A warp brings eight rows at a time: every lane a piece of 16
+// bytes of both halves of two rows. Rows of the tile past the unit's are left as they are: a
+// product's columns do not mix, and those are not stored.
+template <int kTokens, typename RowOf>
+DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
+                                 const bfloat16* tokens, int32_t columns, RowOf row_of) {
+  constexpr uint32_t kHalf = sizeof ring.stage[0].tokens[0];
+  const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
+  const uint32_t lane = device::lane_index(), warp = thread / 32;
+  const int32_t row_pieces = bytes_of(arranged_width(columns)) / 16;
+  const uint32_t first_row = lane / kPiecesPerRow, piece = lane % kPiecesPerRow;
+  uint32_t place[2];
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i)
+    place[i] =
+        device::swizzled(((first_row + 4 * i) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
   Place<kTokens> at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
     const uint32_t count = static_cast<uint32_t>(unit.rows);
     device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
     for (uint32_t row = thread; row < count; row += kGatheringThreads)
-      ring.source_row[row] = row_of(unit.first + static_cast<int32_t>(row));
+      ring.source[row] =
+          static_cast<uint32_t>(row_of(unit.first + static_cast<int32_t>(row)) * row_pieces);
     device::named_barrier_sync(kGathering, kGatheringThreads);
 
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
-      Stage<kTokens>& stage = ring.stage[at.stage];
-      const char* from = reinterpret_cast<const char*>(tokens) +
-                         (static_cast<uint32_t>(step) * kPieces + piece) * 16;
-      char* tile = reinterpret_cast<char*>(stage.tokens[piece / 8]);
-      const int32_t before = scale_bytes_before<kEncoding>(matrix, step * kArrangedBlock);
+    const uint4* from = reinterpret_cast<const uint4*>(tokens) + piece;
+    for (int32_t step = 0; step < work.k_steps; ++step, at.advance(), from += 2 * kPiecesPerRow) {
+      char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      for (uint32_t row = thread; row < kMoeWeightRows; row += kGatheringThreads)
-        start_scales(stage.scales[row], matrix, rows.matrix_row(unit, static_cast<int32_t>(row)),
-                     before, scale_bytes);
-      for (uint32_t row = thread / kPieces; row < count; row += kGatheringThreads / kPieces) {
-        const uint32_t place = device::swizzled((row * 8 + piece % 8) * 16, Swizzle::bytes_128);
-        device::cp_async_16(tile + place, from + ring.source_row[row] * row_bytes);
+      for (uint32_t eight = 8 * warp; eight < count; eight += 8 * kGatheringThreads / 32) {
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+          const uint32_t row = eight + first_row + 4 * i;
+          if (row >= count) break;
+          const uint4* pieces = from + ring.source[row];
+          char* to = tile + eight * (kPiecesPerRow * 16) + place[i];
+          device::cp_async_16(to, pieces);
+          device::cp_async_16(to + kHalf, pieces + kPiecesPerRow);
+        }
       }
       device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
     }
@@ -162,7 +205,7 @@ struct OwnRows {
     weights[which] = place * kValueBytes + static_cast<uint32_t>(quad) * 16;
     scales[which] =
         static_cast<uint32_t>(row * kQuantizedScaleBytes90 +
-                              scale_bytes_before<kEncoding>(matrix, quad * kArrangedBlock / 4));
+                              scale_bytes_of<kEncoding>(matrix, quad * kArrangedBlock / 4));
     shift[which] = static_cast<uint32_t>(matrix_row * matrix.scale_bytes % 4);
     const float by =
         matrix.factors != nullptr ? matrix.factors[matrix_row / matrix.rows_per_factor] : 1.0f;
@@ -173,13 +216,15 @@ struct OwnRows {
 // A warpgroup's 64 rows of a unit, times its first kN pairs.
 template <Encoding kEncoding, int kN, int kTokens>
 DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const OwnRows& own,
-                            const QuantizedMatrix& matrix, int32_t k_steps, float (&sum)[kN / 2]) {
+                            const QuantizedMatrix& matrix, const DecodeTable& table,
+                            int32_t k_steps, float (&sum)[kN / 2]) {
   uint32_t a[2][4][4] = {};  // four steps of 16 columns in each set
+  const auto first_b = device::k_major_descriptor(ring.stage[0].tokens, Swizzle::bytes_128);
   Place<kTokens> behind = at;
   for (int32_t step = 0; step < k_steps; ++step) {
     const Stage<kTokens>& stage = ring.stage[at.stage];
     const uint32_t before =
-        static_cast<uint32_t>(scale_bytes_before<kEncoding>(matrix, step * kArrangedBlock));
+        static_cast<uint32_t>(scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock));
     device::mbarrier_wait(&ring.full[at.stage], at.parity);
     device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
     uint32_t word[2][4], bits[2];
@@ -205,12 +250,13 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const
         for (int row = 0; row < 2; ++row) {
           uint32_t pair[4];
           decode_word<kEncoding>(word[row][2 * half + i],
-                                 scale[row][kGroups<kEncoding> == 1 ? 0 : half], pair);
+                                 scale[row][kGroups<kEncoding> == 1 ? 0 : half], table, pair);
           a[half][2 * i][row] = pair[0], a[half][2 * i][2 + row] = pair[1];
           a[half][2 * i + 1][row] = pair[2], a[half][2 * i + 1][2 + row] = pair[3];
         }
       }
-      const auto b = device::k_major_descriptor(stage.tokens[half], Swizzle::bytes_128);
+      const auto b =
+          device::advanced(first_b, at.stage * sizeof stage + half * sizeof stage.tokens[half]);
       device::wgmma_fence(sum, a[half]);
 #pragma unroll
       for (uint32_t k = 0; k < 4; ++k)
