@@ -58,7 +58,14 @@ def library() -> ctypes.CDLL:
     built = sim_library("grouped_gemm_quantized", SOURCES, ["-DDGEMMA_WITH_SM90"])
     for name in ("moe_ffn_quantized", "dense_quantized", "moe_ffn_fp8"):
         getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
-    for name in ("moe_quantized_plan", "dense_quantized_plan", "moe_fp8_plan", "quantize_rows", "bytes_copied", "decode_sm90"):
+    for name in (
+        "moe_quantized_plan",
+        "dense_quantized_plan",
+        "moe_fp8_plan",
+        "quantize_rows",
+        "bytes_copied",
+        "decode_sm90",
+    ):
         getattr(built, name).restype = ctypes.c_char_p
     return built
 
