@@ -146,9 +146,9 @@ def test_plan_for_the_model_on_an_h200() -> None:
     assert plan_text(model_sizes(DECODERS[0])) == (
         "pass: 256 tokens\n"
         "gate_up: 132 blocks of 384 threads, 11 weight tiles of 128 rows per expert, 22 steps of 128, "
-        "token tiles of 64, 8 stages of 26624 bytes\n"
+        "token tiles of 64, 4 stages of 53248 bytes\n"
         "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 6 steps of 128, "
-        "token tiles of 64, 8 stages of 26624 bytes\n"
+        "token tiles of 64, 4 stages of 53248 bytes\n"
         "combine: 704 blocks of 128 threads\n"
         "workspace: 27665920 bytes\n"
     )

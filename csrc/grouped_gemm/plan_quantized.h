@@ -35,14 +35,18 @@ constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false)
   return token_tile == 64 ? 2 : dense ? 3 : 4;
 }
 
-// On sm_90, where both matrices have 4 bits: the tiles and roles of the bfloat16 path, stages of
+// On sm_90, where both matrices have 4 bits: the tiles and roles of the bfloat16 path, steps of
 // arranged_columns.h's 128 columns.
 constexpr int32_t kQuantizedDepth90 = 128;
-// A stage's scales of a row: at most 8 bytes, which may begin within a word, in whole pieces.
+// Steps in a stage. With the small token tile, where waiting and copying count beside the products,
+// two.
+constexpr int32_t quantized_steps_90(int32_t token_tile) { return token_tile == 64 ? 2 : 1; }
+// A step's scales of a row: at most 8 bytes, which may begin within a word, in whole pieces.
 constexpr int32_t kQuantizedScaleBytes90 = 16;
 constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {
-  return kMoeWeightRows * (kQuantizedDepth90 / 2 + kQuantizedScaleBytes90) +
-         token_tile * kQuantizedDepth90 * 2;
+  return quantized_steps_90(token_tile) *
+         (kMoeWeightRows * (kQuantizedDepth90 / 2 + kQuantizedScaleBytes90) +
+          token_tile * kQuantizedDepth90 * 2);
 }
 // As moe_stages.
 constexpr int32_t quantized_stages_90(int32_t token_tile) {

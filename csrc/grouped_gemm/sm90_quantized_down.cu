@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
           });
     } else {
       device::wait_for_previous_kernel();
-      gather_tokens(shared.ring, p.work, p.activations, p.rows.matrix.columns,
-                    [](int32_t position) { return position; });
+      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.activations,
+                               [](int32_t position) { return position; });
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();
@@ -77,8 +77,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       load_targets(p.work.tables, unit, target,
                    [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       OwnRows own;
-      own.find<kEncoding>(0, p.rows, unit, row, static_cast<int32_t>(row));
-      own.find<kEncoding>(1, p.rows, unit, row + 8, static_cast<int32_t>(row + 8));
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, row, static_cast<int32_t>(row));
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, row + 8,
+                                              static_cast<int32_t>(row + 8));
       float sum[kN / 2] = {};
       multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
       store_products<kN>(unit, sum, target, p.rows.hidden_size, p.products);

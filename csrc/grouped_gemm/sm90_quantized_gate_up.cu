@@ -119,8 +119,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                              gate + p.rows.expert_size / 2, 0);
           });
     } else {
-      gather_tokens(shared.ring, p.work, p.input, p.rows.matrix.columns,
-                    [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.input, [&](int32_t position) {
+        return p.work.tables.pair[position] / p.top_k;
+      });
     }
   } else {
     device::increase_registers<kMultiplyingRegisters>();
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       OwnRows own;
-      own.find<kEncoding>(0, p.rows, unit, place, result);
-      own.find<kEncoding>(1, p.rows, unit, place + kBoxRows, result + kColumns);
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, place, result);
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, place + kBoxRows, result + kColumns);
       float sum[kN / 2] = {};
       multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
       store<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.rows.expert_size,

@@ -1,13 +1,13 @@
 // What the two sm90 kernels over 4-bit weights have in common: a ring of stages in shared memory,
 // filled by one warpgroup; two warpgroups decode its weights into registers and multiply.
 //
-// Roles, units and the ring's barriers are those of sm90_bf16_pipeline.h. A stage is 128 columns
-// deep. Weights come as the checkpoint's bytes lie, by the copy engine, scales by cp.async, and
-// tokens in the order of arranged_columns.h, gathered by cp.async. A thread's weights of a row are
-// 16 bytes, one load without a swizzle and without a bank met twice. They become A of eight steps
-// in two sets of registers: while the products of one set run, the other is decoded. What a kernel
-// says of its matrix is Rows: `matrix`, and matrix_row(unit, row) of the tile's row, any row of the
-// same expert where there is none.
+// Roles, units and the ring's barriers are those of sm90_bf16_pipeline.h. A step is 128 columns
+// deep, and a stage one or two of them. Weights come as the checkpoint's bytes lie, by the copy
+// engine, scales by cp.async, and tokens in the order of arranged_columns.h, gathered by cp.async.
+// A thread's weights of a row are 16 bytes, one load without a swizzle and without a bank met
+// twice. They become A of eight steps in two sets of registers: while the products of one set run,
+// the other is decoded. What a kernel says of its matrix is Rows: `matrix`, and matrix_row(unit,
+// row) of the tile's row, any row of the same expert where there is none.
 #pragma once
 
 #include "grouped_gemm/arranged_columns.h"
@@ -26,15 +26,17 @@ constexpr uint32_t kBoxRows = kMoeWeightRows / 2;     // one copy's
 
 template <int kTokens>
 struct Stage {
-  alignas(1024) bfloat16 tokens[2][kTokens][kMoeDepth];  // by 64 columns; swizzled
-  alignas(128) uint8_t weights[kMoeWeightRows][kValueBytes];
+  static constexpr int kSteps = quantized_steps_90(kTokens);
+  alignas(1024) bfloat16 tokens[kSteps][2][kTokens][kMoeDepth];  // by 64 columns; swizzled
+  alignas(128) uint8_t weights[kSteps][kMoeWeightRows][kValueBytes];
   // Words of four bytes from the one on in which the row's scales of this stage begin.
-  alignas(16) uint8_t scales[kMoeWeightRows][kQuantizedScaleBytes90];
+  alignas(16) uint8_t scales[kMoeWeightRows][kSteps * kQuantizedScaleBytes90];
 };
 
 template <int kTokens>
 struct WeightRing {
   static constexpr uint32_t kStages = quantized_stages_90(kTokens);
+  static constexpr int kSteps = Stage<kTokens>::kSteps;
   static_assert(sizeof(Stage<kTokens>) == quantized_stage_bytes_90(kTokens));
 
   Stage<kTokens> stage[kStages];
@@ -71,90 +73,109 @@ DGEMMA_DEVICE int32_t scale_bytes_of(const QuantizedMatrix& matrix, int32_t colu
   return (columns >> matrix.group_bits) * (kEncoding == Encoding::kNvfp4 ? 1 : 2);
 }
 
-// The scales of a stage out of one row: `bytes`, 2 to 8, from byte `before` of the row on; zero
-// past its end. In words of four from the one on in which they begin, so with what lies in front of
-// them.
-DGEMMA_DEVICE void start_scales(uint8_t* to, const QuantizedMatrix& matrix, const uint8_t* row,
-                                int32_t before, int32_t bytes) {
-  const uint8_t* first = row + before;
-  const int32_t in_front = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
-  const uint8_t* word = first - in_front;
-  int32_t left = matrix.scale_bytes - before + in_front;
-  bytes += in_front;
-#pragma unroll
-  for (int i = 0; i < 3; ++i, word += 4, left -= 4) {
-    if (4 * i >= bytes) break;
-    device::cp_async_4(to + 4 * i, left > 0 ? word : matrix.scales,
-                       static_cast<uint32_t>(max(0, min(4, left))));
-  }
-}
+// What a lane of the four loading warps copies of the scales: those of one row.
+template <Encoding kEncoding, int kTokens, typename Rows>
+struct ScaleCopies {
+  static constexpr int kColumns = Stage<kTokens>::kSteps * kArrangedBlock;  // of a stage
 
-// One warp. Brings a whole weight tile and its scales: nothing that the kernel in front writes.
-// load(destination, barrier, unit, first byte of the rows) starts the copies of the values.
+  const Rows& rows;
+  const int32_t tile_row, bytes;  // of a row in a stage, 2 to 16
+  int32_t together;               // bytes that one copy brings: 16, 8 or 4
+  const uint8_t* row;
+
+  DGEMMA_DEVICE explicit ScaleCopies(const Rows& rows)
+      : rows(rows),
+        tile_row(static_cast<int32_t>(threadIdx.x - kMultiplyingWarps * 32)),
+        bytes(scale_bytes_of<kEncoding>(rows.matrix, kColumns)) {
+    const uint64_t all = static_cast<uint64_t>(bytes | rows.matrix.scale_bytes | 16) |
+                         reinterpret_cast<uintptr_t>(rows.matrix.scales);
+    const int32_t lowest = static_cast<int32_t>(all & 28);
+    together = lowest & -lowest;
+    if (rows.matrix.scale_bytes % 4 == 0 && bytes < 4) together = 4;
+  }
+
+  DGEMMA_DEVICE void begin(const MoeUnit& unit) {
+    const QuantizedMatrix& matrix = rows.matrix;
+    row = matrix.scales + rows.matrix_row(unit, tile_row) * matrix.scale_bytes;
+  }
+
+  // Of the stage that begins with this step.
+  DGEMMA_DEVICE void start(Stage<kTokens>& stage, int32_t step) const {
+    const QuantizedMatrix& matrix = rows.matrix;
+    uint8_t* to = stage.scales[tile_row];
+    const int32_t before = scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock);
+    const int32_t word = before & ~3;
+    const uint8_t* from = row + word;
+    if (matrix.scale_bytes % 4 != 0 || word + max(bytes, 4) > matrix.scale_bytes) {
+      start_words(to, before);
+    } else if (together == 16) {
+      device::cp_async_16(to, from);
+    } else {
+      for (int32_t at = 0; at < bytes; at += together)
+        if (together == 8)
+          device::cp_async_8(to + at, from + at);
+        else
+          device::cp_async_4(to + at, from + at);
+    }
+  }
+
+  // Where the row ends, or begins within a word: with what lies in front, and zero past the end.
+  DGEMMA_DEVICE void start_words(uint8_t* to, int32_t before) const {
+    const uint8_t* first = row + before;
+    const int32_t in_front = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
+    const uint8_t* word = first - in_front;
+    int32_t left = rows.matrix.scale_bytes - before + in_front;
+    for (int32_t at = 0; at < bytes + in_front; at += 4, word += 4, left -= 4)
+      device::cp_async_4(to + at, left > 0 ? word : rows.matrix.scales,
+                         static_cast<uint32_t>(max(0, min(4, left))));
+  }
+};
+
+// One warp. Brings weight tiles and a quarter of their scales: nothing that the kernel in front
+// writes. load(destination, barrier, unit, first byte of the rows) starts the copies of a step's
+// values.
 template <Encoding kEncoding, int kTokens, typename Rows, typename Load>
 DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
                                 Load load) {
-  constexpr int kRowsOfLane = kMoeWeightRows / 32;
-  const QuantizedMatrix& matrix = rows.matrix;
-  const int32_t lane = static_cast<int32_t>(device::lane_index());
   const bool leader = device::elect_one();
-  const int32_t scale_bytes = scale_bytes_of<kEncoding>(matrix, kArrangedBlock);
-  // The model's rows are nearly all whole words. One or two of them, or both at once.
-  const bool whole_words = matrix.scale_bytes % 4 == 0, two = scale_bytes > 4;
-  const bool at_once =
-      two && matrix.scale_bytes % 8 == 0 && reinterpret_cast<uintptr_t>(matrix.scales) % 8 == 0;
+  ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   Place<kTokens> at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
-    const uint8_t* row[kRowsOfLane];
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i)
-      row[i] = matrix.scales + rows.matrix_row(unit, lane + 32 * i) * matrix.scale_bytes;
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance()) {
+    scales.begin(unit);
+    for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
-      const int32_t before = scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock);
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       if (leader) {
         device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof stage.weights);
-        load(stage.weights, &ring.full[at.stage], unit, step * static_cast<int32_t>(kValueBytes));
+        // A step past the last is zero.
+        for (int32_t i = 0; i < ring.kSteps; ++i)
+          load(stage.weights[i], &ring.full[at.stage], unit,
+               (step + i) * static_cast<int32_t>(kValueBytes));
       }
-      uint8_t* to = stage.scales[lane];
-      const int32_t word = before & ~3;
-      if (whole_words && word + (two ? 8 : 4) <= matrix.scale_bytes) {
-#pragma unroll
-        for (int i = 0; i < kRowsOfLane; ++i, to += sizeof stage.scales / kRowsOfLane) {
-          if (at_once) {
-            device::cp_async_8(to, row[i] + word);
-            continue;
-          }
-          device::cp_async_4(to, row[i] + word);
-          if (two) device::cp_async_4(to + 4, row[i] + word + 4);
-        }
-      } else {
-        for (int i = 0; i < kRowsOfLane; ++i, to += sizeof stage.scales / kRowsOfLane)
-          start_scales(to, matrix, row[i], before, scale_bytes);
-      }
+      scales.start(stage, step);
       device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
     }
   });
 }
 
 // Three warps. Brings token rows row_of(position) for the unit's sorted positions, out of a matrix
-// with so many columns, arranged. A warp brings eight rows at a time: every lane a piece of 16
-// bytes of both halves of two rows. Rows of the tile past the unit's are left as they are: a
-// product's columns do not mix, and those are not stored.
-template <int kTokens, typename RowOf>
-DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
-                                 const bfloat16* tokens, int32_t columns, RowOf row_of) {
-  constexpr uint32_t kHalf = sizeof ring.stage[0].tokens[0];
+// of arranged columns, and the other scales. A warp brings eight rows at a time: every lane a piece
+// of 16 bytes out of every 64 columns of two rows. Rows of the tile past the unit's are left as
+// they are: a product's columns do not mix, and those are not stored.
+template <Encoding kEncoding, int kTokens, typename Rows, typename RowOf>
+DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
+                                 const bfloat16* tokens, RowOf row_of) {
+  constexpr uint32_t kHalf = sizeof ring.stage[0].tokens[0][0];
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t lane = device::lane_index(), warp = thread / 32;
-  const int32_t row_pieces = bytes_of(arranged_width(columns)) / 16;
+  const int32_t row_pieces = bytes_of(arranged_width(rows.matrix.columns)) / 16;
   const uint32_t first_row = lane / kPiecesPerRow, piece = lane % kPiecesPerRow;
   uint32_t place[2];
 #pragma unroll
   for (uint32_t i = 0; i < 2; ++i)
     place[i] =
         device::swizzled(((first_row + 4 * i) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
+  ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   Place<kTokens> at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
     const uint32_t count = static_cast<uint32_t>(unit.rows);
@@ -164,10 +185,14 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
           static_cast<uint32_t>(row_of(unit.first + static_cast<int32_t>(row)) * row_pieces);
     device::named_barrier_sync(kGathering, kGatheringThreads);
 
+    scales.begin(unit);
     const uint4* from = reinterpret_cast<const uint4*>(tokens) + piece;
-    for (int32_t step = 0; step < work.k_steps; ++step, at.advance(), from += 2 * kPiecesPerRow) {
-      char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
+    for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
+      Stage<kTokens>& stage = ring.stage[at.stage];
+      char* tile = reinterpret_cast<char*>(stage.tokens);
+      const bool whole = step + ring.kSteps <= work.k_steps;
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      scales.start(stage, step);
       for (uint32_t eight = 8 * warp; eight < count; eight += 8 * kGatheringThreads / 32) {
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
@@ -175,11 +200,15 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
           if (row >= count) break;
           const uint4* pieces = from + ring.source[row];
           char* to = tile + eight * (kPiecesPerRow * 16) + place[i];
-          device::cp_async_16(to, pieces);
-          device::cp_async_16(to + kHalf, pieces + kPiecesPerRow);
+#pragma unroll
+          for (uint32_t half = 0; half < 2 * ring.kSteps; ++half) {
+            if (half == 2 && !whole) break;
+            device::cp_async_16(to + half * kHalf, pieces + half * kPiecesPerRow);
+          }
         }
       }
       device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+      from += ring.kSteps * 2 * kPiecesPerRow;
     }
   });
 }
@@ -196,7 +225,7 @@ struct OwnRows {
   float factor[2];                 // what the sums are multiplied by
 
   // place: of the row in a stage's weights; row: in the tile.
-  template <Encoding kEncoding, typename Rows>
+  template <Encoding kEncoding, int kSteps, typename Rows>
   DGEMMA_DEVICE void find(int which, const Rows& rows, const MoeUnit& unit, uint32_t place,
                           int32_t row) {
     const QuantizedMatrix& matrix = rows.matrix;
@@ -204,7 +233,7 @@ struct OwnRows {
     const int64_t matrix_row = rows.matrix_row(unit, row);
     weights[which] = place * kValueBytes + static_cast<uint32_t>(quad) * 16;
     scales[which] =
-        static_cast<uint32_t>(row * kQuantizedScaleBytes90 +
+        static_cast<uint32_t>(row * kSteps * kQuantizedScaleBytes90 +
                               scale_bytes_of<kEncoding>(matrix, quad * kArrangedBlock / 4));
     shift[which] = static_cast<uint32_t>(matrix_row * matrix.scale_bytes % 4);
     const float by =
@@ -220,48 +249,54 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const
                             int32_t k_steps, float (&sum)[kN / 2]) {
   uint32_t a[2][4][4] = {};  // four steps of 16 columns in each set
   const auto first_b = device::k_major_descriptor(ring.stage[0].tokens, Swizzle::bytes_128);
+  const int32_t step_bytes = scale_bytes_of<kEncoding>(matrix, kArrangedBlock);
   Place<kTokens> behind = at;
-  for (int32_t step = 0; step < k_steps; ++step) {
+  for (int32_t first = 0; first < k_steps; first += ring.kSteps) {
     const Stage<kTokens>& stage = ring.stage[at.stage];
-    const uint32_t before =
-        static_cast<uint32_t>(scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock));
     device::mbarrier_wait(&ring.full[at.stage], at.parity);
     device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
-    uint32_t word[2][4], bits[2];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const uint4 values = *reinterpret_cast<const uint4*>(stage.weights[0] + own.weights[row]);
-      word[row][0] = values.x, word[row][1] = values.y;
-      word[row][2] = values.z, word[row][3] = values.w;
-      bits[row] = *reinterpret_cast<const uint16_t*>(stage.scales[0] + own.scales[row] +
-                                                     ((own.shift[row] + before) & 3u));
-    }
-    GroupScale<kEncoding> scale[2][kGroups<kEncoding>];
-    decode_scales<kEncoding>(bits[0], bits[1], scale);
+    for (int i = 0; i < ring.kSteps; ++i) {
+      if (i > 0 && first + i >= k_steps) break;
+      uint32_t word[2][4], bits[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const uint4 values =
+            *reinterpret_cast<const uint4*>(stage.weights[i][0] + own.weights[row]);
+        word[row][0] = values.x, word[row][1] = values.y;
+        word[row][2] = values.z, word[row][3] = values.w;
+        // Two steps' scales are whole words, so that the row's shift stays; one step's may not be.
+        const uint32_t before = ring.kSteps == 1 ? static_cast<uint32_t>(first * step_bytes) : 0;
+        bits[row] = *reinterpret_cast<const uint16_t*>(
+            stage.scales[0] + own.scales[row] + ((own.shift[row] + before) & 3u) + i * step_bytes);
+      }
+      GroupScale<kEncoding> scale[2][kGroups<kEncoding>];
+      decode_scales<kEncoding>(bits[0], bits[1], scale);
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // The products of the half before run on; those before it, whose set this is, are done.
-      device::wgmma_wait<1>(a[half]);
-      if (half == 1 && step > 0) release(ring, behind);
+      for (int half = 0; half < 2; ++half) {
+        // The products of the half before run on; those before it, whose set this is, are done.
+        device::wgmma_wait<1>(a[half]);
+        if (i == 0 && half == 1 && first > 0) release(ring, behind);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+        for (int w = 0; w < 2; ++w) {
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          uint32_t pair[4];
-          decode_word<kEncoding>(word[row][2 * half + i],
-                                 scale[row][kGroups<kEncoding> == 1 ? 0 : half], table, pair);
-          a[half][2 * i][row] = pair[0], a[half][2 * i][2 + row] = pair[1];
-          a[half][2 * i + 1][row] = pair[2], a[half][2 * i + 1][2 + row] = pair[3];
+          for (int row = 0; row < 2; ++row) {
+            uint32_t pair[4];
+            decode_word<kEncoding>(word[row][2 * half + w],
+                                   scale[row][kGroups<kEncoding> == 1 ? 0 : half], table, pair);
+            a[half][2 * w][row] = pair[0], a[half][2 * w][2 + row] = pair[1];
+            a[half][2 * w + 1][row] = pair[2], a[half][2 * w + 1][2 + row] = pair[3];
+          }
         }
-      }
-      const auto b =
-          device::advanced(first_b, at.stage * sizeof stage + half * sizeof stage.tokens[half]);
-      device::wgmma_fence(sum, a[half]);
+        const auto b = device::advanced(
+            first_b, at.stage * sizeof stage + (2 * i + half) * sizeof stage.tokens[0][0]);
+        device::wgmma_fence(sum, a[half]);
 #pragma unroll
-      for (uint32_t k = 0; k < 4; ++k)
-        device::wgmma<kN>(sum, a[half][k], device::advanced(b, k * 32));
-      device::wgmma_commit();
+        for (uint32_t k = 0; k < 4; ++k)
+          device::wgmma<kN>(sum, a[half][k], device::advanced(b, k * 32));
+        device::wgmma_commit();
+      }
     }
     behind = at;
     at.advance();
