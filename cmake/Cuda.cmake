@@ -1,7 +1,7 @@
 # The CUDA kernels: csrc/<family>/*.cu and what their entry points share, compiled into the static library.
 #
-# A file named sm90_* uses what only Hopper has and is compiled for 90a; every other file for all architectures of the
-# list. The newest of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
+# A file named sm90_* uses what only Hopper has and is compiled for 90a; one named sm89_* multiplies FP8 by mma.sync and is
+# compiled for 8.9 and 12.x, whose tensor cores do that; every other file for all architectures of the list. The newest of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
 # the module loads on a machine without a driver.
 
 set(DGEMMA_CUDA_ARCHITECTURES "80;86;89;90a;100;120" CACHE STRING "Compute capabilities to compile for")
@@ -31,7 +31,9 @@ endforeach()
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${cuda_patterns})
 set(hopper_sources ${cuda_sources})
 list(FILTER hopper_sources INCLUDE REGEX "/sm90_[^/]*$")
-list(FILTER cuda_sources EXCLUDE REGEX "/sm90_[^/]*$")
+set(fp8_sources ${cuda_sources})
+list(FILTER fp8_sources INCLUDE REGEX "/sm89_[^/]*$")
+list(FILTER cuda_sources EXCLUDE REGEX "/sm(89|90)_[^/]*$")
 
 # What one pass of the compiler's front end serves. Code for 8.0 and what is like it comes from PTX for 8.0, code for 9.0
 # and later from PTX for 9.0: nothing in a file for all asks for more. 90a code runs on 9.0 alone, so such a file is
@@ -63,6 +65,18 @@ foreach(virtual IN ITEMS 80 90)
   endif()
 endforeach()
 
+# Of FP8 by mma.sync. PTX for 8.9 does not know what 9.0 has for kernels that follow each other, so 12.x has its own.
+set(fp8_code "")
+set(code_of_120 ${code_of_90})
+list(FILTER code_of_120 INCLUDE REGEX "^sm_12")
+if("89" IN_LIST all_architectures)
+  list(APPEND fp8_code "SHELL:-gencode arch=compute_89,code=sm_89")
+endif()
+if(code_of_120)
+  list(JOIN code_of_120 "," code)
+  list(APPEND fp8_code "SHELL:-gencode arch=compute_90,code=[${code},compute_90]")
+endif()
+
 # Registers that spill, and arrays that the compiler puts into memory, cost more than any kernel here can bear. Errors with
 # the compiler that the kernels have been tried with; another release may warn of something new.
 set(cuda_warnings -Xcompiler=-Wall,-Wextra -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
@@ -92,6 +106,10 @@ if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
   dgemma_add_cuda(dgemma_cuda_sm90 "SHELL:-gencode arch=compute_90a,code=sm_90a" ${hopper_sources})
   # The entry points are there, beside the kernels for all.
   target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM90)
+endif()
+if(fp8_code)
+  dgemma_add_cuda(dgemma_cuda_sm89 "${fp8_code}" ${fp8_sources})
+  target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM89)
 endif()
 
 find_library(

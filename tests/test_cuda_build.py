@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 
 from cuda_tools import find_nvcc, find_tool
-from sim.build import PORTABLE, PORTABLE_ARCHITECTURES, ROOT, machine_code, nvcc_report
+from sim.build import (
+    FP8_MMA,
+    FP8_MMA_ARCHITECTURES,
+    PORTABLE,
+    PORTABLE_ARCHITECTURES,
+    ROOT,
+    machine_code,
+    nvcc_report,
+)
 
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
 KERNELS = [source for source in SOURCES if "__global__" in source.read_text()]
 HOPPER = [source for source in KERNELS if source.name.startswith("sm90_")]
+FP8_BY_MMA = [source for source in KERNELS if source.name.startswith("sm89_")]
 TENSOR_CORE_80 = [source for source in KERNELS if source.name.startswith("sm80_")]
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
@@ -27,11 +36,12 @@ def name_of(source: Path) -> str:
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_compiles_without_spills_or_local_memory(source: Path) -> None:
-    hopper = source.name.startswith("sm90_")
-    report = nvcc_report(source, "90a" if hopper else PORTABLE)
+    made_for = {"sm89": (FP8_MMA, FP8_MMA_ARCHITECTURES), "sm90": ("90a", 1)}
+    architecture, count = made_for.get(source.name[:4], (PORTABLE, PORTABLE_ARCHITECTURES))
+    report = nvcc_report(source, architecture)
     if source in KERNELS:
         assert report.kernels > 0
-        assert report.kernels % (1 if hopper else PORTABLE_ARCHITECTURES) == 0
+        assert report.kernels % count == 0
     assert (report.spill_bytes, report.stack_bytes) == (0, 0)
     assert report.serialized == 0, "ptxas put a wait behind every wgmma"
 
@@ -56,3 +66,17 @@ def test_sm80_kernels_use_tensor_cores_and_asynchronous_copies(source: Path) -> 
         assert re.search(r"\bLDGSTS\b", listing)
         # The operands of quantized weights lie in shared memory as the tensor core's lanes take them: whole words, LDS.
         assert re.search(r"\bLDS(\.64|\.128)\b" if "quantized" in source.name else r"\bLDSM\b", listing)
+
+
+@needs_disassembler
+@pytest.mark.parametrize("source", FP8_BY_MMA, ids=name_of)
+def test_fp8_is_multiplied_as_it_is(source: Path) -> None:
+    """On 9.0 nvcc makes conversions and float16 products of the same instruction."""
+    per_architecture = re.split(r"^\s*Fatbin elf code", machine_code(nvcc_report(source, FP8_MMA)), flags=re.MULTILINE)
+    listings = [text for text in per_architecture if "Function :" in text]
+    assert len(listings) == FP8_MMA_ARCHITECTURES
+    for listing in listings:
+        assert re.search(r"\bQMMA\.16832\.F32\.E4M3\.E4M3\b", listing)
+        assert not re.search(r"\bHMMA\b", listing)
+        assert re.search(r"\bLDGSTS\b", listing)
+        assert re.search(r"\bLDS\.128\b", listing)

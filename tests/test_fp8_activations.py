@@ -25,7 +25,7 @@ from test_grouped_gemm import route
 from test_quantized_gemm import make_experts
 
 # GPUs that multiply e4m3.
-SERVED = (90,)
+SERVED = (89, 90, 120)
 served = pytest.mark.skipif(
     BACKEND != "cpu" and COMPUTE_CAPABILITY not in SERVED, reason="test_a_gpu_that_cannot_says_what_can looks at it"
 )

@@ -28,7 +28,7 @@ FAMILY = ROOT / "csrc" / "grouped_gemm"
 KERNELS = ["sort_pairs", "combine", "sum_segments", "cuda", "cuda_dense", "cuda_quantized", "cuda_fp8", "quantize_rows"]
 KERNELS += [f"sm80_{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
 KERNELS += [f"sm90_{kind}_{name}" for kind in ("bf16", "fp8", "quantized") for name in ("gate_up", "down")]
-KERNELS += ["sm90_bf16_dense"]
+KERNELS += ["sm90_bf16_dense", "sm89_fp8_gate_up", "sm89_fp8_down"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS] + [ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [FAMILY / f"plan_{name}.cpp" for name in ("cuda", "dense", "quantized", "fp8")]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "quantized_plan.cpp"]
@@ -55,7 +55,7 @@ class DenseQuantized(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("grouped_gemm_quantized", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built = sim_library("grouped_gemm_quantized", SOURCES, ["-DDGEMMA_WITH_SM89", "-DDGEMMA_WITH_SM90"])
     for name in ("moe_ffn_quantized", "dense_quantized", "moe_ffn_fp8"):
         getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
     for name in (

@@ -16,6 +16,7 @@ CASES = [
     "load_tiles",
     "store_tiles",
     "mma_m16n8k16",
+    "mma_m16n8k32_e4m3",
     "rounding to bfloat16",
     "multiply-add of bfloat16",
     "permuted bytes",

@@ -1,4 +1,4 @@
-// mma.sync m16n8k16: a warp adds a 16x16 by 16x8 product of bfloat16 to a 16x8 accumulator of fp32
+// mma.sync. m16n8k16: a warp adds a 16x16 by 16x8 product of bfloat16 to a 16x8 accumulator of fp32
 // (sm_80).
 //
 // With g = lane / 4 and c = 2 (lane % 4), a lane holds
@@ -17,6 +17,22 @@ namespace dgemma::device {
 DGEMMA_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+      " {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// mma.sync m16n8k32 of e4m3 (8.9 and later; 9.0 and 10.0 have it in name only: nvcc makes products
+// of float16 of it). A lane's register holds four columns of A, or rows of B, where it held two:
+// with q = 4 (lane % 4)
+//   a[0] (g, q)  a[1] (g + 8, q)  a[2] (g, q + 16)  a[3] (g + 8, q + 16)
+//   b[0] (q, g)  b[1] (q + 16, g)                     each with the next three; d as above
+// The sums keep about 14 bits on 8.9 as on 9.0 (SageAttention2, arXiv 2411.10958, section 3.3): a
+// sign, 8 bits of exponent and 13 of fraction. Add them up elsewhere. PTX ISA, the same chapter.
+DGEMMA_DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
       " {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -5,9 +5,26 @@
 #include "grouped_gemm/cuda_fp8.h"
 #include "grouped_gemm/quantize_rows.h"
 
-#if defined(DGEMMA_WITH_SM90)
 namespace dgemma {
 namespace {
+
+using Launch = const char* (*)(const MoeFp8Plan&, const MoeFp8Pass&, void* stream);
+struct Kernels {
+  Launch gate_up, down;
+};
+
+// What this build has for a GPU (cmake/Cuda.cmake), or null twice.
+Kernels find_kernels([[maybe_unused]] const Gpu& gpu) {
+#if defined(DGEMMA_WITH_SM90)
+  if (gpu.path == CudaPath::kSm90) return {launch_gate_up_sm90_fp8, launch_down_sm90_fp8};
+#endif
+#if defined(DGEMMA_WITH_SM89)
+  // 9.0 and 10.0 take mma.sync of e4m3 too, and make float16 products of it.
+  if (gpu.compute_capability == 89 || gpu.compute_capability / 10 == 12)
+    return {launch_gate_up_sm89_fp8, launch_down_sm89_fp8};
+#endif
+  return {};
+}
 
 MoeFp8Pass make_pass(const dgemma_moe_ffn_quantized& op, const MoeFp8Plan& plan, int64_t token) {
   uint8_t* workspace = static_cast<uint8_t*>(op.ffn.workspace);
@@ -22,7 +39,8 @@ MoeFp8Pass make_pass(const dgemma_moe_ffn_quantized& op, const MoeFp8Plan& plan,
 }
 
 // Null, or CUDA's words.
-const char* run_pass(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
+const char* run_pass(const Kernels& kernels, const MoeFp8Plan& plan, const MoeFp8Pass& pass,
+                     void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
   const QuantizeRows input = {.input = ffn.input,
                               .output = pass.input,
@@ -37,22 +55,22 @@ const char* run_pass(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* strea
                                     .width = ffn.expert_size,
                                     .filled = ffn.tables.first + ffn.tables.experts};
   if (const char* problem = launch_sort_pairs(plan.ffn, ffn, stream)) return problem;
-  if (const char* problem = launch_quantize_rows(input, true, stream)) return problem;
-  if (const char* problem = launch_gate_up_sm90_fp8(plan, pass, stream)) return problem;
-  if (const char* problem = launch_quantize_rows(activations, true, stream)) return problem;
-  if (const char* problem = launch_down_sm90_fp8(plan, pass, stream)) return problem;
+  const bool overlap = plan.ffn.overlap;
+  if (const char* problem = launch_quantize_rows(input, overlap, stream)) return problem;
+  if (const char* problem = kernels.gate_up(plan, pass, stream)) return problem;
+  if (const char* problem = launch_quantize_rows(activations, overlap, stream)) return problem;
+  if (const char* problem = kernels.down(plan, pass, stream)) return problem;
   return launch_combine(plan.ffn, ffn, stream);
 }
 
 }  // namespace
 }  // namespace dgemma
-#endif
 
 size_t dgemma_cuda_moe_ffn_fp8_workspace(const dgemma_moe_ffn_quantized* op) {
   using namespace dgemma;
   char text[sizeof(dgemma_cuda::message)];
   if (moe_fp8_problem(*op, text, sizeof text) != nullptr) return 0;
-  return make_moe_fp8_plan(*op, 1).workspace_bytes;
+  return make_moe_fp8_plan(*op, {CudaPath::kSm80, 89, 1}).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma_cuda* cuda) {
@@ -77,17 +95,17 @@ dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
-  if (gpu.path != CudaPath::kSm90)
+  const Kernels kernels = find_kernels(gpu);
+  if (kernels.gate_up == nullptr)
     return fail(cuda, DGEMMA_UNSUPPORTED,
-                "this GPU has compute capability %d.%d, wants 9.0 and kernels built for 9.0a",
+                "this GPU has compute capability %d.%d, wants 8.9, 9.0 or 12.x and a build for it "
+                "(9.0 as 90a)",
                 gpu.compute_capability / 10, gpu.compute_capability % 10);
-  const MoeFp8Plan plan = make_moe_fp8_plan(*op, gpu.multiprocessors);
+  const MoeFp8Plan plan = make_moe_fp8_plan(*op, gpu);
   status = check_workspace(ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
-#if defined(DGEMMA_WITH_SM90)
   for (int64_t token = 0; token < ffn.tokens; token += plan.ffn.tokens_per_pass)
-    if (const char* problem = run_pass(plan, make_pass(*op, plan, token), cuda->stream))
+    if (const char* problem = run_pass(kernels, plan, make_pass(*op, plan, token), cuda->stream))
       return launched(problem, cuda);
-#endif
   return DGEMMA_OK;
 }

@@ -18,5 +18,7 @@ struct MoeFp8Pass {
 // Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
 const char* launch_gate_up_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
 const char* launch_down_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
+const char* launch_gate_up_sm89_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
+const char* launch_down_sm89_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
 
 }  // namespace dgemma

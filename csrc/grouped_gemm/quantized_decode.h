@@ -13,11 +13,12 @@
 
 namespace dgemma {
 
-enum class Encoding { kFp8, kInt4, kInt4Float16, kNvfp4 };  // INT4 by the type of its scales
+// INT4 by the type of its scales; of the last one, the tokens are FP8 too and nothing is decoded.
+enum class Encoding { kFp8, kInt4, kInt4Float16, kNvfp4, kFp8Activations };
 
 // Sums of decoded weights are to be multiplied by this.
 template <Encoding kEncoding>
-constexpr float kUnit = kEncoding == Encoding::kFp8     ? 1.0f
+constexpr float kUnit = kEncoding == Encoding::kFp8 || kEncoding == Encoding::kFp8Activations ? 1.0f
                         : kEncoding == Encoding::kNvfp4 ? 1024.0f
                                                         : 64.0f;
 

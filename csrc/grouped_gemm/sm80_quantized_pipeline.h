@@ -1,6 +1,7 @@
 // What the kernels over quantized weights have in common, on every GPU from sm_80: a ring of stages
 // in shared memory, filled by cp.async as the checkpoint's bytes lie, weights decoded to bfloat16
-// in registers and multiplied by mma.sync.
+// in registers and multiplied by mma.sync; and, where mma.sync multiplies e4m3 (sm89_fp8_*.cu),
+// weights and tokens of FP8 multiplied as they are.
 //
 // Weights are mma's A (16 rows), tokens its B (8 columns): a unit is 128 weight rows, 32 for each
 // of four warps, by up to kTokens tokens. A stage is 64 deep. The order of the columns within a
@@ -27,9 +28,11 @@ namespace dgemma::moe_quantized {
 using device::bfloat16;
 
 template <Encoding kEncoding>
-constexpr bool kIsFp8 = kEncoding == Encoding::kFp8;
+constexpr bool kTokensAreFp8 = kEncoding == Encoding::kFp8Activations;
 template <Encoding kEncoding>
-constexpr dgemma_weight_format kFormat = kEncoding == Encoding::kFp8     ? DGEMMA_WEIGHTS_FP8
+constexpr bool kIsFp8 = kEncoding == Encoding::kFp8 || kTokensAreFp8<kEncoding>;
+template <Encoding kEncoding>
+constexpr dgemma_weight_format kFormat = kIsFp8<kEncoding>               ? DGEMMA_WEIGHTS_FP8
                                          : kEncoding == Encoding::kNvfp4 ? DGEMMA_WEIGHTS_NVFP4
                                                                          : DGEMMA_WEIGHTS_INT4;
 template <Encoding kEncoding>
@@ -43,14 +46,22 @@ template <Encoding kEncoding>
 constexpr int32_t kPieces = kRowBytes<kEncoding> / 16;
 template <Encoding kEncoding>
 constexpr int32_t kRowsAtOnce = kQuantizedThreads / kPieces<kEncoding>;
-constexpr int32_t kTokenPieces = kMoeDepth * 2 / 16;
-constexpr int32_t kTokensAtOnce = kQuantizedThreads / kTokenPieces;
+// Bytes of a token's value.
+template <Encoding kEncoding>
+constexpr int32_t kTokenBytes = kTokensAreFp8<kEncoding> ? 1 : 2;
+template <Encoding kEncoding>
+constexpr int32_t kTokenPieces = kMoeDepth * kTokenBytes<kEncoding> / 16;
+// Pieces of a token row that a thread takes.
+template <Encoding kEncoding>
+constexpr int32_t kTokenParts = kTokenPieces<kEncoding> / 4;
+template <Encoding kEncoding>
+constexpr int32_t kTokensAtOnce = kQuantizedThreads / kTokenPieces<kEncoding>;
 static_assert(kQuantizedThreads == kQuantizedWeightRows);  // a thread copies the scales of its row
 
 template <Encoding kEncoding, int kTokens>
 struct Stage {
   alignas(128) uint8_t weights[kQuantizedWeightRows][kRowBytes<kEncoding>];
-  alignas(128) uint8_t tokens[kTokens][kTokenPieces][16];  // pieces by place_of
+  alignas(128) uint8_t tokens[kTokens][kTokenPieces<kEncoding>][16];  // pieces by place_of
   uint8_t scales[kIsFp8<kEncoding> ? 0 : kQuantizedWeightRows][kQuantizedScaleBytes];
 };
 template <Encoding kEncoding, int kTokens>
@@ -62,8 +73,10 @@ static_assert(sizeof(Ring<Encoding::kFp8, 64>) <= 49152);
 
 // Where a piece of a token row lies. The four threads that share a row read the pieces 2 j, then
 // the pieces 2 j + 1: those side by side, and two rows that follow each other in different banks.
+// Of FP8 they read the piece j, and two rows lie in different banks as they are.
+template <Encoding kEncoding>
 DGEMMA_DEVICE int32_t place_of(int32_t row, int32_t piece) {
-  return (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
+  return kTokensAreFp8<kEncoding> ? piece : (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
 }
 
 // Where a step's scales begin in their row, in bytes.
@@ -79,7 +92,7 @@ template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
 struct Loader {
   using Unit = decltype(Work().find(kTokens, 0));
   static constexpr int kWeightCopies = kQuantizedWeightRows / kRowsAtOnce<kEncoding>;
-  static constexpr int kTokenCopies = kTokens / kTokensAtOnce;
+  static constexpr int kTokenCopies = kTokens / kTokensAtOnce<kEncoding>;
   static constexpr uint32_t kNone = UINT32_MAX;
 
   Ring<kEncoding, kTokens>& ring;
@@ -125,11 +138,12 @@ struct Loader {
         rows.tokens + rows.first_token_row(unit) * matrix.columns + step * kMoeDepth);
 #pragma unroll
     for (int i = 0; i < kTokenCopies; ++i) {
-      const int32_t at = thread / kTokenPieces + i * kTokensAtOnce;
-      token_offset[i] = at >= unit.rows ? kNone
-                                        : static_cast<uint32_t>(rows.token_row(unit, at)) *
-                                                  static_cast<uint32_t>(2 * matrix.columns) +
-                                              static_cast<uint32_t>(thread % kTokenPieces * 16);
+      const int32_t at = thread / kTokenPieces<kEncoding> + i * kTokensAtOnce<kEncoding>;
+      token_offset[i] =
+          at >= unit.rows ? kNone
+                          : static_cast<uint32_t>(rows.token_row(unit, at)) *
+                                    static_cast<uint32_t>(kTokenBytes<kEncoding> * matrix.columns) +
+                                static_cast<uint32_t>(thread % kTokenPieces<kEncoding> * 16);
     }
     if constexpr (!kIsFp8<kEncoding>) {
       const int32_t row = rows.weight_row(unit, thread);
@@ -158,18 +172,20 @@ struct Loader {
                               weights + (there ? weight_offset[i] : 0), there ? 16 : 0);
         }
       }
-      const int32_t row = thread / kTokenPieces, piece = thread % kTokenPieces;
-      const bool inside = step * kMoeDepth + piece * 8 < matrix.columns;
+      const int32_t row = thread / kTokenPieces<kEncoding>;
+      const int32_t piece = thread % kTokenPieces<kEncoding>;
+      const bool inside = step * kMoeDepth + piece * (16 / kTokenBytes<kEncoding>) < matrix.columns;
 #pragma unroll
       for (int i = 0; i < kTokenCopies; ++i) {
         if (token_offset[i] == kNone) continue;
         // Rows that are an even number apart have their pieces in the same places.
-        device::cp_async_16(to.tokens[row + i * kTokensAtOnce][place_of(row, piece)],
-                            tokens + (inside ? token_offset[i] : 0), inside ? 16 : 0);
+        device::cp_async_16(
+            to.tokens[row + i * kTokensAtOnce<kEncoding>][place_of<kEncoding>(row, piece)],
+            tokens + (inside ? token_offset[i] : 0), inside ? 16 : 0);
       }
       if constexpr (!kIsFp8<kEncoding>) start_scales(to);
       weights += kRowBytes<kEncoding>;
-      tokens += 2 * kMoeDepth;
+      tokens += kTokenBytes<kEncoding> * kMoeDepth;
       stage = stage + 1 < Ring<kEncoding, kTokens>::kStages ? stage + 1 : 0;
       if (++step == end_step) {
         index += static_cast<int32_t>(gridDim.x);
@@ -249,9 +265,9 @@ DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& unit) {
 // Where a thread's operands lie in every stage: offsets, so that nothing of them is computed twice.
 template <Encoding kEncoding>
 struct Places {
-  int32_t weights;    // of its first row
-  int32_t scales;     // likewise, without the row's shift
-  int32_t tokens[2];  // of the first eight tokens, by part of the columns
+  int32_t weights;                         // of its first row
+  int32_t scales;                          // likewise, without the row's shift
+  int32_t tokens[kTokenParts<kEncoding>];  // of the first eight tokens, by part of the columns
 
   DGEMMA_DEVICE explicit Places(int32_t group_bits) {
     const int32_t lane = static_cast<int32_t>(device::lane_index()), quad = lane % 4;
@@ -259,8 +275,11 @@ struct Places {
     scales =
         own_row(0, 0) * kQuantizedScaleBytes + (16 * quad >> group_bits) * kScaleBytes<kEncoding>;
 #pragma unroll
-    for (int part = 0; part < 2; ++part)
-      tokens[part] = (lane / 4 * kTokenPieces + place_of(lane / 4, 2 * quad + part)) * 16;
+    for (int part = 0; part < kTokenParts<kEncoding>; ++part) {
+      const int32_t piece = kTokenParts<kEncoding> * quad + part;
+      tokens[part] =
+          (lane / 4 * kTokenPieces<kEncoding> + place_of<kEncoding>(lane / 4, piece)) * 16;
+    }
   }
 };
 
@@ -323,13 +342,46 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
     const uint8_t* tokens = stage.tokens[0][0] + places.tokens[part];
 #pragma unroll
     for (int group = 0; group < kColumns; ++group) {
-      const uint4 b = *reinterpret_cast<const uint4*>(tokens + 8 * group * kTokenPieces * 16);
+      const uint4 b =
+          *reinterpret_cast<const uint4*>(tokens + 8 * group * kTokenPieces<kEncoding> * 16);
       const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; ++tile) {
         device::mma_m16n8k16(sum[tile][group], a[tile][0], first);
         device::mma_m16n8k16(sum[tile][group], a[tile][1], second);
       }
+    }
+  }
+}
+
+// The same of FP8 by FP8. A thread's 16 bytes of a row are, as they are, its part of A or of B in
+// two steps of 32. The tensor core's sums keep about 14 bits, so a stage's is added in fp32.
+template <int kColumns, int kTokens>
+DGEMMA_DEVICE void multiply_stage_e4m3(const Stage<Encoding::kFp8Activations, kTokens>& stage,
+                                       const Places<Encoding::kFp8Activations>& places,
+                                       Sum<kColumns>& sum) {
+  constexpr Encoding kEncoding = Encoding::kFp8Activations;
+  uint32_t a[kRowTiles][2][4];
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int tile = i / 2, half = i % 2;
+    const uint4 row = *reinterpret_cast<const uint4*>(stage.weights[0] + places.weights +
+                                                      8 * i * kRowBytes<kEncoding>);
+    a[tile][0][half] = row.x, a[tile][0][half + 2] = row.y;
+    a[tile][1][half] = row.z, a[tile][1][half + 2] = row.w;
+  }
+#pragma unroll
+  for (int group = 0; group < kColumns; ++group) {
+    const uint4 b = *reinterpret_cast<const uint4*>(stage.tokens[0][0] + places.tokens[0] +
+                                                    8 * group * kTokenPieces<kEncoding> * 16);
+    const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      float of_stage[4] = {};
+      device::mma_m16n8k32_e4m3(of_stage, a[tile][0], first);
+      device::mma_m16n8k32_e4m3(of_stage, a[tile][1], second);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[tile][group][i] += of_stage[i];
     }
   }
 }
@@ -359,10 +411,16 @@ struct Pipeline {
       // next.
       __syncthreads();
       loader.start();
-      const uint32_t offset =
-          kIsFp8<kEncoding> ? 0
-                            : static_cast<uint32_t>(scales_of<kEncoding>(loader.rows.matrix, step));
-      multiply_stage<kEncoding, kColumns>(loader.ring.stage[stage], places, own, offset, sum);
+      const auto& here = loader.ring.stage[stage];
+      if constexpr (kTokensAreFp8<kEncoding>) {
+        multiply_stage_e4m3<kColumns>(here, places, sum);
+      } else {
+        const uint32_t offset =
+            kIsFp8<kEncoding>
+                ? 0
+                : static_cast<uint32_t>(scales_of<kEncoding>(loader.rows.matrix, step));
+        multiply_stage<kEncoding, kColumns>(here, places, own, offset, sum);
+      }
       stage = stage + 1 < kStages ? stage + 1 : 0;
     }
   }

@@ -124,6 +124,10 @@ def sim_program(name: str, sources: Sequence[Path], sanitize: bool = False) -> P
 PORTABLE = "portable"
 _PORTABLE_CODE = ["arch=compute_80,code=[sm_80,sm_86,sm_89]", "arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]"]
 PORTABLE_ARCHITECTURES = 6
+# And one that multiplies FP8 by mma.sync.
+FP8_MMA = "fp8 by mma"
+FP8_MMA_ARCHITECTURES = 2
+_CODE = {PORTABLE: _PORTABLE_CODE, FP8_MMA: ["arch=compute_89,code=sm_89", "arch=compute_90,code=[sm_120,compute_90]"]}
 
 
 @dataclass
@@ -137,16 +141,17 @@ class NvccReport:
 
 
 def nvcc_report(source: Path, architecture: str) -> NvccReport:
-    """Compiles for one architecture or PORTABLE, warnings being errors, and reads what ptxas says of the kernels."""
-    codes = _PORTABLE_CODE if architecture == PORTABLE else [f"arch=compute_{architecture},code=sm_{architecture}"]
-    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-DDGEMMA_WITH_SM90"]
+    """Compiles for one architecture, PORTABLE or FP8_MMA, warnings being errors, and reads what ptxas says."""
+    codes = _CODE.get(architecture, [f"arch=compute_{architecture},code=sm_{architecture}"])
+    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-DDGEMMA_WITH_SM89"]
+    options += ["-DDGEMMA_WITH_SM90"]
     options += [word for code in codes for word in ("-gencode", code)]
     options += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", *INCLUDE[1:]]
     nvcc = find_nvcc()
     assert nvcc is not None, "nvcc was not found"
     command = [nvcc, *options, "-c", str(source)]
     digest = hashlib.sha256(repr((command, str(source))).encode() + source.read_bytes() + _header_digest(source))
-    target = CACHE / f"{source.stem}-{architecture}-{digest.hexdigest()[:20]}.ptxas"
+    target = CACHE / f"{source.stem}-{architecture.replace(' ', '-')}-{digest.hexdigest()[:20]}.ptxas"
     with _lock(target):
         if not target.exists():
             partial = target.with_suffix(".partial")

@@ -2,6 +2,8 @@
 // these.
 #pragma once
 
+#include <array>
+
 #include "machine.h"
 
 namespace sim {
@@ -96,6 +98,11 @@ void store_tiles(void* row, const uint32_t* tile, int count, bool transposed, co
 // where float does not hold the sum, its last bit is odd.
 float multiply_add_to_odd(float a, float b, float c);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
+void mma_m16n8k32_e4m3(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
+// What a byte of e4m3 stands for, by its bits.
+extern const std::array<float, 256> e4m3_values;
+// What an accumulator keeps of sums of e4m3 products: 14 bits.
+void cut_to_14_bits(float* sums, uint32_t count);
 
 // wgmma.cpp
 

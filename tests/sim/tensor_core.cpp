@@ -60,6 +60,44 @@ struct Fragments {
   const uint32_t *a, *b;
 };
 
+float e4m3_to_float(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return NAN;
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -9)
+                              : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
+// A lane holds four columns of A, or rows of B, in a register.
+void multiply_e4m3(void* const* argument, uint32_t, void*) {
+  float a[16][32], b[32][8];
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const auto& f = *static_cast<const Fragments*>(argument[lane]);
+    const uint32_t g = lane / 4, q = 4 * (lane % 4);
+    for (uint32_t i = 0; i < 4; ++i) {
+      const auto value = [i](uint32_t four) { return e4m3_values[four >> 8 * i & 0xff]; };
+      a[g][q + i] = value(f.a[0]);
+      a[g + 8][q + i] = value(f.a[1]);
+      a[g][q + 16 + i] = value(f.a[2]);
+      a[g + 8][q + 16 + i] = value(f.a[3]);
+      b[q + i][g] = value(f.b[0]);
+      b[q + 16 + i][g] = value(f.b[1]);
+    }
+  }
+  float d[16][8] = {};
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 32; ++k)
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    float* out = static_cast<const Fragments*>(argument[lane])->d;
+    const uint32_t g = lane / 4, c = 2 * (lane % 4);
+    for (uint32_t i = 0; i < 4; ++i) out[i] += d[g + 8 * (i / 2)][c + i % 2];
+    cut_to_14_bits(out, 4);
+  }
+  machine->statistics.products += 16 * 8 * 32;
+}
+
 void multiply(void* const* argument, uint32_t, void*) {
   float a[16][16], b[16][8];
   for (uint32_t lane = 0; lane < 32; ++lane) {
@@ -87,6 +125,17 @@ void multiply(void* const* argument, uint32_t, void*) {
 }
 
 }  // namespace
+
+const std::array<float, 256> e4m3_values = [] {
+  std::array<float, 256> all;
+  for (uint32_t i = 0; i < 256; ++i) all[i] = e4m3_to_float(static_cast<uint8_t>(i));
+  return all;
+}();
+
+void cut_to_14_bits(float* sums, uint32_t count) {
+  for (uint32_t i = 0; i < count; ++i)
+    sums[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(sums[i]) & ~0x3ffu);
+}
 
 void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, const Source& source) {
   check_rows(row, count, "load_tiles", source);
@@ -120,6 +169,11 @@ float multiply_add_to_odd(float a, float b, float c) {
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source) {
   Fragments fragments{d, a, b};
   warp_collective(0xffffffffu, "mma_m16n8k16", &fragments, multiply, nullptr, source);
+}
+
+void mma_m16n8k32_e4m3(float* d, const uint32_t* a, const uint32_t* b, const Source& source) {
+  Fragments fragments{d, a, b};
+  warp_collective(0xffffffffu, "mma_m16n8k32_e4m3", &fragments, multiply_e4m3, nullptr, source);
 }
 
 }  // namespace sim

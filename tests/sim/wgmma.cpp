@@ -127,32 +127,13 @@ void read_tile(const Block& block, const Tile& tile, uint32_t rows, bool by_k, f
   });
 }
 
-float e4m3_to_float(uint8_t bits) {
-  const int exponent = bits >> 3 & 15, fraction = bits & 7;
-  if ((bits & 0x7f) == 0x7f) return NAN;
-  const float magnitude = exponent == 0
-                              ? std::ldexp(static_cast<float>(fraction), -9)
-                              : std::ldexp(static_cast<float>(8 + fraction), exponent - 10);
-  return bits & 0x80 ? -magnitude : magnitude;
-}
-
 void read_e4m3_tile(const Block& block, const Tile& tile, uint32_t rows, bool by_k, float* out) {
-  static const auto values = [] {
-    std::array<float, 256> all;
-    for (uint32_t i = 0; i < 256; ++i) all[i] = e4m3_to_float(static_cast<uint8_t>(i));
-    return all;
-  }();
   const uint32_t row_step = by_k ? 1 : kDepthE4m3, k_step = by_k ? rows : 1;
   visit_pieces(tile, rows, [&](uint32_t row, uint32_t k, uint32_t address) {
     const uint8_t* piece = block.shared + address - kSharedWindow;
-    for (uint32_t i = 0; i < 16; ++i) out[row * row_step + (2 * k + i) * k_step] = values[piece[i]];
+    for (uint32_t i = 0; i < 16; ++i)
+      out[row * row_step + (2 * k + i) * k_step] = e4m3_values[piece[i]];
   });
-}
-
-// What an accumulator keeps of a sum of e4m3 products: 14 bits.
-void cut_to_14_bits(float* sums, uint32_t count) {
-  for (uint32_t i = 0; i < count; ++i)
-    sums[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(sums[i]) & ~0x3ffu);
 }
 
 // out[64][n] += a[64][kDepth] b[kDepth][n]. Four rows at once, so that four chains of additions

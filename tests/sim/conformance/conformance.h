@@ -130,6 +130,13 @@ inline std::vector<float> small_numbers(size_t count, uint32_t seed) {
   return numbers;
 }
 
+// Such a number as e4m3.
+inline uint8_t e4m3_bits(float whole_number) {
+  static constexpr uint8_t kMagnitudes[5] = {0x00, 0x38, 0x40, 0x44, 0x48};
+  const int number = static_cast<int>(whole_number);
+  return static_cast<uint8_t>(number < 0 ? kMagnitudes[-number] | 0x80 : kMagnitudes[number]);
+}
+
 inline uint16_t bfloat16_bits(float whole_number) {
   uint32_t bits;
   static_assert(sizeof bits == sizeof whole_number);

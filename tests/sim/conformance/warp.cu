@@ -166,6 +166,44 @@ std::string mma() {
   return compare("mma_m16n8k16", d.fetch(), wanted);
 }
 
+// The same of e4m3, with a k of 32.
+__global__ void mma_e4m3_kernel(const uint8_t* a, const uint8_t* b, const float* c, float* d) {
+  const uint32_t g = lane_index() / 4, t = 2 * (lane_index() % 4), q = 2 * t;
+  uint32_t a_fragment[4] = {}, b_fragment[2] = {};
+  float sum[4];
+  for (uint32_t i = 0; i < 4; ++i) {
+    for (uint32_t k = 0; k < 4; ++k)
+      a_fragment[i] |= uint32_t{a[(g + 8 * (i % 2)) * 32 + q + 16 * (i / 2) + k]} << 8 * k;
+    sum[i] = c[(g + 8 * (i / 2)) * 8 + t + i % 2];
+  }
+  for (uint32_t i = 0; i < 2; ++i)
+    for (uint32_t k = 0; k < 4; ++k)
+      b_fragment[i] |= uint32_t{b[(q + 16 * i + k) * 8 + g]} << 8 * k;
+#if defined(DGEMMA_SIM) || __CUDA_ARCH__ >= 890
+  mma_m16n8k32_e4m3(sum, a_fragment, b_fragment);
+#endif
+  for (uint32_t i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + t + i % 2] = sum[i];
+}
+
+std::string mma_e4m3() {
+  const std::vector<float> a = small_numbers(512, 1), b = small_numbers(256, 2),
+                           c = small_numbers(128, 3);
+  std::vector<uint8_t> a_values, b_values;
+  for (float x : a) a_values.push_back(e4m3_bits(x));
+  for (float x : b) b_values.push_back(e4m3_bits(x));
+  Buffer<uint8_t> a_device(a_values), b_device(b_values);
+  Buffer<float> c_device(c), d(128);
+  if (std::string problem = run(32, 0, 1, mma_e4m3_kernel, a_device.device(), b_device.device(),
+                                c_device.device(), d.device());
+      !problem.empty())
+    return problem;
+  std::vector<float> wanted = c;
+  for (size_t i = 0; i < 16; ++i)
+    for (size_t j = 0; j < 8; ++j)
+      for (size_t k = 0; k < 32; ++k) wanted[i * 8 + j] += a[i * 32 + k] * b[k * 8 + j];
+  return compare("mma_m16n8k32_e4m3", d.fetch(), wanted);
+}
+
 __global__ void rounding_kernel(const float* in, uint32_t* out) {
   const uint32_t lane = lane_index();
   out[lane] = pack_bfloat16(in[lane], in[31 - lane]);
@@ -315,6 +353,7 @@ std::string barriers() {
 std::vector<Case> warp_cases() {
   return {{"shuffles and votes", 90, exchange},   {"load_tiles", 80, tiles<false>},
           {"store_tiles", 90, tiles<true>},       {"mma_m16n8k16", 80, mma},
+          {"mma_m16n8k32_e4m3", 89, mma_e4m3},
           {"rounding to bfloat16", 80, rounding}, {"multiply-add of bfloat16", 80, multiply_add},
           {"permuted bytes", 80, permute},        {"special functions", 80, functions},
           {"named barriers", 80, barriers}};

@@ -193,13 +193,6 @@ std::string layouts() {
   return {};
 }
 
-// Small whole numbers as e4m3.
-uint8_t e4m3_bits(float whole_number) {
-  static constexpr uint8_t kMagnitudes[5] = {0x00, 0x38, 0x40, 0x44, 0x48};
-  const int number = static_cast<int>(whole_number);
-  return static_cast<uint8_t>(number < 0 ? kMagnitudes[-number] | 0x80 : kMagnitudes[number]);
-}
-
 constexpr uint32_t kKE4m3 = 64;  // two products of 32 k, rows of 64 bytes
 
 struct SharedE4m3 {

@@ -64,10 +64,11 @@ SIM_ENTRY dense_quantized_plan(const dgemma_dense_quantized* op, int32_t compute
   return nullptr;
 }
 
-SIM_ENTRY moe_fp8_plan(const dgemma_moe_ffn_quantized* op, int32_t multiprocessors, char* text,
-                       size_t bytes) {
+SIM_ENTRY moe_fp8_plan(const dgemma_moe_ffn_quantized* op, int32_t compute_capability,
+                       int32_t multiprocessors, char* text, size_t bytes) {
   if (const char* problem = dgemma::moe_fp8_problem(*op, text, bytes)) return problem;
-  write(dgemma::make_moe_fp8_plan(*op, multiprocessors).ffn, text, bytes);
+  write(dgemma::make_moe_fp8_plan(*op, gpu_of(compute_capability, multiprocessors)).ffn, text,
+        bytes);
   return nullptr;
 }
 
