@@ -109,7 +109,9 @@ if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
 endif()
 if(fp8_code)
   dgemma_add_cuda(dgemma_cuda_sm89 "${fp8_code}" ${fp8_sources})
-  target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM89)
+  # Which of the two the entry points find there.
+  target_compile_definitions(
+    dgemma_cuda PRIVATE $<$<IN_LIST:89,${all_architectures}>:DGEMMA_WITH_SM89> $<$<BOOL:${code_of_120}>:DGEMMA_WITH_SM120>)
 endif()
 
 find_library(

@@ -11,7 +11,7 @@ set_source_files_properties(${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIO
 add_library(dgemma_sim OBJECT ${sim_kernels} "${PROJECT_SOURCE_DIR}/tests/sim/all.cpp")
 target_include_directories(
   dgemma_sim PRIVATE "${PROJECT_SOURCE_DIR}/tests/sim" "${PROJECT_SOURCE_DIR}/csrc" "${PROJECT_SOURCE_DIR}/csrc/include")
-target_compile_definitions(dgemma_sim PRIVATE DGEMMA_SIM DGEMMA_WITH_SM89 DGEMMA_WITH_SM90)
+target_compile_definitions(dgemma_sim PRIVATE DGEMMA_SIM DGEMMA_WITH_SM89 DGEMMA_WITH_SM90 DGEMMA_WITH_SM120)
 target_compile_options(dgemma_sim PRIVATE -O2 -Wno-psabi -Wno-unknown-pragmas)
 include(CheckCXXSourceRuns)
 check_cxx_source_runs("int main() { return !(__builtin_cpu_supports(\"avx2\") && __builtin_cpu_supports(\"fma\")); }"

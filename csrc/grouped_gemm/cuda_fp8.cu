@@ -18,10 +18,12 @@ Kernels find_kernels([[maybe_unused]] const Gpu& gpu) {
 #if defined(DGEMMA_WITH_SM90)
   if (gpu.path == CudaPath::kSm90) return {launch_gate_up_sm90_fp8, launch_down_sm90_fp8};
 #endif
-#if defined(DGEMMA_WITH_SM89)
   // 9.0 and 10.0 take mma.sync of e4m3 too, and make float16 products of it.
-  if (gpu.compute_capability == 89 || gpu.compute_capability / 10 == 12)
-    return {launch_gate_up_sm89_fp8, launch_down_sm89_fp8};
+#if defined(DGEMMA_WITH_SM89)
+  if (gpu.compute_capability == 89) return {launch_gate_up_sm89_fp8, launch_down_sm89_fp8};
+#endif
+#if defined(DGEMMA_WITH_SM120)
+  if (gpu.compute_capability / 10 == 12) return {launch_gate_up_sm89_fp8, launch_down_sm89_fp8};
 #endif
   return {};
 }

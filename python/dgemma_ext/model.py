@@ -92,8 +92,8 @@ class DiffusionGemma:
         `batch_invariant`: a request's tokens are the same alone and in any batch, to the bit, on a GPU too, because its
         dense products are our own kernels' and not torch's; on the CPU they are in any case.
         `activations` "fp8" rounds what goes into the experts' products to FP8 as well, a scale for each token, where
-        their weights are fp8: other tokens come out. For GPUs of compute capability 9.0; on the CPU the same roundings,
-        slowly.
+        their weights are fp8: other tokens come out. For GPUs of compute capability 8.9, 9.0 and 12.x; on the CPU the
+        same roundings, slowly.
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format and
         for activations that weights or device do not serve, and dg.NotEnoughMemory, before anything is loaded, with a

@@ -143,8 +143,8 @@ class NvccReport:
 def nvcc_report(source: Path, architecture: str) -> NvccReport:
     """Compiles for one architecture, PORTABLE or FP8_MMA, warnings being errors, and reads what ptxas says."""
     codes = _CODE.get(architecture, [f"arch=compute_{architecture},code=sm_{architecture}"])
-    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-DDGEMMA_WITH_SM89"]
-    options += ["-DDGEMMA_WITH_SM90"]
+    options = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-DDGEMMA_WITH_SM90"]
+    options += ["-DDGEMMA_WITH_SM89", "-DDGEMMA_WITH_SM120"]
     options += [word for code in codes for word in ("-gencode", code)]
     options += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", *INCLUDE[1:]]
     nvcc = find_nvcc()

@@ -57,7 +57,7 @@ def moe_ffn_fp8(
     by its largest magnitude / 448 and rounded to e4m3 (to nearest, ties to even); its products are multiplied by that
     again. Rounding both in turn moves a result by about 4 % of its norm.
 
-    A GPU of compute capability 9.0 multiplies e4m3 (bfloat16 input alone). On the CPU it is written in
+    A GPU of compute capability 8.9, 9.0 or 12.x multiplies e4m3 (bfloat16 input alone). On the CPU it is written in
     torch, which is exact up to the roundings named and slow.
 
     Arguments and result as of `moe_ffn`; both weights are fp8.
