@@ -16,8 +16,9 @@ from dgemma_ext.events import Commit, Draft, Event, Failure, Output
 from dgemma_ext.integrations import accelerate
 from dgemma_ext.memory import MemoryPlan, NotEnoughMemory
 from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.request import Request, RequestState
 from dgemma_ext.sampler import Canvas, SamplerConfig
-from dgemma_ext.scheduler import Request, RequestState, Scheduler
+from dgemma_ext.scheduler import Scheduler
 from dgemma_ext.tokenizer import Tokenizer
 
 __version__ = "0.1.0"

@@ -80,7 +80,7 @@ class CanvasGroup(Generic[Member]):
         positions = torch.arange(prefix, prefix + self._batch.length, device=self._model.device)
         self._batch.load(len(self._members), canvas, slot, prefix, self._model.rotary_tables(positions))
         self._members.append(member)
-        waiting = None if pending is None else Pending(slot, pending.to(self._model.device, non_blocking=True))
+        waiting = None if pending is None else Pending(slot, pending)
         self._rows.append(_Row(first_step, first_step, max_steps, waiting))
 
     def leave(self, member: Member) -> None:

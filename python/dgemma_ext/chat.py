@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dgemma_ext.cache import SnapshotStore
 from dgemma_ext.events import Commit, Draft, Failure
 from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.request import Request
 from dgemma_ext.sampler import SamplerConfig
-from dgemma_ext.scheduler import Request, Scheduler
+from dgemma_ext.scheduler import Scheduler
 
 Message = dict[str, object]
 

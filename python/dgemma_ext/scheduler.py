@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -24,110 +23,17 @@ from dgemma_ext.cache import SnapshotStore
 from dgemma_ext.canvas_batch import Told, bucket_of
 from dgemma_ext.canvas_group import CanvasGroup, MakeDevice, Progress
 from dgemma_ext.errors import NonFiniteError
-from dgemma_ext.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.events import Commit, Draft, Event, Failure
 from dgemma_ext.joint_pass import JOINT_TOKENS
 from dgemma_ext.loop import DRIVERS, DirectDevice
 from dgemma_ext.memory import batch_plan, check_memory
 from dgemma_ext.model import DiffusionGemma
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.sampler import Canvas, CanvasState, ResolvedSampler, SamplerConfig, begin_canvas, denoising_step
+from dgemma_ext.request import Request, RequestState
+from dgemma_ext.sampler import Canvas, SamplerConfig, begin_canvas, denoising_step
 
 # One message, a whole chat (role/content dicts), or token ids.
 Prompt = str | Sequence[dict[str, object]] | Sequence[int]
-
-
-class RequestState(Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-
-class Request:
-    """One prompt on its way to an answer. Made by `Scheduler.submit`."""
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        number: int,
-        prompt_ids: list[int],
-        max_new_tokens: int,
-        sampler: ResolvedSampler,
-        seed: int,
-        canvas: Canvas | None,
-        snapshots: SnapshotStore | None,
-    ) -> None:
-        self.number = number
-        self.prompt_ids = prompt_ids
-        self.max_new_tokens = max_new_tokens
-        self.sampler = sampler
-        self.seed = seed
-        self.canvas = canvas
-        self.snapshots = snapshots
-        self.state = RequestState.WAITING
-        self.error: Exception | None = None
-        self.token_ids: list[int] = []
-        self.denoising_steps: list[int] = []
-        self.finish_reason: str | None = None
-        self._scheduler = scheduler
-        self._tokenizer = scheduler.model.tokenizer
-        self._slot = -1
-        certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
-        self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
-        # Of the canvas under way.
-        self._length = sampler.canvas_length
-        # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
-        self._in_canvas = False
-        self._work: CanvasState | None = None
-        # Ids that the next canvas must see and that are not in the cache yet.
-        self._uncached = prompt_ids
-        self._told_text = ""
-        self._cached: list[int] = []
-
-    @property
-    def done(self) -> bool:
-        return self.state not in (RequestState.WAITING, RequestState.RUNNING)
-
-    @property
-    def canvas_lengths(self) -> set[int]:
-        """Of the canvases that the answer may have."""
-        canvases = -(-self._longest // self.sampler.canvas_length)
-        return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
-
-    @property
-    def output(self) -> Output:
-        """The answer. Raises the request's own error where it failed, RuntimeError where there is no answer (yet)."""
-        if self.error is not None:
-            raise self.error
-        if self.finish_reason is None:
-            raise RuntimeError(f"request {self.number} is {self.state.value} and has no output")
-        return Output(
-            text=self.decode(self.token_ids),
-            token_ids=tuple(self.token_ids),
-            finish_reason=self.finish_reason,
-            denoising_steps=tuple(self.denoising_steps),
-        )
-
-    def cancel(self) -> bool:
-        """Stops the request and frees its slot at once. False where it had already ended."""
-        return self._scheduler._cancel(self)
-
-    def new_text(self) -> str:
-        """What the answer's text has gained since the last call.
-
-        A trailing replacement character is held back while the answer goes on: it may be the beginning of a character
-        whose last bytes are in the next canvas.
-        """
-        text = self.decode(self.token_ids)
-        if self.finish_reason is None:
-            text = text.rstrip("\ufffd")
-        gained, self._told_text = text[len(self._told_text) :], text
-        return gained
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
-        return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))
 
 
 class Scheduler:
@@ -353,7 +259,9 @@ class Scheduler:
 
     def _pending(self, request: Request) -> torch.Tensor | None:
         """What the canvas's first step is to encode: int [1, n]."""
-        return torch.tensor([request._uncached], device=self.model.device) if request._uncached else None
+        # Copied without waiting for what runs on a GPU.
+        ids = torch.tensor([request._uncached])
+        return ids.to(self.model.device, non_blocking=True) if request._uncached else None
 
     def _note_encoded(self, request: Request) -> None:
         """The slot holds all that the canvas wants to see."""

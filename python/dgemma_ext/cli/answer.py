@@ -16,7 +16,7 @@ from dgemma_ext.cli.watch import Watch, canvas_picture, status_line, visible
 from dgemma_ext.config import GenerationDefaults, ModelConfig
 from dgemma_ext.events import Commit, Draft, Output
 from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.scheduler import Request
+from dgemma_ext.request import Request
 from dgemma_ext.tokenizer import Tokenizer
 from dgemma_ext.weights import resolve_checkpoint
 

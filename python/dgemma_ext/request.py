@@ -1,0 +1,108 @@
+"""A request: what was asked, how far its answer is, and what the scheduler keeps of it between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from dgemma_ext.events import Output
+from dgemma_ext.sampler import Canvas, CanvasState, ResolvedSampler
+
+if TYPE_CHECKING:
+    from dgemma_ext.cache import SnapshotStore
+    from dgemma_ext.scheduler import Scheduler
+
+
+class RequestState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Request:
+    """One prompt on its way to an answer. Made by `Scheduler.submit`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        number: int,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        sampler: ResolvedSampler,
+        seed: int,
+        canvas: Canvas | None,
+        snapshots: SnapshotStore | None,
+    ) -> None:
+        self.number = number
+        self.prompt_ids = prompt_ids
+        self.max_new_tokens = max_new_tokens
+        self.sampler = sampler
+        self.seed = seed
+        self.canvas = canvas
+        self.snapshots = snapshots
+        self.state = RequestState.WAITING
+        self.error: Exception | None = None
+        self.token_ids: list[int] = []
+        self.denoising_steps: list[int] = []
+        self.finish_reason: str | None = None
+        self._scheduler = scheduler
+        self._tokenizer = scheduler.model.tokenizer
+        self._slot = -1
+        certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
+        self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
+        # Of the canvas under way.
+        self._length = sampler.canvas_length
+        # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
+        self._in_canvas = False
+        self._work: CanvasState | None = None
+        # Ids that the next canvas must see and that are not in the cache yet.
+        self._uncached = prompt_ids
+        self._told_text = ""
+        self._cached: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        return self.state not in (RequestState.WAITING, RequestState.RUNNING)
+
+    @property
+    def canvas_lengths(self) -> set[int]:
+        """Of the canvases that the answer may have."""
+        canvases = -(-self._longest // self.sampler.canvas_length)
+        return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
+
+    @property
+    def output(self) -> Output:
+        """The answer. Raises the request's own error where it failed, RuntimeError where there is no answer (yet)."""
+        if self.error is not None:
+            raise self.error
+        if self.finish_reason is None:
+            raise RuntimeError(f"request {self.number} is {self.state.value} and has no output")
+        return Output(
+            text=self.decode(self.token_ids),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            denoising_steps=tuple(self.denoising_steps),
+        )
+
+    def cancel(self) -> bool:
+        """Stops the request and frees its slot at once. False where it had already ended."""
+        return self._scheduler._cancel(self)
+
+    def new_text(self) -> str:
+        """What the answer's text has gained since the last call.
+
+        A trailing replacement character is held back while the answer goes on: it may be the beginning of a character
+        whose last bytes are in the next canvas.
+        """
+        text = self.decode(self.token_ids)
+        if self.finish_reason is None:
+            text = text.rstrip("\ufffd")
+        gained, self._told_text = text[len(self._told_text) :], text
+        return gained
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
+        return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))
