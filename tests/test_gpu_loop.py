@@ -12,6 +12,7 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C, SamplerConfig, demo
+from dgemma_ext import scheduler as scheduler_module
 from dgemma_ext.cuda_loop import GraphDevice, LaunchDevice
 from dgemma_ext.loop import DRIVERS
 
@@ -151,3 +152,10 @@ def test_a_batch_changes_no_bit_where_that_is_asked_for() -> None:
             scheduler.finish_canvas()
         alone.append(request.output)
     assert answers(dg.Scheduler(made, 5, 256), 5, None) == alone
+
+
+def test_encoding_in_the_first_step_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cuda", batch_invariant=True)
+    in_the_first_step = answers(dg.Scheduler(made, 3, 256), 3, None)
+    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", 0)
+    assert answers(dg.Scheduler(made, 3, 256), 3, None) == in_the_first_step
