@@ -46,16 +46,23 @@ def quantized(format: str) -> tuple[QuantizedWeight, QuantizedWeight]:
     )
 
 
-@pytest.mark.parametrize("format", list(GOALS))
-@pytest.mark.parametrize(("tokens", "drawn"), [(1, 128), (256, 84), (256, 128), (1024, 128)])
-def bench_quantized_moe_ffn(benchmark: BenchmarkFixture, format: str, tokens: int, drawn: int) -> None:
+@pytest.mark.parametrize(("format", "activations"), [*((format, None) for format in GOALS), ("fp8", "fp8")])
+@pytest.mark.parametrize(("tokens", "drawn"), [(1, 128), (256, 84), (256, 128), (1024, 128), (4096, 128)])
+def bench_quantized_moe_ffn(
+    benchmark: BenchmarkFixture, format: str, activations: str | None, tokens: int, drawn: int
+) -> None:
+    if activations is not None:
+        try:
+            quantized_gemm.check_moe_ffn_fp8(HIDDEN_SIZE, EXPERT_SIZE, torch.bfloat16, "cuda")
+        except ValueError as error:
+            pytest.skip(str(error))
     generator = torch.Generator("cuda").manual_seed(1)
     input = torch.randn(tokens, HIDDEN_SIZE, device="cuda", generator=generator).bfloat16()
     ids = torch.rand(tokens, drawn, device="cuda", generator=generator).argsort(dim=1)[:, :TOP_K].int().contiguous()
     scales = torch.rand(tokens, TOP_K, device="cuda", generator=generator) / TOP_K
     weights = quantized(format)
 
-    ours = quantized_gemm.moe_ffn(input, ids, scales, *weights).float()
+    ours = quantized_gemm.experts(input, ids, scales, *weights, activations).float()
     theirs = grouped_gemm.moe_ffn(input, ids, scales, *plain()).float()
     assert float((ours - theirs).norm() / theirs.norm()) < 0.2, "quantized weights are other weights"
 
@@ -65,7 +72,7 @@ def bench_quantized_moe_ffn(benchmark: BenchmarkFixture, format: str, tokens: in
     benchmark.extra_info["experts_hit"] = hit
     record(
         benchmark,
-        lambda: quantized_gemm.moe_ffn(input, ids, scales, *weights),
+        lambda: quantized_gemm.experts(input, ids, scales, *weights, activations),
         work,
         GOALS[format] if (tokens, drawn) == (256, 128) else None,
         lambda: grouped_gemm.moe_ffn(input, ids, scales, *plain()),
