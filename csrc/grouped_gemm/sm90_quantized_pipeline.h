@@ -21,7 +21,7 @@ using namespace moe_sm90;  // the roles; Ring and what goes with it are this fil
 using device::bfloat16;
 using device::Swizzle;
 
-constexpr uint32_t kValueBytes = kArrangedBlock / 2;  // of a row in a stage
+constexpr uint32_t kValueBytes = kArrangedBlock / 2;  // of a row in a step
 constexpr uint32_t kBoxRows = kMoeWeightRows / 2;     // one copy's
 
 template <int kTokens>
