@@ -137,7 +137,6 @@ struct ScaleCopies {
 template <Encoding kEncoding, int kTokens, typename Rows, typename Load>
 DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
                                 Load load) {
-  const bool leader = device::elect_one();
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   Place<kTokens> at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
@@ -145,7 +144,7 @@ DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, 
     for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
       device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      if (leader) {
+      if (device::elect_one()) {  // here, where it also brings the lanes together again
         device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof stage.weights);
         // A step past the last is zero.
         for (int32_t i = 0; i < ring.kSteps; ++i)
