@@ -328,20 +328,30 @@ inline void convert_scales(const uint8_t* scales, int64_t count, dgemma_dtype dt
   }
 }
 
-// Whether neither the scales nor eight times them leave the exponents of normal numbers.
-inline bool all_usual(const float* scales, int64_t count) {
-  Ints unusual = {};
-  const auto look_at = [&](Floats scale) __attribute__((always_inline)) {
-    const Words magnitude = (Words)scale & 0x7fffffffu;
-    unusual |= (magnitude - 0x00800000u) > 0x7d000000u;  // 2^-126 to 2^124
+#if defined(__AVX512BW__)
+// Whether neither the scales of INT4 nor eight times them leave the exponents of normal numbers.
+inline bool all_usual(const uint8_t* scales, int64_t count, dgemma_dtype dtype) {
+  // 2^-126 to 2^124; all that float16 holds but zero, infinity and what is no number.
+  const uint16_t least = dtype == DGEMMA_BFLOAT16 ? 0x0080 : 0x0001;
+  const uint16_t most = dtype == DGEMMA_BFLOAT16 ? 0x7d80 : 0x7bff;
+  Words32 greatest = {};
+  const auto look_at = [&](Words32 bits) __attribute__((always_inline)) {
+    const Words32 above = (bits & 0x7fff) - least;  // what is less wraps around
+    greatest = above > greatest ? above : greatest;
   };
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) look_at(load(scales + i));
-  for (; i < count; ++i) look_at(broadcast(scales[i]));
-  bool usual = true;
-  for (int lane = 0; lane < kLanes; ++lane) usual = usual && unusual[lane] == 0;
-  return usual;
+  Words32 bits;
+  for (; i + 32 <= count; i += 32) {
+    std::memcpy(&bits, scales + 2 * i, sizeof bits);
+    look_at(bits);
+  }
+  bits = Words32{} + 0x3f80;
+  std::memcpy(&bits, scales + 2 * i, static_cast<size_t>(2 * (count - i)));
+  look_at(bits);
+  const Words32 limit = Words32{} + static_cast<uint16_t>(most - least);
+  return _mm512_cmpgt_epu16_mask((__m512i)greatest, (__m512i)limit) == 0;
 }
+#endif
 
 // kCodes columns from their codes, under the scale or, of NVFP4, the scales at `scale`.
 template <dgemma_weight_format kFormat, typename T>

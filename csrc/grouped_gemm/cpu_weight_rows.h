@@ -118,7 +118,13 @@ class DecodedRows {
     const int64_t whole = matrix_.group > kCodes ? matrix_.group : kCodes;
     if (!kInSteps || columns_ % whole != 0) return;
     making.scales = load_scales(first, kHalfRows);
-    if (kShuffled && beside && !all_usual(making.scales, kHalfRows * scales_per_row_)) return;
+#if defined(__AVX512BW__)
+    if (kShuffled && beside &&
+        !all_usual(stored_scales(first), kHalfRows * scales_per_row_, matrix_.scale_dtype))
+      return;
+#else
+    (void)beside;
+#endif
     making.codes = codes(first);
     making.to = buffer(1 - which_);
     making.first = first;
@@ -167,9 +173,12 @@ class DecodedRows {
     return static_cast<const uint8_t*>(matrix_.values) + (first_row_ + row) * row_bytes();
   }
 
+  const uint8_t* stored_scales(int64_t row) const {
+    return static_cast<const uint8_t*>(matrix_.scales) +
+           (first_row_ + row) * scales_per_row_ * kScaleBytes<kFormat>;
+  }
   const float* load_scales(int64_t row, int64_t rows) {
-    const uint8_t* stored = static_cast<const uint8_t*>(matrix_.scales) +
-                            (first_row_ + row) * scales_per_row_ * kScaleBytes<kFormat>;
+    const uint8_t* stored = stored_scales(row);
     const int64_t count = rows * scales_per_row_;
     convert_scales<kFormat>(stored, count, matrix_.scale_dtype, scales_);
     // Those of rows to come: of down's, whose tiles are short, some tiles ahead.
