@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C, demo
+from dgemma_ext.joint_pass import Pending
 from dgemma_ext.loop import DRIVERS, DirectDevice
 from solve_puzzles import SEED, own_memory
 
@@ -68,9 +70,9 @@ def main(count: int) -> None:
     for driver in DRIVERS:
         steps, runs = [], 0
 
-        def counted(device: DirectDevice, steps: list[int] = steps) -> None:
+        def counted(device: DirectDevice, pending: Sequence[Pending] = (), steps: list[int] = steps) -> None:
             steps.append(1)
-            original(device)
+            original(device, pending)
 
         DirectDevice.step = counted  # type: ignore[method-assign]
         scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_device=HostGraphDevice)

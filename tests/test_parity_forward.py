@@ -17,7 +17,7 @@ import dgemma_ext as dg
 import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
-from dgemma_ext import layers, model
+from dgemma_ext import layers
 from dgemma_ext.ops import router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from older_transformers import run_under_5_17
@@ -221,7 +221,7 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         probabilities = router.probabilities(residual, scale, projection, rest[1])
         return ids.to(torch.int32), router.weights_of(probabilities, ids, per_expert)
 
-    monkeypatch.setattr(model, "route", route)
+    monkeypatch.setattr(layers, "route", route)
 
 
 def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tensor, layer: int) -> None:
