@@ -120,11 +120,11 @@ DGEMMA_API size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_q
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
                                                        dgemma_cuda* cuda);
 
-/* The same with activations in FP8 too, as float-quantized checkpoints with dynamic activations mean
- * it: each row of input and of h is divided by its largest magnitude / 448 and rounded to e4m3, and
- * its products are multiplied by that. Both weights are FP8. For GPUs that multiply e4m3: compute
- * capability 8.9, 9.0 and 12.x, where the library was built for them (9.0 as 90a). Elsewhere
- * DGEMMA_UNSUPPORTED: dgemma_cuda_moe_ffn_quantized serves every GPU.
+/* The same with activations in FP8 too, as float-quantized checkpoints with dynamic activations
+ * mean it: each row of input and of h is divided by its largest magnitude / 448 and rounded to
+ * e4m3, and its products are multiplied by that. Both weights are FP8. For GPUs that multiply e4m3:
+ * compute capability 8.9, 9.0 and 12.x, where the library was built for them (9.0 as 90a).
+ * Elsewhere DGEMMA_UNSUPPORTED: dgemma_cuda_moe_ffn_quantized serves every GPU.
  */
 DGEMMA_API size_t dgemma_cuda_moe_ffn_fp8_workspace(const dgemma_moe_ffn_quantized* op);
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op,
