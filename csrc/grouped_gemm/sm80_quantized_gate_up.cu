@@ -1,39 +1,16 @@
 // h = gelu_tanh(gate x) * (up x) for every pair, over quantized weights: see
 // sm80_quantized_pipeline.h.
-//
-// A weight tile is 64 gate rows and the 64 up rows that belong to them, eight of the one and eight
-// of the other in turn, so that both products of a result are in one thread.
 #include "device/launch.h"
 #include "grouped_gemm/gelu.h"
 #include "grouped_gemm/pack_rows.h"
-#include "grouped_gemm/sm80_quantized_pipeline.h"
+#include "grouped_gemm/sm80_quantized_rows.h"
 
 namespace dgemma {
 namespace {
 
 using namespace moe_quantized;
 
-constexpr int32_t kResults = kQuantizedWeightRows / 2;  // of h, per weight tile
-
-struct Rows {
-  QuantizedMatrix matrix;  // [experts, 2 * expert_size, hidden_size]
-  const bfloat16* tokens;  // [tokens, hidden_size]
-  int32_t expert_size, top_k;
-  const int32_t* pair;
-
-  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
-    return 2 * unit.expert * expert_size;
-  }
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
-    const int32_t up = row % 16 / 8;
-    return result < expert_size ? up * expert_size + result : -1;
-  }
-  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit&) const { return 0; }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return pair[unit.first + row] / top_k;
-  }
-};
+using Rows = GateUpRows<bfloat16>;
 
 // Four lanes write 16 bytes of a row.
 template <int kColumns>

@@ -1,14 +1,11 @@
 // h = gelu_tanh(gate x) * (up x) for every pair, weights and activations in e4m3 by mma.sync (8.9
 // and 12.0): see sm80_quantized_pipeline.h. h is rounded to bfloat16; quantize_rows.cu makes e4m3
 // of its rows.
-//
-// A weight tile is 64 gate rows and the 64 up rows that belong to them, eight of the one and eight
-// of the other in turn, as in sm80_quantized_gate_up.cu.
 #include "device/launch.h"
 #include "grouped_gemm/cuda_fp8.h"
 #include "grouped_gemm/gelu.h"
 #include "grouped_gemm/pack_rows.h"
-#include "grouped_gemm/sm80_quantized_pipeline.h"
+#include "grouped_gemm/sm80_quantized_rows.h"
 
 namespace dgemma {
 namespace {
@@ -16,33 +13,12 @@ namespace {
 using namespace moe_quantized;
 
 constexpr Encoding kEncoding = Encoding::kFp8Activations;
-constexpr int32_t kResults = kQuantizedWeightRows / 2;  // of h, per weight tile
+using Rows = GateUpRows<uint8_t>;  // of e4m3
 
-struct Rows {
-  QuantizedMatrix matrix;  // [experts, 2 * expert_size, hidden_size]
-  const uint8_t* tokens;   // e4m3 [tokens, hidden_size]
-  const float* scales;     // [tokens]
-  int32_t expert_size, top_k;
-  const int32_t* pair;
-
-  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
-    return 2 * unit.expert * expert_size;
-  }
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
-    const int32_t up = row % 16 / 8;
-    return result < expert_size ? up * expert_size + result : -1;
-  }
-  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit&) const { return 0; }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return pair[unit.first + row] / top_k;
-  }
-};
-
-// Four lanes write 16 bytes of a row.
+// Four lanes write 16 bytes of a row. scales: [tokens].
 template <int kColumns>
 DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeUnit& unit,
-                         const Rows& rows, bfloat16* activations) {
+                         const Rows& rows, const float* scales, bfloat16* activations) {
 #pragma unroll
   for (int group = 0; group < kColumns; ++group) {
     // A thread multiplies two tokens of every eight, and stores rows of one of them.
@@ -50,7 +26,7 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t token = 8 * group + 2 * static_cast<int32_t>(device::lane_index() % 4) + i;
-      scale[i] = token < unit.rows ? rows.scales[rows.token_row(unit, token)] : 0.0f;
+      scale[i] = token < unit.rows ? scales[rows.token_row(unit, token)] : 0.0f;
     }
     const int32_t token = 8 * group + packed_token();
 #pragma unroll
@@ -73,7 +49,7 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
 
 template <int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
-    gate_up(const MoeWork work, const Rows rows, bfloat16* activations) {
+    gate_up(const MoeWork work, const Rows rows, const float* scales, bfloat16* activations) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
@@ -83,7 +59,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
     const OwnRows own = find_own_rows<kEncoding>(rows, unit);
     Sum<kColumns> sum = {};
     pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
-    store<kColumns>(sum, own, unit, rows, activations);
+    store<kColumns>(sum, own, unit, rows, scales, activations);
   });
 }
 
@@ -91,13 +67,13 @@ template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
   const MoeWork work = {ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
-  const Rows rows = {pass.gate_up,    pass.input, pass.input_scales,
-                     ffn.expert_size, ffn.top_k,  ffn.tables.pair};
+  const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, gate_up<kTokens>, work, rows, ffn.activations);
+  return device::launch(shape, stream, gate_up<kTokens>, work, rows, pass.input_scales,
+                        ffn.activations);
 }
 
 }  // namespace
