@@ -65,9 +65,8 @@ def check_layers(device: str) -> None:
     hidden = ours._canvas_input(canvas, None)
     sides = zip(ours._layers(40, 16), theirs._layers(40, 16), strict=True)
     for (layer, weights, tables), (_, its_weights, its_tables) in sides:
-        scalar = weights.decoder_layer_scalar
-        got = theirs._layer(hidden.to(device), layer, its_weights, its_tables, scalar, attend_gpu)[0].cpu()
-        wanted = ours._layer(hidden, layer, weights, tables, scalar, attend)[0]
+        got = theirs._layer(hidden.to(device), layer, its_weights, its_tables, 0, attend_gpu)[0].cpu()
+        wanted = ours._layer(hidden, layer, weights, tables, 0, attend)[0]
         # A token whose score rounds to its neighbour may go to another expert; the others say enough.
         rows = (got - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
         near = rows[0] < 0.05

@@ -256,7 +256,7 @@ def test_bf16_decoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
         for ours, wanted in zip(tables, call.arguments["position_embeddings"], strict=True):
             assert torch.equal(ours[None], wanted), f"rotary tables of layer {layer.index}"
         with_experts(call.expert_ids, monkeypatch)
-        got = pair.ours._layer(call.hidden, layer, weights, tables, weights.decoder_layer_scalar, attend)[0]
+        got = pair.ours._layer(call.hidden, layer, weights, tables, 0, attend)[0]
         assert_as_good(got, call.output, call.exact(exact_cache), f"layer {layer.index}")
 
 
@@ -276,7 +276,7 @@ def test_bf16_encoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
     attend = pair.ours._causal_attention(cache, 0, None)
     for call, (layer, weights, tables) in zip(calls, pair.ours._layers(before, count), strict=True):
         with_experts(call.expert_ids, monkeypatch)
-        got = pair.ours._layer(call.hidden, layer, weights, tables, weights.encoder_layer_scalar, attend)[0]
+        got = pair.ours._layer(call.hidden, layer, weights, tables, count, attend)[0]
         assert_as_good(got, call.output, call.exact(exact_cache), f"layer {layer.index}")
         wanted = oracle.cached(theirs, layer.index)
         positions = range(before + count - len(wanted[0]), before + count)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dgemma_ext.cache import Cache
     from dgemma_ext.model import Attention, DiffusionGemma, RotaryTables
 
-# Up to so many tokens are encoded by the first step of the canvas that wants to see them. More are a pass that products
-# bind as much as weights, and would only take its memory at the same time as the canvases.
+# Up to so many tokens are encoded by the first step of the canvas that wants to see them. That saves one read of the
+# weights, however many they are, and takes their memory at the same time as the canvases' (memory.py counts it).
 JOINT_TOKENS = 1024
 
 
@@ -63,13 +63,12 @@ def last_hidden(
                 model._append(layer, key, value, cache, one.slot)
             hidden, normed = hidden[:, :canvases], None if normed is None else normed[:, :canvases]
             rows, taken, tables = canvas, 0, canvas.tables[layer.rope, layer.head_dim]
-        scalars = [(canvases, weights.decoder_layer_scalar), (taken, weights.encoder_layer_scalar)]
         hidden, normed = model._layer(
             hidden,
             layer,
             weights,
             tables,
-            scalars if taken else scalars[:1],
+            taken,
             rows.attend,
             normed,
             rows.whose,

@@ -326,8 +326,7 @@ class DiffusionGemma:
                 _, key, value = self._project(hidden, layer, weights, tables, normed)
                 self._append(layer, key, value, cache, slot)
             else:
-                scalar = weights.encoder_layer_scalar
-                hidden, normed = self._layer(hidden, layer, weights, tables, scalar, attend, normed)
+                hidden, normed = self._layer(hidden, layer, weights, tables, count, attend, normed)
         cache.advance(slot, count)
 
     def _append(self, layer: LayerConfig, key: torch.Tensor, value: torch.Tensor, cache: Cache, slot: int) -> None:
@@ -368,7 +367,7 @@ class DiffusionGemma:
         layer: LayerConfig,
         weights: LayerWeights,
         tables: tuple[torch.Tensor, torch.Tensor],
-        layer_scalar: float | Sequence[tuple[int, float]],
+        encoded: int,
         attend: Attention,
         normed: torch.Tensor | None = None,
         whose: Rows | None = None,
@@ -377,7 +376,8 @@ class DiffusionGemma:
         """One layer on hidden [1, n, hidden]; `attend` is the pass's attention, `normed` the layer's first norm of
         hidden where it is known. Returns the output and the norm of it that comes next.
 
-        layer_scalar: of all rows, or of so many rows each. idle: bool [n, 1], rows that no expert is to see.
+        encoded: so many of the last rows are encoded, the others denoised: they have other scalars. idle: bool [n, 1],
+        rows that no expert is to see.
         """
         epsilon = self.config.rms_norm_eps
         whose = whose or self._rows(hidden.shape[1])
@@ -402,7 +402,8 @@ class DiffusionGemma:
             weights.post_feedforward_layernorm,
             self._norm_after(layer),
         )
-        parts = [(rows.shape[0], layer_scalar)] if isinstance(layer_scalar, float) else layer_scalar
+        sides = ((rows.shape[0] - encoded, weights.decoder_layer_scalar), (encoded, weights.encoder_layer_scalar))
+        parts = [(count, scalar) for count, scalar in sides if count]
         counts = [count for count, _ in parts]
         made = [
             layer_output(residual, of_mlp, of_experts, *norms, scalar, epsilon)
