@@ -52,6 +52,7 @@ class Cpu(ctypes.Structure):
 def library() -> ctypes.CDLL:
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("dispatch", "entry")]
     sources += [ROOT / "csrc" / "grouped_gemm" / f"cpu_dense{name}.cpp" for name in ("", *(f"_{v}" for v in VARIANTS))]
+    sources += [ROOT / "csrc" / "grouped_gemm" / f"cpu_quantized_{v}.cpp" for v in VARIANTS]
     sources.append(ROOT / "csrc" / "grouped_gemm" / "quantized.cpp")
     built = cpu_library("dense", sources)
     built.dgemma_cpu_dense_workspace.restype = ctypes.c_size_t

@@ -136,7 +136,9 @@ def check_experts(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(1, 128, 64), (70, 256, 100), (5, 2816, 40), (3, 128, 1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 128, 64), (70, 256, 100), (5, 2816, 40), (3, 128, 1), (70, 256, 112), (26, 2816, 48)], ids=str
+)
 def test_projection_is_right(sizes: tuple[int, int, int], kind: str, dtype: torch.dtype, cpu_variant: str) -> None:
     rows, in_features, out_features = sizes
     if BACKEND != "cpu" and out_features % 8:
@@ -152,22 +154,38 @@ def test_projection_is_right(sizes: tuple[int, int, int], kind: str, dtype: torc
 
 @cpu_only
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_is_decoded(kind: str, cpu_variant: str) -> None:
+@pytest.mark.parametrize("rows", [2, 32])
+def test_every_code_is_decoded(rows: int, kind: str, cpu_variant: str) -> None:
     """A product with the identity is the weight: all 256 codes of e4m3, all 16 of the others, under odd scales."""
     codes = torch.arange(256, dtype=torch.uint8)
+    turned = torch.stack([codes.roll(37 * row) for row in range(rows)])
     if kind == "fp8":
-        codes[(codes & 0x7F) == NAN_CODE] = 0
-        weight: QuantizedWeight = Fp8Weight(torch.stack((codes, codes.flip(0))), torch.tensor([0.625, 3.0]))
+        turned[(turned & 0x7F) == NAN_CODE] = 0
+        weight: QuantizedWeight = Fp8Weight(turned, torch.linspace(0.625, 3.0, rows))
     else:
-        values = torch.stack((codes[:128] * 2, codes.flip(0)[:128]))  # rows of 256 columns
-        weight = quantized(kind, torch.randn(2, 256))
-        weight = replace(weight, values=values)
+        weight = quantized(kind, torch.randn(rows, 256))
+        weight = replace(weight, values=turned[:, :128] * 2 | turned[:, :128] >> 7)
     size = weight.shape[1]
     for dtype in DTYPES:
         product = quantized_gemm.dense(torch.eye(size, dtype=dtype), weight)
         # A factor is multiplied in after the codes are rounded, so the last bit of bfloat16 is not asked for.
         wanted = weight.dequantized(torch.float32).T
         torch.testing.assert_close(product.float(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["fp8", "int4-32", "int4-float16", "nvfp4"])
+def test_every_number_of_tokens(kind: str, dtype: torch.dtype, cpu_variant: str) -> None:
+    """Up to two tiles of them; factors that change within the rows of a tile."""
+    input = torch.randn(50, 288).to(dtype)
+    full = torch.randn(48, 288) * torch.linspace(0.5, 2.0, 6).repeat_interleave(8)[:, None]
+    weight = quantized(kind, full, runs=6)
+    together = quantized_gemm.dense(input, weight)
+    exact = dense_reference.dense(input, meant(weight, dtype))
+    assert_close(together, exact, dtype, dense_reference.dense_rounded(input, weight.dequantized(dtype)))
+    for tokens in range(1, 50):
+        assert torch.equal(quantized_gemm.dense(input[:tokens].contiguous(), weight), together[:tokens]), tokens
 
 
 @cpu_only

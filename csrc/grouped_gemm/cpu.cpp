@@ -145,10 +145,21 @@ const MoeKernels* kernels_of(dgemma_cpu_variant variant, bool quantized) {
   }
 }
 
-// One task for each group and each run of `rows_per_task` of its `rows` rows, group after group.
+// Rows of a task: a multiple of `least`, of `rows` in each group.
+int64_t count_rows_per_task(const MoePlan& plan, int64_t rows, int64_t least) {
+  const int64_t pairs = plan.first[plan.groups];
+  if (plan.groups == 0 || pairs > kTokensOfLongTasks * plan.groups) return least;
+  const int64_t tasks_per_group = (kTasks + plan.groups - 1) / plan.groups;
+  const int64_t even = (rows + tasks_per_group - 1) / tasks_per_group;
+  return (even + least - 1) / least * least;
+}
+
+// One task for each group and each run of rows_per_task of its `rows` rows, group after group.
 template <typename Task>
-void run_row_tasks(dgemma_cpu* cpu, int64_t groups, int64_t rows, int64_t rows_per_task,
+void run_row_tasks(dgemma_cpu* cpu, const MoePlan& plan, int64_t rows, int64_t least_rows,
                    const Task& task) {
+  const int64_t groups = plan.groups;
+  const int64_t rows_per_task = count_rows_per_task(plan, rows, least_rows);
   const int64_t runs = (rows + rows_per_task - 1) / rows_per_task;
   run_tasks(cpu, groups * runs, [&](int64_t index) {
     const int64_t first = index % runs * rows_per_task;
@@ -158,13 +169,11 @@ void run_row_tasks(dgemma_cpu* cpu, int64_t groups, int64_t rows, int64_t rows_p
 }
 
 void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dgemma_cpu* cpu) {
-  if (kernels.takes_shuffled != nullptr && kernels.takes_shuffled(pass))
-    run_tasks(cpu, tokens, [&](int64_t token) { kernels.shuffle(pass, token); });
   run_row_tasks(
-      cpu, pass.plan.groups, pass.expert_size, kGateUpRowsPerTask,
+      cpu, pass.plan, pass.expert_size, kGateUpRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.gate_up(pass, group, first, end); });
   run_row_tasks(
-      cpu, pass.plan.groups, pass.hidden_size, kDownRowsPerTask,
+      cpu, pass.plan, pass.hidden_size, kDownRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.down(pass, group, first, end); });
   run_tasks(cpu, tokens, [&](int64_t token) { kernels.combine(pass, token); });
 }
@@ -188,8 +197,6 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                           .expert_size = op.expert_size,
                           .top_k = op.top_k,
                           .input = static_cast<const char*>(op.input) + first * token_bytes,
-                          // Nobody has written products yet when it is read.
-                          .shuffled = workspace + at.products,
                           .expert_ids = ids,
                           .expert_weights = op.expert_weights + first * op.top_k,
                           .gate_up = op.gate_up,

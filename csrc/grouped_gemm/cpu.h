@@ -14,7 +14,6 @@ struct MoePass {
   int64_t expert_size;
   int64_t top_k;
   const void* input;                          // [tokens, hidden_size]
-  void* shuffled;                             // the same in the order that weights are decoded in
   const int32_t* expert_ids;                  // [tokens, top_k]
   const float* expert_weights;                // [tokens, top_k]
   const void* gate_up;                        // [experts, 2 * expert_size, hidden_size]
@@ -27,14 +26,15 @@ struct MoePass {
   float* products;    // [tokens, top_k, hidden_size]; slots with id -1 are never touched
 };
 
-// Weight rows that one task takes, of each of gate and up, and of down. See NOTES.md.
+// Weight rows that one task takes at least, of each of gate and up, and of down; and how many tasks
+// there are to be where that leaves more rows to a task, if the tokens of an expert are few enough
+// to be multiplied with all of them at once. See NOTES.md.
 constexpr int64_t kGateUpRowsPerTask = 48;
 constexpr int64_t kDownRowsPerTask = 192;
+constexpr int64_t kTasks = 256;
+constexpr int64_t kTokensOfLongTasks = 64;
 
 struct MoeKernels {
-  // Whether gate_up reads pass.shuffled, which is to be made before: row `token` of it. NULL: no.
-  bool (*takes_shuffled)(const MoePass& pass);
-  void (*shuffle)(const MoePass& pass, int64_t token);
   // activations[:, first_row : end_row] of one group.
   void (*gate_up)(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row);
   // products[..., first_row : end_row] of one group's pairs.

@@ -3,6 +3,5 @@
 namespace dgemma {
 
 const MoeKernels kMoeKernelsAvx2[2] = DGEMMA_MOE_KERNELS;
-const MoeKernels kQuantizedMoeKernelsAvx2[2] = DGEMMA_QUANTIZED_MOE_KERNELS;
 
 }  // namespace dgemma

@@ -3,6 +3,5 @@
 namespace dgemma {
 
 const MoeKernels kMoeKernelsAvx512[2] = DGEMMA_MOE_KERNELS;
-const MoeKernels kQuantizedMoeKernelsAvx512[2] = DGEMMA_QUANTIZED_MOE_KERNELS;
 
 }  // namespace dgemma

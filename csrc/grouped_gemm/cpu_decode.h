@@ -26,6 +26,14 @@ inline float e4m3_to_float(uint8_t code) {
   return code & 0x80 ? -value : value;
 }
 
+// A code in each lane.
+inline Floats e4m3_to_float(Words code) {
+  const Floats normal = (Floats)(((code & 0x7fu) << 20) + (120u << 23));
+  const Floats small = __builtin_convertvector((Ints)(code & 7u), Floats) * 0x1p-9f;
+  const Floats magnitude = (code & 0x78u) == 0u ? small : normal;
+  return (Floats)((Words)magnitude | (code & 0x80u) << 24);
+}
+
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
@@ -80,11 +88,6 @@ constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4
 constexpr float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// Where a column of a shuffled row lies: see shuffled_codes.
-inline int64_t shuffled_place(int64_t column) {
-  return (column & ~int64_t{31}) | (column & 3) << 3 | (column >> 2 & 7);
-}
-
 // Columns that a table looks up at a time, two in a byte: a register of bfloat16.
 #if defined(__AVX512BW__)
 constexpr int64_t kCodes = 32;
@@ -129,28 +132,6 @@ inline Words32 spread_codes(const uint8_t* codes) {
   return (Words32)((bytes | bytes << 12) & 0x000f000fu);
 }
 
-// The same 32 numbers in another order, which one shift makes: a word of the codes has four, and
-// the one of column 4 w + n goes to place 8 n + w. Above the low four bits of an index something is
-// left; a table whose halves are the same does not mind.
-inline Words32 shuffled_codes(const uint8_t* codes) {
-  constexpr Words32 kShifts = {0, 0, 0, 0, 0, 0, 0, 0, 4,  4,  4,  4,  4,  4,  4,  4,
-                               8, 8, 8, 8, 8, 8, 8, 8, 12, 12, 12, 12, 12, 12, 12, 12};
-  __m128i loaded;
-  std::memcpy(&loaded, codes, sizeof loaded);
-  const __m512i repeated = _mm512_maskz_broadcast_i32x4(0xffff, loaded);
-  return (Words32)_mm512_maskz_srlv_epi16(~0u, repeated, (__m512i)kShifts);
-}
-
-// 32 values in the order of shuffled_codes.
-inline void shuffle(const bfloat16* from, bfloat16* to) {
-  Words32 index, words;
-  for (int place = 0; place < 32; ++place)
-    index[place] = static_cast<uint16_t>(4 * (place % 8) + place / 8);
-  std::memcpy(&words, from, sizeof words);
-  words = permute(index, words);
-  std::memcpy(to, &words, sizeof words);
-}
-
 // The sixteen values under one scale, rounded to T, in a register.
 template <typename T>
 struct Table;
@@ -162,35 +143,11 @@ struct Table<bfloat16> {
     const Floats scaled = load(values) * scale;
     words = round_pair(scaled, scaled);
   }
-  explicit Table(Words32 rounded) : words(rounded) {}
   void look_up(const uint8_t* codes, bfloat16* to) const {
     const Words32 result = permute(spread_codes(codes), words);
     std::memcpy(to, &result, sizeof result);
   }
-  void look_up_shuffled(const uint8_t* codes, bfloat16* to) const {
-    const Words32 result = permute(shuffled_codes(codes), words);
-    std::memcpy(to, &result, sizeof result);
-  }
 };
-
-// The same table without a multiplication, which would wait for the pipes that the dot products
-// fill: a code is at most the sum of two powers of two, and 2^n times a scale is an addition to its
-// exponent. For scales that are all_usual.
-__attribute__((always_inline)) inline Table<bfloat16> int4_table_by_sums(float scale) {
-  // By code, -8 to 7: exponent and sign of either power, and which codes have one.
-  constexpr uint32_t kMinus = 1u << 31, k1 = 0, k2 = 1u << 23, k4 = 2u << 23, k8 = 3u << 23;
-  constexpr Words kFirst = {kMinus + k8, kMinus + k8, kMinus + k4, kMinus + k4,
-                            kMinus + k4, kMinus + k2, kMinus + k2, kMinus + k1,
-                            0,           k1,          k2,          k2,
-                            k4,          k4,          k4,          k8};
-  constexpr Words kSecond = {0, k1, kMinus + k2, kMinus + k1, 0, kMinus + k1, 0,  0,
-                             0, 0,  0,           k1,          0, k1,          k2, kMinus + k1};
-  constexpr __mmask16 kHasFirst = 0xfeff, kHasSecond = 0xe82e;
-  const __m512i bits = (__m512i)(Words)broadcast(scale);
-  const Floats sum = (Floats)_mm512_maskz_add_epi32(kHasFirst, bits, (__m512i)kFirst) +
-                     (Floats)_mm512_maskz_add_epi32(kHasSecond, bits, (__m512i)kSecond);
-  return Table<bfloat16>(round_pair(sum, sum));
-}
 
 template <>
 struct Table<float> {
@@ -259,13 +216,7 @@ template <typename T>
 inline void decode_e4m3(const uint8_t* codes, T* to) {
 #if defined(__AVX2__)
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < kCodes; i += kLanes) {
-    const Words code = widen_bytes(codes + i);
-    const Floats normal = (Floats)(((code & 0x7fu) << 20) + (120u << 23));
-    const Floats small = __builtin_convertvector((Ints)(code & 7u), Floats) * 0x1p-9f;
-    const Floats magnitude = (code & 0x78u) == 0u ? small : normal;
-    store(to + i, (Floats)((Words)magnitude | (code & 0x80u) << 24));
-  }
+  for (int64_t i = 0; i < kCodes; i += kLanes) store(to + i, e4m3_to_float(widen_bytes(codes + i)));
 #else
   for (int64_t i = 0; i < kCodes; ++i) to[i] = round_to<T>(e4m3_to_float(codes[i]));
 #endif
@@ -294,9 +245,7 @@ __attribute__((always_inline)) inline void decode_e4m3<bfloat16>(const uint8_t* 
 // Columns that share a scale of the format NVFP4.
 constexpr int64_t kNvfp4Group = 16;
 
-// Bytes of a run of kCodes codes, and of a scale.
-template <dgemma_weight_format kFormat>
-constexpr int64_t kRunBytes = kFormat == DGEMMA_WEIGHTS_FP8 ? kCodes : kCodes / 2;
+// Bytes of a scale.
 template <dgemma_weight_format kFormat>
 constexpr int64_t kScaleBytes = kFormat == DGEMMA_WEIGHTS_INT4    ? 2
                                 : kFormat == DGEMMA_WEIGHTS_NVFP4 ? 1
@@ -327,31 +276,6 @@ inline void convert_scales(const uint8_t* scales, int64_t count, dgemma_dtype dt
     for (; i < count; ++i) to[i] = e4m3_to_float(scales[i]);
   }
 }
-
-#if defined(__AVX512BW__)
-// Whether neither the scales of INT4 nor eight times them leave the exponents of normal numbers.
-inline bool all_usual(const uint8_t* scales, int64_t count, dgemma_dtype dtype) {
-  // 2^-126 to 2^124; all that float16 holds but zero, infinity and what is no number.
-  const uint16_t least = dtype == DGEMMA_BFLOAT16 ? 0x0080 : 0x0001;
-  const uint16_t most = dtype == DGEMMA_BFLOAT16 ? 0x7d80 : 0x7bff;
-  Words32 greatest = {};
-  const auto look_at = [&](Words32 bits) __attribute__((always_inline)) {
-    const Words32 above = (bits & 0x7fff) - least;  // what is less wraps around
-    greatest = above > greatest ? above : greatest;
-  };
-  int64_t i = 0;
-  Words32 bits;
-  for (; i + 32 <= count; i += 32) {
-    std::memcpy(&bits, scales + 2 * i, sizeof bits);
-    look_at(bits);
-  }
-  bits = Words32{} + 0x3f80;
-  std::memcpy(&bits, scales + 2 * i, static_cast<size_t>(2 * (count - i)));
-  look_at(bits);
-  const Words32 limit = Words32{} + static_cast<uint16_t>(most - least);
-  return _mm512_cmpgt_epu16_mask((__m512i)greatest, (__m512i)limit) == 0;
-}
-#endif
 
 // kCodes columns from their codes, under the scale or, of NVFP4, the scales at `scale`.
 template <dgemma_weight_format kFormat, typename T>
@@ -403,21 +327,6 @@ inline void decode_row(const uint8_t* codes, const float* scales, int64_t group,
   if (!kFp8) last_scales[0] = *scale_of(column);
   decode_run<kFormat>(padded, last_scales, decoded);
   std::memcpy(to + column, decoded, static_cast<size_t>(left) * sizeof(T));
-}
-
-// Whether codes are decoded beside the products: AVX-512 has registers left for it.
-template <typename T>
-#if defined(__AVX512BW__)
-constexpr bool kDecodesInSteps = sizeof(T) == sizeof(bfloat16);
-#else
-constexpr bool kDecodesInSteps = false;
-#endif
-
-// Whether rows of this format and so many columns are decoded in the order of shuffled_codes. The
-// tokens that they are multiplied with must then be shuffled too.
-template <typename T>
-inline bool decodes_shuffled(dgemma_weight_format format, int64_t columns) {
-  return kDecodesInSteps<T> && format == DGEMMA_WEIGHTS_INT4 && columns % 32 == 0;
 }
 
 }  // namespace

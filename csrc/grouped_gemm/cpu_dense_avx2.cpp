@@ -3,6 +3,5 @@
 namespace dgemma {
 
 const DenseTask kDenseTasksAvx2[2] = DGEMMA_DENSE_TASKS;
-const DenseTask kQuantizedDenseTasksAvx2[2] = DGEMMA_QUANTIZED_DENSE_TASKS;
 
 }  // namespace dgemma

@@ -33,21 +33,8 @@ void dense_task(const dgemma_dense& op, const dgemma_quantized* /*weight*/, int6
   dense_rows<T>(op, first_row, end_row, rows, rows);
 }
 
-template <typename T>
-void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
-                          int64_t end_row) {
-  const int64_t k = op.in_features;
-  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
-  with_format(weight->format, [&](auto format) {
-    typedef DecodedRows<T, decltype(format)::value> Rows;
-    dense_rows<T>(op, first_row, end_row, Rows(*weight, 0, k, scratch[0]),
-                  Rows(*weight, 0, k, scratch[1]));
-  });
-}
-
 }  // namespace
 }  // namespace dgemma
 
-// The tables that a file named after its instruction set exports.
+// The table that a file named after its instruction set exports.
 #define DGEMMA_DENSE_TASKS {dense_task<float>, dense_task<bfloat16>}
-#define DGEMMA_QUANTIZED_DENSE_TASKS {quantized_dense_task<float>, quantized_dense_task<bfloat16>}

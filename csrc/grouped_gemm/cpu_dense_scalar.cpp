@@ -3,6 +3,5 @@
 namespace dgemma {
 
 const DenseTask kDenseTasksScalar[2] = DGEMMA_DENSE_TASKS;
-const DenseTask kQuantizedDenseTasksScalar[2] = DGEMMA_QUANTIZED_DENSE_TASKS;
 
 }  // namespace dgemma

@@ -168,12 +168,11 @@ constexpr int registers_for(int sums) { return (sums + kLanes - 1) / kLanes; }
 
 // Dot products of kTokens tokens with rows first, first + stride, ... and second, second + stride,
 // ... (kHalfRows each), all of length k. Sum t * kHalfRows + r goes to lane folded_lane(i % kLanes)
-// of register i / kLanes. work.step() is called at every step: what it does runs beside the
-// products.
-template <typename T, int kTokens, typename Work>
+// of register i / kLanes. `ahead` is asked for meanwhile.
+template <typename T, int kTokens>
 __attribute__((always_inline)) inline void dot_tile(const T* const* tokens, const T* first,
                                                     const T* second, int64_t stride, int64_t k,
-                                                    Work& work, Floats* first_sums,
+                                                    Ahead& ahead, Floats* first_sums,
                                                     Floats* second_sums) {
   typedef typename Step<T>::Values Values;
   constexpr int kSums = kTokens * kHalfRows;
@@ -209,14 +208,14 @@ __attribute__((always_inline)) inline void dot_tile(const T* const* tokens, cons
       }
   };
   const int64_t whole = k - k % Step<T>::kValues;
-  Work ahead = work;  // in registers
+  Ahead next = ahead;  // in registers
   for (int64_t i = 0; i < whole; i += Step<T>::kValues) {
-    ahead.step();
+    next.step();
     step([](const T* p) __attribute__((always_inline)) { return Step<T>::load(p); }, i);
     if constexpr (kLanes == 1)
       if (i / Step<T>::kValues % kStepsPerSum == kStepsPerSum - 1) put_aside();
   }
-  work = ahead;
+  ahead = next;
   if (whole < k) {
     const int64_t rest = k - whole;
     step([rest](const T* p)

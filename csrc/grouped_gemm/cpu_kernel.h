@@ -3,17 +3,11 @@
 #pragma once
 
 #include "grouped_gemm/cpu.h"
+#include "grouped_gemm/cpu_activate.h"
 #include "grouped_gemm/cpu_rows_kernel.h"
 
 namespace dgemma {
 namespace {
-
-// gelu_tanh(gate) * up: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) u. Never inlined, so that
-// every tile shape runs the same instructions.
-__attribute__((noinline)) Floats activate(Floats gate, Floats up) {
-  const Floats inner = 0.79788456080286536f * fmadd(0.044715f * gate * gate, gate, gate);
-  return 0.5f * gate * (1.0f + tanh(inner)) * up;
-}
 
 // activations[:, first_row : end_row] of one group; `gate` and `up` give its expert's weight rows.
 template <typename T, typename Rows>
@@ -22,10 +16,8 @@ inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, 
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
   const int64_t begin_pair = pass.plan.first[group], end_pair = pass.plan.first[group + 1];
-  const T* input = static_cast<const T*>(Rows::kShuffled ? pass.shuffled : pass.input);
+  const T* input = static_cast<const T*>(pass.input);
   T* activations = static_cast<T*>(pass.activations);
-  const bool shuffle_result =
-      Rows::kDecoded && decodes_shuffled<T>(pass.quantized_down->format, size);
   prefetch_first_tile(gate, first_row, up, first_row);
 
   for (int64_t block = begin_pair; block < end_pair; block += kTokensPerBlock) {
@@ -34,53 +26,35 @@ inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, 
     const T* x[kTokensPerBlock];
     for (int64_t t = 0; t < tokens; ++t) x[t] = input + pass.plan.pair[block + t] / pass.top_k * k;
 
-    WorkAhead<Rows> ahead;
     for (int64_t row = first_row; row < end_row;) {
       const RowTile tile = row_tile(row, end_row, size, kHalfRows);
-      const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat, ahead.first);
-      const HalfRows<T> ups_of = up.take(tile.start, tile.repeat, ahead.second);
+      const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat);
+      const HalfRows<T> ups_of = up.take(tile.start, tile.repeat);
       // The rows after this tile, asked for while this one is computed. Beyond the first block of
       // tokens the weights are in the cache.
       const RowTile next = row_tile(tile.end, end_row, size, kHalfRows);
       const int64_t steps = count_steps<T>(tokens, k);
       const int64_t lines =
           block == begin_pair ? lines_per_step(kHalfRows * gate.row_bytes(), steps) : 0;
-      ahead.ask(gate.stored(next.start), up.stored(next.start), lines);
-      if (tile.end < end_row) {
-        const int64_t full_steps = tokens / kTileTokens * (k / Step<T>::kValues);
-        gate.make(next.start, full_steps > 0, ahead.first);
-        up.make(next.start, full_steps > 0, ahead.second);
-        ahead.within(full_steps);
-      }
-      int64_t place[kHalfRows];
-      for (int r = 0; r < kHalfRows; ++r)
-        place[r] = shuffle_result ? shuffled_place(tile.start + r) : tile.start + r;
+      Ahead ahead = {gate.stored(next.start), up.stored(next.start), lines};
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
-        with_count<Rows::kDecoded>(
-            tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
-              constexpr int kTokens = decltype(count)::value;
-              constexpr int kRegisters = registers_for(kTokens * kHalfRows);
-              Floats gates[kRegisters], ups[kRegisters];
-              ahead.template beside<kTokens>(k / Step<T>::kValues, [&](auto& work) {
-                dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, work,
-                                     gates, ups);
-              });
-              gate.multiply_factors(gates, kRegisters);
-              up.multiply_factors(ups, kRegisters);
-              HalfResults<T, kTokens> h;
+        with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
+          constexpr int kTokens = decltype(count)::value;
+          constexpr int kRegisters = registers_for(kTokens * kHalfRows);
+          Floats gates[kRegisters], ups[kRegisters];
+          dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, ahead, gates,
+                               ups);
+          gate.multiply_factors(gates, kRegisters);
+          up.multiply_factors(ups, kRegisters);
+          HalfResults<T, kTokens> h;
 #pragma GCC unroll 8
-              for (int i = 0; i < kRegisters; ++i)
-                store(h.lanes + i * kLanes, activate(gates[i], ups[i]));
+          for (int i = 0; i < kRegisters; ++i)
+            store(h.lanes + i * kLanes, activate(gates[i], ups[i]));
 #pragma GCC unroll 8
-              for (int token = 0; token < kTokens; ++token) {
-                const int64_t begin = tile.begin - tile.start, end = tile.end - tile.start;
-                T* to = activations + (block + t + token) * size;
-                if constexpr (Rows::kDecoded)
-                  h.scatter(token, begin, end, place, to);
-                else
-                  h.write(token, begin, end, to + tile.begin);
-              }
-            });
+          for (int token = 0; token < kTokens; ++token)
+            h.write(token, tile.begin - tile.start, tile.end - tile.start,
+                    activations + (block + t + token) * size + tile.begin);
+        });
       }
       row = tile.end;
     }
@@ -152,63 +126,9 @@ void combine_task(const MoePass& pass, int64_t token) {
 }  // namespace
 }  // namespace dgemma
 
-// The same from codes of 4 and 8 bits.
-namespace dgemma {
-namespace {
-
-template <typename T>
-bool takes_shuffled(const MoePass& pass) {
-  return decodes_shuffled<T>(pass.quantized_gate_up->format, pass.hidden_size);
-}
-template <typename T>
-void shuffle_task(const MoePass& pass, int64_t token) {
-  const T* from = static_cast<const T*>(pass.input) + token * pass.hidden_size;
-  T* to = static_cast<T*>(pass.shuffled) + token * pass.hidden_size;
-  if constexpr (kDecodesInSteps<T>)
-    for (int64_t column = 0; column < pass.hidden_size; column += 32)
-      shuffle(from + column, to + column);
-}
-
-template <typename T>
-void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_row,
-                            int64_t end_row) {
-  const int64_t k = pass.hidden_size;
-  const int64_t size = pass.expert_size;
-  const int64_t gate = pass.plan.expert[group] * 2 * size;
-  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
-  with_moe_rows<T>(*pass.quantized_gate_up, k, [&](auto rows) {
-    typedef typename decltype(rows)::Type Rows;
-    gate_up_rows<T>(pass, group, first_row, end_row,
-                    Rows(*pass.quantized_gate_up, gate, k, scratch[0]),
-                    Rows(*pass.quantized_gate_up, gate + size, k, scratch[1]));
-  });
-}
-
-template <typename T>
-void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
-  const int64_t k = pass.expert_size;
-  const int64_t row = pass.plan.expert[group] * pass.hidden_size;
-  void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
-  with_moe_rows<T>(*pass.quantized_down, k, [&](auto rows) {
-    typedef typename decltype(rows)::Type Rows;
-    down_rows<T>(pass, group, first_row, end_row, Rows(*pass.quantized_down, row, k, scratch[0]),
-                 Rows(*pass.quantized_down, row, k, scratch[1]));
-  });
-}
-
-}  // namespace
-}  // namespace dgemma
-
-// The tables that a file named after its instruction set exports.
-#define DGEMMA_MOE_KERNELS                                                                     \
-  {                                                                                            \
-      {nullptr, nullptr, gate_up_task<float>, down_task<float>, combine_task<float>},          \
-      {nullptr, nullptr, gate_up_task<bfloat16>, down_task<bfloat16>, combine_task<bfloat16>}, \
-  }
-#define DGEMMA_QUANTIZED_MOE_KERNELS                                                       \
-  {                                                                                        \
-      {takes_shuffled<float>, shuffle_task<float>, quantized_gate_up_task<float>,          \
-       quantized_down_task<float>, combine_task<float>},                                   \
-      {takes_shuffled<bfloat16>, shuffle_task<bfloat16>, quantized_gate_up_task<bfloat16>, \
-       quantized_down_task<bfloat16>, combine_task<bfloat16>},                             \
+// The table that a file named after its instruction set exports.
+#define DGEMMA_MOE_KERNELS                                                   \
+  {                                                                          \
+      {gate_up_task<float>, down_task<float>, combine_task<float>},          \
+      {gate_up_task<bfloat16>, down_task<bfloat16>, combine_task<bfloat16>}, \
   }

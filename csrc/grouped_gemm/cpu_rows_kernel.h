@@ -3,7 +3,7 @@
 // what that forbids.
 #pragma once
 
-#include "grouped_gemm/cpu_work_ahead.h"
+#include "grouped_gemm/cpu_weight_rows.h"
 
 namespace dgemma {
 namespace {
@@ -42,32 +42,29 @@ inline int64_t lines_per_step(int64_t bytes, int64_t steps) {
   return steps > 0 ? (lines + steps - 1) / steps : 0;
 }
 
-// Calls run(integral constant n) with n = count for count in [1, kTileTokens]; kApart: in a
-// function of its own each. Beside decoding there is too much in one: GCC then keeps sums in
-// memory.
+// Asks for the first tile of a task, which no tile before it did.
+template <typename Rows>
+inline void prefetch_first_tile(const Rows& first, int64_t first_row, const Rows& second,
+                                int64_t second_row) {
+  Ahead ahead = {first.stored(first_row), second.stored(second_row),
+                 (kHalfRows * first.row_bytes() + kLineBytes - 1) / kLineBytes};
+  ahead.step();
+}
+
+// Calls run(integral constant n) with n = count for count in [1, kTileTokens].
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
-template <typename Run, int n>
-__attribute__((noinline)) void run_apart(Run run, Count<n> count) {
-  run(count);
-}
-template <bool kApart, typename Run>
+template <typename Run>
 inline void with_count(int64_t count, Run run) {
   static_assert(kTileTokens <= 4);
-  const auto call = [&](auto n) __attribute__((always_inline)) {
-    if constexpr (kApart)
-      run_apart(run, n);
-    else
-      run(n);
-  };
-  if (count == 1) call(Count<1>{});
-  if (count == 2) call(Count<2>{});
+  if (count == 1) run(Count<1>{});
+  if (count == 2) run(Count<2>{});
   if constexpr (kTileTokens >= 3)
-    if (count == 3) call(Count<3>{});
+    if (count == 3) run(Count<3>{});
   if constexpr (kTileTokens >= 4)
-    if (count == 4) call(Count<4>{});
+    if (count == 4) run(Count<4>{});
 }
 
 // One half of a tile's results, rounded to T, by token and row.
@@ -78,13 +75,6 @@ struct HalfResults {
   __attribute__((always_inline)) T at(int token, int row) const {
     const int i = token * kHalfRows + row;
     return lanes[i / kLanes * kLanes + folded_lane(i % kLanes)];
-  }
-  // to[place[r]] = row r of one token for r in [begin, end).
-  __attribute__((always_inline)) void scatter(int token, int64_t begin, int64_t end,
-                                              const int64_t* place, T* to) const {
-#pragma GCC unroll 8
-    for (int r = 0; r < kHalfRows; ++r)
-      if (begin <= r && r < end) to[place[r]] = at(token, r);
   }
   // to[r - begin] = row r of one token for r in [begin, end). A tile whose rows are all wanted, as
   // nearly every tile's are, takes loops of constant length.
@@ -107,48 +97,38 @@ template <typename T, typename Result, typename Rows, typename ResultRow>
 inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows second,
                           int64_t matrix_rows, int64_t k, int64_t first_row, int64_t end_row,
                           bool cold, ResultRow result_row) {
-  WorkAhead<Rows> ahead;
   for (int64_t row = first_row; row < end_row;) {
     const RowTile tile = row_tile(row, end_row, matrix_rows, 2 * kHalfRows);
     const int64_t half = tile.repeat ? 0 : kHalfRows;
-    const HalfRows<T> a = first.take(tile.start, tile.repeat, ahead.first);
-    const HalfRows<T> b = second.take(tile.start + half, tile.repeat, ahead.second);
+    const HalfRows<T> a = first.take(tile.start, tile.repeat);
+    const HalfRows<T> b = second.take(tile.start + half, tile.repeat);
     const RowTile next = row_tile(tile.end, end_row, matrix_rows, 2 * kHalfRows);
     const int64_t steps = count_steps<T>(tokens, k);
     const int64_t lines = cold ? lines_per_step(half * first.row_bytes(), steps) : 0;
-    ahead.ask(first.stored(next.start), first.stored(next.start + half), lines);
-    if (tile.end < end_row) {
-      const int64_t full_steps = tokens / kTileTokens * (k / Step<T>::kValues);
-      first.make(next.start, full_steps > 0, ahead.first);
-      second.make(next.start + half, full_steps > 0, ahead.second);
-      ahead.within(full_steps);
-    }
+    Ahead ahead = {first.stored(next.start), first.stored(next.start + half), lines};
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
-      with_count<Rows::kDecoded>(
-          tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
-            constexpr int kTokens = decltype(count)::value;
-            constexpr int kRegisters = registers_for(kTokens * kHalfRows);
-            Floats sums[2][kRegisters];
-            ahead.template beside<kTokens>(k / Step<T>::kValues, [&](auto& work) {
-              dot_tile<T, kTokens>(x + t, a.rows, b.rows, a.stride, k, work, sums[0], sums[1]);
-            });
-            first.multiply_factors(sums[0], kRegisters);
-            second.multiply_factors(sums[1], kRegisters);
-            HalfResults<Result, kTokens> y[2];
+      with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
+        constexpr int kTokens = decltype(count)::value;
+        constexpr int kRegisters = registers_for(kTokens * kHalfRows);
+        Floats sums[2][kRegisters];
+        dot_tile<T, kTokens>(x + t, a.rows, b.rows, a.stride, k, ahead, sums[0], sums[1]);
+        first.multiply_factors(sums[0], kRegisters);
+        second.multiply_factors(sums[1], kRegisters);
+        HalfResults<Result, kTokens> y[2];
 #pragma GCC unroll 8
-            for (int i = 0; i < kRegisters; ++i) {
-              store(y[0].lanes + i * kLanes, sums[0][i]);
-              store(y[1].lanes + i * kLanes, sums[1][i]);
-            }
-            const int64_t begin = tile.begin - tile.start, end = tile.end - tile.start;
-            const int64_t second_begin = begin > kHalfRows ? begin : kHalfRows;
+        for (int i = 0; i < kRegisters; ++i) {
+          store(y[0].lanes + i * kLanes, sums[0][i]);
+          store(y[1].lanes + i * kLanes, sums[1][i]);
+        }
+        const int64_t begin = tile.begin - tile.start, end = tile.end - tile.start;
+        const int64_t second_begin = begin > kHalfRows ? begin : kHalfRows;
 #pragma GCC unroll 8
-            for (int token = 0; token < kTokens; ++token) {
-              Result* to = result_row(t + token) + tile.start;
-              y[0].write(token, begin, end, to + begin);
-              y[1].write(token, second_begin - kHalfRows, end - kHalfRows, to + second_begin);
-            }
-          });
+        for (int token = 0; token < kTokens; ++token) {
+          Result* to = result_row(t + token) + tile.start;
+          y[0].write(token, begin, end, to + begin);
+          y[1].write(token, second_begin - kHalfRows, end - kHalfRows, to + second_begin);
+        }
+      });
     }
     row = tile.end;
   }
