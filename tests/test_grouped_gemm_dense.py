@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from functools import cache
 
 import pytest
@@ -11,15 +10,12 @@ import torch
 from torch import Tensor
 
 from bounds import assert_close
-from cpu_library import ROOT, cpu_library
+from c_interface import VARIANTS, load
 from reference import dense as reference
 
-VARIANTS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16]
 OK, INVALID_ARGUMENT, UNSUPPORTED = 0, 1, 2
 GUARD = 64  # values behind the output
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 PARALLEL_FOR = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_int64, ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64), ctypes.c_void_p
@@ -50,11 +46,7 @@ class Cpu(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("dispatch", "entry")]
-    sources += [ROOT / "csrc" / "grouped_gemm" / f"cpu_dense{name}.cpp" for name in ("", *(f"_{v}" for v in VARIANTS))]
-    sources += [ROOT / "csrc" / "grouped_gemm" / f"cpu_quantized_{v}.cpp" for v in VARIANTS]
-    sources.append(ROOT / "csrc" / "grouped_gemm" / "quantized.cpp")
-    built = cpu_library("dense", sources)
+    built = load()
     built.dgemma_cpu_dense_workspace.restype = ctypes.c_size_t
     return built
 
