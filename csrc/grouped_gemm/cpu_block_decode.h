@@ -275,7 +275,8 @@ class BlockDecoder {
   BlockDecoder(const dgemma_quantized& matrix, int64_t row, int64_t columns,
                const ScaleWords* scales)
       : row_bytes_(columns / kBlockColumns * kRunBytes),
-        codes_(static_cast<const uint8_t*>(matrix.values) + row * row_bytes_),
+        halves_{codes_of(matrix, row),
+                codes_of(matrix, row) + (kFormat == DGEMMA_WEIGHTS_FP8 ? 16 : 0)},
         scales_(scales),
         group_shift_(matrix.group == 128  ? 2
                      : matrix.group == 64 ? 1
@@ -314,13 +315,14 @@ class BlockDecoder {
   }
 
  private:
+  const uint8_t* codes_of(const dgemma_quantized& matrix, int64_t row) const {
+    return static_cast<const uint8_t*>(matrix.values) + row * row_bytes_;
+  }
   // Of rows q, q + 4, ...: eight columns in the lower and eight in the upper half of each part.
   __attribute__((always_inline)) FourRows look_up_rows(int64_t block, int half, int q) const {
-    const uint8_t* from = codes_ + q * row_bytes_ + block * kRunBytes;
-    // Held until the second half, what the first has loaded would take four registers.
-    if (half == 1) asm("" : "+r"(from));
+    const uint8_t* from = halves_[half] + q * row_bytes_ + block * kRunBytes;
     if constexpr (kFormat == DGEMMA_WEIGHTS_FP8) {
-      return e4m3_bytes(even_then_odd(load_rows(from + half * 16, 4 * row_bytes_)));
+      return e4m3_bytes(even_then_odd(load_rows(from, 4 * row_bytes_)));
     } else if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4) {
       const Bytes codes = load_rows(from, 4 * row_bytes_);
       return look_up_codes<E2m1Codes>(magnitudes_[q], halves_of_eight(codes, half));
@@ -358,7 +360,9 @@ class BlockDecoder {
   }
 
   const int64_t row_bytes_;
-  const uint8_t* const codes_;
+  // Codes of a block's halves in row 0. Of 4-bit codes both lie in the same bytes, but as one
+  // pointer these would be held between the halves, in four registers that the sums need.
+  const uint8_t* const halves_[2];
   const ScaleWords* const scales_;
   const int group_shift_;  // blocks that share a scale of INT4: 1 << group_shift_
   Bytes magnitudes_[4];
