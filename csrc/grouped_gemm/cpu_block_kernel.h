@@ -90,8 +90,9 @@ class BlockRows {
     multiply_tile<kFormat>(decoder, tokens_, tokens, columns_ / kBlockColumns,
                            reinterpret_cast<const char*>(codes(row + kBlockRows)), sums);
     if (matrix_.factors == nullptr) return;
-    const Floats factors = factors_of(first_row_ + row);
-    for (int64_t t = 0; t < tokens; ++t) sums[t] *= factors;
+    float factors[kBlockRows];
+    load_factors(matrix_, first_row_ + row, kBlockRows, factors);
+    for (int64_t t = 0; t < tokens; ++t) sums[t] *= load(factors);
   }
 
  private:
@@ -102,20 +103,6 @@ class BlockRows {
   const uint8_t* scales(int64_t row) const {
     return static_cast<const uint8_t*>(matrix_.scales) + (first_row_ + row) * scale_bytes_;
   }
-  Floats factors_of(int64_t row) const {
-    Floats factors;
-    int64_t index = row / matrix_.rows_per_factor;
-    int64_t end = (index + 1) * matrix_.rows_per_factor;
-    for (int r = 0; r < kBlockRows; ++r, ++row) {
-      if (row == end) {
-        ++index;
-        end += matrix_.rows_per_factor;
-      }
-      factors[r] = matrix_.factors[index];
-    }
-    return factors;
-  }
-
   const dgemma_quantized matrix_;
   const int64_t first_row_;
   const int64_t columns_;

@@ -46,6 +46,20 @@ constexpr int64_t decoded_bytes(int64_t columns) {
                       decoded_stride(columns) / kNvfp4Group * static_cast<int64_t>(sizeof(float)));
 }
 
+// The factors of rows row, row + 1, ... Neighbours share one, or have one each: a division for
+// every row would be felt.
+inline void load_factors(const dgemma_quantized& matrix, int64_t row, int64_t rows, float* to) {
+  int64_t index = row / matrix.rows_per_factor;
+  int64_t end = (index + 1) * matrix.rows_per_factor;
+  for (int64_t r = 0; r < rows; ++r, ++row) {
+    if (row == end) {
+      ++index;
+      end += matrix.rows_per_factor;
+    }
+    to[r] = matrix.factors[index];
+  }
+}
+
 template <typename T, dgemma_weight_format kFormat>
 class DecodedRows {
  public:
@@ -88,21 +102,11 @@ class DecodedRows {
     return scales_;
   }
 
-  // Factors of a tile's sums. Neighbouring rows share one, or have one each: a division for every
-  // row would be felt.
   void take_factors(int64_t first, bool repeat) {
     if (matrix_.factors == nullptr) return;
-    float factor[kHalfRows];
-    int64_t row = first_row_ + first;
-    int64_t index = row / matrix_.rows_per_factor;
-    int64_t end = (index + 1) * matrix_.rows_per_factor;
-    for (int r = 0; r < kHalfRows; ++r) {
-      factor[r] = matrix_.factors[index];
-      if (!repeat && r + 1 < kHalfRows && ++row == end) {
-        ++index;
-        end += matrix_.rows_per_factor;
-      }
-    }
+    float factor[kHalfRows] = {};
+    load_factors(matrix_, first_row_ + first, repeat ? 1 : kHalfRows, factor);
+    for (int r = 1; repeat && r < kHalfRows; ++r) factor[r] = factor[0];
     for (int i = 0; i < kTileTokens * kHalfRows; ++i)
       factors_[i / kLanes][folded_lane(i % kLanes)] = factor[i % kHalfRows];
   }
