@@ -1,9 +1,10 @@
-// Blocks of 16 weight rows by 32 columns, from codes of 4 or 8 bits to sixteen registers. A
-// register holds two columns of all 16 rows, a row in each of its 32-bit lanes: times two values of
-// a token, broadcast, it adds to 16 sums, none of which is ever folded. AVX-512 alone.
+// Blocks of 8 weight rows by 32 columns, from codes of 4 or 8 bits to eight registers. A register
+// holds four columns, a row in each of its 64-bit lanes: times four values of a token, repeated, it
+// adds to 16 sums, two of each row. AVX-512 alone.
 //
-// Registers of four rows come first: rows q, q + 4, q + 8 and q + 12 in their four 128-bit parts,
-// where a byte permutation has a table for each part. Four such registers are transposed.
+// Codes are looked up for four rows, in the four 128-bit parts of a register, where a byte
+// permutation has a table for each part. Of the 16 rows of a tile, q, q + 4, q + 8 and q + 12 go
+// together, so that the tile's sums come out in the order of the rows.
 #pragma once
 
 #include "grouped_gemm/cpu_decode.h"
@@ -13,13 +14,20 @@
 namespace dgemma {
 namespace {
 
-constexpr int64_t kBlockRows = 16;
+constexpr int64_t kTileRows = 16;
 constexpr int64_t kBlockColumns = 32;
-constexpr int kBlockRegisters = 16;
 
-// Where column i of a block lies in the order of its registers, two to a register: even columns
-// first, since the halves of a byte are told apart for a whole register at a time.
-constexpr int block_place(int i) { return (i & 1) * 16 + (i >> 1); }
+// A block is decoded in halves of 16 columns and four registers: of INT4 those are the even and the
+// odd columns, since the halves of a byte are told apart for a whole register at a time.
+constexpr int kHalfRegisters = 4;
+
+// Where column i of a block lies in the order of its registers.
+template <dgemma_weight_format kFormat>
+constexpr int block_place(int i) {
+  if (kFormat == DGEMMA_WEIGHTS_INT4) return i % 2 * 16 + i / 2;
+  if (kFormat == DGEMMA_WEIGHTS_NVFP4) return i / 16 * 16 + i % 2 * 8 + i % 16 / 2;
+  return i;
+}
 
 // Below, the forms of instructions that take a mask, as in cpu_decode.h.
 typedef uint8_t Bytes __attribute__((vector_size(64)));
@@ -66,91 +74,45 @@ inline Bytes load_rows_partial(const uint8_t* from, int64_t stride, int64_t coun
   return join_rows(row);
 }
 
-// In each 128-bit part of four registers: their 32-bit lanes transposed, in two steps.
-struct HalfTransposed {
-  Quads low01, high01, low23, high23;
-};
-inline HalfTransposed begin_transpose(const Words (&from)[4]) {
-  const auto low = [](Words x, Words y) __attribute__((always_inline)) {
-    return (Quads)__builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28,
-                                          13, 29);
-  };
-  const auto high = [](Words x, Words y) __attribute__((always_inline)) {
-    return (Quads)__builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30,
-                                          15, 31);
-  };
-  return {low(from[0], from[1]), high(from[0], from[1]), low(from[2], from[3]),
-          high(from[2], from[3])};
-}
-inline void end_transpose(const HalfTransposed& half, Words* to) {
-  const auto low = [](Quads x, Quads y) __attribute__((always_inline)) {
-    return (Words)__builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14);
-  };
-  const auto high = [](Quads x, Quads y) __attribute__((always_inline)) {
-    return (Words)__builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
-  };
-  to[0] = low(half.low01, half.low23);
-  to[1] = high(half.low01, half.low23);
-  to[2] = low(half.high01, half.high23);
-  to[3] = high(half.high01, half.high23);
-}
-
-// The 16 codes of 4 bits: eight magnitudes and zero. The magnitudes come from two registers, four
-// from each; by code, which of the eight (-1: zero) and whether it is negative. kExact: bfloat16
-// holds every magnitude times a scale, so that nothing is rounded.
-struct Int4Codes {
-  static constexpr bool kExact = false;
-  static constexpr float kFirst[4] = {1, 2, 4, 8}, kSecond[4] = {3, 5, 6, 7};
-  static constexpr int magnitude(int code) {
-    constexpr int kIndex[9] = {-1, 0, 1, 4, 2, 5, 6, 7, 3};
-    return kIndex[code < 8 ? 8 - code : code - 8];
-  }
+// The 16 codes of 4 bits: eight magnitudes times a scale, and zero. Few are computed, the others are
+// halves of those, and nothing is multiplied: the products wait for the units that could. By
+// magnitude: which of the multiples, and how often it is halved; by code: which magnitude (-1:
+// zero), and whether it is negative.
+struct Int4Codes {  // of 16, 24, 40 and 56 times the scale
+  static constexpr int kMultiple[8] = {0, 0, 1, 0, 2, 1, 3, 0}, kHalved[8] = {4, 3, 3, 2, 3, 2, 3, 1};
+  static constexpr int magnitude(int code) { return (code < 8 ? 8 - code : code - 8) - 1; }
   static constexpr bool negative(int code) { return code < 8; }
 };
-struct E2m1Codes {
-  static constexpr bool kExact = true;
-  static constexpr float kFirst[4] = {0.5f, 1, 2, 4}, kSecond[4] = {1.5f, 3, 6, 0};
-  static constexpr int magnitude(int code) {
-    constexpr int kIndex[8] = {-1, 0, 1, 4, 2, 5, 3, 6};
-    return kIndex[code & 7];
-  }
+struct E2m1Codes {  // of 4 and 6 times the scale
+  static constexpr int kMultiple[8] = {0, 0, 1, 0, 1, 0, 1, 1}, kHalved[8] = {3, 2, 2, 1, 1, 0, 0, 0};
+  static constexpr int magnitude(int code) { return (code & 7) - 1; }
   static constexpr bool negative(int code) { return code >= 8; }
 };
 template <typename Codes>
 struct CodeTables {
+  alignas(64) uint16_t halvings[32];              // what is taken from the multiples' words
   alignas(64) uint8_t low[64], high[64], signs[64];  // bytes of the magnitudes' words, by code
-  alignas(64) float first[16], second[16];
-  alignas(64) uint16_t upper_words[32];  // of both, four of each to a 128-bit part
-  constexpr CodeTables() : low(), high(), signs(), first(), second(), upper_words() {
+  constexpr CodeTables() : halvings(), low(), high(), signs() {
+    for (int i = 0; i < 32; ++i)
+      halvings[i] = static_cast<uint16_t>(Codes::kHalved[i % 8] * 0x80);  // of the exponent
     for (int i = 0; i < 64; ++i) {
       const int word = Codes::magnitude(i % 16);
       low[i] = word < 0 ? 0x80 : static_cast<uint8_t>(2 * word);
       high[i] = word < 0 ? 0x80 : static_cast<uint8_t>(2 * word + 1);
       signs[i] = Codes::negative(i % 16) ? 0x80 : 0;
     }
-    for (int i = 0; i < 16; ++i) {
-      first[i] = Codes::kFirst[i % 4];
-      second[i] = Codes::kSecond[i % 4];
-    }
-    for (int i = 0; i < 32; ++i)
-      upper_words[i] = static_cast<uint16_t>(i % 8 / 4 * 32 + i / 8 * 8 + i % 4 * 2 + 1);
   }
 };
 template <typename Codes>
 constexpr CodeTables<Codes> kCodeTables;
 
-// The magnitudes of codes in bfloat16 under the scales of four rows, each in four lanes: eight
-// words to each 128-bit part.
+// The magnitudes of codes in bfloat16 under the scales of four rows, eight words to each 128-bit
+// part, from the multiples in their places. Halves of zero are zero: a subtraction that saturates,
+// in two instructions that the multiplying units have no part in.
 template <typename Codes>
-inline Bytes make_magnitudes(Floats scales) {
-  const CodeTables<Codes>& codes = kCodeTables<Codes>;
-  const Floats first = load(codes.first) * scales, second = load(codes.second) * scales;
-  if constexpr (Codes::kExact)
-    return (Bytes)_mm512_maskz_permutex2var_epi16(
-        ~0u, (__m512i)first, (__m512i)load_as<Words32>(codes.upper_words), (__m512i)second);
-  // A row's first four words lie in the lower half, its second four in the upper.
-  const Quads rounded = (Quads)round_pair(first, second);
-  return (Bytes)__builtin_shufflevector(rounded, rounded, 0, 4, 1, 5, 2, 6, 3, 7);
+inline Bytes halve_multiples(Words32 multiples) {
+  const Words32 halvings = load_as<Words32>(kCodeTables<Codes>.halvings);
+  return (Bytes)((multiples > halvings ? multiples : halvings) - halvings);
 }
 
 // bfloat16 values of four rows, sixteen of each in a 128-bit part: their low and their high bytes.
@@ -166,40 +128,48 @@ inline FourRows look_up_codes(Bytes magnitudes, Bytes index) {
 }
 
 // e4m3 to bfloat16, the low and the high bytes. The lower half of a code becomes the upper half of
-// the low byte, the upper half stands for sign and exponent; but eight numbers without an exponent,
-// m / 512, have tables of their own. 60 is half the difference of the exponents' biases.
+// the low byte, the upper half stands for sign and exponent; what is different of the eight numbers
+// without an exponent, m / 512, has tables of its own. 60 is half the difference of the exponents'
+// biases. Nothing is compared: the products wait for the units that could.
 struct E4m3Tables {
-  alignas(64) uint8_t high[64], small_low[64], small_high[64];
-  constexpr E4m3Tables() : high(), small_low(), small_high() {
+  alignas(64) uint8_t high[64], is_small[64], small_low[64], small_high[64];
+  constexpr E4m3Tables() : high(), is_small(), small_low(), small_high() {
     constexpr uint16_t kSmall[8] = {0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
     for (int i = 0; i < 64; ++i) {
       const int half = i % 16;
       high[i] = static_cast<uint8_t>((half & 8) << 4 | (60 + (half & 7)));
-      small_low[i] = static_cast<uint8_t>(kSmall[half & 7]);
-      small_high[i] = static_cast<uint8_t>((kSmall[half & 7] >> 8) - 60);  // added to the above
+      is_small[i] = (half & 7) == 0 ? 0xff : 0;
+      if (half >= 8) continue;
+      small_low[i] = static_cast<uint8_t>(kSmall[half] ^ half << 4);
+      small_high[i] = static_cast<uint8_t>((kSmall[half] >> 8) - 60);
     }
   }
 };
 constexpr E4m3Tables kE4m3Tables;
 inline FourRows e4m3_bytes(Bytes codes) {
   const Bytes low = low_halves(codes), high = high_halves(codes);
-  const __mmask64 is_small =
-      _mm512_testn_epi8_mask((__m512i)codes, (__m512i)(Bytes{} + uint8_t{0x78}));
-  const Bytes moved = (Bytes)((Words32)low << 4);
-  const Bytes usual = look_up(load_as<Bytes>(kE4m3Tables.high), high);
-  return {
-      (Bytes)_mm512_mask_shuffle_epi8((__m512i)moved, is_small,
-                                      (__m512i)load_as<Bytes>(kE4m3Tables.small_low), (__m512i)low),
-      usual + (Bytes)_mm512_maskz_shuffle_epi8(
-                  is_small, (__m512i)load_as<Bytes>(kE4m3Tables.small_high), (__m512i)low)};
+  const Bytes is_small = look_up(load_as<Bytes>(kE4m3Tables.is_small), high);
+  const Bytes small_low = look_up(load_as<Bytes>(kE4m3Tables.small_low), low) & is_small;
+  const Bytes small_high = look_up(load_as<Bytes>(kE4m3Tables.small_high), low) & is_small;
+  return {(Bytes)((Words32)low << 4) ^ small_low,
+          look_up(load_as<Bytes>(kE4m3Tables.high), high) + small_high};
 }
 
-// Scales of rows q, q + 4, q + 8 and q + 12 as floats, cut in two: eight words of each to a 128-bit
-// part. What bfloat16 and e4m3 hold lies in the upper halves.
+// What scales of rows q, q + 4, q + 8 and q + 12 are kept as until their blocks come, eight words of
+// each row to a 128-bit part. INT4: 8 times each as floats, cut in two (of bfloat16 the lower halves
+// are zeros). NVFP4: 4 and 6 times each in bfloat16, which holds them exactly.
 struct ScaleWords {
-  Words32 upper, lower;
+  Words32 first, second;
 };
-inline ScaleWords cut_halves(Bytes float16) {
+// A bfloat16, or the upper half of a float, times 2^power; of what has no exponent, and of negative
+// zero, zero: halve_multiples wants that.
+inline Words32 scale_up(Words32 words, int power) {
+  const __mmask32 has_exponent =
+      _mm512_test_epi16_mask((__m512i)words, (__m512i)(Words32{} + uint16_t{0x7f80}));
+  return (Words32)_mm512_maskz_add_epi16(
+      has_exponent, (__m512i)words, (__m512i)(Words32{} + static_cast<uint16_t>(power * 0x80)));
+}
+inline ScaleWords float16_scales(Bytes float16) {
   __m256i halves[2];
   std::memcpy(halves, &float16, sizeof halves);
   const Words low = (Words)_mm512_maskz_cvtph_ps(0xffff, halves[0]);
@@ -209,7 +179,30 @@ inline ScaleWords cut_halves(Bytes float16) {
                              __builtin_convertvector(b, Halves)};
     return load_as<Words32>(words);
   };
-  return {low_words(low >> 16, high >> 16), low_words(low, high)};
+  return {scale_up(low_words(low >> 16, high >> 16), 3), low_words(low, high)};
+}
+// What 1.5 times a bfloat16 with three bits of mantissa has more than it, by those: half of it where
+// the exponent stays, else less and an exponent.
+struct HalfMore {
+  alignas(64) uint8_t bytes[64];
+  constexpr HalfMore() : bytes() {
+    for (int i = 0; i < 64; ++i)
+      bytes[i] = static_cast<uint8_t>(i % 8 < 3 ? 64 + 8 * (i % 8) : 96 - 4 * (i % 8));
+  }
+};
+constexpr HalfMore kHalfMore;
+// Sixteen scales of each row.
+inline void e4m3_scales(Bytes e4m3, ScaleWords* low, ScaleWords* high) {
+  const FourRows bytes = e4m3_bytes(e4m3);
+  const Bytes mantissas = (Bytes)((Words32)bytes.low >> 4) & (Bytes{} + 7);
+  const Bytes more = look_up(load_as<Bytes>(kHalfMore.bytes), mantissas);
+  const auto multiples = [](Words32 words, Words32 half) __attribute__((always_inline)) {
+    return ScaleWords{scale_up(words, 2), scale_up(words + half, 2)};
+  };
+  *low = multiples((Words32)interleave_low(bytes.low, bytes.high),
+                   (Words32)interleave_low(more, Bytes{}));
+  *high = multiples((Words32)interleave_high(bytes.low, bytes.high),
+                    (Words32)interleave_high(more, Bytes{}));
 }
 constexpr int64_t kScalesPerWords = 8;
 
@@ -221,123 +214,136 @@ constexpr int64_t arranged_scales(int64_t row_bytes) {
 template <dgemma_weight_format kFormat>
 inline void arrange_scales(const uint8_t* from, int64_t row_bytes, dgemma_dtype dtype,
                            ScaleWords* to) {
-  constexpr Words32 kNothing = {};
   for (int64_t first = 0; first < row_bytes; first += 16) {
     const int64_t left = row_bytes - first;
     for (int q = 0; q < 4; ++q) {
       const Bytes stored =
           load_rows_partial(from + q * row_bytes + first, 4 * row_bytes, left < 16 ? left : 16);
       if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4) {
-        const FourRows bytes = e4m3_bytes(stored);
-        to[q] = {(Words32)interleave_low(bytes.low, bytes.high), kNothing};
-        to[4 + q] = {(Words32)interleave_high(bytes.low, bytes.high), kNothing};
+        e4m3_scales(stored, to + q, to + 4 + q);
       } else if (dtype == DGEMMA_BFLOAT16) {
-        to[q] = {(Words32)stored, kNothing};
+        to[q] = {scale_up((Words32)stored, 3), Words32{}};
       } else {
-        to[q] = cut_halves(stored);
+        to[q] = float16_scales(stored);
       }
     }
     to += arranged_scales<kFormat>(16);
   }
 }
 
-// Scale number `which` of four rows as floats, each in four lanes.
+// Where words of scale number `which` go, in each 128-bit part: a word of `first` is numbered by its
+// place, one of `second` from 32.
 struct SpreadScale {
-  alignas(64) uint16_t words[kScalesPerWords][32];  // of both registers
-  alignas(64) uint8_t bytes[kScalesPerWords][64];   // of the upper one
-  constexpr SpreadScale() : words(), bytes() {
-    for (int which = 0; which < kScalesPerWords; ++which) {
-      for (int i = 0; i < 32; ++i)
-        words[which][i] = static_cast<uint16_t>((i % 2 == 0 ? 32 : 0) + i / 8 * 8 + which);
-      for (int i = 0; i < 64; ++i)
-        bytes[which][i] = i % 4 < 2 ? 0x80 : static_cast<uint8_t>(2 * which + i % 2);
-    }
+  typedef uint16_t Places[kScalesPerWords][32];
+  alignas(64) Places floats;     // INT4: four times
+  alignas(64) Places multiples;  // NVFP4: by magnitude
+  constexpr SpreadScale() : floats(), multiples() {
+    for (int which = 0; which < kScalesPerWords; ++which)
+      for (int i = 0; i < 32; ++i) {
+        const int word = i / 8 * 8 + which;
+        floats[which][i] = static_cast<uint16_t>(word + (i % 2 == 0 ? 32 : 0));
+        multiples[which][i] = static_cast<uint16_t>(word + E2m1Codes::kMultiple[i % 8] * 32);
+      }
   }
 };
 constexpr SpreadScale kSpreadScale;
-template <bool kUpperAlone>
-inline Floats spread_scale(const ScaleWords& scales, int64_t which) {
-  if constexpr (kUpperAlone)
-    return (Floats)look_up((Bytes)scales.upper, load_as<Bytes>(kSpreadScale.bytes[which]));
-  return (Floats)_mm512_maskz_permutex2var_epi16(
-      ~0u, (__m512i)scales.upper, (__m512i)load_as<Words32>(kSpreadScale.words[which]),
-      (__m512i)scales.lower);
+inline Words32 spread_words(const ScaleWords& scales, const uint16_t (&places)[32]) {
+  return (Words32)_mm512_maskz_permutex2var_epi16(~0u, (__m512i)scales.first,
+                                                  (__m512i)load_as<Words32>(places),
+                                                  (__m512i)scales.second);
 }
 
-// Sixteen rows of a quantized matrix, a block at a time, each in as many parts as it has registers,
-// to stand between the products of the block before.
+// INT4's magnitudes under 8 times the scales of four rows, each in four lanes. A float's multiples
+// are sums of it and of a power of two of it: s + s, s + 2 s, s + 4 s, 8 s - s.
+struct Int4Multiples {
+  alignas(64) uint32_t exponents[16], signs[16];
+  alignas(64) uint16_t places[32];  // of the rounded words, by magnitude
+  constexpr Int4Multiples() : exponents(), signs(), places() {
+    for (int i = 0; i < 16; ++i) {
+      exponents[i] = static_cast<uint32_t>(i % 4) << 23;
+      signs[i] = i % 4 == 3 ? 0x80000000u : 0;
+    }
+    for (int i = 0; i < 32; ++i)
+      places[i] = static_cast<uint16_t>(i / 8 * 4 + Int4Codes::kMultiple[i % 8]);
+  }
+};
+constexpr Int4Multiples kInt4Multiples;
+inline Bytes int4_magnitudes(Words32 words) {
+  const Words scales = (Words)words;
+  const Floats power = (Floats)(scales + load_as<Words>(kInt4Multiples.exponents));
+  const Floats multiples = power + (Floats)(scales ^ load_as<Words>(kInt4Multiples.signs));
+  return halve_multiples<Int4Codes>(
+      permute(load_as<Words32>(kInt4Multiples.places), round_pair(multiples, multiples)));
+}
+
+// Sixteen rows of a quantized matrix, first eight and then the others, a half of a block at a time.
 template <dgemma_weight_format kFormat>
 class BlockDecoder {
  public:
-  static constexpr int64_t kRunBytes = kFormat == DGEMMA_WEIGHTS_FP8 ? 32 : 16;  // of a row
+  static constexpr int64_t kRunBytes = kFormat == DGEMMA_WEIGHTS_FP8 ? 32 : 16;  // a row of a block
 
   // `row` of the matrix is the first; `scales` as arrange_scales leaves them.
   BlockDecoder(const dgemma_quantized& matrix, int64_t row, int64_t columns,
                const ScaleWords* scales)
       : row_bytes_(columns / kBlockColumns * kRunBytes),
-        halves_{codes_of(matrix, row),
-                codes_of(matrix, row) + (kFormat == DGEMMA_WEIGHTS_FP8 ? 16 : 0)},
+        codes_(static_cast<const uint8_t*>(matrix.values) + row * row_bytes_),
         scales_(scales),
         group_shift_(matrix.group == 128  ? 2
                      : matrix.group == 64 ? 1
                                           : 0) {}
 
-  // What is to be done before the first part of the first block.
-  __attribute__((always_inline)) void begin(int64_t block) {
-    for (int q = 0; q < 4; ++q) make_table(block, 0, q);
+  // Begins eight rows: 0, 1, 4, 5, 8, ... (eight 0) or 2, 3, 6, 7, 10, ... (eight 1).
+  __attribute__((always_inline)) void begin(int eight) {
+    first_row_ = 2 * eight;
+    for (int q = 0; q < 2; ++q) {
+      prepare(q, 0, 0);
+      look_up_half(q, 0);
+      prepare(q, 0, 1);
+    }
   }
-  // A half of a block takes eight parts: four times the look-up of rows q, q + 4, q + 8 and q + 12,
-  // and twice the registers that low or high bytes make, in two. Tables are made for the next half;
-  // `following` is the block after this one.
-  __attribute__((always_inline)) void make(int part, int64_t block, int64_t following, Words* to) {
-    const int half = part / 8, step = part % 8;
-    if (step < 4) {
-      bytes_[step] = look_up_rows(block, half, step);
-      return;
-    }
-    if (half == 0)
-      make_table(block, 1, step - 4);
+  // Register i of a half.
+  __attribute__((always_inline)) Words take(int half, int i) const {
+    const Quads first = (Quads)words_[half][0][i / 2], second = (Quads)words_[half][1][i / 2];
+    return i % 2 == 0
+               ? (Words)__builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14)
+               : (Words)__builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  // What is to be done after the products of register i of a half: together, to decode the half
+  // that follows and to prepare the one after it, in block number `next`.
+  __attribute__((always_inline)) void advance(int half, int i, int64_t next) {
+    const int q = i / 2;
+    if (i % 2 == 0)
+      look_up_half(q, 1 - half);
     else
-      make_table(following, 0, step - 4);
-    const bool high = step >= 6;
-    if (step % 2 == 0) {
-      Words rows[4];
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q)
-        rows[q] = high ? interleave_high(bytes_[q].low, bytes_[q].high)
-                       : interleave_low(bytes_[q].low, bytes_[q].high);
-      half_transposed_ = begin_transpose(rows);
-    } else {
-      // INT4's halves are those of its bytes, even and odd columns; the others' are 16 columns.
-      const int quarter = kFormat == DGEMMA_WEIGHTS_INT4 ? 2 * half + high : half + 2 * high;
-      end_transpose(half_transposed_, to + 4 * quarter);
-    }
+      prepare(q, next, half);
   }
 
  private:
-  const uint8_t* codes_of(const dgemma_quantized& matrix, int64_t row) const {
-    return static_cast<const uint8_t*>(matrix.values) + row * row_bytes_;
-  }
-  // Of rows q, q + 4, ...: eight columns in the lower and eight in the upper half of each part.
-  __attribute__((always_inline)) FourRows look_up_rows(int64_t block, int half, int q) const {
-    const uint8_t* from = halves_[half] + q * row_bytes_ + block * kRunBytes;
+  // Codes and magnitudes for a half of rows q, q + 4, q + 8 and q + 12, with q from first_row_.
+  __attribute__((always_inline)) void prepare(int q, int64_t block, int half) {
+    const uint8_t* from = codes_ + (first_row_ + q) * row_bytes_ + block * kRunBytes;
     if constexpr (kFormat == DGEMMA_WEIGHTS_FP8) {
-      return e4m3_bytes(even_then_odd(load_rows(from, 4 * row_bytes_)));
-    } else if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4) {
-      const Bytes codes = load_rows(from, 4 * row_bytes_);
-      return look_up_codes<E2m1Codes>(magnitudes_[q], halves_of_eight(codes, half));
-    } else {
-      const Bytes codes = load_rows(from, 4 * row_bytes_);
-      return look_up_codes<Int4Codes>(magnitudes_[q],
-                                      half == 0 ? low_halves(codes) : high_halves(codes));
+      run_[q] = load_rows(from + 16 * half, 4 * row_bytes_);
+      return;
     }
+    if (half == 0) run_[q] = load_rows(from, 4 * row_bytes_);
+    if (kFormat == DGEMMA_WEIGHTS_INT4 && half == 0)
+      magnitudes_[q] = int4_magnitudes(scales(block >> group_shift_, q, kSpreadScale.floats));
+    if (kFormat == DGEMMA_WEIGHTS_NVFP4)
+      magnitudes_[q] =
+          halve_multiples<E2m1Codes>(scales(2 * block + half, q, kSpreadScale.multiples));
   }
-  // In each part: bytes 0, 2, 4, ... and then 1, 3, 5, ...
-  static Bytes even_then_odd(Bytes bytes) {
-    constexpr Quads kOrder = {0x0e0c0a0806040200, 0x0f0d0b0907050301, 0x0e0c0a0806040200,
-                              0x0f0d0b0907050301, 0x0e0c0a0806040200, 0x0f0d0b0907050301,
-                              0x0e0c0a0806040200, 0x0f0d0b0907050301};
-    return look_up(bytes, (Bytes)kOrder);
+  __attribute__((always_inline)) void look_up_half(int q, int half) {
+    FourRows bytes;
+    if constexpr (kFormat == DGEMMA_WEIGHTS_FP8)
+      bytes = e4m3_bytes(run_[q]);
+    else if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4)
+      bytes = look_up_codes<E2m1Codes>(magnitudes_[q], halves_of_eight(run_[q], half));
+    else
+      bytes = look_up_codes<Int4Codes>(magnitudes_[q],
+                                       half == 0 ? low_halves(run_[q]) : high_halves(run_[q]));
+    words_[half][q][0] = interleave_low(bytes.low, bytes.high);
+    words_[half][q][1] = interleave_high(bytes.low, bytes.high);
   }
   // In each part: the low halves of its first (second) eight bytes, then the high ones.
   static Bytes halves_of_eight(Bytes codes, int which) {
@@ -348,26 +354,20 @@ class BlockDecoder {
     constexpr Quads kShift = {0, 4, 0, 4, 0, 4, 0, 4};
     return low_halves((Bytes)(twice >> kShift));
   }
-  __attribute__((always_inline)) void make_table(int64_t block, int half, int q) {
-    if (kFormat == DGEMMA_WEIGHTS_INT4 && half == 0)
-      magnitudes_[q] = make_magnitudes<Int4Codes>(scales(block >> group_shift_, q));
-    if (kFormat == DGEMMA_WEIGHTS_NVFP4)
-      magnitudes_[q] = make_magnitudes<E2m1Codes>(scales(2 * block + half, q));
-  }
-  Floats scales(int64_t group, int q) const {
-    return spread_scale<kFormat == DGEMMA_WEIGHTS_NVFP4>(scales_[group / kScalesPerWords * 4 + q],
-                                                         group % kScalesPerWords);
+  Words32 scales(int64_t group, int q, const SpreadScale::Places& places) const {
+    return spread_words(scales_[group / kScalesPerWords * 4 + first_row_ + q],
+                        places[group % kScalesPerWords]);
   }
 
   const int64_t row_bytes_;
-  // Codes of a block's halves in row 0. Of 4-bit codes both lie in the same bytes, but as one
-  // pointer these would be held between the halves, in four registers that the sums need.
-  const uint8_t* const halves_[2];
+  const uint8_t* const codes_;
   const ScaleWords* const scales_;
   const int group_shift_;  // blocks that share a scale of INT4: 1 << group_shift_
-  Bytes magnitudes_[4];
-  FourRows bytes_[4];
-  HalfTransposed half_transposed_;
+  int first_row_;
+  // By q: a run of codes of four rows and their magnitudes. Tables of the magnitudes would take
+  // twice the registers, which the sums need.
+  Bytes run_[2], magnitudes_[2];
+  Words words_[2][2][2];  // of four rows: by half of the block, by q, eight columns to a register
 };
 
 }  // namespace

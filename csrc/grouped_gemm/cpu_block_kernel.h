@@ -1,5 +1,5 @@
 // The tasks of quantized weights by blocks: tokens are packed, and a tile is 16 rows times up to
-// kMostBlockTokens of them, however long the rows. AVX-512 and bfloat16 alone. Compiled once per
+// kMostTileTokens of them, however long the rows. AVX-512 and bfloat16 alone. Compiled once per
 // instruction set; see cpu/vector.h for what that forbids.
 #pragma once
 
@@ -15,21 +15,33 @@ namespace {
 // Whether a matrix of so many rows and columns is multiplied by blocks, with tokens of type T.
 template <typename T>
 inline bool takes_blocks(int64_t rows, int64_t columns) {
-  return sizeof(T) == sizeof(bfloat16) && rows % kBlockRows == 0 && columns % kBlockColumns == 0;
+  return sizeof(T) == sizeof(bfloat16) && rows % kTileRows == 0 && columns % kBlockColumns == 0;
 }
 
 // Tokens to a tile, of `tokens` in all: as few tiles as can be, and none much smaller than another.
 inline int64_t tokens_per_tile(int64_t tokens) {
-  const int64_t tiles = (tokens + kMostBlockTokens - 1) / kMostBlockTokens;
+  const int64_t tiles = (tokens + kMostTileTokens - 1) / kMostTileTokens;
   return (tokens + tiles - 1) / tiles;
 }
 
-// to[block][token][place]: a block's values of all tokens together, in the order of block_place.
-// token(t) is where token t's values lie.
-template <typename Token>
+// Where column i of a token's block lies.
+template <dgemma_weight_format kFormat>
+constexpr int token_place(int i) {
+  const int place = block_place<kFormat>(i);
+#if defined(__AVX512BF16__)
+  return place;
+#else
+  return place / 4 * 4 + place % 2 * 2 + place % 4 / 2;  // of two pairs, what is first in each
+#endif
+}
+
+// to[block][token][place]: a block's values of all tokens together. token(t) is where token t's
+// values lie.
+template <dgemma_weight_format kFormat, typename Token>
 inline void pack_tokens(int64_t tokens, int64_t columns, TokenValue* to, Token token) {
   Words32 order = {};
-  for (int i = 0; i < kBlockColumns; ++i) order[block_place(i)] = static_cast<uint16_t>(i);
+  for (int i = 0; i < kBlockColumns; ++i)
+    order[token_place<kFormat>(i)] = static_cast<uint16_t>(i);
   for (int64_t t = 0; t < tokens; ++t) {
     const bfloat16* from = token(t);
     for (int64_t column = 0; column < columns; column += kBlockColumns) {
@@ -49,7 +61,7 @@ inline void pack_tokens(int64_t tokens, int64_t columns, TokenValue* to, Token t
 
 // Memory for a task: packed tokens, and a tile's scales.
 constexpr int64_t block_scratch_bytes(int64_t columns) {
-  return kMostBlockTokens * columns * static_cast<int64_t>(sizeof(TokenValue)) +
+  return kMostTileTokens * columns * static_cast<int64_t>(sizeof(TokenValue)) +
          arranged_scales<DGEMMA_WEIGHTS_NVFP4>(columns / kNvfp4Group) *
              static_cast<int64_t>(sizeof(ScaleWords));
 }
@@ -67,15 +79,15 @@ class BlockRows {
         columns_(columns),
         scale_bytes_(count_scales<kFormat>(columns, matrix.group) * kScaleBytes<kFormat>),
         tokens_(static_cast<TokenValue*>(scratch)),
-        scales_(reinterpret_cast<ScaleWords*>(tokens_ + kMostBlockTokens * columns)) {}
+        scales_(reinterpret_cast<ScaleWords*>(tokens_ + kMostTileTokens * columns)) {}
 
   TokenValue* tokens() const { return tokens_; }
 
   // Asks for a task's first tile, which no tile before it did.
   void ask(int64_t row) const {
-    for (int64_t i = 0; i < kBlockRows * row_bytes(); i += kLineBytes)
+    for (int64_t i = 0; i < kTileRows * row_bytes(); i += kLineBytes)
       __builtin_prefetch(codes(row) + i, 0, 2);
-    for (int64_t i = 0; i < kBlockRows * scale_bytes_; i += kLineBytes)
+    for (int64_t i = 0; i < kTileRows * scale_bytes_; i += kLineBytes)
       __builtin_prefetch(scales(row) + i, 0, 2);
   }
 
@@ -83,15 +95,15 @@ class BlockRows {
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {
     if constexpr (kFormat != DGEMMA_WEIGHTS_FP8) {
       arrange_scales<kFormat>(scales(row), scale_bytes_, matrix_.scale_dtype, scales_);
-      for (int64_t i = 0; i < kBlockRows * scale_bytes_; i += kLineBytes)
-        __builtin_prefetch(scales(row + kBlockRows) + i, 0, 2);
+      for (int64_t i = 0; i < kTileRows * scale_bytes_; i += kLineBytes)
+        __builtin_prefetch(scales(row + kTileRows) + i, 0, 2);
     }
     const BlockDecoder<kFormat> decoder(matrix_, first_row_ + row, columns_, scales_);
     multiply_tile<kFormat>(decoder, tokens_, tokens, columns_ / kBlockColumns,
-                           reinterpret_cast<const char*>(codes(row + kBlockRows)), sums);
+                           reinterpret_cast<const char*>(codes(row + kTileRows)), sums);
     if (matrix_.factors == nullptr) return;
-    float factors[kBlockRows];
-    load_factors(matrix_, first_row_ + row, kBlockRows, factors);
+    float factors[kTileRows];
+    load_factors(matrix_, first_row_ + row, kTileRows, factors);
     for (int64_t t = 0; t < tokens; ++t) sums[t] *= load(factors);
   }
 
@@ -132,10 +144,11 @@ inline void gate_up_blocks(const MoePass& pass, int64_t group, int64_t first_row
     gate.ask(first_row);
     up.ask(first_row);
     const auto tile = [&](int64_t begin, int64_t tokens) {
-      pack_tokens(tokens, k, gate.tokens(),
-                  [&](int64_t t) { return input + pass.plan.pair[begin + t] / pass.top_k * k; });
-      for (int64_t row = first_row; row < end_row; row += kBlockRows) {
-        Floats gates[kMostBlockTokens], ups[kMostBlockTokens];
+      pack_tokens<decltype(format)::value>(tokens, k, gate.tokens(), [&](int64_t t) {
+        return input + pass.plan.pair[begin + t] / pass.top_k * k;
+      });
+      for (int64_t row = first_row; row < end_row; row += kTileRows) {
+        Floats gates[kMostTileTokens], ups[kMostTileTokens];
         gate.multiply(row, tokens, gates);
         up.multiply(row, tokens, ups);
         for (int64_t t = 0; t < tokens; ++t)
@@ -157,9 +170,10 @@ inline void multiply_blocks(const dgemma_quantized& matrix, int64_t row_of_matri
     const BlockRows<decltype(format)::value> rows(matrix, row_of_matrix, columns, scratch);
     rows.ask(first_row);
     each_token_tile(0, end_token, [&](int64_t begin, int64_t tokens) {
-      pack_tokens(tokens, columns, rows.tokens(), [&](int64_t t) { return token(begin + t); });
-      for (int64_t row = first_row; row < end_row; row += kBlockRows) {
-        Floats sums[kMostBlockTokens];
+      pack_tokens<decltype(format)::value>(tokens, columns, rows.tokens(),
+                                           [&](int64_t t) { return token(begin + t); });
+      for (int64_t row = first_row; row < end_row; row += kTileRows) {
+        Floats sums[kMostTileTokens];
         rows.multiply(row, tokens, sums);
         for (int64_t t = 0; t < tokens; ++t) store(result(begin + t) + row, sums[t]);
       }

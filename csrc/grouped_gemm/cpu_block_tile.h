@@ -1,7 +1,8 @@
-// The inner loop over blocks of decoded weights: some tokens times 16 rows, all of k. The next
-// block is decoded between the products of one. AVX-512 alone.
+// The inner loop over blocks of decoded weights: some tokens times 16 rows, all of k. What follows is
+// decoded between the products, in registers alone: a store takes the time of two (NOTES.md).
+// AVX-512 alone.
 //
-// A sum takes its products in the order of a block's registers, whatever the number of tokens.
+// A sum takes its products in the order of the registers, whatever the number of tokens.
 #pragma once
 
 #include "grouped_gemm/cpu_block_decode.h"
@@ -12,17 +13,24 @@ namespace dgemma {
 namespace {
 
 // A token's values as products take them: in pairs where an instruction multiplies those, else
-// widened, which takes twice the memory. Tokens of a tile, each with a sum of its own: more than 24
-// of 32 registers leave too few to decode in (NOTES.md).
+// widened, which takes twice the memory: of four pairs, their first values and then their second.
 #if defined(__AVX512BF16__)
 typedef bfloat16 TokenValue;
-constexpr int kMostBlockTokens = 24;
 #else
 typedef float TokenValue;
-constexpr int kMostBlockTokens = 12;
 #endif
 
-// Two columns of 16 rows times those of each token; a token's block follows the one before.
+// Tokens of a tile, each with a sum of its own: 24 of 32 registers leave enough to decode in.
+constexpr int kMostTileTokens = 24;
+
+// Eight bytes of a token, eight times over.
+inline Words repeat_eight(const TokenValue* values) {
+  uint64_t bytes;
+  std::memcpy(&bytes, values, sizeof bytes);
+  return (Words)(Quads{} + bytes);
+}
+
+// Four columns of eight rows times those of each token; a token's block follows the one before.
 template <int kTokens>
 __attribute__((always_inline)) inline void multiply_columns(Words weights, const TokenValue* token,
                                                             Floats (&sums)[kTokens]) {
@@ -30,52 +38,57 @@ __attribute__((always_inline)) inline void multiply_columns(Words weights, const
   for (int t = 0; t < kTokens; ++t) {
     const TokenValue* values = token + t * kBlockColumns;
 #if defined(__AVX512BF16__)
-    uint32_t pair;
-    std::memcpy(&pair, values, sizeof pair);
-    sums[t] =
-        (Floats)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)weights, (__m512bh)(Words{} + pair));
+    sums[t] = (Floats)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)weights,
+                                       (__m512bh)repeat_eight(values));
 #else
-    sums[t] = fmadd((Floats)(weights << 16), broadcast(values[0]), sums[t]);
-    sums[t] = fmadd((Floats)(weights & 0xffff0000u), broadcast(values[1]), sums[t]);
+    sums[t] = fmadd((Floats)(weights << 16), (Floats)repeat_eight(values), sums[t]);
+    sums[t] = fmadd((Floats)(weights & 0xffff0000u), (Floats)repeat_eight(values + 2), sums[t]);
 #endif
   }
 }
 
-// sums[t]: 16 rows times token t. `tokens` as pack_tokens leaves them, kTokens of them; `ahead` is
+// Two sums of each row, of the first eight and of the others, to 16 rows in their order.
+inline Floats add_pairs(Floats x, Floats y) {
+  return __builtin_shufflevector(x, y, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(x, y, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+
+// to[t]: 16 rows times token t. `tokens` as pack_tokens leaves them, kTokens of them; `ahead` is
 // asked for meanwhile, as much memory as the tile's codes.
 template <dgemma_weight_format kFormat, int kTokens>
 __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
                                              const TokenValue* tokens, int64_t blocks,
                                              const char* ahead, Floats* to) {
-  Words weights[2][kBlockRegisters];
-  Floats sums[kTokens] = {};
-  const auto at_most_last = [&](int64_t block) { return block < blocks ? block : blocks - 1; };
-  decoder.begin(0);
-#pragma GCC unroll 16
-  for (int part = 0; part < kBlockRegisters; ++part)
-    decoder.make(part, 0, at_most_last(1), weights[0]);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Words* now = weights[block % 2];
-    Words* next = weights[1 - block % 2];
-#pragma GCC unroll 8
-    for (int64_t line = 0; line < kBlockRows * BlockDecoder<kFormat>::kRunBytes / kLineBytes;
-         ++line)
-      __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
-    ahead += kBlockRows * BlockDecoder<kFormat>::kRunBytes;
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlockRegisters; ++i) {
-      multiply_columns<kTokens>(now[i], tokens + 2 * i, sums);
+  constexpr int64_t kBlockBytes = 8 * BlockDecoder<kFormat>::kRunBytes;
+#pragma GCC unroll 2
+  for (int eight = 0; eight < 2; ++eight) {
+    Floats sums[kTokens] = {};
+    const TokenValue* token = tokens;
+    decoder.begin(eight);
+    for (int64_t block = 0; block < blocks; ++block) {
       // After the last block it is decoded once more: a branch would not be cheaper.
-      decoder.make(i, at_most_last(block + 1), at_most_last(block + 2), next);
+      const int64_t next = block + 1 < blocks ? block + 1 : block;
+#pragma GCC unroll 4
+      for (int64_t line = 0; line < kBlockBytes; line += kLineBytes)
+        __builtin_prefetch(ahead + line, 0, 2);
+      ahead += kBlockBytes;
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kHalfRegisters; ++i) {
+          multiply_columns<kTokens>(decoder.take(half, i), token + 16 * half + 4 * i, sums);
+          decoder.advance(half, i, next);
+        }
+      }
+      token += kTokens * kBlockColumns;
     }
-    tokens += kTokens * kBlockColumns;
-  }
 #pragma GCC unroll 32
-  for (int t = 0; t < kTokens; ++t) to[t] = sums[t];
+    for (int t = 0; t < kTokens; ++t) to[t] = eight == 0 ? sums[t] : add_pairs(to[t], sums[t]);
+  }
 }
 
 // The same for a number of tokens that is not known before.
-template <dgemma_weight_format kFormat, int kTokens = kMostBlockTokens>
+template <dgemma_weight_format kFormat, int kTokens = kMostTileTokens>
 inline void multiply_tile(const BlockDecoder<kFormat>& decoder, const TokenValue* tokens,
                           int64_t count, int64_t blocks, const char* ahead, Floats* to) {
   if constexpr (kTokens > 0) {
