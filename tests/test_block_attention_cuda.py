@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from block_attention_cases import Built, Case, Request
 from cuda_tools import find_nvcc
 from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
-from test_block_attention import Built, Case, Request
 
 FAMILY = ROOT / "csrc" / "block_attention"
 KERNELS = ["sm80_bf16_attention", "sm90_bf16_attention_256", "sm90_bf16_attention_512", "combine_splits"]

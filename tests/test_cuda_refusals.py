@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from backend import BACKEND
+from block_attention_cases import Built, Request
+from block_attention_cases import Case as AttentionCase
 from denoise_cases import make_case, masses
 from dgemma_ext import _C
 from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
-from test_block_attention import Built, Request
-from test_block_attention import Case as AttentionCase
 from test_grouped_gemm import make_case as make_moe_case
 from test_layer import head_operands, residual_operands
 

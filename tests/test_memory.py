@@ -71,6 +71,31 @@ def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
         assert least < total < most, (weights, total)
 
 
+@pytest.mark.skipif(not _C.has_cuda(), reason="of the CUDA kernels' workspace")
+def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
+    """A pass of 4,096 positions: 4 bits arrange the input, FP8 activations have copies of input and h with scales."""
+    folder = write_published_layout(tmp_path)
+    config = ModelConfig.from_file(folder)
+    info = inspect_checkpoint(folder, config)
+
+    def workspace(weights: str, activations: str | None = None) -> int:
+        return memory_plan(config, info, resolve_weights(weights), torch.bfloat16, CUDA, 8192, activations).workspace
+
+    plain = workspace("stored")
+    assert workspace("fp8") == plain
+    assert 0 < workspace("int4") - plain < 2 * 4096 * (8 * 768 + 2816) * 2
+    copies = 4096 * (2816 + 8 * 704) + 4 * 4096 * 9
+    assert copies <= workspace("fp8", "fp8") - plain < copies + 4096
+
+
+def test_activations_are_planned_for_fp8_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path)
+    assert main(["info", str(folder), "--weights", "fp8", "--activations", "fp8"]) == 0
+    assert "memory on cpu" in capsys.readouterr().out
+    assert main(["info", str(folder), "--weights", "int4", "--activations", "fp8"]) == 2
+    assert "these are in int4" in capsys.readouterr().err
+
+
 def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     config = ModelConfig.from_file(folder)

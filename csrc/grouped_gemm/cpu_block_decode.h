@@ -74,23 +74,25 @@ inline Bytes load_rows_partial(const uint8_t* from, int64_t stride, int64_t coun
   return join_rows(row);
 }
 
-// The 16 codes of 4 bits: eight magnitudes times a scale, and zero. Few are computed, the others are
-// halves of those, and nothing is multiplied: the products wait for the units that could. By
+// The 16 codes of 4 bits: eight magnitudes times a scale, and zero. Few are computed, the others
+// are halves of those, and nothing is multiplied: the products wait for the units that could. By
 // magnitude: which of the multiples, and how often it is halved; by code: which magnitude (-1:
 // zero), and whether it is negative.
 struct Int4Codes {  // of 16, 24, 40 and 56 times the scale
-  static constexpr int kMultiple[8] = {0, 0, 1, 0, 2, 1, 3, 0}, kHalved[8] = {4, 3, 3, 2, 3, 2, 3, 1};
+  static constexpr int kMultiple[8] = {0, 0, 1, 0, 2, 1, 3, 0},
+                       kHalved[8] = {4, 3, 3, 2, 3, 2, 3, 1};
   static constexpr int magnitude(int code) { return (code < 8 ? 8 - code : code - 8) - 1; }
   static constexpr bool negative(int code) { return code < 8; }
 };
 struct E2m1Codes {  // of 4 and 6 times the scale
-  static constexpr int kMultiple[8] = {0, 0, 1, 0, 1, 0, 1, 1}, kHalved[8] = {3, 2, 2, 1, 1, 0, 0, 0};
+  static constexpr int kMultiple[8] = {0, 0, 1, 0, 1, 0, 1, 1},
+                       kHalved[8] = {3, 2, 2, 1, 1, 0, 0, 0};
   static constexpr int magnitude(int code) { return (code & 7) - 1; }
   static constexpr bool negative(int code) { return code >= 8; }
 };
 template <typename Codes>
 struct CodeTables {
-  alignas(64) uint16_t halvings[32];              // what is taken from the multiples' words
+  alignas(64) uint16_t halvings[32];                 // what is taken from the multiples' words
   alignas(64) uint8_t low[64], high[64], signs[64];  // bytes of the magnitudes' words, by code
   constexpr CodeTables() : halvings(), low(), high(), signs() {
     for (int i = 0; i < 32; ++i)
@@ -155,9 +157,9 @@ inline FourRows e4m3_bytes(Bytes codes) {
           look_up(load_as<Bytes>(kE4m3Tables.high), high) + small_high};
 }
 
-// What scales of rows q, q + 4, q + 8 and q + 12 are kept as until their blocks come, eight words of
-// each row to a 128-bit part. INT4: 8 times each as floats, cut in two (of bfloat16 the lower halves
-// are zeros). NVFP4: 4 and 6 times each in bfloat16, which holds them exactly.
+// What scales of rows q, q + 4, q + 8 and q + 12 are kept as until their blocks come, eight words
+// of each row to a 128-bit part. INT4: 8 times each as floats, cut in two (of bfloat16 the lower
+// halves are zeros). NVFP4: 4 and 6 times each in bfloat16, which holds them exactly.
 struct ScaleWords {
   Words32 first, second;
 };
@@ -181,8 +183,8 @@ inline ScaleWords float16_scales(Bytes float16) {
   };
   return {scale_up(low_words(low >> 16, high >> 16), 3), low_words(low, high)};
 }
-// What 1.5 times a bfloat16 with three bits of mantissa has more than it, by those: half of it where
-// the exponent stays, else less and an exponent.
+// What 1.5 times a bfloat16 with three bits of mantissa has more than it, by those: half of it
+// where the exponent stays, else less and an exponent.
 struct HalfMore {
   alignas(64) uint8_t bytes[64];
   constexpr HalfMore() : bytes() {
@@ -231,8 +233,8 @@ inline void arrange_scales(const uint8_t* from, int64_t row_bytes, dgemma_dtype 
   }
 }
 
-// Where words of scale number `which` go, in each 128-bit part: a word of `first` is numbered by its
-// place, one of `second` from 32.
+// Where words of scale number `which` go, in each 128-bit part: a word of `first` is numbered by
+// its place, one of `second` from 32.
 struct SpreadScale {
   typedef uint16_t Places[kScalesPerWords][32];
   alignas(64) Places floats;     // INT4: four times
@@ -248,9 +250,8 @@ struct SpreadScale {
 };
 constexpr SpreadScale kSpreadScale;
 inline Words32 spread_words(const ScaleWords& scales, const uint16_t (&places)[32]) {
-  return (Words32)_mm512_maskz_permutex2var_epi16(~0u, (__m512i)scales.first,
-                                                  (__m512i)load_as<Words32>(places),
-                                                  (__m512i)scales.second);
+  return (Words32)_mm512_maskz_permutex2var_epi16(
+      ~0u, (__m512i)scales.first, (__m512i)load_as<Words32>(places), (__m512i)scales.second);
 }
 
 // INT4's magnitudes under 8 times the scales of four rows, each in four lanes. A float's multiples
@@ -304,9 +305,8 @@ class BlockDecoder {
   // Register i of a half.
   __attribute__((always_inline)) Words take(int half, int i) const {
     const Quads first = (Quads)words_[half][0][i / 2], second = (Quads)words_[half][1][i / 2];
-    return i % 2 == 0
-               ? (Words)__builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14)
-               : (Words)__builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
+    return i % 2 == 0 ? (Words)__builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14)
+                      : (Words)__builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
   }
   // What is to be done after the products of register i of a half: together, to decode the half
   // that follows and to prepare the one after it, in block number `next`.

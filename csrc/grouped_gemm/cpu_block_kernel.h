@@ -40,8 +40,7 @@ constexpr int token_place(int i) {
 template <dgemma_weight_format kFormat, typename Token>
 inline void pack_tokens(int64_t tokens, int64_t columns, TokenValue* to, Token token) {
   Words32 order = {};
-  for (int i = 0; i < kBlockColumns; ++i)
-    order[token_place<kFormat>(i)] = static_cast<uint16_t>(i);
+  for (int i = 0; i < kBlockColumns; ++i) order[token_place<kFormat>(i)] = static_cast<uint16_t>(i);
   for (int64_t t = 0; t < tokens; ++t) {
     const bfloat16* from = token(t);
     for (int64_t column = 0; column < columns; column += kBlockColumns) {

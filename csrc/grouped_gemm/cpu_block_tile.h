@@ -1,5 +1,5 @@
-// The inner loop over blocks of decoded weights: some tokens times 16 rows, all of k. What follows is
-// decoded between the products, in registers alone: a store takes the time of two (NOTES.md).
+// The inner loop over blocks of decoded weights: some tokens times 16 rows, all of k. What follows
+// is decoded between the products, in registers alone: a store takes the time of two (NOTES.md).
 // AVX-512 alone.
 //
 // A sum takes its products in the order of the registers, whatever the number of tokens.

@@ -9,7 +9,7 @@
 namespace dgemma {
 
 // Columns of a quantized matrix at most: a task keeps 24 tokens' values on its stack, 786 KB then,
-// or 12 widened ones. The model's widest row has 8,192.
+// or twice that where they are widened. The model's widest row has 8,192.
 constexpr int64_t kMostQuantizedColumns = 16384;
 
 // Bytes of one row's values.

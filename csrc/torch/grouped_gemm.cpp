@@ -81,19 +81,37 @@ void moe_ffn_out(const Tensor& input, const Tensor& expert_ids, const Tensor& ex
                     out, workspace);
 }
 
+// A matrix of which a workspace's size is asked: no group changes it.
+dgemma_quantized any_matrix(dgemma_weight_format format) {
+  dgemma_quantized matrix = {};
+  matrix.format = format;
+  matrix.group = format == DGEMMA_WEIGHTS_INT4 ? 32 : format == DGEMMA_WEIGHTS_NVFP4 ? 16 : 0;
+  matrix.scale_dtype = DGEMMA_BFLOAT16;
+  return matrix;
+}
+
+// `format`: a dgemma_weight_format, or 0 for plain weights; `fp8_activations`: of moe_ffn_fp8,
+// which the CPU does not have.
 int64_t moe_ffn_workspace(int64_t tokens, int64_t hidden_size, int64_t expert_size, int64_t experts,
-                          int64_t top_k, bool bfloat16, bool cuda) {
-  dgemma_moe_ffn op = {};
-  op.tokens = tokens;
-  op.hidden_size = hidden_size;
-  op.expert_size = expert_size;
-  op.experts = experts;
-  op.top_k = top_k;
-  op.dtype = bfloat16 ? DGEMMA_BFLOAT16 : DGEMMA_FLOAT32;
+                          int64_t top_k, bool bfloat16, bool cuda, int64_t format,
+                          bool fp8_activations) {
+  dgemma_moe_ffn_quantized op = {};
+  op.gate_up = op.down = any_matrix(static_cast<dgemma_weight_format>(format));
+  op.ffn.tokens = tokens;
+  op.ffn.hidden_size = hidden_size;
+  op.ffn.expert_size = expert_size;
+  op.ffn.experts = experts;
+  op.ffn.top_k = top_k;
+  op.ffn.dtype = bfloat16 ? DGEMMA_BFLOAT16 : DGEMMA_FLOAT32;
 #if defined(DGEMMA_WITH_CUDA)
-  if (served_by_cuda(cuda)) return static_cast<int64_t>(dgemma_cuda_moe_ffn_workspace(&op));
+  if (served_by_cuda(cuda))
+    return static_cast<int64_t>(format == 0       ? dgemma_cuda_moe_ffn_workspace(&op.ffn)
+                                : fp8_activations ? dgemma_cuda_moe_ffn_fp8_workspace(&op)
+                                                  : dgemma_cuda_moe_ffn_quantized_workspace(&op));
 #endif
-  return cuda ? 0 : static_cast<int64_t>(dgemma_cpu_moe_ffn_workspace(&op));
+  if (cuda) return 0;
+  return static_cast<int64_t>(format == 0 ? dgemma_cpu_moe_ffn_workspace(&op.ffn)
+                                          : dgemma_cpu_moe_ffn_quantized_workspace(&op));
 }
 
 std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, int64_t experts) {
@@ -186,6 +204,7 @@ void bind_grouped_gemm(pybind11::module_& module) {
   module.def("moe_ffn_workspace", &moe_ffn_workspace, pybind11::arg("tokens"),
              pybind11::arg("hidden_size"), pybind11::arg("expert_size"), pybind11::arg("experts"),
              pybind11::arg("top_k"), pybind11::arg("bfloat16"), pybind11::arg("cuda") = false,
+             pybind11::arg("format") = 0, pybind11::arg("fp8_activations") = false,
              "Bytes of workspace of moe_ffn on the CPU or on a GPU; 0 for sizes that it does not "
              "take.");
   module.def("moe_ffn_plan", &moe_ffn_plan, pybind11::arg("expert_ids"), pybind11::arg("experts"),

@@ -6,7 +6,15 @@ def block_attention_workspace(
     batch: int, block_length: int, query_heads: int, key_heads: int, head_dim: int, cuda: bool
 ) -> int: ...
 def moe_ffn_workspace(
-    tokens: int, hidden_size: int, expert_size: int, experts: int, top_k: int, bfloat16: bool, cuda: bool = False
+    tokens: int,
+    hidden_size: int,
+    expert_size: int,
+    experts: int,
+    top_k: int,
+    bfloat16: bool,
+    cuda: bool = False,
+    format: int = 0,
+    fp8_activations: bool = False,
 ) -> int: ...
 def moe_ffn_plan(expert_ids: list[list[int]], experts: int) -> str: ...
 def soft_embedding_workspace(batch: int, length: int, vocabulary: int, hidden_size: int, cuda: bool) -> int: ...

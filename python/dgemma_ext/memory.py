@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ from dgemma_ext.canvas_batch import make_canvas_batch
 from dgemma_ext.checkpoint import CheckpointInfo, layer_layout, model_layout
 from dgemma_ext.config import LayerConfig, ModelConfig
 from dgemma_ext.joint_pass import JOINT_TOKENS
+from dgemma_ext.ops.quantized_gemm import FORMAT_NUMBERS
+from dgemma_ext.placement import check_activations
+from dgemma_ext.quantized.formats import QuantizedWeight
 from dgemma_ext.quantized.scheme import PARTS, Target
 from dgemma_ext.quantized.stored import Experts, Matrix, Stored, names_of
 from dgemma_ext.sizes import size
@@ -81,18 +85,24 @@ def memory_plan(
     dtype: torch.dtype,
     device: torch.device,
     context: int | None = None,
+    activations: str | None = None,
 ) -> MemoryPlan:
     """What loading `info` with these options takes, with one request of `context` positions.
 
-    weights, dtype: as of load_weights. On the CPU plain weights that are stored as they are wanted count as well,
-    although they stay in the mapped file. Raises ValueError for a context that the model does not have.
+    weights, dtype: as of load_weights; activations: "fp8" where those of experts are rounded to it. On the CPU plain
+    weights that are stored as they are wanted count as well, although they stay in the mapped file. Raises ValueError
+    for a context that the model does not have, and for activations that the experts' weights do not go with.
     """
     chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
     cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
+    kept = _weights(config, info, weights, dtype)
+    experts = kept["experts"][0]
+    check_activations(activations, experts)
+    positions = _positions(1, config.canvas_length, chosen)
     return MemoryPlan(
-        weights=_weights(config, info, weights, dtype),
+        weights=kept,
         cache=cache.nbytes,
-        workspace=_workspace(config, _positions(1, config.canvas_length, chosen), dtype, device.type == "cuda"),
+        workspace=_workspace(config, positions, dtype, device, experts.split(", "), activations),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
     )
@@ -107,10 +117,13 @@ def batch_plan(model: DiffusionGemma, requests: int, length: int, max_length: in
     if slots:
         cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
     positions = _positions(requests, length, max_length)
+    experts = [weight for layer in model.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
+    kept = {weight.name if isinstance(weight, QuantizedWeight) else "plain" for weight in experts}
+    workspace = _workspace(config, positions, dtype, device, kept, model.activations)
     return MemoryPlan(
         weights={},
         cache=cache,
-        workspace=_workspace(config, positions, dtype, device.type == "cuda") + buffers.nbytes - buffers.logits.nbytes,
+        workspace=workspace + buffers.nbytes - buffers.logits.nbytes,
         logits=buffers.logits.nbytes,
         context=max_length,
         requests=requests,
@@ -197,22 +210,38 @@ def _positions(requests: int, length: int, max_length: int) -> int:
     return max(min(_CHUNK, max_length), requests * length + min(JOINT_TOKENS, max_length))
 
 
-def _workspace(config: ModelConfig, positions: int, dtype: torch.dtype, cuda: bool) -> int:
-    """The largest that a pass over so many positions, or a denoising step, has beside weights, cache and logits."""
+def _workspace(
+    config: ModelConfig,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Iterable[str],
+    activations: str | None,
+) -> int:
+    """The largest that a pass over so many positions, or a denoising step, has beside weights, cache and logits.
+
+    kept: formats of the experts' weights; of what is none of them the weights are plain.
+    """
+    cuda = device.type == "cuda"
     heads = config.num_attention_heads
     kinds: set[LayerConfig] = set(config.layers)
     attention = max(
         _C.block_attention_workspace(1, positions, heads, layer.num_key_value_heads, layer.head_dim, cuda)
         for layer in kinds
     )
-    experts = _C.moe_ffn_workspace(
-        positions,
-        config.hidden_size,
-        config.moe_intermediate_size,
-        config.num_experts,
-        config.top_k_experts,
-        bfloat16=dtype == torch.bfloat16,
-        cuda=cuda,
+    experts = max(
+        _C.moe_ffn_workspace(
+            positions,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.num_experts,
+            config.top_k_experts,
+            bfloat16=dtype == torch.bfloat16,
+            cuda=cuda,
+            format=FORMAT_NUMBERS.get(how, 0),
+            fp8_activations=activations == "fp8",
+        )
+        for how in kept
     )
     soft = _C.soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, cuda)
     # At once in a layer: residual, three norms and two outputs of a hidden row; gate and up of the dense MLP;

@@ -105,7 +105,7 @@ class DiffusionGemma:
         resolved, place = resolve_dtype(dtype, config), resolve_device(device)
         products = resolve_products(batch_invariant, place, resolved)
         info = inspect_checkpoint(path, config)
-        plan = memory_plan(config, info, wanted, resolved, place)
+        plan = memory_plan(config, info, wanted, resolved, place, activations=activations)
         check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
         rounded = resolve_activations(activations, plan.weights["experts"][0], config, place, resolved)
         loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)

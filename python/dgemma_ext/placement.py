@@ -25,18 +25,23 @@ def resolve_products(batch_invariant: bool, device: torch.device, dtype: torch.d
     return Products.INVARIANT
 
 
+def check_activations(activations: str | None, kept: str) -> None:
+    """Raises ValueError for what is neither None nor "fp8", and for "fp8" with experts kept in another format."""
+    if activations not in (None, "fp8"):
+        raise ValueError(f"activations must be fp8, or None for those of the dtype, got {activations!r}")
+    if activations is not None and kept != "fp8":
+        raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {kept}")
+
+
 def resolve_activations(
     activations: str | None, kept: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """What the experts' activations are rounded to: None or "fp8". `kept`: how the experts' weights are (memory_plan).
 
     Raises ValueError for anything else, for weights that are not fp8, and for a GPU that cannot multiply them."""
+    check_activations(activations, kept)
     if activations is None:
         return None
-    if activations != "fp8":
-        raise ValueError(f"activations must be fp8, or None for those of the dtype, got {activations!r}")
-    if kept != "fp8":
-        raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {kept}")
     try:
         check_moe_ffn_fp8(config.hidden_size, config.moe_intermediate_size, dtype, device)
     except ValueError as error:

@@ -99,9 +99,9 @@ typedef struct dgemma_quantized {
 
 /* The same feed-forward with quantized weights: `ffn` with its gate_up and down NULL. A product is
  * a row of the decoded weight, rounded to dtype before or after its factor, times the input, summed
- * in fp32. Columns must be even (INT4) or a multiple of 16 (NVFP4), at most 16,384. Bytes that are no
- * finite number (e4m3's NaN) may give wrong finite ones: look for them while loading. A scale of INT4
- * of 2^122 or more may give no number.
+ * in fp32. Columns must be even (INT4) or a multiple of 16 (NVFP4), at most 16,384. Bytes that are
+ * no finite number (e4m3's NaN) may give wrong finite ones: look for them while loading. A scale of
+ * INT4 of 2^122 or more may give no number.
  */
 typedef struct dgemma_moe_ffn_quantized {
   dgemma_moe_ffn ffn;
@@ -114,8 +114,8 @@ DGEMMA_API dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quant
                                                       dgemma_cpu* cpu);
 
 /* On a GPU: what dgemma_cuda_moe_ffn takes, columns in multiples of 32 (INT4, NVFP4) or 16 (FP8),
- * values aligned to 16 bytes, scales and factors to 4. The input is not quantized. On Hopper a scale
- * of INT4 of 2^28 or more gives no number, and one below 2^-93 fewer bits.
+ * values aligned to 16 bytes, scales and factors to 4. The input is not quantized. On Hopper a
+ * scale of INT4 of 2^28 or more gives no number, and one below 2^-93 fewer bits.
  */
 DGEMMA_API size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op);
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,

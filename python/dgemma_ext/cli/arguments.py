@@ -136,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--device", default="auto", help="where the memory is planned: auto, cpu or cuda")
     info.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
     _add_weights(info)
+    _add_activations(info)
     info.add_argument("--json", action="store_true", help="one JSON object")
 
     quantize = commands.add_parser(

@@ -40,12 +40,17 @@ def machine_facts() -> dict[str, Any]:
 
 
 def checkpoint_facts(
-    folder: Path, context: int | None, weights: str = "stored", dtype: str = "auto", device: str = "cpu"
+    folder: Path,
+    context: int | None,
+    weights: str = "stored",
+    dtype: str = "auto",
+    device: str = "cpu",
+    activations: str | None = None,
 ) -> dict[str, Any]:
     """What config.json, generation_config.json and the tensor headers say, and what the model takes; no weight is read.
 
-    context: positions of the cache slot whose bytes are told. weights, dtype, device: as of from_pretrained; a GPU need
-    not be there. Raises CheckpointError, and ValueError for a context that the model does not have.
+    context: positions of the cache slot whose bytes are told. weights, dtype, device, activations: as of
+    from_pretrained; a GPU need not be there. Raises CheckpointError, and ValueError as memory_plan does.
     """
     config = ModelConfig.from_file(folder)
     headers = inspect_checkpoint(folder, config)
@@ -77,7 +82,7 @@ def checkpoint_facts(
             "prefixes": sorted({".".join(name.split(".")[:3]) for name in headers.vision_tensors}),
         },
         "cache": _cache(config, context or min(USUAL_CONTEXT, config.max_position_embeddings)),
-        "memory": _memory(config, headers, context, weights, dtype, device),
+        "memory": _memory(config, headers, context, weights, dtype, device, activations),
         "sampler": asdict(GenerationDefaults.from_file(folder, config)),
         "text_files": _text_files(folder),
     }
@@ -126,10 +131,17 @@ def _cache(config: ModelConfig, context: int) -> dict[str, Any]:
 
 
 def _memory(
-    config: ModelConfig, headers: CheckpointInfo, context: int | None, weights: str, dtype: str, device: str
+    config: ModelConfig,
+    headers: CheckpointInfo,
+    context: int | None,
+    weights: str,
+    dtype: str,
+    device: str,
+    activations: str | None,
 ) -> dict[str, Any]:
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    plan = memory_plan(config, headers, resolve_weights(weights), resolve_dtype(dtype, config), place, context)
+    wanted, resolved = resolve_weights(weights), resolve_dtype(dtype, config)
+    plan = memory_plan(config, headers, wanted, resolved, place, context, activations)
     return {
         "device": place.type,
         "weights": {part: {"kept": how, "bytes": nbytes} for part, (how, nbytes) in plan.weights.items()},

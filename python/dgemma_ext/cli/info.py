@@ -17,7 +17,7 @@ def run(arguments: Arguments) -> None:
     facts: dict[str, Any] = {"machine": machine_facts()}
     if arguments.model is not None:
         folder = _local_folder(arguments.model)
-        options = (arguments.weights, arguments.dtype, arguments.device)
+        options = (arguments.weights, arguments.dtype, arguments.device, arguments.activations)
         facts["checkpoint"] = checkpoint_facts(folder, arguments.context, *options)
     if arguments.json:
         write_json(facts)
