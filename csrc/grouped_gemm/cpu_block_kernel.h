@@ -114,6 +114,7 @@ class BlockRows {
   const uint8_t* scales(int64_t row) const {
     return static_cast<const uint8_t*>(matrix_.scales) + (first_row_ + row) * scale_bytes_;
   }
+
   const dgemma_quantized matrix_;
   const int64_t first_row_;
   const int64_t columns_;
