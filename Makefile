@@ -36,7 +36,7 @@ build-cuda: .venv/.built-cuda
 workers := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 
 test: .venv/.built-cuda
-	@$(venv_python) -m pytest -n $(workers) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(venv_python) -m pytest -n $(workers) --dist loadfile $(ARGS)
 
 bench: .venv/.built
 	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)

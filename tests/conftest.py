@@ -30,8 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # A file is one process's work, and few tests of the test bed take minutes: begun last, they would end alone.
-    items.sort(key=lambda item: not item.path.name.startswith("test_sim_"))
     if GPU_RUN:
         return
     for item in items:
