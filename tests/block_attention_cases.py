@@ -12,6 +12,8 @@ from dgemma_ext.ops import block_attention
 from reference import block_attention as reference
 
 NAN = float("nan")
+SENTINEL = 777.0  # exact in bfloat16
+W = 24  # the window of most cases
 # Orders of summing in the low-precision result that the element-wise bound is made from; with many elements one matrix
 # product and one plain sum say enough.
 ORDERS = 8

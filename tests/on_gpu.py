@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 from dgemma_ext import ops  # noqa: F401  registers torch.ops.dgemma
 
@@ -19,7 +20,7 @@ def run_operators_on(device: str) -> None:
         if name.startswith("dgemma::"):
             base, _, overload = name.removeprefix("dgemma::").partition(".")
             operator = getattr(getattr(torch.ops.dgemma, base), overload or "default")
-            torch.library.impl(name, "CPU", copying(operator, device))
+            library.impl(name, "CPU", copying(operator, device))
 
 
 def copying(operator: Any, device: str) -> Callable[..., Any]:

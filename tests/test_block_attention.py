@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from backend import BACKEND, DTYPES, VARIANTS, cpu_only
-from block_attention_cases import NAN, Built, Case, Request
+from block_attention_cases import NAN, SENTINEL, Built, Case, Request, W
 from dgemma_ext.ops import block_attention, block_attention_plain
-
-SENTINEL = 777.0  # exact in bfloat16
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
@@ -24,7 +23,6 @@ def check(case: Case, dtype: torch.dtype) -> None:
         built.check(built.run(block_attention_plain))
 
 
-W = 24  # the window of most cases
 CANVAS_CASES = {
     "no_prefix": Case([Request(0, 16)], window=W, capacity=W - 1),
     "no_prefix_no_cache": Case([Request(0, 5)], window=1, capacity=0),
@@ -252,12 +250,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for built, op in ((canvas, torch.ops.dgemma.canvas_attention), (causal, torch.ops.dgemma.causal_attention)):
         for tensor in (built.query, built.key, built.value, built.prefix_key, built.prefix_value):
             tensor.nan_to_num_(0.0)  # opcheck compares tensors with NaN as unequal
-        torch.library.opcheck(op.default, built.operands())
+        library.opcheck(op.default, built.operands())
         given = {
             "out": torch.zeros_like(built.query),
             "workspace": block_attention.attention_workspace(built.query, built.key),
         }
         given["workspace"].zero_()
-        torch.library.opcheck(op.out, built.operands(), given)
+        library.opcheck(op.out, built.operands(), given)
     place = (causal.prefix_key, causal.prefix_value, causal.slot, causal.prefix_length, causal.length)
-    torch.library.opcheck(torch.ops.dgemma.append_to_cache.default, (causal.key, causal.value, *place))
+    library.opcheck(torch.ops.dgemma.append_to_cache.default, (causal.key, causal.value, *place))

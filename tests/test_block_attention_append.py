@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from backend import DTYPES, cpu_only
-from block_attention_cases import NAN, Built, Case, Request, Spans
+from block_attention_cases import NAN, SENTINEL, Built, Case, Request, Spans, W
 from dgemma_ext import _C
 from dgemma_ext.ops import block_attention, block_attention_plain
-
-SENTINEL = 777.0  # exact in bfloat16
-W = 24  # the window
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

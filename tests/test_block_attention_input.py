@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from backend import cpu_only
+from block_attention_cases import NAN
 from dgemma_ext.ops import block_attention
-
-NAN = float("nan")
 
 # What a raw op raises: invalid arguments reach Python as ValueError, the rest as RuntimeError; NotImplementedError is
 # the dispatcher's, for tensors on several devices.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import not_on_test_bed, skip_if_on_device
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, masses, use
@@ -313,6 +313,6 @@ def test_bad_noise(what: str) -> None:
 
 def test_opcheck() -> None:
     arguments = tuple(good_sample().values())
-    torch.library.opcheck(torch.ops.dgemma.sample.default, arguments)
-    torch.library.opcheck(torch.ops.dgemma.sample.out, arguments, {"out": torch.zeros(2, 3, dtype=torch.int32)})
-    torch.library.opcheck(torch.ops.dgemma.noise_.default, tuple(good_noise().values()))
+    library.opcheck(torch.ops.dgemma.sample.default, arguments)
+    library.opcheck(torch.ops.dgemma.sample.out, arguments, {"out": torch.zeros(2, 3, dtype=torch.int32)})
+    library.opcheck(torch.ops.dgemma.noise_.default, tuple(good_noise().values()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import BACKEND
 from bounds import assert_close
@@ -254,11 +254,11 @@ def test_bad_out_and_workspace() -> None:
 
 def test_opcheck() -> None:
     arguments = tuple(good_arguments().values())
-    torch.library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
+    library.opcheck(torch.ops.dgemma.soft_embedding.default, arguments)
     given = {
         "out": torch.zeros(2, 3, 96, dtype=torch.bfloat16),
         "workspace": torch.zeros(
             denoise.soft_embedding_workspace(*arguments[0].shape, 96, arguments[0].device), dtype=torch.uint8
         ),
     }
-    torch.library.opcheck(torch.ops.dgemma.soft_embedding.out, arguments, given)
+    library.opcheck(torch.ops.dgemma.soft_embedding.out, arguments, given)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import skip_if_on_device
 from bounds import assert_close
@@ -165,9 +165,9 @@ def test_bits_do_not_depend_on_batch_or_threads(threads: int, cpu_variant: str) 
 def test_opcheck(masked: bool) -> None:
     case = make_case(torch.bfloat16, vocabulary=300, masked=masked)
     arguments = tuple(case.reading.values())
-    torch.library.opcheck(torch.ops.dgemma.vocabulary_statistics.default, arguments)
+    library.opcheck(torch.ops.dgemma.vocabulary_statistics.default, arguments)
     out = denoise.vocabulary_statistics(**case.reading)._asdict()
-    torch.library.opcheck(torch.ops.dgemma.vocabulary_statistics.out, arguments, out)
+    library.opcheck(torch.ops.dgemma.vocabulary_statistics.out, arguments, out)
 
 
 def bad_arguments() -> dict[str, tuple[str, dict[str, Any]]]:

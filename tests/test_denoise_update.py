@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSampler,
     EntropyBoundSamplerConfig,
@@ -292,4 +292,4 @@ def test_opcheck() -> None:
     arguments, _ = random_arguments(5)
     for name in ("temperature", "mean_entropy"):
         arguments[name].zero_()  # opcheck compares tensors with NaN as unequal
-    torch.library.opcheck(torch.ops.dgemma.update_canvas_.default, tuple(arguments.values()))
+    library.opcheck(torch.ops.dgemma.update_canvas_.default, tuple(arguments.values()))

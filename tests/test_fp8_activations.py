@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 import dgemma_ext as dg
 from backend import BACKEND, COMPUTE_CAPABILITY, DTYPES, cpu_only
@@ -145,7 +145,7 @@ def test_rows_are_rounded_to_e4m3(dtype: torch.dtype) -> None:
 def test_opcheck() -> None:
     input, ids, scales, gate_up, down = make_case(4, 64, 32, 3, 2, "distinct", torch.float32)
     matrices = (gate_up.values, gate_up.scales, down.values, down.scales)
-    torch.library.opcheck(torch.ops.dgemma.moe_ffn_fp8.default, (input, ids, scales, *matrices))
+    library.opcheck(torch.ops.dgemma.moe_ffn_fp8.default, (input, ids, scales, *matrices))
     # A factor for every expert, and none.
     flat = torch.ones(3, 1)
     for factors in (flat, None):

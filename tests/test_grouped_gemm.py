@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import BACKEND, DTYPES, cpu_only
 from bounds import assert_close
@@ -203,10 +203,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     made = make_case(5, 32, 16, 3, 2, dtype=dtype, routing="holes")
     made.input.nan_to_num_()  # opcheck compares, and NaN is not equal to itself
     made.expert_weights.nan_to_num_()
-    torch.library.opcheck(torch.ops.dgemma.moe_ffn.default, made.arguments)
+    library.opcheck(torch.ops.dgemma.moe_ffn.default, made.arguments)
     workspace = torch.zeros(grouped_gemm.moe_ffn_workspace(*made.arguments), dtype=torch.uint8)
     keywords = {"out": torch.zeros_like(made.input), "workspace": workspace}
-    torch.library.opcheck(torch.ops.dgemma.moe_ffn.out, made.arguments, keywords)
+    library.opcheck(torch.ops.dgemma.moe_ffn.out, made.arguments, keywords)
 
 
 def test_plan_lists_pairs_by_expert() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import DTYPES
 from bounds import assert_close
@@ -132,7 +132,7 @@ def test_bad_input() -> None:
 def test_opcheck() -> None:
     dtype = DTYPES[-1]
     operators = torch.ops.dgemma
-    torch.library.opcheck(operators.normalise_heads.default, tuple(head_operands(3, 4, 2, 32, dtype, False)))
-    torch.library.opcheck(operators.attention_residual.default, tuple(residual_operands(3, 64, dtype)))
-    torch.library.opcheck(operators.layer_output.default, tuple(output_operands(3, 64, dtype)))
-    torch.library.opcheck(operators.gelu_product.default, (tensor(dtype, 3, 64), tensor(dtype, 3, 64)))
+    library.opcheck(operators.normalise_heads.default, tuple(head_operands(3, 4, 2, 32, dtype, False)))
+    library.opcheck(operators.attention_residual.default, tuple(residual_operands(3, 64, dtype)))
+    library.opcheck(operators.layer_output.default, tuple(output_operands(3, 64, dtype)))
+    library.opcheck(operators.gelu_product.default, (tensor(dtype, 3, 64), tensor(dtype, 3, 64)))

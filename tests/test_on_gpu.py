@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import library
 
 from on_gpu import copying
 
 
 def test_results_and_written_arguments_come_back() -> None:
-    with torch.library._scoped_library("dgemma_copy_test", "DEF") as library:
-        library.define("twice(Tensor x, float by, *, Tensor(a!) out) -> Tensor")
+    with library._scoped_library("dgemma_copy_test", "DEF") as defined:
+        defined.define("twice(Tensor x, float by, *, Tensor(a!) out) -> Tensor")
         seen = []
 
         def twice(x: torch.Tensor, by: float, *, out: torch.Tensor) -> torch.Tensor:
@@ -17,7 +18,7 @@ def test_results_and_written_arguments_come_back() -> None:
             out.copy_(x * by)
             return out + 1
 
-        library.impl("twice", twice, "CPU")
+        defined.impl("twice", twice, "CPU")
         call = copying(torch.ops.dgemma_copy_test.twice.default, "cpu")
         x, out = torch.arange(3.0), torch.zeros(3)
         assert call(x, 2.0, out=out).tolist() == [1.0, 3.0, 5.0]

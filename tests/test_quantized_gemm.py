@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from backend import BACKEND, DTYPES, cpu_only
 from bounds import assert_close
@@ -218,14 +218,12 @@ def test_plain_form_is_right(kind: str) -> None:
 def test_opcheck() -> None:
     gate_up, down = make_experts(("int4-32", "fp8"), 64, 32, 3)
     parts = (*quantized_gemm._parts(gate_up), *quantized_gemm._parts(down))
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.dgemma.moe_ffn_quantized.default,
         (torch.randn(4, 64), route("distinct", 4, 3, 2), torch.rand(4, 2), *parts),
     )
     weight = quantized("nvfp4", torch.randn(24, 64))
-    torch.library.opcheck(
-        torch.ops.dgemma.dense_quantized.default, (torch.randn(4, 64), *quantized_gemm._parts(weight))
-    )
+    library.opcheck(torch.ops.dgemma.dense_quantized.default, (torch.randn(4, 64), *quantized_gemm._parts(weight)))
 
 
 @cpu_only

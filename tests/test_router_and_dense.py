@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from backend import DTYPES
@@ -70,5 +70,5 @@ def test_dense(rows: int, wide: int, out: int, dtype: torch.dtype) -> None:
 
 def test_opcheck() -> None:
     input, *operands = routed(3, 64, 4, DTYPES[-1])
-    torch.library.opcheck(torch.ops.dgemma.route.default, (input, *operands, 2, 1e-6))
-    torch.library.opcheck(torch.ops.dgemma.dense.default, (input, torch.randn(8, 64).to(DTYPES[-1])))
+    library.opcheck(torch.ops.dgemma.route.default, (input, *operands, 2, 1e-6))
+    library.opcheck(torch.ops.dgemma.dense.default, (input, torch.randn(8, 64).to(DTYPES[-1])))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from backend import DTYPES
@@ -106,4 +106,4 @@ def test_opcheck() -> None:
     hidden, embedding = make_operands(case, 64)
     logits, statistics = vocabulary_head(hidden, embedding, **reading(case))
     operands = (hidden, embedding, *reading(case).values(), logits, *statistics)
-    torch.library.opcheck(torch.ops.dgemma.vocabulary_head.default, operands)
+    library.opcheck(torch.ops.dgemma.vocabulary_head.default, operands)

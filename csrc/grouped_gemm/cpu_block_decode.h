@@ -77,7 +77,7 @@ inline Bytes load_rows_partial(const uint8_t* from, int64_t stride, int64_t coun
 // The 16 codes of 4 bits: eight magnitudes times a scale, and zero. Few are computed, the others
 // are halves of those, and nothing is multiplied: the products wait for the units that could. By
 // magnitude: which of the multiples, and how often it is halved; by code: which magnitude (-1:
-// zero), and whether it is negative.
+// zero), and whether it is negative. E2m1 has seven magnitudes; its last entry stands for nothing.
 struct Int4Codes {  // of 16, 24, 40 and 56 times the scale
   static constexpr int kMultiple[8] = {0, 0, 1, 0, 2, 1, 3, 0},
                        kHalved[8] = {4, 3, 3, 2, 3, 2, 3, 1};

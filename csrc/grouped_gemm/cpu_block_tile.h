@@ -13,7 +13,7 @@ namespace dgemma {
 namespace {
 
 // A token's values as products take them: in pairs where an instruction multiplies those, else
-// widened, which takes twice the memory: of four pairs, their first values and then their second.
+// widened, which takes twice the memory: of two pairs, their first values and then their second.
 #if defined(__AVX512BF16__)
 typedef bfloat16 TokenValue;
 #else

@@ -19,6 +19,7 @@ import math
 from typing import NoReturn
 
 import torch
+from torch import library
 
 from dgemma_ext import _C
 from dgemma_ext.ops import block_attention_plain  # noqa: F401  registers the form for CUDA
@@ -226,6 +227,6 @@ def _fake_in_place(*_: object, **__: object) -> None:
 
 
 for _name in ("canvas_attention", "causal_attention"):
-    torch.library.register_fake(f"dgemma::{_name}", _fake_attention)
-    torch.library.register_fake(f"dgemma::{_name}.out", _fake_in_place)
-torch.library.register_fake("dgemma::append_to_cache", _fake_in_place)
+    library.register_fake(f"dgemma::{_name}", _fake_attention)
+    library.register_fake(f"dgemma::{_name}.out", _fake_in_place)
+library.register_fake("dgemma::append_to_cache", _fake_in_place)

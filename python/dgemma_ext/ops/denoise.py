@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgemma_ext import _C
 from dgemma_ext.ops import denoise_plain
@@ -419,7 +419,7 @@ def _called(op: Any, *arguments: Any, **keywords: Any) -> Any:
         raise ValueError(message.partition(": ")[2].splitlines()[0]) from error
 
 
-@torch.library.register_fake("dgemma::vocabulary_statistics")
+@library.register_fake("dgemma::vocabulary_statistics")
 def _vocabulary_statistics_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
     batch, length, vocabulary = logits.shape
     tiles = -(-vocabulary // VOCABULARY_TILE)
@@ -433,12 +433,12 @@ def _vocabulary_statistics_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...
     )
 
 
-@torch.library.register_fake("dgemma::sample")
+@library.register_fake("dgemma::sample")
 def _sample_fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[:2], dtype=torch.int32)
 
 
-@torch.library.register_fake("dgemma::soft_embedding")
+@library.register_fake("dgemma::soft_embedding")
 def _soft_embedding_fake(logits: Tensor, *operands: Any) -> Tensor:
     embedding: Tensor = operands[10]
     return logits.new_empty((*logits.shape[:2], embedding.shape[1]))
@@ -449,4 +449,4 @@ def _in_place_fake(*_: object, **__: object) -> None:
 
 
 for _name in ("vocabulary_statistics.out", "sample.out", "noise_", "update_canvas_", "soft_embedding.out"):
-    torch.library.register_fake(f"dgemma::{_name}", _in_place_fake)
+    library.register_fake(f"dgemma::{_name}", _in_place_fake)

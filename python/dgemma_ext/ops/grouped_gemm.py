@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgemma_ext import _C
 from dgemma_ext.ops import grouped_gemm_plain  # noqa: F401  registers the plain form for CUDA
@@ -93,7 +93,7 @@ def dense(input: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-@torch.library.register_fake("dgemma::dense")
+@library.register_fake("dgemma::dense")
 def _dense_fake(input: Tensor, weight: Tensor) -> Tensor:
     return input.new_empty((input.shape[0], weight.shape[0]))
 
@@ -139,12 +139,12 @@ def _called(op: torch._ops.OpOverload, *arguments: Tensor, **keywords: Tensor) -
         raise ValueError(message.removeprefix("dgemma::moe_ffn: ")) from error
 
 
-@torch.library.register_fake("dgemma::moe_ffn")
+@library.register_fake("dgemma::moe_ffn")
 def _moe_ffn_fake(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("dgemma::moe_ffn.out")
+@library.register_fake("dgemma::moe_ffn.out")
 def _moe_ffn_out_fake(
     input: Tensor,
     expert_ids: Tensor,

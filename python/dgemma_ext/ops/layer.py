@@ -10,7 +10,7 @@ ValueError (or RuntimeError from the operator) naming an argument of another sha
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from dgemma_ext.ops import plain
@@ -158,21 +158,21 @@ for _name, _function in (
     plain.register(f"dgemma::{_name}", _function)
 
 
-@torch.library.register_fake("dgemma::normalise_heads")
+@library.register_fake("dgemma::normalise_heads")
 def _normalise_heads_fake(query: Tensor, key: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(key)
 
 
-@torch.library.register_fake("dgemma::attention_residual")
+@library.register_fake("dgemma::attention_residual")
 def _attention_residual_fake(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
 
 
-@torch.library.register_fake("dgemma::gelu_product")
+@library.register_fake("dgemma::gelu_product")
 def _gelu_product_fake(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty_like(gate)
 
 
-@torch.library.register_fake("dgemma::layer_output")
+@library.register_fake("dgemma::layer_output")
 def _layer_output_fake(residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(residual), torch.empty_like(residual)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 from dgemma_ext import _C  # noqa: F401  registers the kernels
 
@@ -18,13 +19,13 @@ from dgemma_ext import _C  # noqa: F401  registers the kernels
 def register_on_gpu(name: str, function: Callable[..., Any]) -> None:
     """Makes `function` the GPU's form of an operator ("dgemma::sample.out"), unless a kernel is there and wanted."""
     if not _has_kernel(name, "CUDA") or os.environ.get("DGEMMA_KERNELS") == "plain":
-        torch.library.impl(name, "CUDA", function)
+        library.impl(name, "CUDA", function)
 
 
 def register(name: str, function: Callable[..., Any]) -> None:
     """Makes `function` the form of an operator on the CPU, where no kernel is of its own, and as above on a GPU."""
     if not _has_kernel(name, "CPU"):
-        torch.library.impl(name, "CPU", function)
+        library.impl(name, "CPU", function)
     register_on_gpu(name, function)
 
 

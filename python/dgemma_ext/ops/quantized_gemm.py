@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from dgemma_ext.ops import (
@@ -160,16 +160,16 @@ def _as_value_error(error: RuntimeError) -> Exception:
     return ValueError(message) if message.startswith("dgemma::") else error
 
 
-@torch.library.register_fake("dgemma::moe_ffn_quantized")
+@library.register_fake("dgemma::moe_ffn_quantized")
 def _moe_ffn_fake(input: Tensor, *_: object) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("dgemma::moe_ffn_fp8")
+@library.register_fake("dgemma::moe_ffn_fp8")
 def _moe_ffn_fp8_fake(input: Tensor, *_: object) -> Tensor:
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("dgemma::dense_quantized")
+@library.register_fake("dgemma::dense_quantized")
 def _dense_fake(input: Tensor, format: int, weight: Tensor, scales: Tensor | None, factors: Tensor | None) -> Tensor:
     return input.new_empty((input.shape[0], weight.shape[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional
 
 from dgemma_ext.ops import plain
@@ -70,7 +70,7 @@ def _plain(
 plain.register("dgemma::route", _plain)
 
 
-@torch.library.register_fake("dgemma::route")
+@library.register_fake("dgemma::route")
 def _route_fake(input: Tensor, scale: Tensor, projection: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     top_k = rest[1]
     assert isinstance(top_k, int)

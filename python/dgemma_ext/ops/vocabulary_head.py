@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from dgemma_ext.ops import plain
 from dgemma_ext.ops.denoise import VOCABULARY_TILE, VocabularyStatistics, vocabulary_statistics
@@ -83,6 +83,6 @@ def _plain(hidden: Tensor, embedding: Tensor, *operands: Any) -> None:
 plain.register("dgemma::vocabulary_head", _plain)
 
 
-@torch.library.register_fake("dgemma::vocabulary_head")
+@library.register_fake("dgemma::vocabulary_head")
 def _vocabulary_head_fake(*_: object) -> None:
     return None
