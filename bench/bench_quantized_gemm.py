@@ -20,10 +20,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dgemma_ext import _C
-from dgemma_ext.loading import stack_weights
+from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint.reading import stack_weights
+from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.ops.quantized_gemm import experts
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import parse_target
 
 HIDDEN_SIZE, EXPERT_SIZE, TOP_K = 2816, 704, 8
 EXPERTS = 16 if os.environ.get("DGEMMA_BENCH") == "small" else 128

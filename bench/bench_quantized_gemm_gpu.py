@@ -14,10 +14,10 @@ import torch
 from gpu_clock import Work, record
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dgemma_ext.loading import stack_weights
+from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint.reading import stack_weights
 from dgemma_ext.ops import grouped_gemm, quantized_gemm
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import parse_target
+from dgemma_ext.ops.formats import QuantizedWeight
 
 HIDDEN_SIZE, EXPERT_SIZE, EXPERTS, TOP_K = 2816, 704, 128, 8
 VALUES = 3 * HIDDEN_SIZE * EXPERT_SIZE  # weights of one expert

@@ -33,7 +33,7 @@ class Side(Protocol):
 class Ours:
     def __init__(self, checkpoint: Path) -> None:
         import dgemma_ext as dg
-        from dgemma_ext import sampler
+        from dgemma_ext.sampling import sampler
 
         self.sampler_module = sampler
         self.model = dg.DiffusionGemma.from_pretrained(checkpoint)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dgemma_ext as dg
-from dgemma_ext.config import ModelConfig
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.quantization import parse_target
 from dgemma_ext.profile.true_size import EXPERTS, LAYERS, true_config
 from dgemma_ext.profile.true_size import random_model as made_model
-from dgemma_ext.quantized.scheme import parse_target
 
 __all__ = ["EXPERTS", "LAYERS", "random_model", "true_config"]
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
-from dgemma_ext.batch_step import batch_step
-from dgemma_ext.canvas_batch import make_canvas_batch
-from dgemma_ext.sampler import SamplerConfig, begin_canvas, denoising_step
+from dgemma_ext.sampling.batch_step import batch_step
+from dgemma_ext.sampling.canvas_batch import make_canvas_batch
+from dgemma_ext.sampling.sampler import SamplerConfig, begin_canvas, denoising_step
 from models import random_model
 
 LAYERS = ("sliding_attention",) * 5 + ("full_attention",)

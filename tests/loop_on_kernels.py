@@ -16,8 +16,8 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C, demo
-from dgemma_ext.joint_pass import Pending
-from dgemma_ext.loop import DRIVERS, DirectDevice
+from dgemma_ext.engine.loop import DRIVERS, DirectDevice
+from dgemma_ext.model.joint_pass import Pending
 from solve_puzzles import SEED, own_memory
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

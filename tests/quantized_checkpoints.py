@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight
 
 LAYER = r"model\.decoder\.layers\.\d+\."
 # Which matrices the published checkpoint of a layout quantizes.

@@ -12,7 +12,8 @@ from torch import library
 
 from backend import BACKEND, DTYPES, VARIANTS, cpu_only
 from block_attention_cases import NAN, SENTINEL, Built, Case, Request, W
-from dgemma_ext.ops import block_attention, block_attention_plain
+from dgemma_ext.ops import block_attention
+from dgemma_ext.ops.plain import block_attention as block_attention_plain
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

@@ -12,7 +12,8 @@ import torch
 from backend import DTYPES, cpu_only
 from block_attention_cases import NAN, SENTINEL, Built, Case, Request, Spans, W
 from dgemma_ext import _C
-from dgemma_ext.ops import block_attention, block_attention_plain
+from dgemma_ext.ops import block_attention
+from dgemma_ext.ops.plain import block_attention as block_attention_plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

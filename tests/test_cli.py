@@ -279,7 +279,7 @@ def test_info_agrees_with_the_files_and_the_cache() -> None:
 
 def test_info_of_the_published_layout_reads_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_published_layout(tmp_path)
-    monkeypatch.setattr("dgemma_ext.loading.safe_open", lambda *_, **__: pytest.fail("weights were opened"))
+    monkeypatch.setattr("dgemma_ext.checkpoint.reading.safe_open", lambda *_, **__: pytest.fail("weights were opened"))
     facts = dgemma("info", str(folder), "--json").object["checkpoint"]
     assert facts["stored_bytes"] == 51_647_562_456
     assert facts["files"] == 11

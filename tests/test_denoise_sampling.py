@@ -13,7 +13,8 @@ from torch import Tensor, library
 from backend import not_on_test_bed, skip_if_on_device
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, masses, use
 from dgemma_ext import _C
-from dgemma_ext.ops import denoise, denoise_plain
+from dgemma_ext.ops import denoise
+from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
 # The authors' known answers (Random123, kat_vectors, philox4x32 with 10 rounds): counter, key, output.

@@ -18,7 +18,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 
 from backend import BACKEND, skip_if_on_device
 from denoise_cases import NAN, RAW_ERRORS, bits, draws, int32
-from dgemma_ext.ops import denoise, denoise_plain
+from dgemma_ext.ops import denoise
+from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
 # The update is plain C++, the same for every instruction set.

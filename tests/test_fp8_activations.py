@@ -15,11 +15,12 @@ from backend import BACKEND, COMPUTE_CAPABILITY, DTYPES, cpu_only
 from bounds import GLOBAL_BOUND, assert_close, relative_distance
 from checkpoints import make_checkpoint
 from command import dgemma, random_checkpoint
-from dgemma_ext import model as model_module
-from dgemma_ext.ops import quantized_gemm, quantized_gemm_plain
-from dgemma_ext.quantized.convert import convert
-from dgemma_ext.quantized.formats import Fp8Weight
-from dgemma_ext.quantized.scheme import parse_target
+from dgemma_ext import diffusion_gemma as model_module
+from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint.quantize import convert
+from dgemma_ext.ops import quantized_gemm
+from dgemma_ext.ops.formats import Fp8Weight
+from dgemma_ext.ops.plain import quantized_gemm as quantized_gemm_plain
 from reference import fp8 as reference
 from test_grouped_gemm import route
 from test_quantized_gemm import make_experts
@@ -221,7 +222,7 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: 
     def refuse(*_: object) -> None:
         raise ValueError("dgemma::moe_ffn_fp8: this GPU has compute capability 8.0")
 
-    monkeypatch.setattr("dgemma_ext.placement.check_moe_ffn_fp8", refuse)
+    monkeypatch.setattr("dgemma_ext.model.placement.check_moe_ffn_fp8", refuse)
     with pytest.raises(ValueError, match=r"^activations fp8: this GPU has compute capability 8\.0$"):
         dg.DiffusionGemma.from_pretrained(folder, **FP8_TWICE)
 

@@ -12,9 +12,9 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C, SamplerConfig, demo
-from dgemma_ext import scheduler as scheduler_module
-from dgemma_ext.cuda_loop import GraphDevice, LaunchDevice
-from dgemma_ext.loop import DRIVERS
+from dgemma_ext.engine import scheduler as scheduler_module
+from dgemma_ext.engine.cuda_loop import GraphDevice, LaunchDevice
+from dgemma_ext.engine.loop import DRIVERS
 
 pytestmark = pytest.mark.gpu
 

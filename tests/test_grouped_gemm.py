@@ -13,7 +13,8 @@ from torch import Tensor, library
 from backend import BACKEND, DTYPES, cpu_only
 from bounds import assert_close
 from dgemma_ext import _C
-from dgemma_ext.ops import grouped_gemm, grouped_gemm_plain
+from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from reference import grouped_gemm as reference
 
 NAN = float("nan")

@@ -12,14 +12,14 @@ from torch import Tensor
 import dgemma_ext as dg
 from checkpoints import make_checkpoint, write_published_layout
 from dgemma_ext import _C
-from dgemma_ext import memory as memory_module
-from dgemma_ext.checkpoint import inspect_checkpoint
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.files import inspect_checkpoint
+from dgemma_ext.checkpoint.quantization import parse_target, resolve_weights
+from dgemma_ext.checkpoint.quantize import convert
 from dgemma_ext.cli import main
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.memory import MemoryPlan, mapped_bytes, memory_plan
-from dgemma_ext.quantized.convert import convert
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import parse_target, resolve_weights
+from dgemma_ext.engine import memory as memory_module
+from dgemma_ext.engine.memory import MemoryPlan, mapped_bytes, memory_plan
+from dgemma_ext.ops.formats import QuantizedWeight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -104,7 +104,7 @@ def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monk
     # Plain bfloat16 weights stay in the file: what must fit is the rest.
     assert mapped == sum(nbytes for _, nbytes in plan.weights.values())
     loads: list[object] = []
-    load = dg.model.load_weights
+    load = dg.diffusion_gemma.load_weights
     monkeypatch.setattr(dg.model, "load_weights", lambda *a, **k: (loads.append(a), load(*a, **k))[1])
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - mapped)
     dg.DiffusionGemma.from_pretrained(folder, device="cpu")

@@ -17,7 +17,7 @@ import dgemma_ext as dg
 import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
-from dgemma_ext import layers
+from dgemma_ext.model import layers
 from dgemma_ext.ops import router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from older_transformers import run_under_5_17

@@ -19,9 +19,9 @@ import torch
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
 from bounds import GLOBAL_BOUND, relative_distance
-from dgemma_ext import sampler
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.denoise import CanvasStatus
+from dgemma_ext.sampling import sampler
 from transformers_oracle import Settings, inverse_cdf, uniforms
 
 # Distance from a boundary (a share of the mass; nats) under which rounding may decide.

@@ -16,9 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgemma_ext as dg
 from checkpoints import published_shapes
-from dgemma_ext.checkpoint import layer_layout, model_layout
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.ops import block_attention_plain, denoise_plain, grouped_gemm_plain, router, vocabulary_head
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.files import layer_layout, model_layout
+from dgemma_ext.ops import router, vocabulary_head
+from dgemma_ext.ops.plain import block_attention as block_attention_plain
+from dgemma_ext.ops.plain import denoise as denoise_plain
+from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from dgemma_ext.profile.count import (
     PLAIN,
     Format,

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from dgemma_ext.quantized import convert as convert_module
 from safetensors.torch import load_file
 from torch import Tensor
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint.quantize import convert, plan_conversion
 from dgemma_ext.cli import main
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.quantized import convert as convert_module
-from dgemma_ext.quantized.convert import convert, plan_conversion
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import parse_target
-from dgemma_ext.weights import ModelWeights, load_weights
+from dgemma_ext.model.weights import ModelWeights, load_weights
+from dgemma_ext.ops.formats import QuantizedWeight
 from quantized_checkpoints import requantize, schemes, unfuse
 
 FORMATS = ["fp8", "int4", "int4-64", "nvfp4"]

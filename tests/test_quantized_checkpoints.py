@@ -14,10 +14,10 @@ from torch import Tensor
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import parse_target
-from dgemma_ext.weights import ModelWeights, load_weights
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.model.weights import ModelWeights, load_weights
+from dgemma_ext.ops.formats import QuantizedWeight
 from quantized_checkpoints import LAYER, MATRICES, requantize
 
 pytest.importorskip("compressed_tensors", reason="writes checkpoints with the package compressed-tensors, not here")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgemma_ext.quantized.formats import (
+from dgemma_ext.ops.formats import (
     E2M1_VALUES,
     FORMATS,
     Fp8Weight,

@@ -10,8 +10,9 @@ from torch import Tensor, library
 
 from backend import BACKEND, DTYPES, cpu_only
 from bounds import assert_close
-from dgemma_ext.ops import quantized_gemm, quantized_gemm_plain
-from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops import quantized_gemm
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.plain import quantized_gemm as quantized_gemm_plain
 from reference import dense as dense_reference
 from reference import grouped_gemm as reference
 from test_grouped_gemm import route

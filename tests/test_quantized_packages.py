@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgemma_ext.quantized.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight
+from dgemma_ext.ops.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight
 
 pytest.importorskip("compressed_tensors", reason="compared with the package compressed-tensors, which is not here")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from dgemma_ext import RequestState, SamplerConfig
-from dgemma_ext.loop import DRIVERS
+from dgemma_ext.engine.loop import DRIVERS
 from models import random_model, smallest_model
 
 # Loose enough that some canvases stop early and some run to the cap.

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
+from dgemma_ext.checkpoint.tokenizer import Tokenizer
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.tokenizer import Tokenizer
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

@@ -22,10 +22,10 @@ from checkpoints import (
     published_shapes,
     write_published_layout,
 )
-from dgemma_ext import loading
-from dgemma_ext.config import ModelConfig
+from dgemma_ext.checkpoint import reading as loading
+from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.weights import (
+from dgemma_ext.model.weights import (
     ModelWeights,
     expected_tensors,
     inspect_checkpoint,

@@ -20,9 +20,9 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from dgemma_ext import DiffusionGemma, Draft, demo
+from dgemma_ext.checkpoint.tokenizer import Tokenizer
 from dgemma_ext.cli.grid import draft_grid
 from dgemma_ext.cli.palette import BACKGROUND, CAPTION
-from dgemma_ext.tokenizer import Tokenizer
 
 # Rich's own picture asks a font server for its letters; a page that shows this one need not.
 SVG_FORMAT = re.sub(r"@font-face {{.*?}}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)

@@ -8,18 +8,18 @@ print(model.generate("Why is the sky blue?").text)
 
 from __future__ import annotations
 
-from dgemma_ext.cache import Cache, Snapshot, SnapshotStore
-from dgemma_ext.chat import Chat
-from dgemma_ext.config import GenerationDefaults, ModelConfig
+from dgemma_ext.checkpoint.config import GenerationDefaults, ModelConfig
+from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine.chat import Chat
+from dgemma_ext.engine.events import Commit, Draft, Event, Failure, Output
+from dgemma_ext.engine.memory import MemoryPlan, NotEnoughMemory
+from dgemma_ext.engine.request import Request, RequestState
+from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.errors import CheckpointError, NonFiniteError
-from dgemma_ext.events import Commit, Draft, Event, Failure, Output
 from dgemma_ext.integrations import accelerate
-from dgemma_ext.memory import MemoryPlan, NotEnoughMemory
-from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.request import Request, RequestState
-from dgemma_ext.sampler import Canvas, SamplerConfig
-from dgemma_ext.scheduler import Scheduler
-from dgemma_ext.tokenizer import Tokenizer
+from dgemma_ext.model.cache import Cache, Snapshot, SnapshotStore
+from dgemma_ext.sampling.sampler import Canvas, SamplerConfig
 
 __version__ = "0.1.0"
 

@@ -9,11 +9,11 @@ from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, cast
 
-from dgemma_ext.chat import Chat
 from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.events import Commit, Draft
-from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine.chat import Chat
+from dgemma_ext.engine.events import Commit, Draft
 
 _HELP = """\
 /help         this list

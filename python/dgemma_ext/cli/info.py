@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.checkpoint.files import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.sizes import size
+from dgemma_ext.units import size
 
 
 def run(arguments: Arguments) -> None:

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_ext import demo
-from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.files import resolve_checkpoint
+from dgemma_ext.checkpoint.quantization import Target, resolve_weights
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.placement import resolve_activations, resolve_device, resolve_dtype
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.model.placement import resolve_activations, resolve_device, resolve_dtype
 from dgemma_ext.profile import Profile, chart, check_sizes, profile, trace
 from dgemma_ext.profile.timeline import Pass, ratio_text
 from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
-from dgemma_ext.quantized.scheme import Target, resolve_weights
-from dgemma_ext.sizes import size
+from dgemma_ext.units import size
 
 RANDOM, DEMO = "random", "demo"
 # Final norm of a model with flat distributions; 1 leaves them as peaked as the tied head makes them.

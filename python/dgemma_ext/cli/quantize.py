@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.checkpoint.files import resolve_checkpoint
+from dgemma_ext.checkpoint.quantization import PARTS, parse_target
+from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
+from dgemma_ext.checkpoint.reading import LoadProgress
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.loading import LoadProgress
-from dgemma_ext.quantized.convert import PartError, convert, plan_conversion
-from dgemma_ext.quantized.scheme import PARTS, parse_target
-from dgemma_ext.sizes import size
+from dgemma_ext.units import size
 
 
 def run(arguments: Arguments) -> None:

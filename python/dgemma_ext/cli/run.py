@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from dgemma_ext.cli import chat, demo, generate, info, profile, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
+from dgemma_ext.engine.memory import NotEnoughMemory
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.memory import NotEnoughMemory
 
 _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "generate": generate.run,

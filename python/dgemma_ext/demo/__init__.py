@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES, Puzzle, check, generate
-from dgemma_ext.sampler import Canvas
+from dgemma_ext.sampling.sampler import Canvas
 
 if TYPE_CHECKING:
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
 
 __all__ = ["Puzzle", "check", "checkpoint", "checkpoints", "draw", "grid_size", "pinned_clues"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import library
 
 from dgemma_ext import _C
-from dgemma_ext.ops import block_attention_plain  # noqa: F401  registers the form for CUDA
+from dgemma_ext.ops.plain import block_attention as block_attention_plain  # noqa: F401  registers the form for CUDA
 
 __all__ = ["append_to_cache", "attention_workspace", "canvas_attention", "causal_attention"]
 

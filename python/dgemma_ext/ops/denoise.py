@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, library
 
 from dgemma_ext import _C
-from dgemma_ext.ops import denoise_plain
+from dgemma_ext.ops.plain import denoise as denoise_plain
 
 __all__ = [
     "VOCABULARY_TILE",

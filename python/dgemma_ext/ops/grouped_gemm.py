@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from dgemma_ext import _C
-from dgemma_ext.ops import grouped_gemm_plain  # noqa: F401  registers the plain form for CUDA
+from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain  # noqa: F401  registers the plain form for CUDA
 
 DTYPES = (torch.float32, torch.bfloat16)
 

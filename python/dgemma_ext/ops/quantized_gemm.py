@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from dgemma_ext.ops import (
-    grouped_gemm,
-    quantized_gemm_plain,  # noqa: F401  registers the plain forms
-)
-from dgemma_ext.quantized.formats import Fp8Weight, QuantizedWeight
+from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.ops.formats import Fp8Weight, QuantizedWeight
+from dgemma_ext.ops.plain import quantized_gemm as quantized_gemm_plain  # noqa: F401  registers the plain forms
 
 # dgemma_weight_format of csrc/include/dgemma/grouped_gemm.h.
 FORMAT_NUMBERS = {"fp8": 1, "int4": 2, "nvfp4": 3}

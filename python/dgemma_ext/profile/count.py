@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dgemma_ext.checkpoint import layer_layout, model_layout
-from dgemma_ext.config import LayerConfig, ModelConfig
-from dgemma_ext.loading import Weight
+from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
+from dgemma_ext.checkpoint.files import layer_layout, model_layout
+from dgemma_ext.checkpoint.reading import Weight
+from dgemma_ext.model.weights import ModelWeights
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
 from dgemma_ext.profile.parts import Part
-from dgemma_ext.weights import ModelWeights
 
 PLAIN = "plain"
 

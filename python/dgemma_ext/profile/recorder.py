@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
+from dgemma_ext.model.weights import ModelWeights
 from dgemma_ext.ops import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
-from dgemma_ext.weights import ModelWeights
 
 # How the ranges of a profiler's trace are called that stand for the calls of a Recorder (kernels.py reads them).
 RANGE = "dgemma call "

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from dgemma_ext.checkpoint import Layout, layer_layout, model_layout
-from dgemma_ext.config import FULL, SLIDING, GenerationDefaults, ModelConfig
-from dgemma_ext.memory import available_bytes
-from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.quantized.scheme import Target
-from dgemma_ext.sizes import size
-from dgemma_ext.weights import LayerWeights, ModelWeights, quantized_weight
+from dgemma_ext.checkpoint.config import FULL, SLIDING, GenerationDefaults, ModelConfig
+from dgemma_ext.checkpoint.files import Layout, layer_layout, model_layout
+from dgemma_ext.checkpoint.quantization import Target
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine.memory import available_bytes
+from dgemma_ext.model.weights import LayerWeights, ModelWeights, quantized_weight
+from dgemma_ext.units import size
 
 LAYERS = 30
 EXPERTS = 128

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.quantized.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
 # compressed-tensors' names of layouts, and ModelOpt's of algorithms.
 _LAYOUTS = ("float-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")

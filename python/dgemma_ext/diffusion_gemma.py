@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from dgemma_ext.cache import Cache
-from dgemma_ext.checkpoint import inspect_checkpoint, resolve_checkpoint
-from dgemma_ext.config import GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
-from dgemma_ext.joint_pass import CanvasRows, Pending, last_hidden
-from dgemma_ext.layers import Rows, project_qkv, rms_norm, rotary_tables
-from dgemma_ext.memory import check_memory, mapped_bytes, memory_plan
+from dgemma_ext.checkpoint.config import GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
+from dgemma_ext.checkpoint.files import inspect_checkpoint, resolve_checkpoint
+from dgemma_ext.checkpoint.quantization import resolve_weights
+from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.engine.memory import check_memory, mapped_bytes, memory_plan
+from dgemma_ext.model.cache import Cache
+from dgemma_ext.model.joint_pass import CanvasRows, Pending, last_hidden
+from dgemma_ext.model.layers import Rows, project_qkv, rms_norm, rotary_tables
+from dgemma_ext.model.placement import resolve_activations, resolve_device, resolve_dtype, resolve_products
+from dgemma_ext.model.weights import LayerWeights, ModelWeights, load_weights
 from dgemma_ext.ops import block_attention, denoise
 from dgemma_ext.ops.layer import attention_residual, layer_output
 from dgemma_ext.ops.quantized_gemm import experts
-from dgemma_ext.placement import resolve_activations, resolve_device, resolve_dtype, resolve_products
-from dgemma_ext.quantized.scheme import resolve_weights
-from dgemma_ext.tokenizer import Tokenizer
-from dgemma_ext.weights import LayerWeights, ModelWeights, load_weights
 
 if TYPE_CHECKING:
-    from dgemma_ext.chat import Chat
-    from dgemma_ext.events import Commit, Draft
-    from dgemma_ext.sampler import Canvas, SamplerConfig
-    from dgemma_ext.scheduler import Prompt, Scheduler
+    from dgemma_ext.engine.chat import Chat
+    from dgemma_ext.engine.events import Commit, Draft
+    from dgemma_ext.engine.scheduler import Prompt, Scheduler
+    from dgemma_ext.sampling.sampler import Canvas, SamplerConfig
 
 # Long prompts are encoded in pieces of this many positions, which bounds the memory of a pass.
 ENCODE_CHUNK = 4096
@@ -449,8 +449,8 @@ class DiffusionGemma:
         canvas: Canvas | Sequence[Canvas | None] | None = None,
         on_draft: Callable[[Draft], None] | None = None,
     ) -> Any:
-        """Answers a prompt (an Output) or a list of prompts (a list of them); see dgemma_ext.generate.generate."""
-        from dgemma_ext import generate  # the loop is built on the model, so it is imported late
+        """Answers a prompt (an Output) or a list of prompts (a list of them); see engine.generate."""
+        from dgemma_ext.engine import generate  # the loop is built on the model, so it is imported late
 
         return generate.generate(self, prompt, max_new_tokens, sampler, seed, canvas, on_draft)
 
@@ -463,13 +463,13 @@ class DiffusionGemma:
         canvas: Canvas | Sequence[Canvas | None] | None = None,
     ) -> Iterator[Draft | Commit]:
         """Yields a Draft at every denoising step and a Commit for every finished canvas."""
-        from dgemma_ext import generate
+        from dgemma_ext.engine import generate
 
         return generate.stream(self, prompt, max_new_tokens, sampler, seed, canvas)
 
     def chat(self, system: str | None = None, max_length: int | None = None) -> Chat:
         """A conversation that keeps its cache from turn to turn."""
-        from dgemma_ext.chat import Chat
+        from dgemma_ext.engine.chat import Chat
 
         return Chat(self, system=system, max_length=max_length)
 

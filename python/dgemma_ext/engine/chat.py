@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dgemma_ext.cache import SnapshotStore
-from dgemma_ext.events import Commit, Draft, Failure
-from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.request import Request
-from dgemma_ext.sampler import SamplerConfig
-from dgemma_ext.scheduler import Scheduler
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine.events import Commit, Draft, Failure
+from dgemma_ext.engine.request import Request
+from dgemma_ext.engine.scheduler import Scheduler
+from dgemma_ext.model.cache import SnapshotStore
+from dgemma_ext.sampling.sampler import SamplerConfig
 
 Message = dict[str, object]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from dgemma_ext.checkpoint.quantization import check_quantization_config
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.quantized.scheme import check_quantization_config
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"

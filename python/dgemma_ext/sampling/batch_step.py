@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dgemma_ext.canvas_batch import CanvasBatch
-from dgemma_ext.joint_pass import CanvasRows, Pending, last_hidden
+from dgemma_ext.model.joint_pass import CanvasRows, Pending, last_hidden
 from dgemma_ext.ops import block_attention
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
-from dgemma_ext.sampler import decide, embed_softly
+from dgemma_ext.sampling.canvas_batch import CanvasBatch
+from dgemma_ext.sampling.sampler import decide, embed_softly
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.config import LayerConfig
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.checkpoint.config import LayerConfig
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
+    from dgemma_ext.model.cache import Cache
 
 
 def batch_step(model: DiffusionGemma, cache: Cache, batch: CanvasBatch, pending: Sequence[Pending] = ()) -> None:

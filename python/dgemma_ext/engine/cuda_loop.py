@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from dgemma_ext import _C
-from dgemma_ext.canvas_batch import CanvasBatch, Told, told_bytes
-from dgemma_ext.loop import Device, DirectDevice, Look
+from dgemma_ext.engine.loop import Device, DirectDevice, Look
+from dgemma_ext.sampling.canvas_batch import CanvasBatch, Told, told_bytes
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.joint_pass import Pending
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
+    from dgemma_ext.model.cache import Cache
+    from dgemma_ext.model.joint_pass import Pending
 
 # Calls before a capture: libraries choose algorithms and allocate in their first, torch's manual asks for some.
 _WARM_UP = 2

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma_ext.config import LayerConfig, ModelConfig
+from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
+from dgemma_ext.checkpoint.stored import PLAIN_DTYPES, Stored, find_weight, names_of
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.quantized.stored import PLAIN_DTYPES, Stored, find_weight, names_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dgemma_ext.checkpoint import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
-from dgemma_ext.config import ModelConfig
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.files import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
+from dgemma_ext.checkpoint.quantization import PARTS, Target
+from dgemma_ext.checkpoint.reading import MappedFiles
+from dgemma_ext.checkpoint.stored import Experts, Matrix, Plain, names_of
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.loading import MappedFiles
-from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
-from dgemma_ext.quantized.scheme import PARTS, Target
-from dgemma_ext.quantized.stored import Experts, Matrix, Plain, names_of
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
 # Bytes of a shard, about: with the copy that serialising makes, two of them are in memory at once.
 _SHARD_BYTES = 1_500_000_000

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.checkpoint import (
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint.files import (
     CheckpointInfo,
     Layout,
     TensorInfo,
@@ -19,11 +20,10 @@ from dgemma_ext.checkpoint import (
     model_layout,
     resolve_checkpoint,
 )
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.loading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import Target
-from dgemma_ext.quantized.stored import Stored, names_of
+from dgemma_ext.checkpoint.quantization import Target
+from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
+from dgemma_ext.checkpoint.stored import Stored, names_of
+from dgemma_ext.ops.formats import QuantizedWeight
 
 __all__ = [
     "CheckpointInfo",

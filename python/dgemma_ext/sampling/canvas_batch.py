@@ -13,10 +13,10 @@ import torch
 
 from dgemma_ext.ops.denoise import VocabularyStatistics, soft_embedding_workspace
 from dgemma_ext.ops.vocabulary_head import statistics_layout
-from dgemma_ext.sampler import CanvasState
+from dgemma_ext.sampling.sampler import CanvasState
 
 if TYPE_CHECKING:
-    from dgemma_ext.model import DiffusionGemma, RotaryTables
+    from dgemma_ext.diffusion_gemma import DiffusionGemma, RotaryTables
 
 # Of CanvasState, what the host reads between steps, with dtype and whether there is one for every position. They lie in
 # one buffer, so that a step is told by one copy. The widest come first, so that each is aligned.

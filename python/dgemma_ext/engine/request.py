@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from dgemma_ext.events import Output
-from dgemma_ext.sampler import Canvas, CanvasState, ResolvedSampler
+from dgemma_ext.engine.events import Output
+from dgemma_ext.sampling.sampler import Canvas, CanvasState, ResolvedSampler
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import SnapshotStore
-    from dgemma_ext.scheduler import Scheduler
+    from dgemma_ext.engine.scheduler import Scheduler
+    from dgemma_ext.model.cache import SnapshotStore
 
 
 class RequestState(Enum):

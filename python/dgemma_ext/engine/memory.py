@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from dgemma_ext import _C
-from dgemma_ext.cache import Cache
-from dgemma_ext.canvas_batch import make_canvas_batch
-from dgemma_ext.checkpoint import CheckpointInfo, layer_layout, model_layout
-from dgemma_ext.config import LayerConfig, ModelConfig
-from dgemma_ext.joint_pass import JOINT_TOKENS
+from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
+from dgemma_ext.checkpoint.files import CheckpointInfo, layer_layout, model_layout
+from dgemma_ext.checkpoint.quantization import PARTS, Target
+from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored, names_of
+from dgemma_ext.model.cache import Cache
+from dgemma_ext.model.joint_pass import JOINT_TOKENS
+from dgemma_ext.model.placement import check_activations
+from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.ops.quantized_gemm import FORMAT_NUMBERS
-from dgemma_ext.placement import check_activations
-from dgemma_ext.quantized.formats import QuantizedWeight
-from dgemma_ext.quantized.scheme import PARTS, Target
-from dgemma_ext.quantized.stored import Experts, Matrix, Stored, names_of
-from dgemma_ext.sizes import size
+from dgemma_ext.sampling.canvas_batch import make_canvas_batch
+from dgemma_ext.units import size
 
 if TYPE_CHECKING:
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
 
 # Positions of a cache slot unless a caller names them; the model's context where that is shorter.
 USUAL_CONTEXT = 8192

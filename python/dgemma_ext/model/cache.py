@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dgemma_ext.config import LayerConfig, ModelConfig
+from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from dgemma_ext.chat_template import ChatTemplate
+from dgemma_ext.checkpoint.chat_template import ChatTemplate
 from dgemma_ext.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from dgemma_ext.config import LayerConfig, RopeConfig
-from dgemma_ext.loading import Weight
+from dgemma_ext.checkpoint.config import LayerConfig, RopeConfig
+from dgemma_ext.checkpoint.reading import Weight
+from dgemma_ext.model.weights import LayerWeights
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops.layer import gelu_product, normalise_heads, rms_norm
 from dgemma_ext.ops.quantized_gemm import linear
 from dgemma_ext.ops.router import route
-from dgemma_ext.weights import LayerWeights
 
 
 class Products(Enum):

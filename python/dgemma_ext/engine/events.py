@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from dgemma_ext.request import Request
+    from dgemma_ext.engine.request import Request
 
 
 @dataclass(frozen=True)

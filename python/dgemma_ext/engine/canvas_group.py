@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from dgemma_ext.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch
-from dgemma_ext.joint_pass import Pending
-from dgemma_ext.loop import Device, DirectDevice, driver_for
-from dgemma_ext.sampler import CanvasState
+from dgemma_ext.engine.loop import Device, DirectDevice, driver_for
+from dgemma_ext.model.joint_pass import Pending
+from dgemma_ext.sampling.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch
+from dgemma_ext.sampling.sampler import CanvasState
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
+    from dgemma_ext.model.cache import Cache
 
 Member = TypeVar("Member")
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dgemma_ext.config import LayerConfig
-from dgemma_ext.layers import Rows
+from dgemma_ext.checkpoint.config import LayerConfig
+from dgemma_ext.model.layers import Rows
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.model import Attention, DiffusionGemma, RotaryTables
+    from dgemma_ext.diffusion_gemma import Attention, DiffusionGemma, RotaryTables
+    from dgemma_ext.model.cache import Cache
 
 # Up to so many tokens are encoded by the first step of the canvas that wants to see them. That saves one read of the
 # weights, however many they are, and takes their memory at the same time as the canvases' (memory.py counts it).

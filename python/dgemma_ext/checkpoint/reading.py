@@ -17,10 +17,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dgemma_ext.checkpoint import CheckpointInfo
+from dgemma_ext.checkpoint.files import CheckpointInfo
+from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
-from dgemma_ext.quantized.stored import Experts, Matrix, Stored
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
 # Values are checked and copied in pieces of 32 Mi elements: long enough to run at memory speed, short enough for a bar.
 CHUNK_ELEMENTS = 1 << 25

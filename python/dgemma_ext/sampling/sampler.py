@@ -16,9 +16,9 @@ from dgemma_ext.ops import denoise
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.config import GenerationDefaults
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.checkpoint.config import GenerationDefaults
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
+    from dgemma_ext.model.cache import Cache
 
 
 @dataclass(frozen=True)

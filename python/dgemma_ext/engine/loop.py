@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from dgemma_ext.batch_step import batch_step
-from dgemma_ext.canvas_batch import CanvasBatch, Told, told_bytes
+from dgemma_ext.sampling.batch_step import batch_step
+from dgemma_ext.sampling.canvas_batch import CanvasBatch, Told, told_bytes
 
 if TYPE_CHECKING:
-    from dgemma_ext.cache import Cache
-    from dgemma_ext.joint_pass import Pending
-    from dgemma_ext.model import DiffusionGemma
+    from dgemma_ext.diffusion_gemma import DiffusionGemma
+    from dgemma_ext.model.cache import Cache
+    from dgemma_ext.model.joint_pass import Pending
 
 
 class Look(Protocol):

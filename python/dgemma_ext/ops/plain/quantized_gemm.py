@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext.ops import grouped_gemm_plain
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from dgemma_ext.ops.plain import register
-from dgemma_ext.quantized.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
 
 def moe_ffn_quantized(

@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dgemma_ext.canvas_batch import bucket_of
-from dgemma_ext.events import Commit, Draft, Failure, Output
-from dgemma_ext.model import DiffusionGemma
-from dgemma_ext.sampler import Canvas, SamplerConfig
-from dgemma_ext.scheduler import Prompt, Scheduler, positions_needed, prompt_to_ids
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine.events import Commit, Draft, Failure, Output
+from dgemma_ext.engine.scheduler import Prompt, Scheduler, positions_needed, prompt_to_ids
+from dgemma_ext.sampling.canvas_batch import bucket_of
+from dgemma_ext.sampling.sampler import Canvas, SamplerConfig
 
 # More requests than this at once wait their turn: on a CPU a larger batch makes nothing faster, and each slot costs
 # memory.

@@ -18,19 +18,19 @@ from typing import Any, cast
 
 import torch
 
-from dgemma_ext import cuda_loop
-from dgemma_ext.cache import SnapshotStore
-from dgemma_ext.canvas_batch import Told, bucket_of
-from dgemma_ext.canvas_group import CanvasGroup, MakeDevice, Progress
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine import cuda_loop
+from dgemma_ext.engine.canvas_group import CanvasGroup, MakeDevice, Progress
+from dgemma_ext.engine.events import Commit, Draft, Event, Failure
+from dgemma_ext.engine.loop import DRIVERS, DirectDevice
+from dgemma_ext.engine.memory import batch_plan, check_memory
+from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.errors import NonFiniteError
-from dgemma_ext.events import Commit, Draft, Event, Failure
-from dgemma_ext.joint_pass import JOINT_TOKENS
-from dgemma_ext.loop import DRIVERS, DirectDevice
-from dgemma_ext.memory import batch_plan, check_memory
-from dgemma_ext.model import DiffusionGemma
+from dgemma_ext.model.cache import SnapshotStore
+from dgemma_ext.model.joint_pass import JOINT_TOKENS
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.request import Request, RequestState
-from dgemma_ext.sampler import Canvas, SamplerConfig, begin_canvas, denoising_step
+from dgemma_ext.sampling.canvas_batch import Told, bucket_of
+from dgemma_ext.sampling.sampler import Canvas, SamplerConfig, begin_canvas, denoising_step
 
 # One message, a whole chat (role/content dicts), or token ids.
 Prompt = str | Sequence[dict[str, object]] | Sequence[int]

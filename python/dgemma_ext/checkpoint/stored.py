@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.quantized.formats import INT4_GROUPS, NVFP4_GROUP
+from dgemma_ext.ops.formats import INT4_GROUPS, NVFP4_GROUP
 
 if TYPE_CHECKING:
-    from dgemma_ext.checkpoint import TensorInfo
+    from dgemma_ext.checkpoint.files import TensorInfo
 
 Tensors = Mapping[str, "TensorInfo"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dgemma_ext import _C
-from dgemma_ext.config import ModelConfig
-from dgemma_ext.layers import Products
+from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.model.layers import Products
 from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
