@@ -20,8 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from dgemma_ext import _C
-from dgemma_ext.checkpoint.quantization import parse_target
-from dgemma_ext.checkpoint.reading import stack_weights
+from dgemma_ext.checkpoint import parse_target, stack_weights
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.ops.quantized_gemm import experts
 

@@ -14,8 +14,7 @@ import torch
 from gpu_clock import Work, record
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dgemma_ext.checkpoint.quantization import parse_target
-from dgemma_ext.checkpoint.reading import stack_weights
+from dgemma_ext.checkpoint import parse_target, stack_weights
 from dgemma_ext.ops import grouped_gemm, quantized_gemm
 from dgemma_ext.ops.formats import QuantizedWeight
 

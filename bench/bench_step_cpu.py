@@ -34,8 +34,7 @@ FLATTENING = 0.05
 def write_checkpoint(directory: Path, final_norm: float, threads_seed: int = 0) -> Path:
     """A random model in the published layout: normal weights of deviation 0.02, unit norms and scalars."""
     from checkpoints import config_for
-    from dgemma_ext.checkpoint.config import ModelConfig
-    from dgemma_ext.checkpoint.files import expected_tensors
+    from dgemma_ext.checkpoint import ModelConfig, expected_tensors
 
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "model.safetensors").exists():

@@ -14,15 +14,15 @@ from functools import cache
 
 import pytest
 import torch
+from dgemma_ext.engine.canvas_group import CanvasGroup
 from gpu_clock import Work, record
 from pytest_benchmark.fixture import BenchmarkFixture
 from true_size import random_model, true_config
 
 import dgemma_ext as dg
-from dgemma_ext.engine.canvas_group import CanvasGroup
 from dgemma_ext.engine.loop import DRIVERS, driver_for
 from dgemma_ext.model.layers import Products
-from dgemma_ext.sampling.sampler import begin_canvas, denoising_step
+from dgemma_ext.sampling import begin_canvas, denoising_step
 
 # Read for the head, and again for the soft embedding.
 HEAD_BYTES = 2.0 * 262_144 * 2816
@@ -88,8 +88,9 @@ def bench_batch_invariant_step(benchmark: BenchmarkFixture, prefix: int) -> None
 @pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
 def bench_head_to_soft_embedding(benchmark: BenchmarkFixture, peaked: bool) -> None:
     """Head, statistics, sampling, acceptance and soft embedding: what a step does after its layers."""
-    from dgemma_ext.ops.vocabulary_head import vocabulary_head
     from dgemma_ext.sampling.sampler import _advance, _reading
+
+    from dgemma_ext.ops.vocabulary_head import vocabulary_head
 
     made = random_model(true_config(layers=1), final_norm=1.0 if peaked else 0.05)
     resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(made.defaults, 256)

@@ -15,7 +15,7 @@ import torch
 from report_points import Point, Scale
 
 import dgemma_ext as dg
-from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint import parse_target
 from dgemma_ext.cli.profile import fields
 from dgemma_ext.profile import profile
 from dgemma_ext.profile.true_size import config_dict, random_model, true_config

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dgemma_ext as dg
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.quantization import parse_target
+from dgemma_ext.checkpoint import ModelConfig, parse_target
 from dgemma_ext.profile.true_size import EXPERTS, LAYERS, true_config
 from dgemma_ext.profile.true_size import random_model as made_model
 

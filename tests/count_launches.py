@@ -12,12 +12,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+from dgemma_ext.sampling.batch_step import batch_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
-from dgemma_ext.sampling.batch_step import batch_step
-from dgemma_ext.sampling.canvas_batch import make_canvas_batch
-from dgemma_ext.sampling.sampler import SamplerConfig, begin_canvas, denoising_step
+from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, make_canvas_batch
 from models import random_model
 
 LAYERS = ("sliding_attention",) * 5 + ("full_attention",)

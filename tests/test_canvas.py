@@ -9,7 +9,7 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext.engine import memory
-from dgemma_ext.sampling.sampler import begin_canvas, denoising_step
+from dgemma_ext.sampling import begin_canvas, denoising_step
 from models import random_model
 
 SAMPLER = dg.SamplerConfig(max_denoising_steps=6, confidence_threshold=1e-9, entropy_bound=4.0)

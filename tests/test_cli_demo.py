@@ -9,7 +9,7 @@ import pytest
 
 from command import ESCAPE, dgemma, random_checkpoint
 from dgemma_ext import DiffusionGemma, demo
-from dgemma_ext.sampling.sampler import Canvas
+from dgemma_ext.sampling import Canvas
 
 # A random model over the tokens and the canvas of a 6x6 grid: it solves nothing.
 UNTRAINED = {"canvas": 37}

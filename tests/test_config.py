@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import FULL, GENERATION_CONFIG, PUBLISHED_CONFIG, SLIDING, config_for
-from dgemma_ext.checkpoint.config import GenerationDefaults, ModelConfig
+from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError
 
 MISSING = object()

@@ -14,7 +14,7 @@ import dgemma_ext as dg
 from dgemma_ext import _C
 from dgemma_ext.engine import cuda_loop
 from dgemma_ext.engine.loop import DRIVERS
-from dgemma_ext.sampling.canvas_batch import CanvasBatch
+from dgemma_ext.sampling import CanvasBatch
 from models import random_model
 from test_loop import SAMPLER, plain, prompts
 

@@ -121,7 +121,7 @@ def test_denoise_refuses_logits_of_another_shape(model: dg.DiffusionGemma) -> No
 def test_devices_that_are_not_there_are_refused(device: str, tmp_path: object) -> None:
     if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    from dgemma_ext.model.placement import resolve_device
+    from dgemma_ext.model import resolve_device
 
     with pytest.raises(ValueError, match="device"):
         resolve_device(device)

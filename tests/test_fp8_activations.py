@@ -16,8 +16,7 @@ from bounds import GLOBAL_BOUND, assert_close, relative_distance
 from checkpoints import make_checkpoint
 from command import dgemma, random_checkpoint
 from dgemma_ext import diffusion_gemma as model_module
-from dgemma_ext.checkpoint.quantization import parse_target
-from dgemma_ext.checkpoint.quantize import convert
+from dgemma_ext.checkpoint import convert, parse_target
 from dgemma_ext.ops import quantized_gemm
 from dgemma_ext.ops.formats import Fp8Weight
 from dgemma_ext.ops.plain import quantized_gemm as quantized_gemm_plain

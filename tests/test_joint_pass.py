@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dgemma_ext.model.joint_pass import Pending
+from dgemma_ext.sampling.batch_step import batch_step
 
 import dgemma_ext as dg
 from backend import DTYPES
 from dgemma_ext import _C, SamplerConfig
+from dgemma_ext.engine import SnapshotStore
 from dgemma_ext.engine import scheduler as scheduler_module
-from dgemma_ext.model.cache import SnapshotStore
-from dgemma_ext.model.joint_pass import Pending
 from dgemma_ext.model.layers import Products
 from dgemma_ext.model.placement import resolve_products
 from dgemma_ext.ops import grouped_gemm
-from dgemma_ext.sampling.batch_step import batch_step
-from dgemma_ext.sampling.canvas_batch import make_canvas_batch
-from dgemma_ext.sampling.sampler import begin_canvas
+from dgemma_ext.sampling import begin_canvas, make_canvas_batch
 from models import random_model
 
 # The default model of the tests has windows of 16 and canvases of 8.

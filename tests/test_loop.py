@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from dgemma_ext.model.joint_pass import Pending
+from dgemma_ext.sampling.batch_step import batch_step
+from dgemma_ext.sampling.canvas_batch import Told, bucket_of, told_bytes
 
 import dgemma_ext as dg
 from backend import BACKEND
 from dgemma_ext import SamplerConfig, demo
 from dgemma_ext.engine import memory as memory_module
 from dgemma_ext.engine.loop import DRIVERS, DirectDevice, Look
-from dgemma_ext.model.joint_pass import Pending
 from dgemma_ext.ops import block_attention
-from dgemma_ext.sampling.batch_step import batch_step
-from dgemma_ext.sampling.canvas_batch import CanvasBatch, Told, bucket_of, make_canvas_batch, told_bytes
-from dgemma_ext.sampling.sampler import CanvasState, begin_canvas, denoising_step
+from dgemma_ext.sampling import CanvasBatch, CanvasState, begin_canvas, denoising_step, make_canvas_batch
 from models import random_model, smallest_model
 
 DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat16]

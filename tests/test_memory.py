@@ -12,13 +12,10 @@ from torch import Tensor
 import dgemma_ext as dg
 from checkpoints import make_checkpoint, write_published_layout
 from dgemma_ext import _C
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.files import inspect_checkpoint
-from dgemma_ext.checkpoint.quantization import parse_target, resolve_weights
-from dgemma_ext.checkpoint.quantize import convert
+from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target, resolve_weights
 from dgemma_ext.cli import main
+from dgemma_ext.engine import MemoryPlan, mapped_bytes, memory_plan
 from dgemma_ext.engine import memory as memory_module
-from dgemma_ext.engine.memory import MemoryPlan, mapped_bytes, memory_plan
 from dgemma_ext.ops.formats import QuantizedWeight
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -11,7 +11,7 @@ import torch
 
 import dgemma_ext as dg
 from checkpoints import PUBLISHED_CONFIG
-from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.profile import machine, profile, run
 from dgemma_ext.profile.count import PLAIN, total
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgemma_ext as dg
 from checkpoints import published_shapes
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.files import layer_layout, model_layout
+from dgemma_ext.checkpoint import ModelConfig, layer_layout, model_layout
 from dgemma_ext.ops import router, vocabulary_head
 from dgemma_ext.ops.plain import block_attention as block_attention_plain
 from dgemma_ext.ops.plain import denoise as denoise_plain

@@ -14,9 +14,8 @@ from torch import Tensor
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.quantization import parse_target
-from dgemma_ext.model.weights import ModelWeights, load_weights
+from dgemma_ext.checkpoint import ModelConfig, parse_target
+from dgemma_ext.model import ModelWeights, load_weights
 from dgemma_ext.ops.formats import QuantizedWeight
 from quantized_checkpoints import LAYER, MATRICES, requantize
 

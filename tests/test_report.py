@@ -87,7 +87,7 @@ def test_one_point_of_every_kind_runs(tmp_path: Path) -> None:
 
 
 def test_adaptive_counts_the_steps_that_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dgemma_ext.checkpoint.config import GenerationDefaults
+    from dgemma_ext.checkpoint import GenerationDefaults
 
     measurer = report_measure.Measurer(SMALL, "cpu")
     point = Point("adaptive", "bfloat16", 16, 2, 32)

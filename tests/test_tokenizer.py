@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.errors import CheckpointError
 
 CHAT: list[dict[str, Any]] = [

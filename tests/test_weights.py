@@ -22,16 +22,10 @@ from checkpoints import (
     published_shapes,
     write_published_layout,
 )
+from dgemma_ext.checkpoint import ModelConfig, expected_tensors, inspect_checkpoint, resolve_checkpoint
 from dgemma_ext.checkpoint import reading as loading
-from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.model.weights import (
-    ModelWeights,
-    expected_tensors,
-    inspect_checkpoint,
-    load_weights,
-    resolve_checkpoint,
-)
+from dgemma_ext.model import ModelWeights, load_weights
 
 LAYER_0 = "model.decoder.layers.0."
 INDEX = "model.safetensors.index.json"

@@ -24,7 +24,7 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as ge
 import dgemma_ext as dg
 import reference.denoise as reference
 from checkpoints import load_transformers
-from dgemma_ext.model.cache import Cache
+from dgemma_ext.model import Cache
 from dgemma_ext.ops.denoise import Purpose
 
 

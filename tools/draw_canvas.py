@@ -20,7 +20,7 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from dgemma_ext import DiffusionGemma, Draft, demo
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.grid import draft_grid
 from dgemma_ext.cli.palette import BACKGROUND, CAPTION
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes in decimal units, four figures."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:

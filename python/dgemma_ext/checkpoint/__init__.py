@@ -1,1 +1,62 @@
-"""."""
+"""What a folder on disk says: configuration, weights and their formats, tokenizer, chat template.
+
+`config` and `tokenizer` read the small files; `files` reads the headers of the weights and says how each weight is
+stored (`stored`); `reading` gets the values; `quantization` is a format to bring them to, `quantize` writes it.
+"""
+
+from __future__ import annotations
+
+from dgemma_ext.checkpoint.chat_template import ChatTemplate
+from dgemma_ext.checkpoint.config import FULL, SLIDING, GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
+from dgemma_ext.checkpoint.files import (
+    CheckpointInfo,
+    Layout,
+    expected_tensors,
+    inspect_checkpoint,
+    layer_layout,
+    model_layout,
+    resolve_checkpoint,
+)
+from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
+from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
+from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
+from dgemma_ext.checkpoint.stored import Experts, Matrix, Plain, Stored, TensorInfo, names_of
+from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Message, Tokenizer
+
+__all__ = [
+    "FULL",
+    "PARTS",
+    "SLIDING",
+    "TOKENIZER_FILE",
+    "ChatTemplate",
+    "CheckpointInfo",
+    "Experts",
+    "GenerationDefaults",
+    "LayerConfig",
+    "Layout",
+    "LoadProgress",
+    "MappedFiles",
+    "Matrix",
+    "Message",
+    "ModelConfig",
+    "PartError",
+    "Plain",
+    "RopeConfig",
+    "Stored",
+    "Target",
+    "TensorInfo",
+    "Tokenizer",
+    "Weight",
+    "WeightReader",
+    "convert",
+    "expected_tensors",
+    "inspect_checkpoint",
+    "layer_layout",
+    "model_layout",
+    "names_of",
+    "parse_target",
+    "plan_conversion",
+    "resolve_checkpoint",
+    "resolve_weights",
+    "stack_weights",
+]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
-from dgemma_ext.checkpoint.stored import PLAIN_DTYPES, Stored, find_weight, names_of
+from dgemma_ext.checkpoint.stored import PLAIN_DTYPES, Stored, TensorInfo, find_weight, names_of
 from dgemma_ext.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -36,17 +36,6 @@ _ITEM_BYTES = {
 }
 # The largest header that the safetensors library reads.
 _MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One stored tensor: the file it is in, its safetensors dtype name, its shape, its bytes and where they begin."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
 
 
 @dataclass(frozen=True)

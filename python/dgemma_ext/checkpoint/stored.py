@@ -21,15 +21,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import INT4_GROUPS, NVFP4_GROUP
 
-if TYPE_CHECKING:
-    from dgemma_ext.checkpoint.files import TensorInfo
 
-Tensors = Mapping[str, "TensorInfo"]
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: the file it is in, its safetensors dtype name, its shape, its bytes and where they begin."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+Tensors = Mapping[str, TensorInfo]
 
 PLAIN_DTYPES = ("BF16", "F32", "F16")
 _UNREAD = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")

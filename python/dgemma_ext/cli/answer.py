@@ -11,14 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from dgemma_ext.checkpoint.config import GenerationDefaults, ModelConfig
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig, Tokenizer, resolve_checkpoint
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.watch import Watch, canvas_picture, status_line, visible
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.events import Commit, Draft, Output
-from dgemma_ext.engine.request import Request
-from dgemma_ext.model.weights import resolve_checkpoint
+from dgemma_ext.engine import Commit, Draft, Output, Request
 
 
 def load_model(arguments: Arguments) -> DiffusionGemma:

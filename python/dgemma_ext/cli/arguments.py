@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from dgemma_ext import __version__
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
-from dgemma_ext.sampling.sampler import SamplerConfig
+from dgemma_ext.sampling import SamplerConfig
+from dgemma_ext.version import __version__
 
 _PICTURE = f"""\
 The picture shows the draft after every denoising step. A token's colour is its entropy, dark to bright as it settles,

@@ -12,8 +12,7 @@ from typing import Any, cast
 from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.chat import Chat
-from dgemma_ext.engine.events import Commit, Draft
+from dgemma_ext.engine import Chat, Commit, Draft
 
 _HELP = """\
 /help         this list

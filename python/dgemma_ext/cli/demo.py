@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from dgemma_ext import demo
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.answer import Timed, event_fields, result_fields, tokenizer_of, write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.grid import draft_digits, draft_picture, plain_grid
 from dgemma_ext.cli.watch import Watch, status_line, visible
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.events import Draft, Output
+from dgemma_ext.engine import Draft, Output
 
 
 @dataclass(frozen=True)

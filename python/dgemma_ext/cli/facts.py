@@ -11,14 +11,21 @@ from typing import Any
 
 import torch
 
-from dgemma_ext import _C, __version__, demo
-from dgemma_ext.checkpoint.config import GenerationDefaults, LayerConfig, ModelConfig
-from dgemma_ext.checkpoint.files import CheckpointInfo, expected_tensors, inspect_checkpoint
-from dgemma_ext.checkpoint.quantization import resolve_weights
-from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Tokenizer
-from dgemma_ext.engine.memory import USUAL_CONTEXT, memory_plan
-from dgemma_ext.model.cache import Cache
-from dgemma_ext.model.placement import resolve_dtype
+from dgemma_ext import _C, demo
+from dgemma_ext.checkpoint import (
+    TOKENIZER_FILE,
+    CheckpointInfo,
+    GenerationDefaults,
+    LayerConfig,
+    ModelConfig,
+    Tokenizer,
+    expected_tensors,
+    inspect_checkpoint,
+    resolve_weights,
+)
+from dgemma_ext.engine import USUAL_CONTEXT, memory_plan
+from dgemma_ext.model import Cache, resolve_dtype
+from dgemma_ext.version import __version__
 
 
 def machine_facts() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 
 from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.engine.scheduler import Prompt
+from dgemma_ext.engine import Prompt
 
 
 def run(arguments: Arguments) -> None:

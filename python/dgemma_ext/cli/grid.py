@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.palette import token_style
 from dgemma_ext.cli.watch import framed, pinned_positions, token_piece
 from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES
-from dgemma_ext.engine.events import Draft
+from dgemma_ext.engine import Draft
 
 # What a cell shows whose token is no single character: noise.
 _NO_DIGIT = "·"

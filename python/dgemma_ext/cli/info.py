@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgemma_ext.checkpoint.files import resolve_checkpoint
+from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.units import size
+from dgemma_ext.units import format_bytes
 
 
 def run(arguments: Arguments) -> None:
@@ -48,7 +48,7 @@ Rows = list[tuple[str, str]]
 
 
 def _machine_rows(facts: dict[str, Any]) -> Rows:
-    gpus = [f"{gpu['name']}, {size(gpu['bytes'])}" for gpu in facts["gpus"]]
+    gpus = [f"{gpu['name']}, {format_bytes(gpu['bytes'])}" for gpu in facts["gpus"]]
     return [
         ("version", f"dgemma_ext {facts['version']}, torch {facts['torch']}, Python {facts['python']}"),
         ("CPU", f"{facts['cpu']}; processors: {facts['processors']}, torch threads: {facts['threads']}"),
@@ -64,11 +64,11 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
     experts, sampler, parameters = facts["experts"], facts["sampler"], facts["parameters"]
     vision, cache = facts["vision"], facts["cache"]
     stored = "; ".join(
-        f"{part['tensors']:,} in {dtype}, {size(part['bytes'])}" for dtype, part in facts["stored"].items()
+        f"{part['tensors']:,} in {dtype}, {format_bytes(part['bytes'])}" for dtype, part in facts["stored"].items()
     )
     rows = [
         ("checkpoint", facts["path"]),
-        ("files", f"{facts['files']}, {size(facts['stored_bytes'])} of tensors"),
+        ("files", f"{facts['files']}, {format_bytes(facts['stored_bytes'])} of tensors"),
         ("tensors", stored),
         (
             "layers",
@@ -86,14 +86,15 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
         ("parameters", f"{parameters['text']:,} for text, {parameters['active']:,} active per token"),
         (
             "vision, skipped",
-            f"{vision['tensors']} tensors, {size(vision['bytes'])}: {', '.join(vision['prefixes'])}"
+            f"{vision['tensors']} tensors, {format_bytes(vision['bytes'])}: {', '.join(vision['prefixes'])}"
             if vision["tensors"]
             else "none stored",
         ),
         (
             "cache",
             f"{cache['bytes_per_token']:,} bytes per token ({cache['bytes_per_token_after_window']:,} beyond the "
-            f"window); a slot of {cache['slot_context']:,} tokens {size(cache['slot_bytes'])}, in {cache['dtype']}",
+            f"window); a slot of {cache['slot_context']:,} tokens {format_bytes(cache['slot_bytes'])}, "
+            f"in {cache['dtype']}",
         ),
         (
             "sampler",

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_ext import demo
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.files import resolve_checkpoint
-from dgemma_ext.checkpoint.quantization import Target, resolve_weights
+from dgemma_ext.checkpoint import ModelConfig, Target, resolve_checkpoint, resolve_weights
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.model.placement import resolve_activations, resolve_device, resolve_dtype
+from dgemma_ext.model import resolve_activations, resolve_device, resolve_dtype
 from dgemma_ext.profile import Profile, chart, check_sizes, profile, trace
 from dgemma_ext.profile.timeline import Pass, ratio_text
 from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
-from dgemma_ext.units import size
+from dgemma_ext.units import format_bytes
 
 RANDOM, DEMO = "random", "demo"
 # Final norm of a model with flat distributions; 1 leaves them as peaked as the tied head makes them.
@@ -67,7 +65,7 @@ def _model(arguments: Arguments) -> DiffusionGemma:
         device, dtype = resolve_device(arguments.device), resolve_dtype(arguments.dtype, config)
         kept = target.format if isinstance(target, Target) else str(dtype).removeprefix("torch.")
         activations = resolve_activations(arguments.activations, kept, config, device, dtype)
-        model = random_model(
+        return random_model(
             config,
             device,
             dtype,
@@ -75,9 +73,8 @@ def _model(arguments: Arguments) -> DiffusionGemma:
             arguments.experts_hit,
             final_norm=_FLAT if arguments.flat else 1.0,
             seed=arguments.seed or 0,
+            activations=activations,
         )
-        model.activations = activations
-        return model
     for name, value in (("layers", arguments.layers), ("experts-hit", arguments.experts_hit), ("flat", arguments.flat)):
         if value:
             raise ValueError(f"--{name} is for MODEL {RANDOM}, got {arguments.model}")
@@ -136,11 +133,19 @@ def _rows(step: Pass) -> list[str]:
             lines.append((row.part.label, _ms(row.seconds), share, "-", "-", "-", "-"))
             continue
         gigaflops = f"{row.flops / 1e9:.4g}" if row.flops else "-"
-        counted = (size(round(row.bytes)), gigaflops, _ms(row.floor), ratio_text(row.ratio or 0))
+        counted = (format_bytes(round(row.bytes)), gigaflops, _ms(row.floor), ratio_text(row.ratio or 0))
         lines.append((row.part.label, _ms(row.seconds), share, *counted))
     moved, flops = (sum(getattr(row, name) or 0 for row in step.rows) for name in ("bytes", "flops"))
     ratio = ratio_text(step.seconds / step.floor)
-    total = ("step", _ms(step.seconds), "100 %", size(round(moved)), f"{flops / 1e9:.4g}", _ms(step.floor), ratio)
+    total = (
+        "step",
+        _ms(step.seconds),
+        "100 %",
+        format_bytes(round(moved)),
+        f"{flops / 1e9:.4g}",
+        _ms(step.floor),
+        ratio,
+    )
     lines.append(total)
     widths = [max(len(line[column]) for line in lines) for column in range(len(total))]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]

@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dgemma_ext.checkpoint.files import resolve_checkpoint
-from dgemma_ext.checkpoint.quantization import PARTS, parse_target
-from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
-from dgemma_ext.checkpoint.reading import LoadProgress
+from dgemma_ext.checkpoint import (
+    PARTS,
+    LoadProgress,
+    PartError,
+    convert,
+    parse_target,
+    plan_conversion,
+    resolve_checkpoint,
+)
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.units import size
+from dgemma_ext.units import format_bytes
 
 
 def run(arguments: Arguments) -> None:
@@ -37,7 +42,7 @@ def run(arguments: Arguments) -> None:
         )
         return
     print(_table(errors))
-    print(f"{destination}: {size(before)} to {size(after)} as {arguments.to}, {seconds:.1f} s")
+    print(f"{destination}: {format_bytes(before)} to {format_bytes(after)} as {arguments.to}, {seconds:.1f} s")
 
 
 def _table(errors: list[PartError]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from dgemma_ext.cli import chat, demo, generate, info, profile, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
-from dgemma_ext.engine.memory import NotEnoughMemory
+from dgemma_ext.engine import NotEnoughMemory
 from dgemma_ext.errors import CheckpointError
 
 _COMMANDS: dict[str, Callable[[Arguments], None]] = {

@@ -13,9 +13,9 @@ from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
-from dgemma_ext.checkpoint.tokenizer import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.palette import BACKGROUND, CAPTION, token_style
-from dgemma_ext.engine.events import Draft
+from dgemma_ext.engine import Draft
 
 # What stands for the end of the answer, and for each token after it, which the answer leaves out.
 _END, _AFTER_END = "■", "·"

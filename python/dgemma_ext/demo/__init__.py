@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES, Puzzle, check, generate
-from dgemma_ext.sampling.sampler import Canvas
+from dgemma_ext.sampling import Canvas
 
 if TYPE_CHECKING:
     from dgemma_ext.diffusion_gemma import DiffusionGemma

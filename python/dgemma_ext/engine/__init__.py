@@ -1,1 +1,52 @@
-"""."""
+"""From requests to answers: who runs when, on which rows, and how the host drives the device.
+
+`scheduler` admits requests and turns steps into events; `group` keeps the rows of requests that are stepped together;
+`runner` and `cuda_graphs` run the steps, `loop` drives those of a whole canvas; `memory` counts what it all takes.
+`generate` and `chat` are built on the scheduler.
+"""
+
+from __future__ import annotations
+
+from dgemma_ext.engine.chat import Chat
+from dgemma_ext.engine.events import Commit, Draft, Event, Failure
+from dgemma_ext.engine.generate import generate, stream
+from dgemma_ext.engine.memory import (
+    USUAL_CONTEXT,
+    MemoryPlan,
+    NotEnoughMemory,
+    available_bytes,
+    batch_plan,
+    check_memory,
+    mapped_bytes,
+    memory_plan,
+)
+from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.request import Request, RequestState
+from dgemma_ext.engine.scheduler import Scheduler
+from dgemma_ext.engine.served import Prompt, ServedModel
+from dgemma_ext.engine.snapshots import SnapshotStore
+
+__all__ = [
+    "USUAL_CONTEXT",
+    "Chat",
+    "Commit",
+    "Draft",
+    "Event",
+    "Failure",
+    "MemoryPlan",
+    "NotEnoughMemory",
+    "Output",
+    "Prompt",
+    "Request",
+    "RequestState",
+    "Scheduler",
+    "ServedModel",
+    "SnapshotStore",
+    "available_bytes",
+    "batch_plan",
+    "check_memory",
+    "generate",
+    "mapped_bytes",
+    "memory_plan",
+    "stream",
+]

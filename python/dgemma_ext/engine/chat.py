@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.model.cache import SnapshotStore
-from dgemma_ext.sampling.sampler import SamplerConfig
+from dgemma_ext.engine.served import ServedModel
+from dgemma_ext.engine.snapshots import SnapshotStore
+from dgemma_ext.sampling import SamplerConfig
 
 Message = dict[str, object]
 
@@ -21,7 +21,7 @@ class Chat:
     on from the longest snapshot that begins the new prompt, not from where the last answer ended.
     """
 
-    def __init__(self, model: DiffusionGemma, system: str | None = None, max_length: int | None = None) -> None:
+    def __init__(self, model: ServedModel, system: str | None = None, max_length: int | None = None) -> None:
         if model.tokenizer is None:
             raise ValueError("a chat needs a checkpoint with tokenizer.json")
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]

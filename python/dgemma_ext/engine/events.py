@@ -1,14 +1,12 @@
-"""What a request tells its caller: a draft at every denoising step, a commit for every finished canvas, the output."""
+"""What a request tells its caller on the way: a draft at every denoising step, a commit for every finished canvas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from dgemma_ext.engine.request import Request
+from dgemma_ext.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -57,21 +55,3 @@ class Failure:
 
 
 Event = Draft | Commit | Failure
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished answer.
-
-    token_ids: up to and with the first end-of-sequence token, at most max_new_tokens, no padding.
-    denoising_steps: one number per canvas. tokens_per_forward: tokens kept / denoising steps.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    denoising_steps: tuple[int, ...]
-
-    @property
-    def tokens_per_forward(self) -> float:
-        return len(self.token_ids) / sum(self.denoising_steps)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.events import Commit, Draft, Failure, Output
-from dgemma_ext.engine.scheduler import Prompt, Scheduler, positions_needed, prompt_to_ids
-from dgemma_ext.sampling.canvas_batch import bucket_of
-from dgemma_ext.sampling.sampler import Canvas, SamplerConfig
+from dgemma_ext.engine.events import Commit, Draft, Failure
+from dgemma_ext.engine.group import bucket_of
+from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.scheduler import Scheduler, positions_needed
+from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
+from dgemma_ext.sampling import Canvas, SamplerConfig
 
 # More requests than this at once wait their turn: on a CPU a larger batch makes nothing faster, and each slot costs
 # memory.
@@ -19,8 +19,14 @@ _MAX_BATCH = 32
 _LEAST_POSITIONS = 1024
 
 
+class GeneratingModel(ServedModel, Protocol):
+    """A model that keeps the scheduler of the last call."""
+
+    kept_scheduler: Scheduler | None
+
+
 def generate(
-    model: DiffusionGemma,
+    model: GeneratingModel,
     prompt: Prompt | Sequence[Prompt],
     max_new_tokens: int | None = None,
     sampler: SamplerConfig | None = None,
@@ -53,7 +59,7 @@ def generate(
 
 
 def stream(
-    model: DiffusionGemma,
+    model: GeneratingModel,
     prompt: Prompt | Sequence[Prompt],
     max_new_tokens: int | None = None,
     sampler: SamplerConfig | None = None,
@@ -72,21 +78,21 @@ class _Run:
 
     def __init__(
         self,
-        model: DiffusionGemma,
+        model: GeneratingModel,
         prompts: Sequence[Prompt],
         max_new_tokens: int | None,
         sampler: SamplerConfig | None,
         seed: int | Sequence[int],
         canvas: Canvas | Sequence[Canvas | None] | None,
     ) -> None:
-        self.model = model  # alive while a stream is
         seeds = _one_per_prompt("seed", seed, isinstance(seed, int), len(prompts))
         canvases = _one_per_prompt("canvas", canvas, canvas is None or isinstance(canvas, Canvas), len(prompts))
-        ids = [prompt_to_ids(model, prompt) for prompt in prompts]
-        resolved = (sampler or SamplerConfig()).resolve(model.defaults, model.config.canvas_length)
+        config = model.network.config
+        ids = [prompt_to_ids(prompt, model.tokenizer, config.vocab_size) for prompt in prompts]
+        resolved = (sampler or SamplerConfig()).resolve(model.defaults, config.canvas_length)
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         longest = positions_needed(max(map(len, ids)), max(limit, 1), resolved.canvas_length)
-        context = model.config.max_position_embeddings
+        context = config.max_position_embeddings
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests = [
             self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas)
@@ -106,7 +112,7 @@ class _Run:
                 request.cancel()
 
 
-def _scheduler_for(model: DiffusionGemma, requests: int, positions: int) -> Scheduler:
+def _scheduler_for(model: GeneratingModel, requests: int, positions: int) -> Scheduler:
     """A scheduler for so many requests of so many positions; on a GPU the last call's, where it is large enough.
 
     There its buffers and graphs are worth keeping: to capture a step takes as long as some steps. So sizes are rounded
@@ -120,16 +126,14 @@ def _scheduler_for(model: DiffusionGemma, requests: int, positions: int) -> Sche
     if kept is None or kept.max_batch < requests or kept.cache.max_length < positions:
         kept = model.kept_scheduler = None  # its memory first
         rounded = max(_LEAST_POSITIONS, bucket_of(positions))
-        # It must not keep the model that keeps it: who drops the model wants its memory back at once.
-        proxy: DiffusionGemma = weakref.proxy(model)
-        kept = Scheduler(proxy, bucket_of(requests), min(rounded, model.config.max_position_embeddings))
+        kept = Scheduler(model, bucket_of(requests), min(rounded, model.network.config.max_position_embeddings))
         model.kept_scheduler = kept
     kept.number_from_zero()
     return kept
 
 
-def _keeps_schedulers(model: DiffusionGemma) -> bool:
-    return model.device.type == "cuda"
+def _keeps_schedulers(model: GeneratingModel) -> bool:
+    return model.network.device.type == "cuda"
 
 
 def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:

@@ -6,30 +6,31 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dgemma_ext import _C
-from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
-from dgemma_ext.checkpoint.files import CheckpointInfo, layer_layout, model_layout
-from dgemma_ext.checkpoint.quantization import PARTS, Target
-from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored, names_of
-from dgemma_ext.model.cache import Cache
-from dgemma_ext.model.joint_pass import JOINT_TOKENS
-from dgemma_ext.model.placement import check_activations
+from dgemma_ext.checkpoint import (
+    PARTS,
+    CheckpointInfo,
+    Experts,
+    LayerConfig,
+    Matrix,
+    ModelConfig,
+    Stored,
+    Target,
+    layer_layout,
+    model_layout,
+    names_of,
+)
+from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, Cache, Network, check_activations
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.ops.quantized_gemm import FORMAT_NUMBERS
-from dgemma_ext.sampling.canvas_batch import make_canvas_batch
-from dgemma_ext.units import size
-
-if TYPE_CHECKING:
-    from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.sampling import make_canvas_batch, make_step_buffers
+from dgemma_ext.units import format_bytes
 
 # Positions of a cache slot unless a caller names them; the model's context where that is shorter.
 USUAL_CONTEXT = 8192
-# Positions of one piece of a long prompt (model.ENCODE_CHUNK).
-_CHUNK = 4096
 # Bytes of codes and scales for one value; a row's or a matrix's own scales are counted apart.
 _BYTES_OF_A_VALUE = {"fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "nvfp4-modelopt": 0.5 + 1 / 16}
 
@@ -60,7 +61,7 @@ class MemoryPlan:
         ]
 
     def table(self) -> str:
-        return "\n".join(f"{what:18}  {how:24}  {size(nbytes):>8}" for what, how, nbytes in self.rows())
+        return "\n".join(f"{what:18}  {how:24}  {format_bytes(nbytes):>8}" for what, how, nbytes in self.rows())
 
 
 def _several(count: int, what: str) -> str:
@@ -75,7 +76,9 @@ class NotEnoughMemory(MemoryError):
         self.plan = plan
         self.available = available
         what = "the model" if plan.weights else f"a batch of {plan.requests}"
-        super().__init__(f"{device} has {size(available)} free, and {what} takes {size(plan.total)}:\n{plan.table()}")
+        super().__init__(
+            f"{device} has {format_bytes(available)} free, and {what} takes {format_bytes(plan.total)}:\n{plan.table()}"
+        )
 
 
 def memory_plan(
@@ -108,22 +111,23 @@ def memory_plan(
     )
 
 
-def batch_plan(model: DiffusionGemma, requests: int, length: int, max_length: int, slots: int) -> MemoryPlan:
+def batch_plan(network: Network, requests: int, length: int, max_length: int, slots: int) -> MemoryPlan:
     """What a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache of `slots`
     (0 where there is one) for `max_length` positions each."""
-    config, dtype, device = model.config, model.dtype, model.device
-    buffers = make_canvas_batch(model, requests, length, device="meta")
+    config, dtype, device = network.config, network.dtype, network.device
+    batch = make_canvas_batch(network, requests, length, device="meta")
+    buffers = make_step_buffers(network, requests, length, device="meta")
     cache = 0
     if slots:
         cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
     positions = _positions(requests, length, max_length)
-    experts = [weight for layer in model.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
+    experts = [weight for layer in network.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
     kept = {weight.name if isinstance(weight, QuantizedWeight) else "plain" for weight in experts}
-    workspace = _workspace(config, positions, dtype, device, kept, model.activations)
+    workspace = _workspace(config, positions, dtype, device, kept, network.options.activations)
     return MemoryPlan(
         weights={},
         cache=cache,
-        workspace=workspace + buffers.nbytes - buffers.logits.nbytes,
+        workspace=workspace + batch.nbytes + buffers.nbytes - buffers.logits.nbytes,
         logits=buffers.logits.nbytes,
         context=max_length,
         requests=requests,
@@ -207,7 +211,7 @@ def _group(stored: Stored) -> int:
 
 def _positions(requests: int, length: int, max_length: int) -> int:
     """The most rows of a pass: a piece of a prompt, or canvases with what their first step encodes."""
-    return max(min(_CHUNK, max_length), requests * length + min(JOINT_TOKENS, max_length))
+    return max(min(ENCODE_CHUNK, max_length), requests * length + min(MAX_PREFILL_TOKENS, max_length))
 
 
 def _workspace(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING
 
-from dgemma_ext.engine.events import Output
-from dgemma_ext.sampling.sampler import Canvas, CanvasState, ResolvedSampler
-
-if TYPE_CHECKING:
-    from dgemma_ext.engine.scheduler import Scheduler
-    from dgemma_ext.model.cache import SnapshotStore
+from dgemma_ext.checkpoint import Tokenizer
+from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.snapshots import SnapshotStore
+from dgemma_ext.sampling import Canvas, ResolvedSampler
 
 
 class RequestState(Enum):
@@ -27,7 +24,6 @@ class Request:
 
     def __init__(
         self,
-        scheduler: Scheduler,
         number: int,
         prompt_ids: list[int],
         max_new_tokens: int,
@@ -35,6 +31,8 @@ class Request:
         seed: int,
         canvas: Canvas | None,
         snapshots: SnapshotStore | None,
+        tokenizer: Tokenizer | None,
+        cancel: Callable[[Request], bool],
     ) -> None:
         self.number = number
         self.prompt_ids = prompt_ids
@@ -48,20 +46,18 @@ class Request:
         self.token_ids: list[int] = []
         self.denoising_steps: list[int] = []
         self.finish_reason: str | None = None
-        self._scheduler = scheduler
-        self._tokenizer = scheduler.model.tokenizer
-        self._slot = -1
+        self._tokenizer = tokenizer
+        self._cancel = cancel
+        self._emitted_text = ""
         certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
-        # Of the canvas under way.
-        self._length = sampler.canvas_length
-        # Between the first and the last denoising step of a canvas. `_work` is the canvas where it goes alone.
-        self._in_canvas = False
-        self._work: CanvasState | None = None
-        # Ids that the next canvas must see and that are not in the cache yet.
-        self._uncached = prompt_ids
-        self._told_text = ""
+        # What the scheduler keeps: the slot of the cache, the ids that it holds, and those that the next canvas is to
+        # see and that are not in it yet; the length of the canvas under way, and whether there is one.
+        self._slot = -1
         self._cached: list[int] = []
+        self._uncached = prompt_ids
+        self._length = sampler.canvas_length
+        self._in_canvas = False
 
     @property
     def done(self) -> bool:
@@ -69,7 +65,7 @@ class Request:
 
     @property
     def canvas_lengths(self) -> set[int]:
-        """Of the canvases that the answer may have."""
+        """The lengths of the canvases that the answer may have."""
         canvases = -(-self._longest // self.sampler.canvas_length)
         return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
 
@@ -89,7 +85,7 @@ class Request:
 
     def cancel(self) -> bool:
         """Stops the request and frees its slot at once. False where it had already ended."""
-        return self._scheduler._cancel(self)
+        return self._cancel(self)
 
     def new_text(self) -> str:
         """What the answer's text has gained since the last call.
@@ -100,7 +96,7 @@ class Request:
         text = self.decode(self.token_ids)
         if self.finish_reason is None:
             text = text.rstrip("\ufffd")
-        gained, self._told_text = text[len(self._told_text) :], text
+        gained, self._emitted_text = text[len(self._emitted_text) :], text
         return gained
 
     def decode(self, ids: Sequence[int]) -> str:

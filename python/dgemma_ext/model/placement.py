@@ -5,24 +5,24 @@ from __future__ import annotations
 import torch
 
 from dgemma_ext import _C
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.model.layers import Products
+from dgemma_ext.checkpoint import ModelConfig
+from dgemma_ext.model.matmul import MatmulMode
 from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def resolve_products(batch_invariant: bool, device: torch.device, dtype: torch.dtype) -> Products:
+def resolve_matmul(batch_invariant: bool, device: torch.device, dtype: torch.dtype) -> MatmulMode:
     """How dense products are made. Raises ValueError where a batch cannot be kept from changing bits."""
     if device.type == "cpu":
-        return Products.APART
+        return MatmulMode.PER_REQUEST
     if not batch_invariant:
-        return Products.TOGETHER
+        return MatmulMode.BATCHED
     if dtype != torch.bfloat16:
         raise ValueError(f"batch_invariant on a GPU is for dtype bfloat16, got {dtype}")
     if not _C.has_cuda():
         raise ValueError("batch_invariant on a GPU needs a build with CUDA kernels, and this one has none")
-    return Products.INVARIANT
+    return MatmulMode.INVARIANT
 
 
 def check_activations(activations: str | None, kept: str) -> None:

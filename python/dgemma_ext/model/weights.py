@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.files import (
+from dgemma_ext.checkpoint import (
     CheckpointInfo,
     Layout,
+    LoadProgress,
+    MappedFiles,
+    ModelConfig,
+    Stored,
+    Target,
     TensorInfo,
+    Weight,
+    WeightReader,
     expected_tensors,
     inspect_checkpoint,
     layer_layout,
     model_layout,
+    names_of,
     resolve_checkpoint,
+    stack_weights,
 )
-from dgemma_ext.checkpoint.quantization import Target
-from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
-from dgemma_ext.checkpoint.stored import Stored, names_of
 from dgemma_ext.ops.formats import QuantizedWeight
 
 __all__ = [

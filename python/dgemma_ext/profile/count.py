@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
-from dgemma_ext.checkpoint.files import layer_layout, model_layout
-from dgemma_ext.checkpoint.reading import Weight
-from dgemma_ext.model.weights import ModelWeights
+from dgemma_ext.checkpoint import LayerConfig, ModelConfig, Weight, layer_layout, model_layout
+from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
 from dgemma_ext.profile.parts import Part
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from dgemma_ext.engine.memory import available_bytes
+from dgemma_ext.engine import available_bytes
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.profile.count import PLAIN
 

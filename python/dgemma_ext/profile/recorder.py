@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
-from dgemma_ext.model.weights import ModelWeights
+from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part

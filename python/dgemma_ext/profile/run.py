@@ -9,10 +9,9 @@ from statistics import mean
 
 import torch
 
-from dgemma_ext.checkpoint.config import ModelConfig
+from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.events import Draft, Event, Failure
-from dgemma_ext.engine.scheduler import Scheduler
+from dgemma_ext.engine import Draft, Event, Failure, Scheduler
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
 from dgemma_ext.profile.count import (
     Operation,
@@ -26,7 +25,7 @@ from dgemma_ext.profile.kernels import events_of, slices_on_gpu
 from dgemma_ext.profile.machine import Machine, measure, measure_after
 from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles, statistics_in_head
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
-from dgemma_ext.sampling.sampler import SamplerConfig
+from dgemma_ext.sampling import SamplerConfig
 
 # The first step of a canvas has no self-conditioning; the second is the first of the kind that is measured.
 _WARM_UP = 2

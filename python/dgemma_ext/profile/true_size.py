@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
-from dgemma_ext.checkpoint.config import FULL, SLIDING, GenerationDefaults, ModelConfig
-from dgemma_ext.checkpoint.files import Layout, layer_layout, model_layout
-from dgemma_ext.checkpoint.quantization import Target
+from dgemma_ext.checkpoint import (
+    FULL,
+    SLIDING,
+    GenerationDefaults,
+    Layout,
+    ModelConfig,
+    Target,
+    layer_layout,
+    model_layout,
+)
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine.memory import available_bytes
-from dgemma_ext.model.weights import LayerWeights, ModelWeights, quantized_weight
-from dgemma_ext.units import size
+from dgemma_ext.engine import available_bytes
+from dgemma_ext.model import LayerWeights, ModelWeights, Network, quantized_weight
+from dgemma_ext.units import format_bytes
 
 LAYERS = 30
 EXPERTS = 128
@@ -70,6 +77,7 @@ def random_model(
     experts_hit: int | None = None,
     final_norm: float = 1.0,
     seed: int = 0,
+    activations: str | None = None,
 ) -> DiffusionGemma:
     """Normal weights, unit norms and scalars, made on the device.
 
@@ -103,9 +111,8 @@ def random_model(
         layers.append(LayerWeights(**values))
     ends = made(model_layout(config))
     ends["norm"].fill_(final_norm)
-    return DiffusionGemma(
-        config, ModelWeights(**ends, layers=layers), GenerationDefaults.from_dict({}, config), tokenizer=None
-    )
+    network = Network(config, ModelWeights(**ends, layers=layers), activations=activations)
+    return DiffusionGemma(network, GenerationDefaults.from_dict({}, config), tokenizer=None)
 
 
 def _check_room(config: ModelConfig, device: torch.device, dtype: torch.dtype, target: Target | None) -> None:
@@ -119,6 +126,6 @@ def _check_room(config: ModelConfig, device: torch.device, dtype: torch.dtype, t
     free = available_bytes(device)
     if free is not None and wanted > free:
         raise ValueError(
-            f"a random model of {len(config.layers)} layers takes {size(round(wanted))}, and {device} has "
-            f"{size(free)} free; fewer layers take less"
+            f"a random model of {len(config.layers)} layers takes {format_bytes(round(wanted))}, and {device} has "
+            f"{format_bytes(free)} free; fewer layers take less"
         )

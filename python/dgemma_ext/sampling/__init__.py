@@ -1,1 +1,33 @@
-"""."""
+"""How a canvas is sampled: settings, what it begins with, its state, and the one denoising step.
+
+`settings` and `canvas` are what a caller says; `state` holds the tensors of a batch of canvases; `step` begins a canvas
+and advances the batch.
+"""
+
+from __future__ import annotations
+
+from dgemma_ext.sampling.canvas import Canvas
+from dgemma_ext.sampling.settings import ResolvedSampler, SamplerConfig
+from dgemma_ext.sampling.state import (
+    CanvasBatch,
+    CanvasState,
+    StepBuffers,
+    StepOutput,
+    make_canvas_batch,
+    make_step_buffers,
+)
+from dgemma_ext.sampling.step import begin_canvas, denoising_step
+
+__all__ = [
+    "Canvas",
+    "CanvasBatch",
+    "CanvasState",
+    "ResolvedSampler",
+    "SamplerConfig",
+    "StepBuffers",
+    "StepOutput",
+    "begin_canvas",
+    "denoising_step",
+    "make_canvas_batch",
+    "make_step_buffers",
+]

@@ -1,7 +1,7 @@
-"""A batch's steps on a GPU: a step is a captured CUDA graph, a canvas one launch where the driver has WHILE nodes.
+"""The steps of a batch on a GPU: a step is a captured CUDA graph, a canvas one launch where the driver has WHILE nodes.
 
-What the host wants to know is copied into pinned memory with an event behind it, so that it waits for that copy alone.
-Operators that wait for the device themselves cannot be captured: the plain torch forms, and all with DGEMMA_SYNC=1.
+The output of a step is copied into pinned memory with an event behind it, so that the host waits for that copy alone.
+Operators that wait for the device themselves cannot be captured: the fallback torch forms, and all with DGEMMA_SYNC=1.
 """
 
 from __future__ import annotations
@@ -11,107 +11,103 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dgemma_ext import _C
-from dgemma_ext.engine.loop import Device, DirectDevice, Look
-from dgemma_ext.sampling.canvas_batch import CanvasBatch, Told, told_bytes
-
-if TYPE_CHECKING:
-    from dgemma_ext.diffusion_gemma import DiffusionGemma
-    from dgemma_ext.model.cache import Cache
-    from dgemma_ext.model.joint_pass import Pending
+from dgemma_ext.engine.runner import AsyncOutput, EagerRunner, StepRunner
+from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput
 
 # Calls before a capture: libraries choose algorithms and allocate in their first, torch's manual asks for some.
 _WARM_UP = 2
 
 
-def graphs_can_serve() -> bool:
+def can_capture(network: Network) -> bool:
     """Whether every operator of a step can be captured."""
     plain, waits = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
-    return _C.has_cuda() and not plain and not waits
+    return _C.has_cuda() and not plain and not waits and not network.options.debug
 
 
-def cuda_device(model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> Device:
-    """Where steps of this batch run: in graphs, or operator by operator where they cannot be captured."""
-    if graphs_can_serve():
+def cuda_runner(network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> StepRunner:
+    """Runs the steps of this batch: in graphs, or operator by operator where they cannot be captured."""
+    if can_capture(network):
         try:
-            return GraphDevice(model, cache, batch)
+            return CudaGraphRunner(network, cache, batch, buffers)
         except RuntimeError as error:
-            _say_once(f"a denoising step could not be captured in a CUDA graph, so it runs launch by launch: {error}")
-    return LaunchDevice(model, cache, batch)
+            _warn_once(f"a denoising step could not be captured in a CUDA graph, so it runs launch by launch: {error}")
+    return CudaEagerRunner(network, cache, batch, buffers)
 
 
-class LaunchDevice(DirectDevice):
-    """Operator by operator; the host waits for nothing but the copies of its looks."""
+class CudaEagerRunner(EagerRunner):
+    """Operator by operator; the host waits for nothing but the copies of outputs."""
 
     repeats = False
 
-    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
-        super().__init__(model, cache, batch)
-        # Two: a driver that is a step late waits for one copy while the next one is under way.
-        self._copies = [_PinnedCopy(batch) for _ in range(2)]
-        self._looks = 0
+    def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
+        super().__init__(network, cache, batch, buffers)
+        # Two: a loop that is a step behind waits for one copy while the next one is under way.
+        self._copies = [_PinnedOutput(batch) for _ in range(2)]
+        self._copied = 0
 
-    def look(self) -> Look:
-        self._looks += 1
-        copy = self._copies[self._looks % 2]
+    def copy_to_host(self) -> AsyncOutput:
+        self._copied += 1
+        copy = self._copies[self._copied % 2]
         copy.queue()
         return copy
 
 
-class GraphDevice(LaunchDevice):
+class CudaGraphRunner(CudaEagerRunner):
     """A step is one launch of a graph, and so is a whole canvas, where the driver can repeat a step by itself."""
 
-    def __init__(self, model: DiffusionGemma, cache: Cache, batch: CanvasBatch) -> None:
-        super().__init__(model, cache, batch)
-        self._steps_left = torch.zeros(1, dtype=torch.int32, device=model.device)
+    def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
+        super().__init__(network, cache, batch, buffers)
+        self._steps_left = torch.zeros(1, dtype=torch.int32, device=network.device)
         flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
-        with torch.cuda.device(model.device), _nothing_active(batch):
+        with torch.cuda.device(network.device), _nothing_active(batch):
             self._graph = _captured(batch, super().step)
             try:
                 self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
                 # Tried once, so that what a driver refuses at its launch is met here.
-                self.until_finished(1)
+                self.run_until_finished(1)
                 torch.cuda.current_stream().synchronize()
                 self.repeats = True
             except RuntimeError as error:
-                _say_once(f"the host queues every denoising step by itself, one ahead: {error}")
+                _warn_once(f"the host queues every denoising step by itself, one ahead: {error}")
 
-    def step(self, pending: Sequence[Pending] = ()) -> None:
-        if pending:
-            super().step(pending)  # of a shape that is not met again
+    def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
+        if chunks:
+            super().step(chunks)  # of a shape that is not met again
         else:
             self._graph.replay()
 
-    def until_finished(self, most: int) -> None:
-        self._steps_left.fill_(most)
+    def run_until_finished(self, max_steps: int) -> None:
+        self._steps_left.fill_(max_steps)
         device = self._steps_left.device
         with torch.cuda.device(device):
             self._loop.launch(torch.cuda.current_stream(device).cuda_stream)
 
 
-class _PinnedCopy:
-    """What was told, on its way to the host."""
+class _PinnedOutput:
+    """An output on its way to pinned memory."""
 
     def __init__(self, batch: CanvasBatch) -> None:
-        self._source = batch.told
-        self._buffer = _pinned_like(batch.told)
-        self._told = Told.over(self._buffer, batch.told.numel() // told_bytes(1, batch.length), batch.length)
+        self._source = batch.output
+        self._buffer = _pinned_like(batch.output)
+        self._output = StepOutput.over(self._buffer, batch.length)
         self._done = torch.cuda.Event()
 
     def queue(self) -> None:
         self._buffer.copy_(self._source, non_blocking=True)
         self._done.record(torch.cuda.current_stream(self._source.device))
 
-    def wait(self) -> Told:
+    def wait(self) -> StepOutput:
         self._done.synchronize()
-        return self._told
+        return self._output
 
 
-def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+def _pinned_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
@@ -151,5 +147,5 @@ def _pool(device: torch.device) -> torch.cuda._POOL_HANDLE:
 
 
 @cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)

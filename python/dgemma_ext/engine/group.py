@@ -1,0 +1,161 @@
+"""Requests that share their denoising steps: they join and leave between steps, and their rows stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from dgemma_ext.engine.loop import loop_for
+from dgemma_ext.engine.runner import EagerRunner, StepRunner
+from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.sampling import (
+    Canvas,
+    CanvasBatch,
+    ResolvedSampler,
+    StepBuffers,
+    StepOutput,
+    begin_canvas,
+    make_canvas_batch,
+    make_step_buffers,
+)
+
+Member = TypeVar("Member")
+
+# make(network, cache, batch, buffers): what runs the steps of the batch.
+MakeRunner = Callable[[Network, Cache, CanvasBatch, StepBuffers], StepRunner]
+
+
+def bucket_of(requests: int) -> int:
+    """The batch size that so many requests run in: the next power of two, so that few graphs serve all."""
+    return 1 << max(requests - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a member's canvas is: its row of a step's output."""
+
+    output: StepOutput
+    row: int
+    num_steps: int  # made and counted; one that meets a number that is not finite is not counted
+    error: str | None = None  # of the host, where a check of the host failed
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row without reading the device."""
+
+    first_step: int
+    next_step: int  # as of the last output read
+    max_steps: int
+    masks: int  # of allowed tokens
+    chunk: PrefillChunk | None  # what the first step is to encode
+
+
+class CanvasGroup(Generic[Member]):
+    """Up to `capacity` members with canvases of one length. Rows 0 to n - 1 are in use, and a step runs over the next
+    power of two.
+
+    shared: whether the rows of a step share one pass; otherwise they are stepped by turns over one set of buffers.
+    driver: a name of loop.LOOPS. make_runner: what runs steps; called for every batch size when it is first met.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cache: Cache,
+        capacity: int,
+        length: int,
+        shared: bool = True,
+        driver: str = "eager",
+        make_runner: MakeRunner = EagerRunner,
+    ) -> None:
+        self._network, self._cache, self._shared = network, cache, shared
+        self._batch = make_canvas_batch(network, bucket_of(capacity), length)
+        self._buffers = make_step_buffers(network, self._batch.rows if shared else 1, length)
+        self._driver, self._make_runner = driver, make_runner
+        self._runners: dict[int, StepRunner] = {}
+        self._members: list[Member] = []
+        self._rows: list[_Row] = []
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(self._members)
+
+    @property
+    def num_prefill(self) -> int:
+        """How many tokens the next pass is to encode beside its canvases."""
+        return sum(map(len, self._chunks())) if self._shared else 0
+
+    def join(
+        self,
+        member: Member,
+        slot: int,
+        sampler: ResolvedSampler,
+        seed: int,
+        index: int,
+        content: Canvas | None = None,
+        chunk: PrefillChunk | None = None,
+    ) -> None:
+        """Begins canvas `index` of a request, over what the slot holds and the chunk, which its first step encodes."""
+        row, length = len(self._members), self._batch.length
+        prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
+        masks = begin_canvas(self._network, self._batch, row, sampler, seed, index, content)
+        positions = torch.arange(prefix, prefix + length, device=self._network.device)
+        self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
+        first_step = 1 if content is None else content.first_step(index, sampler.canvas_length)
+        self._members.append(member)
+        self._rows.append(_Row(first_step, first_step, sampler.max_denoising_steps, masks, chunk))
+
+    def leave(self, member: Member) -> None:
+        """Gives the member's row up; the last row takes its place. No-op for a non-member."""
+        if member not in self._members:
+            return
+        row, last = self._members.index(member), len(self._members) - 1
+        if row != last:
+            self._batch.move(last, row, self._rows[last].masks)
+            self._members[row], self._rows[row] = self._members[last], self._rows[last]
+        self._batch.clear(last)
+        self._members.pop()
+        self._rows.pop()
+
+    def step(self) -> dict[Member, Progress]:
+        """One denoising step of every member."""
+        runner = self.runner()
+        runner.step(self._take_chunks())
+        return self._progress(runner, runner.copy_to_host().wait())
+
+    def run(self) -> dict[Member, Progress]:
+        """Steps until a member's canvas is finished."""
+        max_steps = min(row.max_steps - row.next_step + 1 for row in self._rows)
+        runner = self.runner()
+        loop = loop_for(runner, self._driver)
+        return self._progress(runner, loop(runner, len(self._members), max_steps, self._take_chunks()))
+
+    def runner(self) -> StepRunner:
+        """What runs the steps of the members that are here."""
+        rows = bucket_of(len(self._members))
+        if rows not in self._runners:
+            buffers = self._buffers.first(rows) if self._shared else self._buffers
+            batch = self._batch.rows_between(0, rows)
+            self._runners[rows] = self._make_runner(self._network, self._cache, batch, buffers)
+        return self._runners[rows]
+
+    def _chunks(self) -> list[PrefillChunk]:
+        return [row.chunk for row in self._rows if row.chunk is not None]
+
+    def _take_chunks(self) -> list[PrefillChunk]:
+        chunks = self._chunks()
+        for row in self._rows:
+            row.chunk = None
+        return chunks
+
+    def _progress(self, runner: StepRunner, output: StepOutput) -> dict[Member, Progress]:
+        found = {}
+        for index, (member, row) in enumerate(zip(self._members, self._rows, strict=True)):
+            row.next_step = int(output.step[index])
+            error = runner.errors.pop(index, None)
+            found[member] = Progress(output, index, row.next_step - row.first_step, error)
+        return found

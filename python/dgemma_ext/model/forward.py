@@ -1,0 +1,206 @@
+"""The forward pass: described rows (rows.py) through all layers, once.
+
+Encoding is a pass over chunks, denoising one over canvases; the first step of a canvas may have both. In every layer a
+chunk's keys and values are in the cache before a canvas looks there, and nothing of a canvas reaches the rows of a
+chunk, so the numbers are those of an encode pass and a denoising pass in turn.
+
+The order of operations and the roundings are those of transformers' modeling_diffusion_gemma.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgemma_ext.checkpoint import LayerConfig, ModelConfig
+from dgemma_ext.model.cache import Cache
+from dgemma_ext.model.layers import project_qkv, rotary_tables
+from dgemma_ext.model.matmul import Matmul, MatmulMode
+from dgemma_ext.model.rows import Canvases, PrefillChunk, Rows
+from dgemma_ext.model.weights import LayerWeights, ModelWeights
+from dgemma_ext.ops.block_attention import append_to_cache, canvas_attention, causal_attention
+from dgemma_ext.ops.layer import attention_residual, layer_output, rms_norm
+from dgemma_ext.ops.quantized_gemm import experts
+
+
+@dataclass
+class ForwardOptions:
+    """How a pass computes, beside its weights.
+
+    embedding_scale: what token embeddings are multiplied by. activations: "fp8" rounds what goes into the experts'
+    products. debug: checks the output of every layer and raises FloatingPointError where a value is not finite.
+    """
+
+    matmul: MatmulMode
+    embedding_scale: float
+    activations: str | None = None
+    debug: bool = False
+
+
+def forward(
+    config: ModelConfig,
+    weights: ModelWeights,
+    options: ForwardOptions,
+    cache: Cache,
+    canvases: Canvases | None,
+    chunks: Sequence[PrefillChunk] = (),
+) -> Tensor | None:
+    """The normalised output of the last layer for the rows of the canvases, [B, L, hidden]; None without canvases.
+
+    Each chunk has a slot of its own, and is in the cache afterwards.
+    """
+    epsilon, device = config.rms_norm_eps, weights.embed_tokens.device
+    starts = [cache.length(chunk.slot) for chunk in chunks]
+    tables = [
+        rotary_tables(config, torch.arange(start, start + len(chunk), device=device), weights.embed_tokens.dtype)
+        for start, chunk in zip(starts, chunks, strict=True)
+    ]
+    rows = Rows.describe(canvases, chunks, starts, tables, device)
+    hidden = _embed(rows, weights, options, epsilon)
+    normed = rms_norm(hidden, weights.layers[0].input_layernorm, epsilon)
+    for layer, of_layer in zip(config.layers, weights.layers, strict=True):
+        last = layer.index == len(config.layers) - 1
+        if last and rows.chunks:
+            # Nothing reads what follows a chunk's keys and values in the last layer.
+            _store_chunks(rows, normed, layer, of_layer, options, epsilon, cache)
+            if canvases is None:
+                break
+            rows = rows.canvases_alone()
+            hidden, normed = hidden[: rows.canvas_rows], normed[: rows.canvas_rows]
+        next_norm = weights.norm if last else weights.layers[layer.index + 1].input_layernorm
+        hidden, normed = _decoder_layer(hidden, normed, rows, layer, of_layer, next_norm, config, options, cache)
+        if options.debug and not bool(torch.isfinite(hidden).all()):
+            raise FloatingPointError(f"the output of layer {layer.index} is not finite")
+    for chunk in chunks:
+        cache.advance(chunk.slot, len(chunk))
+    return None if canvases is None else normed.unflatten(0, canvases.ids.shape)
+
+
+def _embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: float) -> Tensor:
+    """The input of the first layer, [rows, hidden].
+
+    Canvas tokens have their embedding and the self-conditioning, normalised together; the tokens of a chunk have their
+    embedding alone.
+    """
+    parts = []
+    if rows.canvases is not None:
+        ids, soft_embedding = rows.canvases.ids, rows.canvases.soft_embedding
+        hidden = functional.embedding(ids.reshape(-1), weights.embed_tokens) * options.embedding_scale
+        if soft_embedding is not None:
+            matmul = Matmul(options.matmul, (ids.shape[1],) * ids.shape[0])
+            hidden = hidden + matmul.gated_mlp(
+                rms_norm(soft_embedding.flatten(0, 1), weights.self_conditioning_pre_norm, epsilon),
+                weights.self_conditioning_gate_proj,
+                weights.self_conditioning_up_proj,
+                weights.self_conditioning_down_proj,
+            )
+        parts.append(rms_norm(hidden, None, epsilon))
+    for chunk in rows.chunks:
+        parts.append(functional.embedding(chunk.ids, weights.embed_tokens) * options.embedding_scale)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decoder_layer(
+    hidden: Tensor,
+    normed: Tensor,
+    rows: Rows,
+    layer: LayerConfig,
+    weights: LayerWeights,
+    next_norm: Tensor,
+    config: ModelConfig,
+    options: ForwardOptions,
+    cache: Cache,
+) -> tuple[Tensor, Tensor]:
+    """One layer on hidden [n, hidden] and its first norm. Returns the output and the norm that comes next of it."""
+    epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts)
+
+    query, key, value = project_qkv(normed, weights, layer, rows.rotary[layer.rope, layer.head_dim], epsilon, matmul)
+    attended = _attention(query, key, value, rows, layer, cache)
+    residual, mlp_input, experts_input = attention_residual(
+        hidden,
+        matmul.linear(attended.flatten(-2), weights.o_proj),
+        weights.post_attention_layernorm,
+        weights.pre_feedforward_layernorm,
+        weights.pre_feedforward_layernorm_2,
+        epsilon,
+    )
+
+    router = (weights.router_scale, weights.router_proj, weights.router_per_expert_scale)
+    expert_ids, expert_weights = matmul.route(residual, *router, config.top_k_experts, epsilon)
+    if rows.skipped is not None:
+        expert_ids.masked_fill_(rows.skipped, -1)
+    of_mlp = matmul.gated_mlp(mlp_input, weights.gate_proj, weights.up_proj, weights.down_proj)
+    of_experts = experts(
+        experts_input, expert_ids, expert_weights, weights.experts_gate_up, weights.experts_down, options.activations
+    )
+
+    norms = (
+        weights.post_feedforward_layernorm_1,
+        weights.post_feedforward_layernorm_2,
+        weights.post_feedforward_layernorm,
+        next_norm,
+    )
+    # Rows that are denoised and rows that are encoded have scalars of their own.
+    outputs = []
+    for part, scalar in (
+        (slice(rows.canvas_rows), weights.decoder_layer_scalar),
+        (slice(rows.canvas_rows, None), weights.encoder_layer_scalar),
+    ):
+        if residual[part].shape[0]:
+            outputs.append(layer_output(residual[part], of_mlp[part], of_experts[part], *norms, scalar, epsilon))
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([output for output, _ in outputs]), torch.cat([next_normed for _, next_normed in outputs])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, layer: LayerConfig, cache: Cache) -> Tensor:
+    """Attention of all rows [n, heads, head_dim]. The keys and values of chunks are appended on the way."""
+    kept, window = (cache.keys[layer.index], cache.values[layer.index]), layer.sliding_window
+    parts = []
+    for chunk, slot, start, where in zip(
+        rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
+    ):
+        new = (key[None, where], value[None, where])
+        attended = causal_attention(query[None, where], *new, *kept, slot, start, spans=chunk.spans, window=window)
+        append_to_cache(*new, *kept, slot, start)
+        parts.append(attended[0])
+    if rows.canvases is not None:
+        # After the chunks: it reads what they have appended.
+        canvases = rows.canvases
+        first, shape = slice(rows.canvas_rows), canvases.ids.shape
+        attended = canvas_attention(
+            query[first].unflatten(0, shape),
+            key[first].unflatten(0, shape),
+            value[first].unflatten(0, shape),
+            *kept,
+            slot=canvases.slot,
+            prefix_length=canvases.prefix_length,
+            window=window,
+            out=None if canvases.attention_out is None else canvases.attention_out[layer.head_dim],
+        )
+        parts.insert(0, attended.flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _store_chunks(
+    rows: Rows,
+    normed: Tensor,
+    layer: LayerConfig,
+    weights: LayerWeights,
+    options: ForwardOptions,
+    epsilon: float,
+    cache: Cache,
+) -> None:
+    """Appends a layer's keys and values of all chunks to the cache, and computes no more of them."""
+    cosine, sine = rows.rotary[layer.rope, layer.head_dim]
+    kept = (cache.keys[layer.index], cache.values[layer.index])
+    for chunk, slot, start, where in zip(
+        rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
+    ):
+        table, matmul = (cosine[where], sine[where]), Matmul(options.matmul, (len(chunk),))
+        _, key, value = project_qkv(normed[where], weights, layer, table, epsilon, matmul)
+        append_to_cache(key[None], value[None], *kept, slot, start)

@@ -1,0 +1,220 @@
+"""The network: weights on a device and the two passes over them, encode and denoise. It knows nothing of requests."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgemma_ext.checkpoint import ModelConfig
+from dgemma_ext.model.cache import Cache
+from dgemma_ext.model.forward import ForwardOptions, forward
+from dgemma_ext.model.layers import RotaryTables, rotary_tables
+from dgemma_ext.model.matmul import MatmulMode
+from dgemma_ext.model.placement import resolve_matmul
+from dgemma_ext.model.rows import Canvases, PrefillChunk
+from dgemma_ext.model.weights import ModelWeights
+from dgemma_ext.ops import denoise
+
+# Long prompts are encoded in chunks of this many positions, which bounds the memory of a pass.
+ENCODE_CHUNK = 4096
+
+# Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
+_SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
+
+
+class Network:
+    """Weights and passes.
+
+    Attributes: `config`, `weights`, `dtype`, `device`, `options` (how a pass computes), `embedding_scale`,
+    `soft_embedding_tolerance` and `max_embedding_norm` (of ops.denoise.soft_embedding).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        matmul: MatmulMode | None = None,
+        activations: str | None = None,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.dtype = weights.embed_tokens.dtype
+        self.device = weights.embed_tokens.device
+        # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
+        self.embedding_scale = float(torch.tensor(math.sqrt(config.hidden_size)).to(self.dtype))
+        self.options = ForwardOptions(
+            matmul=matmul or resolve_matmul(False, self.device, self.dtype),
+            embedding_scale=self.embedding_scale,
+            activations=activations,
+            debug=os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0"),
+        )
+        self.soft_embedding_tolerance = _SOFT_EMBEDDING_TOLERANCE[self.dtype]
+        self.max_embedding_norm = _largest_row_norm(weights.embed_tokens)
+
+    def new_cache(self, slots: int, max_length: int) -> Cache:
+        """An empty cache for `slots` requests of up to `max_length` positions each (prompt and committed canvases)."""
+        return Cache(self.config, slots, max_length, self.dtype, self.device)
+
+    def rotary_tables(self, positions: Tensor) -> RotaryTables:
+        """Cosines and sines of int positions [n] for every kind of layer, each [n, head_dim]."""
+        return rotary_tables(self.config, positions, self.dtype)
+
+    def forward(self, cache: Cache, canvases: Canvases | None, chunks: Sequence[PrefillChunk] = ()) -> Tensor | None:
+        """One pass over canvases and chunks; see model.forward."""
+        return forward(self.config, self.weights, self.options, cache, canvases, chunks)
+
+    def encode(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        slots: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+        chunk: int = ENCODE_CHUNK,
+    ) -> None:
+        """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
+
+        ids: integer [B, T], right padded where `lengths` (one per row) are given. slots: which slot each row goes to,
+        default 0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute positions whose tokens see
+        each other whole (an image's soft tokens); a chunk border never cuts one.
+
+        Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache.
+        """
+        ids, slot_list = self._checked_ids("ids", ids, cache, slots)
+        counts = [ids.shape[1]] * len(slot_list) if lengths is None else list(lengths)
+        if len(counts) != len(slot_list) or any(not 0 <= n <= ids.shape[1] for n in counts):
+            raise ValueError(f"lengths must be {len(slot_list)} numbers in [0, {ids.shape[1]}], got {lengths}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        for slot, count in zip(slot_list, counts, strict=True):
+            if cache.length(slot) + count > cache.max_length:
+                raise ValueError(
+                    f"ids: slot {slot} holds {cache.length(slot)} positions and cannot take {count} more; "
+                    f"the cache's max_length is {cache.max_length}"
+                )
+        spans = _checked_spans(bidirectional_spans, len(slot_list))
+        # Row by row: a dense product's bits may depend on how many rows it has, and a request's must not.
+        for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
+            start = cache.length(slot)
+            for first, last in _chunks(start, start + count, chunk, spans[row]):
+                inside = [span for span in spans[row] if span[0] < last and span[1] > first]
+                span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
+                self.forward(cache, None, [PrefillChunk(slot, ids[row, first - start : last - start], span_tensor)])
+
+    def denoise(
+        self,
+        canvas: Tensor,
+        cache: Cache,
+        slots: Sequence[int] | None = None,
+        self_conditioning: Tensor | None = None,
+    ) -> Tensor:
+        """One denoising pass; returns soft-capped logits, fp32 [B, L, vocabulary]. The cache is only read.
+
+        canvas: integer [B, L]. self_conditioning: the last step's processed (temperature-scaled) logits
+        [B, L, vocabulary], or None for exact zero. This is the interface of parity tests; generating stores no fp32
+        logits.
+        """
+        canvas, slot_list = self._checked_ids("canvas", canvas, cache, slots)
+        shape = (*canvas.shape, self.config.vocab_size)
+        if self_conditioning is not None and tuple(self_conditioning.shape) != shape:
+            raise ValueError(f"self_conditioning must be {list(shape)}, got {list(self_conditioning.shape)}")
+        cap, logits = self.config.final_logit_softcapping, []
+        for row, slot in enumerate(slot_list):
+            soft_embedding = None
+            if self_conditioning is not None:
+                soft_embedding = self.soft_embedding_of_logits(self_conditioning[row : row + 1])
+            hidden = self.forward(cache, self.canvas_in_slot(canvas[row : row + 1], cache, slot, soft_embedding))
+            assert hidden is not None, "the pass has a canvas"
+            raw = functional.linear(hidden, self.weights.embed_tokens)
+            logits.append(torch.tanh(raw.float() / cap) * cap)
+        return torch.cat(logits)
+
+    def canvas_in_slot(
+        self, ids: Tensor, cache: Cache, slot: int, soft_embedding: Tensor | None = None, appended: int = 0
+    ) -> Canvases:
+        """One canvas, int [1, L], over what a slot holds and `appended` positions that the same pass appends to it."""
+        prefix = cache.length(slot) + appended
+        return Canvases(
+            ids=ids,
+            # Filled on the device: a copy from the host would wait for what runs there.
+            slot=torch.full((1,), slot, dtype=torch.int32, device=self.device),
+            prefix_length=torch.full((1,), prefix, dtype=torch.int32, device=self.device),
+            rotary=self.rotary_tables(torch.arange(prefix, prefix + ids.shape[1], device=self.device)),
+            soft_embedding=soft_embedding,
+        )
+
+    def soft_embedding_of_logits(self, processed: Tensor) -> Tensor:
+        """The expected embedding [B, L, hidden] under softmax(processed), for processed logits [B, L, vocabulary].
+
+        The logits are rounded to the model's dtype first, as transformers keeps them between steps.
+        """
+        logits = processed.to(self.device, self.dtype).contiguous()
+        temperature = torch.ones(logits.shape[0], device=self.device)
+        statistics = denoise.vocabulary_statistics(logits, 0.0, temperature)
+        return denoise.soft_embedding(
+            logits,
+            softcap=0.0,
+            temperature=temperature,
+            active=None,
+            allowed=None,
+            allowed_row=None,
+            row_max=statistics.row_max,
+            row_sum=statistics.row_sum,
+            tile_max=statistics.tile_max,
+            tile_sum=statistics.tile_sum,
+            pinned=None,
+            embedding=self.weights.embed_tokens,
+            embedding_scale=self.embedding_scale,
+            tolerance=0.0,
+            max_embedding_norm=self.max_embedding_norm,
+        )
+
+    def _checked_ids(
+        self, name: str, ids: Tensor, cache: Cache, slots: Sequence[int] | None
+    ) -> tuple[Tensor, list[int]]:
+        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be an int32 or int64 tensor [B, T], got {ids.dtype} {list(ids.shape)}")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"{name} must be token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+            )
+        chosen = list(range(ids.shape[0])) if slots is None else [int(s) for s in slots]
+        if len(chosen) != ids.shape[0] or len(set(chosen)) != len(chosen):
+            raise ValueError(f"slots must be {ids.shape[0]} different slots, one per row of {name}, got {chosen}")
+        for slot in chosen:
+            cache.length(slot)  # refuses a slot that does not exist
+        # Without waiting for what runs on a GPU, but where the caller could change the ids under the copy.
+        return ids.to(self.device, non_blocking=not ids.is_pinned()), chosen
+
+
+def _checked_spans(spans: Sequence[Sequence[tuple[int, int]]] | None, rows: int) -> list[list[tuple[int, int]]]:
+    checked = [[] for _ in range(rows)] if spans is None else [list(row) for row in spans]
+    if len(checked) != rows:
+        raise ValueError(f"bidirectional_spans must have {rows} entries, got {len(checked)}")
+    for row in checked:
+        borders = [border for span in sorted(row) for border in span]
+        if borders != sorted(borders) or any(start >= end for start, end in row):
+            raise ValueError(f"bidirectional_spans must be ranges [start, end) that do not overlap, got {row}")
+    return checked
+
+
+def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cuts [start, end) into chunks of `size`, moving a cut that falls inside a span to the span's start (or, where the
+    chunk starts with that span, to its end)."""
+    while start < end:
+        cut = min(start + size, end)
+        for first, last in spans:
+            if first < cut < last:
+                cut = first if first > start else min(last, end)
+        yield start, cut
+        start = cut
+
+
+def _largest_row_norm(embedding: Tensor) -> float:
+    """max over v of ||embedding[v]||, in pieces so that no fp32 copy of the table exists."""
+    return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))

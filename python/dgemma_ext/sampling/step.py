@@ -1,0 +1,235 @@
+"""A canvas's beginning, and the denoising step: one pass, whatever the requests' steps, prefixes and settings.
+
+`denoising_step` looks at no value, allocates nothing that outlives it, and does not depend on how many of its rows are
+in use, so that a CUDA graph can hold it. On the CPU a row's bits are its own, whatever the other rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.ops import denoise
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from dgemma_ext.sampling.canvas import Canvas
+from dgemma_ext.sampling.settings import ResolvedSampler
+from dgemma_ext.sampling.state import CanvasBatch, CanvasState, StepBuffers, canvases_of
+
+
+class LogitsParams(TypedDict):
+    """How the operators of a step read its raw logits (ops.denoise)."""
+
+    softcap: float
+    temperature: Tensor
+    active: Tensor
+    allowed: Tensor
+    allowed_row: Tensor
+
+
+class _SoftmaxStatistics(TypedDict):
+    row_max: Tensor
+    row_sum: Tensor
+    tile_max: Tensor
+    tile_sum: Tensor
+
+
+def begin_canvas(
+    network: Network,
+    batch: CanvasBatch,
+    row: int,
+    sampler: ResolvedSampler,
+    seed: int,
+    index: int,
+    content: Canvas | None = None,
+) -> int:
+    """Fills a row for canvas `index` of a request: noise, and the tokens and rules that `content` gives.
+
+    Returns how many masks of allowed tokens the canvas uses.
+    """
+    state, length = batch.state.rows_between(row, row + 1), batch.length
+    content = content or Canvas()
+    window = slice(index * sampler.canvas_length, index * sampler.canvas_length + length)
+    tokens = list(content.tokens[window])
+    pinned = list(content.pinned[window]) if content.pinned is not None else []
+    start_step = content.first_step(index, sampler.canvas_length)
+    given = _padded([token is not None for token in tokens], length, torch.bool)
+    masks = _set_allowed(state, row, content, window, network.config.vocab_size)
+
+    # Filled on the device, or copied without waiting: steps that are still under way there need not end first.
+    _copy(state.canvas, _padded([token or 0 for token in tokens], length, torch.int32))
+    _copy(state.pinned, _padded(pinned, length, torch.bool))
+    for tensor, value in (
+        (state.draft, -1),
+        (state.accepted, False),
+        (state.entropy, 0.0),
+        (state.seed, seed),
+        (state.canvas_index, index),
+        (state.step, start_step),
+        (state.max_steps, sampler.max_denoising_steps),
+        (state.t_min, sampler.t_min),
+        (state.t_max, sampler.t_max),
+        (state.entropy_bound, sampler.entropy_bound),
+        (state.stability_threshold, sampler.stability_threshold),
+        (state.confidence_threshold, sampler.confidence_threshold),
+        (state.temperature, sampler.temperature(start_step)),
+        (state.active, True),
+        (state.stable_steps, 0),
+        (state.mean_entropy, 0.0),
+        (state.status, denoise.CanvasStatus.RUNNING),
+        (state.soft_embedding, 0.0),
+    ):
+        tensor.fill_(value)
+    denoise.noise_(
+        state.canvas,
+        vocabulary=network.config.vocab_size,
+        purpose=denoise.Purpose.INITIAL_NOISE,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        step=torch.zeros_like(state.step),
+        keep=given.to(network.device, non_blocking=True),
+        allowed=state.allowed,
+        allowed_row=state.allowed_row,
+    )
+    return masks
+
+
+def _padded(values: Sequence[int | bool], length: int, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([[*values, *[0] * (length - len(values))]], dtype=dtype)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source, non_blocking=True)
+
+
+def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, vocabulary: int) -> int:
+    """Writes the masks of the different allowed sets of a canvas, and each position's mask; returns their count."""
+    length, sets = state.length, dict[tuple[int, ...], int]()
+    rows = []
+    for position in range(window.start, window.stop):
+        ids = content.allowed_at(position)
+        rows.append(-1 if ids is None else row * length + sets.setdefault(ids, len(sets)))
+    if not sets:
+        state.allowed_row.fill_(-1)
+        return 0
+    masks = state.allowed[row * length : row * length + len(sets)]
+    _copy(masks, denoise.pack_allowed(list(sets), vocabulary))
+    _copy(state.allowed_row, torch.tensor([rows], dtype=torch.int32))
+    return len(sets)
+
+
+def denoising_step(
+    network: Network,
+    cache: Cache,
+    batch: CanvasBatch,
+    buffers: StepBuffers,
+    chunks: Sequence[PrefillChunk] = (),
+    self_conditioned: bool = True,
+) -> None:
+    """Advances every active row by one step, in place; other rows stay as they are.
+
+    buffers: for as many rows as the batch has. chunks: tokens that the same pass encodes, each for a row that counts
+    them to its prefix; such a step is not for a graph, because its shapes are those of the tokens. self_conditioned:
+    False leaves the self-conditioning out, which is exact where every row is before its first step.
+
+    Rows that are not active cost their part of the dense products: attention, experts, head and all after it skip them.
+    """
+    hidden = network.forward(cache, canvases_of(batch, buffers, self_conditioned), chunks)
+    assert hidden is not None, "a step has canvases"
+    statistics = buffers.statistics_of(batch.state)
+    params = logits_params(network, batch.state, buffers)
+    vocabulary_head(hidden, network.weights.embed_tokens, **params, logits=buffers.logits, out=statistics)
+    sample_and_update(network, batch.state, buffers, params)
+    soft_embedding(network, batch.state, buffers, params)
+
+
+def logits_params(network: Network, state: CanvasState, buffers: StepBuffers) -> LogitsParams:
+    """How a step reads its logits. Keeps the step's temperature: the update writes the next one's over the state's."""
+    buffers.temperature.copy_(state.temperature)
+    return LogitsParams(
+        softcap=network.config.final_logit_softcapping,
+        temperature=buffers.temperature,
+        active=state.active,
+        allowed=state.allowed,
+        allowed_row=state.allowed_row,
+    )
+
+
+def sample_and_update(
+    network: Network,
+    state: CanvasState,
+    buffers: StepBuffers,
+    params: LogitsParams,
+    sample_uniforms: Tensor | None = None,
+    renoise_uniforms: Tensor | None = None,
+) -> None:
+    """Sampling, acceptance, renoising and stop, from the raw logits and their statistics.
+
+    The uniforms (float64 [B, L]) replace those that are drawn.
+    """
+    statistics = buffers.statistics_of(state)
+    sampled = denoise.sample(
+        buffers.logits,
+        **params,
+        **_softmax(statistics),
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        step=state.step,
+        uniforms=sample_uniforms,
+        out=buffers.sampled,
+    )
+    denoise.update_canvas_(
+        sampled,
+        statistics.argmax,
+        statistics.entropy,
+        pinned=state.pinned,
+        allowed=state.allowed,
+        allowed_row=state.allowed_row,
+        uniforms=renoise_uniforms,
+        vocabulary=network.config.vocab_size,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        max_steps=state.max_steps,
+        t_min=state.t_min,
+        t_max=state.t_max,
+        entropy_bound=state.entropy_bound,
+        stability_threshold=state.stability_threshold,
+        confidence_threshold=state.confidence_threshold,
+        active=state.active,
+        canvas=state.canvas,
+        draft=state.draft,
+        stable_steps=state.stable_steps,
+        step=state.step,
+        temperature=state.temperature,
+        accepted=state.accepted,
+        mean_entropy=state.mean_entropy,
+        status=state.status,
+    )
+
+
+def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, params: LogitsParams) -> None:
+    """The next step's self-conditioning, of the rows that go on: a finished canvas needs none."""
+    denoise.soft_embedding(
+        buffers.logits,
+        **params,
+        **_softmax(buffers.statistics_of(state)),
+        pinned=state.pinned,
+        embedding=network.weights.embed_tokens,
+        embedding_scale=network.embedding_scale,
+        tolerance=network.soft_embedding_tolerance,
+        max_embedding_norm=network.max_embedding_norm,
+        out=state.soft_embedding,
+        workspace=buffers.workspace,
+    )
+
+
+def _softmax(statistics: denoise.VocabularyStatistics) -> _SoftmaxStatistics:
+    return _SoftmaxStatistics(
+        row_max=statistics.row_max,
+        row_sum=statistics.row_sum,
+        tile_max=statistics.tile_max,
+        tile_sum=statistics.tile_sum,
+    )
