@@ -1,5 +1,5 @@
 """What a GPU would be asked to do in a denoising step with 30 layers: kernels of ours, counted as the test bed runs
-them, and operators of torch's that are a launch each there. Prints them for one request by itself and for batches.
+them, and operators of torch's that are a launch each there. Prints them for a request and for a batch of four.
 
 tests/test_sim_loop.py runs it on the test bed, whose process has the counter of launches.
 """
@@ -12,11 +12,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-from dgemma_ext.sampling.batch_step import batch_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
-from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, make_canvas_batch
+from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
 from models import random_model
 
 LAYERS = ("sliding_attention",) * 5 + ("full_attention",)
@@ -56,23 +55,18 @@ def main() -> None:
     )
     found = {}
     sampler = SamplerConfig(confidence_threshold=0.0).resolve(model.defaults, 16)
-    for rows in (0, 1, 4):  # 0: one by one
-        cache = model.new_cache(max(rows, 1), 64)
-        states = []
-        for slot in range(max(rows, 1)):
-            model.encode(torch.arange(9 + slot)[None], cache, slots=[slot])
-            states.append(begin_canvas(model, sampler, seed=slot, index=0))
-        batch = make_canvas_batch(model, max(rows, 1), 16)
-        for slot, state in enumerate(states):
-            tables = model.rotary_tables(torch.arange(9 + slot, 25 + slot))
-            batch.load(slot, state, slot, 9 + slot, tables)
-        logits = torch.empty(1, 16, model.config.vocab_size, dtype=model.dtype)
-        for step in range(2):  # the first has no self-conditioning
+    network = model.network
+    for rows in (1, 4):
+        cache, batch = model.new_cache(rows, 64), make_canvas_batch(network, rows, 16)
+        buffers = make_step_buffers(network, rows, 16)
+        for slot in range(rows):
+            prefix = 9 + slot
+            model.encode(torch.arange(prefix)[None], cache, slots=[slot])
+            begin_canvas(network, batch, slot, sampler, seed=slot, index=0)
+            batch.place(slot, slot, prefix, network.rotary_tables(torch.arange(prefix, prefix + 16)))
+        for step in range(2):
             with Counted() as counted:
-                if rows == 0:
-                    denoising_step(model, cache, 0, states[0], logits)
-                else:
-                    batch_step(model, cache, batch)
+                denoising_step(network, cache, batch, buffers)
             found[f"rows {rows}, step {step + 1}"] = {
                 "kernels": counted.kernels,
                 "torch": sum(counted.torchs.values()),

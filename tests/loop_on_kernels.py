@@ -16,8 +16,9 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C, demo
-from dgemma_ext.engine.loop import DRIVERS, DirectDevice
-from dgemma_ext.model.joint_pass import Pending
+from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.engine.runner import EagerRunner
+from dgemma_ext.model import PrefillChunk
 from solve_puzzles import SEED, own_memory
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -29,8 +30,8 @@ class Step(ctypes.Structure):
     _fields_ = [("run", CALLBACK), ("context", ctypes.c_void_p)]
 
 
-class HostGraphDevice(DirectDevice):
-    """As cuda_loop.GraphDevice: the loop decides by its own kernel, without Python's looking at a flag."""
+class HostGraphRunner(EagerRunner):
+    """As cuda_graphs.CudaGraphRunner: the loop decides by its own kernel, without Python's looking at a flag."""
 
     def __init__(self, *operands: Any) -> None:
         super().__init__(*operands)
@@ -47,8 +48,8 @@ class HostGraphDevice(DirectDevice):
         except BaseException as error:  # cannot pass through C
             self.errors.append(error)
 
-    def until_finished(self, most: int) -> None:
-        self._steps_left.fill_(most)
+    def run_until_finished(self, max_steps: int) -> None:
+        self._steps_left.fill_(max_steps)
         self._loop.launch(0)
         if self.errors:
             raise self.errors[0]
@@ -66,16 +67,16 @@ def main(count: int) -> None:
     samplers += [dg.SamplerConfig(max_denoising_steps=2 + 2 * n, confidence_threshold=0.0) for n in range(1, count)]
     alone: list[Any] = [model.generate(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
     found: dict[str, Any] = {"steps": [list(output.denoising_steps) for output in alone]}
-    original = DirectDevice.step
-    for driver in DRIVERS:
+    original = EagerRunner.step
+    for driver in LOOPS:
         steps, runs = [], 0
 
-        def counted(device: DirectDevice, pending: Sequence[Pending] = (), steps: list[int] = steps) -> None:
+        def counted(runner: EagerRunner, chunks: Sequence[PrefillChunk] = (), steps: list[int] = steps) -> None:
             steps.append(1)
-            original(device, pending)
+            original(runner, chunks)
 
-        DirectDevice.step = counted  # type: ignore[method-assign]
-        scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_device=HostGraphDevice)
+        EagerRunner.step = counted  # type: ignore[method-assign]
+        scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_runner=HostGraphRunner)
         requests = [scheduler.submit(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
         while not scheduler.idle:
             runs += 1
@@ -86,7 +87,7 @@ def main(count: int) -> None:
             scheduler.submit(chats[0], length, samplers[-1])
             scheduler.step()
             del steps[:]
-            scheduler._groups[length]._device().until_finished(3)
+            scheduler._groups[length].runner().run_until_finished(3)
             found["until 3"] = len(steps)
     print(json.dumps(found))
 

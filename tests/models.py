@@ -11,6 +11,17 @@ import torch
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
+from dgemma_ext.model import PrefillChunk
+from dgemma_ext.sampling import (
+    CanvasBatch,
+    CanvasState,
+    ResolvedSampler,
+    StepBuffers,
+    begin_canvas,
+    denoising_step,
+    make_canvas_batch,
+    make_step_buffers,
+)
 
 
 @cache
@@ -44,3 +55,47 @@ def smallest_model() -> dg.DiffusionGemma:
         max_positions=64,
         with_tokenizer=False,
     )
+
+
+def begun(
+    model: dg.DiffusionGemma,
+    sampler: ResolvedSampler,
+    seed: int,
+    index: int,
+    content: dg.Canvas | None = None,
+    length: int | None = None,
+) -> tuple[CanvasBatch, StepBuffers]:
+    """Canvas `index` of a request, in a batch of its own."""
+    length = length or sampler.canvas_length
+    batch = make_canvas_batch(model.network, 1, length)
+    begin_canvas(model.network, batch, 0, sampler, seed, index, content)
+    return batch, make_step_buffers(model.network, 1, length)
+
+
+def step_alone(
+    model: dg.DiffusionGemma, cache: dg.Cache, slot: int, canvas: tuple[CanvasBatch, StepBuffers]
+) -> CanvasState:
+    """One denoising step of a canvas by itself, over what the slot holds; gives its state."""
+    batch, buffers = canvas
+    prefix = cache.length(slot)
+    batch.place(0, slot, prefix, model.network.rotary_tables(torch.arange(prefix, prefix + batch.length)))
+    is_first = int(batch.state.draft[0, 0]) < 0
+    denoising_step(model.network, cache, batch, buffers, self_conditioned=not is_first)
+    return batch.state
+
+
+def last_hidden(
+    model: dg.DiffusionGemma,
+    canvas: torch.Tensor,
+    cache: dg.Cache,
+    slot: int,
+    soft_embedding: torch.Tensor | None,
+    appended: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the head takes, for a canvas [1, L] over the slot and over tokens [1, n] that the same pass encodes."""
+    chunks = [] if appended is None else [PrefillChunk(slot, appended[0])]
+    count = sum(map(len, chunks))
+    rows = model.network.canvas_in_slot(canvas, cache, slot, soft_embedding, appended=count)
+    hidden = model.network.forward(cache, rows, chunks)
+    assert hidden is not None
+    return hidden

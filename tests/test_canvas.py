@@ -9,8 +9,8 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext.engine import memory
-from dgemma_ext.sampling import begin_canvas, denoising_step
-from models import random_model
+from dgemma_ext.model import Canvases
+from models import begun, random_model, step_alone
 
 SAMPLER = dg.SamplerConfig(max_denoising_steps=6, confidence_threshold=1e-9, entropy_bound=4.0)
 
@@ -43,13 +43,13 @@ def test_pinned_positions_stand_in_the_canvas_between_steps(
     model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = model.last_hidden
+    original = model.network.forward
 
-    def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
-        seen.append(canvas[0].tolist())
-        return original(canvas, *rest, **more)  # type: ignore[arg-type]
+    def spy(cache: dg.Cache, canvases: Canvases, *rest: object) -> torch.Tensor | None:
+        seen.append(canvases.ids[0].tolist())
+        return original(cache, canvases, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "last_hidden", spy)
+    monkeypatch.setattr(model.network, "forward", spy)
     model.generate(
         [5], max_new_tokens=8, sampler=SAMPLER, canvas=dg.Canvas([None, 9, None, 9], [False, True, False, True])
     )
@@ -69,13 +69,13 @@ def test_allowed_rules_noise_samples_drafts_and_renoise(
 ) -> None:
     per_position: list[list[int] | None] = [[4, 9, 300], None, [7], *[[20, 21, 22, 23]] * 5]
     seen = []
-    original = model.last_hidden
+    original = model.network.forward
 
-    def spy(canvas: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
-        seen.append(canvas[0].tolist())
-        return original(canvas, *rest, **more)  # type: ignore[arg-type]
+    def spy(cache: dg.Cache, canvases: Canvases, *rest: object) -> torch.Tensor | None:
+        seen.append(canvases.ids[0].tolist())
+        return original(cache, canvases, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model, "last_hidden", spy)
+    monkeypatch.setattr(model.network, "forward", spy)
     for seed in range(8):
         canvas = dg.Canvas(allowed=per_position)
         drafts = drafts_of(model, canvas, tokens=8, seed=seed)
@@ -93,18 +93,20 @@ def test_one_allowed_list_rules_every_canvas(model: dg.DiffusionGemma) -> None:
 
 def test_tokens_take_the_place_of_noise(model: dg.DiffusionGemma) -> None:
     resolved = SAMPLER.resolve(model.defaults, 8)
-    plain = begin_canvas(model, resolved, seed=3, index=1)
-    given = begin_canvas(model, resolved, seed=3, index=1, content=dg.Canvas([0] * 8 + [1, None, 2]))
-    expected = plain.canvas.clone()
+
+    def canvas_of(index: int, content: dg.Canvas | None = None) -> torch.Tensor:
+        return begun(model, resolved, 3, index, content)[0].state.canvas
+
+    content = dg.Canvas([0] * 8 + [1, None, 2])
+    expected = canvas_of(1).clone()
     expected[0, 0], expected[0, 2] = 1, 2
-    assert torch.equal(given.canvas, expected)
-    beyond = begin_canvas(model, resolved, seed=3, index=2, content=dg.Canvas([0] * 8 + [1, None, 2]))
-    assert torch.equal(beyond.canvas, begin_canvas(model, resolved, seed=3, index=2).canvas)
+    assert torch.equal(canvas_of(1, content), expected)
+    assert torch.equal(canvas_of(2, content), canvas_of(2))
 
 
 def test_noise_is_uniform_over_the_vocabulary(model: dg.DiffusionGemma) -> None:
     resolved = SAMPLER.resolve(model.defaults, 8)
-    draws = torch.cat([begin_canvas(model, resolved, seed=s, index=0).canvas[0] for s in range(2000)])
+    draws = torch.cat([begun(model, resolved, s, 0)[0].state.canvas[0] for s in range(2000)])
     counts = torch.bincount(draws.long(), minlength=512).double()
     expected = draws.numel() / 512
     # Chi-square with 511 degrees of freedom: mean 511, deviation 32; five deviations.
@@ -117,8 +119,7 @@ def test_a_later_start_step_makes_fewer_steps_at_a_lower_temperature(model: dg.D
     assert [d.step for d in drafts if d.canvas_index == 0] == [4, 5, 6]
     assert [d.step for d in drafts if d.canvas_index == 1] == [1, 2, 3, 4, 5, 6]
     resolved = SAMPLER.resolve(model.defaults, 8)
-    state = begin_canvas(model, resolved, seed=0, index=0, content=canvas)
-    assert float(state.temperature) == pytest.approx(0.4 + 0.4 * 3 / 6)
+    assert float(begun(model, resolved, 0, 0, canvas)[0].state.temperature) == pytest.approx(0.4 + 0.4 * 3 / 6)
 
 
 def test_a_shorter_canvas_than_the_checkpoints(model: dg.DiffusionGemma) -> None:
@@ -202,10 +203,11 @@ def test_a_trimmed_canvas_is_one_of_that_length(ends: str, batched: bool, model:
     cache, told = model.new_cache(1, 64), []
     model.encode(torch.tensor([[5, 6]]), cache)
     for index, length in enumerate((8, 6)):
-        state = begin_canvas(model, resolved, 9, index, canvas, length)
-        assert torch.equal(state.canvas, begin_canvas(model, resolved, 9, index, canvas).canvas[:, :length])
+        trimmed, whole = (begun(model, resolved, 9, index, canvas, size) for size in (length, 8))
+        state = trimmed[0].state
+        assert torch.equal(state.canvas, whole[0].state.canvas[:, :length])
         while bool(state.active):
-            denoising_step(model, cache, 0, state)
+            step_alone(model, cache, 0, trimmed)
         told += state.draft[0].tolist()
         model.encode(state.draft, cache)
     assert END not in told[:12], "another seed"

@@ -196,7 +196,7 @@ def test_a_model_rounds_its_experts_activations(tmp_path: Path) -> None:
     convert(folder, tmp_path / "fp8", parse_target("fp8"))
     without = dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="fp8")
     model = dg.DiffusionGemma.from_pretrained(folder, **FP8_TWICE)
-    assert (without.activations, model.activations) == (None, "fp8")
+    assert (without.network.options.activations, model.network.options.activations) == (None, "fp8")
     wanted, logits = logits_of(without), logits_of(model)
     assert 1e-6 < relative_distance(logits.double(), wanted.double()) < 0.02
     # Where the file has them in fp8 nothing else is asked for.

@@ -13,8 +13,8 @@ import torch
 import dgemma_ext as dg
 from dgemma_ext import _C, SamplerConfig, demo
 from dgemma_ext.engine import scheduler as scheduler_module
-from dgemma_ext.engine.cuda_loop import GraphDevice, LaunchDevice
-from dgemma_ext.engine.loop import DRIVERS
+from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, CudaGraphRunner
+from dgemma_ext.engine.loop import LOOPS
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def chats(count: int) -> list[Any]:
 
 
 def answers(scheduler: dg.Scheduler, count: int, sampler: SamplerConfig | None) -> list[dg.Output]:
-    length = scheduler.model.config.canvas_length
+    length = scheduler.network.config.canvas_length
     requests = [scheduler.submit(chat, length, sampler, seed) for seed, chat in enumerate(chats(count))]
     while not scheduler.idle:
         scheduler.finish_canvas()
@@ -55,9 +55,9 @@ def test_the_same_tokens_by_every_driver_alone() -> None:
                 answers(dg.Scheduler(made, 1, 256, driver=driver), 1, SamplerConfig(max_denoising_steps=cap))
                 for cap in (1, 4, 48)
             ]
-            for driver in DRIVERS
+            for driver in LOOPS
         }
-    assert found["late"] == found["eager"]
+    assert found["async"] == found["eager"]
     assert found["graph"] == found["eager"]
 
 
@@ -65,11 +65,9 @@ def test_the_same_tokens_by_every_driver_alone() -> None:
 def test_the_same_tokens_by_every_driver_in_a_batch(count: int) -> None:
     made = model()
     with no_fallback():
-        found = {
-            driver: answers(dg.Scheduler(made, count, 256, driver=driver), count, TO_THE_CAP) for driver in DRIVERS
-        }
+        found = {driver: answers(dg.Scheduler(made, count, 256, driver=driver), count, TO_THE_CAP) for driver in LOOPS}
     assert {output.denoising_steps for output in found["eager"]} == {(7,)}
-    assert found["late"] == found["eager"]
+    assert found["async"] == found["eager"]
     assert found["graph"] == found["eager"]
 
 
@@ -88,8 +86,8 @@ def texts() -> list[str]:
     return [demo.draw(6, 20261121, index).text for index in range(PUZZLES)]
 
 
-@pytest.mark.parametrize("driver", ["late", "graph"])
-def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_looks(driver: str) -> None:
+@pytest.mark.parametrize("driver", ["async", "graph"])
+def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_outputs(driver: str) -> None:
     made = model()
     scheduler = dg.Scheduler(made, 3, 256, driver=driver)
     answers(scheduler, 3, TO_THE_CAP)  # captures
@@ -97,7 +95,7 @@ def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_looks(driver: 
         scheduler.submit(chat, made.config.canvas_length, TO_THE_CAP, seed)
     scheduler.step()
     (group,) = scheduler._groups.values()
-    assert isinstance(group._device(), GraphDevice)
+    assert isinstance(group.runner(), CudaGraphRunner)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()
     torch.cuda.set_sync_debug_mode("error")
@@ -106,7 +104,7 @@ def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_looks(driver: 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = torch.cuda.memory_stats()
-    assert [one.steps for one in progress.values()] == [7, 7, 7]
+    assert [one.num_steps for one in progress.values()] == [7, 7, 7]
     for counter in ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries"):
         assert after[counter] == before[counter], counter
 
@@ -127,7 +125,7 @@ def test_a_step_that_cannot_be_captured_runs_launch_by_launch(monkeypatch: pytes
     scheduler = dg.Scheduler(made, 1, 256)
     assert answers(scheduler, 1, TO_THE_CAP) == wanted
     (group,) = scheduler._groups.values()
-    assert type(group._device_of(1)) is LaunchDevice
+    assert type(group._runners[1]) is CudaEagerRunner
 
 
 def test_a_loop_that_the_driver_does_not_have_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +155,5 @@ def test_a_batch_changes_no_bit_where_that_is_asked_for() -> None:
 def test_encoding_in_the_first_step_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     made = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cuda", batch_invariant=True)
     in_the_first_step = answers(dg.Scheduler(made, 3, 256), 3, None)
-    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", 0)
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_TOKENS", 0)
     assert answers(dg.Scheduler(made, 3, 256), 3, None) == in_the_first_step

@@ -12,6 +12,7 @@ import torch
 
 import dgemma_ext as dg
 from bounds import relative_distance
+from dgemma_ext.model import Network
 from models import random_model
 from solve_puzzles import answers
 
@@ -43,7 +44,7 @@ def moved(model: dg.DiffusionGemma, device: str) -> dg.DiffusionGemma:
         return replace(record, **{k: v.to(device) for k, v in vars(record).items() if isinstance(v, torch.Tensor)})
 
     weights = replace(on_device(model.weights), layers=[on_device(layer) for layer in model.weights.layers])
-    return dg.DiffusionGemma(model.config, weights, model.defaults, model.tokenizer)
+    return dg.DiffusionGemma(Network(model.config, weights), model.defaults, model.tokenizer)
 
 
 def test_layers_agree_with_the_cpu() -> None:

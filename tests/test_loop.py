@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from dgemma_ext.model.joint_pass import Pending
-from dgemma_ext.sampling.batch_step import batch_step
-from dgemma_ext.sampling.canvas_batch import Told, bucket_of, told_bytes
 
 import dgemma_ext as dg
 from backend import BACKEND
 from dgemma_ext import SamplerConfig, demo
 from dgemma_ext.engine import memory as memory_module
-from dgemma_ext.engine.loop import DRIVERS, DirectDevice, Look
-from dgemma_ext.ops import block_attention
-from dgemma_ext.sampling import CanvasBatch, CanvasState, begin_canvas, denoising_step, make_canvas_batch
-from models import random_model, smallest_model
+from dgemma_ext.engine.group import bucket_of
+from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.engine.runner import AsyncOutput, EagerRunner
+from dgemma_ext.model import Network, PrefillChunk
+from dgemma_ext.sampling import (
+    CanvasBatch,
+    CanvasState,
+    StepBuffers,
+    StepOutput,
+    begin_canvas,
+    denoising_step,
+    make_canvas_batch,
+    make_step_buffers,
+)
+from models import begun, random_model, smallest_model, step_alone
+
+# The face of the room hands out a function of this name.
+generate_module = import_module("dgemma_ext.engine.generate")
+forward_module = import_module("dgemma_ext.model.forward")
 
 DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat16]
 SAMPLER = SamplerConfig(max_denoising_steps=6, confidence_threshold=4.0, entropy_bound=6.0, t_max=0.1, t_min=0.01)
@@ -29,74 +42,76 @@ SAMPLER = SamplerConfig(max_denoising_steps=6, confidence_threshold=4.0, entropy
 
 @dataclass
 class Log:
-    """What a driver asked of the device: a letter for each step, look and wait."""
+    """What a loop asked of the runner: a word for each step, copy and wait."""
 
     calls: list[str] = field(default_factory=list)
 
 
-class StreamDevice(DirectDevice):
-    """A device whose looks land in two buffers by turns, as in pinned memory: an older one is overwritten."""
+class StreamRunner(EagerRunner):
+    """A runner whose outputs land in two buffers by turns, as in pinned memory: an older one is overwritten."""
 
     def __init__(self, *operands: Any, log: Log) -> None:
         super().__init__(*operands)
-        self._log, self._looks = log, 0
-        self._buffers = [torch.empty_like(self._batch.told) for _ in range(2)]
+        self._log, self._copied = log, 0
+        self._copies = [torch.empty_like(self._batch.output) for _ in range(2)]
 
-    def step(self, pending: Sequence[Pending] = ()) -> None:
+    def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         self._log.calls.append("step")
-        super().step(pending)
+        super().step(chunks)
 
-    def look(self) -> Look:
-        self._log.calls.append("look")
-        buffer = self._buffers[self._looks % 2]
-        self._looks += 1
-        buffer.copy_(self._batch.told)
-        device = self
+    def copy_to_host(self) -> AsyncOutput:
+        self._log.calls.append("copy")
+        buffer = self._copies[self._copied % 2]
+        self._copied += 1
+        buffer.copy_(self._batch.output)
+        runner = self
 
         class Waited:
-            def wait(self) -> Told:
-                device._log.calls.append("wait")
-                length = device._batch.length
-                return Told.over(buffer, buffer.numel() // told_bytes(1, length), length)
+            def wait(self) -> StepOutput:
+                runner._log.calls.append("wait")
+                return StepOutput.over(buffer, runner._batch.length)
 
         return Waited()
 
 
 def scheduler_of(model: dg.DiffusionGemma, driver: str, log: Log, max_batch: int = 4, **options: Any) -> dg.Scheduler:
-    make = partial(StreamDevice, log=log)
-    return dg.Scheduler(model, max_batch=max_batch, batched=True, driver=driver, make_device=make, **options)
+    make = partial(StreamRunner, log=log)
+    return dg.Scheduler(model, max_batch=max_batch, batched=True, driver=driver, make_runner=make, **options)
 
 
 # One step of a batch ------------------------------------------------------------------------------------------------
 
 
-def begun(
+def canvases_begun(
     model: dg.DiffusionGemma, cache: dg.Cache, prompts: list[list[int]], caps: list[int], confidence: float = 0.0
-) -> list[CanvasState]:
-    """A canvas for every prompt, encoded into the slot of its number; with a confidence of 0 it runs to its cap."""
-    states = []
+) -> tuple[CanvasBatch, StepBuffers, list[tuple[CanvasBatch, StepBuffers]]]:
+    """A canvas for every prompt, encoded into the slot of its number; with a confidence of 0 it runs to its cap.
+
+    Gives a batch of four rows, its buffers, and the same canvases alone.
+    """
+    network, alone = model.network, []
+    batch = make_canvas_batch(network, 4, 8)
     for slot, (prompt, cap) in enumerate(zip(prompts, caps, strict=True)):
         model.encode(torch.tensor([prompt]), cache, slots=[slot])
         settings = SamplerConfig(
             max_denoising_steps=cap, entropy_bound=6.0, t_max=0.1, t_min=0.01, confidence_threshold=confidence
         )
         resolved = settings.resolve(model.defaults, 8)
-        content = dg.Canvas([9, None, 11], [True, False, True]) if slot == 1 else None
-        states.append(begin_canvas(model, resolved, seed=100 + slot, index=slot, content=content))
-    return states
-
-
-def load(model: dg.DiffusionGemma, cache: dg.Cache, batch: CanvasBatch, states: list[CanvasState]) -> None:
-    for row, state in enumerate(states):
-        prefix = cache.length(row)
-        tables = model.rotary_tables(torch.arange(prefix, prefix + batch.length))
-        batch.load(row, state, row, prefix, tables)
+        contents = {
+            1: dg.Canvas([*[None] * 8, 9, None, 11], [*[False] * 8, True, False, True]),
+            2: dg.Canvas(allowed=[*[None] * 17, [3, 4], [7, 8, 9]]),
+        }
+        begin_canvas(network, batch, slot, resolved, 100 + slot, slot, contents.get(slot))
+        tables = network.rotary_tables(torch.arange(len(prompt), len(prompt) + 8))
+        batch.place(slot, slot, len(prompt), tables)
+        alone.append(begun(model, resolved, 100 + slot, slot, contents.get(slot)))
+    return batch, make_step_buffers(network, 4, 8), alone
 
 
 def of_row(batch: CanvasBatch, row: int) -> dict[str, torch.Tensor]:
     """A copy of all that a row has."""
-    values = {f.name: getattr(batch.state, f.name) for f in fields(CanvasState)}
-    return {name: value[row].clone() for name, value in values.items() if value is not None}
+    state = batch.state.rows_between(row, row + 1)
+    return {f.name: getattr(state, f.name)[0].clone() for f in fields(CanvasState) if f.name != "allowed"}
 
 
 PROMPTS = [[1, 2, 3], list(range(20)), [5] * 9]
@@ -106,14 +121,13 @@ PROMPTS = [[1, 2, 3], list(range(20)), [5] * 9]
 def test_a_batch_steps_every_canvas_as_it_would_be_alone(dtype: torch.dtype) -> None:
     model = random_model(dtype)
     cache = model.new_cache(4, 64)
-    states = begun(model, cache, PROMPTS, [2, 5, 4], confidence=4.0)
-    batch = make_canvas_batch(model, 4, 8)
-    load(model, cache, batch, states)
+    batch, buffers, canvases = canvases_begun(model, cache, PROMPTS, [2, 5, 4], confidence=4.0)
     for _ in range(5):
-        batch_step(model, cache, batch)
-        for row, alone in enumerate(states):
+        denoising_step(model.network, cache, batch, buffers)
+        for row, canvas in enumerate(canvases):
+            alone = canvas[0].state
             if bool(alone.active):
-                denoising_step(model, cache, row, alone)
+                step_alone(model, cache, row, canvas)
             for name in ("canvas", "draft", "accepted", "entropy", "mean_entropy", "step", "temperature", "status"):
                 assert torch.equal(getattr(alone, name)[0], getattr(batch.state, name)[row]), (row, name)
     assert not batch.state.active.any()
@@ -123,18 +137,17 @@ def test_a_batch_steps_every_canvas_as_it_would_be_alone(dtype: torch.dtype) -> 
 def test_a_finished_row_is_frozen_and_an_empty_one_is_not_read(dtype: torch.dtype) -> None:
     model = random_model(dtype)
     cache = model.new_cache(4, 64)
-    batch = make_canvas_batch(model, 4, 8)
-    load(model, cache, batch, begun(model, cache, PROMPTS, [1, 2, 6]))
+    batch, buffers, _ = canvases_begun(model, cache, PROMPTS, [1, 2, 6])
     # Nothing of a row without a request reaches the others: not even a number that is not one.
-    batch.logits[3].fill_(float("nan"))
-    for tensor in batch.statistics:
+    buffers.logits[3].fill_(float("nan"))
+    for tensor in buffers.statistics_of(batch.state):
         if tensor.is_floating_point():
             tensor[3] = float("nan")
     kept = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-    batch_step(model, cache, batch)
+    denoising_step(model.network, cache, batch, buffers)
     frozen = {0: of_row(batch, 0), 3: of_row(batch, 3)}
     for _ in range(3):
-        batch_step(model, cache, batch)
+        denoising_step(model.network, cache, batch, buffers)
         frozen.setdefault(1, of_row(batch, 1))
         for row, then in frozen.items():
             for name, value in of_row(batch, row).items():
@@ -149,10 +162,9 @@ def test_a_finished_row_is_frozen_and_an_empty_one_is_not_read(dtype: torch.dtyp
 def test_experts_and_attention_see_no_row_that_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     cache = model.new_cache(4, 64)
-    batch = make_canvas_batch(model, 4, 8)
-    load(model, cache, batch, begun(model, cache, PROMPTS, [1, 2, 6]))
+    batch, buffers, _ = canvases_begun(model, cache, PROMPTS, [1, 2, 6])
     seen, slots = [], []
-    original, attention = dg.model.experts, block_attention.canvas_attention
+    original, attention = forward_module.experts, forward_module.canvas_attention
 
     def spy(rows: torch.Tensor, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append((ids.view(4, 8, -1) >= 0).flatten(1).all(1).tolist())
@@ -160,13 +172,13 @@ def test_experts_and_attention_see_no_row_that_is_not_active(monkeypatch: pytest
         return original(rows, ids, *rest)
 
     def spy_on_slots(*operands: torch.Tensor, **more: Any) -> torch.Tensor:
-        slots.append(operands[5].tolist())
+        slots.append(more["slot"].tolist())
         return attention(*operands, **more)
 
-    monkeypatch.setattr(dg.model, "experts", spy)
-    monkeypatch.setattr(block_attention, "canvas_attention", spy_on_slots)
-    batch_step(model, cache, batch)
-    batch_step(model, cache, batch)
+    monkeypatch.setattr(forward_module, "experts", spy)
+    monkeypatch.setattr(forward_module, "canvas_attention", spy_on_slots)
+    denoising_step(model.network, cache, batch, buffers)
+    denoising_step(model.network, cache, batch, buffers)
     layers = len(model.config.layers)
     assert seen == [[True, True, True, False]] * layers + [[False, True, True, False]] * layers
     assert slots == [[0, 1, 2, -1]] * layers + [[-1, 1, 2, -1]] * layers
@@ -175,24 +187,28 @@ def test_experts_and_attention_see_no_row_that_is_not_active(monkeypatch: pytest
 def test_a_row_keeps_its_canvas_when_it_moves() -> None:
     model = random_model()
     cache = model.new_cache(4, 64)
-    states = begun(model, cache, PROMPTS, [6, 6, 6])
-    batch = make_canvas_batch(model, 4, 8)
-    load(model, cache, batch, states)
-    batch_step(model, cache, batch)
-    moved = {**of_row(batch, 2), "tables": next(iter(batch.tables.values()))[0][16:24].clone()}
-    batch.move(2, 0)
+    batch, buffers, canvases = canvases_begun(model, cache, PROMPTS, [6, 6, 6])
+    denoising_step(model.network, cache, batch, buffers)
+    before = of_row(batch, 2)
+    table = next(iter(batch.rotary.values()))[0][16:24].clone()
+    assert before["allowed_row"].tolist() == [-1, 16, 17, *[-1] * 5]
+    batch.move(2, 0, masks=2)
     batch.clear(2)
-    now = {**of_row(batch, 0), "tables": next(iter(batch.tables.values()))[0][:8]}
-    assert all(torch.equal(now[name], value) for name, value in moved.items())
+    # The masks lie where the row's are.
+    assert batch.state.allowed_row[0].tolist() == [-1, 0, 1, *[-1] * 5]
+    assert torch.equal(batch.state.allowed[:2], canvases[2][0].state.allowed[:2])
+    after = of_row(batch, 0)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name != "allowed_row")
+    assert torch.equal(next(iter(batch.rotary.values()))[0][:8], table)
     assert batch.slot.tolist() == [2, 1, -1, -1]
     assert batch.prefix_length.tolist()[:2] == [9, 20]
     assert batch.state.active.tolist() == [True, True, False, False]
 
 
 def test_the_bytes_of_a_batch_are_those_that_it_takes() -> None:
-    model = random_model()
-    made, counted = make_canvas_batch(model, 4, 8), make_canvas_batch(model, 4, 8, device="meta")
-    assert made.nbytes == counted.nbytes
+    network = random_model().network
+    for make in (make_canvas_batch, make_step_buffers):
+        assert make(network, 4, 8).nbytes == make(network, 4, 8, device="meta").nbytes
     assert [bucket_of(n) for n in (1, 2, 3, 4, 5, 8, 9, 17, 32)] == [1, 2, 4, 4, 8, 8, 16, 32, 32]
 
 
@@ -211,7 +227,7 @@ def prompts(count: int) -> list[list[int]]:
     return [[(7 * i + 3 * j) % 500 for j in range(1 + 5 * i % 23)] for i in range(count)]
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_same_answers_by_every_driver(driver: str, count: int) -> None:
     scheduler = scheduler_of(random_model(), driver, Log(), max_batch=3, max_length=100)
@@ -223,7 +239,7 @@ def test_the_same_answers_by_every_driver(driver: str, count: int) -> None:
     assert [request.output for request in requests] == plain(count)
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 def test_no_canvas_stops_late_by_more_than_a_step_or_early(driver: str) -> None:
     """One request, so that every step is a step of its canvas."""
     seen = set()
@@ -244,20 +260,20 @@ def test_no_canvas_stops_late_by_more_than_a_step_or_early(driver: str) -> None:
             scheduler.finish_canvas()
             assert request.denoising_steps[-1] == steps
             at_cap = steps == 5
-            late = driver == "late" and not at_cap
+            late = driver == "async" and not at_cap
             assert log.calls.count("step") == steps + late, log.calls
             seen.add(at_cap)
-            if driver == "late":
+            if driver == "async":
                 # The next step is under way before the host asks for the last one's flags.
-                assert log.calls[:4] == ["step", "look", "step", "look"]
+                assert log.calls[:4] == ["step", "copy", "step", "copy"]
             if driver == "graph":
-                assert log.calls[-2:] == ["look", "wait"]
+                assert log.calls[-2:] == ["copy", "wait"]
                 assert log.calls.count("wait") == 1
         assert request.done
     assert seen == {True, False}
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 def test_the_demo_checkpoint_takes_as_many_steps_as_one_by_one(driver: str) -> None:
     model, count = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu"), 8
     puzzles = [demo.draw(6, 20261121, index) for index in range(count)]
@@ -298,18 +314,13 @@ def test_events_of_a_batch_are_those_of_one_by_one() -> None:
     assert events(batched=True) == events(batched=False)
 
 
-def test_requests_that_cannot_share_go_alone_beside_the_batch() -> None:
+def test_canvases_of_another_length_have_steps_of_their_own() -> None:
     model = random_model()
-    canvases = [
-        None,
-        dg.Canvas(allowed=[30, 31, 32]),
-        dg.Canvas([7, 8], [True, True]),
-        dg.Canvas([4] * 8, start_step=3),
-    ]
+    canvases = [None, dg.Canvas([7, 8], [True, True]), dg.Canvas([4] * 8, start_step=3), None]
     samplers = [SAMPLER, SAMPLER, SAMPLER, SamplerConfig(canvas_length=5, max_denoising_steps=4)]
     requests = list(zip(prompts(4), samplers, canvases, strict=True))
     wanted = [model.generate(p, 16, s, seed, canvas=c) for seed, (p, s, c) in enumerate(requests)]
-    for driver in DRIVERS:
+    for driver in LOOPS:
         scheduler = dg.Scheduler(model, max_batch=4, max_length=100, batched=True, driver=driver)
         made = [scheduler.submit(p, 16, s, seed, canvas=c) for seed, (p, s, c) in enumerate(requests)]
         assert set(scheduler._groups) == {5, 8}
@@ -321,25 +332,67 @@ def test_requests_that_cannot_share_go_alone_beside_the_batch() -> None:
         assert set(scheduler._groups) == {4, 8}, "buffers of a length that nobody has are given up"
 
 
+# Rules for seven requests: sets of ids for the whole answer, by position, with pinned tokens, and none.
+RULES = [
+    dg.Canvas(allowed=[30, 31, 32]),
+    None,
+    dg.Canvas(allowed=[[4, 9, 300], None, [7], *[[20, 21, 22, 23]] * 5]),
+    dg.Canvas([None, 44], [False, True], allowed=list(range(40, 60))),
+    dg.Canvas(allowed=[None] * 12 + [[position] for position in range(100, 108)]),
+    dg.Canvas([5] * 8, start_step=3, allowed=[5, 6, 7, 511]),
+    dg.Canvas(allowed=[[position, position + 50] for position in range(20)]),
+]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("driver", list(LOOPS))
+def test_requests_with_rules_of_their_own_share_their_steps(driver: str, batched: bool) -> None:
+    """Seven requests over five slots, so that rows with rules move and are filled anew; as each alone."""
+    model = random_model()
+    caps = [6, 3, 5, 2, 6, 4, 1]
+    samplers = [replace(SAMPLER, max_denoising_steps=cap) for cap in caps]
+    requests = list(zip(prompts(7), samplers, RULES, strict=True))
+    wanted = [model.generate(p, 20, s, seed, canvas=c) for seed, (p, s, c) in enumerate(requests)]
+    rows: list[int] = []
+
+    def make_runner(network: Network, cache: dg.Cache, batch: CanvasBatch, buffers: StepBuffers) -> EagerRunner:
+        rows.append(batch.rows)
+        return EagerRunner(network, cache, batch, buffers)
+
+    scheduler = dg.Scheduler(
+        model, max_batch=5, max_length=100, batched=batched, driver=driver, make_runner=make_runner
+    )
+    made = [scheduler.submit(p, 20, s, seed, canvas=c) for seed, (p, s, c) in enumerate(requests)]
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    assert [request.output for request in made] == wanted
+    assert max(rows) == 8, "five rows share a step"
+    for request, rule in zip(made, RULES, strict=True):
+        if rule is not None and rule.allowed is not None:
+            for position, token in enumerate(request.output.token_ids):
+                ids = rule.allowed_at(position)
+                assert ids is None or token in ids
+
+
 # What goes wrong ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 def test_a_row_that_is_not_finite_fails_alone(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     chosen = prompts(3)
     alone = [model.generate(p, max_new_tokens=16, sampler=SAMPLER, seed=s) for s, p in enumerate(chosen)]
     scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=True, driver=driver)
     requests = [scheduler.submit(p, max_new_tokens=16, sampler=SAMPLER, seed=s) for s, p in enumerate(chosen)]
-    original, steps = DirectDevice.step, []
+    original, steps = EagerRunner.step, []
 
-    def poisoned(device: DirectDevice, pending: Sequence[Pending] = ()) -> None:
+    def poisoned(runner: EagerRunner, chunks: Sequence[PrefillChunk] = ()) -> None:
         steps.append(1)
         if len(steps) == 2:  # the second step of every first canvas
-            device._batch.state.soft_embedding[1, 3] = float("nan")  # type: ignore[index]
-        original(device, pending)
+            runner._batch.state.soft_embedding[1, 3] = float("nan")
+        original(runner, chunks)
 
-    monkeypatch.setattr(DirectDevice, "step", poisoned)
+    monkeypatch.setattr(EagerRunner, "step", poisoned)
     events = []
     while not scheduler.idle:
         events += scheduler.finish_canvas()
@@ -352,7 +405,7 @@ def test_a_row_that_is_not_finite_fails_alone(driver: str, monkeypatch: pytest.M
     assert scheduler.free_slots == 3
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 def test_cancelling_mid_canvas_frees_the_row_and_leaves_the_others(driver: str) -> None:
     model = random_model()
     wanted = plain(3)
@@ -378,11 +431,11 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
     running = dg.Scheduler(model, max_batch=2, max_length=32, batched=True)
     request = running.submit([1, 2, 3], max_new_tokens=8, seed=5)
     running.step()
-    plan = memory_module.batch_plan(model, 2, 4, 32, slots=2)
+    plan = memory_module.batch_plan(model.network, 2, 4, 32, slots=2)
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total)
     dg.Scheduler(model, max_batch=2, max_length=32, batched=True)
     caches: list[object] = []
-    monkeypatch.setattr(model, "new_cache", lambda *a: caches.append(a))
+    monkeypatch.setattr(model.network, "new_cache", lambda *a: caches.append(a))
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - 1)
     with pytest.raises(dg.NotEnoughMemory, match="a batch of 2 takes") as caught:
         dg.Scheduler(model, max_batch=2, max_length=32, batched=True)
@@ -401,7 +454,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
 
 
 def test_a_driver_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="driver must be one of eager, late, graph, got 'fast'"):
+    with pytest.raises(ValueError, match="driver must be one of eager, async, graph, got 'fast'"):
         dg.Scheduler(smallest_model(), driver="fast")
     with pytest.raises(ValueError, match="max_denoising_steps must be at least 1, got 0"):
         dg.Scheduler(smallest_model(), batched=True).submit([1], sampler=SamplerConfig(max_denoising_steps=0))
@@ -410,7 +463,7 @@ def test_a_driver_that_is_not_there_is_refused() -> None:
 def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     wanted = [plain(3)[i] for i in range(3)]
-    monkeypatch.setattr(dg.generate, "_keeps_schedulers", lambda model: True)
+    monkeypatch.setattr(generate_module, "_keeps_schedulers", lambda model: True)
     monkeypatch.setattr(model, "kept_scheduler", None)
 
     def answer(i: int) -> dg.Output:
@@ -446,8 +499,8 @@ def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytes
 
 def test_a_kept_scheduler_does_not_keep_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_model()
-    monkeypatch.setattr(dg.generate, "_keeps_schedulers", lambda model: True)
-    model = dg.DiffusionGemma(base.config, base.weights, base.defaults, base.tokenizer)
+    monkeypatch.setattr(generate_module, "_keeps_schedulers", lambda model: True)
+    model = dg.DiffusionGemma(base.network, base.defaults, base.tokenizer)
     drafts = list(model.stream(prompts(1)[0], 20, SAMPLER))
     assert model.kept_scheduler is not None
     known = weakref.ref(model)
@@ -455,7 +508,5 @@ def test_a_kept_scheduler_does_not_keep_its_model(monkeypatch: pytest.MonkeyPatc
     assert known() is None, "dropped without a search for cycles"
     assert [event.text for event in drafts if isinstance(event, dg.Draft)]
     # A stream of a model that nobody else has goes on.
-    stream = dg.DiffusionGemma(base.config, base.weights, base.defaults, base.tokenizer).stream(
-        prompts(1)[0], 20, SAMPLER
-    )
+    stream = dg.DiffusionGemma(base.network, base.defaults, base.tokenizer).stream(prompts(1)[0], 20, SAMPLER)
     assert len(list(stream)) == len(drafts)

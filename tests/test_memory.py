@@ -102,7 +102,7 @@ def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monk
     assert mapped == sum(nbytes for _, nbytes in plan.weights.values())
     loads: list[object] = []
     load = dg.diffusion_gemma.load_weights
-    monkeypatch.setattr(dg.model, "load_weights", lambda *a, **k: (loads.append(a), load(*a, **k))[1])
+    monkeypatch.setattr(dg.diffusion_gemma, "load_weights", lambda *a, **k: (loads.append(a), load(*a, **k))[1])
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - mapped)
     dg.DiffusionGemma.from_pretrained(folder, device="cpu")
     assert len(loads) == 1

@@ -17,8 +17,11 @@ import dgemma_ext as dg
 import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
-from dgemma_ext.model import layers
+from dgemma_ext.model import Network, PrefillChunk, matmul
+from dgemma_ext.model.forward import decoder_layer, embed
+from dgemma_ext.model.rows import Rows
 from dgemma_ext.ops import router
+from dgemma_ext.ops.layer import rms_norm
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from older_transformers import run_under_5_17
 from transformers_oracle import Pair, load_pair
@@ -221,7 +224,31 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
         probabilities = router.probabilities(residual, scale, projection, rest[1])
         return ids.to(torch.int32), router.weights_of(probabilities, ids, per_expert)
 
-    monkeypatch.setattr(layers, "route", route)
+    monkeypatch.setattr(matmul, "route", route)
+
+
+def canvas_rows(network: Network, cache: dg.Cache, canvas: torch.Tensor, soft: torch.Tensor | None = None) -> Rows:
+    """The rows of a denoising pass of a canvas [1, L] over slot 0."""
+    return Rows.describe(network.canvas_in_slot(canvas, cache, 0, soft), (), (), (), network.device)
+
+
+def chunk_rows(network: Network, ids: torch.Tensor, start: int) -> Rows:
+    """The rows of an encode pass of ids [1, n] into slot 0, which holds `start` positions."""
+    tables = network.rotary_tables(torch.arange(start, start + ids.shape[1]))
+    return Rows.describe(None, [PrefillChunk(0, ids[0])], [start], [tables], network.device)
+
+
+def layer_alone(network: Network, cache: dg.Cache, rows: Rows, hidden: torch.Tensor, index: int) -> torch.Tensor:
+    """The output of one layer for its input [1, n, hidden]."""
+    layer, weights = network.config.layers[index], network.weights.layers[index]
+    normed = rms_norm(hidden[0], weights.input_layernorm, network.config.rms_norm_eps)
+    made = (layer, weights, network.weights.norm, network.config, network.options, cache)
+    return decoder_layer(hidden[0], normed, rows, *made)[0][None]
+
+
+def first_input(network: Network, rows: Rows) -> torch.Tensor:
+    """The input of the first layer, [1, n, hidden]."""
+    return embed(rows, network.weights, network.options, network.config.rms_norm_eps)[None]
 
 
 def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tensor, layer: int) -> None:
@@ -249,14 +276,14 @@ def test_bf16_decoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
     oracle.copy_cache(theirs, prompt.shape[1], cache, 0)
     with oracle.recorded_layers(pair.theirs.model.decoder) as calls:
         oracle.denoise(pair.theirs, random_ids(pair, length, 51), theirs)
-    attend = pair.ours._canvas_attention(cache, 0)
-    parts = list(pair.ours._layers(prompt.shape[1], length))
-    assert len(calls) == len(parts)
-    for call, (layer, weights, tables) in zip(calls, parts, strict=True):
-        for ours, wanted in zip(tables, call.arguments["position_embeddings"], strict=True):
+    network = pair.ours.network
+    rows = canvas_rows(network, cache, random_ids(pair, length, 51))
+    for call, layer in zip(calls, network.config.layers, strict=True):
+        table = rows.rotary[layer.rope, layer.head_dim]
+        for ours, wanted in zip(table, call.arguments["position_embeddings"], strict=True):
             assert torch.equal(ours[None], wanted), f"rotary tables of layer {layer.index}"
         with_experts(call.expert_ids, monkeypatch)
-        got = pair.ours._layer(call.hidden, layer, weights, tables, 0, attend)[0]
+        got = layer_alone(network, cache, rows, call.hidden, layer.index)
         assert_as_good(got, call.output, call.exact(exact_cache), f"layer {layer.index}")
 
 
@@ -273,10 +300,11 @@ def test_bf16_encoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
     oracle.copy_cache(theirs, before, cache, 0)
     with oracle.recorded_layers(pair.theirs.model.encoder.language_model) as calls:
         oracle.encode(pair.theirs, random_ids(pair, count, 61), theirs)
-    attend = pair.ours._causal_attention(cache, 0, None)
-    for call, (layer, weights, tables) in zip(calls, pair.ours._layers(before, count), strict=True):
+    network = pair.ours.network
+    rows = chunk_rows(network, random_ids(pair, count, 61), before)
+    for call, layer in zip(calls, network.config.layers, strict=True):
         with_experts(call.expert_ids, monkeypatch)
-        got = pair.ours._layer(call.hidden, layer, weights, tables, count, attend)[0]
+        got = layer_alone(network, cache, rows, call.hidden, layer.index)
         assert_as_good(got, call.output, call.exact(exact_cache), f"layer {layer.index}")
         wanted = oracle.cached(theirs, layer.index)
         positions = range(before + count - len(wanted[0]), before + count)
@@ -284,8 +312,8 @@ def test_bf16_encoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
         exact = oracle.cached(exact_cache, layer.index)
         for which, ours, rounded, precise in zip(("keys", "values"), kept, wanted, exact, strict=True):
             # What was in the cache before is the same on all sides; only the block's rows have an error.
-            rows = slice(max(0, len(rounded) - count), None)
-            assert_as_good(ours[rows], rounded[rows], precise[rows], f"{which} of layer {layer.index}")
+            new = slice(max(0, len(rounded) - count), None)
+            assert_as_good(ours[new], rounded[new], precise[new], f"{which} of layer {layer.index}")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -314,24 +342,26 @@ def test_bf16_ends(pair_of: Any, name: str) -> None:
     theirs = oracle.encode(pair.theirs, prompt)
     with oracle.recorded_layers(pair.theirs.model.encoder.language_model) as calls:
         oracle.encode(pair.theirs, prompt)
-    assert torch.equal(pair.ours._embed(prompt), calls[0].hidden)
+    network, cache = pair.ours.network, pair.ours.new_cache(1, 64)
+    assert torch.equal(first_input(network, chunk_rows(network, prompt, 0)), calls[0].hidden)
 
     with oracle.recorded_layers(pair.theirs.model.decoder) as calls:
         logits = oracle.denoise(pair.theirs, canvas, theirs)
         conditioned = oracle.denoise(pair.theirs, canvas, theirs, (logits / 0.7).bfloat16())
     first, last, first_conditioned = calls[0], calls[len(calls) // 2 - 1], calls[len(calls) // 2]
-    assert torch.equal(pair.ours._canvas_input(canvas, None), first.hidden)
+    assert torch.equal(first_input(network, canvas_rows(network, cache, canvas)), first.hidden)
     weights = pair.ours.weights
-    normed = layers.rms_norm(last.output, weights.norm, pair.ours.config.rms_norm_eps)
+    normed = rms_norm(last.output, weights.norm, pair.ours.config.rms_norm_eps)
     raw, _ = vocabulary_head(normed, weights.embed_tokens, 0.0, torch.ones(1))
     cap = pair.ours.config.final_logit_softcapping
     assert torch.equal(torch.tanh(raw.float() / cap) * cap, logits)
 
-    soft = pair.ours.soft_embedding_of_logits(logits / 0.7)
-    exact = load_pair(pair.directory, torch.float32)
-    exact_soft = exact.ours.soft_embedding_of_logits((logits / 0.7).bfloat16().float())
-    wanted = exact.ours._canvas_input(canvas, exact_soft)
-    got = pair.ours._canvas_input(canvas, soft)
+    soft = network.soft_embedding_of_logits(logits / 0.7)
+    exact = load_pair(pair.directory, torch.float32).ours.network
+    exact_soft = exact.soft_embedding_of_logits((logits / 0.7).bfloat16().float())
+    exact_cache = exact.new_cache(1, 64)
+    wanted = first_input(exact, canvas_rows(exact, exact_cache, canvas, exact_soft))
+    got = first_input(network, canvas_rows(network, cache, canvas, soft))
     assert_as_good(got, first_conditioned.hidden, wanted, "self-conditioned input")
     assert not torch.equal(conditioned, logits)
 

@@ -21,7 +21,9 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as ge
 from bounds import GLOBAL_BOUND, relative_distance
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.sampling import sampler
+from dgemma_ext.sampling import ResolvedSampler, begin_canvas, make_canvas_batch, make_step_buffers
+from dgemma_ext.sampling.state import CanvasState
+from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
 from transformers_oracle import Settings, inverse_cdf, uniforms
 
 # Distance from a boundary (a share of the mass; nats) under which rounding may decide.
@@ -60,11 +62,18 @@ CASES = {
 }
 
 
-def stand_in_model(case: Case) -> Any:
-    """What the sampler asks of a model."""
+def stand_in_network(case: Case) -> Any:
+    """What the sampler asks of a network."""
     embedding = torch.randn(case.vocabulary, HIDDEN).to(case.dtype)
     return SimpleNamespace(
-        config=SimpleNamespace(vocab_size=case.vocabulary, final_logit_softcapping=SOFTCAP),
+        config=SimpleNamespace(
+            vocab_size=case.vocabulary,
+            final_logit_softcapping=SOFTCAP,
+            hidden_size=HIDDEN,
+            num_attention_heads=1,
+            layers=(),
+        ),
+        dtype=case.dtype,
         device=torch.device("cpu"),
         weights=SimpleNamespace(embed_tokens=embedding),
         embedding_scale=float(torch.tensor(HIDDEN**0.5).to(case.dtype)),
@@ -73,9 +82,9 @@ def stand_in_model(case: Case) -> Any:
     )
 
 
-def resolved(case: Case) -> sampler.ResolvedSampler:
+def resolved(case: Case) -> ResolvedSampler:
     values = vars(case.settings) | {"pad_token_id": 0, "canvas_length": case.length}
-    return sampler.ResolvedSampler(**values)
+    return ResolvedSampler(**values)
 
 
 def logits_of_canvas(case: Case) -> list[torch.Tensor]:
@@ -183,9 +192,11 @@ def compare(name: str) -> Tally:
     """Runs a case on both sides and asserts that every step is the same, but for what rounding may decide."""
     case, tally = CASES[name], Tally()
     torch.manual_seed(7)
-    model = stand_in_model(case)
+    model = stand_in_network(case)
     for _ in range(case.canvases):
-        state = sampler.begin_canvas(model, resolved(case), seed=1, index=0)
+        batch, buffers = make_canvas_batch(model, 1, case.length), make_step_buffers(model, 1, case.length)
+        begin_canvas(model, batch, 0, resolved(case), seed=1, index=0)
+        state = batch.state
         oracle = Oracle(case)
         for step, raw in enumerate(logits_of_canvas(case), start=1):
             draws = torch.rand(1, case.length, dtype=torch.float64)
@@ -193,7 +204,11 @@ def compare(name: str) -> Tally:
             assert int(state.step) == step
             wanted = oracle.step(state.canvas.long(), raw, step, draws, (renoise * case.vocabulary).long())
             with kept_samples() as sampled:
-                sampler.update_canvas(model, state, raw[None], sample_uniforms=draws, renoise_uniforms=renoise)
+                params = logits_params(model, state, buffers)
+                buffers.logits.copy_(raw)
+                denoise.vocabulary_statistics(buffers.logits, **params, out=buffers.statistics_of(state))
+                sample_and_update(model, state, buffers, params, draws, renoise)
+                soft_embedding(model, state, buffers, params)
 
             moved = sampled[0] != wanted.sampled
             assert not bool((moved & (wanted.draw_margin > BOUNDARY)).any()), f"step {step}: other tokens drawn"
@@ -220,11 +235,10 @@ def compare(name: str) -> Tally:
     return tally
 
 
-def assert_soft_embedding(model: Any, case: Case, state: sampler.CanvasState, processed: torch.Tensor) -> None:
+def assert_soft_embedding(model: Any, case: Case, state: CanvasState, processed: torch.Tensor) -> None:
     """The next step's input is the decoder's: softmax of the processed logits in the model's dtype, embedded."""
     if not bool(state.active):
         return
-    assert state.soft_embedding is not None
     probabilities = processed.to(case.dtype).softmax(-1, dtype=torch.float32).to(case.dtype)
     wanted = (probabilities @ model.weights.embed_tokens) * model.embedding_scale
     distance = relative_distance(state.soft_embedding.double(), wanted.double())
@@ -297,6 +311,8 @@ def test_temperature(t_min: float, t_max: float) -> None:
 def test_first_canvas_is_noise() -> None:
     """Before the first step every position holds the uniform token that the request's own random numbers give."""
     case = CASES["fp32"]
-    state = sampler.begin_canvas(stand_in_model(case), resolved(case), seed=77, index=3)
+    network = stand_in_network(case)
+    batch = make_canvas_batch(network, 1, case.length)
+    begin_canvas(network, batch, 0, resolved(case), seed=77, index=3)
     draws = uniforms(77, 3, 0, denoise.Purpose.INITIAL_NOISE, case.length)
-    assert state.canvas[0].tolist() == (draws * case.vocabulary).floor().int().tolist()
+    assert batch.state.canvas[0].tolist() == (draws * case.vocabulary).floor().int().tolist()

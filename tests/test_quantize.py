@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from dgemma_ext.quantized import convert as convert_module
 from safetensors.torch import load_file
 from torch import Tensor
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
 from dgemma_ext.checkpoint import ModelConfig, convert, parse_target, plan_conversion
+from dgemma_ext.checkpoint import quantize as convert_module
 from dgemma_ext.cli import main
 from dgemma_ext.model import ModelWeights, load_weights
 from dgemma_ext.ops.formats import QuantizedWeight

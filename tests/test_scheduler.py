@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from dgemma_ext import RequestState, SamplerConfig
-from dgemma_ext.engine.loop import DRIVERS
+from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.model import Canvases
 from models import random_model, smallest_model
 
 # Loose enough that some canvases stop early and some run to the cap.
@@ -101,7 +102,7 @@ def test_any_schedule_gives_every_request_the_tokens_it_gets_alone(
     check_schedule(schedule, dg.Scheduler(smallest_model(), max_batch=max_batch, max_length=24))
 
 
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     schedule=st.lists(st.one_of(actions, st.just(("canvas", 1))), min_size=1, max_size=14),
@@ -172,15 +173,16 @@ def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
     scheduler = dg.Scheduler(model, max_batch=2, max_length=100)
     bad = scheduler.submit(chosen[0], max_new_tokens=16, sampler=SAMPLER, seed=4)
     good = scheduler.submit(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
-    original = model.last_hidden
+    original = model.network.forward
 
-    def poisoned(canvas: torch.Tensor, cache: dg.Cache, slot: int, *rest: object, **more: object) -> torch.Tensor:
-        hidden = original(canvas, cache, slot, *rest, **more)  # type: ignore[arg-type]
-        if slot == 0 and bad.denoising_steps[-1] == 1:
+    def poisoned(cache: dg.Cache, canvases: Canvases, *rest: object) -> torch.Tensor | None:
+        hidden = original(cache, canvases, *rest)  # type: ignore[arg-type]
+        if canvases.slot.tolist() == [0] and bad.denoising_steps[-1] == 1:
+            assert hidden is not None
             hidden[0, 2, 7] = float("nan")
         return hidden
 
-    monkeypatch.setattr(model, "last_hidden", poisoned)
+    monkeypatch.setattr(model.network, "forward", poisoned)
     events = []
     while not scheduler.idle:
         events += scheduler.step()
@@ -194,9 +196,29 @@ def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
     assert scheduler.free_slots == 2
 
 
-def test_a_debug_run_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_debug_run_names_the_layer_and_the_request(batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(model, "debug", True)
+    chosen = prompts(model, 2)
+    alone = model.generate(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
+    monkeypatch.setattr(model.network.options, "debug", True)
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=100, batched=batched)
+    bad = scheduler.submit(chosen[0], max_new_tokens=16, sampler=SAMPLER, seed=4)
+    good = scheduler.submit(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
+    scheduler.step()
+    # Behind the head: from the second step on the soft embedding of the first canvas is not finite.
+    (group,) = scheduler._groups.values()
+    group._batch.state.soft_embedding[0, 1, 2] = float("nan")
+    while not scheduler.idle:
+        scheduler.step()
+    with pytest.raises(dg.NonFiniteError, match=r"request 0, .* step 2: the output of layer 0 is not finite"):
+        _ = bad.output
+    assert good.output == alone
+
+
+def test_a_debug_run_looks_at_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(model.network.options, "debug", True)
     layer = model.weights.layers[1]
     monkeypatch.setattr(layer, "decoder_layer_scalar", float("inf"))
     with pytest.raises(dg.NonFiniteError, match=r"step 1: the output of layer 1 is not finite"):

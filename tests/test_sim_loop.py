@@ -25,7 +25,7 @@ def test_puzzles_in_a_batch_are_solved_as_one_by_one(compute_capability: int, se
     assert found["eager"] == right
     assert found["graph"] == right
     # The step that is queued too much when the first is done is one of the others' own.
-    assert found["late"] == right
+    assert found["async"] == right
     assert found["until 3"] == 3, "a launch makes no more steps than it was told"
 
 
@@ -36,7 +36,8 @@ def test_the_kernels_freeze_what_is_finished() -> None:
 def test_a_step_of_a_batch_never_looks_at_a_value_and_asks_for_no_more_kernels() -> None:
     """A captured step could not wait. csrc/cuda/NOTES.md has the counts."""
     counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))
-    alone, batch, four = (counts[f"rows {rows}, step 2"] for rows in (0, 1, 4))
-    assert (alone["waits"], batch["waits"], four["waits"]) == (1, 0, 0)
-    assert batch["kernels"] == alone["kernels"]
-    assert batch["torch"] <= alone["torch"] + 15
+    one, four = (counts[f"rows {rows}, step 2"] for rows in (1, 4))
+    assert (one["waits"], four["waits"]) == (0, 0)
+    assert four["kernels"] == one["kernels"]
+    print(counts)
+    assert four["torch"] <= one["torch"] + 15

@@ -22,11 +22,13 @@ from dgemma_ext.engine import (
     Request,
     RequestState,
     Scheduler,
+    SnapshotStore,
 )
 from dgemma_ext.errors import CheckpointError, NonFiniteError
 from dgemma_ext.integrations import accelerate
 from dgemma_ext.model import Cache, Snapshot
 from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.version import __version__
 
 __all__ = [
     "Cache",

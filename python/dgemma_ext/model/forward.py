@@ -60,7 +60,7 @@ def forward(
         for start, chunk in zip(starts, chunks, strict=True)
     ]
     rows = Rows.describe(canvases, chunks, starts, tables, device)
-    hidden = _embed(rows, weights, options, epsilon)
+    hidden = embed(rows, weights, options, epsilon)
     normed = rms_norm(hidden, weights.layers[0].input_layernorm, epsilon)
     for layer, of_layer in zip(config.layers, weights.layers, strict=True):
         last = layer.index == len(config.layers) - 1
@@ -72,7 +72,7 @@ def forward(
             rows = rows.canvases_alone()
             hidden, normed = hidden[: rows.canvas_rows], normed[: rows.canvas_rows]
         next_norm = weights.norm if last else weights.layers[layer.index + 1].input_layernorm
-        hidden, normed = _decoder_layer(hidden, normed, rows, layer, of_layer, next_norm, config, options, cache)
+        hidden, normed = decoder_layer(hidden, normed, rows, layer, of_layer, next_norm, config, options, cache)
         if options.debug and not bool(torch.isfinite(hidden).all()):
             raise FloatingPointError(f"the output of layer {layer.index} is not finite")
     for chunk in chunks:
@@ -80,7 +80,7 @@ def forward(
     return None if canvases is None else normed.unflatten(0, canvases.ids.shape)
 
 
-def _embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: float) -> Tensor:
+def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: float) -> Tensor:
     """The input of the first layer, [rows, hidden].
 
     Canvas tokens have their embedding and the self-conditioning, normalised together; the tokens of a chunk have their
@@ -104,7 +104,7 @@ def _embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _decoder_layer(
+def decoder_layer(
     hidden: Tensor,
     normed: Tensor,
     rows: Rows,

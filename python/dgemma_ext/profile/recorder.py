@@ -27,6 +27,11 @@ from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
 RANGE = "dgemma call "
 _PRODUCTS = ("mm", "addmm", "matmul", "dense", "dense_quantized")
 _ATTENTION = ("canvas_attention", "causal_attention", "append_to_cache")
+# Arguments of the soft embedding that `soft_tiles` reads.
+_READ_BY_SOFT_TILES = (
+    *("active", "row_max", "row_sum", "tile_max", "tile_sum"),
+    *("embedding_scale", "tolerance", "max_embedding_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Recorder(TorchDispatchMode):
             result = self._timed(func, args, kwargs, part, name)
         if short == "soft_embedding":
             named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-            self.softened.append((named, named.get("out", result)))
+            self.softened.append(_soft_embedding_of(named, named.get("out", result)))
         number = len(self.calls)
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
             if tensor.data_ptr() not in self._owners:
@@ -164,6 +169,16 @@ def _tensors(values: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
+
+
+def _soft_embedding_of(named: dict[str, Any], result: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """The arguments that `soft_tiles` reads, and the result. On the CPU the rows of a batch take turns with one set of
+    buffers, so that they are copied."""
+    read = {name: named[name] for name in _READ_BY_SOFT_TILES if name in named}
+    if result.is_cpu:
+        read = {name: value.clone() if isinstance(value, Tensor) else value for name, value in read.items()}
+        result = result.clone()
+    return read, result
 
 
 def soft_tiles(softened: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float, float]:

@@ -12,8 +12,8 @@ import torch
 
 import dgemma_ext as dg
 from dgemma_ext import _C
-from dgemma_ext.engine import cuda_loop
-from dgemma_ext.engine.loop import DRIVERS
+from dgemma_ext.engine import cuda_graphs
+from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.sampling import CanvasBatch
 from models import random_model
 from test_loop import SAMPLER, plain, prompts
@@ -70,33 +70,33 @@ class GraphLoop:
 def cuda_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("device", "current_stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, StandIn)
-    monkeypatch.setattr(cuda_loop, "graphs_can_serve", lambda: True)
-    monkeypatch.setattr(cuda_loop, "_captured", Graph)
-    monkeypatch.setattr(cuda_loop, "_pinned_like", torch.empty_like)
+    monkeypatch.setattr(cuda_graphs, "can_capture", lambda network: True)
+    monkeypatch.setattr(cuda_graphs, "_captured", Graph)
+    monkeypatch.setattr(cuda_graphs, "_pinned_like", torch.empty_like)
     monkeypatch.setattr(_C, "GraphLoop", GraphLoop, raising=False)
-    cuda_loop._say_once.cache_clear()
+    cuda_graphs._warn_once.cache_clear()
 
 
 def answers_of(driver: str) -> tuple[list[dg.Output], dict[int, Any]]:
-    make = cuda_loop.LaunchDevice if driver == "eager" else cuda_loop.cuda_device
-    scheduler = dg.Scheduler(random_model(), 3, 100, batched=True, driver=driver, make_device=make)
+    make = cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.cuda_runner
+    scheduler = dg.Scheduler(random_model(), 3, 100, batched=True, driver=driver, make_runner=make)
     requests = [scheduler.submit(p, 20, SAMPLER, s) for s, p in enumerate(prompts(5))]
     scheduler.step()
     while not scheduler.idle:
         scheduler.finish_canvas()
-    return [request.output for request in requests], scheduler._groups[8]._devices
+    return [request.output for request in requests], scheduler._groups[8]._runners
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
-@pytest.mark.parametrize("driver", list(DRIVERS))
-def test_the_devices_of_a_gpu_give_the_same_answers(driver: str) -> None:
-    found, devices = answers_of(driver)
+@pytest.mark.parametrize("driver", list(LOOPS))
+def test_the_runners_of_a_gpu_give_the_same_answers(driver: str) -> None:
+    found, runners = answers_of(driver)
     assert found == plain(5)
-    assert {4} < set(devices) <= {1, 2, 4}, "a batch shrinks as requests end"
-    assert {type(device) for device in devices.values()} == {
-        cuda_loop.LaunchDevice if driver == "eager" else cuda_loop.GraphDevice
+    assert {4} < set(runners) <= {1, 2, 4}, "a batch shrinks as requests end"
+    assert {type(runner) for runner in runners.values()} == {
+        cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.CudaGraphRunner
     }
-    assert all(device.repeats is (driver != "eager") for device in devices.values())
+    assert all(runner.repeats is (driver != "eager") for runner in runners.values())
 
 
 @pytest.mark.usefixtures("cuda_on_the_host")
@@ -108,18 +108,18 @@ def test_what_a_driver_does_not_have_is_told_once_and_done_without(
         raise RuntimeError("not here")
 
     if missing == "kernels":
-        monkeypatch.setattr(cuda_loop, "graphs_can_serve", lambda: False)
+        monkeypatch.setattr(cuda_graphs, "can_capture", lambda network: False)
     elif missing == "graphs":
-        monkeypatch.setattr(cuda_loop, "_captured", refuse)
+        monkeypatch.setattr(cuda_graphs, "_captured", refuse)
     elif missing == "loops":
         monkeypatch.setattr(_C, "GraphLoop", refuse)
     else:
         monkeypatch.setattr(GraphLoop, "launch", refuse)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found, devices = answers_of("graph")
+        found, runners = answers_of("graph")
     assert found == plain(5)
-    assert not any(device.repeats for device in devices.values())
+    assert not any(runner.repeats for runner in runners.values())
     one_ahead = ["the host queues every denoising step by itself, one ahead: not here"]
     wanted = {
         "loops": one_ahead,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dgemma_ext.model.joint_pass import Pending
-from dgemma_ext.sampling.batch_step import batch_step
 
 import dgemma_ext as dg
 from backend import DTYPES
 from dgemma_ext import _C, SamplerConfig
 from dgemma_ext.engine import SnapshotStore
 from dgemma_ext.engine import scheduler as scheduler_module
-from dgemma_ext.model.layers import Products
-from dgemma_ext.model.placement import resolve_products
+from dgemma_ext.model import MatmulMode, PrefillChunk, resolve_matmul
 from dgemma_ext.ops import grouped_gemm
-from dgemma_ext.sampling import begin_canvas, make_canvas_batch
-from models import random_model
+from dgemma_ext.sampling import begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
+from models import last_hidden, random_model
 
 # The default model of the tests has windows of 16 and canvases of 8.
 WINDOW, LENGTH = 16, 8
@@ -45,14 +42,14 @@ def test_one_pass_gives_what_two_give(prefix: int, count: int, dtype: torch.dtyp
         for slot in range(2):
             model.encode(ids(prefix, 4), cache, slots=[slot])
     model.encode(more, cache, slots=[0])
-    expected = model.last_hidden(canvas, cache, 0, soft)
-    actual = model.last_hidden(canvas, cache, 1, soft, pending=more)
+    expected = last_hidden(model, canvas, cache, 0, soft)
+    actual = last_hidden(model, canvas, cache, 1, soft, appended=more)
     assert torch.equal(actual, expected)
     assert cache.length(1) == cache.length(0) == prefix + count
     for one, other in zip(slot_of(cache, 1), slot_of(cache, 0), strict=True):
         assert torch.equal(one, other)
     # What it has appended is what the next pass sees.
-    assert torch.equal(model.last_hidden(canvas, cache, 1, soft), expected)
+    assert torch.equal(last_hidden(model, canvas, cache, 1, soft), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,29 +61,31 @@ def test_rows_of_a_batch_join_with_their_tokens(dtype: torch.dtype) -> None:
     waiting = {0: ids(5, 10), 2: ids(WINDOW + 3, 12)}
     batches = []
     for which in (cache, apart):
-        batch = make_canvas_batch(model, 4, LENGTH)
+        batch, buffers = make_canvas_batch(model.network, 4, LENGTH), make_step_buffers(model.network, 4, LENGTH)
         model.encode(ids(7, 11), which, slots=[1])
         model.encode(ids(WINDOW, 13), which, slots=[2])
         for row in (1, 0, 2):
             if which is apart and row in waiting:
                 model.encode(waiting[row], which, slots=[row])
             prefix = which.length(row) + (waiting[row].shape[1] if which is cache and row in waiting else 0)
-            tables = model.rotary_tables(torch.arange(prefix, prefix + LENGTH))
-            batch.load(row, begin_canvas(model, resolved, seed=row, index=0), row, prefix, tables)
+            tables = model.network.rotary_tables(torch.arange(prefix, prefix + LENGTH))
+            begin_canvas(model.network, batch, row, resolved, seed=row, index=0)
+            batch.place(row, row, prefix, tables)
             if row == 1:
-                batch_step(model, which, batch)
-        batches.append(batch)
-    batch_step(model, cache, batches[0], [Pending(slot, tokens) for slot, tokens in waiting.items()])
-    batch_step(model, apart, batches[1])
+                denoising_step(model.network, which, batch, buffers)
+        batches.append((batch, buffers))
+    chunks = [PrefillChunk(slot, tokens[0]) for slot, tokens in waiting.items()]
+    denoising_step(model.network, cache, *batches[0], chunks)
+    denoising_step(model.network, apart, *batches[1])
     for _ in range(2):
         for name in ("canvas", "draft", "entropy", "step", "soft_embedding"):
-            one, other = (getattr(batch.state, name)[:3] for batch in batches)
+            one, other = (getattr(batch.state, name)[:3] for batch, _ in batches)
             assert torch.equal(one, other), name
         for slot in range(3):
             assert all(map(torch.equal, slot_of(cache, slot), slot_of(apart, slot)))
-        batch_step(model, cache, batches[0])
-        batch_step(model, apart, batches[1])
-    assert batches[0].state.step.tolist() == [4, 5, 4, 0]
+        denoising_step(model.network, cache, *batches[0])
+        denoising_step(model.network, apart, *batches[1])
+    assert batches[0][0].state.step.tolist() == [4, 5, 4, 0]
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -97,7 +96,7 @@ def test_no_request_needs_a_pass_of_its_own_for_a_short_beginning(
     """`most`: the tokens that a step may encode; with 0 every piece has its own pass, as the answers expect."""
     model = random_model()
     prompts = [ids(count, count)[0].tolist() for count in (3, 12, 13)]
-    passes, original = [], model.encode
+    passes, original = [], model.network.encode
 
     def counted(tokens: torch.Tensor, *rest: object, **more: object) -> None:
         passes.append(tokens.shape[1])
@@ -110,10 +109,10 @@ def test_no_request_needs_a_pass_of_its_own_for_a_short_beginning(
             scheduler.finish_canvas()
         return [request.output for request in requests]
 
-    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", 0)
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_TOKENS", 0)
     expected = answers()
-    monkeypatch.setattr(model, "encode", counted)
-    monkeypatch.setattr(scheduler_module, "JOINT_TOKENS", most)
+    monkeypatch.setattr(model.network, "encode", counted)
+    monkeypatch.setattr(scheduler_module, "MAX_PREFILL_TOKENS", most)
     assert answers() == expected
     assert all(len(output.denoising_steps) == 3 for output in expected), "each commits two canvases"
     if most == 0:
@@ -156,7 +155,7 @@ def test_a_request_that_is_cancelled_leaves_nothing_to_encode() -> None:
         scheduler.finish_canvas()
     gone.cancel()
     (group,) = scheduler._groups.values()
-    assert group.pending == 0
+    assert group.num_prefill == 0
     while not scheduler.idle:
         scheduler.step()
     assert kept.output == alone
@@ -178,7 +177,7 @@ def test_with_our_own_products_all_rows_go_together_and_no_bit_changes(
         return product(x, weight)
 
     monkeypatch.setattr(grouped_gemm, "dense", counted)
-    monkeypatch.setattr(model, "products", Products.INVARIANT)
+    monkeypatch.setattr(model.network.options, "matmul", MatmulMode.INVARIANT)
     alone = [model.generate(prompt, 20, SAMPLER, seed) for seed, prompt in enumerate(prompts)]
     del rows[:]
     scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=True)
@@ -193,12 +192,12 @@ def test_with_our_own_products_all_rows_go_together_and_no_bit_changes(
 def test_a_gpu_that_cannot_be_batch_invariant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for invariant in (False, True):
-        assert resolve_products(invariant, cpu, torch.float32) is Products.APART
-    assert resolve_products(False, cuda, torch.float32) is Products.TOGETHER
+        assert resolve_matmul(invariant, cpu, torch.float32) is MatmulMode.PER_REQUEST
+    assert resolve_matmul(False, cuda, torch.float32) is MatmulMode.BATCHED
     with pytest.raises(ValueError, match=r"batch_invariant on a GPU is for dtype bfloat16, got torch.float32"):
-        resolve_products(True, cuda, torch.float32)
+        resolve_matmul(True, cuda, torch.float32)
     monkeypatch.setattr(_C, "has_cuda", lambda: False)
     with pytest.raises(ValueError, match="needs a build with CUDA kernels"):
-        resolve_products(True, cuda, torch.bfloat16)
+        resolve_matmul(True, cuda, torch.bfloat16)
     monkeypatch.setattr(_C, "has_cuda", lambda: True)
-    assert resolve_products(True, cuda, torch.bfloat16) is Products.INVARIANT
+    assert resolve_matmul(True, cuda, torch.bfloat16) is MatmulMode.INVARIANT
