@@ -1,8 +1,10 @@
-# The CUDA kernels: csrc/<family>/*.cu and what their entry points share, compiled into the static library.
+# The CUDA kernels and their entry points, compiled into the static library.
 #
-# A file named sm90_* uses what only Hopper has and is compiled for 90a; one named sm89_* multiplies FP8 by mma.sync and is
-# compiled for 8.9 and 12.x, whose tensor cores do that; every other file for all architectures of the list. The newest of the list is kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that
-# the module loads on a machine without a driver.
+# The folder says what a file is compiled for: csrc/<family>/sm90 uses what only Hopper has and is compiled for 90a;
+# csrc/<family>/sm89 multiplies FP8 by mma.sync and is compiled for 8.9 and 12.x, whose tensor cores do that; every other
+# folder (csrc/cuda, csrc/<family>/cuda, csrc/<family>/sm80) for all architectures of the list. The newest of the list is
+# kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that the module loads on a machine
+# without a driver.
 
 set(DGEMMA_CUDA_ARCHITECTURES "80;86;89;90a;100;120" CACHE STRING "Compute capabilities to compile for")
 set(CMAKE_CUDA_ARCHITECTURES OFF) # set per target below
@@ -28,12 +30,12 @@ set(cuda_patterns "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
 foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND cuda_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
 endforeach()
-file(GLOB cuda_sources CONFIGURE_DEPENDS ${cuda_patterns})
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${cuda_patterns})
 set(hopper_sources ${cuda_sources})
-list(FILTER hopper_sources INCLUDE REGEX "/sm90_[^/]*$")
+list(FILTER hopper_sources INCLUDE REGEX "/sm90/[^/]*$")
 set(fp8_sources ${cuda_sources})
-list(FILTER fp8_sources INCLUDE REGEX "/sm89_[^/]*$")
-list(FILTER cuda_sources EXCLUDE REGEX "/sm(89|90)_[^/]*$")
+list(FILTER fp8_sources INCLUDE REGEX "/sm89/[^/]*$")
+list(FILTER cuda_sources EXCLUDE REGEX "/sm(89|90)/[^/]*$")
 
 # What one pass of the compiler's front end serves. Code for 8.0 and what is like it comes from PTX for 8.0, code for 9.0
 # and later from PTX for 9.0: nothing in a file for all asks for more. 90a code runs on 9.0 alone, so such a file is

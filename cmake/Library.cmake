@@ -30,36 +30,10 @@ set(dgemma_patterns "${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp")
 foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND dgemma_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cpp")
 endforeach()
-file(GLOB dgemma_sources CONFIGURE_DEPENDS ${dgemma_patterns})
-
-# A file named cpu_<instruction set>.cpp (or cpu_<what>_<instruction set>.cpp) is compiled for that instruction set; all
-# others for the compiler's baseline. The variants beyond scalar exist on x86-64 alone.
-set(dgemma_flags_scalar "")
-set(dgemma_flags_avx2 -mavx2 -mfma -mf16c)
-set(dgemma_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
-set(dgemma_flags_avx512_bf16 ${dgemma_flags_avx512} -mavx512bf16)
-foreach(source IN LISTS dgemma_sources)
-  get_filename_component(name "${source}" NAME)
-  if(NOT name MATCHES "^cpu_([a-z0-9_]+_)?(scalar|avx2|avx512|avx512_bf16)\\.cpp$")
-    target_sources(dgemma PRIVATE "${source}")
-    continue()
-  endif()
-  string(REGEX MATCH "(scalar|avx2|avx512|avx512_bf16)\\.cpp$" suffix "${name}")
-  string(REPLACE ".cpp" "" variant "${suffix}")
-  if(variant STREQUAL "scalar" OR CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-    target_sources(dgemma PRIVATE "${source}")
-    set(flags ${dgemma_flags_${variant}})
-    # csrc/cpu/rows.h: what stands between the products rounds every product and every sum, as torch does.
-    if(source MATCHES "/layer/|/cpu_route_")
-      list(APPEND flags -ffp-contract=off)
-    endif()
-    # A tile's sums fill the registers; so fewer of them are kept in memory (grouped_gemm/NOTES.md).
-    if(source MATCHES "/grouped_gemm/" AND variant MATCHES "avx512" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-      list(APPEND flags -flive-range-shrinkage)
-    endif()
-    set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
-  endif()
-endforeach()
+# The launch plans of csrc/<family>/cuda are host code, which is here without CUDA too.
+file(GLOB_RECURSE dgemma_sources CONFIGURE_DEPENDS ${dgemma_patterns})
+target_sources(dgemma PRIVATE ${dgemma_sources})
+include(cmake/CpuVariants.cmake)
 
 # The same objects as a shared library, for hosts of the C interface: the test bed and partial builds have none.
 if(NOT DGEMMA_SIM AND NOT DGEMMA_ONLY)

@@ -5,7 +5,7 @@ set(sim_patterns "${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu")
 foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND sim_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
 endforeach()
-file(GLOB sim_kernels CONFIGURE_DEPENDS ${sim_patterns})
+file(GLOB_RECURSE sim_kernels CONFIGURE_DEPENDS ${sim_patterns})
 set_source_files_properties(${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
 
 add_library(dgemma_sim OBJECT ${sim_kernels} "${PROJECT_SOURCE_DIR}/tests/sim/all.cpp")

@@ -14,7 +14,7 @@ from denoise_cases import Case
 from sim.build import ROOT, sim_library
 
 DENOISE = ROOT / "csrc" / "denoise"
-SOURCES = [*sorted(DENOISE.glob("*.cu")), DENOISE / "plan_head.cpp", DENOISE / "soft_embedding.cpp"]
+SOURCES = [*sorted(DENOISE.rglob("*.cu")), *sorted((DENOISE / "cuda").glob("*.cpp"))]
 SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", ROOT / "tests" / "sim" / "kernels" / "denoise_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]

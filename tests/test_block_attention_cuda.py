@@ -19,10 +19,7 @@ from cuda_tools import find_nvcc
 from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
 
 FAMILY = ROOT / "csrc" / "block_attention"
-KERNELS = ["sm80_bf16_attention", "sm90_bf16_attention_256", "sm90_bf16_attention_512", "combine_splits"]
-KERNELS += ["append_to_cache"]
-SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"]]
-SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", FAMILY / "plan_cuda.cpp"]
+SOURCES = [*sorted(FAMILY.rglob("*.cu")), FAMILY / "cuda" / "plan.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "attention_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]
@@ -410,6 +407,6 @@ def test_small_workspace(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_registers_fit_a_block_of_384_threads(head_dim: int) -> None:
     """They are shared out at launch: 65,536 for 384 threads are at most 168 each. Products are not made to wait."""
-    report = nvcc_report(FAMILY / f"sm90_bf16_attention_{head_dim}.cu", "90a")
+    report = nvcc_report(FAMILY / "sm90" / f"bf16_attention_{head_dim}.cu", "90a")
     assert (report.kernels, report.spill_bytes, report.stack_bytes, report.serialized) == (1, 0, 0, 0)
     assert report.registers <= 168

@@ -18,11 +18,13 @@ from sim.build import (
     nvcc_report,
 )
 
-SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+CSRC = ROOT / "csrc"
+FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer"}
+SOURCES = sorted(CSRC.rglob("*.cu"))
 KERNELS = [source for source in SOURCES if "__global__" in source.read_text()]
-HOPPER = [source for source in KERNELS if source.name.startswith("sm90_")]
-FP8_BY_MMA = [source for source in KERNELS if source.name.startswith("sm89_")]
-TENSOR_CORE_80 = [source for source in KERNELS if source.name.startswith("sm80_")]
+HOPPER = [source for source in KERNELS if source.parent.name == "sm90"]
+FP8_BY_MMA = [source for source in KERNELS if source.parent.name == "sm89"]
+TENSOR_CORE_80 = [source for source in KERNELS if source.parent.name == "sm80"]
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 needs_disassembler = pytest.mark.skipif(
@@ -31,13 +33,22 @@ needs_disassembler = pytest.mark.skipif(
 
 
 def name_of(source: Path) -> str:
-    return f"{source.parent.name}/{source.stem}"
+    return str(source.relative_to(CSRC).with_suffix(""))
+
+
+def test_the_kernels_are_found() -> None:
+    """An empty list would pass every test below."""
+    assert {source.relative_to(CSRC).parts[0] for source in SOURCES} == {*FAMILIES, "cuda"}
+    assert {source.parent.name for source in SOURCES} == {"cuda", "sm80", "sm89", "sm90"}
+    assert HOPPER
+    assert FP8_BY_MMA
+    assert TENSOR_CORE_80
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_compiles_without_spills_or_local_memory(source: Path) -> None:
     made_for = {"sm89": (FP8_MMA, FP8_MMA_ARCHITECTURES), "sm90": ("90a", 1)}
-    architecture, count = made_for.get(source.name[:4], (PORTABLE, PORTABLE_ARCHITECTURES))
+    architecture, count = made_for.get(source.parent.name, (PORTABLE, PORTABLE_ARCHITECTURES))
     report = nvcc_report(source, architecture)
     if source in KERNELS:
         assert report.kernels > 0

@@ -62,8 +62,8 @@ def peaked(
     return case
 
 
-# The last takes three blocks of the CPU's probabilities (csrc/denoise/cpu.h), so both buffers are used again. On a GPU
-# the hidden size is a multiple of eight.
+# The last takes three blocks of the CPU's probabilities (csrc/denoise/cpu/kernels.h), so both buffers are used again.
+# On a GPU the hidden size is a multiple of eight.
 SIZES = [(257, 96), (1000, 64), (4096, 33), (5001, 130), (20001, 40)]
 if BACKEND != "cpu":
     SIZES = [(vocabulary, hidden // 8 * 8) for vocabulary, hidden in SIZES]

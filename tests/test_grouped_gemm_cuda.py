@@ -21,10 +21,10 @@ from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
 from test_grouped_gemm import Case, make_case, route
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sort_pairs", "combine"]
-KERNELS += [f"{path}_bf16_{name}" for path in ("sm80", "sm90") for name in ("gate_up", "down")]
-SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda"]]
-SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", FAMILY / "plan_cuda.cpp"]
+KERNELS = ["cuda/sort_pairs", "cuda/combine"]
+KERNELS += [f"{path}/bf16_{name}" for path in ("sm80", "sm90") for name in ("gate_up", "down")]
+SOURCES = [FAMILY / f"{name}.cu" for name in [*KERNELS, "cuda/moe"]]
+SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", FAMILY / "cuda" / "plan_moe.cpp"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "moe_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]
@@ -429,7 +429,7 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("sm90")])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("sm90/")])
 def test_registers_fit_a_block_of_384_threads(name: str) -> None:
     """They are shared out at launch: 65,536 for 384 threads are at most 168 each."""
     report = nvcc_report(FAMILY / f"{name}.cu", "90a")

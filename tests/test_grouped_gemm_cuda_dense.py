@@ -19,9 +19,10 @@ from reference import dense as reference
 from sim.build import ROOT, SUPPORTED, sim_library
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sm80_bf16_dense", "sm90_bf16_dense", "sum_segments", "cuda_dense"]
+KERNELS = ["sm80/bf16_dense", "sm90/bf16_dense", "cuda/sum_segments", "cuda/dense"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS]
-SOURCES += [FAMILY / "plan_cuda.cpp", FAMILY / "plan_dense.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
+SOURCES += [FAMILY / "cuda" / f"plan_{name}.cpp" for name in ("moe", "dense")]
+SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "dense_plan.cpp"]
 # Orders in which the machine runs threads and lets copies and products land.
 SEEDS = [1, 2, 3]

@@ -25,12 +25,13 @@ from test_grouped_gemm_cuda import Cuda, MoeFfn
 from test_grouped_gemm_cuda_dense import Dense
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sort_pairs", "combine", "sum_segments", "cuda", "cuda_dense", "cuda_quantized", "cuda_fp8", "quantize_rows"]
-KERNELS += [f"sm80_{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
-KERNELS += [f"sm90_{kind}_{name}" for kind in ("bf16", "fp8", "quantized") for name in ("gate_up", "down")]
-KERNELS += ["sm90_bf16_dense", "sm89_fp8_gate_up", "sm89_fp8_down"]
+KERNELS = [f"cuda/{name}" for name in ("sort_pairs", "combine", "sum_segments", "quantize_rows")]
+KERNELS += [f"cuda/{name}" for name in ("moe", "dense", "quantized", "fp8")]
+KERNELS += [f"sm80/{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
+KERNELS += [f"sm90/{kind}_{name}" for kind in ("bf16", "fp8", "quantized") for name in ("gate_up", "down")]
+KERNELS += ["sm90/bf16_dense", "sm89/fp8_gate_up", "sm89/fp8_down"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS] + [ROOT / "csrc" / "cuda" / "entry.cu"]
-SOURCES += [FAMILY / f"plan_{name}.cpp" for name in ("cuda", "dense", "quantized", "fp8")]
+SOURCES += [FAMILY / "cuda" / f"plan_{name}.cpp" for name in ("moe", "dense", "quantized", "fp8")]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "quantized_plan.cpp"]
 SEEDS = [1, 2, 3]
 GUARD = 256  # bytes behind the workspace and the output

@@ -19,9 +19,9 @@ from reference import router as reference
 from sim.build import ROOT, SUPPORTED, sim_library
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
-KERNELS = ["sm80_bf16_router_scores", "router_choice", "cuda_route"]
+KERNELS = ["sm80/bf16_router_scores", "cuda/router_choice", "cuda/route"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS]
-SOURCES += [FAMILY / "plan_route.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
+SOURCES += [FAMILY / "cuda" / "plan_route.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "route_plan.cpp"]
 # Orders in which the machine runs threads and lets copies land.
 SEEDS = [1, 2, 3]

@@ -18,16 +18,7 @@ from test_c_operators import in_double, plain
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
-KERNELS = [
-    "cuda",
-    "token_embedding",
-    "rms_norm",
-    "normalise_heads",
-    "attention_residual",
-    "gelu_product",
-    "layer_output",
-]
-SOURCES = [*(ROOT / "csrc" / "layer" / f"{name}.cu" for name in KERNELS), ROOT / "csrc" / "cuda" / "entry.cu"]
+SOURCES = [*sorted((ROOT / "csrc" / "layer").rglob("*.cu")), ROOT / "csrc" / "cuda" / "entry.cu"]
 BF16 = torch.bfloat16
 NAMES = ["token_embedding", "rms_norm"]
 NEIGHBOURS = 0.01  # of the values, whose sums are made in another order

@@ -18,7 +18,8 @@ DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
 DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap"}}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
-KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").glob("*/*.cu")])
+FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer"}
+KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").rglob("*.cu")])
 
 
 def functions_of(header: Path) -> set[str]:
@@ -43,7 +44,14 @@ def test_only_device_headers_hold_assembly() -> None:
             assert not re.search(r"\basm\b", path.read_text()), path
 
 
-@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_the_kernel_files_are_found() -> None:
+    """An empty list would pass every test below."""
+    folders = {str(path.parent.relative_to(ROOT / "csrc")) for path in KERNEL_FILES if SIM not in path.parents}
+    assert {f"{family}/cuda" for family in FAMILIES} | {"cuda", "grouped_gemm/sm90", "denoise/sm80"} <= folders
+    assert any(SIM in path.parents for path in KERNEL_FILES)
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
 def test_kernel_file_keeps_the_rules(path: Path) -> None:
     text = re.sub(r"//.*", "", path.read_text())
     assert "<<<" not in text, "launch() starts kernels"

@@ -1,8 +1,8 @@
 // The vector that CPU kernels are written with: as many fp32 lanes as the instruction set's
 // registers hold.
 //
-// A family's kernel is one header, compiled once per instruction set from a file of its own
-// (cpu_scalar.cpp, cpu_avx2.cpp, cpu_avx512.cpp, cpu_avx512_bf16.cpp) with that file's flags.
+// A family's kernels are headers, compiled once per instruction set with that set's flags from a
+// source file that cmake/CpuVariants.cmake writes: see cpu/variants.h.
 // Everything has internal linkage: a function compiled for AVX-512 must never be the copy that the
 // linker keeps for all. For the same reason kernels use no templates of the standard library.
 //

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "grouped_gemm/plan.h"
+#include "grouped_gemm/cpu/plan.h"
 #include "torch/backend.h"
 
 namespace dgemma {

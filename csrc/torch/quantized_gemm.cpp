@@ -1,6 +1,6 @@
 // The operators of the family grouped_gemm over weights of 4 and 8 bits.
 #include "dgemma/grouped_gemm.h"
-#include "grouped_gemm/quantized.h"
+#include "grouped_gemm/cpu/quantized.h"
 #include "torch/backend.h"
 
 namespace dgemma {

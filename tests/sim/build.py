@@ -1,9 +1,9 @@
 """Builds kernels for the host with g++, cached by content under build/sim, and checks them with nvcc.
 
-library = sim_library("grouped_gemm", [ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu"])     # a ctypes.CDLL
+library = sim_library("grouped_gemm", [ROOT / "csrc/grouped_gemm/sm90/bf16_down.cu"])     # a ctypes.CDLL
 binary = sim_program("conformance", sources, sanitize=True)                             # ASan and UBSan
-report = nvcc_report(ROOT / "csrc/grouped_gemm/sm90_bf16_up.cu", "90a")                 # needs nvcc
-report = nvcc_report(ROOT / "csrc/grouped_gemm/combine.cu", PORTABLE)                   # for all architectures
+report = nvcc_report(ROOT / "csrc/grouped_gemm/sm90/bf16_down.cu", "90a")                 # needs nvcc
+report = nvcc_report(ROOT / "csrc/grouped_gemm/cuda/combine.cu", PORTABLE)                   # for all architectures
 """
 
 from __future__ import annotations

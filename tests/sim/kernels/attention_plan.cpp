@@ -2,8 +2,8 @@
 #include <cstdio>
 #include <sstream>
 
-#include "block_attention/cuda.h"
-#include "block_attention/sm90_units.h"
+#include "block_attention/cuda/attention.h"
+#include "block_attention/sm90/units.h"
 #include "entry.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <sstream>
 
-#include "denoise/plan_head.h"
+#include "denoise/cuda/plan_head.h"
 #include "entry.h"
 
 // Sizes alone are looked at. `text` has room for `bytes`.

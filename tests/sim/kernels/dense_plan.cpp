@@ -3,7 +3,7 @@
 #include <sstream>
 
 #include "entry.h"
-#include "grouped_gemm/cuda_dense.h"
+#include "grouped_gemm/cuda/dense.h"
 
 namespace {
 dgemma::DensePlan make(const dgemma_dense& op, int32_t compute_capability,

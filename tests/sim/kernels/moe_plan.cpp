@@ -3,9 +3,9 @@
 #include <sstream>
 
 #include "entry.h"
-#include "grouped_gemm/cuda.h"
-#include "grouped_gemm/plan_cuda.h"
-#include "grouped_gemm/units.h"
+#include "grouped_gemm/cuda/moe.h"
+#include "grouped_gemm/cuda/plan_moe.h"
+#include "grouped_gemm/cuda/units.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 

@@ -4,9 +4,9 @@
 #include <sstream>
 
 #include "entry.h"
-#include "grouped_gemm/cuda_fp8.h"
-#include "grouped_gemm/quantize_rows.h"
-#include "grouped_gemm/sm90_quantized_pipeline.h"
+#include "grouped_gemm/cuda/fp8.h"
+#include "grouped_gemm/cuda/quantize_rows.h"
+#include "grouped_gemm/sm90/quantized_pipeline.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 

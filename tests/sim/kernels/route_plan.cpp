@@ -3,7 +3,7 @@
 #include <sstream>
 
 #include "entry.h"
-#include "grouped_gemm/plan_route.h"
+#include "grouped_gemm/cuda/plan_route.h"
 
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
 SIM_ENTRY route_plan(const dgemma_route* op, int32_t compute_capability, int64_t (&out)[8],

@@ -1,0 +1,51 @@
+// What the C entry points (cpu/attention.cpp) and the kernels compiled per instruction set agree
+// on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/variants.h"
+#include "dgemma/block_attention.h"
+
+namespace dgemma {
+
+// Keys per step of the online softmax, and rows (query positions x grouped heads) per unit of work.
+// Rearranging a tile of keys and values costs as much as a dozen rows of products, which many rows
+// share; NOTES.md has the sizes that were tried.
+constexpr int64_t kKeyTile = 128;
+constexpr int64_t kUnitRows = 256;
+
+// One unit of work: consecutive rows of one request that read the same key head. Row r is query
+// position r / group, query head key_head * group + r % group.
+struct AttentionUnit {
+  int64_t request;
+  int64_t key_head;
+  int64_t first_row;
+  int64_t rows;
+};
+
+// Memory that one unit works in. Every array is 64-byte aligned and large enough for any variant.
+struct AttentionScratch {
+  void* query;         // the unit's queries
+  void* panels;        // the keys, then the values, of one tile, rearranged for the products
+  float* scores;       // [kUnitRows, kKeyTile]
+  float* accumulator;  // [kUnitRows, padded head_dim]
+  float* row_state;    // [3, kUnitRows]: maximum, sum, factor
+  int64_t* ranges;     // [2, kUnitRows]: first and end of the positions a row sees
+};
+
+struct AttentionKernels {
+  // Computes one unit and writes its rows of op.output.
+  void (*attend_float32)(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
+                         const AttentionScratch& scratch);
+  void (*attend_bfloat16)(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
+                          const AttentionScratch& scratch);
+};
+
+DGEMMA_DECLARE_PER_VARIANT(AttentionKernels attention_kernels)
+
+// head_dim rounded up so that every panel of every variant is whole (the widest has 64 columns).
+constexpr int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 63) / 64 * 64; }
+
+}  // namespace dgemma

@@ -1,0 +1,199 @@
+// Attention of one unit of work: a blocked online softmax (Milakov and Gimelshein 2018; Dao et al.
+// 2022). The keys that the unit's rows see are walked in tiles of kKeyTile; per tile
+//
+//   scores = query x key     p = exp(scale * scores - maximum)     accumulator += p x value
+//
+// with the running maximum, sum and accumulator of each row in fp32. Queries of all heads that
+// share a key head are rows of one product, so a tile of keys and values is rearranged once for
+// them all. With bf16 dot products p is rounded to bf16 for the last product, not for the sum.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "block_attention/cpu/attention.h"
+#include "block_attention/cpu/multiply_kernel.h"
+#include "block_attention/cpu/visible_keys.h"
+#include "cpu/vector.h"
+
+namespace dgemma {
+namespace {
+
+#if defined(__AVX512BF16__)
+template <typename T>
+struct WordOf {
+  using Type = Single<T>;
+};
+template <>
+struct WordOf<bfloat16> {
+  using Type = Pair;
+};
+#else
+template <typename T>
+struct WordOf {
+  using Type = Single<T>;
+};
+#endif
+
+// Keys or values of one key head of one request, by position.
+template <typename T>
+struct Positions {
+  const T* prefix;  // row 0 of the slot
+  const T* block;   // row 0 of the block
+  int64_t prefix_length;
+  int64_t capacity;
+  int64_t stride;  // between rows
+
+  void rows(int64_t first, int64_t count, const T** out) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = first + i;
+      out[i] = position < prefix_length ? prefix + position % capacity * stride
+                                        : block + (position - prefix_length) * stride;
+    }
+  }
+};
+
+template <typename T>
+Positions<T> positions_of(const dgemma_block_attention& op, const AttentionUnit& unit,
+                          const void* prefix, const void* block) {
+  const int64_t stride = op.key_heads * op.head_dim;
+  const int64_t head = unit.key_head * op.head_dim;
+  const int64_t slot = op.slot[unit.request];
+  return {static_cast<const T*>(prefix) + slot * op.capacity * stride + head,
+          static_cast<const T*>(block) + unit.request * op.block_length * stride + head,
+          op.prefix_length[unit.request], op.capacity, stride};
+}
+
+// Element offset of a row of the unit in query and output.
+inline int64_t row_offset(const dgemma_block_attention& op, const AttentionUnit& unit,
+                          int64_t row) {
+  const int64_t group = op.query_heads / op.key_heads;
+  const int64_t index = unit.first_row + row;
+  const int64_t head = unit.key_head * group + index % group;
+  return ((unit.request * op.block_length + index / group) * op.query_heads + head) * op.head_dim;
+}
+
+// Scores of one row become probabilities relative to the new maximum, in place, as words. Only
+// columns begin .. end - 1 are seen by the row; the others up to `width`, a multiple of kLanes, get
+// zero. Returns the factor that brings what was summed so far to the new maximum.
+template <typename Word>
+float softmax_row(float* scores, int64_t begin, int64_t end, int64_t width, float scale,
+                  float* maximum, float* sum) {
+  const Ints lane = lane_index();
+  const Floats lowest = broadcast(-__builtin_inff());
+  const auto seen = [&](int64_t j) {
+    const Ints index = lane + static_cast<int32_t>(j);
+    return (index >= static_cast<int32_t>(begin)) & (index < static_cast<int32_t>(end));
+  };
+  const auto whole = [&](int64_t j) { return j >= begin && j + kLanes <= end; };
+
+  Floats highest = lowest;
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Floats s = load(scores + j) * scale;
+    highest = max(highest, whole(j) ? s : (seen(j) ? s : lowest));
+  }
+  const float before = *maximum;
+  const float row_maximum = dgemma::maximum(highest);
+  const float after = row_maximum > before ? row_maximum : before;
+  const float factor = after == before ? 1.0f : exp(broadcast(before - after))[0];
+
+  Floats row_sum = {};
+  for (int64_t j = 0; j < width; j += kLanes) {
+    Floats p = exp(load(scores + j) * scale - after);
+    if (!whole(j)) p = seen(j) ? p : Floats{};
+    row_sum += p;
+    Word::store_probabilities(scores, j, p);
+  }
+  *maximum = after;
+  *sum = *sum * factor + dgemma::sum(row_sum);
+  return factor;
+}
+
+template <typename T>
+void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
+            const AttentionScratch& scratch) {
+  using Word = typename WordOf<T>::Type;
+  const int64_t head_dim = op.head_dim;
+  const int64_t group = op.query_heads / op.key_heads;
+  const int64_t rows = unit.rows;
+  const int64_t padded_rows = round_up(rows, kTileRows);
+  const int64_t query_steps = round_up(round_up(head_dim, Word::kValues) / Word::kValues, kLanes);
+  const int64_t accumulator_stride = round_up(head_dim, kPanelColumns);
+  const T* query = static_cast<const T*>(op.query);
+  uint32_t* query_words = static_cast<uint32_t*>(scratch.query);
+  uint32_t* panels = static_cast<uint32_t*>(scratch.panels);
+  float* maximum = scratch.row_state;
+  float* sum = scratch.row_state + kUnitRows;
+  float* factor = scratch.row_state + 2 * kUnitRows;
+  int64_t* begin = scratch.ranges;
+  int64_t* end = scratch.ranges + kUnitRows;
+
+  PositionRange seen = {INT64_MAX, 0};
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    uint32_t* words = query_words + r * query_steps;
+    maximum[r] = -__builtin_inff();
+    sum[r] = 0.0f;
+    factor[r] = 1.0f;
+    if (r >= rows) {  // rows that only fill the last register tile
+      std::memset(words, 0, static_cast<size_t>(query_steps) * sizeof *words);
+      continue;
+    }
+    const T* from = query + row_offset(op, unit, r);
+    for (int64_t step = 0; step < query_steps; step += kLanes) {
+      const int64_t left = head_dim - step * Word::kValues;
+      const Words loaded = Word::load_row(from, step, left);
+      std::memcpy(words + step, &loaded, sizeof loaded);
+    }
+    const PositionRange range =
+        visible_keys(op, causal, unit.request, (unit.first_row + r) / group);
+    begin[r] = range.first;
+    end[r] = range.end;
+    if (range.first < seen.first) seen.first = range.first;
+    if (range.end > seen.end) seen.end = range.end;
+  }
+  std::memset(scratch.accumulator, 0,
+              static_cast<size_t>(padded_rows * accumulator_stride) * sizeof(float));
+
+  const Positions<T> keys = positions_of<T>(op, unit, op.prefix_key, op.key);
+  const Positions<T> values = positions_of<T>(op, unit, op.prefix_value, op.value);
+  const T* tile_rows[kKeyTile];
+  for (int64_t tile = seen.first; tile < seen.end; tile += kKeyTile) {
+    const int64_t count = seen.end - tile < kKeyTile ? seen.end - tile : kKeyTile;
+    keys.rows(tile, count, tile_rows);
+    pack_rows_as_columns<Word>(tile_rows, count, head_dim, query_steps, panels);
+    multiply<Word, Held::kDrop>(query_words, query_steps, panels, query_steps, query_steps,
+                                padded_rows, count, scratch.scores, kKeyTile, factor);
+
+    const int64_t width = round_up(count, kLanes > 2 ? kLanes : 2);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = begin[r] > tile ? begin[r] - tile : 0;
+      const int64_t last = end[r] - tile < count ? end[r] - tile : count;
+      factor[r] = softmax_row<Word>(scratch.scores + r * kKeyTile, first, last, width, op.scale,
+                                    &maximum[r], &sum[r]);
+    }
+
+    constexpr int64_t value_steps = kKeyTile / Word::kValues;
+    values.rows(tile, count, tile_rows);
+    pack_rows_as_steps<Word>(tile_rows, count, head_dim, value_steps, panels);
+    multiply<Word, Held::kTimesFactorAndAdd>(
+        reinterpret_cast<const uint32_t*>(scratch.scores), kKeyTile, panels, value_steps,
+        round_up(count, 2) / Word::kValues, padded_rows, head_dim, scratch.accumulator,
+        accumulator_stride, factor);
+  }
+
+  T* output = static_cast<T*>(op.output);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = output + row_offset(op, unit, r);
+    const float* from = scratch.accumulator + r * accumulator_stride;
+    for (int64_t j = 0; j < head_dim; j += kLanes) {
+      const Floats result = load(from + j) / sum[r];
+      if (head_dim - j >= kLanes)
+        store(to + j, result);
+      else
+        store_partial(to + j, result, head_dim - j);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dgemma

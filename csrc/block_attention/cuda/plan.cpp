@@ -1,0 +1,82 @@
+#include "block_attention/cuda/plan.h"
+
+#include <algorithm>
+#include <ostream>
+
+#include "block_attention/cuda/splits.h"
+
+namespace dgemma {
+namespace {
+
+constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
+constexpr int32_t kHeadDims[] = {16, 32, 64, 128, 256, 512};
+
+}  // namespace
+
+const char* attention_cuda_problem(const dgemma_block_attention& op) {
+  if (op.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
+  if (std::find(std::begin(kHeadDims), std::end(kHeadDims), op.head_dim) == std::end(kHeadDims))
+    return "head_dim: wants 16, 32, 64, 128, 256 or 512";
+  const auto outside = [](int64_t value, int64_t least, int64_t most) {
+    return value < least || value > most;
+  };
+  // Grid extents, and products that stay within 32 bits.
+  if (outside(op.batch, 0, 65535)) return "batch: wants 0 to 65535";
+  if (outside(op.block_length, 0, 1 << 20)) return "block_length: wants 0 to 1048576";
+  if (outside(op.key_heads, 1, 1024)) return "key_heads: wants 1 to 1024";
+  if (outside(op.query_heads, 1, 1024) || op.query_heads % op.key_heads != 0)
+    return "query_heads: wants a multiple of key_heads up to 1024";
+  if (outside(op.slots, 0, INT32_MAX)) return "slots: wants 0 to 2147483647";
+  if (outside(op.capacity, 0, INT32_MAX)) return "capacity: wants 0 to 2147483647";
+  if (outside(op.window, 0, INT32_MAX)) return "window: wants 0 to 2147483647";
+  if (outside(op.spans_per_request, 0, INT32_MAX)) return "spans_per_request: wants 0 or more";
+  return nullptr;
+}
+
+AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path) {
+  AttentionPlan plan = {};
+  plan.path = op.head_dim == 256 || op.head_dim == 512 ? path : CudaPath::kSm80;
+  if (plan.path == CudaPath::kSm90) {
+    // See sm90/bf16_keys.h.
+    plan.rows = op.head_dim == 512 ? 64 : 128;
+    plan.keys = op.head_dim == 512 ? 64 : 80;
+    plan.blocks_wanted = kBlocksWanted90;
+  } else {
+    // 512 columns are two warps' side by side, so four warps have 32 rows, else 64. Tiles of 32
+    // keys keep the widest heads within 99 KB, which is what a block may have on 8.6, 8.9 and 12.0.
+    plan.rows = op.head_dim == 512 ? 32 : 64;
+    plan.keys = op.head_dim >= 256 ? 32 : 64;
+    plan.blocks_wanted = kBlocksWanted80;
+  }
+  const int64_t rows = op.block_length * (op.query_heads / op.key_heads);
+  plan.row_tiles = static_cast<int32_t>((rows + plan.rows - 1) / plan.rows);
+  const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * op.key_heads);
+  // A shorter request has fewer tiles and so more splits; together they stay within the blocks
+  // wanted.
+  plan.splits =
+      op.length != nullptr
+          ? kMostSplits
+          : attention_splits(plan.blocks_wanted,
+                             static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
+  plan.partial_tiles =
+      plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, plan.blocks_wanted) : 0;
+  const int64_t tiles = op.batch * plan.partial_tiles;
+  const auto take = [&plan](int64_t values) {
+    const size_t begin = plan.workspace_bytes;
+    plan.workspace_bytes +=
+        (static_cast<size_t>(values) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  };
+  plan.partial = take(tiles * plan.rows * op.head_dim);
+  plan.sums = take(tiles * plan.rows * 2);
+  return plan;
+}
+
+void print(const AttentionPlan& plan, std::ostream& out) {
+  out << (plan.path == CudaPath::kSm90 ? "sm90" : "sm80") << " attention: " << plan.row_tiles
+      << " tiles of " << plan.rows << " rows, tiles of " << plan.keys << " keys, up to "
+      << plan.splits << " splits\n"
+      << "workspace: " << plan.workspace_bytes << " bytes\n";
+}
+
+}  // namespace dgemma

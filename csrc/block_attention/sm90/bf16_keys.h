@@ -1,0 +1,382 @@
+// What the sm90 kernels have in common before they multiply: which rows and keys a block has, and
+// how queries, keys and values come into shared memory.
+//
+// Two blocks of a cluster have neighbouring tiles of rows and go over the same keys, those that any
+// row of the two sees. Keys and values come in units through a ring of stages. A tile of keys that
+// is one run of rows in memory is brought by the copy engine, half of each unit's columns by either
+// block, to both: L2 is read once for the two. Where a tile crosses the end of the cache's ring or
+// of the prefix, or reaches past the last key, each block copies its rows by itself with cp.async,
+// rows past the last as zeros. A stage is full when it has an arrival of each loading thread and
+// all bytes have come, and empty again when the warps that read it have released it in both blocks.
+#pragma once
+
+#include "block_attention/cuda/attention.h"
+#include "block_attention/sm90/units.h"
+#include "device/cluster.h"
+#include "device/cp_async.h"
+#include "device/fence.h"
+#include "device/launch.h"
+#include "device/mbarrier.h"
+#include "device/shared_memory.h"
+#include "device/swizzle.h"
+#include "device/tma.h"
+#include "device/warp.h"
+
+namespace dgemma::attention_sm90 {
+
+using device::bfloat16;
+using device::Swizzle;
+
+constexpr float kLog2E = 1.44269504088896341f;
+// Columns that lie together: 128 bytes, a row of the widest swizzle.
+constexpr int32_t kGroup = 64;
+constexpr uint32_t kGroupBytes = kGroup * sizeof(bfloat16);
+// Warps 0-7 multiply, two warpgroups; warps 8-11 load.
+constexpr uint32_t kMultiplyingWarps = 8;
+constexpr int32_t kLoadingWarps = 4;
+constexpr uint32_t kLoadingThreads = 32 * kLoadingWarps;
+// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
+// multiples of 8): 256 x 232 + 128 x 40 = 64,512.
+constexpr int kMultiplyingRegisters = 232;
+constexpr int kLoadingRegisters = 40;
+// Shared memory that a block may have on 9.0: 227 KB (CUDA C++ Programming Guide, "Compute
+// Capabilities").
+constexpr uint32_t kSharedLimit = 232448;
+
+// kUnitColumns: of the keys or values in one stage. kUsers: warps of a block that read a unit.
+template <int kHeadDim>
+struct Tile;
+
+// 80 keys: with 128 rows of queries, and keys and values twice, they fill shared memory. And 1,023
+// + 256 keys of a sliding layer are 16 such tiles less one key.
+template <>
+struct Tile<256> {
+  static constexpr int kRows = 128, kKeys = 80, kUnitColumns = 256, kStages = 4;
+  static constexpr uint32_t kUsers = 8;
+};
+
+// A row's output of 512 columns is 256 registers of a thread, so the two warpgroups share 64 rows.
+// Units of a quarter of the columns, so that a stage is free as soon as it has been multiplied.
+template <>
+struct Tile<512> {
+  static constexpr int kRows = 64, kKeys = 64, kUnitColumns = 128, kStages = 9;
+  static constexpr uint32_t kUsers = 4;
+};
+
+// Groups of columns, each of rows of 128 bytes, swizzled.
+template <int kHeadDim>
+struct Shared {
+  using T = Tile<kHeadDim>;
+  static constexpr int kGroups = T::kUnitColumns / kGroup;   // of a unit
+  static constexpr int kUnits = kHeadDim / T::kUnitColumns;  // of a tile of keys, or of values
+  using Unit = bfloat16[kGroups][T::kKeys][kGroup];
+
+  alignas(1024) bfloat16 query[kHeadDim / kGroup][T::kRows][kGroup];
+  alignas(1024) Unit unit[T::kStages];
+  VisibleKeys seen[kAttentionCluster * T::kRows];  // by each row of the cluster
+  device::Mbarrier full[T::kStages], empty[T::kStages], query_full;
+};
+
+// A stage and how often, modulo 2, the ring has gone round.
+template <int kHeadDim>
+struct Position {
+  uint32_t stage = 0, parity = 0;
+  DGEMMA_DEVICE void advance(uint32_t units = 1) {
+    constexpr uint32_t kStages = Tile<kHeadDim>::kStages;
+    stage += units;
+    if (stage < kStages) return;
+    stage -= kStages;
+    parity ^= 1;
+  }
+};
+
+// Keys and values as (column of a group, row, group of columns).
+struct KeyMaps {
+  device::TensorMap prefix_key, prefix_value, key, value;
+};
+
+// By one thread, before the kernel in front has ended; fence_mbarrier_init and a barrier of the
+// cluster follow.
+template <int kHeadDim>
+DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
+  for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
+    device::prefetch_tensor_map(map);
+  for (int i = 0; i < Tile<kHeadDim>::kStages; ++i) {
+    device::mbarrier_init(&shared.full[i], kLoadingThreads);
+    device::mbarrier_init(&shared.empty[i], kAttentionCluster * Tile<kHeadDim>::kUsers);
+  }
+  device::mbarrier_init(&shared.query_full, kLoadingThreads);
+}
+
+// Keys or values are there, and seen by wgmma: cp.async may have written them.
+template <int kHeadDim>
+DGEMMA_DEVICE const void* wait_for_unit(Shared<kHeadDim>& shared, Position<kHeadDim> at) {
+  device::mbarrier_wait(&shared.full[at.stage], at.parity);
+  device::fence_proxy_async();
+  return shared.unit[at.stage];
+}
+
+// Likewise the queries, which cp.async wrote.
+template <int kHeadDim>
+DGEMMA_DEVICE void wait_for_queries(Shared<kHeadDim>& shared) {
+  device::mbarrier_wait(&shared.query_full, 0);
+  device::fence_proxy_async();
+}
+
+// This warp has waited for its products of the unit. Both blocks fill the stage of either.
+template <int kHeadDim>
+DGEMMA_DEVICE void release(Shared<kHeadDim>& shared, Position<kHeadDim> at) {
+  const uint32_t lane = device::lane_index();
+  if (lane < kAttentionCluster) device::mbarrier_arrive_at_block(&shared.empty[at.stage], lane);
+}
+
+// Where this block is. Splits come after heads: those that a request has not are the last to begin.
+struct Place {
+  int32_t request, head, split;
+  int32_t row_tile;  // see row_tile_of_block
+};
+
+DGEMMA_DEVICE Place find_place(const Attention& p, const AttentionRequest& request) {
+  return {static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y) % p.key_heads,
+          static_cast<int32_t>(blockIdx.y) / p.key_heads,
+          row_tile_of_block(static_cast<int32_t>(blockIdx.x), request.row_tiles, p.causal)};
+}
+
+// What the cluster goes over: positions `first` .. `end` - 1 by tiles of keys. Every row of this
+// block sees those from `common_first` to before `common_end`.
+struct KeyRange {
+  int32_t first, end, tiles;
+  int32_t common_first, common_end;
+};
+
+// Also writes what each row sees; nothing past the request's last row.
+template <int kHeadDim>
+DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& request,
+                                 const Place& at, Shared<kHeadDim>& shared) {
+  constexpr int32_t kRows = Tile<kHeadDim>::kRows, kKeys = Tile<kHeadDim>::kKeys;
+  constexpr int32_t kAll = kAttentionCluster * kRows;
+  VisibleKeys* const seen = shared.seen;
+  const int32_t group = p.query_heads / p.key_heads;
+  const int32_t own = at.row_tile % kAttentionCluster;
+  const int32_t first_row = (at.row_tile - own) * kRows;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kAll; i += kAttentionThreads90) {
+    seen[i] = {0, 0};
+    if (first_row + i < request.rows * group)
+      seen[i] = visible_keys(p, request, at.request, (first_row + i) / group);
+  }
+  __syncthreads();
+  KeyRange keys = {INT32_MAX, 0, 0, 0, INT32_MAX};
+  for (int32_t i = static_cast<int32_t>(device::lane_index()); i < kAll; i += 32) {
+    if (seen[i].end == 0) continue;
+    keys.first = min(keys.first, seen[i].first);
+    keys.end = max(keys.end, seen[i].end);
+    if (i / kRows != own) continue;
+    keys.common_first = max(keys.common_first, seen[i].first);
+    keys.common_end = min(keys.common_end, seen[i].end);
+  }
+  keys.first = __reduce_min_sync(device::kAllLanes, keys.first);
+  keys.end = __reduce_max_sync(device::kAllLanes, keys.end);
+  keys.common_first = __reduce_max_sync(device::kAllLanes, keys.common_first);
+  keys.common_end = __reduce_min_sync(device::kAllLanes, keys.common_end);
+  const KeyTiles own_tiles = keys_of_split(keys.first, keys.end, kKeys, request.splits, at.split);
+  keys.first = own_tiles.first;
+  keys.tiles = own_tiles.tiles;
+  return keys;
+}
+
+// The warps that load.
+template <int kHeadDim>
+class Loader {
+  using T = Tile<kHeadDim>;
+  using S = Shared<kHeadDim>;
+
+ public:
+  DGEMMA_DEVICE Loader(const Attention& p, const AttentionRequest& request, const Place& at,
+                       const KeyRange& keys, S& shared)
+      : p_(p), request_(request), place_(at), keys_(keys), shared_(shared) {
+    warp_ = static_cast<int32_t>(device::warp_index() - kMultiplyingWarps);
+    lane_ = static_cast<int32_t>(device::lane_index());
+    rank_ = static_cast<int32_t>(device::cluster_block_rank());
+  }
+
+  // The block's rows of queries, those past the last as zeros: a row is query r / group of head r %
+  // group.
+  DGEMMA_DEVICE void load_queries() {
+    constexpr int32_t kRowsOfWarp = T::kRows / kLoadingWarps;
+    static_assert(kRowsOfWarp <= 32);
+    const int32_t group = p_.query_heads / p_.key_heads;
+    const int32_t packed = place_.row_tile * T::kRows + row_of_warp(lane_);
+    const int64_t token = static_cast<int64_t>(place_.request) * p_.block_length + packed / group;
+    const bfloat16* const from =
+        packed < request_.rows * group
+            ? p_.query + (token * p_.query_heads + place_.head * group + packed % group) * kHeadDim
+            : nullptr;
+#pragma unroll 4
+    for (int32_t i = 0; i < kRowsOfWarp; ++i) {
+      const bfloat16* const row = pointer_of_lane(from, i);
+#pragma unroll
+      for (int32_t piece = lane_; piece < kHeadDim / 8; piece += 32)
+        copy_piece(shared_.query[piece / 8][0], row_of_warp(i), piece % 8, row, 8 * piece);
+    }
+    device::cp_async_mbarrier_arrive(&shared_.query_full);
+  }
+
+  DGEMMA_DEVICE void load_keys(const KeyMaps& maps, int32_t tile) {
+    load(maps.prefix_key, maps.key, p_.prefix_key, p_.key, keys_.first + tile * T::kKeys);
+  }
+  DGEMMA_DEVICE void load_values(const KeyMaps& maps, int32_t tile) {
+    load(maps.prefix_value, maps.value, p_.prefix_value, p_.value, keys_.first + tile * T::kKeys);
+  }
+
+ private:
+  // The warps take rows in turn.
+  DGEMMA_DEVICE int32_t row_of_warp(int32_t i) const { return warp_ + kLoadingWarps * i; }
+
+  DGEMMA_DEVICE static const bfloat16* pointer_of_lane(const bfloat16* pointer, int32_t lane) {
+    return reinterpret_cast<const bfloat16*>(
+        __shfl_sync(device::kAllLanes, reinterpret_cast<uint64_t>(pointer), lane));
+  }
+
+  // 16 bytes of a row, or zeros where there is none; `first` is the row's column that they begin
+  // at.
+  DGEMMA_DEVICE void copy_piece(bfloat16* group, int32_t row, int32_t piece, const bfloat16* from,
+                                int32_t first) {
+    const uint32_t place = device::swizzled(
+        static_cast<uint32_t>(row) * kGroupBytes + static_cast<uint32_t>(piece) * 16,
+        Swizzle::bytes_128);
+    device::cp_async_16(reinterpret_cast<char*>(group) + place,
+                        from != nullptr ? from + first : p_.query, from != nullptr ? 16 : 0);
+  }
+
+  DGEMMA_DEVICE void load(const device::TensorMap& prefix_map, const device::TensorMap& block_map,
+                          const bfloat16* prefix, const bfloat16* block, int32_t first) {
+    const KeyRun run = find_run(first, T::kKeys, keys_.end, request_.prefix, p_.capacity);
+    if (run.source == KeySource::kPrefix)
+      load_whole(prefix_map, request_.slot * p_.capacity + run.row);
+    else if (run.source == KeySource::kBlock)
+      load_whole(block_map, place_.request * p_.block_length + run.row);
+    else
+      load_rows(prefix, block, first);
+  }
+
+  // One run of rows in memory, `row` being the first.
+  DGEMMA_DEVICE void load_whole(const device::TensorMap& map, int32_t row) {
+    constexpr int32_t kShare = S::kGroups / kAttentionCluster;  // groups that a block brings
+    constexpr uint16_t kBlocks = (1 << kAttentionCluster) - 1;
+#pragma unroll 1
+    for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
+      device::Mbarrier* const full = &shared_.full[at_.stage];
+      device::mbarrier_wait(&shared_.empty[at_.stage], at_.parity ^ 1);
+      __syncwarp();  // no lane is left behind by two rounds
+      if (lane_ != 0) continue;
+      if (warp_ == 0) {
+        device::mbarrier_arrive_expect_bytes(full, sizeof(typename S::Unit));
+        const int32_t group = rank_ * kShare;
+        device::tma_load_multicast(shared_.unit[at_.stage][group], &map, full,
+                                   device::evict_normal(), kBlocks, 0, row,
+                                   place_.head * (kHeadDim / kGroup) + unit * S::kGroups + group);
+      }
+      device::mbarrier_arrive_times(full, warp_ == 0 ? 31 : 32);  // for the warp
+    }
+  }
+
+  // Row by row, a lane knowing where one of its warp's rows is.
+  DGEMMA_DEVICE void load_rows(const bfloat16* prefix, const bfloat16* block, int32_t first) {
+    constexpr int32_t kRowsOfWarp = T::kKeys / kLoadingWarps;
+    static_assert(T::kKeys % kLoadingWarps == 0 && kRowsOfWarp <= 32);
+    constexpr int32_t kPieces = T::kUnitColumns / 8;  // of 16 bytes, in a row of a unit
+    constexpr int32_t kTogether = 32 / kPieces;       // rows that a warp copies at once
+    static_assert(kRowsOfWarp % kTogether == 0);
+    const int32_t position = first + row_of_warp(lane_);
+    const bfloat16* from = nullptr;
+    if (position < request_.prefix)
+      from = prefix + (static_cast<int64_t>(request_.slot) * p_.capacity + position % p_.capacity) *
+                          p_.key_heads * kHeadDim;
+    else if (position < keys_.end)
+      from = block +
+             (static_cast<int64_t>(place_.request) * p_.block_length + position - request_.prefix) *
+                 p_.key_heads * kHeadDim;
+    const int32_t piece = lane_ % kPieces;
+#pragma unroll 1
+    for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
+      device::mbarrier_wait(&shared_.empty[at_.stage], at_.parity ^ 1);
+      bfloat16* const group = shared_.unit[at_.stage][piece / 8][0];
+      const int32_t column = place_.head * kHeadDim + unit * T::kUnitColumns + 8 * piece;
+#pragma unroll 4
+      for (int32_t i = 0; i < kRowsOfWarp; i += kTogether) {
+        const int32_t mine = i + lane_ / kPieces;
+        copy_piece(group, row_of_warp(mine), piece % 8, pointer_of_lane(from, mine), column);
+      }
+      device::cp_async_mbarrier_arrive(&shared_.full[at_.stage]);
+    }
+  }
+
+  const Attention& p_;
+  const AttentionRequest& request_;
+  const Place& place_;
+  const KeyRange& keys_;
+  S& shared_;
+  Position<kHeadDim> at_;
+  int32_t warp_, lane_, rank_;
+};
+
+// All keys and values of the block, in the order in which they are multiplied: the scores of a tile
+// are begun before the values of the tile in front of it are used.
+template <int kHeadDim>
+DGEMMA_DEVICE void load_all(Loader<kHeadDim>& loader, const KeyMaps& maps, int32_t tiles) {
+  if (tiles == 0) return;
+  loader.load_keys(maps, 0);
+  loader.load_queries();
+  for (int32_t tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles) loader.load_keys(maps, tile + 1);
+    loader.load_values(maps, tile);
+  }
+}
+
+// Host: [rows, key_heads, head_dim] as (column of a group, row, group of columns), a copy being a
+// tile of keys by a block's share of a unit.
+template <int kHeadDim>
+const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat16* base,
+                        int64_t rows) {
+  using T = Tile<kHeadDim>;
+  const uint64_t row_values = static_cast<uint64_t>(p.key_heads) * kHeadDim;
+  return device::encode_tensor_map(
+      map, {.type = device::ElementType::bfloat16,
+            .rank = 3,
+            .base = base,
+            .size = {kGroup, static_cast<uint64_t>(rows), row_values / kGroup},
+            .stride = {0, row_values * sizeof(bfloat16), kGroupBytes},
+            .box = {kGroup, T::kKeys, T::kUnitColumns / kGroup / kAttentionCluster},
+            .swizzle = Swizzle::bytes_128});
+}
+
+// Host: starts a kernel of these on all rows, key heads, splits and requests.
+template <int kHeadDim, typename Layout>
+const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch, void* stream,
+                   void (*kernel)(const KeyMaps, const Attention)) {
+  static_assert(sizeof(Layout) <= kSharedLimit);
+  KeyMaps maps;
+  const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
+  const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
+  if (const char* problem = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return problem;
+  if (const char* problem = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return problem;
+  maps.prefix_key = maps.key;  // where there is no cache: never copied from
+  maps.prefix_value = maps.value;
+  if (stored > 0) {
+    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
+      return problem;
+    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
+      return problem;
+  }
+  const int32_t clusters = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster;
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(clusters * kAttentionCluster),
+                   static_cast<unsigned>(p.key_heads * plan.splits), static_cast<unsigned>(batch)),
+      .threads = kAttentionThreads90,
+      .shared_bytes = sizeof(Layout),
+      .cluster_blocks = kAttentionCluster,
+      .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, kernel, maps, p);
+}
+
+}  // namespace dgemma::attention_sm90

@@ -1,0 +1,57 @@
+// Which rows and keys a block of the sm90 kernels has, and where a tile of keys lies: on the
+// device, and on the host where a test walks over all of them.
+#pragma once
+
+#include "block_attention/cuda/splits.h"
+
+namespace dgemma {
+
+// Blocks that share what they load: neighbouring tiles of rows.
+constexpr int32_t kAttentionCluster = 2;
+
+// The tile of rows of block `block` of those of a request, key head and split, which may be one
+// past the last; -1 where the whole cluster has none. Causal attention begins with the last, which
+// see most.
+DGEMMA_BOTH inline int32_t row_tile_of_block(int32_t block, int32_t row_tiles, bool causal) {
+  const int32_t clusters = (row_tiles + kAttentionCluster - 1) / kAttentionCluster;
+  const int32_t cluster = block / kAttentionCluster;
+  if (cluster >= clusters) return -1;
+  return (causal ? clusters - 1 - cluster : cluster) * kAttentionCluster +
+         block % kAttentionCluster;
+}
+
+// Of the positions first .. end - 1 the tiles of `keys` that a split has. There may be none, and
+// the last may reach past the end.
+struct KeyTiles {
+  int32_t first, tiles;
+};
+
+DGEMMA_BOTH inline KeyTiles keys_of_split(int32_t first, int32_t end, int32_t keys, int32_t splits,
+                                          int32_t split) {
+  const int32_t tiles = (end - first + keys - 1) / keys;
+  const int32_t each = (tiles + splits - 1) / splits;
+  const int32_t begin = split * each < tiles ? split * each : tiles;
+  return {first + begin * keys, each < tiles - begin ? each : tiles - begin};
+}
+
+// A tile of keys from position `first` on as one run of rows: of the cache's slot, or of the block.
+enum class KeySource { kPrefix, kBlock, kScattered };
+
+struct KeyRun {
+  KeySource source;
+  int32_t row;
+};
+
+// end: after the last position that any row sees. A run has keys alone that may be read.
+DGEMMA_BOTH inline KeyRun find_run(int32_t first, int32_t keys, int32_t end, int32_t prefix,
+                                   int32_t capacity) {
+  if (first + keys <= prefix) {
+    const int32_t row = first % capacity;
+    if (row + keys <= capacity) return {KeySource::kPrefix, row};
+  } else if (first >= prefix && first + keys <= end) {
+    return {KeySource::kBlock, first - prefix};
+  }
+  return {KeySource::kScattered, 0};
+}
+
+}  // namespace dgemma

@@ -1,0 +1,245 @@
+// The soft embedding of one row: its probabilities, and the sparse way.
+//
+// A row's probabilities need its own normaliser: rounding z to bf16 moves every exponent by up to
+// 2^-9 |z|, so those of the statistics would not make them sum to one.
+#pragma once
+
+#include "denoise/cpu/kernels.h"
+#include "denoise/cpu/logits.h"
+
+namespace dgemma {
+namespace {
+
+// More entries than this and the row is done densely. At the model's width a dense row costs about
+// 23 million cycles when it shares the pass with others, an entry 300 from the cache and 1,800 from
+// memory.
+constexpr int kSparseEntries = 4096;
+// Thresholds on exp(z - row_max) below which entries may be left out: 2^-9, 2^-12, ... 2^-30. The
+// largest that keeps within the budget is taken.
+constexpr int kThresholds = 8;
+constexpr float kLargestThreshold = 0x1p-9f;
+constexpr float kThresholdStep = 0x1p-3f;
+// Share of the tolerance that whole tiles may use up, and that entries may, of what is expected to
+// pass: the sum's norm is guessed from the probabilities, so a margin is left.
+constexpr float kTileShare = 0x1p-7f;
+constexpr float kEntryShare = 0.25f;
+// What is left out is counted before p is rounded to bf16, which adds up to 2^-9.
+constexpr double kRoundingMargin = 1.01;
+
+// exp(dtype(z) - dtype(row_max)) of a tile.
+template <typename T>
+inline void tile_weights(const LogitRow<T>& row, int64_t tile, float row_max, TileLogits* out) {
+  read_tile(row, tile, out);
+  for (int i = 0; i < kTile; i += kLanes)
+    store(out->z + i, mass(rounded_to<T>(load(out->z + i)), broadcast(row_max)));
+}
+
+template <typename T>
+inline float rounded(float x) {
+  return to_float(round_to<T>(x));
+}
+
+inline bool is_pinned(const dgemma_soft_embedding& op, int64_t row) {
+  return op.pinned != nullptr && op.pinned[row] != 0;
+}
+
+// The sum over all entries of exp(dtype(z) - dtype(row_max)): tiles in fp32, across them in double.
+template <typename T>
+double weight_sum(const LogitRow<T>& row, float row_max) {
+  double total = 0.0;
+  TileLogits tile;
+  for (int64_t j = 0; j < tiles_of(row.vocabulary); ++j) {
+    if (tile_is_empty(row.allowed, row.vocabulary, j)) continue;
+    tile_weights(row, j, row_max, &tile);
+    TileSum sum;
+    for (int i = 0; i < kTile; i += kLanes) sum.add(i, load(tile.z + i));
+    total += sum.total();
+  }
+  return total;
+}
+
+// What a look at a row's tiles says about leaving entries out.
+struct SparsePlan {
+  float tile_limit;     // tiles are read when 128 * exp(dtype(tile_max) - row_max) is above it
+  double tiles_left;    // bound on the mass of the tiles that are not read
+  double sum;           // of the entries of the tiles that are
+  float threshold;      // entries with a weight below it are left out
+  double entries_left;  // their mass
+};
+
+// A bound on the weights of a tile, from its largest z alone.
+template <typename T>
+inline float tile_bound(float tile_max, float row_max) {
+  const Floats bound = mass(broadcast(rounded<T>(tile_max)), broadcast(row_max));
+  return kTile * bound[0];
+}
+
+template <typename T>
+SparsePlan plan_sparse(const LogitRow<T>& row, const float* tile_max, float row_max,
+                       float tolerance) {
+  const int64_t tiles = tiles_of(row.vocabulary);
+  SparsePlan plan = {};
+  plan.tile_limit = tolerance * kTileShare / static_cast<float>(tiles);
+  Floats below[kThresholds] = {};
+  double below_total[kThresholds] = {}, squares = 0.0;
+  TileLogits tile;
+  for (int64_t j = 0; j < tiles; ++j) {
+    const float bound = tile_bound<T>(tile_max[j], row_max);
+    if (!(bound > plan.tile_limit)) {
+      plan.tiles_left += bound;
+      continue;
+    }
+    tile_weights(row, j, row_max, &tile);
+    TileSum sum;
+    Floats square = broadcast(0.0f);
+    for (int t = 0; t < kThresholds; ++t) below[t] = broadcast(0.0f);
+    for (int i = 0; i < kTile; i += kLanes) {
+      const Floats e = load(tile.z + i);
+      sum.add(i, e);
+      square = fmadd(e, e, square);
+      float threshold = kLargestThreshold;
+      for (int t = 0; t < kThresholds; ++t, threshold *= kThresholdStep)
+        below[t] += e < threshold ? e : broadcast(0.0f);
+    }
+    plan.sum += sum.total();
+    squares += horizontal_sum(square);
+    for (int t = 0; t < kThresholds; ++t) below_total[t] += horizontal_sum(below[t]);
+  }
+  // Rows of the embedding that are nearly orthogonal give a sum of norm sqrt(squares) / sum.
+  const double budget = kEntryShare * tolerance * std::sqrt(squares);
+  plan.threshold = kLargestThreshold;
+  for (int t = 0; t < kThresholds; ++t, plan.threshold *= kThresholdStep) {
+    plan.entries_left = below_total[t];
+    if (plan.entries_left <= budget) return plan;
+  }
+  plan.threshold = 0.0f;
+  plan.entries_left = 0.0;
+  return plan;
+}
+
+// sum += p[0] * E[token[0]] + ... + p[3] * E[token[3]]; unused places have p = 0 and any token.
+template <typename T>
+void add_four_rows(const T* embedding, int64_t hidden, const int64_t* tokens, const float* p,
+                   float* sum) {
+  const T* const e0 = embedding + tokens[0] * hidden;
+  const T* const e1 = embedding + tokens[1] * hidden;
+  const T* const e2 = embedding + tokens[2] * hidden;
+  const T* const e3 = embedding + tokens[3] * hidden;
+  const Floats p0 = broadcast(p[0]), p1 = broadcast(p[1]);
+  const Floats p2 = broadcast(p[2]), p3 = broadcast(p[3]);
+  int64_t c = 0;
+  for (; c + kLanes <= hidden; c += kLanes) {
+    Floats s = fmadd(p0, load(e0 + c), load(sum + c));
+    s = fmadd(p1, load(e1 + c), s);
+    s = fmadd(p2, load(e2 + c), s);
+    store(sum + c, fmadd(p3, load(e3 + c), s));
+  }
+  for (; c < hidden; ++c)
+    sum[c] += p[0] * to_float(e0[c]) + p[1] * to_float(e1[c]) + p[2] * to_float(e2[c]) +
+              p[3] * to_float(e3[c]);
+}
+
+// Entries wait here until there are four.
+template <typename T>
+struct EntryQueue {
+  const T* embedding;
+  int64_t hidden;
+  float* sum;
+  int waiting = 0;
+  int64_t tokens[4] = {};
+  float p[4] = {};
+
+  void add(int64_t token, float probability) {
+    tokens[waiting] = token;
+    p[waiting] = probability;
+    if (++waiting == 4) flush();
+  }
+
+  void flush() {
+    for (; waiting < 4; ++waiting) {
+      tokens[waiting] = tokens[0];
+      p[waiting] = 0.0f;
+    }
+    add_four_rows(embedding, hidden, tokens, p, sum);
+    waiting = 0;
+  }
+};
+
+inline double norm(const float* values, int64_t count) {
+  double squares = 0.0;
+  for (int64_t c = 0; c < count; ++c) squares += static_cast<double>(values[c]) * values[c];
+  return std::sqrt(squares);
+}
+
+// Fills the row's sum from the entries that matter. False when there are too many, or when what
+// was left out may be more than the tolerance of the result.
+template <typename T>
+bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t row_number,
+                  float row_max) {
+  const dgemma_soft_embedding& op = *work.op;
+  const int64_t tiles = tiles_of(row.vocabulary);
+  const float* const tile_max = op.tile_max + row_number * tiles;
+  const SparsePlan plan = plan_sparse(row, tile_max, row_max, op.tolerance);
+  if (plan.threshold == 0.0f) return false;
+  const float inverse_sum = static_cast<float>(1.0 / plan.sum);
+  EntryQueue<T> queue = {static_cast<const T*>(op.embedding), op.hidden_size,
+                         work.sums + row_number * work.padded_hidden};
+  int entries = 0;
+  TileLogits tile;
+  for (int64_t j = 0; j < tiles; ++j) {
+    if (!(tile_bound<T>(tile_max[j], row_max) > plan.tile_limit)) continue;
+    tile_weights(row, j, row_max, &tile);
+    for (int i = 0; i < kTile; ++i) {
+      if (tile.z[i] < plan.threshold) continue;
+      if (++entries > kSparseEntries) return false;
+      queue.add(j * kTile + i, rounded<T>(tile.z[i] * inverse_sum));
+    }
+  }
+  queue.flush();
+  const double left_out = kRoundingMargin * (plan.tiles_left + plan.entries_left) / plan.sum;
+  // The normaliser lacks the tiles that were not read, which scales the sum by as much at most.
+  const double length = norm(queue.sum, op.hidden_size);
+  return left_out * (op.max_embedding_norm + length) <= op.tolerance * length;
+}
+
+template <typename T>
+void write_row(const SoftEmbeddingWork& work, int64_t row) {
+  const dgemma_soft_embedding& op = *work.op;
+  T* const output = static_cast<T*>(op.output) + row * op.hidden_size;
+  const float* const sum = work.sums + row * work.padded_hidden;
+  const float scale = rounded<T>(op.embedding_scale);
+  for (int64_t c = 0; c < op.hidden_size; ++c) {
+    if (is_pinned(op, row))
+      output[c] = round_to<T>(0.0f);
+    else
+      output[c] = round_to<T>(rounded<T>(sum[c]) * scale);
+  }
+}
+
+// The first look at a row: pinned rows are written, rows that can be are summed sparsely and
+// written, for the others the dense product is prepared.
+template <typename T>
+void soft_row(const SoftEmbeddingWork& work, int64_t row_number) {
+  const dgemma_soft_embedding& op = *work.op;
+  SoftEmbeddingRow& state = work.rows[row_number];
+  state = {};
+  if (!is_active(op.logits, row_number)) return;
+  if (is_pinned(op, row_number)) return write_row<T>(work, row_number);
+  const LogitRow<T> row = logit_row<T>(op.logits, row_number);
+  float* const sum = work.sums + row_number * work.padded_hidden;
+  for (int64_t c = 0; c < work.padded_hidden; ++c) sum[c] = 0.0f;
+  // A row that is not finite has no distribution.
+  if (!(op.row_sum[row_number] > 0.0)) {
+    for (int64_t c = 0; c < op.hidden_size; ++c) sum[c] = NAN;
+    return write_row<T>(work, row_number);
+  }
+  state.row_max = rounded<T>(op.row_max[row_number]);
+  if (op.tolerance > 0.0f && sum_sparsely(work, row, row_number, state.row_max))
+    return write_row<T>(work, row_number);
+  for (int64_t c = 0; c < work.padded_hidden; ++c) sum[c] = 0.0f;
+  state.inverse_sum = static_cast<float>(1.0 / weight_sum(row, state.row_max));
+  state.needs_dense = 1;
+}
+
+}  // namespace
+}  // namespace dgemma

@@ -1,0 +1,33 @@
+// What the CUDA entry points of this family share: checks, and the workspace of the tiles' parts.
+#pragma once
+
+#include "cuda/entry.h"
+#include "denoise/cuda/kernels.h"
+
+namespace dgemma {
+
+// Sizes, dtype, softcap, pointers. Temperatures and rows are on the device and cannot be looked at.
+dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda);
+
+inline dgemma_status check_statistics_outputs(const dgemma_vocabulary_statistics& op,
+                                              dgemma_cuda* cuda) {
+  return check_pointers({{"argmax", op.argmax, alignof(int32_t)},
+                         {"entropy", op.entropy, alignof(float)},
+                         {"row_max", op.row_max, alignof(float)},
+                         {"row_sum", op.row_sum, alignof(double)},
+                         {"tile_max", op.tile_max, alignof(float)},
+                         {"tile_sum", op.tile_sum, alignof(float)}},
+                        cuda);
+}
+
+inline TileParts take_tile_parts(WorkspaceParts* workspace, void* base, const dgemma_logits& op) {
+  const Logits logits = make_logits(op);
+  const int64_t count = static_cast<int64_t>(logits.batch) * logits.length * logits.tiles;
+  char* const bytes = static_cast<char*>(base);
+  const size_t shifted = workspace->take<float>(count), best = workspace->take<float>(count);
+  const size_t index = workspace->take<int32_t>(count);
+  return {reinterpret_cast<float*>(bytes + shifted), reinterpret_cast<float*>(bytes + best),
+          reinterpret_cast<int32_t*>(bytes + index)};
+}
+
+}  // namespace dgemma

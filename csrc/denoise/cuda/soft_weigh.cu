@@ -1,0 +1,111 @@
+// Which vocabulary tiles each row needs, their z rounded to bfloat16, its normaliser, and what the
+// other tiles may weigh: a block has a row, a warp four tiles at a time. Tiles that a row does not
+// need are not read.
+#include "denoise/cuda/row_scan.h"
+#include "denoise/cuda/soft_weights.h"
+#include "device/launch.h"
+#include "device/shared_memory.h"
+
+namespace dgemma {
+namespace {
+
+constexpr int32_t kWorkers = kRowWarps * kTilesAtOnce;
+
+struct Shared {
+  double sum[kWorkers];
+  float left_out[kWorkers];
+};
+
+__global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  const Logits& logits = p.logits;
+  const int64_t row = blockIdx.x, request = row / logits.length;
+  if (!takes_part(p, request) || !has_sum(p, row)) return;
+  Shared& shared = device::shared_memory<Shared>();
+  const int32_t lane = static_cast<int32_t>(device::lane_index()) % kSoftLanes;
+  const int32_t worker = static_cast<int32_t>(device::warp_index()) * kTilesAtOnce +
+                         static_cast<int32_t>(device::lane_index()) / kSoftLanes;
+  const LogitScale scale = make_scale(logits.softcap, logits.temperature[request]);
+  const uint32_t* const bits = allowed_bits(logits.allowed, logits.vocabulary, row);
+  const auto* const raw_row =
+      static_cast<const device::bfloat16*>(logits.raw) + row * logits.vocabulary;
+  const float row_max = rounded(p.row_max[row]);
+
+  double sum = 0.0;
+  float left_out = 0.0f;
+  for (int32_t tile = worker; tile - worker % kTilesAtOnce < logits.tiles; tile += kWorkers) {
+    const bool there = tile < logits.tiles;
+    const float bound = there ? tile_bound(p.tile_max[row * logits.tiles + tile], row_max) : 0.0f;
+    const bool reads = there && reads_tile(p, bound);
+    if (!reads) left_out += bound;
+    if (!__any_sync(device::kAllLanes, reads)) continue;
+    const int32_t first = tile * kTile + lane * kLaneEntries;
+    const uint32_t usable = reads ? SoftTile::usable(bits, logits.vocabulary, first) : 0;
+    float z[SoftTile::kEntries];
+    read_tile(raw_row, logits.vocabulary, first, reads, z);
+    scale(z, z);
+    device::bfloat16* const to = soft_entries(p, row, there ? tile : 0);
+    float weight[SoftTile::kQuads];
+#pragma unroll
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t offset = SoftTile::offset(quad * kLaneEntries);
+      const int at = quad * kLaneEntries;
+#pragma unroll
+      for (int i = 0; i < kLaneEntries; ++i)
+        z[at + i] = usable >> (at + i) & 1 ? z[at + i] : -INFINITY;
+      const uint2 packed = {device::pack_bfloat16(z[at], z[at + 1]),
+                            device::pack_bfloat16(z[at + 2], z[at + 3])};
+      if (reads) *reinterpret_cast<uint2*>(to + offset) = packed;
+      weight[quad] = expf(device::low_to_float(packed.x) - row_max);
+      weight[quad] += expf(device::high_to_float(packed.x) - row_max);
+      weight[quad] += expf(device::low_to_float(packed.y) - row_max);
+      weight[quad] += expf(device::high_to_float(packed.y) - row_max);
+    }
+    sum += SoftTile::sum(weight);
+    // Every row that needs the tile stores the same.
+    if (reads && lane == 0) p.wanted[request * logits.tiles + tile] = 1;
+  }
+  if (lane == 0) {
+    shared.sum[worker] = sum;
+    shared.left_out[worker] = left_out;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int32_t w = 1; w < kWorkers; ++w) {
+    sum += shared.sum[w];
+    left_out += shared.left_out[w];
+  }
+  p.normaliser[row] = static_cast<float>(sum);
+  p.left_out[row] = left_out;
+}
+
+// The tables that soft_weigh adds to.
+__global__ void __launch_bounds__(kRowThreads) soft_clear(const SoftPass p) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  const int64_t request = blockIdx.x;
+  const bool part = takes_part(p, request);
+  if (!part) return;
+  for (int32_t tile = static_cast<int32_t>(threadIdx.x); tile < p.logits.tiles; tile += kRowThreads)
+    p.wanted[request * p.logits.tiles + tile] = 0;
+  if (threadIdx.x == 0 && !p.dense) p.failed[request] = 0;
+}
+
+}  // namespace
+
+const char* launch_soft_weigh(const SoftPlan& /*plan*/, const SoftPass& pass, void* stream) {
+  const Logits& logits = pass.logits;
+  const device::LaunchShape clear = {.grid = dim3(static_cast<unsigned>(logits.batch)),
+                                     .threads = kRowThreads,
+                                     .overlaps_previous_kernel = true};
+  if (const char* problem = device::launch(clear, stream, soft_clear, pass)) return problem;
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(logits.batch * logits.length)),
+      .threads = kRowThreads,
+      .shared_bytes = sizeof(Shared),
+      .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, soft_weigh, pass);
+}
+
+}  // namespace dgemma

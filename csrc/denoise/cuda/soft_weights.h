@@ -1,0 +1,86 @@
+// What the kernels of the soft embedding have in common: who takes part, and what a tile may weigh.
+#pragma once
+
+#include "denoise/cuda/logits.h"
+#include "denoise/cuda/plan_soft_embedding.h"
+
+namespace dgemma {
+namespace {
+
+// Share of the tolerance that tiles left out may use up, of what is expected to pass. The same as
+// on the CPU (cpu/soft_embedding_kernel.h).
+constexpr float kTileShare = 0x1p-7f;
+// What is left out is counted before p is rounded to bfloat16, which adds up to 2^-9.
+constexpr float kRoundingMargin = 1.01f;
+
+// Whether a request has work in this round: all active ones in the first, failed ones in the
+// second.
+DGEMMA_DEVICE bool takes_part(const SoftPass& p, int64_t request) {
+  return is_active(p.logits.active, request) && (!p.dense || p.failed[request] != 0);
+}
+
+// Rows without a sum: pinned ones, which are zero, and those of a logit that is not finite.
+DGEMMA_DEVICE bool has_sum(const SoftPass& p, int64_t row) {
+  return !(p.pinned != nullptr && p.pinned[row] != 0) && p.row_sum[row] > 0.0;
+}
+
+DGEMMA_DEVICE float rounded(float x) { return device::to_float(device::round_to_bfloat16(x)); }
+
+// A bound on the weights of a tile, exp(dtype(z) - dtype(row_max)) summed, from its largest z
+// alone.
+DGEMMA_DEVICE float tile_bound(float tile_max, float row_max) {
+  return tile_max > -INFINITY ? kTile * expf(rounded(tile_max) - row_max) : 0.0f;
+}
+
+// Whether a row reads a tile. Dense rows leave out those alone that hold nothing.
+DGEMMA_DEVICE bool reads_tile(const SoftPass& p, float bound) {
+  const float limit =
+      p.dense ? 0.0f : p.tolerance * kTileShare / static_cast<float>(p.logits.tiles);
+  return bound > limit;
+}
+
+// A warp takes four tiles of a row at a time, eight lanes each: their chains of tanh and exp run
+// side by side, and a bound or a sum is made once for a lane's sixteen entries.
+constexpr int kSoftLanes = 8;
+constexpr int32_t kTilesAtOnce = 32 / kSoftLanes;
+using SoftTile = RowOfTile<kSoftLanes>;
+
+// A lane's logits of a tile, from `first` on: four at a time unless rows begin in between. What is
+// not there is zero.
+DGEMMA_DEVICE void read_tile(const device::bfloat16* row, int32_t width, int32_t first, bool there,
+                             float (&value)[SoftTile::kEntries]) {
+  uint2 four[SoftTile::kQuads];
+  if (width % kLaneEntries == 0) {
+#pragma unroll
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t at = first + SoftTile::offset(quad * kLaneEntries);
+      four[quad] = there && at < width ? *reinterpret_cast<const uint2*>(row + at) : uint2{0, 0};
+    }
+  } else {
+#pragma unroll
+    for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+      const int32_t at = first + SoftTile::offset(quad * kLaneEntries);
+      uint32_t bits[kLaneEntries];
+#pragma unroll
+      for (int i = 0; i < kLaneEntries; ++i)
+        bits[i] = there && at + i < width ? row[at + i].bits : 0;
+      four[quad] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+    }
+  }
+#pragma unroll
+  for (int quad = 0; quad < SoftTile::kQuads; ++quad) {
+    value[kLaneEntries * quad] = device::low_to_float(four[quad].x);
+    value[kLaneEntries * quad + 1] = device::high_to_float(four[quad].x);
+    value[kLaneEntries * quad + 2] = device::low_to_float(four[quad].y);
+    value[kLaneEntries * quad + 3] = device::high_to_float(four[quad].y);
+  }
+}
+
+// Where a lane's first entry of a row's tile lies among z and probabilities.
+DGEMMA_DEVICE device::bfloat16* soft_entries(const SoftPass& p, int64_t row, int32_t tile) {
+  return p.probabilities + (row * p.logits.tiles + tile) * kTile +
+         static_cast<int32_t>(device::lane_index()) % kSoftLanes * kLaneEntries;
+}
+
+}  // namespace
+}  // namespace dgemma

@@ -1,0 +1,244 @@
+// The vocabulary head, bfloat16 on sm_90: see sm90/bf16_ring.h and plan_head.h.
+//
+// Blocks are persistent. Warps 0-7 multiply a tile, round it into shared memory and go on with the
+// next; meanwhile warps 9-11 store it and make its statistics, which would otherwise keep the
+// tensor cores waiting for a quarter of the time. The last tile of a block is finished by all of
+// them. Warp 8 loads.
+#include "denoise/cuda/head_epilogue.h"
+#include "denoise/cuda/plan_head.h"
+#include "denoise/sm90/bf16_ring.h"
+#include "device/launch.h"
+#include "device/ldmatrix.h"
+#include "device/shared_memory.h"
+
+namespace dgemma {
+namespace {
+
+using namespace vocabulary_sm90;
+
+static_assert(kTileRows == kTile);
+constexpr int32_t kFinishingWarps = kHeadThreads / 32 - kMultiplyingWarps - 1;
+// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
+// multiples of 8): 256 x 192 + 128 x 128 = 65,536. 128 of the 192 are accumulators where kRows is
+// 256.
+constexpr int kMultiplyingRegisters = 192;
+constexpr int kOtherRegisters = 128;
+// Lanes that share a row of a finished tile: with four rows at a time a warp has enough to do while
+// it waits for tanh, exp and its neighbours' sums.
+constexpr int kRowLanes = 8;
+constexpr int32_t kRowsAtOnce = 32 / kRowLanes;
+
+template <int kRows>
+struct Finished {
+  HeadTile<kRows> tile;
+  device::Mbarrier full, empty;
+};
+
+template <int kRows>
+using Shared = Ring<kRows, Finished<kRows>>;
+
+DGEMMA_DEVICE int32_t count_active(const Logits& logits) {
+  if (logits.active == nullptr) return logits.batch;
+  int32_t count = 0;
+  for (int32_t request = 0; request < logits.batch; ++request) count += logits.active[request] != 0;
+  return count;
+}
+
+DGEMMA_DEVICE int32_t nth_active(const Logits& logits, int32_t n) {
+  if (logits.active == nullptr) return n;
+  int32_t request = 0;
+  for (;; ++request)
+    if (logits.active[request] != 0 && n-- == 0) return request;
+}
+
+struct Unit {
+  int32_t request, first_row;
+  int32_t tile;  // of a cluster's second block perhaps one past the last
+  bool last;     // of this block
+};
+
+// Calls visit(unit) for every unit of this block.
+template <int kRows, typename Visit>
+DGEMMA_DEVICE void for_each_unit(const Head& p, const HeadPlan& plan, Visit visit) {
+  const int32_t active = count_active(p.logits);
+  const int64_t units = count_units(plan, active), stride = gridDim.x / kClusterBlocks;
+  const int32_t rank = static_cast<int32_t>(device::cluster_block_rank());
+  for (int64_t index = blockIdx.x / kClusterBlocks; index < units; index += stride) {
+    const HeadUnit unit = find_unit(plan, active, index);
+    visit(Unit{nth_active(p.logits, unit.request), unit.row_tile * kRows,
+               static_cast<int32_t>(kClusterBlocks) * unit.tile_pair + rank,
+               index + stride >= units});
+  }
+}
+
+// One thread.
+template <int kRows>
+DGEMMA_DEVICE void load(Shared<kRows>& shared, const device::TensorMap* embedding,
+                        const device::TensorMap* hidden, const Head& p, const HeadPlan& plan,
+                        int32_t steps) {
+  const auto embedding_policy =
+      plan.row_tiles * p.logits.batch == 1 ? device::evict_first() : device::evict_normal();
+  const auto row_policy = device::evict_last();
+  Position<Shared<kRows>> at;
+  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+    for (int32_t step = 0; step < steps; ++step)
+      fill(shared, at, hidden, step * kStageDepth, unit.first_row, unit.request, row_policy,
+           [&](auto& stage, device::Mbarrier* full) {
+             device::tma_load(stage.embedding, embedding, full, embedding_policy,
+                              step * kStageDepth, unit.tile * kTile);
+           });
+  });
+}
+
+// A warp's 16 entries of every row: sum has them entry by row, the tile wants them row by entry.
+template <int kRows>
+DGEMMA_DEVICE void round_into(HeadTile<kRows>& tile, const float (&sum)[kRows / 2]) {
+  const uint32_t lane = device::lane_index();
+  // Tiles of 8 x 8: lane l addresses row l % 8 of the tile l / 8; tiles go entry 0, entry 8 of
+  // eight rows, then of the next eight.
+  bfloat16* const to =
+      &tile.value[lane % 8 + lane / 16 * 8][16 * device::warp_index() + lane / 8 % 2 * 8];
+#pragma unroll
+  for (int j = 0; j < kRows / 8; j += 2) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      packed[i] = device::pack_bfloat16(sum[4 * j + 2 * i], sum[4 * j + 2 * i + 1]);
+    device::store_tiles_transposed(to + 8 * j * HeadTile<kRows>::kStride, packed);
+  }
+}
+
+// A warp's share of a finished tile, as one of `workers` warps.
+template <int kRows>
+DGEMMA_DEVICE void finish(const HeadTile<kRows>& tile, const Head& p, const Unit& unit,
+                          int32_t worker, int32_t workers) {
+  if (unit.tile >= p.logits.tiles) return;
+  const LogitScale scale = make_scale(p.logits.softcap, p.logits.temperature[unit.request]);
+  const int32_t rows = min(kRows, p.logits.length - unit.first_row);
+  const int64_t first = static_cast<int64_t>(unit.request) * p.logits.length + unit.first_row;
+  for (int32_t row = worker * kRowsAtOnce; row < rows; row += workers * kRowsAtOnce)
+    finish_rows<kRowLanes, kRows>(p, scale, first + row, rows - row, unit.tile, &tile.value[row]);
+}
+
+template <int kRows>
+DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan,
+                                  int32_t steps) {
+  Finished<kRows>& finished = shared.beside;
+  Position<Shared<kRows>> at;
+  uint32_t parity = 0;
+  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+    float sum[kRows / 2] = {};  // or the last ones would be kept while tiles are finished
+    multiply<Major::k>(shared, at, steps, sum);
+    device::mbarrier_wait(&finished.empty, parity ^ 1);  // the tile before is stored
+    round_into(finished.tile, sum);
+    __syncwarp();
+    if (device::lane_index() == 0) device::mbarrier_arrive(&finished.full);
+    if (unit.last) {
+      device::mbarrier_wait(&finished.full, parity);
+      finish(finished.tile, p, unit, static_cast<int32_t>(kFinishingWarps + device::warp_index()),
+             kFinishingWarps + kMultiplyingWarps);
+    }
+    parity ^= 1;
+  });
+}
+
+template <int kRows>
+DGEMMA_DEVICE void finish_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan) {
+  Finished<kRows>& finished = shared.beside;
+  uint32_t parity = 0;
+  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+    device::mbarrier_wait(&finished.full, parity);
+    finish(finished.tile, p, unit,
+           static_cast<int32_t>(device::warp_index() - kMultiplyingWarps - 1),
+           kFinishingWarps + (unit.last ? kMultiplyingWarps : 0));
+    __syncwarp();
+    if (device::lane_index() == 0) device::mbarrier_arrive(&finished.empty);
+    parity ^= 1;
+  });
+}
+
+template <int kRows>
+__global__ void __launch_bounds__(kHeadThreads, 1)
+    head_kernel(const __grid_constant__ device::TensorMap embedding,
+                const __grid_constant__ device::TensorMap hidden, const Head p,
+                const HeadPlan plan) {
+  auto& shared = device::shared_memory<Shared<kRows>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&embedding);
+    device::prefetch_tensor_map(&hidden);
+    initialise(shared);
+    device::mbarrier_init(&shared.beside.full, kMultiplyingWarps);
+    device::mbarrier_init(&shared.beside.empty, kFinishingWarps);
+    device::fence_mbarrier_init();
+  }
+  device::cluster_sync();
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+
+  const int32_t steps = (p.hidden_size + kStageDepth - 1) / kStageDepth;
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kOtherRegisters>();
+    if (warp == kMultiplyingWarps) {
+      if (device::elect_one()) load(shared, &embedding, &hidden, p, plan, steps);
+      __syncwarp();
+    } else {
+      finish_tiles(shared, p, plan);
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    multiply_tiles(shared, p, plan, steps);
+  }
+  device::cluster_sync();  // the other block tells this one of its stages until it ends
+}
+
+// [vocabulary, hidden_size]. What lies past either end is zero.
+device::TensorLayout embedding_layout(const Head& head) {
+  const uint64_t width = static_cast<uint64_t>(head.hidden_size);
+  return {.type = device::ElementType::bfloat16,
+          .rank = 2,
+          .base = head.embedding,
+          .size = {width, static_cast<uint64_t>(head.logits.vocabulary)},
+          .stride = {0, width * sizeof(bfloat16)},
+          .box = {kStageDepth, kTile},
+          .swizzle = Swizzle::bytes_128};
+}
+
+// [batch, length, hidden_size], half a row tile at a time. Past a request's last row it is zero.
+device::TensorLayout hidden_layout(const Head& head, int32_t row_tile) {
+  const uint64_t width = static_cast<uint64_t>(head.hidden_size);
+  const uint64_t length = static_cast<uint64_t>(head.logits.length);
+  return {.type = device::ElementType::bfloat16,
+          .rank = 3,
+          .base = head.hidden,
+          .size = {width, length, static_cast<uint64_t>(head.logits.batch)},
+          .stride = {0, width * sizeof(bfloat16), width * sizeof(bfloat16) * length},
+          .box = {kStageDepth, static_cast<uint32_t>(row_tile) / kClusterBlocks, 1},
+          .swizzle = Swizzle::bytes_128};
+}
+
+template <int kRows>
+const char* launch(const HeadPlan& plan, const Head& head, void* stream) {
+  static_assert(sizeof(Shared<kRows>) <= kSharedLimit);
+  device::TensorMap embedding, hidden;
+  if (const char* problem = device::encode_tensor_map(&embedding, embedding_layout(head)))
+    return problem;
+  if (const char* problem = device::encode_tensor_map(&hidden, hidden_layout(head, kRows)))
+    return problem;
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
+                                     .threads = kHeadThreads,
+                                     .shared_bytes = sizeof(Shared<kRows>),
+                                     .cluster_blocks = kClusterBlocks,
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, head_kernel<kRows>, embedding, hidden, head, plan);
+}
+
+}  // namespace
+
+const char* launch_head_sm90_bf16(const HeadPlan& plan, const Head& head, void* stream) {
+  if (plan.row_tile == 64) return launch<64>(plan, head, stream);
+  if (plan.row_tile == 128) return launch<128>(plan, head, stream);
+  return launch<256>(plan, head, stream);
+}
+
+}  // namespace dgemma

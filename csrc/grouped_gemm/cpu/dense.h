@@ -1,0 +1,24 @@
+// What cpu/dense.cpp asks of the kernels that are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/variants.h"
+#include "dgemma/grouped_gemm.h"
+
+namespace dgemma {
+
+// Rows of the weight that one task takes. 96 of 2816 bfloat16 values are 540 KB, which stay in a
+// second-level cache of 1 MiB beside a block of input rows.
+constexpr int64_t kDenseRowsPerTask = 96;
+
+// output[:, first_row : end_row], rows of the weight being columns of the output. `weight` is given
+// to the quantized tasks alone.
+typedef void (*DenseTask)(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
+                          int64_t end_row);
+
+// Indexed by dgemma_dtype.
+DGEMMA_DECLARE_PER_VARIANT(DenseTask dense_tasks[2])
+DGEMMA_DECLARE_PER_VARIANT(DenseTask quantized_dense_tasks[2])
+
+}  // namespace dgemma

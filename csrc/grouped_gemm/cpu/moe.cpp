@@ -1,0 +1,224 @@
+// The C entry points: argument checks, the passes over tokens, and what each task is.
+#include "grouped_gemm/cpu/moe.h"
+
+#include <cinttypes>
+
+#include "cpu/dispatch.h"
+#include "cpu/entry.h"
+#include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cpu/plan.h"
+#include "grouped_gemm/cpu/quantized.h"
+
+namespace dgemma {
+namespace {
+
+// Pairs in one pass. Weights are read once per pass; at the model's width a pass of 16,384 pairs
+// takes 208 MB of workspace and computes 20 times longer than it reads. See NOTES.md.
+constexpr int64_t kPairsPerPass = 16384;
+// No single extent may be larger, so that products of two are exact; products of three are checked.
+constexpr int64_t kLargestExtent = INT32_MAX;
+
+int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
+  const int64_t tokens = op.top_k < kPairsPerPass ? kPairsPerPass / op.top_k : 1;
+  return tokens < op.tokens ? tokens : op.tokens;
+}
+
+size_t value_bytes(dgemma_dtype dtype) { return dtype == DGEMMA_BFLOAT16 ? 2 : 4; }
+
+// Where the parts of the workspace begin.
+struct Layout {
+  size_t plan, activations, products, bytes;
+};
+
+Layout layout(const dgemma_moe_ffn& op) {
+  auto aligned = [](size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; };
+  const int64_t pairs = tokens_per_pass(op) * op.top_k;
+  Layout at;
+  at.plan = 0;
+  at.activations =
+      at.plan + aligned(static_cast<size_t>(moe_plan_size(pairs, op.experts)) * sizeof(int32_t));
+  at.products =
+      at.activations + aligned(static_cast<size_t>(pairs * op.expert_size) * value_bytes(op.dtype));
+  at.bytes = at.products + aligned(static_cast<size_t>(pairs * op.hidden_size) * sizeof(float));
+  return at;
+}
+
+struct NamedExtent {
+  const char* name;
+  int64_t value;
+  int64_t least;
+};
+
+// The first extent that is out of its range, or one with a null name.
+NamedExtent bad_extent(const dgemma_moe_ffn& op) {
+  const NamedExtent extents[] = {{"tokens", op.tokens, 0},
+                                 {"hidden_size", op.hidden_size, 1},
+                                 {"expert_size", op.expert_size, 1},
+                                 {"experts", op.experts, 1},
+                                 {"top_k", op.top_k, 1}};
+  for (const NamedExtent& extent : extents)
+    if (extent.value < extent.least || extent.value > kLargestExtent) return extent;
+  return {nullptr, 0, 0};
+}
+
+// True when every tensor and the workspace have fewer than 2^63 bytes and a pass's pairs fit int32.
+bool sizes_fit(const dgemma_moe_ffn& op) {
+  const int64_t value = static_cast<int64_t>(value_bytes(op.dtype));
+  const int64_t pairs = tokens_per_pass(op) * op.top_k;
+  int64_t bytes;
+  return !__builtin_mul_overflow(op.hidden_size * op.expert_size, 2 * op.experts, &bytes) &&
+         !__builtin_mul_overflow(bytes, value, &bytes) &&
+         !__builtin_mul_overflow(op.tokens * op.hidden_size, value, &bytes) &&
+         pairs <= kLargestExtent &&
+         !__builtin_mul_overflow(pairs * op.expert_size, value, &bytes) &&
+         !__builtin_mul_overflow(pairs * op.hidden_size, 4, &bytes);
+}
+
+// The weights of a call: pointers in its dgemma_moe_ffn, or these.
+struct QuantizedPair {
+  const dgemma_quantized* gate_up = nullptr;
+  const dgemma_quantized* down = nullptr;
+};
+
+dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgemma_cpu* cpu) {
+  const NamedExtent extent = bad_extent(op);
+  if (extent.name != nullptr)
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s: got %" PRId64 ", wants %" PRId64 " to %" PRId64,
+                extent.name, extent.value, extent.least, kLargestExtent);
+  if (op.dtype != DGEMMA_FLOAT32 && op.dtype != DGEMMA_BFLOAT16)
+    return fail(cpu, DGEMMA_UNSUPPORTED, "dtype: got %d, wants %d (float32) or %d (bfloat16)",
+                static_cast<int>(op.dtype), DGEMMA_FLOAT32, DGEMMA_BFLOAT16);
+  if (!sizes_fit(op))
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                "tokens, hidden_size, expert_size, experts, top_k: got more bytes than 63 bits "
+                "count, wants less");
+  if (op.tokens == 0) return DGEMMA_OK;
+
+  const bool plain = quantized.gate_up == nullptr;
+  const struct {
+    const char* name;
+    const void* pointer;
+    bool wanted;
+  } pointers[] = {{"input", op.input, true},
+                  {"expert_ids", op.expert_ids, true},
+                  {"expert_weights", op.expert_weights, true},
+                  {"gate_up", op.gate_up, plain},
+                  {"down", op.down, plain},
+                  {"output", op.output, true}};
+  for (const auto& [name, pointer, wanted] : pointers)
+    if ((pointer != nullptr) != wanted)
+      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                  wanted ? "%s: got NULL, wants a pointer"
+                         : "%s: got a pointer, wants NULL beside quantized weights",
+                  name);
+  dgemma_status status = DGEMMA_OK;
+  if (!plain) {
+    status = check_quantized("gate_up", *quantized.gate_up, op.expert_size, op.hidden_size, cpu);
+    if (status != DGEMMA_OK) return status;
+    status =
+        check_quantized("down", *quantized.down, op.experts * op.hidden_size, op.expert_size, cpu);
+    if (status != DGEMMA_OK) return status;
+  }
+  status = check_workspace(op.workspace, op.workspace_bytes, layout(op).bytes, cpu);
+  if (status != DGEMMA_OK) return status;
+  const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
+  if (bad >= 0)
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT,
+                "expert_ids: got %d at token %" PRId64 ", slot %" PRId64
+                ", wants -1 or 0 to %" PRId64,
+                op.expert_ids[bad], bad / op.top_k, bad % op.top_k, op.experts - 1);
+  return DGEMMA_OK;
+}
+
+// Rows of a task: a multiple of `least`, of `rows` in each group.
+int64_t count_rows_per_task(const MoePlan& plan, int64_t rows, int64_t least) {
+  const int64_t pairs = plan.first[plan.groups];
+  if (plan.groups == 0 || pairs > kTokensOfLongTasks * plan.groups) return least;
+  const int64_t tasks_per_group = (kTasks + plan.groups - 1) / plan.groups;
+  const int64_t even = (rows + tasks_per_group - 1) / tasks_per_group;
+  return (even + least - 1) / least * least;
+}
+
+// One task for each group and each run of rows_per_task of its `rows` rows, group after group.
+template <typename Task>
+void run_row_tasks(dgemma_cpu* cpu, const MoePlan& plan, int64_t rows, int64_t least_rows,
+                   const Task& task) {
+  const int64_t groups = plan.groups;
+  const int64_t rows_per_task = count_rows_per_task(plan, rows, least_rows);
+  const int64_t runs = (rows + rows_per_task - 1) / rows_per_task;
+  run_tasks(cpu, groups * runs, [&](int64_t index) {
+    const int64_t first = index % runs * rows_per_task;
+    const int64_t end = first + rows_per_task;
+    task(index / runs, first, end < rows ? end : rows);
+  });
+}
+
+void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dgemma_cpu* cpu) {
+  run_row_tasks(
+      cpu, pass.plan, pass.expert_size, kGateUpRowsPerTask,
+      [&](int64_t group, int64_t first, int64_t end) { kernels.gate_up(pass, group, first, end); });
+  run_row_tasks(
+      cpu, pass.plan, pass.hidden_size, kDownRowsPerTask,
+      [&](int64_t group, int64_t first, int64_t end) { kernels.down(pass, group, first, end); });
+  run_tasks(cpu, tokens, [&](int64_t token) { kernels.combine(pass, token); });
+}
+
+dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgemma_cpu* cpu) {
+  dgemma_status status = check(op, quantized, cpu);
+  if (status != DGEMMA_OK) return status;
+  dgemma_cpu_variant variant;
+  status = resolve_cpu_variant(cpu, &variant);
+  if (status != DGEMMA_OK) return status;
+
+  const MoeKernels* const tables = quantized.gate_up != nullptr
+                                       ? DGEMMA_TABLE_OF(variant, quantized_moe_kernels)
+                                       : DGEMMA_TABLE_OF(variant, moe_kernels);
+  const MoeKernels& kernels = tables[op.dtype];
+  const Layout at = layout(op);
+  char* workspace = static_cast<char*>(op.workspace);
+  const int64_t step = tokens_per_pass(op);
+  const int64_t token_bytes = op.hidden_size * static_cast<int64_t>(value_bytes(op.dtype));
+  for (int64_t first = 0; first < op.tokens; first += step) {
+    const int64_t tokens = op.tokens - first < step ? op.tokens - first : step;
+    const int32_t* ids = op.expert_ids + first * op.top_k;
+    const MoePass pass = {.hidden_size = op.hidden_size,
+                          .expert_size = op.expert_size,
+                          .top_k = op.top_k,
+                          .input = static_cast<const char*>(op.input) + first * token_bytes,
+                          .expert_ids = ids,
+                          .expert_weights = op.expert_weights + first * op.top_k,
+                          .gate_up = op.gate_up,
+                          .down = op.down,
+                          .quantized_gate_up = quantized.gate_up,
+                          .quantized_down = quantized.down,
+                          .output = static_cast<char*>(op.output) + first * token_bytes,
+                          .plan = make_moe_plan(ids, tokens * op.top_k, op.experts,
+                                                reinterpret_cast<int32_t*>(workspace + at.plan)),
+                          .activations = workspace + at.activations,
+                          .products = reinterpret_cast<float*>(workspace + at.products)};
+    run_pass(pass, tokens, kernels, cpu);
+  }
+  return DGEMMA_OK;
+}
+
+}  // namespace
+}  // namespace dgemma
+
+size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op) {
+  if (op == nullptr || dgemma::bad_extent(*op).name != nullptr || !dgemma::sizes_fit(*op)) return 0;
+  return dgemma::layout(*op).bytes;
+}
+
+dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
+  return dgemma::run(*op, {}, cpu);
+}
+
+size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
+  return op != nullptr ? dgemma_cpu_moe_ffn_workspace(&op->ffn) : 0;
+}
+
+dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, dgemma_cpu* cpu) {
+  if (const auto status = dgemma::check_call(op, cpu)) return status;
+  return dgemma::run(op->ffn, {&op->gate_up, &op->down}, cpu);
+}

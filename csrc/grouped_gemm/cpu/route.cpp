@@ -1,0 +1,149 @@
+// The C entry points of the router on the CPU: checks, the input's norm and scales, the projection
+// as a dense product, and the choice.
+#include "grouped_gemm/cpu/route.h"
+
+#include <cinttypes>
+#include <cmath>
+
+#include "cpu/bfloat16.h"
+#include "cpu/dispatch.h"
+#include "cpu/entry.h"
+
+namespace dgemma {
+namespace {
+
+// Tokens of one task: a canvas of 256 gives 32 tasks.
+constexpr int64_t kTokensPerTask = 8;
+
+// Parts of the workspace.
+struct RouteBuffers {
+  void* scaled;          // [tokens, hidden_size], dtype
+  void* scores;          // [tokens, experts], dtype
+  float* probabilities;  // [tokens, experts]
+};
+
+size_t carve(const dgemma_route& op, void* base, RouteBuffers* buffers) {
+  const auto element = static_cast<int64_t>(bytes_of(op.dtype));
+  Carver carver = {static_cast<char*>(base)};
+  buffers->scaled = carver.take<char>(op.tokens * op.hidden_size * element);
+  buffers->scores = carver.take<char>(op.tokens * op.experts * element);
+  buffers->probabilities = carver.take<float>(op.tokens * op.experts);
+  return carver.used;
+}
+
+bool sizes_fit(const dgemma_route& op) {
+  const auto fits = [](int64_t size, int64_t least) {
+    return size >= least && size <= kLargestSize;
+  };
+  return fits(op.tokens, 0) && fits(op.hidden_size, 1) && fits(op.experts, 1);
+}
+
+dgemma_status check(const dgemma_route* op, dgemma_cpu* cpu) {
+  if (const auto status = check_call(op, cpu)) return status;
+  if (const auto status = check_sizes({{"tokens", op->tokens, 0},
+                                       {"hidden_size", op->hidden_size, 1},
+                                       {"experts", op->experts, 1},
+                                       {"top_k", op->top_k, 1, op->experts}},
+                                      cpu))
+    return status;
+  if (const auto status = check_dtype(op->dtype, cpu)) return status;
+  if (!std::isfinite(op->epsilon) || op->epsilon < 0.0f)
+    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "epsilon: got %g, wants 0 or a little more",
+                op->epsilon);
+  if (op->tokens == 0) return DGEMMA_OK;
+  const size_t element = bytes_of(op->dtype);
+  if (const auto status = check_buffers({{"input", op->input, element},
+                                         {"scale", op->scale, element},
+                                         {"projection", op->projection, element},
+                                         {"per_expert_scale", op->per_expert_scale, element},
+                                         {"expert_ids", op->expert_ids, sizeof(int32_t)},
+                                         {"expert_weights", op->expert_weights, sizeof(float)}},
+                                        cpu))
+    return status;
+  return check_workspace(op->workspace, op->workspace_bytes, dgemma_cpu_route_workspace(op), cpu);
+}
+
+float value_at(const void* tensor, dgemma_dtype dtype, int64_t index) {
+  return dtype == DGEMMA_BFLOAT16 ? to_float(static_cast<const bfloat16*>(tensor)[index])
+                                  : static_cast<const float*>(tensor)[index];
+}
+
+void softmax(float* values, int64_t count) {
+  float largest = values[0];
+  for (int64_t i = 1; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += values[i] = std::exp(values[i] - largest);
+  for (int64_t i = 0; i < count; ++i) values[i] /= sum;
+}
+
+// The largest, the first of equal ones; NaN counts as largest, as in a sort of torch's. Chosen ones
+// are below zero.
+int64_t best_of(const float* probabilities, int64_t count) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < count; ++i)
+    if (!(probabilities[i] <= probabilities[best]) && !std::isnan(probabilities[best])) best = i;
+  return best;
+}
+
+// From a token's scores to its experts and their weights.
+void choose(const dgemma_route& op, const RouteBuffers& buffers, int64_t token) {
+  float* p = buffers.probabilities + token * op.experts;
+  for (int64_t e = 0; e < op.experts; ++e)
+    p[e] = value_at(buffers.scores, op.dtype, token * op.experts + e);
+  softmax(p, op.experts);
+  int32_t* ids = op.expert_ids + token * op.top_k;
+  float* weights = op.expert_weights + token * op.top_k;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < op.top_k; ++k) {
+    const int64_t expert = best_of(p, op.experts);
+    ids[k] = static_cast<int32_t>(expert);
+    sum += weights[k] = p[expert];
+    p[expert] = -1.0f;
+  }
+  for (int64_t k = 0; k < op.top_k; ++k)
+    weights[k] = weights[k] / sum * value_at(op.per_expert_scale, op.dtype, ids[k]);
+}
+
+}  // namespace
+}  // namespace dgemma
+
+size_t dgemma_cpu_route_workspace(const dgemma_route* op) {
+  if (op == nullptr || !dgemma::sizes_fit(*op)) return 0;  // the call itself says what is wrong
+  dgemma::RouteBuffers buffers;
+  return dgemma::carve(*op, nullptr, &buffers);
+}
+
+dgemma_status dgemma_cpu_route(const dgemma_route* op, dgemma_cpu* cpu) {
+  using namespace dgemma;
+  if (const auto status = check(op, cpu)) return status;
+  dgemma_cpu_variant variant;
+  if (const auto status = resolve_cpu_variant(cpu, &variant)) return status;
+  if (op->tokens == 0) return DGEMMA_OK;
+
+  RouteBuffers buffers;
+  carve(*op, op->workspace, &buffers);
+  const auto hidden_scale =
+      static_cast<float>(std::pow(static_cast<double>(op->hidden_size), -0.5));
+  const RouteTask scale = DGEMMA_TABLE_OF(variant, route_tasks)[op->dtype];
+  const auto for_runs_of_tokens = [&](auto&& run) {
+    run_tasks(cpu, (op->tokens + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
+      const int64_t first = task * kTokensPerTask, end = first + kTokensPerTask;
+      run(first, end < op->tokens ? end : op->tokens);
+    });
+  };
+  for_runs_of_tokens(
+      [&](int64_t first, int64_t end) { scale(*op, hidden_scale, buffers.scaled, first, end); });
+  dgemma_dense projection = {};
+  projection.rows = op->tokens;
+  projection.in_features = op->hidden_size;
+  projection.out_features = op->experts;
+  projection.dtype = op->dtype;
+  projection.input = buffers.scaled;
+  projection.weight = op->projection;
+  projection.output = buffers.scores;
+  if (const auto status = dgemma_cpu_dense(&projection, cpu)) return status;
+  for_runs_of_tokens([&](int64_t first, int64_t end) {
+    for (int64_t token = first; token < end; ++token) choose(*op, buffers, token);
+  });
+  return DGEMMA_OK;
+}

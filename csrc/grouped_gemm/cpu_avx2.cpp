@@ -1,7 +1,0 @@
-#include "grouped_gemm/cpu_kernel.h"
-
-namespace dgemma {
-
-const MoeKernels kMoeKernelsAvx2[2] = DGEMMA_MOE_KERNELS;
-
-}  // namespace dgemma

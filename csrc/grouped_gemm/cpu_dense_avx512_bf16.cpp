@@ -1,7 +1,0 @@
-#include "grouped_gemm/cpu_dense_kernel.h"
-
-namespace dgemma {
-
-const DenseTask kDenseTasksAvx512Bf16[2] = DGEMMA_DENSE_TASKS;
-
-}  // namespace dgemma

@@ -1,8 +1,0 @@
-#include "grouped_gemm/cpu_quantized_kernel.h"
-
-namespace dgemma {
-
-const MoeKernels kQuantizedMoeKernelsAvx512[2] = DGEMMA_QUANTIZED_MOE_KERNELS;
-const DenseTask kQuantizedDenseTasksAvx512[2] = DGEMMA_QUANTIZED_DENSE_TASKS;
-
-}  // namespace dgemma

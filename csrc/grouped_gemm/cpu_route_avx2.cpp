@@ -1,7 +1,0 @@
-#include "grouped_gemm/cpu_route_kernel.h"
-
-namespace dgemma {
-
-const RouteTask kRouteTasksAvx2[2] = DGEMMA_ROUTE_TASKS;
-
-}  // namespace dgemma

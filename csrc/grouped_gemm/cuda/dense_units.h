@@ -1,0 +1,42 @@
+// A unit of work of a dense projection: a weight tile by a token tile, and one segment of k or all
+// of them. The same code on device and host, so that a test can walk every unit.
+#pragma once
+
+#include "grouped_gemm/cuda/units.h"
+
+namespace dgemma {
+
+struct DenseUnit {
+  int32_t weight_tile;
+  int32_t first;  // row of input
+  int32_t rows;   // 1 to token_tile
+  int32_t segment, segments;
+};
+
+struct DenseWork {
+  int32_t rows, weight_tiles, token_tiles, k_steps, segments;
+  bool apart;
+
+  DGEMMA_HOST_DEVICE int32_t segments_at_once() const { return apart ? 1 : segments; }
+  DGEMMA_HOST_DEVICE int32_t count() const {
+    return weight_tiles * token_tiles * (segments / segments_at_once());
+  }
+  // Token tiles of one weight tile side by side, so that they share it in L2.
+  DGEMMA_HOST_DEVICE DenseUnit find(int32_t token_tile, int32_t index) const {
+    const int32_t first = index % token_tiles * token_tile, rest = index / token_tiles;
+    const int32_t left = rows - first;
+    return {rest % weight_tiles, first, left < token_tile ? left : token_tile, rest / weight_tiles,
+            segments_at_once()};
+  }
+  // The first step of a segment; of the one past the last, k_steps.
+  DGEMMA_HOST_DEVICE int32_t begin(int32_t segment) const { return segment * k_steps / segments; }
+  DGEMMA_HOST_DEVICE int32_t steps(int32_t segment) const {
+    return begin(segment + 1) - begin(segment);
+  }
+  DGEMMA_HOST_DEVICE int32_t first_step(const DenseUnit& unit) const { return begin(unit.segment); }
+  DGEMMA_HOST_DEVICE int32_t steps(const DenseUnit& unit) const {
+    return begin(unit.segment + unit.segments) - begin(unit.segment);
+  }
+};
+
+}  // namespace dgemma

@@ -1,0 +1,43 @@
+// How the feed-forward runs with weights and activations in FP8. On Hopper by the tiles of
+// cuda/plan_moe.h, a stage holding 128 columns of e4m3 where it held 64 of bfloat16; on 8.9
+// and 12.0 by those of plan_quantized.h, with tokens of half the bytes. Pure host code that
+// allocates nothing.
+#pragma once
+
+#include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/plan_moe.h"
+#include "grouped_gemm/cuda/plan_quantized.h"
+
+namespace dgemma {
+
+// Columns in a stage: a row of the widest swizzle. Also how many products are summed before the sum
+// is added in fp32 (device/wgmma.h).
+constexpr int32_t kFp8Depth = 128;
+
+// Of a stage on 8.9 and 12.0, which is kMoeDepth columns deep.
+constexpr int32_t fp8_stage_bytes_89(int32_t token_tile) {
+  return (kQuantizedWeightRows + token_tile) * kMoeDepth;
+}
+// Blocks that share the 100 KB of a multiprocessor there, with the stages of plan_quantized.h: at
+// most 40,960 bytes each.
+constexpr int32_t kFp8LeastBlocks89 = 2;
+static_assert(kFp8LeastBlocks89 * (quantized_stages(32) * fp8_stage_bytes_89(32) + 1024) <=
+              100 * 1024);
+static_assert(kFp8LeastBlocks89 * (quantized_stages(64) * fp8_stage_bytes_89(64) + 1024) <=
+              100 * 1024);
+
+struct MoeFp8Plan {
+  MoeCudaPlan ffn;                        // its workspace comes first
+  size_t input, input_scales;             // e4m3 [tokens, hidden_size], float32 [tokens]
+  size_t activations, activation_scales;  // e4m3 [pairs, expert_size], float32 [pairs]
+  size_t workspace_bytes;
+};
+
+// As moe_quantized_problem; both matrices must be FP8.
+const char* moe_fp8_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
+
+// For a GPU whose tensor cores multiply e4m3: of path kSm90 by wgmma, of the other by mma.sync. The
+// workspace is the same for every one.
+MoeFp8Plan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
+
+}  // namespace dgemma

@@ -1,0 +1,178 @@
+#include "grouped_gemm/cuda/plan_quantized.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "grouped_gemm/cuda/arranged_columns.h"
+
+namespace dgemma {
+namespace {
+
+// What the interface allows, on the CPU too.
+constexpr int32_t kMostColumns = 16384;
+
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As in cuda/plan_moe.cpp: twice the mean number of an expert's tokens, up to the larger tile.
+int32_t choose_token_tile(int64_t pairs, int64_t experts) {
+  return 2 * pairs <= 32 * experts ? 32 : 64;
+}
+
+// Blocks that a multiprocessor surely holds at once.
+int32_t blocks_per_multiprocessor(int32_t token_tile, int32_t stage_bytes, bool dense,
+                                  int32_t compute_capability) {
+  const int32_t bytes = quantized_stages(token_tile) * stage_bytes + 1024;
+  return std::clamp(shared_bytes_of_multiprocessor(compute_capability) / bytes, 1,
+                    quantized_least_blocks(token_tile, dense));
+}
+
+MoeCudaPart make_part(const MoeCudaPlan& plan, int64_t weight_tiles, int64_t depth,
+                      int64_t token_tiles, int32_t stage_bytes, const Gpu& gpu) {
+  const int64_t most_blocks =
+      int64_t{gpu.multiprocessors} *
+      blocks_per_multiprocessor(plan.token_tile, stage_bytes, false, gpu.compute_capability);
+  const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
+  return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
+          static_cast<int32_t>(blocks)};
+}
+
+// Twice the mean number of an expert's tokens here too. More than 128 would leave no registers for
+// two sets of decoded weights beside the sums.
+void plan_sm90(const dgemma_moe_ffn& ffn, int64_t pairs, int32_t multiprocessors,
+               MoeCudaPlan* plan) {
+  plan->path = CudaPath::kSm90;
+  plan->token_tile = 2 * pairs <= 64 * ffn.experts ? 64 : 128;
+  plan->threads = kMoeThreads;
+  plan->weight_rows = kMoeWeightRows;
+  plan->stages = quantized_stages_90(plan->token_tile);
+  plan->stage_bytes = quantized_stage_bytes_90(plan->token_tile);
+  plan->depth = kQuantizedDepth90;
+  const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan->token_tile);
+  const auto part = [&](int64_t weight_tiles, int64_t depth) {
+    return MoeCudaPart{
+        static_cast<int32_t>(weight_tiles),
+        static_cast<int32_t>(ceil_divide(depth, kQuantizedDepth90)),
+        static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors))};
+  };
+  plan->gate_up = part(ceil_divide(ffn.expert_size, kMoeWeightRows / 2), ffn.hidden_size);
+  plan->down = part(ceil_divide(ffn.hidden_size, kMoeWeightRows), ffn.expert_size);
+  const int64_t values =
+      plan->tokens_per_pass * arranged_width(static_cast<int32_t>(ffn.hidden_size));
+  plan->arranging_blocks =
+      static_cast<int32_t>(ceil_divide(values, kArrangedPerThread * kMoeSortThreads));
+}
+
+// Null, or what is wrong with a matrix of so many columns; `rows` is what rows_per_factor divides.
+const char* quantized_problem(const char* name, const dgemma_quantized& matrix,
+                              const char* columns_name, int64_t columns, int64_t rows, char* text,
+                              size_t bytes) {
+  const auto say = [&](const char* field, int64_t got, const char* wants) {
+    std::snprintf(text, bytes, "%s.%s: got %lld, wants %s", name, field,
+                  static_cast<long long>(got), wants);
+    return static_cast<const char*>(text);
+  };
+  const int32_t group = matrix.group;
+  switch (matrix.format) {
+    case DGEMMA_WEIGHTS_FP8:
+      if (group != 0) return say("group", group, "0 for FP8");
+      break;
+    case DGEMMA_WEIGHTS_INT4:
+      if (group != 32 && group != 64 && group != 128)
+        return say("group", group, "32, 64 or 128 for INT4");
+      if (matrix.scale_dtype != DGEMMA_BFLOAT16 && matrix.scale_dtype != DGEMMA_FLOAT16)
+        return say("scale_dtype", matrix.scale_dtype, "bfloat16 or float16 for INT4");
+      break;
+    case DGEMMA_WEIGHTS_NVFP4:
+      if (group != 16) return say("group", group, "16 for NVFP4");
+      break;
+    default:
+      return say("format", matrix.format, "FP8, INT4 or NVFP4");
+  }
+  // 16 bytes, which one copy moves.
+  const int32_t multiple = matrix.format == DGEMMA_WEIGHTS_FP8 ? 16 : 32;
+  if (columns % multiple != 0 || columns > kMostColumns) {
+    std::snprintf(text, bytes, "%s: got %lld, wants a multiple of %d up to %d for the format of %s",
+                  columns_name, static_cast<long long>(columns), multiple, kMostColumns, name);
+    return text;
+  }
+  if (matrix.factors != nullptr &&
+      (matrix.rows_per_factor < 1 || rows % matrix.rows_per_factor != 0)) {
+    char wants[48];
+    std::snprintf(wants, sizeof wants, "a divisor of %lld", static_cast<long long>(rows));
+    return say("rows_per_factor", matrix.rows_per_factor, wants);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* moe_quantized_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes) {
+  const dgemma_moe_ffn& ffn = op.ffn;
+  if (const char* problem = moe_cuda_problem(ffn)) return problem;
+  if (const char* problem = quantized_problem("gate_up", op.gate_up, "hidden_size", ffn.hidden_size,
+                                              ffn.expert_size, text, bytes))
+    return problem;
+  return quantized_problem("down", op.down, "expert_size", ffn.expert_size, ffn.hidden_size, text,
+                           bytes);
+}
+
+const char* dense_quantized_problem(const dgemma_dense_quantized& op, char* text, size_t bytes) {
+  const dgemma_dense& dense = op.dense;
+  if (const char* problem = dense_problem(dense)) return problem;
+  return quantized_problem("weight", op.weight, "in_features", dense.in_features,
+                           dense.out_features, text, bytes);
+}
+
+MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {
+  const dgemma_moe_ffn& ffn = op.ffn;
+  MoeCudaPlan plan =
+      make_moe_cuda_plan(ffn, {CudaPath::kSm80, gpu.compute_capability, gpu.multiprocessors});
+  const int64_t pairs = plan.tokens_per_pass * ffn.top_k;
+  if (op.gate_up.format != DGEMMA_WEIGHTS_FP8 && op.down.format != DGEMMA_WEIGHTS_FP8) {
+    const auto width = [](int64_t columns) {
+      return arranged_width(static_cast<int32_t>(columns));
+    };
+    WorkspaceParts parts = {plan.activations};
+    plan.activations = parts.take<uint16_t>(pairs * width(ffn.expert_size));
+    plan.products = parts.take<float>(pairs * ffn.hidden_size);
+    plan.arranged_input = parts.take<uint16_t>(plan.tokens_per_pass * width(ffn.hidden_size));
+    plan.workspace_bytes = parts.bytes;
+    if (gpu.path == CudaPath::kSm90) {
+      plan_sm90(ffn, pairs, gpu.multiprocessors, &plan);
+      return plan;
+    }
+  }
+  plan.token_tile = choose_token_tile(pairs, ffn.experts);
+  plan.weight_rows = kQuantizedWeightRows;
+  plan.threads = kQuantizedThreads;
+  plan.stages = quantized_stages(plan.token_tile);
+  plan.stage_bytes = quantized_stage_bytes(op.gate_up.format, plan.token_tile);
+  const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan.token_tile);
+  plan.gate_up = make_part(plan, ceil_divide(ffn.expert_size, kQuantizedWeightRows / 2),
+                           ffn.hidden_size, token_tiles, plan.stage_bytes, gpu);
+  plan.down = make_part(plan, ceil_divide(ffn.hidden_size, kQuantizedWeightRows), ffn.expert_size,
+                        token_tiles, quantized_stage_bytes(op.down.format, plan.token_tile), gpu);
+  return plan;
+}
+
+DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu& gpu) {
+  const dgemma_dense& dense = op.dense;
+  DensePlan plan =
+      make_dense_plan(dense, {CudaPath::kSm80, gpu.compute_capability, gpu.multiprocessors});
+  plan.token_tile = dense.rows <= 32 ? 32 : 64;
+  plan.weight_rows = kQuantizedWeightRows;
+  plan.threads = kQuantizedThreads;
+  plan.stages = quantized_stages(plan.token_tile);
+  plan.stage_bytes = quantized_stage_bytes(op.weight.format, plan.token_tile);
+  plan.weight_tiles = static_cast<int32_t>(ceil_divide(dense.out_features, kQuantizedWeightRows));
+  plan.token_tiles = static_cast<int32_t>(ceil_divide(dense.rows, plan.token_tile));
+  const int64_t units =
+      int64_t{plan.weight_tiles} * plan.token_tiles * (plan.apart ? plan.segments : 1);
+  const int64_t most_blocks =
+      int64_t{gpu.multiprocessors} *
+      blocks_per_multiprocessor(plan.token_tile, plan.stage_bytes, true, gpu.compute_capability);
+  plan.blocks = static_cast<int32_t>(std::min(units, most_blocks));
+  return plan;
+}
+
+}  // namespace dgemma

@@ -1,0 +1,68 @@
+// How the CUDA kernels run a feed-forward or a dense projection over quantized weights. The passes,
+// the tables and the workspace are those of cuda/plan_moe.h, segments those of plan_dense.h; what
+// differs is the tile. Pure host code that allocates nothing.
+#pragma once
+
+#include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/plan_dense.h"
+#include "grouped_gemm/cuda/plan_moe.h"
+
+namespace dgemma {
+
+// Four warps one above the other, each with 32 weight rows and all tokens of the tile: a weight is
+// decoded by one warp alone.
+constexpr int32_t kQuantizedWeightRows = 128;
+constexpr int32_t kQuantizedThreads = 128;
+
+// Of a row of weights in a stage of kMoeDepth columns: 8 or 4 bits each.
+constexpr int32_t quantized_row_bytes(dgemma_weight_format format) {
+  return format == DGEMMA_WEIGHTS_FP8 ? kMoeDepth : kMoeDepth / 2;
+}
+// A stage's scales of a row: at most 4 bytes, which may begin in the middle of a word.
+constexpr int32_t kQuantizedScaleBytes = 8;
+
+constexpr int32_t quantized_stage_bytes(dgemma_weight_format format, int32_t token_tile) {
+  const int32_t scales = format == DGEMMA_WEIGHTS_FP8 ? 0 : kQuantizedScaleBytes;
+  return kQuantizedWeightRows * (quantized_row_bytes(format) + scales) + token_tile * kMoeDepth * 2;
+}
+// At most 49,152 bytes: two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or 12.0.
+constexpr int32_t quantized_stages(int32_t token_tile) { return token_tile == 32 ? 4 : 3; }
+
+// Blocks that registers must leave room for on a multiprocessor: four of 128 threads have 128 each,
+// three 168, two 255. The larger tile has 64 accumulators, the smaller 32; the dense projection,
+// which sums segments, twice as many.
+constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false) {
+  return token_tile == 64 ? 2 : dense ? 3 : 4;
+}
+
+// On sm_90, where both matrices have 4 bits: the tiles and roles of the bfloat16 path, steps of
+// arranged_columns.h's 128 columns.
+constexpr int32_t kQuantizedDepth90 = 128;
+// Steps in a stage. With the small token tile, where waiting and copying count beside the products,
+// two.
+constexpr int32_t quantized_steps_90(int32_t token_tile) { return token_tile == 64 ? 2 : 1; }
+// A step's scales of a row: at most 8 bytes, which may begin within a word, in whole pieces.
+constexpr int32_t kQuantizedScaleBytes90 = 16;
+constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {
+  return quantized_steps_90(token_tile) *
+         (kMoeWeightRows * (kQuantizedDepth90 / 2 + kQuantizedScaleBytes90) +
+          token_tile * kQuantizedDepth90 * 2);
+}
+// As moe_stages.
+constexpr int32_t quantized_stages_90(int32_t token_tile) {
+  const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
+  return (kMoeSharedLimit - results - 2048) / quantized_stage_bytes_90(token_tile);
+}
+
+// Null, or what is wrong with the sizes and formats of a call ("gate_up.group: got 48, wants ..."),
+// perhaps in `text`, which has room for `bytes`. Pointers are not looked at.
+const char* moe_quantized_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
+const char* dense_quantized_problem(const dgemma_dense_quantized& op, char* text, size_t bytes);
+
+// A plan of the sm_80 path, which serves every GPU here, or of the sm_90 path for matrices of 4
+// bits on it. `stage_bytes` is of gate_up; the formats of gate_up and down may differ. The
+// workspace is the same for every GPU.
+MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
+DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu& gpu);
+
+}  // namespace dgemma

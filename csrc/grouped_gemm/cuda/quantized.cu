@@ -1,0 +1,132 @@
+// The C entry points over quantized weights for CUDA: argument checks, the passes over tokens, the
+// launches of each.
+#include "cuda/entry.h"
+#include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/quantized.h"
+
+namespace dgemma {
+namespace {
+
+constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
+
+// Null, or CUDA's words.
+const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  auto gate_up = launch_gate_up_sm80_quantized;
+  auto down = launch_down_sm80_quantized;
+#if defined(DGEMMA_WITH_SM90)
+  if (plan.path == CudaPath::kSm90) {
+    gate_up = launch_gate_up_sm90_quantized;
+    down = launch_down_sm90_quantized;
+  }
+#endif
+  if (const char* problem = launch_sort_pairs(plan, pass.ffn, stream)) return problem;
+  if (const char* problem = gate_up(plan, pass, stream)) return problem;
+  if (const char* problem = down(plan, pass, stream)) return problem;
+  return launch_combine(plan, pass.ffn, stream);
+}
+
+}  // namespace
+
+QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns) {
+  const bool fp8 = matrix.format == DGEMMA_WEIGHTS_FP8;
+  const int64_t group = fp8 ? 1 : matrix.group,
+                scale_bytes = matrix.format == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
+  int32_t group_bits = 0;
+  while ((1 << group_bits) < group) ++group_bits;
+  return {
+      .values = static_cast<const uint8_t*>(matrix.values),
+      .scales = static_cast<const uint8_t*>(matrix.scales),
+      .factors = matrix.factors,
+      .rows_per_factor = static_cast<int32_t>(matrix.rows_per_factor),
+      .columns = static_cast<int32_t>(columns),
+      .value_bytes = static_cast<int32_t>(fp8 ? columns : columns / 2),
+      .scale_bytes = fp8 ? 0 : static_cast<int32_t>((columns + group - 1) / group * scale_bytes),
+      .group_bits = group_bits};
+}
+
+dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
+                              const char* scales, const char* factors, dgemma_cuda* cuda) {
+  const dgemma_status status = check_pointers(
+      {{values, matrix.values, 16}, {factors, matrix.factors, alignof(float), true}}, cuda);
+  if (status != DGEMMA_OK || matrix.format == DGEMMA_WEIGHTS_FP8) return status;
+  return check_pointers({{scales, matrix.scales, 4}}, cuda);
+}
+
+}  // namespace dgemma
+
+size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
+  using namespace dgemma;
+  char text[kMessageBytes];
+  if (moe_quantized_problem(*op, text, sizeof text) != nullptr) return 0;
+  return make_moe_quantized_plan(*op, {CudaPath::kSm80, 80, 1}).workspace_bytes;
+}
+
+dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, dgemma_cuda* cuda) {
+  using namespace dgemma;
+  const dgemma_moe_ffn& ffn = op->ffn;
+  char text[kMessageBytes];
+  if (const char* problem = moe_quantized_problem(*op, text, sizeof text))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (ffn.tokens == 0) return DGEMMA_OK;
+  dgemma_status status = check_pointers({{"input", ffn.input, 16},
+                                         {"expert_ids", ffn.expert_ids, alignof(int32_t)},
+                                         {"expert_weights", ffn.expert_weights, alignof(float)},
+                                         {"output", ffn.output, 16}},
+                                        cuda);
+  if (status != DGEMMA_OK) return status;
+  status =
+      check_quantized(op->gate_up, "gate_up.values", "gate_up.scales", "gate_up.factors", cuda);
+  if (status != DGEMMA_OK) return status;
+  status = check_quantized(op->down, "down.values", "down.scales", "down.factors", cuda);
+  if (status != DGEMMA_OK) return status;
+
+  Gpu gpu = {};
+  status = find_gpu(&gpu, cuda);
+  if (status != DGEMMA_OK) return status;
+  const MoeCudaPlan plan = make_moe_quantized_plan(*op, gpu);
+  status = check_workspace(ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
+  if (status != DGEMMA_OK) return status;
+  for (int64_t token = 0; token < ffn.tokens; token += plan.tokens_per_pass) {
+    const MoeQuantizedPass pass = {.ffn = make_moe_cuda_pass(ffn, plan, token),
+                                   .gate_up = make_quantized_matrix(op->gate_up, ffn.hidden_size),
+                                   .down = make_quantized_matrix(op->down, ffn.expert_size),
+                                   .gate_up_encoding = encoding_of(op->gate_up),
+                                   .down_encoding = encoding_of(op->down)};
+    if (const char* problem = run_pass(plan, pass, cuda->stream)) return launched(problem, cuda);
+  }
+  return DGEMMA_OK;
+}
+
+size_t dgemma_cuda_dense_quantized_workspace(const dgemma_dense_quantized* op) {
+  using namespace dgemma;
+  char text[kMessageBytes];
+  if (dense_quantized_problem(*op, text, sizeof text) != nullptr) return 0;
+  return make_dense_quantized_plan(*op, {CudaPath::kSm80, 80, 1}).workspace_bytes;
+}
+
+dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgemma_cuda* cuda) {
+  using namespace dgemma;
+  const dgemma_dense& dense = op->dense;
+  char text[kMessageBytes];
+  if (const char* problem = dense_quantized_problem(*op, text, sizeof text))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (dense.rows == 0) return DGEMMA_OK;
+  dgemma_status status =
+      check_pointers({{"input", dense.input, 16}, {"output", dense.output, 16}}, cuda);
+  if (status != DGEMMA_OK) return status;
+  status = check_quantized(op->weight, "weight.values", "weight.scales", "weight.factors", cuda);
+  if (status != DGEMMA_OK) return status;
+
+  Gpu gpu = {};
+  status = find_gpu(&gpu, cuda);
+  if (status != DGEMMA_OK) return status;
+  const DensePlan plan = make_dense_quantized_plan(*op, gpu);
+  status = check_workspace(dense.workspace, dense.workspace_bytes, plan.workspace_bytes, cuda);
+  if (status != DGEMMA_OK) return status;
+  const DenseQuantizedCall call = {.dense = make_dense_call(dense, plan),
+                                   .weight = make_quantized_matrix(op->weight, dense.in_features),
+                                   .encoding = encoding_of(op->weight)};
+  if (const char* problem = launch_dense_sm80_quantized(plan, call, cuda->stream))
+    return launched(problem, cuda);
+  return launched(plan.apart ? launch_sum_segments(plan, call.dense, cuda->stream) : nullptr, cuda);
+}

@@ -1,0 +1,112 @@
+// weight * (down h) for every pair, bfloat16 to fp32 from sm_80 on: see sm80/bf16_pipeline.h.
+//
+// A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
+#include "device/launch.h"
+#include "grouped_gemm/sm80/bf16_pipeline.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm80;
+
+struct Rows {
+  const bfloat16* weights;  // [experts, hidden_size, expert_size]
+  const bfloat16* tokens;   // [pairs, expert_size], in sorted order: the activations
+  int32_t width;            // expert_size
+  int32_t hidden_size;
+
+  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
+    const int32_t at = unit.weight_tile * kMoeWeightRows80 + row;
+    return at < hidden_size ? unit.expert * hidden_size + at : -1;
+  }
+  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
+    return unit.first + row;
+  }
+};
+
+struct Down {
+  const float* expert_weights;  // [pairs], in the order of the slots
+  float* products;              // [pairs, hidden_size], in the order of the slots
+  int32_t hidden_size;
+};
+
+// Where a column of the product goes, and what it is multiplied by.
+struct Target {
+  int32_t pair;  // -1: nowhere
+  float weight;
+};
+
+// A thread's two tokens of every eight. Before the products, so that these loads take no time of
+// their own.
+template <int kColumns>
+DGEMMA_DEVICE void load_targets(const Down& p, const MoeTables& tables, const MoeUnit& unit,
+                                Target (&target)[kColumns][2][2]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kColumns; ++i) {
+    const int group = i / 4, half = i / 2 % 2;
+    const int32_t token =
+        first_token(group, half) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
+    Target& to = target[group][half][i % 2];
+    to.pair = token < unit.rows ? tables.pair[unit.first + token] : -1;
+    to.weight = to.pair >= 0 ? p.expert_weights[to.pair] : 0.0f;
+  }
+}
+
+// Eight lanes write 32 bytes of a row, a sector of the L2.
+template <int kColumns>
+DGEMMA_DEVICE void store(const Down& p, const MoeUnit& unit, const Sum<kColumns>& sum,
+                         const Target (&target)[kColumns][2][2]) {
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    const int32_t row = unit.weight_tile * kMoeWeightRows80 + first_row(tile) +
+                        static_cast<int32_t>(device::lane_index() / 4);
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i) {
+      const int group = i / 4, half = i / 2 % 2;
+      const Target to = target[group][half][i % 2];
+      if (to.pair < 0) continue;
+      float* out = p.products + static_cast<int64_t>(to.pair) * p.hidden_size + row;
+      const float (&d)[4] = sum[tile][group][half];
+      if (row < p.hidden_size) out[0] = to.weight * d[i % 2];
+      if (row + 8 < p.hidden_size) out[8] = to.weight * d[i % 2 + 2];
+    }
+  }
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
+    down(const MoeWork work, const Rows rows, const Down p) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  Pipeline<kTokens, MoeWork, Rows> pipeline(device::shared_memory<Ring<kTokens>>(), work, rows);
+  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+    constexpr int kColumns = decltype(columns)::value;
+    Target target[kColumns][2][2];
+    load_targets<kColumns>(p, work.tables, unit, target);
+    Sum<kColumns> sum = {};
+    pipeline.template multiply<kColumns>(work.k_steps, sum);
+    store<kColumns>(p, unit, sum, target);
+  });
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
+  const MoeWork work = {pass.tables, plan.down.weight_tiles, plan.down.k_steps};
+  const Rows rows = {pass.down, pass.activations, pass.expert_size, pass.hidden_size};
+  const Down p = {pass.expert_weights, pass.products, pass.hidden_size};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+                                     .threads = kMoeThreads80,
+                                     .shared_bytes = sizeof(Ring<kTokens>),
+                                     .overlaps_previous_kernel = plan.overlap};
+  return device::launch(shape, stream, down<kTokens>, work, rows, p);
+}
+
+}  // namespace
+
+const char* launch_down_sm80_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
+  if (plan.token_tile == 32) return launch<32>(plan, pass, stream);
+  if (plan.token_tile == 64) return launch<64>(plan, pass, stream);
+  return launch<128>(plan, pass, stream);
+}
+
+}  // namespace dgemma

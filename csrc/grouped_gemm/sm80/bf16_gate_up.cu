@@ -1,0 +1,88 @@
+// h = gelu_tanh(gate x) * (up x) for every pair, bfloat16 from sm_80 on: see sm80/bf16_pipeline.h.
+//
+// A weight tile is 32 gate rows and the 32 up rows that belong to them, eight of the one and eight
+// of the other in turn, so that both products of a result are in one thread.
+#include "device/launch.h"
+#include "grouped_gemm/cuda/gelu.h"
+#include "grouped_gemm/cuda/pack_rows.h"
+#include "grouped_gemm/sm80/bf16_pipeline.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm80;
+
+constexpr int32_t kResults = kMoeWeightRows80 / 2;  // of h, per weight tile
+
+struct Rows {
+  const bfloat16* weights;  // [experts, 2 * expert_size, hidden_size]
+  const bfloat16* tokens;   // [tokens, hidden_size]
+  int32_t width;            // hidden_size
+  int32_t expert_size, top_k;
+  const int32_t* pair;
+
+  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
+    const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
+    const int32_t up = row % 16 / 8;
+    return result < expert_size ? (2 * unit.expert + up) * expert_size + result : -1;
+  }
+  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
+    return pair[unit.first + row] / top_k;
+  }
+};
+
+// Four lanes write 16 bytes of a row.
+template <int kColumns>
+DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const MoeUnit& unit, int32_t expert_size,
+                         bfloat16* activations) {
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; ++tile) {
+    const int32_t column = unit.weight_tile * kResults + first_row(tile) / 2 + packed_row();
+#pragma unroll
+    for (int i = 0; i < 2 * kColumns; ++i) {
+      const float (&d)[4] = sum[tile][i / 2][i % 2];
+      const uint32_t h = pack_rows(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
+      const int32_t token = first_token(i / 2, i % 2) + packed_token();
+      if (token < unit.rows && column < expert_size)
+        *reinterpret_cast<uint32_t*>(
+            activations + static_cast<int64_t>(unit.first + token) * expert_size + column) = h;
+    }
+  }
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
+    gate_up(const MoeWork work, const Rows rows, bfloat16* activations) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  Pipeline<kTokens, MoeWork, Rows> pipeline(device::shared_memory<Ring<kTokens>>(), work, rows);
+  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+    constexpr int kColumns = decltype(columns)::value;
+    Sum<kColumns> sum = {};
+    pipeline.template multiply<kColumns>(work.k_steps, sum);
+    store<kColumns>(sum, unit, rows.expert_size, activations);
+  });
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
+  const MoeWork work = {pass.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
+  const Rows rows = {pass.gate_up,     pass.input, pass.hidden_size,
+                     pass.expert_size, pass.top_k, pass.tables.pair};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+                                     .threads = kMoeThreads80,
+                                     .shared_bytes = sizeof(Ring<kTokens>),
+                                     .overlaps_previous_kernel = plan.overlap};
+  return device::launch(shape, stream, gate_up<kTokens>, work, rows, pass.activations);
+}
+
+}  // namespace
+
+const char* launch_gate_up_sm80_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass,
+                                     void* stream) {
+  if (plan.token_tile == 32) return launch<32>(plan, pass, stream);
+  if (plan.token_tile == 64) return launch<64>(plan, pass, stream);
+  return launch<128>(plan, pass, stream);
+}
+
+}  // namespace dgemma

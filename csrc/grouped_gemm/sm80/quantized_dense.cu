@@ -1,0 +1,93 @@
+// input . weight^T over quantized weights: see sm80/quantized_pipeline.h and plan_dense.h.
+#include "device/launch.h"
+#include "grouped_gemm/cuda/dense_store.h"
+#include "grouped_gemm/sm80/quantized_pipeline.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_quantized;
+
+struct Rows {
+  QuantizedMatrix matrix;  // [out_features, in_features]
+  const bfloat16* tokens;  // [rows, in_features]: the input
+  int32_t out_features;
+
+  DGEMMA_DEVICE int32_t first_weight_row(const DenseUnit&) const { return 0; }
+  DGEMMA_DEVICE int32_t weight_row(const DenseUnit& unit, int32_t row) const {
+    const int32_t at = unit.weight_tile * kQuantizedWeightRows + row;
+    return at < out_features ? at : -1;
+  }
+  DGEMMA_DEVICE int64_t first_token_row(const DenseUnit& unit) const { return unit.first; }
+  DGEMMA_DEVICE int32_t token_row(const DenseUnit&, int32_t row) const { return row; }
+};
+
+template <int kColumns>
+DGEMMA_DEVICE void store(const DenseCall& p, const DenseUnit& unit, const Sum<kColumns>& total) {
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; ++tile)
+#pragma unroll
+    for (int group = 0; group < kColumns; ++group)
+      store_dense(p, unit, total[tile][group],
+                  unit.weight_tile * kQuantizedWeightRows + first_row(tile), 8 * group);
+}
+
+template <int kColumns>
+DGEMMA_DEVICE void fill(Sum<kColumns>& sum, float value) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles * kColumns * 4; ++i)
+    sum[i / 4 / kColumns][i / 4 % kColumns][i % 4] = value;
+}
+// A segment's factor is applied by itself: its product is the same number whether it is stored or
+// added here.
+template <int kColumns>
+DGEMMA_DEVICE void add(Sum<kColumns>& total, const Sum<kColumns>& sum, const OwnRows& own) {
+#pragma unroll
+  for (int tile = 0; tile < kRowTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4 * kColumns; ++i)
+      total[tile][i / 4][i % 4] =
+          __fadd_rn(total[tile][i / 4][i % 4],
+                    __fmul_rn(own.factor[tile][i % 4 / 2], sum[tile][i / 4][i % 4]));
+}
+
+template <Encoding kEncoding, int kTokens>
+__global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens, true))
+    dense(const DenseCall p, const Rows rows) {
+  device::let_next_kernel_begin();
+  Pipeline<kEncoding, kTokens, DenseWork, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), p.work, rows);
+  pipeline.for_each_unit([&](auto columns, const DenseUnit& unit) {
+    constexpr int kColumns = decltype(columns)::value;
+    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    Sum<kColumns> total;
+    fill<kColumns>(total, kNothing);
+#pragma unroll 1
+    for (int32_t segment = unit.segment; segment < unit.segment + unit.segments; ++segment) {
+      Sum<kColumns> sum = {};
+      pipeline.template multiply<kColumns>(own, p.work.begin(segment), p.work.steps(segment), sum);
+      // Found again: kept, the factors would take registers that there are not.
+      add<kColumns>(total, sum, find_own_rows<kEncoding>(rows, unit));
+    }
+    store<kColumns>(p, unit, total);
+  });
+}
+
+template <Encoding kEncoding, int kTokens>
+const char* launch(const DensePlan& plan, const DenseQuantizedCall& call, void* stream) {
+  const Rows rows = {call.weight, call.dense.input, call.dense.out_features};
+  // It does not begin before the kernel in front ends: that one may write what it reads.
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
+                                     .threads = kQuantizedThreads,
+                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>)};
+  return device::launch(shape, stream, dense<kEncoding, kTokens>, call.dense, rows);
+}
+
+}  // namespace
+
+const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
+                                        void* stream) {
+  return DGEMMA_LAUNCH_QUANTIZED(call.encoding, plan.token_tile, launch, plan, call, stream);
+}
+
+}  // namespace dgemma

@@ -1,0 +1,56 @@
+// weight * (down h) for every pair, over quantized weights: see sm80/quantized_pipeline.h.
+//
+// A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
+#include "device/launch.h"
+#include "grouped_gemm/sm80/quantized_rows.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_quantized;
+
+using Rows = DownRows<bfloat16>;
+
+struct Down {
+  const float* expert_weights;  // [pairs], in the order of the slots
+  float* products;              // [pairs, hidden_size], in the order of the slots
+};
+
+template <Encoding kEncoding, int kTokens>
+__global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens))
+    down(const MoeWork work, const Rows rows, const Down p) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), work, rows);
+  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+    constexpr int kColumns = decltype(columns)::value;
+    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    Sum<kColumns> sum = {};
+    pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
+    store_products<kColumns>(work.tables, unit, own, sum, rows.hidden_size, p.products,
+                             [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
+  });
+}
+
+template <Encoding kEncoding, int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  const MoeCudaPass& ffn = pass.ffn;
+  const MoeWork work = {ffn.tables, plan.down.weight_tiles, plan.down.k_steps};
+  const Rows rows = {pass.down, ffn.activations, ffn.hidden_size};
+  const Down p = {ffn.expert_weights, ffn.products};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+                                     .threads = kQuantizedThreads,
+                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+                                     .overlaps_previous_kernel = plan.overlap};
+  return device::launch(shape, stream, down<kEncoding, kTokens>, work, rows, p);
+}
+
+}  // namespace
+
+const char* launch_down_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                       void* stream) {
+  return DGEMMA_LAUNCH_QUANTIZED(pass.down_encoding, plan.token_tile, launch, plan, pass, stream);
+}
+
+}  // namespace dgemma

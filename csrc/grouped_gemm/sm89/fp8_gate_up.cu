@@ -1,0 +1,86 @@
+// h = gelu_tanh(gate x) * (up x) for every pair, weights and activations in e4m3 by mma.sync (8.9
+// and 12.0): see sm80/quantized_pipeline.h. h is rounded to bfloat16; quantize_rows.cu makes e4m3
+// of its rows.
+#include "device/launch.h"
+#include "grouped_gemm/cuda/fp8.h"
+#include "grouped_gemm/cuda/gelu.h"
+#include "grouped_gemm/cuda/pack_rows.h"
+#include "grouped_gemm/sm80/quantized_rows.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_quantized;
+
+constexpr Encoding kEncoding = Encoding::kFp8Activations;
+using Rows = GateUpRows<uint8_t>;  // of e4m3
+
+// Four lanes write 16 bytes of a row. scales: [tokens].
+template <int kColumns>
+DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeUnit& unit,
+                         const Rows& rows, const float* scales, bfloat16* activations) {
+#pragma unroll
+  for (int group = 0; group < kColumns; ++group) {
+    // A thread multiplies two tokens of every eight, and stores rows of one of them.
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int32_t token = 8 * group + 2 * static_cast<int32_t>(device::lane_index() % 4) + i;
+      scale[i] = token < unit.rows ? scales[rows.token_row(unit, token)] : 0.0f;
+    }
+    const int32_t token = 8 * group + packed_token();
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const int32_t column = unit.weight_tile * kResults + first_row(tile) / 2 + packed_row();
+      const float gate = own.factor[tile][0], up = own.factor[tile][1];
+      const float (&d)[4] = sum[tile][group];
+      float h[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        h[i] = gelu_tanh(gate * d[i] * scale[i]) * (up * d[i + 2] * scale[i]);
+      const uint32_t both = pack_rows(h[0], h[1]);
+      if (token < unit.rows && column < rows.expert_size)
+        *reinterpret_cast<uint32_t*>(
+            activations + static_cast<int64_t>(unit.first + token) * rows.expert_size + column) =
+            both;
+    }
+  }
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
+    gate_up(const MoeWork work, const Rows rows, const float* scales, bfloat16* activations) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), work, rows);
+  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+    constexpr int kColumns = decltype(columns)::value;
+    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    Sum<kColumns> sum = {};
+    pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
+    store<kColumns>(sum, own, unit, rows, scales, activations);
+  });
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
+  const MoeCudaPass& ffn = pass.ffn;
+  const MoeWork work = {ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
+  const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+                                     .threads = kQuantizedThreads,
+                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+                                     .overlaps_previous_kernel = plan.overlap};
+  return device::launch(shape, stream, gate_up<kTokens>, work, rows, pass.input_scales,
+                        ffn.activations);
+}
+
+}  // namespace
+
+const char* launch_gate_up_sm89_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
+  return plan.ffn.token_tile == 32 ? launch<32>(plan.ffn, pass, stream)
+                                   : launch<64>(plan.ffn, pass, stream);
+}
+
+}  // namespace dgemma

@@ -1,0 +1,113 @@
+// h = gelu_tanh(gate x) * (up x) for every pair, bfloat16 on sm_90: see sm90/bf16_pipeline.h.
+//
+// The copy engine brings gate's and up's rows in the order of sm90/gate_up_store.h out of the
+// checkpoint's.
+#include "device/launch.h"
+#include "device/shared_memory.h"
+#include "grouped_gemm/sm90/gate_up_store.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm90;
+
+struct GateUp {
+  MoeWork work;
+  const bfloat16* input;  // [tokens, hidden_size]
+  bfloat16* activations;  // [pairs, expert_size]
+  int32_t hidden_size, expert_size, top_k;
+};
+
+template <int kTokens>
+struct Shared {
+  Ring<kTokens> ring;
+  Results<kTokens> results;
+};
+
+template <int kTokens>
+__global__ void __launch_bounds__(kMoeThreads, 1)
+    gate_up(const __grid_constant__ device::TensorMap weights, const GateUp p) {
+  auto& shared = device::shared_memory<Shared<kTokens>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&weights);
+    initialise(shared.ring);
+  }
+  __syncthreads();
+  device::wait_for_previous_kernel();  // it wrote the tables
+  device::let_next_kernel_begin();
+
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kLoadingRegisters>();
+    if (warp == kMultiplyingWarps) {
+      if (device::elect_one()) {
+        const auto once = device::evict_first();
+        load_weights(shared.ring, p.work,
+                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
+                       // Eight rows to a group: see make_layout.
+                       const int32_t group =
+                           (unit.expert * 2 * p.expert_size + unit.weight_tile * kColumns) / 8;
+                       device::tma_load(to, &weights, full, once, step * kMoeDepth, 0, 0, group);
+                     });
+      }
+    } else {
+      gather_rows(shared.ring, p.work, p.input, bytes_of(p.hidden_size),
+                  [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    Position<kTokens> at;
+    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+      constexpr int kN = decltype(columns)::value;
+      float sum[kN / 2] = {};
+      multiply<kN>(shared.ring, at, p.work.k_steps, sum);
+      store_results<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.expert_size,
+                        p.activations);
+    });
+  }
+}
+
+// [experts, 2 * expert_size, hidden_size] as (column, row of a group of eight, gate or up, group).
+// A tile that reaches past an expert's last gate row goes on into rows of other matrices: they give
+// results that are not stored. Past the tensor it reads zero.
+device::TensorLayout make_layout(const MoeCudaPass& pass) {
+  const uint64_t row = static_cast<uint64_t>(pass.hidden_size) * sizeof(bfloat16);
+  const uint64_t expert_size = static_cast<uint64_t>(pass.expert_size);
+  const uint64_t groups = static_cast<uint64_t>(pass.tables.experts) * 2 * expert_size / 8;
+  return {.type = device::ElementType::bfloat16,
+          .rank = 4,
+          .base = pass.gate_up,
+          .size = {static_cast<uint64_t>(pass.hidden_size), 8, 2, groups - expert_size / 8},
+          .stride = {0, row, row * expert_size, row * 8},
+          .box = {kMoeDepth, 8, 2, kColumns / 8},
+          .swizzle = Swizzle::bytes_128};
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
+  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  device::TensorMap weights;
+  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  const GateUp p = {{pass.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
+                    pass.input,
+                    pass.activations,
+                    pass.hidden_size,
+                    pass.expert_size,
+                    pass.top_k};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+                                     .threads = kMoeThreads,
+                                     .shared_bytes = sizeof(Shared<kTokens>),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, gate_up<kTokens>, weights, p);
+}
+
+}  // namespace
+
+const char* launch_gate_up_sm90_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass,
+                                     void* stream) {
+  if (plan.token_tile == 64) return launch<64>(plan, pass, stream);
+  if (plan.token_tile == 128) return launch<128>(plan, pass, stream);
+  return launch<256>(plan, pass, stream);
+}
+
+}  // namespace dgemma

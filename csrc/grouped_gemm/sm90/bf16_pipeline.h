@@ -1,0 +1,198 @@
+// What the two sm90 kernels have in common: a ring of stages in shared memory, filled by one
+// warpgroup and multiplied by two.
+//
+// Weights are wgmma's A, tokens its B: a unit is 128 weight rows by up to kTokens pairs, so an
+// expert with few tokens wastes nothing of the tensor core's M, and its weights are read once.
+// A stage is 64 deep. It is full when the copy engine's bytes and every gathering thread's copies
+// have landed, and empty again when both multiplying warpgroups have waited for their products.
+// Blocks are persistent: block b takes the units b, b + gridDim.x, ..., and the ring runs on from
+// one unit to the next.
+#pragma once
+
+#include "device/barrier.h"
+#include "device/cp_async.h"
+#include "device/fence.h"
+#include "device/mbarrier.h"
+#include "device/swizzle.h"
+#include "device/tma.h"
+#include "device/warp.h"
+#include "device/wgmma.h"
+#include "grouped_gemm/cuda/moe.h"
+#include "grouped_gemm/cuda/work.h"
+
+namespace dgemma::moe_sm90 {
+
+using device::bfloat16;
+using device::Swizzle;
+
+// Warps 0-7 multiply, warp 8 loads weights, warps 9-11 gather token rows.
+constexpr uint32_t kMultiplyingWarps = 8;
+constexpr uint32_t kGatheringThreads = 96;
+constexpr uint32_t kPiecesPerRow = kMoeDepth * sizeof(bfloat16) / 16;
+// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
+// multiples of 8): 256 x 232 + 128 x 40 = 64,512. 128 of the 232 are accumulators where N is 256.
+constexpr int kMultiplyingRegisters = 232;
+constexpr int kLoadingRegisters = 40;
+
+// Barrier 0 is __syncthreads.
+enum NamedBarrier : uint32_t { kGathering = 1, kWarpgroup0 = 2, kWarpgroup1 = 3 };
+
+DGEMMA_DEVICE void sync_warpgroup() {
+  device::named_barrier_sync(kWarpgroup0 + device::warpgroup_index(), 128);
+}
+
+// Calls visit(unit) for every unit of this block.
+template <int kTokens, typename Work, typename Visit>
+DGEMMA_DEVICE void for_each_unit(const Work& work, Visit visit) {
+  const int32_t units = work.count();
+  for (int32_t index = static_cast<int32_t>(blockIdx.x); index < units;
+       index += static_cast<int32_t>(gridDim.x))
+    visit(work.find(kTokens, index));
+}
+
+DGEMMA_DEVICE int32_t bytes_of(int32_t columns) {
+  return columns * static_cast<int32_t>(sizeof(bfloat16));
+}
+
+template <int kTokens>
+struct Ring {
+  static constexpr uint32_t kStages = moe_stages(kTokens);
+  struct Stage {
+    alignas(1024) bfloat16 weights[kMoeWeightRows][kMoeDepth];  // rows of 128 bytes, swizzled
+    alignas(1024) bfloat16 tokens[kTokens][kMoeDepth];          // likewise
+  };
+  static_assert(sizeof(Stage) == moe_stage_bytes(kTokens));
+
+  Stage stage[kStages];
+  device::Mbarrier full[kStages];
+  device::Mbarrier empty[kStages];
+  int32_t source_row[kTokens];  // of the unit that is being gathered
+};
+
+// A stage and how often, modulo 2, the ring has gone round.
+template <int kTokens>
+struct Position {
+  uint32_t stage = 0, parity = 0;
+  DGEMMA_DEVICE void advance() {
+    if (++stage < Ring<kTokens>::kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// By one thread; __syncthreads follows.
+template <int kTokens>
+DGEMMA_DEVICE void initialise(Ring<kTokens>& ring) {
+  for (uint32_t i = 0; i < Ring<kTokens>::kStages; ++i) {
+    device::mbarrier_init(&ring.full[i], 1 + kGatheringThreads);
+    device::mbarrier_init(&ring.empty[i], kMultiplyingWarps);
+  }
+  device::fence_mbarrier_init();
+}
+
+// One thread. load(destination, barrier, unit, step) starts the copy of a whole weight tile.
+template <int kTokens, typename Work, typename Load>
+DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load) {
+  Position<kTokens> at;
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
+    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+    for (int32_t step = first; step < end; ++step, at.advance()) {
+      auto& weights = ring.stage[at.stage].weights;
+      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof weights);
+      load(weights, &ring.full[at.stage], unit, step);
+    }
+  });
+}
+
+// Three warps. Brings the rows row_of(position) of a matrix with rows of `row_bytes`, for the
+// unit's sorted positions. Rows of the tile past the unit's are left as they are: a product's
+// columns do not mix, and those are not stored. Columns past the last are zero, as the weights'
+// are.
+template <int kTokens, typename Work, typename RowOf>
+DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void* matrix,
+                               int32_t row_bytes, RowOf row_of) {
+  const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
+  const uint32_t piece = thread % kPiecesPerRow;
+  Position<kTokens> at;
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
+    const uint32_t rows = static_cast<uint32_t>(unit.rows);
+    device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
+    for (uint32_t row = thread; row < rows; row += kGatheringThreads)
+      ring.source_row[row] = row_of(unit.first + static_cast<int32_t>(row));
+    device::named_barrier_sync(kGathering, kGatheringThreads);
+
+    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+    for (int32_t step = first; step < end; ++step, at.advance()) {
+      const int32_t byte =
+          (step * static_cast<int32_t>(kPiecesPerRow) + static_cast<int32_t>(piece)) * 16;
+      const bool inside = byte < row_bytes;
+      const char* from = static_cast<const char*>(matrix) + (inside ? byte : 0);
+      char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
+      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      for (uint32_t row = thread / kPiecesPerRow; row < rows;
+           row += kGatheringThreads / kPiecesPerRow) {
+        const uint32_t place =
+            device::swizzled((row * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
+        device::cp_async_16(tile + place,
+                            from + static_cast<int64_t>(ring.source_row[row]) * row_bytes,
+                            inside ? 16 : 0);
+      }
+      device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+    }
+  });
+}
+
+template <int kTokens>
+DGEMMA_DEVICE void release(Ring<kTokens>& ring, Position<kTokens> at) {
+  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.empty[at.stage]);
+}
+
+// A warpgroup's 64 rows of a unit, times its first kN pairs: sum holds the product (see
+// device/wgmma.h for what a thread has of it).
+template <int kN, int kTokens>
+DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, Position<kTokens>& at, int32_t k_steps,
+                            float (&sum)[kN / 2]) {
+  const uint32_t first_row = 64 * device::warpgroup_index();
+  Position<kTokens> behind = at;
+  for (int32_t step = 0; step < k_steps; ++step) {
+    const auto& stage = ring.stage[at.stage];
+    device::mbarrier_wait(&ring.full[at.stage], at.parity);
+    device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
+    const auto a = device::k_major_descriptor(stage.weights[first_row], Swizzle::bytes_128);
+    const auto b = device::k_major_descriptor(stage.tokens, Swizzle::bytes_128);
+    device::wgmma_fence(sum);
+#pragma unroll
+    for (uint32_t k = 0; k < kMoeDepth; k += 16)  // wgmma's K is 16
+      device::wgmma<kN>(sum, device::advanced(a, k * sizeof(bfloat16)),
+                        device::advanced(b, k * sizeof(bfloat16)));
+    device::wgmma_commit();
+    // The products of the step before are done; this step's run on.
+    if (step > 0) {
+      device::wgmma_wait<1>();
+      release(ring, behind);
+    }
+    behind = at;
+    at.advance();
+  }
+  device::wgmma_wait<0>(sum);
+  release(ring, behind);
+}
+
+// Calls consume(integral constant N, unit) for every unit, N being its rows rounded up to a quarter
+// of the token tile: an instruction's N is part of the code.
+template <int kTokens, typename Work, typename Consume>
+DGEMMA_DEVICE void consume_units(const Work& work, Consume consume) {
+  for_each_unit<kTokens>(work, [&](const auto& unit) {
+    if (unit.rows <= kTokens / 4)
+      consume(Columns<kTokens / 4>(), unit);
+    else if (unit.rows <= kTokens / 2)
+      consume(Columns<kTokens / 2>(), unit);
+    else if (unit.rows <= kTokens * 3 / 4)
+      consume(Columns<kTokens * 3 / 4>(), unit);
+    else
+      consume(Columns<kTokens>(), unit);
+  });
+}
+
+}  // namespace dgemma::moe_sm90

@@ -1,0 +1,123 @@
+// weight * (down h) for every pair, weights and activations in e4m3 on sm_90: see
+// sm90/bf16_pipeline.h and sm90/fp8_multiply.h.
+#include "device/launch.h"
+#include "device/shared_memory.h"
+#include "grouped_gemm/sm90/down_store.h"
+#include "grouped_gemm/sm90/fp8_multiply.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm90;
+
+struct Down {
+  MoeWork work;
+  QuantizedMatrix matrix;
+  const uint8_t* activations;      // e4m3 [pairs, expert_size], in sorted order
+  const float* activation_scales;  // [pairs], likewise
+  const float* expert_weights;     // [pairs], in the order of the slots
+  float* products;                 // [pairs, hidden_size], in the order of the slots
+  int32_t hidden_size, expert_size;
+};
+
+template <int kTokens>
+struct Shared {
+  Ring<kTokens> ring;
+  Target target[2][kTokens];  // by warpgroup
+};
+
+template <int kTokens>
+__global__ void __launch_bounds__(kMoeThreads, 1)
+    down(const __grid_constant__ device::TensorMap weights, const Down p) {
+  auto& shared = device::shared_memory<Shared<kTokens>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&weights);
+    initialise(shared.ring);
+  }
+  __syncthreads();
+  device::let_next_kernel_begin();
+
+  // Every kernel in front waits for the one before it and then lets the next begin, so the tables
+  // are there, and weights are on their way while the last one ends. Only what that one writes must
+  // be waited for: activations and their scales.
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kLoadingRegisters>();
+    if (warp == kMultiplyingWarps) {
+      if (device::elect_one()) {
+        const auto once = device::evict_first();
+        load_weights(shared.ring, p.work,
+                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
+                       device::tma_load(to, &weights, full, once, step * kFp8Depth,
+                                        unit.weight_tile * kMoeWeightRows, unit.expert);
+                     });
+      }
+    } else {
+      device::wait_for_previous_kernel();
+      gather_rows(shared.ring, p.work, p.activations, p.expert_size,
+                  [](int32_t position) { return position; });
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    device::wait_for_previous_kernel();
+    Target* target = shared.target[device::warpgroup_index()];
+    Position<kTokens> at;
+    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+      constexpr int kN = decltype(columns)::value;
+      load_targets(p.work.tables, unit, target, [&](int32_t pair, int32_t position) {
+        return p.expert_weights[pair] * p.activation_scales[position];
+      });
+      const int32_t row = unit.weight_tile * kMoeWeightRows + static_cast<int32_t>(warp) * 16 +
+                          static_cast<int32_t>(device::lane_index() / 4);
+      const int32_t first = unit.expert * p.hidden_size, last = p.hidden_size - 1;
+      const float upper = factor_of(p.matrix, first + min(row, last));
+      const float lower = factor_of(p.matrix, first + min(row + 8, last));
+      float sum[kN / 2] = {};
+      multiply_e4m3<kN>(shared.ring, at, p.work.k_steps, sum);
+      multiply_rows(sum, upper, lower);
+      store_products<kN>(unit, sum, target, p.hidden_size, p.products);
+    });
+  }
+}
+
+// (column, row, expert). A tile's rows past an expert's last are zero.
+device::TensorLayout make_layout(const MoeFp8Pass& pass) {
+  const uint64_t row = static_cast<uint64_t>(pass.ffn.expert_size);
+  const uint64_t rows = static_cast<uint64_t>(pass.ffn.hidden_size);
+  return {.type = device::ElementType::uint8,
+          .rank = 3,
+          .base = pass.down.values,
+          .size = {row, rows, static_cast<uint64_t>(pass.ffn.tables.experts)},
+          .stride = {0, row, row * rows},
+          .box = {kFp8Depth, kMoeWeightRows, 1},
+          .swizzle = Swizzle::bytes_128};
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
+  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  device::TensorMap weights;
+  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  const Down p = {{pass.ffn.tables, plan.down.weight_tiles, plan.down.k_steps},
+                  pass.down,
+                  pass.activations,
+                  pass.activation_scales,
+                  pass.ffn.expert_weights,
+                  pass.ffn.products,
+                  pass.ffn.hidden_size,
+                  pass.ffn.expert_size};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+                                     .threads = kMoeThreads,
+                                     .shared_bytes = sizeof(Shared<kTokens>),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, down<kTokens>, weights, p);
+}
+
+}  // namespace
+
+const char* launch_down_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
+  return plan.ffn.token_tile == 64 ? launch<64>(plan.ffn, pass, stream)
+                                   : launch<128>(plan.ffn, pass, stream);
+}
+
+}  // namespace dgemma

@@ -1,0 +1,144 @@
+// h = gelu_tanh(gate x) * (up x) for every pair, weights and activations in e4m3 on sm_90: see
+// sm90/bf16_pipeline.h and sm90/fp8_multiply.h. h is rounded to bfloat16; quantize_rows.cu makes
+// e4m3 of its rows.
+#include "device/launch.h"
+#include "device/shared_memory.h"
+#include "grouped_gemm/sm90/fp8_multiply.h"
+#include "grouped_gemm/sm90/gate_up_store.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm90;
+
+struct GateUp {
+  MoeWork work;
+  QuantizedMatrix matrix;
+  const uint8_t* input;       // e4m3 [tokens, hidden_size]
+  const float* input_scales;  // [tokens]
+  bfloat16* activations;      // [pairs, expert_size]
+  int32_t hidden_size, expert_size, top_k;
+};
+
+template <int kTokens>
+struct Shared {
+  Ring<kTokens> ring;
+  Results<kTokens> results;
+  float scale[2][kTokens];  // of the unit's tokens, by warpgroup
+};
+
+// Before the products are waited for, so that these loads take no time of their own.
+DGEMMA_DEVICE void load_scales(const GateUp& p, const MoeUnit& unit, float* scale) {
+  sync_warpgroup();  // the last unit's are used
+  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < unit.rows; i += 128)
+    scale[i] = p.input_scales[p.work.tables.pair[unit.first + i] / p.top_k];
+  sync_warpgroup();
+}
+
+// A lane has two tokens of each eight.
+template <int kCount>
+DGEMMA_DEVICE void multiply_tokens(float (&sum)[kCount], const MoeUnit& unit, const float* scale) {
+  const int32_t lane = static_cast<int32_t>(device::lane_index());
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const int32_t token = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+    const float by = token < unit.rows ? scale[token] : 0.0f;
+    sum[4 * (i / 2) + i % 2] *= by;
+    sum[4 * (i / 2) + i % 2 + 2] *= by;
+  }
+}
+
+template <int kTokens>
+__global__ void __launch_bounds__(kMoeThreads, 1)
+    gate_up(const __grid_constant__ device::TensorMap weights, const GateUp p) {
+  auto& shared = device::shared_memory<Shared<kTokens>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&weights);
+    initialise(shared.ring);
+  }
+  __syncthreads();
+  device::wait_for_previous_kernel();  // it wrote the input
+  device::let_next_kernel_begin();
+
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kLoadingRegisters>();
+    if (warp == kMultiplyingWarps) {
+      if (device::elect_one()) {
+        const auto once = device::evict_first();
+        load_weights(shared.ring, p.work,
+                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
+                       // Eight rows to a group: see make_layout.
+                       const int32_t group =
+                           (unit.expert * 2 * p.expert_size + unit.weight_tile * kColumns) / 8;
+                       device::tma_load(to, &weights, full, once, step * kFp8Depth, 0, 0, group);
+                     });
+      }
+    } else {
+      gather_rows(shared.ring, p.work, p.input, p.hidden_size,
+                  [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    float* scale = shared.scale[device::warpgroup_index()];
+    Position<kTokens> at;
+    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+      constexpr int kN = decltype(columns)::value;
+      load_scales(p, unit, scale);
+      const int32_t result = unit.weight_tile * kColumns + static_cast<int32_t>(warp) * 8 +
+                             static_cast<int32_t>(device::lane_index() / 4);
+      const int32_t row = 2 * unit.expert * p.expert_size + min(result, p.expert_size - 1);
+      const float gate = factor_of(p.matrix, row), up = factor_of(p.matrix, row + p.expert_size);
+      float sum[kN / 2] = {};
+      multiply_e4m3<kN>(shared.ring, at, p.work.k_steps, sum);
+      multiply_rows(sum, gate, up);
+      multiply_tokens(sum, unit, scale);
+      store_results<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.expert_size,
+                        p.activations);
+    });
+  }
+}
+
+// [experts, 2 * expert_size, hidden_size] as (column, row of a group of eight, gate or up, group),
+// as in sm90/bf16_gate_up.cu.
+device::TensorLayout make_layout(const MoeFp8Pass& pass) {
+  const uint64_t row = static_cast<uint64_t>(pass.ffn.hidden_size);
+  const uint64_t expert_size = static_cast<uint64_t>(pass.ffn.expert_size);
+  const uint64_t groups = static_cast<uint64_t>(pass.ffn.tables.experts) * 2 * expert_size / 8;
+  return {.type = device::ElementType::uint8,
+          .rank = 4,
+          .base = pass.gate_up.values,
+          .size = {row, 8, 2, groups - expert_size / 8},
+          .stride = {0, row, row * expert_size, row * 8},
+          .box = {kFp8Depth, 8, 2, kColumns / 8},
+          .swizzle = Swizzle::bytes_128};
+}
+
+template <int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
+  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  device::TensorMap weights;
+  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  const GateUp p = {{pass.ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
+                    pass.gate_up,
+                    pass.input,
+                    pass.input_scales,
+                    pass.ffn.activations,
+                    pass.ffn.hidden_size,
+                    pass.ffn.expert_size,
+                    pass.ffn.top_k};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+                                     .threads = kMoeThreads,
+                                     .shared_bytes = sizeof(Shared<kTokens>),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, gate_up<kTokens>, weights, p);
+}
+
+}  // namespace
+
+const char* launch_gate_up_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
+  return plan.ffn.token_tile == 64 ? launch<64>(plan.ffn, pass, stream)
+                                   : launch<128>(plan.ffn, pass, stream);
+}
+
+}  // namespace dgemma

@@ -1,0 +1,128 @@
+// weight * (down h) for every pair, over 4-bit weights on sm_90: see sm90/quantized_pipeline.h.
+//
+// A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
+#include "device/launch.h"
+#include "device/shared_memory.h"
+#include "grouped_gemm/sm90/down_store.h"
+#include "grouped_gemm/sm90/quantized_pipeline.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm90_quantized;
+
+struct Rows {
+  QuantizedMatrix matrix;  // [experts, hidden_size, expert_size]
+  int32_t hidden_size;
+
+  DGEMMA_DEVICE int64_t matrix_row(const MoeUnit& unit, int32_t row) const {
+    return unit.expert * hidden_size +
+           min(unit.weight_tile * kMoeWeightRows + row, hidden_size - 1);
+  }
+};
+
+struct Down {
+  MoeWork work;
+  Rows rows;
+  const bfloat16* activations;  // [pairs, arranged expert_size], in sorted order
+  const float* expert_weights;  // [pairs], in the order of the slots
+  float* products;              // [pairs, hidden_size], in the order of the slots
+};
+
+template <int kTokens>
+struct Shared {
+  WeightRing<kTokens> ring;
+  Target target[2][kTokens];  // by warpgroup
+};
+
+template <Encoding kEncoding, int kTokens>
+__global__ void __launch_bounds__(kMoeThreads, 1)
+    down(const __grid_constant__ device::TensorMap weights, const Down p) {
+  auto& shared = device::shared_memory<Shared<kTokens>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&weights);
+    initialise(shared.ring);
+  }
+  __syncthreads();
+  device::let_next_kernel_begin();
+
+  // The tables are there and weights may come while the kernel in front ends, as in
+  // sm90/bf16_down.cu. Only its activations must be waited for.
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kLoadingRegisters>();
+    if (warp == kMultiplyingWarps) {
+      const auto once = device::evict_first();
+      load_weights<kEncoding>(
+          shared.ring, p.work, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
+            const int32_t row = unit.weight_tile * kMoeWeightRows;
+            for (int32_t box = 0; box < 2; ++box)
+              device::tma_load(to + box * kBoxRows, &weights, full, once, byte,
+                               row + box * static_cast<int32_t>(kBoxRows), unit.expert);
+          });
+    } else {
+      device::wait_for_previous_kernel();
+      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.activations,
+                               [](int32_t position) { return position; });
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    Target* target = shared.target[device::warpgroup_index()];
+    const uint32_t row = 16 * warp + device::lane_index() / 4;
+    const DecodeTable table = make_decode_table();
+    Place<kTokens> at;
+    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+      constexpr int kN = decltype(columns)::value;
+      load_targets(p.work.tables, unit, target,
+                   [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
+      OwnRows own;
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, row, static_cast<int32_t>(row));
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, row + 8,
+                                              static_cast<int32_t>(row + 8));
+      float sum[kN / 2] = {};
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
+      store_products<kN>(unit, sum, target, p.rows.hidden_size, p.products);
+    });
+  }
+}
+
+// (byte, row, expert). A tile's rows past an expert's last are zero, and bytes past a row's end.
+device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
+  const uint64_t row = static_cast<uint64_t>(pass.down.value_bytes);
+  const uint64_t rows = static_cast<uint64_t>(pass.ffn.hidden_size);
+  return {.type = device::ElementType::uint8,
+          .rank = 3,
+          .base = pass.down.values,
+          .size = {row, rows, static_cast<uint64_t>(pass.ffn.tables.experts)},
+          .stride = {0, row, row * rows},
+          .box = {kValueBytes, kBoxRows, 1}};
+}
+
+template <Encoding kEncoding, int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  device::TensorMap weights;
+  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  const MoeCudaPass& ffn = pass.ffn;
+  const Down p = {{ffn.tables, plan.down.weight_tiles, plan.down.k_steps},
+                  {pass.down, ffn.hidden_size},
+                  ffn.activations,
+                  ffn.expert_weights,
+                  ffn.products};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+                                     .threads = kMoeThreads,
+                                     .shared_bytes = sizeof(Shared<kTokens>),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, down<kEncoding, kTokens>, weights, p);
+}
+
+}  // namespace
+
+const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                       void* stream) {
+  return DGEMMA_LAUNCH_QUANTIZED_90(pass.down_encoding, plan.token_tile, launch, plan, pass,
+                                    stream);
+}
+
+}  // namespace dgemma

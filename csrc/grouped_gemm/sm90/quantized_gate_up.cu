@@ -1,0 +1,186 @@
+// h = gelu_tanh(gate x) * (up x) for every pair, over 4-bit weights on sm_90: see
+// sm90/quantized_pipeline.h.
+//
+// A weight tile is 64 gate rows and the 64 up rows that belong to them, as two boxes in which even
+// rows come first. Which of them a warp takes as its 8 and 8 is free, and chosen so that eight
+// results of a token that one store of the warp puts side by side are side by side in the order of
+// columns that `down` takes.
+#include "device/launch.h"
+#include "device/shared_memory.h"
+#include "grouped_gemm/sm90/gate_up_store.h"
+#include "grouped_gemm/sm90/quantized_pipeline.h"
+
+namespace dgemma {
+namespace {
+
+using namespace moe_sm90_quantized;
+
+struct Rows {
+  QuantizedMatrix matrix;  // [experts, 2 * expert_size, hidden_size]
+  int32_t expert_size;
+
+  // Rows of the tile: 64 of gate, then of up.
+  DGEMMA_DEVICE int64_t matrix_row(const MoeUnit& unit, int32_t row) const {
+    const int32_t result = min(unit.weight_tile * kColumns + row % kColumns, expert_size - 1);
+    return 2 * unit.expert * expert_size + row / kColumns * expert_size + result;
+  }
+};
+
+struct GateUp {
+  MoeWork work;
+  Rows rows;
+  const bfloat16* input;  // [tokens, arranged hidden_size]
+  bfloat16* activations;  // [pairs, arranged expert_size]
+  int32_t top_k;
+};
+
+template <int kTokens>
+struct Shared {
+  WeightRing<kTokens> ring;
+  Results<kTokens> results;
+};
+
+// The result of the tile that a thread has: of position 16 * warp + (4 * h + 2 * j + i), with h, j
+// and i from lane / 4, in the half block that the tile is.
+DGEMMA_DEVICE int32_t own_result() {
+  const int32_t warp = static_cast<int32_t>(device::warp_index());
+  const int32_t row = static_cast<int32_t>(device::lane_index() / 4);
+  return arranged_column(16 * warp + row / 4 * 8 + row % 4);
+}
+
+// Through shared memory, so that four threads write the 16 runs of four results that a token has of
+// a warpgroup. A block of h is two tiles: threads j = 0, 1 of `down` have the first, 2 and 3 the
+// second; where there is no second, zeros.
+template <int kN>
+DGEMMA_DEVICE void store(const MoeUnit& unit, const float (&sum)[kN / 2],
+                         bfloat16 (*tile)[kWarpgroupColumns], int32_t expert_size,
+                         bfloat16* activations) {
+  const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
+  const bool there = unit.weight_tile * kColumns + own_result() < expert_size;
+  sync_warpgroup();  // the last unit's results are read
+#pragma unroll
+  for (int j = 0; j < kN / 8; j += 2) {
+    uint32_t h[2];  // 16 tokens of the warp's eight results
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* d = sum + 4 * (j + i);
+      const uint32_t results =
+          device::pack_bfloat16(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
+      h[i] = there ? results : 0;
+    }
+    device::store_tiles_transposed(result_piece(tile, 8 * j + lane % 16, warp), h);
+  }
+  sync_warpgroup();
+  const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
+  const int64_t width = arranged_width(expert_size);
+  const int32_t second = unit.weight_tile % 2;
+  const bool alone = second == 0 && (unit.weight_tile + 1) * kColumns >= expert_size;
+  const int64_t column =
+      unit.weight_tile / 2 * kArrangedBlock +
+      static_cast<int64_t>(device::warpgroup_index() * kPiecesOfResult + piece) * 16;
+  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(unit.rows);
+       token += 128 / kPiecesOfResult) {
+    bfloat16* row = activations + (unit.first + static_cast<int64_t>(token)) * width + column;
+    const uint4 eight = *reinterpret_cast<const uint4*>(result_piece(tile, token, piece));
+    if (alone) {
+      *reinterpret_cast<uint4*>(row) = {eight.x, eight.y, 0, 0};
+      *reinterpret_cast<uint4*>(row + 8) = {eight.z, eight.w, 0, 0};
+    } else {
+      *reinterpret_cast<uint2*>(row + 4 * second) = {eight.x, eight.y};
+      *reinterpret_cast<uint2*>(row + 4 * second + 8) = {eight.z, eight.w};
+    }
+  }
+}
+
+template <Encoding kEncoding, int kTokens>
+__global__ void __launch_bounds__(kMoeThreads, 1)
+    gate_up(const __grid_constant__ device::TensorMap weights, const GateUp p) {
+  auto& shared = device::shared_memory<Shared<kTokens>>();
+  if (threadIdx.x == 0) {
+    device::prefetch_tensor_map(&weights);
+    initialise(shared.ring);
+  }
+  __syncthreads();
+  device::wait_for_previous_kernel();  // it wrote the tables and the input
+  device::let_next_kernel_begin();
+
+  const uint32_t warp = device::warp_index();
+  if (warp >= kMultiplyingWarps) {
+    device::decrease_registers<kLoadingRegisters>();
+    if (warp == kMultiplyingWarps) {
+      const auto once = device::evict_first();
+      load_weights<kEncoding>(
+          shared.ring, p.work, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
+            // Pairs of rows: see make_layout.
+            const int32_t gate = unit.expert * p.rows.expert_size + unit.weight_tile * kColumns / 2;
+            device::tma_load(to, &weights, full, once, byte, gate, 0);
+            device::tma_load(to + kBoxRows, &weights, full, once, byte,
+                             gate + p.rows.expert_size / 2, 0);
+          });
+    } else {
+      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.input, [&](int32_t position) {
+        return p.work.tables.pair[position] / p.top_k;
+      });
+    }
+  } else {
+    device::increase_registers<kMultiplyingRegisters>();
+    const DecodeTable table = make_decode_table();
+    Place<kTokens> at;
+    const int32_t result = own_result();
+    const uint32_t place = static_cast<uint32_t>(result % 2 * (kColumns / 2) + result / 2);
+    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+      constexpr int kN = decltype(columns)::value;
+      OwnRows own;
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, place, result);
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, place + kBoxRows, result + kColumns);
+      float sum[kN / 2] = {};
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
+      store<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.rows.expert_size,
+                p.activations);
+    });
+  }
+}
+
+// [experts * 2 * expert_size, hidden_size / 2 bytes] as (byte, pair of rows, row of the pair). A
+// tile that reaches past an expert's last gate row goes on into other rows: they give results that
+// are not stored. Past the tensor and past a row it reads zero.
+device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
+  const uint64_t row = static_cast<uint64_t>(pass.gate_up.value_bytes);
+  const uint64_t pairs =
+      static_cast<uint64_t>(pass.ffn.tables.experts) * static_cast<uint64_t>(pass.ffn.expert_size);
+  return {.type = device::ElementType::uint8,
+          .rank = 3,
+          .base = pass.gate_up.values,
+          .size = {row, pairs, 2},
+          .stride = {0, 2 * row, row},
+          .box = {kValueBytes, kBoxRows / 2, 2}};
+}
+
+template <Encoding kEncoding, int kTokens>
+const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  device::TensorMap weights;
+  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  const MoeCudaPass& ffn = pass.ffn;
+  const GateUp p = {{ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
+                    {pass.gate_up, ffn.expert_size},
+                    ffn.arranged_input,
+                    ffn.activations,
+                    ffn.top_k};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+                                     .threads = kMoeThreads,
+                                     .shared_bytes = sizeof(Shared<kTokens>),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, gate_up<kEncoding, kTokens>, weights, p);
+}
+
+}  // namespace
+
+const char* launch_gate_up_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                          void* stream) {
+  return DGEMMA_LAUNCH_QUANTIZED_90(pass.gate_up_encoding, plan.token_tile, launch, plan, pass,
+                                    stream);
+}
+
+}  // namespace dgemma

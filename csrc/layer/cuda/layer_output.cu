@@ -1,0 +1,57 @@
+// The end of a layer, and the norm in front of the next: a block has a token.
+#include "device/launch.h"
+#include "layer/cuda/kernels.h"
+#include "layer/cuda/row.h"
+
+namespace dgemma {
+namespace {
+
+struct Output {
+  const bfloat16 *residual, *dense, *sparse, *dense_norm, *sparse_norm, *norm, *next_norm;
+  bfloat16 *output, *next_input;
+  int32_t width;
+  float epsilon, scalar;
+};
+
+__global__ void __launch_bounds__(kMostThreads) layer_output(const Output p) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  RowShared& shared = device::shared_memory<RowShared>();
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * p.width;
+  const Row dense =
+      norm(Row::load(p.dense + at, p.width), p.dense_norm, p.width, p.epsilon, shared);
+  const Row sparse =
+      norm(Row::load(p.sparse + at, p.width), p.sparse_norm, p.width, p.epsilon, shared);
+  const Row combined = norm(add(dense, sparse), p.norm, p.width, p.epsilon, shared);
+  Row output = add(Row::load(p.residual + at, p.width), combined);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) output.value[i] = rounded(output.value[i] * p.scalar);
+  output.store(p.output + at, p.width);
+  if (p.next_norm != nullptr)
+    norm(output, p.next_norm, p.width, p.epsilon, shared).store(p.next_input + at, p.width);
+}
+
+}  // namespace
+
+const char* launch_layer_output(const dgemma_layer_output& op, void* stream) {
+  const auto in = [](const void* p) { return static_cast<const bfloat16*>(p); };
+  const Output p = {in(op.residual),
+                    in(op.dense),
+                    in(op.sparse),
+                    in(op.dense_norm),
+                    in(op.sparse_norm),
+                    in(op.norm),
+                    in(op.next_norm),
+                    static_cast<bfloat16*>(op.output),
+                    static_cast<bfloat16*>(op.next_input),
+                    static_cast<int32_t>(op.hidden_size),
+                    op.epsilon,
+                    op.scalar};
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.tokens)),
+                                     .threads = row_threads(op.hidden_size),
+                                     .shared_bytes = sizeof(RowShared),
+                                     .overlaps_previous_kernel = true};
+  return device::launch(shape, stream, layer_output, p);
+}
+
+}  // namespace dgemma
