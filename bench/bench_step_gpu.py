@@ -14,15 +14,17 @@ from functools import cache
 
 import pytest
 import torch
-from dgemma_ext.engine.canvas_group import CanvasGroup
 from gpu_clock import Work, record
 from pytest_benchmark.fixture import BenchmarkFixture
 from true_size import random_model, true_config
 
 import dgemma_ext as dg
-from dgemma_ext.engine.loop import DRIVERS, driver_for
-from dgemma_ext.model.layers import Products
-from dgemma_ext.sampling import begin_canvas, denoising_step
+from dgemma_ext.engine.group import CanvasGroup
+from dgemma_ext.engine.loop import LOOPS, loop_for
+from dgemma_ext.model import MatmulMode
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from dgemma_ext.sampling import begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
+from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
 
 # Read for the head, and again for the soft embedding.
 HEAD_BYTES = 2.0 * 262_144 * 2816
@@ -55,14 +57,17 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
     ids = torch.randint(0, made.config.vocab_size, (1, prefix), generator=torch.Generator().manual_seed(1))
     made.encode(ids, cache)
     resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(made.defaults, 256)
-    state = begin_canvas(made, resolved, seed=0, index=0)
-    logits = torch.empty(1, 256, made.config.vocab_size, dtype=made.dtype, device=made.device)
-    denoising_step(made, cache, 0, state, logits)
+    network = made.network
+    batch, buffers = make_canvas_batch(network, 1, 256), make_step_buffers(network, 1, 256)
+    begin_canvas(network, batch, 0, resolved, seed=0, index=0)
+    positions = torch.arange(prefix, prefix + 256, device=made.device)
+    batch.place(0, 0, prefix, network.rotary_tables(positions))
+    denoising_step(network, cache, batch, buffers)
 
     def step() -> None:
-        state.step.fill_(2)
-        state.active.fill_(True)
-        denoising_step(made, cache, 0, state, logits)
+        batch.state.step.fill_(2)
+        batch.state.active.fill_(True)
+        denoising_step(network, cache, batch, buffers)
 
     # What stands in quantized layers is counted as it is kept, all experts by the share that is hit.
     experts = sum(layer.experts_gate_up.nbytes + layer.experts_down.nbytes for layer in made.weights.layers)
@@ -78,32 +83,32 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
 def bench_batch_invariant_step(benchmark: BenchmarkFixture, prefix: int) -> None:
     """What `batch_invariant=True` costs: the step of bench_step[bfloat16-128-...] with our own dense products."""
     made = model(128)
-    made.products = Products.INVARIANT
+    made.network.options.matmul = MatmulMode.INVARIANT
     try:
         bench_step(benchmark, "bfloat16", 128, prefix)
     finally:
-        made.products = Products.TOGETHER
+        made.network.options.matmul = MatmulMode.BATCHED
 
 
 @pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
 def bench_head_to_soft_embedding(benchmark: BenchmarkFixture, peaked: bool) -> None:
     """Head, statistics, sampling, acceptance and soft embedding: what a step does after its layers."""
-    from dgemma_ext.sampling.sampler import _advance, _reading
-
-    from dgemma_ext.ops.vocabulary_head import vocabulary_head
-
     made = random_model(true_config(layers=1), final_norm=1.0 if peaked else 0.05)
     resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(made.defaults, 256)
-    state = begin_canvas(made, resolved, seed=0, index=0)
-    logits = torch.empty(1, 256, made.config.vocab_size, dtype=made.dtype, device=made.device)
-    hidden = made.last_hidden(state.canvas, made.new_cache(1, 256), 0, None)
+    network = made.network
+    batch, buffers = make_canvas_batch(network, 1, 256), make_step_buffers(network, 1, 256)
+    begin_canvas(network, batch, 0, resolved, seed=0, index=0)
+    state, cache = batch.state, made.new_cache(1, 256)
+    hidden = network.forward(cache, network.canvas_in_slot(state.canvas, cache, 0))
+    assert hidden is not None
 
     def step() -> None:
         state.step.fill_(2)
         state.active.fill_(True)
-        reading = _reading(made, state)
-        raw, statistics = vocabulary_head(hidden, made.weights.embed_tokens, **reading, logits=logits)
-        _advance(made, state, raw, reading, statistics, None, None)
+        params, statistics = logits_params(network, state, buffers), buffers.statistics_of(state)
+        vocabulary_head(hidden, network.weights.embed_tokens, **params, logits=buffers.logits, out=statistics)
+        sample_and_update(network, state, buffers, params)
+        soft_embedding(network, state, buffers, params)
 
     operations = 2.0 * 256 * 262_144 * 2816
     work = Work(bytes=2 * HEAD_BYTES, operations=2 * operations)
@@ -114,7 +119,7 @@ CANVAS_STEPS = 16
 
 
 @pytest.mark.parametrize("requests", [1, 4])
-@pytest.mark.parametrize("driver", list(DRIVERS))
+@pytest.mark.parametrize("driver", list(LOOPS))
 def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> None:
     """Canvases of 16 steps by a driver: microseconds by the wall clock for each step, and of them the host's to queue
     one. "eager" launches a step's kernels one by one, the others replay a captured step."""
@@ -126,13 +131,13 @@ def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> Non
     scheduler.step()
     (group,) = scheduler._groups.values()
     assert isinstance(group, CanvasGroup)
-    device, state = group._device(), group._batch.state
+    runner, state = group.runner(), group._batch.state
 
     def canvas() -> None:
         state.step.fill_(1)
         state.status.zero_()
         state.active[:requests].fill_(True)
-        driver_for(device, driver)(device, requests, CANVAS_STEPS)
+        loop_for(runner, driver)(runner, requests, CANVAS_STEPS, ())
 
     canvas()
     queued = []
@@ -140,7 +145,7 @@ def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> Non
         state.active.fill_(False)  # a step of nobody: the GPU keeps up, and the host does not wait for its queue
         torch.cuda.synchronize()
         began = time.perf_counter()
-        device.step()
+        runner.step()
         queued.append(time.perf_counter() - began)
     torch.cuda.synchronize()
     began = time.perf_counter()

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,39 +34,54 @@ class Side(Protocol):
 class Ours:
     def __init__(self, checkpoint: Path) -> None:
         import dgemma_ext as dg
-        from dgemma_ext.sampling import sampler
+        from dgemma_ext import sampling
 
-        self.sampler_module = sampler
+        self.sampling = sampling
         self.model = dg.DiffusionGemma.from_pretrained(checkpoint)
-        self.resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(self.model.defaults, 256)
-        self.last = dg.SamplerConfig(confidence_threshold=0.0, max_denoising_steps=1).resolve(self.model.defaults, 256)
+        self.network, defaults = self.model.network, self.model.defaults
+        self.resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(defaults, 256)
+        self.last = dg.SamplerConfig(confidence_threshold=0.0, max_denoising_steps=1).resolve(defaults, 256)
         self.cache = self.model.new_cache(1, PROMPT_TOKENS)
         self.model.encode(prompt_ids(self.model.config.vocab_size), self.cache)
-        self.logits = torch.empty(1, 256, self.model.config.vocab_size, dtype=self.model.dtype)
+        self.batch = sampling.make_canvas_batch(self.network, 1, 256)
+        self.batch.place(
+            0, 0, PROMPT_TOKENS, self.network.rotary_tables(torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + 256))
+        )
+        self.buffers = sampling.make_step_buffers(self.network, 1, 256)
         self.narrow = self.model.weights.embed_tokens[:, :64].contiguous()
-        self.state = sampler.begin_canvas(self.model, self.resolved, seed=0, index=0)
-        self._step()
+        self._first(self.resolved)
 
-    def _step(self) -> None:
-        self.sampler_module.denoising_step(self.model, self.cache, 0, self.state, self.logits)
+    def _first(self, sampler: Any) -> None:
+        self.sampling.begin_canvas(self.network, self.batch, 0, sampler, seed=0, index=0)
+        self._step(self_conditioned=False)
+
+    def _step(self, self_conditioned: bool = True) -> None:
+        self.sampling.denoising_step(
+            self.network, self.cache, self.batch, self.buffers, self_conditioned=self_conditioned
+        )
 
     def first(self) -> None:
         # A cap of one step ends the canvas, so that no soft embedding is computed for a next one.
-        state = self.sampler_module.begin_canvas(self.model, self.last, seed=0, index=0)
-        self.sampler_module.denoising_step(self.model, self.cache, 0, state, self.logits)
+        self._first(self.last)
 
     def step(self) -> None:
-        if not bool(self.state.active):
-            self.state = self.sampler_module.begin_canvas(self.model, self.resolved, seed=0, index=0)
-            self._step()
+        if not bool(self.batch.state.active):
+            self._first(self.resolved)
         self._step()
 
     def sampler(self) -> None:
+        from dgemma_ext.ops import denoise
+        from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
+
         # With 64 of the table's columns the soft embedding computes all its probabilities and hardly any product.
-        weights = self.model.weights
+        weights, buffers = self.model.weights, self.buffers
         whole, weights.embed_tokens = weights.embed_tokens, self.narrow
-        state = self.sampler_module.begin_canvas(self.model, self.resolved, seed=0, index=0)
-        self.sampler_module.update_canvas(self.model, state, self.logits)
+        self.sampling.begin_canvas(self.network, self.batch, 0, self.resolved, seed=0, index=0)
+        state = replace(self.batch.state, soft_embedding=self.batch.state.soft_embedding[..., :64].contiguous())
+        params = logits_params(self.network, state, buffers)
+        denoise.vocabulary_statistics(buffers.logits, **params, out=buffers.statistics_of(state))
+        sample_and_update(self.network, state, buffers, params)
+        soft_embedding(self.network, state, buffers, params)
         weights.embed_tokens = whole
 
 
