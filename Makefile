@@ -1,7 +1,7 @@
 # make demo       set up .venv, build, and watch the bundled model denoise a few canvases
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make bench      pytest-benchmark over bench/
-# make lint       ruff, mypy, clang-format; changes nothing        make format   rewrites
+# make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
 # make report     on a GPU: speed by batch, prefix and part beside transformers and published figures; goes on where it was
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
@@ -45,6 +45,7 @@ lint: .venv/.installed
 	$(venv_python) -m ruff check .
 	$(venv_python) -m ruff format --check .
 	$(venv_python) -m mypy
+	.venv/bin/lint-imports --no-logo
 	find csrc tools examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
 
 format: .venv/.installed

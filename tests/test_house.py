@@ -1,0 +1,61 @@
+"""The house: which room may import which, and that nothing reaches around it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "dgemma_ext"
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Checks the contracts of pyproject.toml on the package that lies under `folder`/python."""
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__]\n"
+        f"sys.path.insert(0, {str(folder / 'python')!r})\n"
+        "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    )
+    command = [sys.executable, "-c", program, "--no-cache", "--no-logo", str(ROOT / "pyproject.toml")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_imports_run_one_way() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("sampling/canvas.py", "from dgemma_ext.engine import Request", "Imports run from the higher room"),
+        ("checkpoint/stored.py", "from dgemma_ext.checkpoint.files import CheckpointInfo", "No circle inside a room"),
+    ],
+)
+def test_an_import_upwards_or_in_a_circle_is_found(file: str, line: str, contract: str, tmp_path: Path) -> None:
+    """Under TYPE_CHECKING too."""
+    for source in PACKAGE.rglob("*.py"):
+        copy = tmp_path / "python" / "dgemma_ext" / source.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text())
+    changed = tmp_path / "python" / "dgemma_ext" / file
+    changed.write_text(changed.read_text() + f"\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {line}\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1
+    assert re.search(f"{contract}.* BROKEN", result.stdout)
+
+
+def test_nothing_inside_imports_the_face_of_the_package() -> None:
+    """`from dgemma_ext import ...` is for the compiled module and for rooms."""
+    rooms = {path.stem for path in PACKAGE.iterdir()} | {"_C"}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "dgemma_ext":
+                assert {name.name for name in node.names} <= rooms, file
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
