@@ -71,6 +71,34 @@ def test_the_same_tokens_by_every_driver_in_a_batch(count: int) -> None:
     assert found["graph"] == found["eager"]
 
 
+def test_rules_of_every_request_hold_in_captured_steps() -> None:
+    """Seven requests with allowed sets of their own, by the whole answer and by position, and one without."""
+    made = model()
+    length, digits = made.config.canvas_length, made.tokenizer.encode("123456")  # type: ignore[union-attr]
+    rules: list[dg.Canvas | None] = [
+        *(dg.Canvas(allowed=digits[: 2 + n]) for n in range(4)),
+        None,
+        dg.Canvas(allowed=[[digits[i % 6]] if i % 2 else None for i in range(length)]),
+        dg.Canvas(allowed=[[digits[0], digits[5]]] * length),
+    ]
+    found = {}
+    for driver in LOOPS:
+        scheduler = dg.Scheduler(made, 7, 256, driver=driver)
+        requests = [
+            scheduler.submit(chat, length, TO_THE_CAP, seed, canvas=canvas)
+            for seed, (chat, canvas) in enumerate(zip(chats(7), rules, strict=True))
+        ]
+        while not scheduler.idle:
+            scheduler.finish_canvas()
+        found[driver] = [request.output for request in requests]
+    for output, canvas in zip(found["eager"], rules, strict=True):
+        for position, token in enumerate(output.token_ids):
+            allowed = None if canvas is None else canvas.allowed_at(position)
+            assert allowed is None or token in allowed
+    assert found["async"] == found["eager"]
+    assert found["graph"] == found["eager"]
+
+
 def test_a_batch_in_which_rows_finish_solves_as_many_puzzles() -> None:
     """Tokens may differ from one by one: the bits of a dense product depend on the rows of the batch."""
     made = model()

@@ -229,13 +229,12 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def canvas_rows(network: Network, cache: dg.Cache, canvas: torch.Tensor, soft: torch.Tensor | None = None) -> Rows:
     """The rows of a denoising pass of a canvas [1, L] over slot 0."""
-    return Rows.describe(network.canvas_in_slot(canvas, cache, 0, soft), (), (), (), network.device)
+    return Rows.describe(network.canvas_in_slot(canvas, cache, 0, soft), (), cache, network.config, network.dtype)
 
 
-def chunk_rows(network: Network, ids: torch.Tensor, start: int) -> Rows:
-    """The rows of an encode pass of ids [1, n] into slot 0, which holds `start` positions."""
-    tables = network.rotary_tables(torch.arange(start, start + ids.shape[1]))
-    return Rows.describe(None, [PrefillChunk(0, ids[0])], [start], [tables], network.device)
+def chunk_rows(network: Network, cache: dg.Cache, ids: torch.Tensor) -> Rows:
+    """The rows of an encode pass of ids [1, n] into slot 0."""
+    return Rows.describe(None, [PrefillChunk(0, ids[0])], cache, network.config, network.dtype)
 
 
 def layer_alone(network: Network, cache: dg.Cache, rows: Rows, hidden: torch.Tensor, index: int) -> torch.Tensor:
@@ -301,7 +300,7 @@ def test_bf16_encoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
     with oracle.recorded_layers(pair.theirs.model.encoder.language_model) as calls:
         oracle.encode(pair.theirs, random_ids(pair, count, 61), theirs)
     network = pair.ours.network
-    rows = chunk_rows(network, random_ids(pair, count, 61), before)
+    rows = chunk_rows(network, cache, random_ids(pair, count, 61))
     for call, layer in zip(calls, network.config.layers, strict=True):
         with_experts(call.expert_ids, monkeypatch)
         got = layer_alone(network, cache, rows, call.hidden, layer.index)
@@ -343,7 +342,7 @@ def test_bf16_ends(pair_of: Any, name: str) -> None:
     with oracle.recorded_layers(pair.theirs.model.encoder.language_model) as calls:
         oracle.encode(pair.theirs, prompt)
     network, cache = pair.ours.network, pair.ours.new_cache(1, 64)
-    assert torch.equal(first_input(network, chunk_rows(network, prompt, 0)), calls[0].hidden)
+    assert torch.equal(first_input(network, chunk_rows(network, cache, prompt)), calls[0].hidden)
 
     with oracle.recorded_layers(pair.theirs.model.decoder) as calls:
         logits = oracle.denoise(pair.theirs, canvas, theirs)

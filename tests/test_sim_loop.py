@@ -33,11 +33,14 @@ def test_the_kernels_freeze_what_is_finished() -> None:
     run_tests_on_kernels("tests/test_loop.py", "-k", "frozen or would_be_alone", seed=3)
 
 
+def test_the_kernels_hold_the_rules_of_every_request_in_a_batch() -> None:
+    run_tests_on_kernels("tests/test_loop.py", "-k", "rules_of_their_own", seed=4)
+
+
 def test_a_step_of_a_batch_never_looks_at_a_value_and_asks_for_no_more_kernels() -> None:
     """A captured step could not wait. csrc/cuda/NOTES.md has the counts."""
     counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))
     one, four = (counts[f"rows {rows}, step 2"] for rows in (1, 4))
     assert (one["waits"], four["waits"]) == (0, 0)
     assert four["kernels"] == one["kernels"]
-    print(counts)
     assert four["torch"] <= one["torch"] + 15

@@ -62,6 +62,10 @@ class Cache:
         self._lengths = [0] * slots
 
     @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dgemma_ext.checkpoint import LayerConfig, ModelConfig
 from dgemma_ext.model.cache import Cache
-from dgemma_ext.model.layers import project_qkv, rotary_tables
+from dgemma_ext.model.layers import project_qkv
 from dgemma_ext.model.matmul import Matmul, MatmulMode
 from dgemma_ext.model.rows import Canvases, PrefillChunk, Rows
 from dgemma_ext.model.weights import LayerWeights, ModelWeights
@@ -53,13 +53,8 @@ def forward(
 
     Each chunk has a slot of its own, and is in the cache afterwards.
     """
-    epsilon, device = config.rms_norm_eps, weights.embed_tokens.device
-    starts = [cache.length(chunk.slot) for chunk in chunks]
-    tables = [
-        rotary_tables(config, torch.arange(start, start + len(chunk), device=device), weights.embed_tokens.dtype)
-        for start, chunk in zip(starts, chunks, strict=True)
-    ]
-    rows = Rows.describe(canvases, chunks, starts, tables, device)
+    epsilon = config.rms_norm_eps
+    rows = Rows.describe(canvases, chunks, cache, config, weights.embed_tokens.dtype)
     hidden = embed(rows, weights, options, epsilon)
     normed = rms_norm(hidden, weights.layers[0].input_layernorm, epsilon)
     for layer, of_layer in zip(config.layers, weights.layers, strict=True):

@@ -1,4 +1,4 @@
-"""What the rows of a forward pass are: canvases that are denoised, and chunks of tokens that are encoded.
+"""The rows of a forward pass: canvases that are denoised, and chunks of tokens that are encoded.
 
 A pass reads the same weights for many rows as for few, so one pass may have both: what a canvas is to see and is not in
 the cache yet (a prompt, the canvas just finished) goes through the layers together with the canvas's first step.
@@ -7,13 +7,15 @@ the cache yet (a prompt, the canvas just finished) goes through the layers toget
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from dgemma_ext.model.layers import RotaryTables
+from dgemma_ext.checkpoint import ModelConfig
+from dgemma_ext.model.cache import Cache
+from dgemma_ext.model.layers import RotaryTables, rotary_tables
 
 # Up to so many tokens are encoded by the first step of the canvas that is to see them. That saves one read of the
 # weights, however many they are, and takes their memory at the same time as the canvases' (engine/memory.py counts it).
@@ -48,7 +50,7 @@ class Canvases:
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of the B * L positions
     soft_embedding: Tensor | None = None  # [B, L, hidden], the self-conditioning; None is exact zero
-    # By head dimension: where attention is written, [B, L, heads, head_dim]. None allocates.
+    # Attention is written here, [B, L, heads, head_dim] by head dimension. None allocates.
     attention_out: dict[int, Tensor] | None = None
 
     @property
@@ -63,32 +65,40 @@ class Rows:
     canvases: Canvases | None
     chunks: tuple[PrefillChunk, ...]
     rotary: RotaryTables  # of all rows
-    # Of each chunk, int32 [1]: its slot, and how many positions that slot held before the pass.
+    # int32 [1] for each chunk: its slot, and how many positions that slot held before the pass.
     chunk_slot: tuple[Tensor, ...] = ()
     chunk_start: tuple[Tensor, ...] = ()
     # bool [rows, 1], True where no expert is to see the row.
-    skipped: Tensor | None = field(default=None)
+    skipped: Tensor | None = None
 
     @classmethod
     def describe(
         cls,
         canvases: Canvases | None,
         chunks: Sequence[PrefillChunk],
-        starts: Sequence[int],
-        tables: Sequence[RotaryTables],
-        device: torch.device,
+        cache: Cache,
+        config: ModelConfig,
+        dtype: torch.dtype,
     ) -> Self:
-        """starts, tables: of each chunk, its first position and the rotary tables of its positions."""
-        # Filled on the device: a copy from the host would wait for what runs there.
-        slots = [torch.full((1,), chunk.slot, dtype=torch.int32, device=device) for chunk in chunks]
-        begins = [torch.full((1,), start, dtype=torch.int32, device=device) for start in starts]
+        device = cache.device
+        starts = [cache.length(chunk.slot) for chunk in chunks]
+        tables = [] if canvases is None else [canvases.rotary]
+        for chunk, start in zip(chunks, starts, strict=True):
+            tables.append(rotary_tables(config, torch.arange(start, start + len(chunk), device=device), dtype))
         skipped = None
         if canvases is not None:
             skipped = (canvases.slot < 0)[:, None].expand(canvases.ids.shape).reshape(-1, 1)
             if chunks:
                 skipped = torch.cat((skipped, skipped.new_zeros(sum(map(len, chunks)), 1)))
-        of_canvases = [] if canvases is None else [canvases.rotary]
-        return cls(canvases, tuple(chunks), _joined([*of_canvases, *tables]), tuple(slots), tuple(begins), skipped)
+        return cls(
+            canvases=canvases,
+            chunks=tuple(chunks),
+            rotary=_joined(tables),
+            # Filled on the device: a copy from the host would wait for what runs there.
+            chunk_slot=tuple(torch.full((1,), one.slot, dtype=torch.int32, device=device) for one in chunks),
+            chunk_start=tuple(torch.full((1,), start, dtype=torch.int32, device=device) for start in starts),
+            skipped=skipped,
+        )
 
     def canvases_alone(self) -> Rows:
         """The same pass without its chunks."""
