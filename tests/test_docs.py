@@ -8,6 +8,7 @@ import doctest
 import io
 import json
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -274,6 +275,15 @@ def _names(node: ast.AST) -> set[str]:
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return {node.target.id}
     return set()
+
+
+def test_the_drawing_of_the_house_is_the_contract() -> None:
+    """Its rooms stand in the order in which imports may run."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    drawing, _, _ = blocks_in(ARCHITECTURE, "text")[0].text.partition("──")
+    rooms = [re.findall(r"(\w+)(?:/|\.py)(?=  |\n)", line) for line in drawing.splitlines(keepends=True)]
+    assert [set(found) for found in rooms if found] == [set(layer.split(" | ")) for layer in layers]
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
