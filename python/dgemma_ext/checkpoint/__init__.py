@@ -1,13 +1,13 @@
 """What a folder on disk says: configuration, weights and their formats, tokenizer, chat template.
 
-`config` and `tokenizer` read the small files; `files` reads the headers of the weights and says how each weight is
+`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and says how each weight is
 stored (`stored`); `reading` gets the values; `quantization` is a format to bring them to, `quantize` writes it.
 """
 
 from __future__ import annotations
 
 from dgemma_ext.checkpoint.chat_template import ChatTemplate
-from dgemma_ext.checkpoint.config import FULL, SLIDING, GenerationDefaults, LayerConfig, ModelConfig, RopeConfig
+from dgemma_ext.checkpoint.config import FULL, SLIDING, LayerConfig, ModelConfig, RopeConfig
 from dgemma_ext.checkpoint.files import (
     CheckpointInfo,
     Layout,
@@ -17,6 +17,7 @@ from dgemma_ext.checkpoint.files import (
     model_layout,
     resolve_checkpoint,
 )
+from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
 from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
 from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights

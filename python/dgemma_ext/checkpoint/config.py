@@ -1,4 +1,4 @@
-"""What config.json and generation_config.json say, read once, checked, and resolved layer by layer.
+"""The configuration of a model: config.json, read once, checked, and resolved layer by layer.
 
 Both spellings of the text configuration are read: the flat one of the published file (`global_head_dim`,
 `num_global_key_value_heads` for the full-attention layers) and `per_layer_config` (a sparse map from layer index to
@@ -9,16 +9,15 @@ implement is refused by name.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dgemma_ext.checkpoint.json_section import Section, json_file, read_json
 from dgemma_ext.checkpoint.quantization import check_quantization_config
 from dgemma_ext.errors import CheckpointError
 
@@ -58,69 +57,6 @@ _NEUTRAL_TOP_FIELDS: dict[str, tuple[Any, ...]] = {
     "audio_config": (None,),
     "tie_word_embeddings": (True, None),
 }
-
-
-class _Section:
-    """One JSON object, with getters that name the field in every complaint."""
-
-    def __init__(self, name: str, values: Any) -> None:
-        if not (isinstance(values, Mapping) and all(isinstance(key, str) for key in values)):
-            raise ValueError(f"{name or 'the configuration'} must be an object, got {values!r}")
-        self.name = name
-        self.values = values
-
-    def path(self, field: str) -> str:
-        return f"{self.name}.{field}" if self.name else field
-
-    def refuse(self, field: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.path(field)} is {self.values.get(field)!r}; supported: {wanted}")
-
-    def get(self, field: str, default: Any = None) -> Any:
-        return self.values.get(field, default)
-
-    def integer(self, field: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self._present(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refuse(field, f"an integer of at least {minimum}")
-        return value
-
-    def number(
-        self, field: str, default: float | None = None, minimum: float = 0.0, open_minimum: bool = True
-    ) -> float:
-        value = self._present(field, default)
-        bound = "above" if open_minimum else "of at least"
-        in_range = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and (value > minimum if open_minimum else value >= minimum)
-            and value < float("inf")
-        )
-        if not in_range:
-            raise self.refuse(field, f"a finite number {bound} {minimum}")
-        return float(value)
-
-    def token_id(self, field: str, default: int | None = None) -> int | None:
-        value = self.get(field, default)
-        return None if value is None else self.integer(field, default, minimum=0)
-
-    def token_ids(self, field: str, default: int | None = None) -> tuple[int, ...]:
-        """A field that holds one id, a list of ids, or null."""
-        value = self.get(field, default)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.refuse(field, "a token id or a list of token ids")
-        return tuple(ids)
-
-    def neutral(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuses a field whose value is present and not one of those listed for it."""
-        for field, allowed in fields.items():
-            if field in self.values and not any(self.values[field] is a or self.values[field] == a for a in allowed):
-                raise self.refuse(field, " or ".join(json.dumps(a) for a in allowed) + " (or leave it out)")
-
-    def _present(self, field: str, default: Any) -> Any:
-        if field not in self.values and default is None:
-            raise ValueError(f"{self.path(field)} is missing")
-        return self.values.get(field, default)
 
 
 @dataclass(frozen=True)
@@ -193,23 +129,23 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ModelConfig:
         """Reads config.json, given itself or its folder; raises CheckpointError naming the file and the field."""
-        file = _json_file(path, "config.json")
+        file = json_file(path, "config.json")
         try:
-            return cls.from_dict(_read_json(file))
+            return cls.from_dict(read_json(file))
         except ValueError as error:
             raise CheckpointError(str(error), file=file) from error
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Reads the parsed config.json; raises ValueError naming the field."""
-        top = _Section("", config)
+        top = Section("", config)
         if top.get("model_type", "diffusion_gemma") != "diffusion_gemma":
             raise top.refuse("model_type", "diffusion_gemma")
         top.neutral(_NEUTRAL_TOP_FIELDS)
         check_quantization_config(top.get("quantization_config"))
         if top.get("text_config") is None:
             raise ValueError("text_config is missing")
-        text = _Section("text_config", top.get("text_config"))
+        text = Section("text_config", top.get("text_config"))
         if text.get("model_type", "diffusion_gemma_text") != "diffusion_gemma_text":
             raise text.refuse("model_type", "diffusion_gemma_text")
         text.neutral(_NEUTRAL_TEXT_FIELDS)
@@ -253,7 +189,7 @@ class ModelConfig:
         )
 
 
-def _dtype(top: _Section, text: _Section) -> torch.dtype:
+def _dtype(top: Section, text: Section) -> torch.dtype:
     """The dtype the file declares; the published bfloat16 where it declares none."""
     for section in (top, text):
         for field in ("dtype", "torch_dtype"):
@@ -265,7 +201,7 @@ def _dtype(top: _Section, text: _Section) -> torch.dtype:
     return torch.bfloat16
 
 
-def _layers(text: _Section) -> tuple[LayerConfig, ...]:
+def _layers(text: Section) -> tuple[LayerConfig, ...]:
     types = _layer_types(text)
     overrides = _layer_overrides(text, types)
     rope = _rope_by_type(text, types)
@@ -304,7 +240,7 @@ def _layers(text: _Section) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _layer_types(text: _Section) -> list[str]:
+def _layer_types(text: Section) -> list[str]:
     count = text.integer("num_hidden_layers", 30)
     given = text.get("layer_types")
     if given is None:
@@ -323,7 +259,7 @@ def _layer_types(text: _Section) -> list[str]:
     return types
 
 
-def _layer_overrides(text: _Section, types: list[str]) -> dict[int, dict[str, int]]:
+def _layer_overrides(text: Section, types: list[str]) -> dict[int, dict[str, int]]:
     """What single layers have in place of the common head_dim, num_key_value_heads and sliding_window."""
     flat: dict[str, int] = {}
     if "per_layer_config" not in text.values or "global_head_dim" in text.values:
@@ -334,11 +270,11 @@ def _layer_overrides(text: _Section, types: list[str]) -> dict[int, dict[str, in
         return {index: flat for index, layer_type in enumerate(types) if layer_type == FULL}
 
     resolved: dict[int, dict[str, int]] = {}
-    per_layer = _Section(text.path("per_layer_config"), text.get("per_layer_config") or {})
+    per_layer = Section(text.path("per_layer_config"), text.get("per_layer_config") or {})
     for key, values in per_layer.values.items():
         if not str(key).isdecimal() or int(key) >= len(types):
             raise ValueError(f"{per_layer.name} has the key {key!r}; supported: layer indices below {len(types)}")
-        resolved[int(key)] = _one_layer_overrides(_Section(per_layer.path(str(key)), values), text)
+        resolved[int(key)] = _one_layer_overrides(Section(per_layer.path(str(key)), values), text)
     # A file with both spellings is accepted when they agree.
     for index, layer_type in enumerate(types):
         for field, value in flat.items() if layer_type == FULL else ():
@@ -348,7 +284,7 @@ def _layer_overrides(text: _Section, types: list[str]) -> dict[int, dict[str, in
     return resolved
 
 
-def _one_layer_overrides(layer: _Section, text: _Section) -> dict[str, int]:
+def _one_layer_overrides(layer: Section, text: Section) -> dict[str, int]:
     overrides: dict[str, int] = {}
     for field, value in layer.values.items():
         if field in ("head_dim", "num_key_value_heads"):
@@ -361,19 +297,19 @@ def _one_layer_overrides(layer: _Section, text: _Section) -> dict[str, int]:
     return overrides
 
 
-def _rope_by_type(text: _Section, types: list[str]) -> dict[str, RopeConfig]:
+def _rope_by_type(text: Section, types: list[str]) -> dict[str, RopeConfig]:
     given = text.get("rope_parameters")
-    by_type = _Section(text.path("rope_parameters"), _DEFAULT_ROPE if given is None else given)
+    by_type = Section(text.path("rope_parameters"), _DEFAULT_ROPE if given is None else given)
     for key in by_type.values:
         if key not in (SLIDING, FULL):
             raise by_type.refuse(key, f"one object for {SLIDING} and one for {FULL}")
     for layer_type in sorted(set(types)):
         if by_type.get(layer_type) is None:
             raise ValueError(f"{by_type.path(layer_type)} is missing")
-    return {layer_type: _rope(_Section(by_type.path(layer_type), by_type.get(layer_type))) for layer_type in set(types)}
+    return {layer_type: _rope(Section(by_type.path(layer_type), by_type.get(layer_type))) for layer_type in set(types)}
 
 
-def _rope(rope: _Section) -> RopeConfig:
+def _rope(rope: Section) -> RopeConfig:
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
     for field in rope.values:
         if field not in known:
@@ -393,91 +329,3 @@ def _rope(rope: _Section) -> RopeConfig:
     if kind == "default" and config.factor != 1.0:
         raise rope.refuse("factor", "1 with rope_type default")
     return config
-
-
-# Fields of generation_config.json that say nothing about what is generated here.
-_IGNORED_GENERATION_FIELDS = {
-    "_commit_hash",
-    "_from_model_config",
-    "bos_token_id",
-    "cache_config",
-    "cache_implementation",
-    "disable_compile",
-    "return_dict_in_generate",
-    "transformers_version",
-}
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """The sampler's settings in generation_config.json; absent ones as in `DiffusionGemmaGenerationConfig`.
-
-    Temperatures divide logits; `entropy_bound` and `confidence_threshold` are in nats.
-    """
-
-    max_denoising_steps: int = 48
-    entropy_bound: float = 0.1
-    t_min: float = 0.4
-    t_max: float = 0.8
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    max_new_tokens: int = 256
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], config: ModelConfig | None = None) -> GenerationDefaults:
-        """Reads generation_config.json, given itself or its folder; a missing file gives the defaults.
-
-        Where the file names no end-of-sequence or padding id, those of `config` are taken.
-        Raises CheckpointError naming the file and the field.
-        """
-        file = _json_file(path, "generation_config.json")
-        try:
-            return cls.from_dict(_read_json(file) if file.exists() else {}, config)
-        except ValueError as error:
-            raise CheckpointError(str(error), file=file) from error
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], config: ModelConfig | None = None) -> GenerationDefaults:
-        """Reads the parsed generation_config.json; raises ValueError naming the field."""
-        fields = _Section("", {name: value for name, value in values.items() if value is not None})
-        known = {"sampler_config", "eos_token_id", *cls.__dataclass_fields__} - {"entropy_bound", "eos_token_ids"}
-        for field in fields.values:
-            if field not in known | _IGNORED_GENERATION_FIELDS:
-                raise fields.refuse(field, "a generation_config.json without it")
-        sampler = _Section("sampler_config", fields.get("sampler_config", {}))
-        if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
-            raise sampler.refuse("_cls_name", "EntropyBoundSamplerConfig")
-        for field in sampler.values:
-            if field not in ("_cls_name", "entropy_bound"):
-                raise sampler.refuse(field, "entropy_bound only")
-        defaults = cls(
-            max_denoising_steps=fields.integer("max_denoising_steps", cls.max_denoising_steps),
-            entropy_bound=sampler.number("entropy_bound", cls.entropy_bound, open_minimum=False),
-            t_min=fields.number("t_min", cls.t_min, open_minimum=False),
-            t_max=fields.number("t_max", cls.t_max),
-            stability_threshold=fields.integer("stability_threshold", cls.stability_threshold, minimum=0),
-            confidence_threshold=fields.number("confidence_threshold", cls.confidence_threshold),
-            eos_token_ids=fields.token_ids("eos_token_id") or (() if config is None else config.eos_token_ids),
-            pad_token_id=fields.token_id("pad_token_id", None if config is None else config.pad_token_id),
-            max_new_tokens=fields.integer("max_new_tokens", cls.max_new_tokens),
-        )
-        if defaults.t_max < defaults.t_min:
-            raise ValueError(f"t_max is {defaults.t_max}; supported: at least t_min, which is {defaults.t_min}")
-        return defaults
-
-
-def _json_file(path: str | os.PathLike[str], name: str) -> Path:
-    path = Path(path)
-    return path / name if path.is_dir() else path
-
-
-def _read_json(file: Path) -> Any:
-    """Parses a JSON file; raises CheckpointError naming it."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=file) from error
-    except ValueError as error:  # bad UTF-8 and bad JSON
-        raise CheckpointError(f"is not JSON: {error}", file=file) from error
