@@ -1,7 +1,8 @@
 """What a folder on disk says: configuration, weights and their formats, tokenizer, chat template.
 
-`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and says how each weight is
-stored (`stored`); `reading` gets the values; `quantization` is a format to bring them to, `quantize` writes it.
+`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and says
+how each weight is stored (`stored`); `reading` gets the values; `quantization` is a format to bring them to, and
+`quantize` writes it.
 """
 
 from __future__ import annotations
