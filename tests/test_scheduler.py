@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from functools import cache
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 import dgemma_ext as dg
 from dgemma_ext import RequestState, SamplerConfig
 from dgemma_ext.engine.loop import LOOPS
-from dgemma_ext.model import Canvases
+from dgemma_ext.model import Canvases, Network
 from models import random_model, smallest_model
 
 # Loose enough that some canvases stop early and some run to the cap.
@@ -194,6 +196,26 @@ def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
         _ = bad.output
     assert good.output == alone
     assert scheduler.free_slots == 2
+
+
+def test_a_dropped_scheduler_frees_its_network_at_once() -> None:
+    """Requests that are not at their end keep nothing; nor does one that somebody still holds."""
+    base = random_model()
+    network = Network(base.config, base.weights)
+    scheduler = dg.Scheduler(dg.DiffusionGemma(network, base.defaults, base.tokenizer), max_batch=2, max_length=100)
+    held = scheduler.submit([1, 2, 3], max_new_tokens=16, sampler=SAMPLER)
+    scheduler.submit([4], max_new_tokens=16, sampler=SAMPLER)
+    scheduler.step()
+    known = weakref.ref(network)
+    gc.disable()
+    try:
+        del network, scheduler
+        assert known() is None, "freed without a search for cycles"
+    finally:
+        gc.enable()
+    assert held.cancel()
+    assert not held.cancel()
+    assert held.state is RequestState.CANCELLED
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -47,7 +48,8 @@ class Request:
         self.denoising_steps: list[int] = []
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
-        self._cancel = cancel
+        # Weak, so that a scheduler with unfinished requests, and its network, can be dropped at once.
+        self._cancel = weakref.WeakMethod(cancel)
         self._emitted_text = ""
         certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
@@ -85,7 +87,13 @@ class Request:
 
     def cancel(self) -> bool:
         """Stops the request and frees its slot at once. False where it had already ended."""
-        return self._cancel(self)
+        cancel = self._cancel()
+        if cancel is not None:
+            return cancel(self)
+        if self.done:
+            return False
+        self.state = RequestState.CANCELLED  # nobody runs it any more: its scheduler was dropped
+        return True
 
     def new_text(self) -> str:
         """What the answer's text has gained since the last call.
