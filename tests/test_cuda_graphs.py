@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -128,3 +131,101 @@ def test_what_a_driver_does_not_have_is_told_once_and_done_without(
         "kernels": [],
     }
     assert [str(warning.message) for warning in told] == wanted[missing]
+
+
+# Captures -------------------------------------------------------------------------------------------------------------
+
+
+class Captures:
+    """What a capture asks of torch.cuda, in its order; `fail` raises where a capture ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[Any] = []
+        self.fail = False
+        self.current = "the stream before"
+        captures = self
+
+        class Stream:
+            def __init__(self) -> None:
+                captures.log.append("new stream")
+
+            def wait_stream(self, _other: object) -> None: ...
+
+        class CUDAGraph:
+            def __init__(self, keep_graph: bool = False) -> None:
+                self.kept = keep_graph
+
+            def instantiate(self) -> None:
+                assert self.kept
+
+        @contextmanager
+        def graph(made: CUDAGraph, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+            assert capture_error_mode == "thread_local"
+            assert not gc.isenabled()
+            captures.log.append((pool, stream))
+            captures.current = "the capture's stream"
+            yield
+            if captures.fail:
+                raise RuntimeError("the capture was invalidated")
+            captures.current = "the stream before"
+
+        def set_stream(stream: object) -> None:
+            captures.current = str(stream)
+
+        class Before(str):
+            def wait_stream(self, _other: object) -> None: ...
+
+        for name, value in (
+            ("Stream", Stream),
+            ("CUDAGraph", CUDAGraph),
+            ("graph", graph),
+            ("graph_pool_handle", object),
+            ("device", lambda _device: nullcontext()),
+            ("stream", lambda _stream: nullcontext()),
+            ("set_stream", set_stream),
+            ("current_stream", lambda: Before(captures.current)),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda *place: self.log.append("end of pool"), raising=False
+        )
+        cuda_graphs._capture_place.cache_clear()
+
+
+def batch_on(device: str) -> Any:
+    """What a capture asks of a batch. Nothing is allocated on the device."""
+    return SimpleNamespace(slot=SimpleNamespace(device=torch.device(device)))
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[Captures]:
+    made = Captures(monkeypatch)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    yield made
+    cuda_graphs._capture_place.cache_clear()
+
+
+def test_all_captures_of_a_gpu_share_a_stream_and_a_pool_that_stay(captures: Captures) -> None:
+    steps: list[int] = []
+    for _ in range(3):
+        cuda_graphs._captured(batch_on("cuda:0"), lambda: steps.append(1))
+    assert len(steps) == 3 * 3, "two to warm up, one captured"
+    assert captures.log.count("new stream") == 2, "one to warm up on and one to capture on, for the process"
+    places = [entry for entry in captures.log if isinstance(entry, tuple)]
+    assert len(places) == 4, "a first one keeps the pool alive when all graphs are gone"
+    assert len(set(places)) == 1
+    cuda_graphs._captured(batch_on("cuda:1"), lambda: None)
+    others = [entry for entry in captures.log if isinstance(entry, tuple)][4:]
+    assert not set(others) & set(places), "another GPU has its own"
+
+
+def test_a_failed_capture_leaves_the_thread_and_the_allocator_as_they_were(captures: Captures) -> None:
+    cuda_graphs._captured(batch_on("cuda:0"), lambda: None)
+    captures.fail = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        cuda_graphs._captured(batch_on("cuda:0"), lambda: None)
+    assert captures.current == "the stream before"
+    assert captures.log[-1] == "end of pool"
+    assert gc.isenabled()
+    captures.fail = False
+    cuda_graphs._captured(batch_on("cuda:0"), lambda: None)

@@ -6,10 +6,12 @@ Operators that wait for the device themselves cannot be captured: the fallback t
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -122,28 +124,72 @@ def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
         batch.state.active.copy_(active)
 
 
+@dataclass(frozen=True)
+class _CapturePlace:
+    """Streams and memory of all captures on one GPU. One graph runs at a time, and what outlives a step lies in the
+    batch's buffers, so that all graphs share one pool.
+
+    Captures have a stream of their own: torch's is one for all GPUs, and other users of CUDA graphs free what belongs
+    to it. Warm-up has another, so that the workspace that cuBLAS keeps for the capture's stream lies in the pool, from
+    which nothing but captures is served. `keeper` is a graph that keeps the pool when all others are gone: torch 2.11
+    cannot capture into a pool that was given up.
+    """
+
+    warm_up: torch.cuda.Stream
+    stream: torch.cuda.Stream
+    pool: torch.cuda._POOL_HANDLE
+    keeper: torch.cuda.CUDAGraph
+
+
+@cache
+def _capture_place(device: torch.device) -> _CapturePlace:
+    with torch.cuda.device(device):
+        place = _CapturePlace(
+            torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        )
+        with _capturing(place, place.keeper, device):
+            torch.zeros(1, device=device)
+    return place
+
+
 def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """The step as a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    place = _capture_place(batch.slot.device)
+    current = torch.cuda.current_stream()
+    place.warm_up.wait_stream(current)
+    with torch.cuda.stream(place.warm_up):
         for _ in range(_WARM_UP):
             step()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(place.warm_up)
     # Kept, so that a loop can hold a copy of it.
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    # What other threads do meanwhile is theirs.
-    with torch.cuda.graph(graph, pool=_pool(batch.slot.device), capture_error_mode="thread_local"):
+    with _capturing(place, graph, batch.slot.device):
         step()
     graph.instantiate()
     return graph
 
 
-@cache
-def _pool(device: torch.device) -> torch.cuda._POOL_HANDLE:
-    """The memory of all graphs of a GPU: one runs at a time, and what outlives a step lies in the batch's buffers."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
+@contextmanager
+def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Captures what runs inside. After a failure the thread's stream and the allocator are as before."""
+    current = torch.cuda.current_stream()
+    # A collection could destroy another graph, which is an error while one is captured.
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        # "thread_local": what other threads do meanwhile does not concern the capture.
+        with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(current)
+        # torch 2.11 leaves the allocator in the capture where the end of one fails; where it does not, this is refused.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index, place.pool)
+        raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 @cache
