@@ -64,7 +64,7 @@ def main() -> None:
         write_checkpoint(ROOT / "build" / "bench_step_cpu" / "flat", FLATTENING),
     ]
     for folder in folders:
-        plain = logits_of(folder, "stored")
+        plain = logits_of(folder, "auto")
         for weights, activations in FORMATS:
             options = {"weights": weights, "activations": activations}
             figures = compare(plain, logits_of(folder, weights, activations))

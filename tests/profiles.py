@@ -30,11 +30,11 @@ SMALL = {
 
 
 @cache
-def model(weights: str = "stored") -> dg.DiffusionGemma:
+def model(weights: str = "auto") -> dg.DiffusionGemma:
     return dg.DiffusionGemma.from_pretrained(random_checkpoint(hidden=128, intermediate=128), weights=weights)
 
 
 @cache
-def profiled(batch: int = 1, weights: str = "stored", batched: bool = False) -> Profile:
+def profiled(batch: int = 1, weights: str = "auto", batched: bool = False) -> Profile:
     """batched: as on a GPU, where requests share a step."""
     return profile(model(weights), steps=STEPS, prefix=PREFIX, batch=batch, batched=batched)

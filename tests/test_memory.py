@@ -35,7 +35,7 @@ def bytes_of(model: dg.DiffusionGemma) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor | QuantizedWeight))
 
 
-@pytest.mark.parametrize("weights", ["stored", "plain", "fp8", "int4", "int4-64", "nvfp4"])
+@pytest.mark.parametrize("weights", ["auto", "unquantized", "fp8", "int4", "int4-64", "nvfp4"])
 def test_the_plan_is_what_is_loaded(weights: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=weights)
@@ -50,8 +50,8 @@ def test_the_plan_is_what_is_loaded(weights: str, tmp_path: Path) -> None:
 def test_a_stored_format_takes_as_much_as_one_made_while_loading(to: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "plain", with_tokenizer=False)
     convert(folder, tmp_path / "out", parse_target(to))
-    assert plan_of(tmp_path / "out", "stored") == plan_of(folder, to)
-    assert plan_of(tmp_path / "out", "plain") == plan_of(folder, "stored")
+    assert plan_of(tmp_path / "out", "auto") == plan_of(folder, to)
+    assert plan_of(tmp_path / "out", "unquantized") == plan_of(folder, "auto")
 
 
 def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
     assert plan.total <= 18_000_000_000
     assert plan.cache == 25 * 2 * 1023 * 8 * 256 * 2 + 5 * 2 * 8192 * 2 * 512 * 2
     assert plan.logits == 256 * 262_144 * 2
-    for weights, least, most in (("stored", 50.4e9, 50.6e9), ("fp8", 25e9, 28e9), ("nvfp4", 16e9, 18e9)):
+    for weights, least, most in (("auto", 50.4e9, 50.6e9), ("fp8", 25e9, 28e9), ("nvfp4", 16e9, 18e9)):
         total = sum(nbytes for _, nbytes in plan_of(folder, weights, device, 8192).weights.values())
         assert least < total < most, (weights, total)
 
@@ -78,7 +78,7 @@ def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
     def workspace(weights: str, activations: str | None = None) -> int:
         return memory_plan(config, info, resolve_weights(weights), torch.bfloat16, CUDA, 8192, activations).workspace
 
-    plain = workspace("stored")
+    plain = workspace("auto")
     assert workspace("fp8") == plain
     assert 0 < workspace("int4") - plain < 2 * 4096 * (8 * 768 + 2816) * 2
     copies = 4096 * (2816 + 8 * 704) + 4 * 4096 * 9
@@ -96,8 +96,8 @@ def test_activations_are_planned_for_fp8_alone(tmp_path: Path, capsys: pytest.Ca
 def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     config = ModelConfig.from_file(folder)
-    plan = plan_of(folder, "stored")
-    mapped = mapped_bytes(config, inspect_checkpoint(folder, config), "stored", torch.bfloat16)
+    plan = plan_of(folder, "auto")
+    mapped = mapped_bytes(config, inspect_checkpoint(folder, config), "auto", torch.bfloat16)
     # Plain bfloat16 weights stay in the file: what must fit is the rest.
     assert mapped == sum(nbytes for _, nbytes in plan.weights.values())
     loads: list[object] = []

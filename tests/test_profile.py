@@ -61,7 +61,7 @@ def test_rows_sum_to_the_step(batch: int) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "weights", "batched"),
-    [(1, "stored", False), (3, "stored", False), (1, "fp8", False), (1, "nvfp4", True), (3, "stored", True)],
+    [(1, "auto", False), (3, "auto", False), (1, "fp8", False), (1, "nvfp4", True), (3, "auto", True)],
 )
 def test_every_operator_is_of_its_part(batch: int, weights: str, batched: bool) -> None:
     found = profiled(batch, weights, batched)

@@ -22,7 +22,6 @@ from dgemma_ext.ops.plain import block_attention as block_attention_plain
 from dgemma_ext.ops.plain import denoise as denoise_plain
 from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from dgemma_ext.profile.count import (
-    PLAIN,
     Format,
     StepShape,
     encode_operations,
@@ -36,7 +35,7 @@ from dgemma_ext.profile.recorder import experts_hit, soft_tiles
 from dgemma_ext.profile.true_size import true_config
 from profiles import PREFIX, model
 
-WEIGHTS = ["stored", "fp8", "int4", "nvfp4"]
+WEIGHTS = ["auto", "fp8", "int4", "nvfp4"]
 SELF_CONDITIONING = [f"self_conditioning_{name}_proj" for name in ("gate", "up", "down")]
 
 
@@ -68,7 +67,7 @@ class Meter(TorchDispatchMode):
 
 
 @cache
-def metered(weights: str = "stored") -> Meter:
+def metered(weights: str = "auto") -> Meter:
     """A step as the profile runs it."""
     watched = model(weights)
     scheduler = dg.Scheduler(watched, max_batch=1, max_length=PREFIX)
@@ -83,7 +82,7 @@ def metered(weights: str = "stored") -> Meter:
     return meter
 
 
-def operations(weights: str = "stored", **changes: Any) -> dict[tuple[str, int | None], Any]:
+def operations(weights: str = "auto", **changes: Any) -> dict[tuple[str, int | None], Any]:
     watched = model(weights)
     experts = watched.config.num_experts
     sizes: dict[str, Any] = {
@@ -122,7 +121,7 @@ def test_bytes_are_those_of_the_tensors_that_operators_are_given(weights: str) -
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bytes_of_experts_are_of_those_that_are_hit(weights: str) -> None:
     watched, meter = model(weights), metered(weights)
-    name = "moe_ffn" if weights == "stored" else "moe_ffn_quantized"
+    name = "moe_ffn" if weights == "auto" else "moe_ffn_quantized"
     for index, (layer, given) in enumerate(zip(watched.weights.layers, meter.arguments[name], strict=True)):
         hit = {int(i) for i in given[1].flatten()}
         assert experts_hit([given[1]]) == len(hit)
@@ -176,14 +175,14 @@ def test_weights_of_the_published_model() -> None:
     config = true_config()
     shapes = {name: shape for name, shape in published_shapes().items() if name.startswith("model.decoder.")}
     scalars = sum(name.endswith("layer_scalar") for name in shapes)
-    plain = {key: Format(PLAIN) for key in layout_keys(config)}
+    formats = {key: Format("unquantized") for key in layout_keys(config)}
     nothing = StepShape(0, 0, 0, (128.0,) * 30)
-    moved, flops = total(step_operations(config, plain, torch.bfloat16, nothing))
+    moved, flops = total(step_operations(config, formats, torch.bfloat16, nothing))
     stored = 2 * (sum(math.prod(shape) for shape in shapes.values()) - scalars)
     assert moved == stored + 2 * 262_144 * 2816
     assert sum(flops.values()) == 0
     # 84 of 128 experts: 22.84 billion parameters of experts, two bytes each.
-    fewer, _ = total(step_operations(config, plain, torch.bfloat16, StepShape(0, 0, 0, (84.0,) * 30)))
+    fewer, _ = total(step_operations(config, formats, torch.bfloat16, StepShape(0, 0, 0, (84.0,) * 30)))
     assert moved - fewer == 30 * 44 * 3 * 2816 * 704 * 2
 
 

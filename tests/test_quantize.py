@@ -34,7 +34,7 @@ def source(tmp_path: Path) -> Path:
     return make_checkpoint(tmp_path / "plain", shards=2)
 
 
-def load(folder: Path, weights: Any = "stored") -> ModelWeights:
+def load(folder: Path, weights: Any = "auto") -> ModelWeights:
     return load_weights(folder, ModelConfig.from_file(folder), torch.bfloat16, "cpu", weights=weights)
 
 
@@ -83,7 +83,7 @@ def test_the_defining_package_reads_the_same_weights(to: str, source: Path, tmp_
     read = QuantizationConfig.model_validate(config["quantization_config"])
     assert read.format == {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}[to]
     scheme, compressor = schemes()[to]
-    ours = load(tmp_path / "out", "plain")
+    ours = load(tmp_path / "out", "unquantized")
     seen = 0
     for name in plain:
         if not re.search(r"layers\.\d+\.(self_attn\.\w_proj|mlp\.\w+_proj|experts\.\d+\.\w+)\.weight", name):
@@ -218,7 +218,7 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     pytest.importorskip("compressed_tensors", reason="writes a quantized checkpoint")
     single = make_checkpoint(tmp_path / "single", with_tokenizer=False)
     requantize(single, "int4")
-    assert re.search(r"the checkpoint has .* as int4; wants a plain one", complaint(str(single), out, "--to", "fp8"))
+    assert re.search(r"the checkpoint has .* as int4; wants it unquantized", complaint(str(single), out, "--to", "fp8"))
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:

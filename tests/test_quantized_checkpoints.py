@@ -78,7 +78,7 @@ def test_weights_are_the_packages_to_the_last_bit(layout: str, dtype: torch.dtyp
         assert isinstance(weight, Tensor) == stored_plain, name
         if isinstance(weight, QuantizedWeight):
             assert weight.name == FORMAT_OF.get(layout, layout)
-    plain = load(folder, weights="plain")
+    plain = load(folder, weights="unquantized")
     for name, weight in matrices_of(plain).items():
         assert isinstance(weight, Tensor)
         original = matrices_of(weights)[name]
@@ -91,13 +91,13 @@ def test_a_checkpoint_that_mixes_formats_by_layer(folder: Path) -> None:
     requantize(folder, "fp8", matrices=r"model\.decoder\.layers\.1\.(mlp|experts)\..*_proj\.weight")
     requantize(folder, "nvfp4", matrices=r"model\.decoder\.layers\.2\.experts\.\d+\.down_proj\.weight")
     weights = load(folder)
-    names = [layer.experts_down.name or "plain" for layer in weights.layers]
+    names = [layer.experts_down.name or "unquantized" for layer in weights.layers]
     # Where down alone is quantized both are read plain: one kernel takes them.
-    assert names == ["int4", "fp8", "plain"]
+    assert names == ["int4", "fp8", "unquantized"]
     assert isinstance(weights.layers[0].q_proj, QuantizedWeight)
     assert isinstance(weights.layers[1].q_proj, Tensor)
     logits = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu"))
-    plain = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="plain"))
+    plain = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="unquantized"))
     assert cosine(logits, plain) > 0.999
 
 

@@ -26,7 +26,7 @@ def with_transformers(folder: Path, batch: int, weights: str, activations: str |
     import sampling
     import tokenizer
 
-    if weights != "stored" or activations is not None:
+    if weights != "auto" or activations is not None:
         raise ValueError("--weights and --activations are for the engine dgemma_ext")
     model = checkpoint.load(folder)
     text = tokenizer.build()
@@ -80,9 +80,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--blanks", type=int, nargs=2, help="fewest and most blanks; default 10 22 (6x6), 35 45 (9x9)")
     parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument(
-        "--weights", default="stored", help="fp8, int4, int4-64, int4-128 or nvfp4: quantize on loading"
-    )
+    parser.add_argument("--weights", default="auto", help="fp8, int4, int4-64, int4-128 or nvfp4: quantize on loading")
     parser.add_argument("--activations", choices=["fp8"], help="round what goes into experts with fp8 weights too")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the puzzles are always the same")
     parser.add_argument("--engine", choices=ENGINES, default="dgemma_ext")

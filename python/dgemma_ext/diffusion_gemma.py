@@ -1,4 +1,4 @@
-"""The public class: a network, the tokenizer and the sampler defaults of its checkpoint, and the engine over them."""
+"""The public class: a network with the tokenizer and sampler defaults of its checkpoint, and the engine over them."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class DiffusionGemma:
     """A DiffusionGemma; `from_pretrained` makes one.
 
     Attributes: `network` (weights and passes), `tokenizer` (None where the checkpoint has none), `defaults`
-    (generation_config.json); and of the network `config`, `weights`, `dtype`, `device`.
+    (generation_config.json), and the network's `config`, `weights`, `dtype` and `device`.
     """
 
     def __init__(self, network: Network, defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> None:
         self.network = network
         self.defaults = defaults
         self.tokenizer = tokenizer
-        # What `generate` keeps on a GPU from call to call: a cache, buffers, graphs. None gives the memory back.
+        # On a GPU `generate` keeps a scheduler (cache, buffers, graphs) from call to call. None gives the memory back.
         self.kept_scheduler: Scheduler | None = None
 
     @classmethod
@@ -63,25 +63,26 @@ class DiffusionGemma:
         path_or_hub_id: str | os.PathLike[str],
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        weights: str = "stored",
+        weights: str = "auto",
         batch_invariant: bool = False,
         activations: str | None = None,
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
 
-        `device` "auto" is the first CUDA GPU where torch sees one, else the CPU. `dtype` "auto" is the checkpoint's;
-        otherwise "bfloat16" or "float32" (or the torch dtype). `weights` "stored" keeps quantized weights as they are;
-        "fp8", "int4" (groups of 32), "int4-64", "int4-128" and "nvfp4" quantize plain ones while they are loaded, those
-        that the published checkpoints of the format quantize; "plain" loads quantized ones as `dtype`.
-        `batch_invariant`: a request's tokens are the same alone and in any batch, to the bit, on a GPU too, because its
-        dense products are our own kernels' and not torch's; on the CPU they are in any case.
-        `activations` "fp8" rounds what goes into the experts' products to FP8 as well, a scale for each token, where
-        their weights are fp8: other tokens come out. For GPUs of compute capability 8.9, 9.0 and 12.x; on the CPU the
-        same roundings, slowly.
+        `device`: "auto" is the first CUDA GPU where torch sees one, else the CPU.
+        `dtype`: "auto" is the checkpoint's; otherwise "bfloat16" or "float32" (or the torch dtype).
+        `weights`: "auto" keeps weights as stored. "fp8", "int4" (groups of 32), "int4-64", "int4-128" and "nvfp4"
+        quantize unquantized weights while loading, those that the published checkpoints of the format quantize.
+        "unquantized" converts quantized weights to `dtype`.
+        `batch_invariant`: a request's tokens are bit-identical alone and in any batch on a GPU too, because dense
+        products run on our own kernels in place of torch's. On the CPU they always are.
+        `activations`: "fp8" also rounds the inputs of the experts' products to FP8, with a scale for each token, where
+        their weights are fp8; this changes tokens. It needs a GPU of compute capability 8.9, 9.0 or 12.x; the CPU makes
+        the same roundings, slowly.
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format and
-        for activations that weights or device do not serve, and dg.NotEnoughMemory, before anything is loaded, with a
-        table of what the model would take.
+        for activations that do not go with the weights or the device, and dg.NotEnoughMemory, before anything is
+        loaded, with a table of what the model would take.
         """
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)

@@ -6,25 +6,23 @@ import os
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used.
+    """A checkpoint cannot be used.
 
-    `file` and `tensor` say where (`None` where the fault has no file or no tensor); the message names both.
+    `file` and `tensor` are where the error is, or None; the message names both.
     """
 
     file: str | None
     tensor: str | None
 
-    def __init__(self, problem: str, *, file: str | os.PathLike[str] | None = None, tensor: str | None = None) -> None:
+    def __init__(self, message: str, *, file: str | os.PathLike[str] | None = None, tensor: str | None = None) -> None:
         self.file = None if file is None else os.fspath(file)
         self.tensor = tensor
-        where = "".join(
-            f"{part}: " for part in (self.file, None if tensor is None else f"tensor {tensor}") if part is not None
-        )
-        super().__init__(where + problem)
+        where = (self.file, None if tensor is None else f"tensor {tensor}")
+        super().__init__(": ".join(part for part in (*where, message) if part is not None))
 
 
 class NonFiniteError(RuntimeError):
-    """A statistic of a denoising step turned NaN or infinite.
+    """A statistic of a denoising step is NaN or infinite.
 
     `request` is the request's number within the call, `step` the denoising step, counted from 1.
     """
@@ -32,7 +30,7 @@ class NonFiniteError(RuntimeError):
     request: int
     step: int
 
-    def __init__(self, problem: str, *, request: int, step: int) -> None:
+    def __init__(self, message: str, *, request: int, step: int) -> None:
         self.request = request
         self.step = step
-        super().__init__(f"request {request}, denoising step {step}: {problem}")
+        super().__init__(f"request {request}, denoising step {step}: {message}")

@@ -1,8 +1,8 @@
-"""What a folder on disk says: configuration, weights and their formats, tokenizer, chat template.
+"""A checkpoint's folder on disk: configuration, weights and their formats, tokenizer, chat template.
 
-`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and says
-how each weight is stored (`stored`); `reading` gets the values; `quantization` is a format to bring them to, and
-`quantize` writes it.
+`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and finds
+how each weight is stored (`stored`); `reading` reads the values; `quantization` describes a format to quantize to, and
+`quantize` writes a checkpoint in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
 from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
 from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
-from dgemma_ext.checkpoint.stored import Experts, Matrix, Plain, Stored, TensorInfo, names_of
+from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored, TensorInfo, names_of
 from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Message, Tokenizer
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
     "Message",
     "ModelConfig",
     "PartError",
-    "Plain",
     "RopeConfig",
     "Stored",
     "Target",

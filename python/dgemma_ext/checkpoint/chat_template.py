@@ -1,4 +1,4 @@
-"""Rendering a checkpoint's chat template, which is code of unknown origin, inside jinja2's sandbox."""
+"""Renders a checkpoint's chat template, which is code of unknown origin, inside jinja2's sandbox."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dgemma_ext.errors import CheckpointError
 
 
 class ChatTemplate:
-    """A compiled template and the file it came from, which every complaint names.
+    """A compiled template and its file, which every error names.
 
-    It sees what transformers gives its templates (`apply_chat_template`): blocks trimmed, loop controls, `tojson`,
-    `raise_exception`, `strftime_now`, `generation` blocks; and only plain JSON values.
+    The environment is that of transformers' `apply_chat_template`: blocks trimmed, loop controls, `tojson`,
+    `raise_exception`, `strftime_now`, `generation` blocks. Variables are plain JSON values only.
     """
 
     def __init__(self, source: str, file: Path) -> None:
@@ -34,11 +34,14 @@ class ChatTemplate:
             raise CheckpointError(f"chat template, line {error.lineno}: {error.message}", file=file) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """Raises ValueError where a variable is not plain JSON or the template itself refuses the messages, and
-        CheckpointError where it fails or tries to leave the sandbox."""
-        plain = {name: _plain(name, value) for name, value in variables.items()}
+        """Renders the template with `variables`.
+
+        Raises ValueError where a variable is not plain JSON or the template itself refuses the messages, and
+        CheckpointError where the template fails or tries to leave the sandbox.
+        """
+        checked = {name: _json_value(name, value) for name, value in variables.items()}
         try:
-            return self._template.render(plain)
+            return self._template.render(checked)
         except _RefusedMessages as error:
             raise ValueError(f"messages: the chat template in {self._file} refuses them: {error.message}") from error
         except Exception as error:  # a template can raise anything that an expression can
@@ -46,7 +49,7 @@ class ChatTemplate:
 
 
 class _RefusedMessages(jinja2.TemplateError):
-    """What a template's own raise_exception raises."""
+    """The error that a template's call of raise_exception raises."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -64,7 +67,7 @@ class _PlainNamespace(Namespace):
 
 
 class _GenerationBlocks(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what a model wrote, for training; here it is only its content."""
+    """`{% generation %}…{% endgeneration %}` marks the model's text for training; here it renders its content only."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -78,9 +81,9 @@ def _environment() -> _Environment:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlocks]
     )
     environment.filters["tojson"] = _tojson
-    # Of jinja2's own globals only what templates use.
+    # jinja2's other globals are left out: templates do not use them.
     environment.globals = {
-        "range": environment.globals["range"],  # the sandbox's, which is bounded
+        "range": environment.globals["range"],  # the sandbox's range has a bounded length
         "dict": _dict,
         "namespace": _namespace,
         "raise_exception": _raise_exception,
@@ -89,7 +92,7 @@ def _environment() -> _Environment:
     return environment
 
 
-def _plain(name: str, value: Any) -> Any:
+def _json_value(name: str, value: Any) -> Any:
     """`value` rebuilt from JSON's own types, so that a template meets no object with methods of its own."""
     try:
         return json.loads(json.dumps(value))
@@ -128,5 +131,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; jinja2's own filter escapes what matters to HTML."""
+    """Plain JSON; jinja2's own filter escapes HTML characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,10 +1,10 @@
-"""The configuration of a model: config.json, read once, checked, and resolved layer by layer.
+"""The configuration of a model: reads config.json, checks every field and resolves the settings of each layer.
 
-Both spellings of the text configuration are read: the flat one of the published file (`global_head_dim`,
-`num_global_key_value_heads` for the full-attention layers) and `per_layer_config` (a sparse map from layer index to
-overrides), which transformers writes since it resolves the flat spelling into it. Defaults for absent fields are those
-of `DiffusionGemmaTextConfig` in transformers' configuration_diffusion_gemma.py. A value that this engine does not
-implement is refused by name.
+Two forms of the text configuration are read: the flat one of the published file (`global_head_dim` and
+`num_global_key_value_heads` for the full-attention layers), and `per_layer_config`, a map from layer index to
+overrides, which transformers writes. Defaults for absent fields are those of `DiffusionGemmaTextConfig` in
+transformers' configuration_diffusion_gemma.py. A value that this engine does not implement is an error that names the
+field.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dgemma_ext.errors import CheckpointError
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-# One full-attention layer after every five sliding ones, where the file gives no pattern.
+# Every sixth layer has full attention where the file gives no layer_types.
 _DEFAULT_PATTERN = 6
 
-# Files in float16 are computed in bfloat16: activations of this model overflow float16.
+# A float16 checkpoint runs in bfloat16, because activations of this model overflow float16.
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.bfloat16}
 
 _DEFAULT_HEADS = {"head_dim": 256, "num_key_value_heads": 4}
@@ -37,7 +37,7 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 
-# Fields of related models that change the mathematics, with the values that leave this model's as it is.
+# Fields of related models that change the mathematics, with the values that do not.
 _NEUTRAL_TEXT_FIELDS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "attention_chunk_size": (None,),
@@ -63,8 +63,8 @@ _NEUTRAL_TOP_FIELDS: dict[str, tuple[Any, ...]] = {
 class RopeConfig:
     """Rotary position embedding of one layer.
 
-    `rope_type` is "default" (all dimensions turn) or "proportional" (only the first `partial_rotary_factor` of the
-    pairs turn, with frequencies spaced as if all did). `factor` divides every frequency (proportional only).
+    `rope_type` is "default" (all dimensions rotate) or "proportional" (only the first `partial_rotary_factor` of the
+    pairs rotate, with frequencies spaced as if all did). `factor` divides every frequency (proportional only).
     """
 
     rope_type: str
@@ -73,16 +73,16 @@ class RopeConfig:
     factor: float = 1.0
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """The angle per position of each pair (i, i + head_dim/2): fp32 [head_dim / 2], zero where nothing turns.
+        """The angle per position of each pair (i, i + head_dim/2): fp32 [head_dim / 2], zero for those that stay.
 
         Formulas: `compute_default_rope_parameters` in transformers' modeling_diffusion_gemma.py and
         `_compute_proportional_rope_parameters` in its modeling_rope_utils.py, in their order of operations, so that
         the values are equal bit for bit.
         """
-        turning = int(self.partial_rotary_factor * head_dim // 2)  # all of them for "default"
-        exponents = torch.arange(0, 2 * turning, 2, dtype=torch.float32) / head_dim
+        rotating = int(self.partial_rotary_factor * head_dim // 2)  # all of them for "default"
+        exponents = torch.arange(0, 2 * rotating, 2, dtype=torch.float32) / head_dim
         frequencies = torch.zeros(head_dim // 2, dtype=torch.float32)
-        frequencies[:turning] = 1.0 / (self.theta**exponents)
+        frequencies[:rotating] = 1.0 / (self.theta**exponents)
         return frequencies / self.factor
 
 
@@ -101,7 +101,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the engine needs to know of config.json. Sizes are in elements, token ids are vocabulary indices."""
+    """The fields of config.json that the engine uses. Sizes are in elements, token ids are vocabulary indices."""
 
     hidden_size: int
     intermediate_size: int
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> ModelConfig:
-        """Reads config.json, given itself or its folder; raises CheckpointError naming the file and the field."""
+        """Reads config.json from its path or its folder; raises CheckpointError naming the file and the field."""
         file = json_file(path, "config.json")
         try:
             return cls.from_dict(read_json(file))
@@ -140,29 +140,29 @@ class ModelConfig:
         """Reads the parsed config.json; raises ValueError naming the field."""
         top = Section("", config)
         if top.get("model_type", "diffusion_gemma") != "diffusion_gemma":
-            raise top.refuse("model_type", "diffusion_gemma")
-        top.neutral(_NEUTRAL_TOP_FIELDS)
+            raise top.error("model_type", "diffusion_gemma")
+        top.check_neutral(_NEUTRAL_TOP_FIELDS)
         check_quantization_config(top.get("quantization_config"))
         if top.get("text_config") is None:
             raise ValueError("text_config is missing")
         text = Section("text_config", top.get("text_config"))
         if text.get("model_type", "diffusion_gemma_text") != "diffusion_gemma_text":
-            raise text.refuse("model_type", "diffusion_gemma_text")
-        text.neutral(_NEUTRAL_TEXT_FIELDS)
+            raise text.error("model_type", "diffusion_gemma_text")
+        text.check_neutral(_NEUTRAL_TEXT_FIELDS)
         if text.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-            raise text.refuse("hidden_activation", "gelu_pytorch_tanh")
-        # "vision" differs from none only where there are images; "all" would make the prompt bidirectional.
+            raise text.error("hidden_activation", "gelu_pytorch_tanh")
+        # "vision" differs from null only where there are images; "all" would make the prompt bidirectional.
         if text.get("use_bidirectional_attention") not in (None, "vision"):
-            raise text.refuse("use_bidirectional_attention", "null or vision")
+            raise text.error("use_bidirectional_attention", "null or vision")
         vision = top.get("vision_config")
         if vision is not None and not isinstance(vision, Mapping):
-            raise top.refuse("vision_config", "an object or null")
+            raise top.error("vision_config", "an object or null")
 
-        eos_of_text = text.token_ids("eos_token_id", 1)
+        text_eos = text.token_ids("eos_token_id", 1)
         num_experts = text.integer("num_experts")
         top_k_experts = text.integer("top_k_experts")
         if top_k_experts > num_experts:
-            raise text.refuse("top_k_experts", f"at most num_experts, which is {num_experts}")
+            raise text.error("top_k_experts", f"at most num_experts, which is {num_experts}")
         return cls(
             hidden_size=text.integer("hidden_size", 2304),
             intermediate_size=text.integer("intermediate_size", 9216),
@@ -178,7 +178,7 @@ class ModelConfig:
             hidden_activation="gelu_pytorch_tanh",
             bidirectional_attention=text.get("use_bidirectional_attention"),
             bos_token_id=text.token_id("bos_token_id", 2),
-            eos_token_ids=top.token_ids("eos_token_id") or eos_of_text,
+            eos_token_ids=top.token_ids("eos_token_id") or text_eos,
             pad_token_id=text.token_id("pad_token_id", 0),
             dtype=_dtype(top, text),
             layers=_layers(text),
@@ -190,13 +190,13 @@ class ModelConfig:
 
 
 def _dtype(top: Section, text: Section) -> torch.dtype:
-    """The dtype the file declares; the published bfloat16 where it declares none."""
+    """The dtype that the file declares; bfloat16, as published, where it declares none."""
     for section in (top, text):
         for field in ("dtype", "torch_dtype"):
             name = section.get(field)
             if name is not None:
                 if name not in _DTYPES:
-                    raise section.refuse(field, " or ".join(_DTYPES))
+                    raise section.error(field, " or ".join(_DTYPES))
                 return _DTYPES[name]
     return torch.bfloat16
 
@@ -247,12 +247,12 @@ def _layer_types(text: Section) -> list[str]:
         types = [FULL if (index + 1) % _DEFAULT_PATTERN == 0 else SLIDING for index in range(count)]
     else:
         if not isinstance(given, list) or any(name not in (SLIDING, FULL) for name in given):
-            raise text.refuse("layer_types", f"a list of {SLIDING} and {FULL}")
+            raise text.error("layer_types", f"a list of {SLIDING} and {FULL}")
         if len(given) != count:
             raise ValueError(f"{text.path('layer_types')} has {len(given)} entries; num_hidden_layers is {count}")
         types = list(given)
     if types[-1] != FULL:
-        # transformers turns the last layer into a full one, so a model that was trained there has one.
+        # transformers makes the last layer a full one, whatever the file says.
         if given is not None:
             warnings.warn(f"{text.path('layer_types')} ends in {types[-1]}; it is read as {FULL}", stacklevel=2)
         types[-1] = FULL
@@ -260,7 +260,7 @@ def _layer_types(text: Section) -> list[str]:
 
 
 def _layer_overrides(text: Section, types: list[str]) -> dict[int, dict[str, int]]:
-    """What single layers have in place of the common head_dim, num_key_value_heads and sliding_window."""
+    """Layer index → values that replace the common head_dim, num_key_value_heads and sliding_window."""
     flat: dict[str, int] = {}
     if "per_layer_config" not in text.values or "global_head_dim" in text.values:
         flat["head_dim"] = text.integer("global_head_dim", 512)
@@ -275,7 +275,7 @@ def _layer_overrides(text: Section, types: list[str]) -> dict[int, dict[str, int
         if not str(key).isdecimal() or int(key) >= len(types):
             raise ValueError(f"{per_layer.name} has the key {key!r}; supported: layer indices below {len(types)}")
         resolved[int(key)] = _one_layer_overrides(Section(per_layer.path(str(key)), values), text)
-    # A file with both spellings is accepted when they agree.
+    # A file with both forms is accepted when they agree.
     for index, layer_type in enumerate(types):
         for field, value in flat.items() if layer_type == FULL else ():
             actual = resolved.get(index, {}).get(field, text.get(field, _DEFAULT_HEADS[field]))
@@ -290,10 +290,10 @@ def _one_layer_overrides(layer: Section, text: Section) -> dict[str, int]:
         if field in ("head_dim", "num_key_value_heads"):
             overrides[field] = layer.integer(field)
         elif field == "sliding_window":
-            # A full-attention layer may say that it has none.
+            # A full-attention layer may have null here.
             overrides[field] = 0 if value is None else layer.integer(field)
         elif not (value == [] if field == "skip" else field in text.values and text.values[field] == value):
-            raise layer.refuse(field, "overrides of head_dim, num_key_value_heads and sliding_window only")
+            raise layer.error(field, "overrides of head_dim, num_key_value_heads and sliding_window only")
     return overrides
 
 
@@ -302,7 +302,7 @@ def _rope_by_type(text: Section, types: list[str]) -> dict[str, RopeConfig]:
     by_type = Section(text.path("rope_parameters"), _DEFAULT_ROPE if given is None else given)
     for key in by_type.values:
         if key not in (SLIDING, FULL):
-            raise by_type.refuse(key, f"one object for {SLIDING} and one for {FULL}")
+            raise by_type.error(key, f"one object for {SLIDING} and one for {FULL}")
     for layer_type in sorted(set(types)):
         if by_type.get(layer_type) is None:
             raise ValueError(f"{by_type.path(layer_type)} is missing")
@@ -313,11 +313,11 @@ def _rope(rope: Section) -> RopeConfig:
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
     for field in rope.values:
         if field not in known:
-            raise rope.refuse(field, "a rotary embedding without it")
+            raise rope.error(field, "a rotary embedding without it")
     kind_field = "rope_type" if "rope_type" in rope.values else "type"
     kind = rope.get(kind_field, "default")
     if kind not in ("default", "proportional"):
-        raise rope.refuse(kind_field, "default or proportional")
+        raise rope.error(kind_field, "default or proportional")
     config = RopeConfig(
         rope_type=kind,
         theta=rope.number("rope_theta"),
@@ -325,7 +325,7 @@ def _rope(rope: Section) -> RopeConfig:
         factor=rope.number("factor", 1.0),
     )
     if config.partial_rotary_factor > 1.0 or (kind == "default" and config.partial_rotary_factor != 1.0):
-        raise rope.refuse("partial_rotary_factor", "1 with rope_type default, at most 1 with proportional")
+        raise rope.error("partial_rotary_factor", "1 with rope_type default, at most 1 with proportional")
     if kind == "default" and config.factor != 1.0:
-        raise rope.refuse("factor", "1 with rope_type default")
+        raise rope.error("factor", "1 with rope_type default")
     return config

@@ -1,9 +1,9 @@
 """What a checkpoint's files hold, from their headers alone, and whether that is what the configuration asks for.
 
 The layout is the published one (`DiffusionGemmaForBlockDiffusion.save_pretrained` in transformers): safetensors, one
-file or shards with an index; the text weights once, under `model.decoder`; of the encoder only its layer scalars and
+file or shards with an index; the text weights once, under `model.decoder`; from the encoder only its layer scalars and
 the vision tower, which this engine skips; no `lm_head`, which is tied to the token embedding. Matrices may be
-quantized, and experts stored one by one (quantized/stored.py).
+quantized, and experts stored one by one (stored.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
-from dgemma_ext.checkpoint.stored import PLAIN_DTYPES, Stored, TensorInfo, find_weight, names_of
+from dgemma_ext.checkpoint.stored import FLOAT_DTYPES, Stored, TensorInfo, find_weight, names_of
 from dgemma_ext.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -40,8 +40,8 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What the headers of a checkpoint say. Tensor names are in file order; `weights` has how each weight that the
-    model needs is stored, by the name of `expected_tensors`."""
+    """The headers of a checkpoint. Tensor names are in file order; `weights` says how each weight that the model needs
+    is stored, by its name in `expected_tensors`."""
 
     files: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
@@ -54,7 +54,7 @@ class CheckpointInfo:
 
     @property
     def diffusion_tensors(self) -> tuple[str, ...]:
-        """What an autoregressive Gemma 4 does not have: encoder layer scalars and self-conditioning."""
+        """The tensors that an autoregressive Gemma 4 does not have: encoder layer scalars and self-conditioning."""
         return tuple(
             name
             for name in self.tensors
@@ -274,7 +274,7 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError("has a corrupt header entry", file=file, tensor=name)
     if dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"has dtype {dtype}; supported: {', '.join(PLAIN_DTYPES)}", file=file, tensor=name)
+        raise CheckpointError(f"has dtype {dtype}; supported: {', '.join(FLOAT_DTYPES)}", file=file, tensor=name)
     begin, end = offsets
     if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise CheckpointError(f"has {end - begin} bytes; {dtype} {shape} takes another number", file=file, tensor=name)
@@ -285,7 +285,7 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-# owner/name, as the hub spells it.
+# The hub's form: owner/name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 

@@ -11,7 +11,7 @@ from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.checkpoint.json_section import Section, json_file, read_json
 from dgemma_ext.errors import CheckpointError
 
-# Fields of generation_config.json that say nothing about what is generated here.
+# Fields of generation_config.json that have no effect on generation here.
 _IGNORED_GENERATION_FIELDS = {
     "_commit_hash",
     "_from_model_config",
@@ -26,7 +26,7 @@ _IGNORED_GENERATION_FIELDS = {
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The sampler's settings in generation_config.json; absent ones as in `DiffusionGemmaGenerationConfig`.
+    """The sampler's settings in generation_config.json. Defaults are those of `DiffusionGemmaGenerationConfig`.
 
     Temperatures divide logits; `entropy_bound` and `confidence_threshold` are in nats.
     """
@@ -43,10 +43,10 @@ class GenerationDefaults:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], config: ModelConfig | None = None) -> GenerationDefaults:
-        """Reads generation_config.json, given itself or its folder; a missing file gives the defaults.
+        """Reads generation_config.json from its path or its folder; a missing file gives the defaults.
 
-        Where the file names no end-of-sequence or padding id, those of `config` are taken.
-        Raises CheckpointError naming the file and the field.
+        Where the file names no end-of-sequence or padding id, `config` gives them. Raises CheckpointError naming the
+        file and the field.
         """
         file = json_file(path, "generation_config.json")
         try:
@@ -61,13 +61,13 @@ class GenerationDefaults:
         known = {"sampler_config", "eos_token_id", *cls.__dataclass_fields__} - {"entropy_bound", "eos_token_ids"}
         for field in fields.values:
             if field not in known | _IGNORED_GENERATION_FIELDS:
-                raise fields.refuse(field, "a generation_config.json without it")
+                raise fields.error(field, "a generation_config.json without it")
         sampler = Section("sampler_config", fields.get("sampler_config", {}))
         if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
-            raise sampler.refuse("_cls_name", "EntropyBoundSamplerConfig")
+            raise sampler.error("_cls_name", "EntropyBoundSamplerConfig")
         for field in sampler.values:
             if field not in ("_cls_name", "entropy_bound"):
-                raise sampler.refuse(field, "entropy_bound only")
+                raise sampler.error(field, "entropy_bound only")
         defaults = cls(
             max_denoising_steps=fields.integer("max_denoising_steps", cls.max_denoising_steps),
             entropy_bound=sampler.number("entropy_bound", cls.entropy_bound, open_minimum=False),

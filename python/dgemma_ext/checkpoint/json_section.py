@@ -1,4 +1,4 @@
-"""Reading a JSON file of a checkpoint, field by field: every refusal names the field and what is supported."""
+"""Reads a JSON file of a checkpoint field by field; every error names the field and the supported values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_json(file: Path) -> Any:
 
 
 class Section:
-    """One JSON object, with getters that name the field in every complaint."""
+    """One JSON object, with getters that name the field in every error."""
 
     def __init__(self, name: str, values: Any) -> None:
         if not (isinstance(values, Mapping) and all(isinstance(key, str) for key in values)):
@@ -38,7 +38,7 @@ class Section:
     def path(self, field: str) -> str:
         return f"{self.name}.{field}" if self.name else field
 
-    def refuse(self, field: str, wanted: str) -> ValueError:
+    def error(self, field: str, wanted: str) -> ValueError:
         return ValueError(f"{self.path(field)} is {self.values.get(field)!r}; supported: {wanted}")
 
     def get(self, field: str, default: Any = None) -> Any:
@@ -47,7 +47,7 @@ class Section:
     def integer(self, field: str, default: int | None = None, minimum: int = 1) -> int:
         value = self._present(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refuse(field, f"an integer of at least {minimum}")
+            raise self.error(field, f"an integer of at least {minimum}")
         return value
 
     def number(
@@ -62,7 +62,7 @@ class Section:
             and value < float("inf")
         )
         if not in_range:
-            raise self.refuse(field, f"a finite number {bound} {minimum}")
+            raise self.error(field, f"a finite number {bound} {minimum}")
         return float(value)
 
     def token_id(self, field: str, default: int | None = None) -> int | None:
@@ -74,14 +74,14 @@ class Section:
         value = self.get(field, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise self.refuse(field, "a token id or a list of token ids")
+            raise self.error(field, "a token id or a list of token ids")
         return tuple(ids)
 
-    def neutral(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuses a field whose value is present and not one of those listed for it."""
+    def check_neutral(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raises ValueError for a field that is present with none of the values listed for it."""
         for field, allowed in fields.items():
             if field in self.values and not any(self.values[field] is a or self.values[field] == a for a in allowed):
-                raise self.refuse(field, " or ".join(json.dumps(a) for a in allowed) + " (or leave it out)")
+                raise self.error(field, " or ".join(json.dumps(a) for a in allowed) + " (or leave it out)")
 
     def _present(self, field: str, default: Any) -> Any:
         if field not in self.values and default is None:

@@ -1,8 +1,8 @@
-"""What config.json may say of quantized weights, and how a user asks for a format.
+"""The quantization section of config.json, and the formats that weights can be quantized to.
 
-Which tensors are quantized, and how, is read off the tensors themselves (stored.py), so the lists of ignored modules
-need no reading: publishers spell them with the encoder's names or the decoder's, both for the same tensors. What is
-checked here is that the files are of a kind that is known.
+Which tensors are quantized, and how, is read off the tensors themselves (stored.py). The section's lists of ignored
+modules are not read: publishers spell them with the encoder's names or the decoder's, both for the same tensors. Only
+the kind of the files is checked here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "att
 
 
 def check_quantization_config(section: Any) -> None:
-    """Refuses what cannot be read: raises ValueError naming the field of config.json."""
+    """Raises ValueError, naming the field of config.json, for a quantization that cannot be read."""
     if section is None:
         return
     if not isinstance(section, Mapping):
@@ -64,7 +64,7 @@ def _refusal(field: str, got: Any, wanted: tuple[str, ...]) -> ValueError:
 
 @dataclass(frozen=True)
 class Target:
-    """A format that plain weights are brought to, and for which parts of a layer."""
+    """A format to quantize weights to, and the parts of a layer that are quantized."""
 
     format: str
     group: int
@@ -75,8 +75,8 @@ class Target:
         return any(attribute in PARTS[part] for part in self.parts)
 
     def group_for(self, columns: int) -> int | None:
-        """Columns that share a scale in rows of so many, 0 where a row does: the wanted number, for int4 halved until
-        it divides them. None where nothing does; such a matrix stays plain."""
+        """The number of columns that share a scale, 0 where a whole row does. For int4 the wanted group is halved until
+        it divides `columns`. None where no group divides them: such a matrix stays unquantized."""
         group = self.group
         while group and columns % group:
             if self.format != "int4" or group == min(INT4_GROUPS):
@@ -85,24 +85,28 @@ class Target:
         return group
 
     def quantize(self, matrices: list[Tensor]) -> list[QuantizedWeight]:
-        """Matrices [rows, columns] that other engines multiply as one (an expert's gate and up), quantized: of nvfp4
-        they share the global scale. Their columns have a group."""
+        """Quantizes matrices [rows, columns] that other engines multiply as one (an expert's gate and up).
+
+        In nvfp4 they share the global scale. `group_for` of their columns must not be None.
+        """
         if self.format == "fp8":
             return [Fp8Weight.quantize(matrix) for matrix in matrices]
         if self.format == "int4":
             group = self.group_for(matrices[0].shape[-1])
-            assert group, "the caller has asked for the group"
+            assert group, "the caller has checked that a group divides the columns"
             return [Int4Weight.quantize(matrix, group) for matrix in matrices]
-        together = Nvfp4Weight.quantize(torch.cat(matrices)).global_scales
-        return [Nvfp4Weight.quantize(matrix, global_scales=together) for matrix in matrices]
+        shared = Nvfp4Weight.quantize(torch.cat(matrices)).global_scales
+        return [Nvfp4Weight.quantize(matrix, global_scales=shared) for matrix in matrices]
 
 
 _GROUPS = {"fp8": 0, "int4": 32, "nvfp4": 16}
 
 
 def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
-    """ "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; `parts` of a layer default to those that the
-    published checkpoints of the format quantize. Raises ValueError for anything else."""
+    """Parses "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; raises ValueError for anything else.
+
+    `parts` of a layer default to those that the published checkpoints of the format quantize.
+    """
     format, _, group = text.partition("-")
     if format not in _GROUPS or (group and (format != "int4" or group not in map(str, INT4_GROUPS))):
         raise ValueError(f"weights must be fp8, int4, int4-64, int4-128 or nvfp4, got {text!r}")
@@ -114,5 +118,5 @@ def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
 
 
 def resolve_weights(text: str) -> Target | str:
-    """What a user asks for: "stored", "plain" or a format of parse_target. Raises ValueError for anything else."""
-    return text if text in ("stored", "plain") else parse_target(text)
+    """The option `weights`: "auto", "unquantized" or a format of parse_target. Raises ValueError for anything else."""
+    return text if text in ("auto", "unquantized") else parse_target(text)

@@ -1,8 +1,8 @@
 """Writes a checkpoint's quantized form, in the layout of compressed-tensors: `dgemma quantize`.
 
-Output goes shard by shard into a folder beside the wanted one, OUT.partial, which gets its index and its config.json
-last and is then renamed: what lies under OUT is whole. A run that was interrupted is continued by the next one with the
-same source and format; finished shards are not made again. Memory is bounded by a shard, not by the checkpoint.
+Shards are written one by one to the folder OUT.partial, which gets its index and its config.json last and is then
+renamed: a folder OUT is always complete. An interrupted run is continued by the next one with the same source and
+format; finished shards are not made again. Memory is bounded by a shard, not by the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.checkpoint.files import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
 from dgemma_ext.checkpoint.quantization import PARTS, Target
 from dgemma_ext.checkpoint.reading import MappedFiles
-from dgemma_ext.checkpoint.stored import Experts, Matrix, Plain, names_of
+from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
-# Bytes of a shard, about: with the copy that serialising makes, two of them are in memory at once.
+# The approximate size of a shard. Serialising makes a copy, so two shards are in memory at once.
 _SHARD_BYTES = 1_500_000_000
 _STATE_FILE = "progress.json"
-# What a checkpoint has beside its weights.
+# The files of a checkpoint that are copied beside its weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
 _LAYOUTS = {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
 _IGNORED = ["lm_head", "re:.*embed_tokens.*", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision.*"]
@@ -42,7 +42,10 @@ _IGNORED = ["lm_head", "re:.*embed_tokens.*", "re:.*router.*", "re:.*self_condit
 
 @dataclass
 class PartError:
-    """The squared error and the squared size of what was quantized of one part of one layer."""
+    """The quantization error of one part of one layer.
+
+    `error` and `size` are the sums of the squared differences and of the squared original values.
+    """
 
     layer: int
     part: str
@@ -51,7 +54,7 @@ class PartError:
 
     @property
     def relative(self) -> float:
-        """||quantized - plain|| / ||plain||."""
+        """||quantized - original|| / ||original||."""
         return (self.error / self.size) ** 0.5 if self.size else 0.0
 
 
@@ -62,13 +65,14 @@ class Work:
     names: tuple[str, ...]
     layer: int
     attribute: str | None
-    stored: Plain | Matrix | Experts | None
+    stored: Stored | None
     out_bytes: int
 
 
 @dataclass
 class Conversion:
-    """A source and what becomes of it. `shards`: the work of each file that is written."""
+    """A source and how it is written. `shards`: the weights of each file. `groups`: columns that share a scale → the
+    attributes that are quantized so."""
 
     info: CheckpointInfo
     target: Target
@@ -81,7 +85,7 @@ class Conversion:
 
 
 def plan_conversion(source: Path, target: Target) -> Conversion:
-    """What is quantized and how it is divided into shards, from the headers alone.
+    """Plans from the headers alone which weights are quantized and which shard each goes to.
 
     Raises CheckpointError for a source that cannot be loaded, ValueError where a wanted matrix is quantized already.
     """
@@ -98,8 +102,8 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
     works = []
     for name, (layer_index, attribute) in wanted.items():
         stored = info.weights[name]
-        if stored.kind != "plain":
-            raise ValueError(f"IN: the checkpoint has {next(names_of(stored))} as {stored.kind}; wants a plain one")
+        if stored.kind != "unquantized":
+            raise ValueError(f"IN: the checkpoint has {next(names_of(stored))} as {stored.kind}; wants it unquantized")
         columns = stored.shape[-1]
         group = target.group_for(columns)
         if group is None:
@@ -112,7 +116,7 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
     works += [
         Work((name,), -1, None, None, tensor.nbytes) for name, tensor in info.tensors.items() if name not in taken
     ]
-    # In the order of the source's bytes, so that it is read once from front to back.
+    # Weights are sorted by their place in the source, so that it is read once from front to back.
     files = {file: number for number, file in enumerate(info.files)}
     works.sort(key=lambda work: (files[info.tensors[work.names[0]].file], info.tensors[work.names[0]].offset))
     size = 0
@@ -130,10 +134,10 @@ def convert(
 ) -> list[PartError]:
     """Writes `source` as `target` to `destination`, which must not exist; returns the error of each layer's parts.
 
-    advance: told how many of the source's bytes are done.
+    advance: called with the number of the source's bytes that were converted since the last call.
     Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
-    one of another source or format, CheckpointError when a file cannot be written (what is done is kept, and nothing of
-    it loads).
+    one of another source or format, CheckpointError when a file cannot be written (finished shards are kept for the
+    next run).
     """
     if destination.exists():
         raise ValueError(f"OUT: {destination} exists; wants a folder that does not")
@@ -150,7 +154,7 @@ def convert(
             errors: dict[tuple[int, str], PartError] = {}
             with MappedFiles(conversion.info) as reader:
                 for work in works:
-                    _do(work, reader, target, tensors, errors)
+                    _write_weight(work, reader, target, tensors, errors)
                     advance(sum(conversion.info.tensors[name].nbytes for name in work.names))
                 _write_shard(file, tensors)
             state.finish(number, list(tensors), list(errors.values()))
@@ -165,36 +169,37 @@ def convert(
 
 
 def _finite(source: MappedFiles, name: str) -> Tensor:
-    """A tensor that is to be quantized. Raises CheckpointError for a value that is not finite."""
+    """A tensor to quantize. Raises CheckpointError for a value that is not finite."""
     tensor = source.tensor(name)
-    # A finite sum has finite terms; finite terms may have an infinite sum.
+    # A finite sum has finite terms, but finite terms may have an infinite sum.
     if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-        raise source.refusal(name, "has values that are not finite")
+        raise source.error(name, "has values that are not finite")
     return tensor
 
 
-def _do(
+def _write_weight(
     work: Work,
     source: MappedFiles,
     target: Target,
     tensors: dict[str, Tensor],
     errors: dict[tuple[int, str], PartError],
 ) -> None:
-    """Adds what becomes of one weight to the shard's tensors, and its error to its layer's."""
+    """Copies or quantizes one weight into the shard's tensors, and adds its error to its layer's."""
     if work.attribute is None:
         tensors[work.names[0]] = source.tensor(work.names[0])
         return
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
     error = errors.setdefault((work.layer, part), PartError(work.layer, part))
     for bases, matrices in _matrices_of(work, source):
-        for base, plain, made in zip(bases, matrices, target.quantize(matrices), strict=True):
-            tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(made).items()}
-            error.error += float((made.dequantized(torch.float32) - plain.float()).square().sum(dtype=torch.float64))
-            error.size += float(plain.float().square().sum(dtype=torch.float64))
+        for base, matrix, quantized in zip(bases, matrices, target.quantize(matrices), strict=True):
+            tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(quantized).items()}
+            difference = quantized.dequantized(torch.float32) - matrix.float()
+            error.error += float(difference.square().sum(dtype=torch.float64))
+            error.size += float(matrix.float().square().sum(dtype=torch.float64))
 
 
 def _matrices_of(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """Names, without their suffix, and values of the matrices that are quantized together."""
+    """The matrices that are quantized together: their names without suffix, and their values."""
     if isinstance(work.stored, Experts):
         for matrices in work.stored.matrices:
             names = [matrix.parts["values"] for matrix in matrices]
@@ -233,7 +238,7 @@ def stored_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def quantization_config(conversion: Conversion) -> dict[str, Any]:
-    """What config.json says of it: one group of modules for each number of columns that share a scale."""
+    """The section for config.json: one group of modules for each number of columns that share a scale."""
     target = conversion.target
     groups = {}
     for number, (group, attributes) in enumerate(sorted(conversion.groups.items())):
@@ -275,7 +280,7 @@ def _module_pattern(attribute: str) -> str:
 
 
 class _State:
-    """What of a partial folder is finished, in its progress.json."""
+    """The finished shards of a partial folder, kept in its progress.json."""
 
     def __init__(self, file: Path, fingerprint: str) -> None:
         self._file = file
@@ -313,7 +318,7 @@ class _State:
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
     def errors(self) -> list[PartError]:
-        """Of all shards, one for a layer's part, in order."""
+        """The errors summed over all shards, one for each part of a layer, in order."""
         sums: dict[tuple[int, str], PartError] = {}
         for number in sorted(self.done, key=int):
             for error in self.done[number]["errors"]:
@@ -324,14 +329,14 @@ class _State:
 
 
 def _fingerprint(source: Path, conversion: Conversion) -> str:
-    """Of the source's files (names, sizes, times) and of what is made of them."""
+    """A hash of the source's files (names, sizes, times) and of the target."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.info.files]
     text = json.dumps([str(source.resolve()), files, repr(conversion.target), _SHARD_BYTES])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Under another name first, so that a shard with its own name is whole."""
+    """Writes to a temporary name first, so that a shard with its final name is complete."""
     unfinished = file.with_suffix(".unfinished")
     with _writing(file):
         try:
@@ -344,7 +349,7 @@ def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _write_companions(source: Path, partial: Path, conversion: Conversion) -> None:
-    """Tokenizer, templates and configurations; config.json with the quantization."""
+    """Copies tokenizer, templates and configurations, and writes config.json with its quantization section."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.name not in (INDEX_FILE, "config.json"):

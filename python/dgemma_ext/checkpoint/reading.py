@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint's files: through a memory map, in pieces, every value checked."""
+"""Reads weights from a checkpoint's files: through a memory map, in pieces, every value checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
-# Values are checked and copied in pieces of 32 Mi elements: long enough to run at memory speed, short enough for a bar.
+# Values are checked and copied in pieces of 32 Mi elements: large enough to run at memory speed, small enough for a
+# progress bar to move.
 CHUNK_ELEMENTS = 1 << 25
 # A load shorter than this many seconds shows no progress bar.
 _PROGRESS_AFTER_SECONDS = 1.0
@@ -31,7 +32,7 @@ Weight = Tensor | QuantizedWeight
 
 
 class MappedFiles:
-    """The tensors of an inspected checkpoint, as they are stored, out of memory maps that stay open with it."""
+    """The stored tensors of an inspected checkpoint, in memory maps that are closed with this object."""
 
     def __init__(self, info: CheckpointInfo) -> None:
         self.info = info
@@ -55,16 +56,16 @@ class MappedFiles:
             raise CheckpointError(f"cannot be read: {error}", file=file) from error
         return tensor
 
-    def refusal(self, name: str, problem: str) -> CheckpointError:
+    def error(self, name: str, message: str) -> CheckpointError:
         """The error for a tensor that cannot be used."""
-        return CheckpointError(problem, file=self.info.tensors[name].file, tensor=name)
+        return CheckpointError(message, file=self.info.tensors[name].file, tensor=name)
 
 
 class WeightReader:
-    """Reads weights of an inspected checkpoint, to `dtype` (quantized ones as they are) on `device`.
+    """Reads weights of an inspected checkpoint to `device`, quantized ones as stored and the others as `dtype`.
 
-    On the CPU a tensor that is stored as it is wanted is the mapped file itself. Every method raises CheckpointError,
-    naming file and tensor, for a file that cannot be read and for values that no weight may have.
+    On the CPU a tensor that is stored in `dtype` stays in the mapped file. Every method raises CheckpointError, naming
+    file and tensor, for a file that cannot be read and for values that no weight may have.
     """
 
     def __init__(
@@ -76,16 +77,16 @@ class WeightReader:
         self._advance = advance
 
     def read(self, stored: Stored) -> Weight:
-        """A weight as it is stored; experts stacked, and plain where they are of more than one format."""
+        """A weight as stored; experts are stacked, and unquantized where they have more than one format."""
         if isinstance(stored, Experts):
             return self._read_experts(stored)
         if isinstance(stored, Matrix):
             return self._read_matrix(stored)
-        return self._plain(stored.name)
+        return self._read_tensor(stored.name)
 
     def _read_matrix(self, stored: Matrix) -> Weight:
-        if stored.kind == "plain":
-            return self._plain(stored.parts["values"])
+        if stored.kind == "unquantized":
+            return self._read_tensor(stored.parts["values"])
         values = self._codes(stored.parts["values"], check_nan=stored.kind == "fp8")
         scales = stored.parts["scales"]
         if stored.kind == "fp8":
@@ -100,7 +101,7 @@ class WeightReader:
         )
 
     def _read_experts(self, stored: Experts) -> Weight:
-        if stored.kind in ("plain", "mixed"):
+        if stored.kind in ("unquantized", "mixed"):
             stack = torch.empty(stored.shape, dtype=self._dtype, device=self._device)
             for expert, matrices in enumerate(stored.matrices):
                 first = 0
@@ -110,12 +111,12 @@ class WeightReader:
                     rows.copy_(read if isinstance(read, Tensor) else read.dequantized(self._dtype))
                     first += matrix.shape[0]
             return stack
-        # All are quantized, and of one format.
+        # All matrices are quantized, in one format.
         experts = ([self._read_matrix(matrix) for matrix in matrices] for matrices in stored.matrices)
         return stack_weights(cast("Iterable[list[QuantizedWeight]]", experts), len(stored.matrices))
 
-    def _plain(self, name: str) -> Tensor:
-        """The tensor as the wanted dtype on the device, every value read once."""
+    def _read_tensor(self, name: str) -> Tensor:
+        """An unquantized tensor in the wanted dtype on the device; every value is read once."""
         mapped = self._files.tensor(name)
         in_place = mapped.dtype == self._dtype and self._device.type == "cpu"
         result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype, device=self._device)
@@ -130,43 +131,43 @@ class WeightReader:
             sums.append(piece.sum())
             self._advance(piece.numel() * mapped.element_size())
         if sums and not torch.stack(sums).isfinite().all():
-            # Finite values can overflow a sum, so look at each.
+            # The sum of finite values can overflow, so check each value.
             for begin in range(0, target.numel(), CHUNK_ELEMENTS):
                 bad = torch.nonzero(~target[begin : begin + CHUNK_ELEMENTS].isfinite())
                 if len(bad):
                     position = begin + int(bad[0])
                     where = _indices(position, mapped.shape)
-                    raise self._files.refusal(name, f"has {float(target[position])} at {where}, read as {self._dtype}")
+                    raise self._files.error(name, f"has {float(target[position])} at {where}, read as {self._dtype}")
         return result
 
     def _codes(self, name: str, check_nan: bool) -> Tensor:
-        """The bytes of a quantized tensor; of e4m3, refused where one is NaN."""
+        """The bytes of a quantized tensor. check_nan: the bytes are e4m3, and NaN among them is an error."""
         mapped = self._files.tensor(name).view(torch.uint8)
         for piece in mapped.reshape(-1).split(CHUNK_ELEMENTS):
             if check_nan and bool(((piece & 0x7F) == 0x7F).any()):
                 position = int(((mapped.reshape(-1) & 0x7F) == 0x7F).nonzero()[0])
-                raise self._files.refusal(name, f"has nan at {_indices(position, mapped.shape)}")
+                raise self._files.error(name, f"has nan at {_indices(position, mapped.shape)}")
             self._advance(piece.numel())
         return mapped.to(self._device)
 
     def _scales(self, name: str) -> Tensor:
-        """Scales in the dtype they are stored in; refused where one is not finite or is zero."""
+        """Scales in the dtype that they are stored in; a scale that is zero or not finite is an error."""
         mapped = self._files.tensor(name)
         values = mapped.float()
         bad = torch.nonzero(~(values.isfinite() & (values != 0)).reshape(-1))
         if len(bad):
             position = int(bad[0])
             value = float(values.reshape(-1)[position])
-            raise self._files.refusal(name, f"has a scale of {value} at {_indices(position, mapped.shape)}")
+            raise self._files.error(name, f"has a scale of {value} at {_indices(position, mapped.shape)}")
         self._advance(mapped.nbytes)
         return mapped.to(self._device)
 
 
 def stack_weights(experts: Iterable[list[QuantizedWeight]], count: int) -> QuantizedWeight:
-    """Quantized matrices of experts as one weight [experts, rows, columns].
+    """Stacks quantized matrices of experts to one weight [experts, rows, columns].
 
-    experts: for each of `count` experts the matrices whose rows follow each other, all of one format. The stack is
-    written as they come, so that no second copy of all exists.
+    experts: for each of `count` experts the matrices whose rows follow each other, all in one format. Each is written
+    into the stack before the next one is made, so that no second copy of all exists.
     """
     stacks: dict[str, Tensor] = {}
     for index, matrices in enumerate(experts):
@@ -188,9 +189,9 @@ def _indices(position: int, shape: torch.Size) -> list[int]:
 
 
 class LoadProgress:
-    """A progress bar in bytes that appears only when the work turns out to take a while.
+    """A progress bar in bytes.
 
-    wanted: None shows it where stderr is a terminal.
+    wanted: None shows the bar where stderr is a terminal and the work takes more than a second.
     """
 
     def __init__(self, title: str, total_bytes: int, wanted: bool | None) -> None:

@@ -1,8 +1,8 @@
-"""How one weight lies in a checkpoint: as a tensor, in the parts of a quantized format, or expert by expert.
+"""How one weight is stored in a checkpoint: as a tensor, in the parts of a quantized format, or expert by expert.
 
-A weight is found by the names and dtypes of what is stored, whoever wrote it:
+The names and dtypes of the stored tensors tell the format, whoever wrote the file:
 
-    plain                    NAME.weight                  BF16, F16 or F32 [rows, columns]
+    unquantized              NAME.weight                  BF16, F16 or F32 [rows, columns]
     fp8                      NAME.weight                  F8_E4M3 [rows, columns]
                              NAME.weight_scale            BF16, F16 or F32 [rows, 1], [rows] or one
     int4 (pack-quantized)    NAME.weight_packed           I32 [rows, columns / 8]
@@ -13,8 +13,8 @@ A weight is found by the names and dtypes of what is stored, whoever wrote it:
                              NAME.weight_global_scale     F32, one; divides
     nvfp4 (ModelOpt)         NAME.weight, NAME.weight_scale as above, NAME.weight_scale_2: F32, one; multiplies
 
-Scales of activations (input_scale, input_global_scale) are not used: activations are measured as they come. Experts are
-stored stacked (experts.gate_up_proj, plain alone) or one by one (experts.E.gate_proj, up_proj, down_proj).
+Scales of activations (input_scale, input_global_scale) are not used: activations are quantized dynamically. Experts are
+stored stacked (experts.gate_up_proj, only unquantized) or one by one (experts.E.gate_proj, up_proj, down_proj).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dgemma_ext.ops.formats import INT4_GROUPS, NVFP4_GROUP
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: the file it is in, its safetensors dtype name, its shape, its bytes and where they begin."""
+    """One stored tensor: its file, safetensors dtype name and shape, its number of bytes and where they begin."""
 
     file: Path
     dtype: str
@@ -40,7 +40,7 @@ class TensorInfo:
 
 Tensors = Mapping[str, TensorInfo]
 
-PLAIN_DTYPES = ("BF16", "F32", "F16")
+FLOAT_DTYPES = ("BF16", "F32", "F16")
 _UNREAD = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
@@ -49,8 +49,8 @@ _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 class Matrix:
     """One stored matrix [rows, columns].
 
-    `kind`: "plain", "fp8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and "global_scales" to the
-    stored names; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
+    `kind`: "unquantized", "fp8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and "global_scales"
+    to the stored names; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
     """
 
     kind: str
@@ -62,33 +62,33 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Experts:
-    """Matrices of each expert, stacked when they are loaded: gate and up, or down alone. `shape`: of the stack."""
+    """Matrices of each expert, stacked when they are loaded: gate and up, or down alone. `shape` is the stack's."""
 
     shape: tuple[int, int, int]
     matrices: tuple[tuple[Matrix, ...], ...]
 
     @property
     def kind(self) -> str:
-        """That of all of them; "mixed" where they differ, and then they are loaded plain."""
+        """The kind of all matrices; "mixed" where they differ, and then they are loaded unquantized."""
         kinds = {(matrix.kind, matrix.group) for matrices in self.matrices for matrix in matrices}
         return kinds.pop()[0] if len(kinds) == 1 else "mixed"
 
 
 @dataclass(frozen=True)
-class Plain:
-    """One tensor of any shape."""
+class StoredTensor:
+    """An unquantized tensor of any shape, stored under one name."""
 
     name: str
     shape: tuple[int, ...]
-    kind: str = "plain"
+    kind: str = "unquantized"
 
 
-Stored = Plain | Matrix | Experts
+Stored = StoredTensor | Matrix | Experts
 
 
 def names_of(stored: Stored) -> Iterator[str]:
     """All stored names that belong to a weight."""
-    if isinstance(stored, Plain):
+    if isinstance(stored, StoredTensor):
         yield stored.name
     elif isinstance(stored, Matrix):
         yield from (*stored.parts.values(), *stored.unread)
@@ -99,7 +99,7 @@ def names_of(stored: Stored) -> Iterator[str]:
 
 
 def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored | None:
-    """The weight that is called `name` where it is plain; None where nothing of it is there.
+    """Finds a weight by the name that it has unquantized; returns None where nothing of it is stored.
 
     Raises CheckpointError, naming file and tensor, for parts that are missing, misshapen or of a wrong dtype.
     """
@@ -109,8 +109,8 @@ def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored |
         return _find_matrix(name.removesuffix(".weight"), shape, tensors)
     if name not in tensors:
         return None
-    _check(tensors, name, shape, PLAIN_DTYPES)
-    return Plain(name, shape)
+    _check(tensors, name, shape, FLOAT_DTYPES)
+    return StoredTensor(name, shape)
 
 
 def _find_experts(name: str, shape: tuple[int, int, int], tensors: Tensors) -> Experts | None:
@@ -132,7 +132,7 @@ def _find_experts(name: str, shape: tuple[int, int, int], tensors: Tensors) -> E
 
 
 def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix | None:
-    plain, packed = f"{base}.weight", f"{base}.weight_packed"
+    weight, packed = f"{base}.weight", f"{base}.weight_packed"
     for suffix in _ASYMMETRIC:
         if f"{base}.{suffix}" in tensors:
             raise CheckpointError(
@@ -145,18 +145,18 @@ def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix 
         if tensors[packed].dtype == "U8":
             return _nvfp4(base, packed, "weight_global_scale", shape, tensors, unread)
         return _int4(base, shape, tensors, unread)
-    if plain not in tensors:
+    if weight not in tensors:
         return None
-    if tensors[plain].dtype == "F8_E4M3":
+    if tensors[weight].dtype == "F8_E4M3":
         rows = shape[0]
         scales = _part(base, "weight_scale", tensors)
-        _check(tensors, plain, shape, ("F8_E4M3",))
-        _check_one_of(tensors, scales, ((rows, 1), (rows,), (1,), ()), PLAIN_DTYPES)
-        return Matrix("fp8", shape, {"values": plain, "scales": scales}, unread)
-    if tensors[plain].dtype == "U8":
-        return _nvfp4(base, plain, "weight_scale_2", shape, tensors, unread)
-    _check(tensors, plain, shape, PLAIN_DTYPES)
-    return Matrix("plain", shape, {"values": plain}, unread)
+        _check(tensors, weight, shape, ("F8_E4M3",))
+        _check_one_of(tensors, scales, ((rows, 1), (rows,), (1,), ()), FLOAT_DTYPES)
+        return Matrix("fp8", shape, {"values": weight, "scales": scales}, unread)
+    if tensors[weight].dtype == "U8":
+        return _nvfp4(base, weight, "weight_scale_2", shape, tensors, unread)
+    _check(tensors, weight, shape, FLOAT_DTYPES)
+    return Matrix("unquantized", shape, {"values": weight}, unread)
 
 
 def _int4(base: str, shape: tuple[int, int], tensors: Tensors, unread: tuple[str, ...]) -> Matrix:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chats to prompts: tokenizer.json and the checkpoint's chat template."""
+"""Converts text to token ids and back, and chats to prompts, by tokenizer.json and the checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-# What Gemma calls its special tokens, where tokenizer_config.json does not say.
+# Gemma's special tokens, for a tokenizer_config.json that does not name them.
 _SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 Message = Mapping[str, Any]
@@ -42,8 +42,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Reads tokenizer.json, tokenizer_config.json where there is one, and chat_template.jinja or, without that
-        file, the template in tokenizer_config.json. Raises CheckpointError naming the file."""
+        """Reads tokenizer.json, tokenizer_config.json where it exists, and the chat template: chat_template.jinja or,
+        without that file, the template in tokenizer_config.json. Raises CheckpointError naming the file."""
         folder = Path(path)
         file = folder / TOKENIZER_FILE
         if not file.is_file():
@@ -52,7 +52,7 @@ class Tokenizer:
             model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"cannot be read: {error}", file=file) from error
-        # A prompt is never cut or filled up, whatever the file was last used for.
+        # The file may keep truncation and padding from its last use; a prompt gets neither.
         model.no_truncation()
         model.no_padding()
         settings = _read_settings(folder / TOKENIZER_CONFIG_FILE)
@@ -64,14 +64,14 @@ class Tokenizer:
         return self._model.get_vocab_size(with_added_tokens=True)
 
     def id_of(self, token: str) -> int:
-        """The id of one token as it is spelled in the vocabulary; raises ValueError where there is none."""
+        """The id of a token of the vocabulary; raises ValueError where there is none."""
         token_id = self._model.token_to_id(token)
         if token_id is None:
             raise ValueError(f"token is {token!r}, which is not in the vocabulary")
         return token_id
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Token ids of `text`; special tokens spelled out in it become their ids."""
+        """Token ids of `text`. Special tokens that are written out in the text become their ids."""
         if not isinstance(text, str):
             raise ValueError(f"text is a {type(text).__name__}; wanted: a string")
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
@@ -88,11 +88,11 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The chat as the model's prompt text, begin-of-sequence token included.
+        """Renders a chat to the model's prompt text, with its begin-of-sequence token.
 
         `messages`: mappings with "role" (system, developer, user, assistant, model or tool) and "content" (a string, or
-        a list of {"type": "text", "text": ...}). `variables` are the template's own, such as `enable_thinking` and
-        `tools`. Raises ValueError for messages that cannot be rendered, CheckpointError for a template at fault.
+        a list of {"type": "text", "text": ...}). `variables` go to the template, such as `enable_thinking` and
+        `tools`. Raises ValueError for messages that cannot be rendered, CheckpointError for a template that fails.
         """
         if self.chat_template is None:
             raise ValueError("messages is a chat, but the checkpoint has no chat template; wanted: text or token ids")
@@ -105,8 +105,8 @@ class Tokenizer:
     def encode_prompt(self, prompt: str | Sequence[Message] | Sequence[int], **variables: Any) -> list[int]:
         """Token ids of a prompt.
 
-        A string is one user turn where there is a chat template, and else follows the begin-of-sequence token; a chat
-        goes through the template, which writes that token itself; a list of ids is taken as it is.
+        A string is one user turn where there is a chat template; without one it follows the begin-of-sequence token. A
+        chat goes through the template, which writes that token itself. A list of ids is used as it is.
         """
         if isinstance(prompt, str):
             if self.chat_template is None:
@@ -132,7 +132,7 @@ class Tokenizer:
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain dictionaries; raises ValueError naming what is wrong with which."""
+    """The messages as plain dictionaries; raises ValueError naming the message and its error."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or len(messages) == 0:
         raise ValueError(f"messages is {messages!r}; wanted: a list of mappings with role and content")
     return [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
@@ -180,7 +180,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Every `…_token` of tokenizer_config.json, which gives either the text or an object that holds it."""
+    """Every `…_token` of tokenizer_config.json, whose value is the text or an object that holds it."""
     tokens = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, Mapping) else value
@@ -198,7 +198,7 @@ def _find_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | 
             raise CheckpointError(f"cannot be read: {error}", file=file) from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        # Several templates with names; the one for everyday use is called default.
+        # Of several named templates, "default" is the one for chats.
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}.get(
             "default"
         )

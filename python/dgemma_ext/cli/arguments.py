@@ -238,10 +238,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
-        default="stored",
+        default="auto",
         metavar="FORMAT",
-        help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes plain weights while loading, plain does the reverse "
-        "(default: as stored)",
+        help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes weights while loading, unquantized does the reverse "
+        "(default: auto, as stored)",
     )
 
 

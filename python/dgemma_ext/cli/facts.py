@@ -1,4 +1,4 @@
-"""The figures behind `dgemma info`, as JSON's own types. Sizes are in bytes."""
+"""The figures behind `dgemma info`, as JSON types. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def machine_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": _cpu_name(),
-        # Those that this process may run on.
+        # The processors that this process may run on.
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_variants": _C.cpu_variants(),
@@ -49,15 +49,15 @@ def machine_facts() -> dict[str, Any]:
 def checkpoint_facts(
     folder: Path,
     context: int | None,
-    weights: str = "stored",
+    weights: str = "auto",
     dtype: str = "auto",
     device: str = "cpu",
     activations: str | None = None,
 ) -> dict[str, Any]:
-    """What config.json, generation_config.json and the tensor headers say, and what the model takes; no weight is read.
+    """The facts of config.json, generation_config.json and the tensor headers, and the memory that the model takes.
 
-    context: positions of the cache slot whose bytes are told. weights, dtype, device, activations: as of
-    from_pretrained; a GPU need not be there. Raises CheckpointError, and ValueError as memory_plan does.
+    No weight is read. context: positions of the cache slot in the memory plan. weights, dtype, device, activations: as
+    in from_pretrained; "cuda" is planned without a GPU too. Raises CheckpointError, and ValueError as memory_plan does.
     """
     config = ModelConfig.from_file(folder)
     headers = inspect_checkpoint(folder, config)
@@ -117,7 +117,7 @@ def _stored_by_dtype(headers: CheckpointInfo) -> dict[str, dict[str, int]]:
 
 
 def _resting_parameters(config: ModelConfig) -> int:
-    """Of the experts that a token is not sent to: three matrices (gate, up, down) each."""
+    """Parameters of the experts that a token is not routed to: three matrices (gate, up, down) each."""
     resting = config.num_experts - config.top_k_experts
     return len(config.layers) * resting * 3 * config.hidden_size * config.moe_intermediate_size
 
@@ -151,7 +151,7 @@ def _memory(
     plan = memory_plan(config, headers, wanted, resolved, place, context, activations)
     return {
         "device": place.type,
-        "weights": {part: {"kept": how, "bytes": nbytes} for part, (how, nbytes) in plan.weights.items()},
+        "weights": {part: {"kept": format, "bytes": nbytes} for part, (format, nbytes) in plan.weights.items()},
         "cache_bytes": plan.cache,
         "workspace_bytes": plan.workspace,
         "logits_bytes": plan.logits,
@@ -168,7 +168,7 @@ def _text_files(folder: Path) -> dict[str, bool]:
 
 
 def _cpu_name() -> str:
-    """As Linux names it, else what Python knows."""
+    """The CPU's name as Linux reports it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

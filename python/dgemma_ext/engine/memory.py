@@ -1,4 +1,4 @@
-"""How many bytes a model takes on its device, told before anything is loaded."""
+"""How many bytes a model takes on its device, computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dgemma_ext.checkpoint import (
     model_layout,
     names_of,
 )
-from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, Cache, Network, check_activations
+from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.ops.quantized_gemm import FORMAT_NUMBERS
 from dgemma_ext.sampling import make_canvas_batch, make_step_buffers
@@ -31,13 +31,13 @@ from dgemma_ext.units import format_bytes
 
 # Positions of a cache slot unless a caller names them; the model's context where that is shorter.
 USUAL_CONTEXT = 8192
-# Bytes of codes and scales for one value; a row's or a matrix's own scales are counted apart.
-_BYTES_OF_A_VALUE = {"fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "nvfp4-modelopt": 0.5 + 1 / 16}
+# Bytes of code and group scales for one value; the scales of a row or of a matrix are counted apart.
+_BYTES_PER_VALUE = {"fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "nvfp4-modelopt": 0.5 + 1 / 16}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by what they are for. `weights`: part of the model → (how it is kept, bytes)."""
+    """Bytes by purpose. `weights`: part of the model → (its format or dtype, bytes)."""
 
     weights: dict[str, tuple[str, int]]
     cache: int
@@ -51,9 +51,9 @@ class MemoryPlan:
         return sum(nbytes for _, nbytes in self.weights.values()) + self.cache + self.workspace + self.logits
 
     def rows(self) -> list[tuple[str, str, int]]:
-        """What, how, bytes: a line each, the total last."""
+        """The lines of the table: purpose, format, bytes; the total last."""
         return [
-            *((f"{part} weights", how, nbytes) for part, (how, nbytes) in self.weights.items()),
+            *((f"{part} weights", format, nbytes) for part, (format, nbytes) in self.weights.items()),
             ("cache", f"{_several(self.requests, 'slot')} of {self.context:,} tokens", self.cache),
             ("workspace", "largest of a pass", self.workspace),
             ("logits", f"of {_several(self.requests, 'canvas')}", self.logits),
@@ -61,7 +61,9 @@ class MemoryPlan:
         ]
 
     def table(self) -> str:
-        return "\n".join(f"{what:18}  {how:24}  {format_bytes(nbytes):>8}" for what, how, nbytes in self.rows())
+        return "\n".join(
+            f"{purpose:18}  {format:24}  {format_bytes(nbytes):>8}" for purpose, format, nbytes in self.rows()
+        )
 
 
 def _several(count: int, what: str) -> str:
@@ -69,8 +71,10 @@ def _several(count: int, what: str) -> str:
 
 
 class NotEnoughMemory(MemoryError):
-    """A model, or a batch of requests, that its device cannot hold. `plan` is what it would take, `available` the
-    device's free bytes."""
+    """The device cannot hold a model, or a batch of requests.
+
+    `plan` is what it would take, `available` the device's free bytes.
+    """
 
     def __init__(self, plan: MemoryPlan, available: int, device: torch.device) -> None:
         self.plan = plan
@@ -90,20 +94,20 @@ def memory_plan(
     context: int | None = None,
     activations: str | None = None,
 ) -> MemoryPlan:
-    """What loading `info` with these options takes, with one request of `context` positions.
+    """The memory that loading `info` with these options takes, with one request of `context` positions.
 
-    weights, dtype: as of load_weights; activations: "fp8" where those of experts are rounded to it. On the CPU plain
-    weights that are stored as they are wanted count as well, although they stay in the mapped file. Raises ValueError
-    for a context that the model does not have, and for activations that the experts' weights do not go with.
+    weights, dtype: as in load_weights; activations: "fp8" where the experts' inputs are rounded to it. On the CPU,
+    weights that stay in their mapped file count as well. Raises ValueError for a context that the model does not have,
+    and for activations that do not match the format of the experts' weights.
     """
     chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
     cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
-    kept = _weights(config, info, weights, dtype)
-    experts = kept["experts"][0]
+    bytes_of_parts = _weights(config, info, weights, dtype)
+    experts = bytes_of_parts["experts"][0]
     check_activations(activations, experts)
     positions = _positions(1, config.canvas_length, chosen)
     return MemoryPlan(
-        weights=kept,
+        weights=bytes_of_parts,
         cache=cache.nbytes,
         workspace=_workspace(config, positions, dtype, device, experts.split(", "), activations),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
@@ -112,8 +116,8 @@ def memory_plan(
 
 
 def batch_plan(network: Network, requests: int, length: int, max_length: int, slots: int) -> MemoryPlan:
-    """What a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache of `slots`
-    (0 where there is one) for `max_length` positions each."""
+    """The memory that a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache
+    of `slots` for `max_length` positions each (0 slots where the cache exists already)."""
     config, dtype, device = network.config, network.dtype, network.device
     batch = make_canvas_batch(network, requests, length, device="meta")
     buffers = make_step_buffers(network, requests, length, device="meta")
@@ -122,8 +126,8 @@ def batch_plan(network: Network, requests: int, length: int, max_length: int, sl
         cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
     positions = _positions(requests, length, max_length)
     experts = [weight for layer in network.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
-    kept = {weight.name if isinstance(weight, QuantizedWeight) else "plain" for weight in experts}
-    workspace = _workspace(config, positions, dtype, device, kept, network.options.activations)
+    formats = {weight.name if isinstance(weight, QuantizedWeight) else "unquantized" for weight in experts}
+    workspace = _workspace(config, positions, dtype, device, formats, network.options.activations)
     return MemoryPlan(
         weights={},
         cache=cache,
@@ -134,18 +138,18 @@ def batch_plan(network: Network, requests: int, length: int, max_length: int, sl
     )
 
 
-def check_memory(plan: MemoryPlan, in_files: int, device: torch.device) -> None:
-    """Raises NotEnoughMemory where the device has less free than the plan takes, `in_files` bytes not counted."""
+def check_memory(plan: MemoryPlan, mapped: int, device: torch.device) -> None:
+    """Raises NotEnoughMemory where the device has fewer bytes free than the plan takes without its `mapped` bytes."""
     available = available_bytes(device)
-    if available is not None and plan.total - in_files > available:
+    if available is not None and plan.total - mapped > available:
         raise NotEnoughMemory(plan, available, device)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU, or what the kernel says a program may still take of main memory; None where nobody tells."""
+    """The free bytes of a GPU, or of main memory as the operating system reports them; None where it does not."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
-        # What torch keeps for its next allocations is as good as free.
+        # Memory that torch has reserved for its next allocations counts as free.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -155,12 +159,12 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def mapped_bytes(config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype) -> int:
-    """Bytes of plain weights that stay in their mapped file on the CPU: stored as they are wanted."""
+    """Bytes of the weights that stay in their mapped file on the CPU: unquantized, and stored in `dtype`."""
     stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     total = 0
     for attribute, stored in _by_attribute(config, info):
         changed = isinstance(weights, Target) and weights.wants(attribute)
-        if stored.kind == "plain" and not isinstance(stored, Experts) and not changed:
+        if stored.kind == "unquantized" and not isinstance(stored, Experts) and not changed:
             tensor = info.tensors[next(names_of(stored))]
             total += tensor.nbytes if tensor.dtype == stored_as else 0
     return total
@@ -175,32 +179,33 @@ def _by_attribute(config: ModelConfig, info: CheckpointInfo) -> list[tuple[str, 
 def _weights(
     config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype
 ) -> dict[str, tuple[str, int]]:
-    kept: dict[str, dict[str, int]] = {}
+    """Part of the model → (formats, bytes), in the order of the table."""
+    parts: dict[str, dict[str, int]] = {}
     for attribute, stored in _by_attribute(config, info):
         part = next((part for part, attributes in PARTS.items() if attribute in attributes), "other")
         part = "embedding" if attribute == "embed_tokens" else part
-        how, nbytes = _bytes_of(attribute, stored, weights, dtype)
-        of_part = kept.setdefault(part, {})
-        of_part[how] = of_part.get(how, 0) + nbytes
+        format, nbytes = _bytes_of(attribute, stored, weights, dtype)
+        bytes_by_format = parts.setdefault(part, {})
+        bytes_by_format[format] = bytes_by_format.get(format, 0) + nbytes
     order = ("embedding", "experts", "attention", "mlp", "other")
-    return {part: (", ".join(kept[part]), sum(kept[part].values())) for part in order if part in kept}
+    return {part: (", ".join(parts[part]), sum(parts[part].values())) for part in order if part in parts}
 
 
 def _bytes_of(attribute: str, stored: Stored, weights: Target | str, dtype: torch.dtype) -> tuple[str, int]:
-    """How a weight is kept, and its bytes."""
+    """The format or dtype that a weight has on the device, and its bytes."""
     values = math.prod(stored.shape)
     columns = stored.shape[-1] if stored.shape else 1
     kind, group = stored.kind, _group(stored)
-    if isinstance(weights, Target) and kind == "plain" and weights.wants(attribute):
+    if isinstance(weights, Target) and kind == "unquantized" and weights.wants(attribute):
         wanted = weights.group_for(columns)
         if wanted is not None:
             kind, group = weights.format, wanted
-    if kind in ("plain", "mixed") or weights == "plain" or attribute in ("embed_tokens", "router_proj"):
+    if kind in ("unquantized", "mixed") or weights == "unquantized" or attribute in NEVER_QUANTIZED:
         return str(dtype).removeprefix("torch."), values * dtype.itemsize
-    # Scales of two bytes for a group, or of four for a row.
-    per_value = 0.5 + 2 / group if kind == "int4" else _BYTES_OF_A_VALUE[kind]
-    rows = 4 * values // columns if kind == "fp8" else 0
-    return kind.removesuffix("-modelopt"), round(values * per_value) + rows
+    # int4 has a scale of two bytes for each group, fp8 one of four bytes for each row.
+    per_value = 0.5 + 2 / group if kind == "int4" else _BYTES_PER_VALUE[kind]
+    row_scales = 4 * values // columns if kind == "fp8" else 0
+    return kind.removesuffix("-modelopt"), round(values * per_value) + row_scales
 
 
 def _group(stored: Stored) -> int:
@@ -210,7 +215,8 @@ def _group(stored: Stored) -> int:
 
 
 def _positions(requests: int, length: int, max_length: int) -> int:
-    """The most rows of a pass: a piece of a prompt, or canvases with what their first step encodes."""
+    """The largest number of rows in a pass: a chunk of a prompt, or canvases with the tokens that their first step
+    encodes."""
     return max(min(ENCODE_CHUNK, max_length), requests * length + min(MAX_PREFILL_TOKENS, max_length))
 
 
@@ -219,12 +225,12 @@ def _workspace(
     positions: int,
     dtype: torch.dtype,
     device: torch.device,
-    kept: Iterable[str],
+    formats: Iterable[str],
     activations: str | None,
 ) -> int:
-    """The largest that a pass over so many positions, or a denoising step, has beside weights, cache and logits.
+    """The largest memory that a pass over `positions`, or a denoising step, takes beside weights, cache and logits.
 
-    kept: formats of the experts' weights; of what is none of them the weights are plain.
+    formats: those of the experts' weights; a name that is no quantized format stands for unquantized weights.
     """
     cuda = device.type == "cuda"
     heads = config.num_attention_heads
@@ -242,14 +248,14 @@ def _workspace(
             config.top_k_experts,
             bfloat16=dtype == torch.bfloat16,
             cuda=cuda,
-            format=FORMAT_NUMBERS.get(how, 0),
+            format=FORMAT_NUMBERS.get(format, 0),
             fp8_activations=activations == "fp8",
         )
-        for how in kept
+        for format in formats
     )
     soft = _C.soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, cuda)
-    # At once in a layer: residual, three norms and two outputs of a hidden row; gate and up of the dense MLP;
-    # projections and their rotated forms.
+    # A layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and product of
+    # the dense MLP; projections and their rotated forms.
     projections = max((heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in kinds)
     row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
     return max(attention, experts, soft) + positions * row * dtype.itemsize

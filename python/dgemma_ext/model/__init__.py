@@ -1,7 +1,8 @@
-"""Weights on a device and the passes over them; nothing of requests.
+"""Weights on a device and the passes over them, independent of requests.
 
 `network` is the class that the engine is built on. `forward` is the one pass, over rows that `rows` describes;
-`layers` and `matmul` are its parts, `cache` what it reads and appends to, `weights` and `placement` how it came here.
+`layers` and `matmul` are its parts, `cache` holds the keys and values that it reads and appends, `weights` loads a
+model, and `placement` resolves the options of where and how it runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from dgemma_ext.model.placement import (
     resolve_matmul,
 )
 from dgemma_ext.model.rows import MAX_PREFILL_TOKENS, Canvases, PrefillChunk
-from dgemma_ext.model.weights import LayerWeights, ModelWeights, load_weights, quantized_weight
+from dgemma_ext.model.weights import NEVER_QUANTIZED, LayerWeights, ModelWeights, load_weights, quantized_weight
 
 __all__ = [
     "ENCODE_CHUNK",
     "MAX_PREFILL_TOKENS",
+    "NEVER_QUANTIZED",
     "Cache",
     "Canvases",
     "LayerWeights",

@@ -1,4 +1,4 @@
-"""The weights of a model: loading them from a checkpoint, as they are stored or quantized on the way."""
+"""The weights of a model, loaded from a checkpoint as stored or quantized while loading."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
-# Read by operators that take plain weights alone.
-_ALWAYS_PLAIN = ("embed_tokens", "router_proj")
+# The operators that read these take unquantized weights only.
+NEVER_QUANTIZED = ("embed_tokens", "router_proj")
 
 
 @dataclass
 class LayerWeights:
     """One layer. Matrices are [out, in]; experts have a leading expert dimension, gate rows before up rows.
-    A Weight is a tensor or a quantized weight; both of the experts' are the one or the other."""
+
+    The two weights of the experts are both tensors or both quantized.
+    """
 
     input_layernorm: torch.Tensor
     post_attention_layernorm: torch.Tensor
@@ -94,21 +96,21 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: bool | None = None,
-    weights: Target | str = "stored",
+    weights: Target | str = "auto",
     info: CheckpointInfo | None = None,
 ) -> ModelWeights:
-    """Loads every text weight on `device`, one at a time, in the order of the files.
+    """Loads every text weight to `device`, one at a time, in the order of the files.
 
-    `weights`: "stored" keeps quantized matrices as they are, and everything else comes as `dtype`; "plain" brings all
-    to `dtype`; a Target quantizes the plain matrices that it wants.
+    `weights`: "auto" keeps quantized matrices as stored and converts everything else to `dtype`; "unquantized" converts
+    all to `dtype`; a Target quantizes the unquantized matrices that it names.
 
-    On the CPU a tensor that is stored as it is wanted is the mapped file itself: nothing is copied, pages are shared
-    between processes and can be dropped by the system. The format aligns tensors to no more than an element, which
-    costs the CPU's matrix products nothing measurable. So a checkpoint must not be overwritten while it is in use.
-    Everything else is copied, through the mapping, in pieces; no second copy of a tensor exists.
+    On the CPU a tensor that is stored in `dtype` stays in the mapped file: nothing is copied, and pages are shared
+    between processes and can be dropped by the system. So a checkpoint must not be overwritten while it is in use. (The
+    format aligns tensors to one element only, which costs the CPU's matrix products nothing measurable.) Everything
+    else is copied in pieces, without a second copy of a tensor.
 
-    `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: what
-    inspect_checkpoint returned, where the caller has it.
+    `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: the
+    result of inspect_checkpoint, where the caller has it.
     Raises CheckpointError as `inspect_checkpoint` does, and for NaN and infinite values, converted to `dtype`, and for
     scales of zero; ValueError where a Target meets a matrix that is stored in another format.
     """
@@ -128,30 +130,30 @@ def load_weights(
             return order[first.file], first.offset
 
         for name in sorted(info.weights, key=place):
-            loaded[name] = _as_wanted(attribute_of[name], info.weights[name], reader, dtype, weights)
+            loaded[name] = _load_weight(attribute_of[name], info.weights[name], reader, dtype, weights)
 
     def weights_of(layout: Layout) -> dict[str, Any]:
         return {attribute: loaded[name] for attribute, (name, _) in layout.items()}
 
     layers = []
     for layer in config.layers:
-        of_layer = {"v_proj": None, **weights_of(layer_layout(config, layer))}
+        values = {"v_proj": None, **weights_of(layer_layout(config, layer))}
         for scalar in ("decoder_layer_scalar", "encoder_layer_scalar"):
-            of_layer[scalar] = of_layer[scalar].item()
-        experts = [of_layer["experts_gate_up"], of_layer["experts_down"]]
+            values[scalar] = values[scalar].item()
+        experts = [values["experts_gate_up"], values["experts_down"]]
         if any(isinstance(weight, Tensor) for weight in experts):
-            # One kernel takes both.
-            of_layer["experts_gate_up"], of_layer["experts_down"] = (_plain(weight, dtype) for weight in experts)
-        layers.append(LayerWeights(**of_layer))
+            # One kernel reads both, so both have the same format.
+            values["experts_gate_up"], values["experts_down"] = (_dequantized(weight, dtype) for weight in experts)
+        layers.append(LayerWeights(**values))
     return ModelWeights(**weights_of(model_layout(config)), layers=layers)
 
 
-def _as_wanted(
+def _load_weight(
     attribute: str, stored: Stored, reader: WeightReader, dtype: torch.dtype, weights: Target | str
 ) -> Weight:
     read = reader.read(stored)
-    if attribute in _ALWAYS_PLAIN or weights == "plain":
-        return _plain(read, dtype)
+    if attribute in NEVER_QUANTIZED or weights == "unquantized":
+        return _dequantized(read, dtype)
     if not isinstance(weights, Target) or not weights.wants(attribute):
         return read
     if isinstance(read, QuantizedWeight):
@@ -162,12 +164,12 @@ def _as_wanted(
     return quantized_weight(attribute, read, weights)
 
 
-def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
+def _dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     if len(weight.shape) < 3:
         return weight.dequantized(dtype)
-    # Expert by expert: what stands between is several times as large as the result.
+    # Expert by expert, because the intermediate values are several times as large as the result.
     stack = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for expert in range(weight.shape[0]):
         stack[expert] = weight.expert(expert).dequantized(dtype)
@@ -175,7 +177,7 @@ def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def quantized_weight(attribute: str, weight: Tensor, target: Target) -> Weight:
-    """The matrix in the wanted format, expert by expert; plain where no group of columns divides its rows."""
+    """Quantizes a matrix, or a stack of experts one by one; returns it as it is where no group divides its columns."""
     if target.group_for(weight.shape[-1]) is None:
         return weight
     if weight.dim() < 3:

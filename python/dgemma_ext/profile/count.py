@@ -1,7 +1,7 @@
-"""What a denoising step, or an encode pass, has to move and to multiply: from the configuration alone.
+"""Counts the bytes and FLOPs of a denoising step or an encode pass from the configuration alone.
 
-Bytes: every operator's inputs and outputs once, weights as they are stored, of the experts those that are hit, of the
-cache the rows that are visible, of the vocabulary the tiles that the soft embedding must not leave out. FLOPs: two for
+Bytes: every operator's inputs and outputs once, with weights in their stored format, only the experts that are hit,
+only the visible rows of the cache, and only the vocabulary tiles that the soft embedding must not skip. FLOPs: two for
 each multiply and add of a matrix product or of attention; norms, softmax and sampling count none. A batch reads weights
 once.
 """
@@ -19,13 +19,14 @@ from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
 from dgemma_ext.profile.parts import Part
 
+# The kind of product in the model's dtype, as `dgemma profile --json` names it; the other kind is "fp8".
 PLAIN = "plain"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight is kept. `kind`: "plain", "fp8", "int4" or "nvfp4"; `itemsize`: bytes of a plain value; `group`:
-    columns that share a scale of int4; `runs`: global scales of a matrix of nvfp4."""
+    """The format of a weight. `kind`: "unquantized", "fp8", "int4" or "nvfp4"; `itemsize`: bytes of an unquantized
+    value; `group`: columns that share a scale of int4; `runs`: global scales of a matrix of nvfp4."""
 
     kind: str
     itemsize: int = 2
@@ -33,9 +34,9 @@ class Format:
     runs: int = 1
 
     def stored_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of codes and scales of a weight [..., rows, columns] (quantized/formats.py has the layouts)."""
+        """Bytes of codes and scales of a weight [..., rows, columns] (ops/formats.py has the layouts)."""
         values = math.prod(shape)
-        if self.kind == PLAIN:
+        if self.kind == "unquantized":
             return values * self.itemsize
         if self.kind == "fp8":  # a float32 scale for every row
             return values + 4 * math.prod(shape[:-1])
@@ -43,15 +44,15 @@ class Format:
             return values // 2 + 2 * (values // self.group)
         if self.kind == "nvfp4":  # a byte for sixteen columns, and float32 global scales
             return values // 2 + values // 16 + 4 * self.runs * math.prod(shape[:-2])
-        raise ValueError(f"a weight's kind must be plain, fp8, int4 or nvfp4, got {self.kind!r}")
+        raise ValueError(f"a weight's kind must be unquantized, fp8, int4 or nvfp4, got {self.kind!r}")
 
 
-# (attribute of LayerWeights or ModelWeights, layer or None) → how it is kept.
+# (attribute of LayerWeights or ModelWeights, layer or None) → the weight's format.
 Formats = Mapping[tuple[str, int | None], Format]
 
 
 def formats_of(weights: ModelWeights) -> dict[tuple[str, int | None], Format]:
-    """How every weight of a loaded model is kept."""
+    """The format of every weight of a loaded model."""
     return {
         (attribute, layer): _format_of(weight)
         for layer, attributes in weights_by_layer(weights)
@@ -69,14 +70,14 @@ def weights_by_layer(weights: ModelWeights) -> Iterator[tuple[int | None, dict[s
 
 def _format_of(weight: Weight) -> Format:
     if isinstance(weight, torch.Tensor):
-        return Format(PLAIN, itemsize=weight.element_size())
+        return Format("unquantized", itemsize=weight.element_size())
     runs = weight.tensors()["global_scales"].shape[-1] if weight.name == "nvfp4" else 1
     return Format(weight.name, group=weight.group, runs=runs)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes to move and FLOPs to make, the latter by the kind of product ("plain" or "fp8") that limits them."""
+    """Bytes and FLOPs of an operator. `product`: the kind of product ("plain" or "fp8") that limits the FLOPs."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -101,19 +102,20 @@ class StepShape:
     prefix: int
     canvas: int
     experts_hit: tuple[float, ...]
-    # Tiles of the vocabulary that the soft embedding must not leave out: mean of a row, and of all together. None: all.
+    # Vocabulary tiles that the soft embedding must not skip: the mean for a row, and those of all rows together. None
+    # means all.
     soft_tiles: tuple[float, float] | None = None
-    # A GPU's kernel makes the statistics while the head's product is still at hand.
+    # A GPU's head kernel computes the statistics too, so they read no logits from memory.
     statistics_in_head: bool = False
 
 
 def expected_experts_hit(config: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that at least one of `tokens` goes to, when every choice of top_k is as likely."""
+    """The expected number of a layer's experts that `tokens` hit, when every choice of top_k is equally likely."""
     return config.num_experts * (1.0 - (1.0 - config.top_k_experts / config.num_experts) ** tokens)
 
 
 class _Counter:
-    """Operations over `tokens` rows of hidden states, with the sizes that they all need."""
+    """Makes the operations over `tokens` rows of hidden states."""
 
     def __init__(self, config: ModelConfig, formats: Formats, tokens: int, dtype: torch.dtype) -> None:
         self.config = config
@@ -131,7 +133,7 @@ class _Counter:
         return self.formats[attribute, layer].stored_bytes(self._shapes[attribute, layer])
 
     def rows(self, *widths: int) -> float:
-        """Bytes of activations of these widths, a row for each token."""
+        """Bytes of activations of these widths for all tokens."""
         return float(self.tokens * sum(widths) * self.itemsize)
 
     def linear(self, part: Part, attribute: str, layer: int | None) -> Operation:
@@ -149,13 +151,13 @@ class _Counter:
         yield self.linear(part, f"{prefix}down_proj", layer)
 
     def input_norms(self) -> Operation:
-        """The norm of the soft embedding, and that of its sum with the tokens' embeddings."""
+        """The norm of the soft embedding, and the norm of its sum with the token embeddings."""
         hidden = self.config.hidden_size
         moved = self.rows(2 * hidden, 3 * hidden) + self.weight_bytes("self_conditioning_pre_norm", None)
         return Operation(Part.EMBEDDING, "input_norms", None, Work(moved))
 
     def first_norm(self) -> Operation:
-        """The first layer's first norm; those of the others are made with the output of the layer before."""
+        """The first layer's first norm; those of the other layers are part of the layer before."""
         hidden = self.config.hidden_size
         moved = self.rows(2 * hidden) + self.weight_bytes("input_layernorm", 0)
         return Operation(Part.NORMS, "input_layernorm", 0, Work(moved))
@@ -173,7 +175,7 @@ class _Counter:
         yield Operation(Part.NORMS, "normalise_heads", index, Work(moved + norms + tables))
 
     def after_attention(self, layer: LayerConfig, experts_hit: float) -> Iterator[Operation]:
-        """What follows a layer's attention, to its output and the norm that comes next."""
+        """The operators after a layer's attention, up to its output and the next layer's first norm."""
         config, index, hidden = self.config, layer.index, self.config.hidden_size
         norm = hidden * self.itemsize
         yield self.linear(Part.PROJECTIONS, "o_proj", index)
@@ -181,11 +183,11 @@ class _Counter:
         yield self._router(index)
         yield from self.gated_mlp(Part.MLP, "", index)
         share = experts_hit / config.num_experts
-        kept = self.weight_bytes("experts_gate_up", index) + self.weight_bytes("experts_down", index)
+        stored = self.weight_bytes("experts_gate_up", index) + self.weight_bytes("experts_down", index)
         choice = self.tokens * config.top_k_experts * 8  # an int32 and a float32 for each slot
         flops = 2.0 * self.tokens * config.top_k_experts * 3 * hidden * config.moe_intermediate_size
         product = _product_of(self.formats["experts_gate_up", index])
-        work = Work(kept * share + choice + self.rows(2 * hidden), flops, product)
+        work = Work(stored * share + choice + self.rows(2 * hidden), flops, product)
         yield Operation(Part.EXPERTS, "moe_ffn", index, work)
         yield Operation(Part.NORMS, "layer_output", index, Work(self.rows(5 * hidden) + 4 * norm))
 
@@ -206,7 +208,7 @@ def step_operations(config: ModelConfig, formats: Formats, dtype: torch.dtype, s
     counter = _Counter(config, formats, tokens, dtype)
     hidden = config.hidden_size
     found = [
-        # The rows that are looked up, and their ids.
+        # The embedding rows, and the token ids.
         Operation(Part.EMBEDDING, "embedding", None, Work(counter.rows(2 * hidden) + 4 * tokens)),
         *counter.gated_mlp(Part.EMBEDDING, "self_conditioning_", None),
         counter.input_norms(),
@@ -234,10 +236,10 @@ def _after_layers(counter: _Counter, shape: StepShape) -> Iterator[Operation]:
     yield Operation(Part.HEAD, "vocabulary_head", None, Work(table + rows + logits, flops))
     statistics = tiles + (0.0 if shape.statistics_in_head else logits)
     yield Operation(Part.SAMPLING, "vocabulary_statistics", None, Work(statistics))
-    # The tiles' masses, and one tile of logits for each position.
+    # The tiles' statistics, and one tile of logits for each position.
     chosen = counter.rows(min(VOCABULARY_TILE, config.vocab_size))
     yield Operation(Part.SAMPLING, "sample", None, Work(tiles + chosen))
-    # Three tokens and an entropy in, a token, a draft and a flag out.
+    # Three tokens and an entropy are read; a token, a draft and a flag are written.
     yield Operation(Part.SAMPLING, "update_canvas_", None, Work(tokens * (4 * 4 + 4 + 4 + 1)))
     of_vocabulary = -(-config.vocab_size // VOCABULARY_TILE)
     row_share, all_share = (1.0, 1.0) if shape.soft_tiles is None else (n / of_vocabulary for n in shape.soft_tiles)
@@ -248,7 +250,7 @@ def _after_layers(counter: _Counter, shape: StepShape) -> Iterator[Operation]:
 def encode_operations(
     config: ModelConfig, formats: Formats, dtype: torch.dtype, tokens: int, experts_hit: Sequence[float]
 ) -> list[Operation]:
-    """The operators of encoding `tokens` into an empty cache; of the last layer only keys and values are made.
+    """The operators of encoding `tokens` into an empty cache; the last layer computes only keys and values.
 
     Raises ValueError for a wrong number of layers.
     """
@@ -273,7 +275,7 @@ def encode_operations(
 
 
 def _causal_pairs(tokens: int, window: int) -> int:
-    """Queries times the keys that each sees: itself and up to window - 1 before it."""
+    """Pairs of query and visible key: each query sees itself and up to window - 1 positions before it."""
     first = min(tokens, window)
     return first * (first + 1) // 2 + (tokens - first) * window
 
@@ -282,9 +284,9 @@ def _attention(layer: LayerConfig) -> Part:
     return Part.SLIDING if layer.is_sliding else Part.FULL
 
 
-def _product_of(kept: Format) -> str:
-    """Products of 8-bit weights can be made in 8 bits; the others are decoded to the model's dtype."""
-    return "fp8" if kept.kind == "fp8" else PLAIN
+def _product_of(format: Format) -> str:
+    """Products of 8-bit weights can run in 8 bits; other weights are decoded to the model's dtype."""
+    return "fp8" if format.kind == "fp8" else PLAIN
 
 
 def total(operations: Iterable[Operation]) -> tuple[float, dict[str, float]]:
