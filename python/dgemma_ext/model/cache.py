@@ -1,8 +1,8 @@
-"""The key/value cache: what the encode pass leaves for the canvas to read.
+"""The key/value cache, which the encode pass appends to and a canvas reads.
 
-Position p of a request lies in row p % capacity of its slot, in every layer. A full layer's capacity is the longest
-context, so nothing is ever overwritten; a sliding layer is a ring that stores only what a later query can still see:
-the last window - 1 positions. A ring cannot be rewound, which is why going back means restoring a snapshot.
+Position p of a request is stored in row p % capacity of its slot, in every layer. A full layer's capacity is the
+longest context, so nothing is ever overwritten. A sliding layer is a ring of the last window - 1 positions, which is
+all that a later query can see. A ring cannot be rewound, so going back means restoring a snapshot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dgemma_ext.checkpoint import LayerConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of one slot: the rows that hold positions 0 .. length - 1, layer by layer."""
+    """A copy of one slot: for each layer, the rows that hold positions 0 .. length - 1."""
 
     length: int
     keys: tuple[torch.Tensor, ...]  # [rows, key heads, head dim] each
@@ -70,7 +70,7 @@ class Cache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def length(self, slot: int) -> int:
-        """How many positions the slot holds."""
+        """The number of positions that the slot holds."""
         return self._lengths[self._checked(slot)]
 
     def advance(self, slot: int, count: int) -> None:
@@ -81,7 +81,7 @@ class Cache:
         self._lengths[slot] = length
 
     def snapshot(self, slot: int) -> Snapshot:
-        """A copy of the slot that `restore` brings back, here or in another slot of a cache of the same model."""
+        """A copy of the slot for `restore`, which may put it into another slot or another cache of the same model."""
         length = self.length(slot)
         return Snapshot(
             length=length,
@@ -90,25 +90,25 @@ class Cache:
         )
 
     def restore(self, slot: int, saved: Snapshot) -> None:
-        """Makes the slot what it was when `saved` was taken. Raises ValueError where it does not fit."""
+        """Replaces the slot's content by a snapshot. Raises ValueError for a snapshot that does not fit."""
         self._checked(slot)
         if saved.length > self.max_length:
             raise ValueError(f"the snapshot holds {saved.length} positions, and max_length is {self.max_length}")
         if len(saved.keys) != len(self.keys):
             raise ValueError(f"the snapshot has {len(saved.keys)} layers, and this cache {len(self.keys)}")
-        for layer, (mine, theirs) in enumerate(zip(self.keys, saved.keys, strict=True)):
-            # A ring written at another capacity keeps its positions in other rows.
-            if min(saved.length, mine.shape[1]) != theirs.shape[0] or mine.shape[2:] != theirs.shape[1:]:
+        for layer, (own, copy) in enumerate(zip(self.keys, saved.keys, strict=True)):
+            # A ring of another capacity has its positions in other rows.
+            if min(saved.length, own.shape[1]) != copy.shape[0] or own.shape[2:] != copy.shape[1:]:
                 raise ValueError(
-                    f"layer {layer} of the snapshot is {tuple(theirs.shape)}, which does not fit a slot of "
-                    f"{tuple(mine.shape[1:])} at length {saved.length}"
+                    f"layer {layer} of the snapshot is {tuple(copy.shape)}, which does not fit a slot of "
+                    f"{tuple(own.shape[1:])} at length {saved.length}"
                 )
-        for mine, theirs in zip((*self.keys, *self.values), (*saved.keys, *saved.values), strict=True):
-            mine[slot, : theirs.shape[0]] = theirs
+        for own, copy in zip((*self.keys, *self.values), (*saved.keys, *saved.values), strict=True):
+            own[slot, : copy.shape[0]] = copy
         self._lengths[slot] = saved.length
 
     def free(self, slot: int) -> None:
-        """Forgets what the slot holds."""
+        """Empties the slot."""
         self._lengths[self._checked(slot)] = 0
 
     def _checked(self, slot: int) -> int:

@@ -1,8 +1,8 @@
-"""The forward pass: described rows (rows.py) through all layers, once.
+"""The forward pass: the rows that rows.py describes go through all layers once.
 
-Encoding is a pass over chunks, denoising one over canvases; the first step of a canvas may have both. In every layer a
-chunk's keys and values are in the cache before a canvas looks there, and nothing of a canvas reaches the rows of a
-chunk, so the numbers are those of an encode pass and a denoising pass in turn.
+Encoding is a pass over chunks, denoising a pass over canvases; the first step of a canvas may have both. In every layer
+a chunk's keys and values are appended to the cache before a canvas reads it, and a chunk's rows do not see canvases, so
+the results are those of an encode pass followed by a denoising pass.
 
 The order of operations and the roundings are those of transformers' modeling_diffusion_gemma.py.
 """
@@ -29,10 +29,10 @@ from dgemma_ext.ops.quantized_gemm import experts
 
 @dataclass
 class ForwardOptions:
-    """How a pass computes, beside its weights.
+    """Options of a pass.
 
-    embedding_scale: what token embeddings are multiplied by. activations: "fp8" rounds what goes into the experts'
-    products. debug: checks the output of every layer and raises FloatingPointError where a value is not finite.
+    embedding_scale: factor of the token embeddings. activations: "fp8" rounds the inputs of the experts' products.
+    debug: checks the output of every layer and raises FloatingPointError where a value is not finite.
     """
 
     matmul: MatmulMode
@@ -49,25 +49,24 @@ def forward(
     canvases: Canvases | None,
     chunks: Sequence[PrefillChunk] = (),
 ) -> Tensor | None:
-    """The normalised output of the last layer for the rows of the canvases, [B, L, hidden]; None without canvases.
-
-    Each chunk has a slot of its own, and is in the cache afterwards.
+    """Returns the normalised output of the last layer for the rows of the canvases, [B, L, hidden], or None without
+    canvases. Appends each chunk to its slot of the cache; no two chunks share a slot.
     """
     epsilon = config.rms_norm_eps
     rows = Rows.describe(canvases, chunks, cache, config, weights.embed_tokens.dtype)
     hidden = embed(rows, weights, options, epsilon)
     normed = rms_norm(hidden, weights.layers[0].input_layernorm, epsilon)
-    for layer, of_layer in zip(config.layers, weights.layers, strict=True):
+    for layer, layer_weights in zip(config.layers, weights.layers, strict=True):
         last = layer.index == len(config.layers) - 1
         if last and rows.chunks:
-            # Nothing reads what follows a chunk's keys and values in the last layer.
-            _store_chunks(rows, normed, layer, of_layer, options, epsilon, cache)
+            # In the last layer nothing reads a chunk's output, so only its keys and values are computed.
+            _store_chunks(rows, normed, layer, layer_weights, options, epsilon, cache)
             if canvases is None:
                 break
             rows = rows.canvases_alone()
             hidden, normed = hidden[: rows.canvas_rows], normed[: rows.canvas_rows]
         next_norm = weights.norm if last else weights.layers[layer.index + 1].input_layernorm
-        hidden, normed = decoder_layer(hidden, normed, rows, layer, of_layer, next_norm, config, options, cache)
+        hidden, normed = decoder_layer(hidden, normed, rows, layer, layer_weights, next_norm, config, options, cache)
         if options.debug and not bool(torch.isfinite(hidden).all()):
             raise FloatingPointError(f"the output of layer {layer.index} is not finite")
     for chunk in chunks:
@@ -78,8 +77,8 @@ def forward(
 def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: float) -> Tensor:
     """The input of the first layer, [rows, hidden].
 
-    Canvas tokens have their embedding and the self-conditioning, normalised together; the tokens of a chunk have their
-    embedding alone.
+    The input of a canvas token is its embedding plus the self-conditioning, normalised; that of a token of a chunk is
+    its embedding.
     """
     parts = []
     if rows.canvases is not None:
@@ -110,7 +109,7 @@ def decoder_layer(
     options: ForwardOptions,
     cache: Cache,
 ) -> tuple[Tensor, Tensor]:
-    """One layer on hidden [n, hidden] and its first norm. Returns the output and the norm that comes next of it."""
+    """One layer on hidden [n, hidden] and `normed`, its first norm. Returns the output and its norm by `next_norm`."""
     epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts)
 
     query, key, value = project_qkv(normed, weights, layer, rows.rotary[layer.rope, layer.head_dim], epsilon, matmul)
@@ -128,8 +127,8 @@ def decoder_layer(
     expert_ids, expert_weights = matmul.route(residual, *router, config.top_k_experts, epsilon)
     if rows.skipped is not None:
         expert_ids.masked_fill_(rows.skipped, -1)
-    of_mlp = matmul.gated_mlp(mlp_input, weights.gate_proj, weights.up_proj, weights.down_proj)
-    of_experts = experts(
+    mlp_output = matmul.gated_mlp(mlp_input, weights.gate_proj, weights.up_proj, weights.down_proj)
+    moe_output = experts(
         experts_input, expert_ids, expert_weights, weights.experts_gate_up, weights.experts_down, options.activations
     )
 
@@ -139,39 +138,39 @@ def decoder_layer(
         weights.post_feedforward_layernorm,
         next_norm,
     )
-    # Rows that are denoised and rows that are encoded have scalars of their own.
+    # Rows of canvases use the decoder's layer scalar, rows of chunks the encoder's.
     outputs = []
     for part, scalar in (
         (slice(rows.canvas_rows), weights.decoder_layer_scalar),
         (slice(rows.canvas_rows, None), weights.encoder_layer_scalar),
     ):
         if residual[part].shape[0]:
-            outputs.append(layer_output(residual[part], of_mlp[part], of_experts[part], *norms, scalar, epsilon))
+            outputs.append(layer_output(residual[part], mlp_output[part], moe_output[part], *norms, scalar, epsilon))
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat([output for output, _ in outputs]), torch.cat([next_normed for _, next_normed in outputs])
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, layer: LayerConfig, cache: Cache) -> Tensor:
-    """Attention of all rows [n, heads, head_dim]. The keys and values of chunks are appended on the way."""
-    kept, window = (cache.keys[layer.index], cache.values[layer.index]), layer.sliding_window
+    """Attention of all rows [n, heads, head_dim]; appends the keys and values of chunks to the cache."""
+    cached, window = (cache.keys[layer.index], cache.values[layer.index]), layer.sliding_window
     parts = []
     for chunk, slot, start, where in zip(
         rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
     ):
         new = (key[None, where], value[None, where])
-        attended = causal_attention(query[None, where], *new, *kept, slot, start, spans=chunk.spans, window=window)
-        append_to_cache(*new, *kept, slot, start)
+        attended = causal_attention(query[None, where], *new, *cached, slot, start, spans=chunk.spans, window=window)
+        append_to_cache(*new, *cached, slot, start)
         parts.append(attended[0])
     if rows.canvases is not None:
-        # After the chunks: it reads what they have appended.
+        # This comes after the chunks, because a canvas sees the chunks of the same pass.
         canvases = rows.canvases
         first, shape = slice(rows.canvas_rows), canvases.ids.shape
         attended = canvas_attention(
             query[first].unflatten(0, shape),
             key[first].unflatten(0, shape),
             value[first].unflatten(0, shape),
-            *kept,
+            *cached,
             slot=canvases.slot,
             prefix_length=canvases.prefix_length,
             window=window,
@@ -190,12 +189,12 @@ def _store_chunks(
     epsilon: float,
     cache: Cache,
 ) -> None:
-    """Appends a layer's keys and values of all chunks to the cache, and computes no more of them."""
+    """Appends a layer's keys and values of all chunks to the cache, without attention."""
     cosine, sine = rows.rotary[layer.rope, layer.head_dim]
-    kept = (cache.keys[layer.index], cache.values[layer.index])
+    cached = (cache.keys[layer.index], cache.values[layer.index])
     for chunk, slot, start, where in zip(
         rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
     ):
         table, matmul = (cosine[where], sine[where]), Matmul(options.matmul, (len(chunk),))
         _, key, value = project_qkv(normed[where], weights, layer, table, epsilon, matmul)
-        append_to_cache(key[None], value[None], *kept, slot, start)
+        append_to_cache(key[None], value[None], *cached, slot, start)

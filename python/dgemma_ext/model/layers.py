@@ -1,4 +1,4 @@
-"""What every layer does before its attention: rotary embedding, and the projections with their norms.
+"""The first part of a layer: query, key and value projections with their norms, and rotary embedding.
 
 Both follow transformers' modeling_diffusion_gemma.py in the order of operations and the roundings, because ties in
 bfloat16 decide which experts are chosen and which token is the draft.
@@ -16,7 +16,7 @@ from dgemma_ext.model.matmul import Matmul
 from dgemma_ext.model.weights import LayerWeights
 from dgemma_ext.ops.layer import normalise_heads
 
-# Cosines and sines [positions, head_dim], by what they depend on: a layer's rope and head dimension.
+# A layer's rope and head dimension → cosines and sines, [positions, head_dim] each.
 RotaryTables = dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]]
 
 
@@ -26,7 +26,7 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) 
 
 
 def rotary_table(rope: RopeConfig, head_dim: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for int positions [n], each [n, head_dim]: computed in fp32, rounded once to `dtype`."""
+    """Cosines and sines for int positions [n], each [n, head_dim], computed in fp32 and rounded once to `dtype`."""
     angles = positions[:, None].float() * _inverse_frequencies(rope, head_dim, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,4 +1,4 @@
-"""The network: weights on a device and the two passes over them, encode and denoise. It knows nothing of requests."""
+"""The network: weights on a device and the two passes over them, encode and denoise. It does not know of requests."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from dgemma_ext.ops import denoise
 # Long prompts are encoded in chunks of this many positions, which bounds the memory of a pass.
 ENCODE_CHUNK = 4096
 
-# Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
+# The relative error that skipping vocabulary tiles may add to a soft embedding: half a unit in the last place of
+# bfloat16. In fp32 no tile is skipped.
 _SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
 
 
 class Network:
     """Weights and passes.
 
-    Attributes: `config`, `weights`, `dtype`, `device`, `options` (how a pass computes), `embedding_scale`,
-    `soft_embedding_tolerance` and `max_embedding_norm` (of ops.denoise.soft_embedding).
+    Attributes: `config`, `weights`, `dtype`, `device`, `options` (of every pass), `embedding_scale`, and for
+    ops.denoise.soft_embedding `soft_embedding_tolerance` and `max_embedding_norm`.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Network:
     ) -> None:
         """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
 
-        ids: integer [B, T], right padded where `lengths` (one per row) are given. slots: which slot each row goes to,
-        default 0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute positions whose tokens see
-        each other whole (an image's soft tokens); a chunk border never cuts one.
+        ids: integer [B, T], right padded where `lengths` (one per row) are given. slots: the slot of each row, default
+        0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute positions whose tokens all see each
+        other (an image's soft tokens); a chunk border never cuts one.
 
         Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache.
         """
@@ -98,7 +99,8 @@ class Network:
                     f"the cache's max_length is {cache.max_length}"
                 )
         spans = _checked_spans(bidirectional_spans, len(slot_list))
-        # Row by row: a dense product's bits may depend on how many rows it has, and a request's must not.
+        # One pass for each row: the bits of a dense product may depend on its number of rows, and those of a request
+        # must not depend on other requests.
         for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
             start = cache.length(slot)
             for first, last in _chunks(start, start + count, chunk, spans[row]):
@@ -116,8 +118,7 @@ class Network:
         """One denoising pass; returns soft-capped logits, fp32 [B, L, vocabulary]. The cache is only read.
 
         canvas: integer [B, L]. self_conditioning: the last step's processed (temperature-scaled) logits
-        [B, L, vocabulary], or None for exact zero. This is the interface of parity tests; generating stores no fp32
-        logits.
+        [B, L, vocabulary], or None for exact zero. Parity tests use this interface; `generate` stores no fp32 logits.
         """
         canvas, slot_list = self._checked_ids("canvas", canvas, cache, slots)
         shape = (*canvas.shape, self.config.vocab_size)
@@ -137,11 +138,11 @@ class Network:
     def canvas_in_slot(
         self, ids: Tensor, cache: Cache, slot: int, soft_embedding: Tensor | None = None, appended: int = 0
     ) -> Canvases:
-        """One canvas, int [1, L], over what a slot holds and `appended` positions that the same pass appends to it."""
+        """One canvas, int [1, L], that sees a slot's positions and `appended` more, which the same pass encodes."""
         prefix = cache.length(slot) + appended
         return Canvases(
             ids=ids,
-            # Filled on the device: a copy from the host would wait for what runs there.
+            # Filled on the device, because a copy from the host would wait for the work that is queued there.
             slot=torch.full((1,), slot, dtype=torch.int32, device=self.device),
             prefix_length=torch.full((1,), prefix, dtype=torch.int32, device=self.device),
             rotary=self.rotary_tables(torch.arange(prefix, prefix + ids.shape[1], device=self.device)),
@@ -188,7 +189,8 @@ class Network:
             raise ValueError(f"slots must be {ids.shape[0]} different slots, one per row of {name}, got {chosen}")
         for slot in chosen:
             cache.length(slot)  # refuses a slot that does not exist
-        # Without waiting for what runs on a GPU, but where the caller could change the ids under the copy.
+        # The copy does not wait for a GPU's queued work. Pinned ids are copied synchronously: the caller could change
+        # them while they are copied.
         return ids.to(self.device, non_blocking=not ids.is_pinned()), chosen
 
 
@@ -204,8 +206,8 @@ def _checked_spans(spans: Sequence[Sequence[tuple[int, int]]] | None, rows: int)
 
 
 def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Cuts [start, end) into chunks of `size`, moving a cut that falls inside a span to the span's start (or, where the
-    chunk starts with that span, to its end)."""
+    """Cuts [start, end) into chunks of `size`. A cut inside a span moves to the span's start, or to its end where the
+    chunk starts with that span."""
     while start < end:
         cut = min(start + size, end)
         for first, last in spans:
@@ -216,5 +218,5 @@ def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> It
 
 
 def _largest_row_norm(embedding: Tensor) -> float:
-    """max over v of ||embedding[v]||, in pieces so that no fp32 copy of the table exists."""
+    """max over v of ||embedding[v]||, computed in pieces so that no fp32 copy of the table exists."""
     return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))

@@ -1,4 +1,4 @@
-"""Where a model lies, and in what it computes: the options of `from_pretrained`, resolved."""
+"""Resolves the options of `from_pretrained`: device, dtype, activations and the mode of dense products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def resolve_matmul(batch_invariant: bool, device: torch.device, dtype: torch.dtype) -> MatmulMode:
-    """How dense products are made. Raises ValueError where a batch cannot be kept from changing bits."""
+    """The mode of dense products. Raises ValueError where `batch_invariant` is not supported."""
     if device.type == "cpu":
         return MatmulMode.PER_REQUEST
     if not batch_invariant:
@@ -25,21 +25,22 @@ def resolve_matmul(batch_invariant: bool, device: torch.device, dtype: torch.dty
     return MatmulMode.INVARIANT
 
 
-def check_activations(activations: str | None, kept: str) -> None:
-    """Raises ValueError for what is neither None nor "fp8", and for "fp8" with experts kept in another format."""
+def check_activations(activations: str | None, format: str) -> None:
+    """Raises ValueError for a value other than None and "fp8", and for "fp8" with experts in another format."""
     if activations not in (None, "fp8"):
         raise ValueError(f"activations must be fp8, or None for those of the dtype, got {activations!r}")
-    if activations is not None and kept != "fp8":
-        raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {kept}")
+    if activations is not None and format != "fp8":
+        raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {format}")
 
 
 def resolve_activations(
-    activations: str | None, kept: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    activations: str | None, format: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """What the experts' activations are rounded to: None or "fp8". `kept`: how the experts' weights are (memory_plan).
+    """The format that the experts' inputs are rounded to: None or "fp8". `format`: that of the experts' weights.
 
-    Raises ValueError for anything else, for weights that are not fp8, and for a GPU that cannot multiply them."""
-    check_activations(activations, kept)
+    Raises ValueError for anything else, for weights that are not fp8, and for a GPU without FP8 products.
+    """
+    check_activations(activations, format)
     if activations is None:
         return None
     try:
@@ -50,7 +51,7 @@ def resolve_activations(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device that is asked for, "auto" being a GPU where torch sees one. Raises ValueError for one that is not."""
+    """The device to use; "auto" is a GPU where torch sees one. Raises ValueError for a device that is not there."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -65,7 +66,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    """A dtype that is asked for, "auto" being the checkpoint's. Raises ValueError for one that is not served."""
+    """The dtype to use; "auto" is the checkpoint's. Raises ValueError for one that is not supported."""
     if isinstance(dtype, str):
         if dtype == "auto":
             return config.dtype

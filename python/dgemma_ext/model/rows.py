@@ -1,7 +1,7 @@
-"""The rows of a forward pass: canvases that are denoised, and chunks of tokens that are encoded.
+"""The rows of a forward pass: canvases to denoise, and chunks of tokens to encode.
 
-A pass reads the same weights for many rows as for few, so one pass may have both: what a canvas is to see and is not in
-the cache yet (a prompt, the canvas just finished) goes through the layers together with the canvas's first step.
+One pass may have both: tokens that a canvas sees and that are not in the cache yet (a prompt, the canvas just finished)
+are encoded by the canvas's first step, which saves one read of the weights.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.model.cache import Cache
 from dgemma_ext.model.layers import RotaryTables, rotary_tables
 
-# Up to so many tokens are encoded by the first step of the canvas that is to see them. That saves one read of the
-# weights, however many they are, and takes their memory at the same time as the canvases' (engine/memory.py counts it).
+# The most tokens that a canvas's first step encodes. They take memory at the same time as the canvases
+# (engine/memory.py counts it), so a longer prompt is encoded by passes of its own.
 MAX_PREFILL_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens that a pass appends to the cache. Each sees what its slot holds and, causally, the chunk itself.
+    """Tokens that a pass appends to the cache. Each sees its slot's positions and, causally, the chunk itself.
 
-    spans: int32 [1, spans, 2], ranges of absolute positions whose tokens see each other whole.
+    spans: int32 [1, spans, 2], ranges of absolute positions whose tokens all see each other.
     """
 
     slot: int
@@ -50,7 +50,7 @@ class Canvases:
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of the B * L positions
     soft_embedding: Tensor | None = None  # [B, L, hidden], the self-conditioning; None is exact zero
-    # Attention is written here, [B, L, heads, head_dim] by head dimension. None allocates.
+    # Head dimension → buffer for the attention's output, [B, L, heads, head_dim]. None allocates one.
     attention_out: dict[int, Tensor] | None = None
 
     @property
@@ -65,11 +65,9 @@ class Rows:
     canvases: Canvases | None
     chunks: tuple[PrefillChunk, ...]
     rotary: RotaryTables  # of all rows
-    # int32 [1] for each chunk: its slot, and how many positions that slot held before the pass.
-    chunk_slot: tuple[Tensor, ...] = ()
-    chunk_start: tuple[Tensor, ...] = ()
-    # bool [rows, 1], True where no expert is to see the row.
-    skipped: Tensor | None = None
+    chunk_slot: tuple[Tensor, ...] = ()  # int32 [1] for each chunk: its slot
+    chunk_start: tuple[Tensor, ...] = ()  # int32 [1] for each chunk: the length of its slot before the pass
+    skipped: Tensor | None = None  # bool [rows, 1], True for rows that no expert computes
 
     @classmethod
     def describe(
@@ -94,7 +92,7 @@ class Rows:
             canvases=canvases,
             chunks=tuple(chunks),
             rotary=_joined(tables),
-            # Filled on the device: a copy from the host would wait for what runs there.
+            # Filled on the device, because a copy from the host would wait for the work that is queued there.
             chunk_slot=tuple(torch.full((1,), one.slot, dtype=torch.int32, device=device) for one in chunks),
             chunk_start=tuple(torch.full((1,), start, dtype=torch.int32, device=device) for start in starts),
             skipped=skipped,
@@ -111,17 +109,13 @@ class Rows:
         return 0 if self.canvases is None else self.canvases.rows
 
     @property
-    def chunk_rows(self) -> int:
-        return sum(map(len, self.chunks))
-
-    @property
     def counts(self) -> tuple[int, ...]:
-        """Rows of each request in turn."""
-        of_canvases = () if self.canvases is None else (self.canvases.ids.shape[1],) * self.canvases.ids.shape[0]
-        return (*of_canvases, *map(len, self.chunks))
+        """The number of rows of each request in turn."""
+        canvases = () if self.canvases is None else (self.canvases.ids.shape[1],) * self.canvases.ids.shape[0]
+        return (*canvases, *map(len, self.chunks))
 
     def chunk_slices(self) -> list[slice]:
-        """Where the rows of each chunk are."""
+        """The rows of each chunk."""
         slices, begin = [], self.canvas_rows
         for chunk in self.chunks:
             slices.append(slice(begin, begin + len(chunk)))
