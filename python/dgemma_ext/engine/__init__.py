@@ -1,8 +1,8 @@
-"""From requests to answers: who runs when, on which rows, and how the host drives the device.
+"""Runs requests: scheduling, batching, and driving the device.
 
 `scheduler` admits requests and turns steps into events; `group` keeps the rows of requests that are stepped together;
-`runner` and `cuda_graphs` run the steps, `loop` drives those of a whole canvas; `memory` counts what it all takes.
-`generate` and `chat` are built on the scheduler.
+`runner` and `cuda_graphs` run the steps, and `loop` drives the steps of a whole canvas; `memory` counts the memory of
+all this. `generate` and `chat` are built on the scheduler.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ Message = dict[str, object]
 
 
 class Chat:
-    """Keeps the messages, and encodes of every turn only what the last turns have not left in a snapshot.
+    """Keeps the messages, and encodes only the part of each turn's prompt that is in no snapshot of earlier turns.
 
-    A ring of a window cannot be rewound and the template rewrites history (it drops earlier thoughts), so a turn goes
-    on from the longest snapshot that begins the new prompt, not from where the last answer ended.
+    A sliding layer's ring cannot be rewound and the template rewrites history (it drops earlier thoughts), so a turn
+    continues from the longest snapshot that is a prefix of the new prompt, not from the end of the last answer.
     """
 
     def __init__(self, model: ServedModel, system: str | None = None, max_length: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Chat:
     def stream(
         self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0
     ) -> Iterator[Draft | Commit]:
-        """The same as `send`, as it happens. A turn that is left early (or fails) is taken back whole."""
+        """`send` as a stream of events. A turn that is left early, or fails, does not become part of the chat."""
         turn: Message = {"role": "user", "content": text}
         request = self._scheduler.submit(
             [*self.messages, turn], max_new_tokens, sampler, seed, snapshots=self._snapshots

@@ -1,7 +1,7 @@
-"""The steps of a batch on a GPU: a step is a captured CUDA graph, a canvas one launch where the driver has WHILE nodes.
+"""Runs the steps of a batch on a GPU: each step is one CUDA graph; a whole canvas is one launch with WHILE nodes.
 
-The output of a step is copied into pinned memory with an event behind it, so that the host waits for that copy alone.
-Operators that wait for the device themselves cannot be captured: the fallback torch forms, and all with DGEMMA_SYNC=1.
+The output of a step is copied to pinned memory and followed by an event, so that the host waits for that copy only.
+Operators that synchronise with the device cannot be captured: the fallbacks in torch, and all with DGEMMA_SYNC=1.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dgemma_ext.engine.runner import AsyncOutput, EagerRunner, StepRunner
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput
 
-# Calls before a capture: libraries choose algorithms and allocate in their first, torch's manual asks for some.
+# Calls before a capture, as torch's manual asks: libraries choose algorithms and allocate in their first calls.
 _WARM_UP = 2
 
 
 def can_capture(network: Network) -> bool:
     """Whether every operator of a step can be captured."""
-    plain, waits = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
-    return _C.has_cuda() and not plain and not waits and not network.options.debug
+    fallback, syncs = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
+    return _C.has_cuda() and not fallback and not syncs and not network.options.debug
 
 
 def cuda_runner(network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> StepRunner:
-    """Runs the steps of this batch: in graphs, or operator by operator where they cannot be captured."""
+    """A runner for this batch: with graphs, or operator by operator where steps cannot be captured."""
     if can_capture(network):
         try:
             return CudaGraphRunner(network, cache, batch, buffers)
@@ -43,13 +43,13 @@ def cuda_runner(network: Network, cache: Cache, batch: CanvasBatch, buffers: Ste
 
 
 class CudaEagerRunner(EagerRunner):
-    """Operator by operator; the host waits for nothing but the copies of outputs."""
+    """Runs steps operator by operator; the host only waits for the copies of outputs."""
 
     repeats = False
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         super().__init__(network, cache, batch, buffers)
-        # Two: a loop that is a step behind waits for one copy while the next one is under way.
+        # Two buffers: `async_loop` waits for one copy while the next one is queued.
         self._copies = [_PinnedOutput(batch) for _ in range(2)]
         self._copied = 0
 
@@ -61,7 +61,7 @@ class CudaEagerRunner(EagerRunner):
 
 
 class CudaGraphRunner(CudaEagerRunner):
-    """A step is one launch of a graph, and so is a whole canvas, where the driver can repeat a step by itself."""
+    """Runs a step as one graph launch, and a whole canvas too where the driver can repeat a step by itself."""
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         super().__init__(network, cache, batch, buffers)
@@ -71,7 +71,7 @@ class CudaGraphRunner(CudaEagerRunner):
             self._graph = _captured(batch, super().step)
             try:
                 self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
-                # Tried once, so that what a driver refuses at its launch is met here.
+                # Run once, because a driver may reject the graph only when it is launched.
                 self.run_until_finished(1)
                 torch.cuda.current_stream().synchronize()
                 self.repeats = True
@@ -80,7 +80,7 @@ class CudaGraphRunner(CudaEagerRunner):
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         if chunks:
-            super().step(chunks)  # of a shape that is not met again
+            super().step(chunks)  # not captured: its shapes depend on the chunks
         else:
             self._graph.replay()
 
@@ -92,7 +92,7 @@ class CudaGraphRunner(CudaEagerRunner):
 
 
 class _PinnedOutput:
-    """An output on its way to pinned memory."""
+    """An output that is copied to pinned memory."""
 
     def __init__(self, batch: CanvasBatch) -> None:
         self._source = batch.output
@@ -115,7 +115,7 @@ def _pinned_like(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
-    """In which steps change nothing of the canvases that are under way."""
+    """Deactivates all rows inside the block, so that steps change no canvas."""
     active = batch.state.active.clone()
     batch.state.active.zero_()
     try:
@@ -126,13 +126,14 @@ def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _CapturePlace:
-    """Streams and memory of all captures on one GPU. One graph runs at a time, and what outlives a step lies in the
-    batch's buffers, so that all graphs share one pool.
+    """Streams and memory for all captures on one GPU.
 
-    Captures have a stream of their own: torch's is one for all GPUs, and other users of CUDA graphs free what belongs
-    to it. Warm-up has another, so that the workspace that cuBLAS keeps for the capture's stream lies in the pool, from
-    which nothing but captures is served. `keeper` is a graph that keeps the pool when all others are gone: torch 2.11
-    cannot capture into a pool that was given up.
+    All graphs share one pool, because one graph runs at a time and all that outlives a step is in the batch's buffers.
+
+    Captures use their own stream, because torch's capture stream is shared by all GPUs and other users of CUDA graphs
+    free its memory. Warm-up uses another, so that the workspace that cuBLAS keeps for the capture's stream is in the
+    pool, from which only captures allocate. `keeper` is a graph that keeps the pool alive when all others are gone:
+    torch 2.11 cannot capture into a pool that was freed.
     """
 
     warm_up: torch.cuda.Stream
@@ -153,7 +154,7 @@ def _capture_place(device: torch.device) -> _CapturePlace:
 
 
 def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step as a graph."""
+    """Captures a step in a graph."""
     place = _capture_place(batch.slot.device)
     current = torch.cuda.current_stream()
     place.warm_up.wait_stream(current)
@@ -161,7 +162,7 @@ def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGr
         for _ in range(_WARM_UP):
             step()
     current.wait_stream(place.warm_up)
-    # Kept, so that a loop can hold a copy of it.
+    # keep_graph, because GraphLoop copies the graph.
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with _capturing(place, graph, batch.slot.device):
         step()
@@ -171,19 +172,19 @@ def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGr
 
 @contextmanager
 def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
-    """Captures what runs inside. After a failure the thread's stream and the allocator are as before."""
+    """Captures the work inside the block. A failure restores the thread's stream and the allocator."""
     current = torch.cuda.current_stream()
     # A collection could destroy another graph, which is an error while one is captured.
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:
-        # "thread_local": what other threads do meanwhile does not concern the capture.
+        # thread_local, so that work of other threads does not break the capture.
         with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"):
             yield
     except BaseException:
         torch.cuda.set_stream(current)
-        # torch 2.11 leaves the allocator in the capture where the end of one fails; where it does not, this is refused.
+        # Where ending a capture fails, torch 2.11 leaves the allocator in it; otherwise this call raises RuntimeError.
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index, place.pool)
         raise

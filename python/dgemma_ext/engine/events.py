@@ -1,4 +1,4 @@
-"""What a request tells its caller on the way: a draft at every denoising step, a commit for every finished canvas."""
+"""Events of a request: a draft at every denoising step, a commit for every finished canvas, a failure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dgemma_ext.engine.request import Request
 class Draft:
     """The state of a canvas after a denoising step.
 
-    step counts from 1 within the canvas. token_ids is the argmax canvas; accepted says which positions kept their
-    sampled token in this step (bool [L]); entropy is in nats per position (fp32 [L]).
+    step counts from 1 within the canvas. token_ids is the argmax canvas; accepted marks the positions that keep their
+    sampled token for the next step (bool [L]); entropy is in nats (fp32 [L]).
     """
 
     request: Request
@@ -33,7 +33,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Commit:
-    """A finished canvas: the ids that the answer keeps of it, and what they add to the text.
+    """A finished canvas: the ids that the answer keeps of it, and the text that they add.
 
     finish_reason is None while the answer goes on, else "eos" or "length".
     """
@@ -48,7 +48,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that ended with an error; the others go on."""
+    """A request ended with an error; other requests go on."""
 
     request: Request
     error: Exception

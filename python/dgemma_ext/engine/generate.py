@@ -1,4 +1,4 @@
-"""From prompts to answers: `generate` and `stream`, both on the scheduler."""
+"""`generate` and `stream`: prompts to answers, on the scheduler."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from dgemma_ext.engine.scheduler import Scheduler, positions_needed
 from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
 from dgemma_ext.sampling import Canvas, SamplerConfig
 
-# More requests than this at once wait their turn: on a CPU a larger batch makes nothing faster, and each slot costs
-# memory.
+# Further requests wait their turn: a larger batch is no faster on a CPU, and each slot costs memory.
 _MAX_BATCH = 32
-# A kept cache has at least as many positions as a sliding layer's window keeps of the published model.
+# A kept cache has at least as many positions as the sliding window of the published model.
 _LEAST_POSITIONS = 1024
 
 
@@ -39,18 +38,17 @@ def generate(
     prompt: a string, a chat (role/content dicts), token ids, or a list of any of these. max_new_tokens: default the
     checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
     batch.
-    canvas: what the first canvases begin with, one for all or one per prompt. on_draft: called after every denoising
-    step, for which the host waits; without it the steps of a canvas are left to the device.
+    canvas: the content of the first canvases, one for all prompts or one per prompt. on_draft: called after every
+    denoising step, which makes the host wait for each; without it a GPU runs a canvas's steps by itself.
 
     On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `model.kept_scheduler = None`
-    gives their memory back.
+    frees their memory.
 
     Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
     dg.NonFiniteError naming the request and the step.
     """
     prompts, is_batch = _as_batch(prompt)
     answers = _Run(model, prompts, max_new_tokens, sampler, seed, canvas)
-    # Where nobody looks at drafts, the steps of a canvas are left to the scheduler's loop.
     for event in answers.events(drafts=on_draft is not None):
         if on_draft is not None and isinstance(event, Draft):
             on_draft(event)
@@ -66,15 +64,15 @@ def stream(
     seed: int | Sequence[int] = 0,
     canvas: Canvas | Sequence[Canvas | None] | None = None,
 ) -> Iterator[Draft | Commit]:
-    """The same as `generate`, as it happens: a Draft at every denoising step, a Commit for every finished canvas.
+    """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
-    In a batch `event.request.number` says whose event it is.
+    In a batch `event.request.number` is the index of the prompt.
     """
     yield from _Run(model, _as_batch(prompt)[0], max_new_tokens, sampler, seed, canvas).events()
 
 
 class _Run:
-    """A scheduler of its own for a fixed set of prompts."""
+    """A fixed set of prompts on a scheduler."""
 
     def __init__(
         self,
@@ -107,24 +105,24 @@ class _Run:
                     if isinstance(event, Failure):
                         raise event.error
                     yield event
-        finally:  # the scheduler may serve a later call
+        finally:  # a later call may use the scheduler again
             for request in self.requests:
                 request.cancel()
 
 
 def _scheduler_for(model: GeneratingModel, requests: int, positions: int) -> Scheduler:
-    """A scheduler for so many requests of so many positions; on a GPU the last call's, where it is large enough.
+    """A scheduler for `requests` of up to `positions` each; on a GPU the last call's, where it is large enough.
 
-    There its buffers and graphs are worth keeping: to capture a step takes as long as some steps. So sizes are rounded
-    up to powers of two, and few of them serve all calls.
+    Capturing a step takes as long as running several, so a GPU's graphs are kept from call to call. Sizes are rounded
+    up to powers of two, so that calls of similar size share one scheduler.
     """
     if not _keeps_schedulers(model):
         return Scheduler(model, requests, positions)
     kept = model.kept_scheduler
     if kept is not None and not kept.idle:
-        return Scheduler(model, requests, positions)  # a stream that is not at its end has the kept one
+        return Scheduler(model, requests, positions)  # an unfinished stream uses the kept one
     if kept is None or kept.max_batch < requests or kept.cache.max_length < positions:
-        kept = model.kept_scheduler = None  # its memory first
+        kept = model.kept_scheduler = None  # frees its memory before the new one is made
         rounded = max(_LEAST_POSITIONS, bucket_of(positions))
         kept = Scheduler(model, bucket_of(requests), min(rounded, model.network.config.max_position_embeddings))
         model.kept_scheduler = kept
@@ -137,7 +135,7 @@ def _keeps_schedulers(model: GeneratingModel) -> bool:
 
 
 def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
-    """The prompts, and whether the caller gave a list of them."""
+    """The prompts as a list, and whether the caller gave a list."""
     if isinstance(prompt, str):
         return [prompt], False
     if not isinstance(prompt, Sequence):

@@ -1,4 +1,4 @@
-"""Requests that share their denoising steps: they join and leave between steps, and their rows stay dense."""
+"""Groups of requests that share denoising steps: they join and leave between steps, and their rows stay dense."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from dgemma_ext.sampling import (
 
 Member = TypeVar("Member")
 
-# make(network, cache, batch, buffers): what runs the steps of the batch.
+# make_runner(network, cache, batch, buffers) → the runner for the batch.
 MakeRunner = Callable[[Network, Cache, CanvasBatch, StepBuffers], StepRunner]
 
 
 def bucket_of(requests: int) -> int:
-    """The batch size that so many requests run in: the next power of two, so that few graphs serve all."""
+    """The batch size for a number of requests: the next power of two, so that few graphs are captured."""
     return 1 << max(requests - 1, 0).bit_length()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a member's canvas is: its row of a step's output."""
+    """The progress of a member's canvas: its row of a step's output."""
 
     output: StepOutput
     row: int
-    num_steps: int  # made and counted; one that meets a number that is not finite is not counted
-    error: str | None = None  # of the host, where a check of the host failed
+    num_steps: int  # completed steps; a step that fails does not count
+    error: str | None = None  # the message of a check on the host that failed
 
 
 @dataclass
 class _Row:
-    """What the host knows of a row without reading the device."""
+    """The host's record of a row, which needs no read from the device."""
 
     first_step: int
     next_step: int  # as of the last output read
     max_steps: int
-    masks: int  # of allowed tokens
-    chunk: PrefillChunk | None  # what the first step is to encode
+    masks: int  # number of masks of allowed tokens
+    chunk: PrefillChunk | None  # tokens for the first step to encode
 
 
 class CanvasGroup(Generic[Member]):
-    """Up to `capacity` members with canvases of one length. Rows 0 to n - 1 are in use, and a step runs over the next
-    power of two.
+    """Up to `capacity` members with canvases of one length. The n members use rows 0 to n - 1; a step runs over the
+    next power of two.
 
     shared: whether the rows of a step share one pass; otherwise they are stepped by turns over one set of buffers.
-    driver: a name of loop.LOOPS. make_runner: what runs steps; called for every batch size when it is first met.
+    driver: a name of loop.LOOPS. make_runner: makes the runner of each batch size when it is first needed.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CanvasGroup(Generic[Member]):
 
     @property
     def num_prefill(self) -> int:
-        """How many tokens the next pass is to encode beside its canvases."""
+        """The number of tokens that the next pass encodes beside its canvases."""
         return sum(map(len, self._chunks())) if self._shared else 0
 
     def join(
@@ -99,7 +99,7 @@ class CanvasGroup(Generic[Member]):
         content: Canvas | None = None,
         chunk: PrefillChunk | None = None,
     ) -> None:
-        """Begins canvas `index` of a request, over what the slot holds and the chunk, which its first step encodes."""
+        """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes."""
         row, length = len(self._members), self._batch.length
         prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
         masks = begin_canvas(self._network, self._batch, row, sampler, seed, index, content)
@@ -110,7 +110,7 @@ class CanvasGroup(Generic[Member]):
         self._rows.append(_Row(first_step, first_step, sampler.max_denoising_steps, masks, chunk))
 
     def leave(self, member: Member) -> None:
-        """Gives the member's row up; the last row takes its place. No-op for a non-member."""
+        """Frees the member's row and moves the last row there. No-op for a non-member."""
         if member not in self._members:
             return
         row, last = self._members.index(member), len(self._members) - 1
@@ -135,7 +135,7 @@ class CanvasGroup(Generic[Member]):
         return self._progress(runner, loop(runner, len(self._members), max_steps, self._take_chunks()))
 
     def runner(self) -> StepRunner:
-        """What runs the steps of the members that are here."""
+        """The runner for the current number of members."""
         rows = bucket_of(len(self._members))
         if rows not in self._runners:
             buffers = self._buffers.first(rows) if self._shared else self._buffers

@@ -1,12 +1,10 @@
-"""The loop over the steps of a canvas: three ways to drive the same steps, with the same tokens.
+"""Loops over the steps of a canvas. All three give the same tokens.
 
-A finished row is frozen by the device itself (its `active` flag is cleared by the step that finishes it), so a step
-that is queued too much changes nothing of it.
+The step that finishes a row clears its `active` flag on the device, so further steps do not change the row.
 
 - `sync_loop`: the host waits for every step.
-- `async_loop`: the next step is queued before the host reads the last one's output, so the device never waits for the
-  host. Where a canvas finishes before its cap, one step too many is queued; for the other rows it is a step like any
-  other. At a cap none is: the host knows the caps.
+- `async_loop`: the host queues the next step before it reads the last one's output, so the device never waits for the
+  host. Where a canvas finishes before its cap, one more step is queued; other rows use it as any other step.
 - `device_loop`: the device repeats the step by itself (on a GPU a WHILE node of a CUDA graph); the host reads once.
 """
 
@@ -20,8 +18,8 @@ from dgemma_ext.engine.runner import StepRunner
 from dgemma_ext.model import PrefillChunk
 from dgemma_ext.sampling import StepOutput
 
-# loop(runner, requests, max_steps, chunks): queues steps until one of the first `requests` rows, all active at the
-# beginning, is finished; one is after `max_steps` steps, at least 1. The first step encodes the chunks. The result is
+# loop(runner, requests, max_steps, chunks): runs steps until one of the first `requests` rows is finished, at most
+# `max_steps`, at least 1. All these rows are active at the beginning; the first step encodes the chunks. The result is
 # from the finishing step or a later one.
 Loop = Callable[[StepRunner, int, int, Sequence[PrefillChunk]], StepOutput]
 
@@ -44,7 +42,7 @@ def async_loop(runner: StepRunner, requests: int, max_steps: int, chunks: Sequen
         output = last.wait()
         over = finished(output, requests)
         if over.all():
-            return output  # frozen: the step that is still under way changes nothing
+            return output  # no row is active, so the step that is still queued changes nothing
         if over.any():
             break
     return newest.wait()
@@ -52,7 +50,7 @@ def async_loop(runner: StepRunner, requests: int, max_steps: int, chunks: Sequen
 
 def device_loop(runner: StepRunner, requests: int, max_steps: int, chunks: Sequence[PrefillChunk] = ()) -> StepOutput:
     if chunks:
-        # By the host, for its shapes are its own. Should it finish a canvas, the device finds that one step late.
+        # Not captured, because its shapes depend on the chunks. If it finishes a canvas, the loop runs one step more.
         runner.step(chunks)
         max_steps -= 1
     if max_steps:
@@ -60,15 +58,15 @@ def device_loop(runner: StepRunner, requests: int, max_steps: int, chunks: Seque
     return runner.copy_to_host().wait()
 
 
-# By the names of Scheduler's option `driver`.
+# The loops by the names of Scheduler's option `driver`.
 LOOPS: dict[str, Loop] = {"eager": sync_loop, "async": async_loop, "graph": device_loop}
 
 
 def loop_for(runner: StepRunner, driver: str) -> Loop:
-    """The loop of this name, or the next best where the runner does not repeat steps by itself."""
+    """The loop of this name; async_loop in place of device_loop where the runner cannot repeat steps by itself."""
     return LOOPS["async" if driver == "graph" and not runner.repeats else driver]
 
 
 def finished(output: StepOutput, requests: int) -> Tensor:
-    """bool [requests]: whose canvas is done, for good or with a number that is not finite."""
+    """bool [requests]: True for canvases that have finished or failed."""
     return output.status[:requests] != 0

@@ -1,4 +1,4 @@
-"""A finished answer."""
+"""The answer to a request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Output:
     """A finished answer.
 
-    token_ids: up to and with the first end-of-sequence token, at most max_new_tokens, no padding.
+    token_ids: up to and including the first end-of-sequence token, at most max_new_tokens, without padding.
     denoising_steps: one number per canvas. tokens_per_forward: tokens kept / denoising steps.
     """
 

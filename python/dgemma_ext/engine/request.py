@@ -1,4 +1,4 @@
-"""A request: what was asked, how far its answer is, and what the scheduler keeps of it between steps."""
+"""A request: its prompt and settings, its answer so far, and the scheduler's state of it between steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RequestState(Enum):
 
 
 class Request:
-    """One prompt on its way to an answer. Made by `Scheduler.submit`."""
+    """One prompt and its answer. Made by `Scheduler.submit`."""
 
     def __init__(
         self,
@@ -53,12 +53,11 @@ class Request:
         self._emitted_text = ""
         certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
-        # What the scheduler keeps: the slot of the cache, the ids that it holds, and those that the next canvas is to
-        # see and that are not in it yet; the length of the canvas under way, and whether there is one.
-        self._slot = -1
-        self._cached: list[int] = []
-        self._uncached = prompt_ids
-        self._length = sampler.canvas_length
+        # The scheduler's state.
+        self._slot = -1  # in the cache
+        self._cached: list[int] = []  # the ids that the slot holds
+        self._uncached = prompt_ids  # ids that the next canvas sees and that are not in the slot yet
+        self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
 
     @property
@@ -73,7 +72,7 @@ class Request:
 
     @property
     def output(self) -> Output:
-        """The answer. Raises the request's own error where it failed, RuntimeError where there is no answer (yet)."""
+        """The answer. Raises the request's error where it failed, RuntimeError where there is no answer (yet)."""
         if self.error is not None:
             raise self.error
         if self.finish_reason is None:
@@ -86,20 +85,20 @@ class Request:
         )
 
     def cancel(self) -> bool:
-        """Stops the request and frees its slot at once. False where it had already ended."""
+        """Stops the request and frees its slot. Returns False for a request that has ended already."""
         cancel = self._cancel()
         if cancel is not None:
             return cancel(self)
         if self.done:
             return False
-        self.state = RequestState.CANCELLED  # nobody runs it any more: its scheduler was dropped
+        self.state = RequestState.CANCELLED  # its scheduler was dropped
         return True
 
     def new_text(self) -> str:
-        """What the answer's text has gained since the last call.
+        """The text that the answer has gained since the last call.
 
-        A trailing replacement character is held back while the answer goes on: it may be the beginning of a character
-        whose last bytes are in the next canvas.
+        A trailing replacement character is held back while the answer goes on: it may be an incomplete character whose
+        last bytes are in the next canvas.
         """
         text = self.decode(self.token_ids)
         if self.finish_reason is None:
@@ -108,5 +107,5 @@ class Request:
         return gained
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids as text without special tokens; empty for a checkpoint without a tokenizer."""
+        """The text of ids without special tokens; empty for a checkpoint without a tokenizer."""
         return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))

@@ -1,4 +1,4 @@
-"""Who runs the steps of a batch, and how the host learns what they did: step runners and their outputs."""
+"""Step runners: they run the steps of a batch and copy the outputs to the host."""
 
 from __future__ import annotations
 
@@ -11,75 +11,75 @@ from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput, denoising_
 
 
 class AsyncOutput(Protocol):
-    """The output of the steps queued so far, on its way to the host."""
+    """The output of the steps queued so far, while it is copied to the host."""
 
     def wait(self) -> StepOutput:
-        """Blocks until it is there."""
+        """Blocks until the copy is done."""
         ...
 
 
 class StepRunner(Protocol):
     """Runs the steps of a batch in the order in which they are queued.
 
-    repeats: whether it has `run_until_finished`. errors: messages by row, of rows that failed by an error of the host
-    (a debug run's check of every layer); whoever reads one takes it out.
+    repeats: whether it supports `run_until_finished`. errors: row → message, for rows that failed in a check on the
+    host (of a debug run); the reader of a message removes it.
     """
 
     repeats: bool
     errors: dict[int, str]
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
-        """Queues one step, which encodes `chunks` for its rows to see."""
+        """Queues one step, which also encodes `chunks`."""
         ...
 
     def copy_to_host(self) -> AsyncOutput:
-        """Queues a copy of the output. It is good until the second copy after it."""
+        """Queues a copy of the output. The result is valid until the second copy after it."""
         ...
 
     def run_until_finished(self, max_steps: int) -> None:
-        """Queues steps that end by themselves: when a row with a request is not active any more, or at the cap."""
+        """Queues steps until a row with a request is no longer active, at most `max_steps`."""
         ...
 
 
 class EagerRunner:
-    """Runs every step as it is called, operator by operator; the host waits for each output.
+    """Runs every step at its call, operator by operator; the host waits for each output.
 
-    buffers: for as many rows as share a pass. The CPU steps row by row: a canvas of 256 tokens meets all experts
-    anyway, so that a shared pass would make nothing faster, and one set of buffers serves all rows.
+    buffers: for as many rows as share a pass. The CPU steps row by row with one set of buffers: a shared pass would be
+    no faster there, because a canvas of 256 tokens hits all experts by itself.
     """
 
     repeats = True
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         self._network, self._cache, self._batch, self._buffers = network, cache, batch, buffers
-        # A single row of the CPU's goes the way of several: the host may look at it.
-        alone = batch.rows == 1 and network.device.type == "cpu"
-        self._shared = buffers.rows == batch.rows and not alone and not network.options.debug
+        # A single row on the CPU is stepped like one of several, so that its first step has no self-conditioning.
+        single = batch.rows == 1 and network.device.type == "cpu"
+        self._shared = buffers.rows == batch.rows and not single and not network.options.debug
         self._rows = [] if self._shared else [batch.rows_between(row, row + 1) for row in range(batch.rows)]
         self.errors: dict[int, str] = {}
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         if self._shared:
             denoising_step(self._network, self._cache, self._batch, self._buffers, chunks)
-        for row, one in enumerate(self._rows):
-            if bool(one.state.active):
-                self._step_row(row, one, [chunk for chunk in chunks if chunk.slot == int(one.slot)])
+        for index, row in enumerate(self._rows):
+            if bool(row.state.active):
+                self._step_row(index, row, [chunk for chunk in chunks if chunk.slot == int(row.slot)])
 
-    def _step_row(self, row: int, one: CanvasBatch, chunks: Sequence[PrefillChunk]) -> None:
-        # The first step has no self-conditioning, and here nothing keeps it from being left out.
-        is_first = int(one.state.draft[0, 0]) < 0
+    def _step_row(self, index: int, row: CanvasBatch, chunks: Sequence[PrefillChunk]) -> None:
+        # The first step has no self-conditioning. A shared or captured step reads zeros instead.
+        is_first = int(row.state.draft[0, 0]) < 0
         try:
-            denoising_step(self._network, self._cache, one, self._buffers.first(1), chunks, not is_first)
+            denoising_step(self._network, self._cache, row, self._buffers.first(1), chunks, not is_first)
         except FloatingPointError as error:
-            self.errors[row] = str(error)
-            one.state.status.fill_(CanvasStatus.NON_FINITE)
-            one.state.active.fill_(False)
+            self.errors[index] = str(error)
+            row.state.status.fill_(CanvasStatus.NON_FINITE)
+            row.state.active.fill_(False)
 
     def copy_to_host(self) -> AsyncOutput:
         return _Copied(StepOutput.over(self._batch.output.to("cpu", copy=True), self._batch.length))
 
     def run_until_finished(self, max_steps: int) -> None:
-        """What loop_condition_kernel (csrc/cuda/graph_loop.cu) decides after every step, here on the host."""
+        """Checks on the host what loop_condition_kernel (csrc/cuda/graph_loop.cu) checks on a GPU after every step."""
         for _ in range(max_steps):
             self.step()
             if bool(((self._batch.slot >= 0) & ~self._batch.state.active).any()):
@@ -87,7 +87,7 @@ class EagerRunner:
 
 
 class _Copied:
-    """An output that is there: the copy has waited for the device."""
+    """An output that has been copied."""
 
     def __init__(self, output: StepOutput) -> None:
         self._output = output

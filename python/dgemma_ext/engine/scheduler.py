@@ -1,10 +1,10 @@
-"""Requests that share a model: they join and leave between denoising steps.
+"""The scheduler: requests share a model, and join and leave between denoising steps.
 
-A request's tokens depend on its prompt, sampler and seed alone. Its draws are keyed by (seed, canvas, step, position),
-and on the CPU its dense products are its own, so the same bits come out alone, in a batch, or joined late by others.
+A request's tokens depend only on its prompt, sampler and seed. Its draws are keyed by (seed, canvas, step, position),
+and on the CPU its dense products are computed apart, so its bits are the same alone and in any batch.
 
-Requests with canvases of one length form a group (group.py) and are stepped together; a request alone is a group of
-one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
+Requests with canvases of the same length form a group (group.py) and are stepped together; a single request is a group
+of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Scheduler:
     """Runs up to `max_batch` requests together over one cache; further ones wait their turn.
 
     max_length: positions that a slot can hold (prompt and committed canvases), default the smaller of the model's
-    context and 8,192 (a slot of the published model takes 360 MiB then: 200 for its rings, 160 for its full layers).
-    batched: whether requests share the pass of a step, default on a GPU; on a CPU they take turns within a step.
-    driver: how `finish_canvas` drives the steps, of loop.LOOPS; "eager" runs them operator by operator on a GPU too,
-    the others from captured CUDA graphs.
+    context and 8,192 (a slot of the published model then takes 360 MiB: 200 for its rings, 160 for its full layers).
+    batched: whether requests share the pass of a step; the default is to share on a GPU and to take turns on a CPU.
+    driver: the loop of `finish_canvas`, a name of loop.LOOPS; "eager" runs steps operator by operator on a GPU too, the
+    others from captured CUDA graphs.
 
-    Raises dg.NotEnoughMemory, with a table and before anything is made, where cache and buffers of a batch do not fit.
+    Raises dg.NotEnoughMemory, with a table and before anything is allocated, where cache and buffers do not fit.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scheduler:
         length = network.config.canvas_length
         self._check_memory(length, positions, slots=max_batch)
         self.cache = network.new_cache(max_batch, positions)
-        # By canvas length. The checkpoint's own is always there.
+        # Canvas length → group. The group of the checkpoint's canvas length always exists.
         self._groups: dict[int, CanvasGroup[Request]] = {length: self._new_group(length)}
         self._free_slots = list(range(max_batch))
         self._waiting: deque[Request] = deque()
@@ -72,7 +72,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
+        """Whether no request is running or waiting."""
         return not self._running and not self._waiting
 
     @property
@@ -80,7 +80,7 @@ class Scheduler:
         return len(self._free_slots)
 
     def number_from_zero(self) -> None:
-        """The next request is number 0. For an idle scheduler that begins another call's work."""
+        """Restarts the numbers of requests at 0, for a call that uses an idle scheduler again."""
         if not self.idle:
             raise RuntimeError("requests are running or waiting, and their numbers must stay different")
         self._submitted = 0
@@ -96,9 +96,9 @@ class Scheduler:
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
-        snapshots: where to look for an encoded beginning of the prompt and to leave new ones.
-        Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for a batch of canvases of
-        another length than the checkpoint's do not fit.
+        snapshots: a store to take an encoded prefix of the prompt from, and to add new ones to.
+        Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for canvases of another length
+        than the checkpoint's do not fit.
         """
         config = self.network.config
         ids = prompt_to_ids(prompt, self.tokenizer, config.vocab_size)
@@ -138,18 +138,18 @@ class Scheduler:
         return request
 
     def step(self) -> list[Event]:
-        """Admits what fits, then makes one denoising step of every running request; returns what happened, in order."""
+        """Admits waiting requests, then runs one denoising step of every running one; returns the events in order."""
         return self._advance(whole=False)
 
     def finish_canvas(self) -> list[Event]:
-        """Admits what fits, then makes denoising steps until a canvas is finished, without a Draft for each.
+        """Admits waiting requests, then runs denoising steps until a canvas is finished; returns no Drafts.
 
-        The same tokens as by `step`. Requests go on by as many steps as their batch makes; none is stopped early.
+        The tokens are the same as with `step`.
         """
         return [event for event in self._advance(whole=True) if not isinstance(event, Draft)]
 
     def _advance(self, whole: bool) -> list[Event]:
-        """One step of every running request; with `whole` as many as finish a canvas of every group."""
+        """Runs one step of every running request, or with `whole` the steps that finish a canvas of every group."""
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
             request._slot = self._free_slots.pop(0)
@@ -160,7 +160,7 @@ class Scheduler:
             if not request._in_canvas:
                 try:
                     self._begin_canvas(request)
-                except FloatingPointError as error:  # a debug run's
+                except FloatingPointError as error:  # from the checks of a debug run
                     events[request.number] = [self._fail(request, str(error), step=0)]
         for group in self._groups.values():
             if group.members:
@@ -170,7 +170,7 @@ class Scheduler:
         return [event for request in running for event in events.get(request.number, [])]
 
     def _begin_canvas(self, request: Request) -> None:
-        """Puts the next canvas into its group; what it is to see is in the cache, or left to its first step."""
+        """Adds the next canvas to its group. The tokens that it sees are encoded here, or left to its first step."""
         self._restore_prefix(request)
         index, sampler = len(request.denoising_steps), request.sampler
         request._length = sampler.length_of(index, request._longest)
@@ -180,7 +180,7 @@ class Scheduler:
             self._note_encoded(request)
         chunk = None
         if request._uncached:
-            # Copied without waiting for what runs on a GPU.
+            # The copy does not wait for the GPU's queued work.
             ids = torch.tensor(request._uncached).to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk)
@@ -188,11 +188,11 @@ class Scheduler:
         request._in_canvas = True
 
     def _events_of(self, request: Request, progress: Progress) -> list[Event]:
-        """What the last steps made of a request's canvas."""
+        """The events of a request after its last steps."""
         output, row = progress.output, progress.row
         status = CanvasStatus(int(output.status[row]))
         if status is CanvasStatus.NON_FINITE:
-            # `step` is the next to run; a failed step does not advance it.
+            # `step` is the next step to run; a failed step does not advance it.
             request.denoising_steps[-1] = progress.num_steps + 1
             message = progress.error or "a logit or a statistic is not finite"
             return [self._fail(request, message, step=int(output.step[row]))]
@@ -210,7 +210,7 @@ class Scheduler:
         return [draft] if status is CanvasStatus.RUNNING else [draft, self._commit(request, draft)]
 
     def _restore_prefix(self, request: Request) -> None:
-        """Puts a saved beginning of the prompt into the slot, where there is one."""
+        """Restores the longest snapshot that is a prefix of the prompt into the slot, where there is one."""
         slot, store = request._slot, request.snapshots
         if store is None or request._cached:
             return
@@ -220,10 +220,10 @@ class Scheduler:
             request._cached = request._uncached[: saved.length]
             request._uncached = request._uncached[saved.length :]
             if not request._uncached:
-                store.add(request._cached, saved)  # the newest again
+                store.add(request._cached, saved)  # marks it as the newest
 
     def _note_encoded(self, request: Request) -> None:
-        """The slot holds all that the canvas is to see."""
+        """Records that the slot now holds all tokens that the canvas sees."""
         if request._uncached:
             request._cached = request._cached + request._uncached
             request._uncached = []
@@ -231,7 +231,7 @@ class Scheduler:
                 request.snapshots.add(request._cached, self.cache.snapshot(request._slot))
 
     def _commit(self, request: Request, draft: Draft) -> Commit:
-        """Takes the finished canvas into the answer; ends the request at an end of text or at its length."""
+        """Adds the finished canvas to the answer; ends the request at an end of text or at its length limit."""
         room = request.max_new_tokens - len(request.token_ids)
         kept = list(draft.token_ids[:room])
         ends = [i for i, token in enumerate(kept) if token in request.sampler.eos_token_ids]
@@ -246,7 +246,7 @@ class Scheduler:
             request.state = RequestState.FINISHED
             self._release(request)
         else:
-            # Encoded by the next canvas's first step, and the last canvas of an answer not at all.
+            # The first step of the next canvas encodes this one; the last canvas of an answer is never encoded.
             request._uncached = list(draft.token_ids)
         return Commit(
             request=request,
@@ -287,20 +287,20 @@ class Scheduler:
             group.leave(request)
 
     def _make_groups_for(self, request: Request) -> None:
-        """Buffers for canvases of a request's lengths. Those of lengths that nobody has any more are given up first."""
+        """Makes the groups for a request's canvas lengths, after freeing those of lengths that no request has."""
         missing = request.canvas_lengths - self._groups.keys()
         if not missing:
             return
         wanted = {self.network.config.canvas_length}.union(
             *(one.canvas_lengths for one in (*self._running, *self._waiting, request))
         )
-        self._groups = {kept: group for kept, group in self._groups.items() if kept in wanted}
+        self._groups = {length: group for length, group in self._groups.items() if length in wanted}
         for length in missing:
             self._check_memory(length, self.cache.max_length, slots=0)
             self._groups[length] = self._new_group(length)
 
     def _check_memory(self, length: int, positions: int, slots: int) -> None:
-        # Without a shared pass there are buffers for one canvas, and pages of the cache that nobody uses cost nothing.
+        # Without a shared pass there are buffers for one canvas only, and unused pages of the cache take no memory.
         if self._batched:
             plan = batch_plan(self.network, bucket_of(self.max_batch), length, positions, slots)
             check_memory(plan, 0, self.network.device)
@@ -318,6 +318,6 @@ def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunne
 
 
 def positions_needed(prompt_length: int, max_new_tokens: int, canvas_length: int) -> int:
-    """Cache rows of a request: its prompt and every canvas but the last, which is never encoded."""
+    """The cache positions of a request: its prompt and every canvas but the last, which is never encoded."""
     canvases = -(-max_new_tokens // canvas_length)
     return prompt_length + (canvases - 1) * canvas_length

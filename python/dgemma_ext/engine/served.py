@@ -1,4 +1,4 @@
-"""What the engine needs of a model, and how a prompt becomes token ids."""
+"""The model interface that the engine needs, and the conversion of prompts to token ids."""
 
 from __future__ import annotations
 

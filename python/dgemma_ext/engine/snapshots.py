@@ -1,4 +1,4 @@
-"""Snapshots of the cache by the ids that they hold: how a conversation finds where to go on."""
+"""A store of cache snapshots by their token ids, from which a conversation continues."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class SnapshotStore:
         del self._saved[: max(0, len(self._saved) - self.limit)]
 
     def longest_prefix(self, ids: list[int]) -> Snapshot | None:
-        """The longest snapshot whose ids begin `ids`, or None."""
+        """The longest snapshot whose ids are a prefix of `ids`, or None."""
         fitting = [saved for kept, saved in self._saved if tuple(ids[: len(kept)]) == kept]
         return max(fitting, key=lambda saved: saved.length, default=None)

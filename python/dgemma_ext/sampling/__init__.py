@@ -1,7 +1,7 @@
-"""How a canvas is sampled: settings, what it begins with, its state, and the one denoising step.
+"""Sampling of canvases: settings, initial tokens, state, and the one denoising step.
 
-`settings` and `canvas` are what a caller says; `state` holds the tensors of a batch of canvases; `step` begins a canvas
-and advances the batch.
+`settings` and `canvas` are the caller's options; `state` holds the tensors of a batch of canvases; `step` begins a
+canvas and advances the batch.
 """
 
 from __future__ import annotations

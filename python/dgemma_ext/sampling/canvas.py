@@ -1,4 +1,4 @@
-"""What a caller may give a request's canvases to begin with, and which tokens it allows."""
+"""The initial tokens of a request's canvases, pinned tokens, and allowed tokens."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Canvas:
-    """What a request's first canvases hold before the first step.
+    """The content of a request's first canvases before the first step.
 
-    tokens: ids that take the place of noise; None in the list leaves that position to noise. Tokens for n canvases
-    cover the first n. pinned: one bool per token; a pinned position holds its token in every step and in the
-    committed text. allowed: one list of ids for the whole answer, or one list (or None: all) per position.
-    start_step: a later step to begin with (a lower temperature, fewer steps left) keeps an edit close to its text; it
-    applies to canvases that have tokens.
+    tokens: ids in place of noise; None in the list leaves that position to noise. Tokens for n canvases fill the first
+    n. pinned: one bool per token; a pinned position holds its token in every step and in the committed text. allowed:
+    one list of ids for the whole answer, or one list (or None: all) per position. start_step: the step to begin with,
+    for canvases that have tokens; a later step (a lower temperature, fewer steps left) keeps an edit close to its text.
     """
 
     tokens: Sequence[int | None] = ()
@@ -23,11 +22,11 @@ class Canvas:
     start_step: int = 1
 
     def first_step(self, index: int, length: int) -> int:
-        """Of canvas `index`: start_step where it has tokens, else 1."""
+        """The first step of canvas `index`: start_step where it has tokens, else 1."""
         return self.start_step if len(self.tokens) > index * length else 1
 
     def certain_length(self, eos_token_ids: Sequence[int]) -> int | None:
-        """Tokens up to the first pinned end of text; None where none is pinned."""
+        """The number of tokens up to the first pinned end of text; None where none is pinned."""
         pairs = enumerate(zip(self.tokens, self.pinned or (), strict=False), start=1)
         return next((count for count, (token, pinned) in pairs if pinned and token in eos_token_ids), None)
 
@@ -63,7 +62,7 @@ class Canvas:
         return bool(self.allowed) and not all(isinstance(entry, int) for entry in self.allowed or ())
 
     def allowed_at(self, position: int) -> tuple[int, ...] | None:
-        """The ids that a position of the answer may hold; None: all."""
+        """The ids that are allowed at a position of the answer; None means all."""
         if self.allowed is None:
             return None
         if not self._allowed_by_position:

@@ -1,7 +1,7 @@
-"""How a request is sampled: the caller's settings, and the same with the checkpoint's defaults filled in.
+"""Sampler settings of a request: the caller's, and the same with the checkpoint's defaults filled in.
 
-The meaning of every setting is that of transformers' generation_diffusion_gemma.py: the entropy-bound sampler, the
-linear temperature schedule, and stopping when the draft is stable and confident.
+Every setting means the same as in transformers' generation_diffusion_gemma.py: the entropy-bound sampler, the linear
+temperature schedule, and stopping when the draft is stable and confident.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dgemma_ext.checkpoint import GenerationDefaults
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a request is sampled. None takes the checkpoint's generation_config.json (and its canvas length).
+    """Sampler settings. None takes the value of the checkpoint's generation_config.json (and its canvas length).
 
     max_denoising_steps: cap on the steps of a canvas. entropy_bound: nats; a position is accepted while the entropies
-    of the surer ones sum to no more. t_min, t_max: the temperature falls linearly from t_max towards t_min.
-    stability_threshold: for how many steps the draft must not change. confidence_threshold: nats; the mean entropy
-    must be below. canvas_length: at most the checkpoint's. trim_canvas: leaves out of an answer's last canvas what
-    lies beyond its length limit or a pinned end of text, in quarters of a canvas. That is less work, and may change
-    tokens, because positions that would be cut off are seen by the others.
+    of the positions with lower entropy sum to no more. t_min, t_max: the temperature falls linearly from t_max towards
+    t_min. stability_threshold: a canvas stops when its draft has not changed for this many steps and its mean entropy
+    is below confidence_threshold (nats). canvas_length: at most the checkpoint's. trim_canvas: shortens an answer's
+    last canvas, in quarters, to the length limit or a pinned end of text. That is less work, and may change tokens,
+    because the positions that are cut off would be seen by the others.
     """
 
     max_denoising_steps: int | None = None
@@ -37,7 +37,7 @@ class SamplerConfig:
     trim_canvas: bool = False
 
     def resolve(self, defaults: GenerationDefaults, canvas_length: int) -> ResolvedSampler:
-        """Fills in what is None and checks the whole; raises ValueError naming the field."""
+        """Fills in the defaults and checks every field; raises ValueError naming the field."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         values = {f.name: getattr(defaults, f.name) for f in fields(self) if hasattr(defaults, f.name)}
         resolved = ResolvedSampler(**{**values, "canvas_length": canvas_length, **given})
@@ -79,18 +79,18 @@ class ResolvedSampler:
             raise ValueError(f"{field} must be {wanted}, got {getattr(self, field)}")
 
     def length_of(self, index: int, end: int) -> int:
-        """Positions of canvas `index` of an answer that has `end` tokens at most."""
-        reached = end - index * self.canvas_length
-        if not self.trim_canvas or reached >= self.canvas_length:
+        """The number of positions of canvas `index` in an answer of at most `end` tokens."""
+        needed = end - index * self.canvas_length
+        if not self.trim_canvas or needed >= self.canvas_length:
             return self.canvas_length
-        # Quarters, so that few lengths occur: each has buffers and graphs of its own.
+        # Rounded to quarters so that few lengths occur: each length has its own buffers and graphs.
         quarter = -(-self.canvas_length // 4)
-        return min(-(-reached // quarter) * quarter, self.canvas_length)
+        return min(-(-needed // quarter) * quarter, self.canvas_length)
 
     def temperature(self, step: int) -> float:
-        """Of the step, counted from 1: t_min + (t_max - t_min) * remaining / max_denoising_steps.
+        """The temperature of a step, counted from 1: t_min + (t_max - t_min) * remaining / max_denoising_steps.
 
-        In fp32 after every operation, because transformers computes it on an fp32 tensor.
+        Every operation is rounded to fp32, because transformers computes it on an fp32 tensor.
         """
         remaining = torch.tensor(self.max_denoising_steps - step + 1, dtype=torch.int32)
         return float(self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps))

@@ -1,8 +1,8 @@
-"""Canvases under work: what a denoising step reads and writes, made once for a batch of requests.
+"""The tensors that a denoising step reads and writes, allocated once for a batch of requests.
 
-A request has a row. Rows in use come first, so that a step may run over the first rows alone; rows of which nobody is
-active are neither read nor written by an operator. Whatever differs from request to request or from step to step is a
-tensor on the device, so that a step of the batch has the same arguments every time.
+Each request has a row. Rows in use come first, so that a step may run over the first rows only; operators neither read
+nor write inactive rows. Values that differ by request or by step are tensors on the device, so that every step of the
+batch has the same arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dgemma_ext.model.layers import rotary_kinds
 from dgemma_ext.ops.denoise import VocabularyStatistics, soft_embedding_workspace
 from dgemma_ext.ops.vocabulary_head import statistics_layout
 
-# Fields of StepOutput with their dtypes, and whether there is a value for every position. They lie in one buffer, so
+# Fields of StepOutput with their dtypes, and whether they have a value for every position. They share one buffer, so
 # that one device-to-host copy returns a step's outputs; the widest come first, so that each is aligned.
 _OUTPUT = {
     "status": (torch.int32, False),
@@ -28,7 +28,7 @@ _OUTPUT = {
     "entropy": (torch.float32, True),
     "accepted": (torch.bool, True),
 }
-# The other fields of CanvasState that have a value for each request or position; only the device reads them.
+# The other fields of CanvasState with a value for each request or position; only the device reads them.
 _DEVICE = {
     "canvas": (torch.int32, True),
     "pinned": (torch.bool, True),
@@ -49,10 +49,10 @@ _DEVICE = {
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the host reads of a step, B rows: views of one buffer of `nbytes_of(rows, length)` bytes."""
+    """The outputs of a step that the host reads, for B rows: views of one buffer of `nbytes_of(rows, length)` bytes."""
 
     status: Tensor  # int32 [B], ops.denoise.CanvasStatus
-    step: Tensor  # int32 [B], the next to run; a failed step does not advance it
+    step: Tensor  # int32 [B], the next step to run; a failed step does not advance it
     mean_entropy: Tensor  # fp32 [B]
     draft: Tensor  # int32 [B, L]
     entropy: Tensor  # fp32 [B, L]
@@ -76,14 +76,14 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class CanvasState:
-    """What a step changes, and the settings by which it does, for B requests with canvases of L tokens."""
+    """The state and settings of B requests with canvases of L tokens."""
 
     canvas: Tensor  # int32 [B, L]
     draft: Tensor  # int32 [B, L], -1 before the first step
     accepted: Tensor  # bool [B, L]
     entropy: Tensor  # fp32 [B, L]
     pinned: Tensor  # bool [B, L]
-    # int32 bit masks [B * L, ceil(vocabulary / 32)], all of the batch's: L for each row, which no view cuts off.
+    # int32 bit masks [B * L, ceil(vocabulary / 32)], L for each row of the batch. Views of some rows keep all masks.
     allowed: Tensor
     allowed_row: Tensor  # int32 [B, L]: the mask of each position, -1 where all tokens are allowed
     seed: Tensor  # int64 [B]
@@ -107,19 +107,19 @@ class CanvasState:
         return self.canvas.shape[1]
 
     def rows_between(self, begin: int, end: int) -> CanvasState:
-        """Views of some rows; the masks stay whole."""
+        """Views of some rows, with all masks."""
         return replace(self, **{name: tensor[begin:end] for name, tensor in vars(self).items() if name != "allowed"})
 
 
 @dataclass(frozen=True)
 class CanvasBatch:
-    """The canvases of B requests and where they lie in the cache."""
+    """The canvases of B requests and their places in the cache."""
 
     state: CanvasState
-    slot: Tensor  # int32 [B], of the cache; -1 where no request is
+    slot: Tensor  # int32 [B], the slot in the cache; -1 for a row without a request
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of every row's positions, [B * L, head_dim] each
-    output: Tensor  # bytes of a StepOutput; the state's tensors of these names lie there
+    output: Tensor  # the buffer of a StepOutput; the state's tensors of these names are views of it
 
     @property
     def rows(self) -> int:
@@ -136,7 +136,7 @@ class CanvasBatch:
         return sum(tensor.nbytes for tensor in (*own, *tables, self.slot, self.prefix_length, self.output))
 
     def rows_between(self, begin: int, end: int) -> CanvasBatch:
-        """Views of some rows; `output` stays whole."""
+        """Views of some rows, with the whole `output`."""
         positions = slice(begin * self.length, end * self.length)
         return replace(
             self,
@@ -147,7 +147,7 @@ class CanvasBatch:
         )
 
     def place(self, row: int, slot: int, prefix_length: int, tables: RotaryTables) -> None:
-        """Says where a row's canvas lies. tables: of its positions, [L, head_dim] each."""
+        """Sets the slot and the positions of a row's canvas. tables: those of its positions, [L, head_dim] each."""
         self.slot[row].fill_(slot)
         self.prefix_length[row].fill_(prefix_length)
         where = slice(row * self.length, (row + 1) * self.length)
@@ -156,35 +156,35 @@ class CanvasBatch:
                 own[where].copy_(given)
 
     def move(self, source: int, target: int, masks: int) -> None:
-        """Puts the request of one row into another row. masks: how many of its masks it uses."""
+        """Moves a request from one row to another. masks: how many masks of allowed tokens it uses."""
         one, other = self.rows_between(source, source + 1), self.rows_between(target, target + 1)
         for name in (field.name for field in fields(CanvasState) if field.name not in ("allowed", "allowed_row")):
             getattr(other.state, name).copy_(getattr(one.state, name))
         self.place(target, 0, 0, one.rotary)
         other.slot.copy_(one.slot)
         other.prefix_length.copy_(one.prefix_length)
-        # Every row has masks of its own, so their numbers change with the row.
+        # Each row has its own range of masks, so mask indices change with the row.
         begin, moved = source * self.length, target * self.length
         self.state.allowed[moved : moved + masks].copy_(self.state.allowed[begin : begin + masks])
-        of_source = one.state.allowed_row
-        other.state.allowed_row.copy_(torch.where(of_source < 0, of_source, of_source + (moved - begin)))
+        mask = one.state.allowed_row
+        other.state.allowed_row.copy_(torch.where(mask < 0, mask, mask + (moved - begin)))
 
     def clear(self, row: int) -> None:
-        """Nobody has the row any more."""
+        """Marks the row as unused."""
         self.state.active[row].zero_()
         self.slot[row].fill_(-1)
 
 
 @dataclass(frozen=True)
 class StepBuffers:
-    """What a step over B rows writes and nothing after it reads: one set serves all rows that are stepped by turns."""
+    """Temporary buffers of a step over B rows. Rows that are stepped by turns share one set."""
 
     logits: Tensor  # raw, [B, L, vocabulary]
-    statistics: tuple[Tensor, ...]  # VocabularyStatistics without the entropy, which is the state's
+    statistics: tuple[Tensor, ...]  # VocabularyStatistics without the entropy, which is in CanvasState
     sampled: Tensor  # int32 [B, L]
-    temperature: Tensor  # fp32 [B], the step's own; the state's is the next one's
+    temperature: Tensor  # fp32 [B], that of this step; CanvasState has the next step's
     attention_out: dict[int, Tensor]  # by head dimension: [B, L, heads, head_dim]
-    workspace: Tensor  # bytes, of the soft embedding
+    workspace: Tensor  # bytes, for the soft embedding
 
     @property
     def rows(self) -> int:
@@ -207,13 +207,13 @@ class StepBuffers:
         )
 
     def statistics_of(self, state: CanvasState) -> VocabularyStatistics:
-        """Where the statistics of a step of `state` are written."""
+        """The buffers for the statistics of a step of `state`."""
         argmax, *softmax = self.statistics
         return VocabularyStatistics(argmax, state.entropy, *softmax)
 
 
 def canvases_of(batch: CanvasBatch, buffers: StepBuffers, self_conditioned: bool) -> Canvases:
-    """The rows of the batch as the forward pass takes them. Requests that are not active are skipped."""
+    """The batch's canvases for the forward pass, which skips requests that are not active."""
     state = batch.state
     return Canvases(
         ids=state.canvas,
@@ -228,17 +228,17 @@ def canvases_of(batch: CanvasBatch, buffers: StepBuffers, self_conditioned: bool
 def make_canvas_batch(
     network: Network, rows: int, length: int, device: torch.device | str | None = None
 ) -> CanvasBatch:
-    """Room for `rows` requests, none of them there. device: "meta" to count the bytes."""
+    """An empty batch for `rows` requests. device: "meta" to count the bytes."""
     config, dtype = network.config, network.dtype
     device = network.device if device is None else torch.device(device)
     output = torch.zeros(StepOutput.nbytes_of(rows, length), dtype=torch.uint8, device=device)
     parts: dict[str, Any] = dict(vars(StepOutput.over(output, length)))
-    for name, (of, by_position) in _DEVICE.items():
-        parts[name] = torch.zeros((rows, length) if by_position else (rows,), dtype=of, device=device)
+    for name, (field_dtype, by_position) in _DEVICE.items():
+        parts[name] = torch.zeros((rows, length) if by_position else (rows,), dtype=field_dtype, device=device)
     words = -(-config.vocab_size // 32)
-    # Zeros where values would be read that nobody has written yet: of rows without a request, which must stay finite.
+    # Zeroed because rows without a request are read too and must stay finite.
     parts["soft_embedding"] = torch.zeros(rows, length, config.hidden_size, dtype=dtype, device=device)
-    # Not touched before a request brings rules: pages that are never written cost the CPU no memory.
+    # Not initialised: on the CPU, pages that are never written take no memory.
     parts["allowed"] = torch.empty(rows * length, words, dtype=torch.int32, device=device)
     parts["allowed_row"].fill_(-1)
     return CanvasBatch(
@@ -267,7 +267,9 @@ def make_step_buffers(
     return StepBuffers(
         logits=torch.empty(rows, length, config.vocab_size, dtype=dtype, device=device),
         statistics=tuple(
-            torch.zeros(shape, dtype=of, device=device) for index, (shape, of) in enumerate(layout) if index != entropy
+            torch.zeros(shape, dtype=field_dtype, device=device)
+            for index, (shape, field_dtype) in enumerate(layout)
+            if index != entropy
         ),
         sampled=torch.zeros(rows, length, dtype=torch.int32, device=device),
         temperature=torch.ones(rows, device=device),

@@ -1,7 +1,7 @@
-"""A canvas's beginning, and the denoising step: one pass, whatever the requests' steps, prefixes and settings.
+"""The beginning of a canvas, and the denoising step of a batch, whatever its requests' steps, prefixes and settings.
 
-`denoising_step` looks at no value, allocates nothing that outlives it, and does not depend on how many of its rows are
-in use, so that a CUDA graph can hold it. On the CPU a row's bits are its own, whatever the other rows are.
+`denoising_step` can be captured in a CUDA graph: it reads no value on the host, allocates nothing that outlives it, and
+does not depend on how many of its rows are in use. On the CPU a row's bits do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dgemma_ext.sampling.state import CanvasBatch, CanvasState, StepBuffers, can
 
 
 class LogitsParams(TypedDict):
-    """How the operators of a step read its raw logits (ops.denoise)."""
+    """The arguments by which the operators of a step read its raw logits (ops.denoise)."""
 
     softcap: float
     temperature: Tensor
@@ -46,9 +46,9 @@ def begin_canvas(
     index: int,
     content: Canvas | None = None,
 ) -> int:
-    """Fills a row for canvas `index` of a request: noise, and the tokens and rules that `content` gives.
+    """Fills a row for canvas `index` of a request: noise, and the tokens and allowed sets of `content`.
 
-    Returns how many masks of allowed tokens the canvas uses.
+    Returns the number of masks of allowed tokens that the canvas uses.
     """
     state, length = batch.state.rows_between(row, row + 1), batch.length
     content = content or Canvas()
@@ -59,7 +59,7 @@ def begin_canvas(
     given = _padded([token is not None for token in tokens], length, torch.bool)
     masks = _set_allowed(state, row, content, window, network.config.vocab_size)
 
-    # Filled on the device, or copied without waiting: steps that are still under way there need not end first.
+    # Filled on the device, or copied asynchronously, so that the host does not wait for steps that are queued there.
     _copy(state.canvas, _padded([token or 0 for token in tokens], length, torch.int32))
     _copy(state.pinned, _padded(pinned, length, torch.bool))
     for tensor, value in (
@@ -106,7 +106,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
 
 
 def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, vocabulary: int) -> int:
-    """Writes the masks of the different allowed sets of a canvas, and each position's mask; returns their count."""
+    """Writes a mask for each different allowed set of a canvas, and each position's mask index; returns their count."""
     length, sets = state.length, dict[tuple[int, ...], int]()
     rows = []
     for position in range(window.start, window.stop):
@@ -131,11 +131,11 @@ def denoising_step(
 ) -> None:
     """Advances every active row by one step, in place; other rows stay as they are.
 
-    buffers: for as many rows as the batch has. chunks: tokens that the same pass encodes, each for a row that counts
-    them to its prefix; such a step is not for a graph, because its shapes are those of the tokens. self_conditioned:
-    False leaves the self-conditioning out, which is exact where every row is before its first step.
+    buffers: for as many rows as the batch has. chunks: tokens that the same pass encodes; each row's prefix_length
+    counts its chunk already. A step with chunks cannot be captured, because its shapes depend on their lengths.
+    self_conditioned: False leaves the self-conditioning out, which is exact where no row has made a step.
 
-    Rows that are not active cost their part of the dense products: attention, experts, head and all after it skip them.
+    Inactive rows only cost their part of the dense products: attention, experts, head and everything after skip them.
     """
     hidden = network.forward(cache, canvases_of(batch, buffers, self_conditioned), chunks)
     assert hidden is not None, "a step has canvases"
@@ -147,7 +147,7 @@ def denoising_step(
 
 
 def logits_params(network: Network, state: CanvasState, buffers: StepBuffers) -> LogitsParams:
-    """How a step reads its logits. Keeps the step's temperature: the update writes the next one's over the state's."""
+    """The parameters of a step's logits. Copies the temperature, because the update overwrites it with the next."""
     buffers.temperature.copy_(state.temperature)
     return LogitsParams(
         softcap=network.config.final_logit_softcapping,
@@ -166,9 +166,9 @@ def sample_and_update(
     sample_uniforms: Tensor | None = None,
     renoise_uniforms: Tensor | None = None,
 ) -> None:
-    """Sampling, acceptance, renoising and stop, from the raw logits and their statistics.
+    """Samples, accepts, renoises and decides to stop, from the raw logits and their statistics.
 
-    The uniforms (float64 [B, L]) replace those that are drawn.
+    sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones.
     """
     statistics = buffers.statistics_of(state)
     sampled = denoise.sample(
@@ -211,7 +211,7 @@ def sample_and_update(
 
 
 def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, params: LogitsParams) -> None:
-    """The next step's self-conditioning, of the rows that go on: a finished canvas needs none."""
+    """Writes the next step's self-conditioning, for the rows that are still active."""
     denoise.soft_embedding(
         buffers.logits,
         **params,
