@@ -13,14 +13,20 @@ from torch import library
 
 from dgemma_ext import ops  # noqa: F401  registers torch.ops.dgemma
 
+# The forms stay registered for as long as this object lives.
+_IMPLEMENTATIONS = library.Library("dgemma", "IMPL")
+
 
 def run_operators_on(device: str) -> None:
-    """Registers, for tensors of the CPU, a form of every operator that copies to the device, calls, and copies back."""
+    """Registers, for tensors of the CPU, a form of every operator that copies to the device, calls, and copies back.
+
+    Some operators have a CPU form in Python already, which is replaced: torch before 2.13 has to be told.
+    """
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("dgemma::"):
             base, _, overload = name.removeprefix("dgemma::").partition(".")
             operator = getattr(getattr(torch.ops.dgemma, base), overload or "default")
-            library.impl(name, "CPU", copying(operator, device))
+            _IMPLEMENTATIONS.impl(name.removeprefix("dgemma::"), copying(operator, device), "CPU", allow_override=True)
 
 
 def copying(operator: Any, device: str) -> Callable[..., Any]:
