@@ -1,4 +1,4 @@
-"""One answer, from the model's events to what is written: text as it comes, JSON, the watched canvas."""
+"""Writes an answer from the model's events: as streamed text, as JSON, or as the watched canvas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dgemma_ext.engine import Commit, Draft, Output, Request
 
 
 def load_model(arguments: Arguments) -> DiffusionGemma:
-    """The model of a command line, after its sampler's fields are known to be good: weights can take a minute."""
+    """Loads the model of a command line. The sampler is checked first, because loading weights can take a minute."""
     assert arguments.model is not None
     path = resolve_checkpoint(arguments.model)
     config = ModelConfig.from_file(path)
@@ -42,9 +42,9 @@ def tokenizer_of(model: DiffusionGemma) -> Tokenizer:
 def write_answer(
     events: Iterable[Draft | Commit], tokenizer: Tokenizer, arguments: Arguments, **fields: Any
 ) -> Output | None:
-    """Writes an answer the way the command line asks for and returns it; None where `events` ended before it did.
+    """Writes an answer in the form that the command line asks for. Returns it, or None where `events` ended early.
 
-    `fields` go into the JSON result.
+    `fields` are added to the JSON result.
     """
     timed = Timed(events)
     request: Request | None = None
@@ -84,7 +84,7 @@ def summary(output: Output, seconds: float) -> str:
 
 
 def event_fields(event: Draft | Commit) -> dict[str, Any]:
-    """A draft or a commit as JSON's own types. Canvases count from 0 and steps from 1, as in the Python interface."""
+    """A draft or a commit as JSON types. Canvases count from 0 and steps from 1, as in the Python interface."""
     common: dict[str, Any] = {"canvas_index": event.canvas_index, "token_ids": list(event.token_ids)}
     if isinstance(event, Commit):
         return {
@@ -123,7 +123,7 @@ def write_json(fields: dict[str, Any]) -> None:
 
 
 class Timed:
-    """Events, and the seconds that making them took (what is done with them in between does not count)."""
+    """An iterator over events that sums the seconds spent in making them, without the time between."""
 
     def __init__(self, events: Iterable[Draft | Commit]) -> None:
         self._events = events
@@ -141,15 +141,17 @@ class Timed:
 
 
 class _TextWriter:
-    """Writes an answer to stdout: to a terminal as its canvases are committed, elsewhere whole."""
+    """Writes an answer to stdout: in a terminal after each canvas, elsewhere once at the end."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
         self._written = ""
 
     def write(self, text: str, is_whole: bool) -> None:
-        """`text` is the answer so far. The next canvas can still change how bytes at its end read, so that only a
-        whole answer is exact."""
+        """Writes the new part of `text`, the answer so far.
+
+        Bytes at its end may be an incomplete character until the next canvas, so only a whole answer is exact.
+        """
         if is_whole and not self._is_terminal:
             print(text.removesuffix("\n"), flush=True)
         elif self._is_terminal:

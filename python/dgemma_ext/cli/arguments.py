@@ -1,4 +1,4 @@
-"""What the command line accepts, with its help."""
+"""The arguments of the command line, and its help."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. 
 
 
 class Arguments(argparse.Namespace):
-    """A parsed command line; which fields it has depends on `command`."""
+    """A parsed command line. `command` determines which of the fields exist."""
 
     command: str
     model: str | None
@@ -88,11 +88,11 @@ class Arguments(argparse.Namespace):
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
-        # Descriptions and epilogs are written below as they are to be read.
+        # Descriptions and epilogs below have their line breaks already.
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        # argparse would print the whole usage before it.
+        # argparse's own method prints the whole usage before the message.
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -297,6 +297,6 @@ def _seconds(text: str) -> float:
     return value
 
 
-# argparse names a type in its complaints by this.
+# argparse's error messages name a type by its __name__.
 _positive.__name__ = _seed.__name__ = "whole number"
 _seconds.__name__ = "number"

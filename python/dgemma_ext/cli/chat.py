@@ -31,16 +31,16 @@ def run(arguments: Arguments) -> None:
     if interactive:
         import readline  # noqa: F401  gives input() its line editing and history
 
-        _tell("/help lists the commands; Ctrl-D leaves")
+        _print_note("/help lists the commands; Ctrl-D leaves")
     for line in _typed_lines() if interactive else _piped_lines():
         try:
             if not session.take(line.strip()):
                 return
         except ValueError as error:
-            # Somebody at a keyboard can say it in another way; a script cannot.
+            # A user at a keyboard can try again; a script cannot.
             if not interactive:
                 raise
-            _tell(str(error))
+            _print_note(str(error))
 
 
 class _Session:
@@ -52,12 +52,12 @@ class _Session:
         self._chat = self._begin()
 
     def take(self, line: str) -> bool:
-        """Obeys a command or answers a message; False where it is time to leave."""
+        """Runs a command or answers a message. Returns False at the end of the chat."""
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
             return False
         if command == "/help":
-            _tell(_HELP)
+            _print_note(_HELP)
         elif command == "/reset":
             self._chat = self._begin()
         elif command == "/system":
@@ -83,7 +83,7 @@ class _Session:
         stream = self._chat.stream(
             text, self._arguments.max_new_tokens, self._arguments.sampler, self._seed + self._turn
         )
-        # The turn is taken back when the stream is closed before its end.
+        # Closing the stream before its end takes the turn back.
         with closing(cast(Generator[Draft | Commit], stream)) as events, _stop_on_interrupt() as stopped:
             try:
                 output = write_answer(
@@ -92,13 +92,13 @@ class _Session:
             except KeyboardInterrupt:
                 output = None
         if output is None:
-            _tell("(stopped; the turn is taken back)")
+            _print_note("(stopped; the turn is taken back)")
         else:
             self._turn += 1
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines from the keyboard. One Ctrl-C clears the line, a second one in a row leaves."""
+    """Yields lines from the keyboard. One Ctrl-C clears the line, a second one in a row raises KeyboardInterrupt."""
     interrupts = 0
     while interrupts < 2:
         try:
@@ -109,7 +109,7 @@ def _typed_lines() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             interrupts += 1
-            _tell("\n(Ctrl-C again, Ctrl-D or /quit leaves)" if interrupts == 1 else "")
+            _print_note("\n(Ctrl-C again, Ctrl-D or /quit leaves)" if interrupts == 1 else "")
     raise KeyboardInterrupt
 
 
@@ -128,7 +128,10 @@ def _until(stopped: Callable[[], bool], events: Iterator[Draft | Commit]) -> Ite
 
 @contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C asks for a stop after the denoising step in hand, a second one stops at once."""
+    """Inside the block, a first Ctrl-C asks for a stop after the current denoising step, a second one stops at once.
+
+    Yields a function that tells whether a stop was asked for.
+    """
     interrupts = 0
 
     def count(number: int, frame: FrameType | None) -> None:
@@ -144,6 +147,6 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _tell(text: str) -> None:
-    """What is not the model's goes to stderr."""
+def _print_note(text: str) -> None:
+    """Prints to stderr, because stdout holds only the model's text."""
     print(text, file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from dgemma_ext.engine import Draft, Output
 
 @dataclass(frozen=True)
 class Attempt:
-    """A puzzle, what the model answered, and the seconds that this took."""
+    """A puzzle, the model's answer, and the seconds that it took."""
 
     puzzle: demo.Puzzle
     pinned: bool
@@ -36,7 +36,7 @@ class Attempt:
 
     @property
     def wrong_cells(self) -> int | None:
-        """How many cells differ from the puzzle's only solution; None where the answer is not a grid of its size."""
+        """The number of cells that differ from the solution; None where the answer is not a grid of its size."""
         answer = self.output.text.strip()
         if len(answer) != len(self.puzzle.solution):
             return None
@@ -67,7 +67,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _attempt(model: DiffusionGemma, puzzle: demo.Puzzle, seed: int, arguments: Arguments) -> Attempt:
-    """Solves one puzzle, and shows it unless JSON is wanted."""
+    """Solves one puzzle, and shows it unless the output is JSON."""
     tokenizer = tokenizer_of(model)
     canvas = demo.pinned_clues(puzzle, model) if arguments.pin else None
     events = Timed(model.stream(puzzle.text, model.config.canvas_length, seed=seed, canvas=canvas))
@@ -99,7 +99,7 @@ def _draft_line(draft: Draft, puzzle: str, tokenizer: Tokenizer) -> str:
 
 
 def _verdict(attempt: Attempt) -> str:
-    """Whether it is right, and what it took. Steps are counted by the engine, seconds leave out the pictures."""
+    """Whether the answer is right, its denoising steps, and the seconds without those of drawing."""
     output, wrong = attempt.output, attempt.wrong_cells
     if attempt.is_solved:
         verdict = "solved: every row, column and box is right"

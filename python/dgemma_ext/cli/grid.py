@@ -13,7 +13,7 @@ from dgemma_ext.cli.watch import framed, pinned_positions, token_piece
 from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES
 from dgemma_ext.engine import Draft
 
-# What a cell shows whose token is no single character: noise.
+# Shown in a cell whose token is not a single character, such as noise.
 _NO_DIGIT = "·"
 
 
@@ -45,7 +45,7 @@ def draft_picture(draft: Draft, puzzle: str, tokenizer: Tokenizer) -> Renderable
 
 
 def draft_grid(draft: Draft, puzzle: str, tokenizer: Tokenizer) -> Text:
-    """The cells of a draft; clues of the puzzle are shown as pinned where they are."""
+    """The cells of a draft, with pinned clues in the pinned style."""
     pinned = pinned_positions(draft)
     entropies, accepted = draft.entropy.tolist(), draft.accepted.tolist()
     return grid_text(

@@ -1,4 +1,4 @@
-"""`dgemma info`: what this build and this machine have, and what a checkpoint's headers say."""
+"""`dgemma info`: facts of this build and machine, and of a checkpoint's headers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def run(arguments: Arguments) -> None:
 
 
 def _local_folder(name: str) -> Path:
-    """A checkpoint that is on this machine: to tell its size, `info` must not download it."""
+    """The folder of a checkpoint on this machine; `info` never downloads one."""
     if Path(name).expanduser().exists() or "/" not in name.strip("/"):
         return resolve_checkpoint(name)
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # not installed, not a hub id, or nothing downloaded: the hub client has many errors
+    except Exception as error:  # not installed, not a hub id, not downloaded: the hub client has many errors
         raise CheckpointError("is no folder here and no hub id that is already downloaded", file=name) from error
 
 

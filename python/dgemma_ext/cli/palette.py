@@ -1,18 +1,18 @@
-"""The one colour scale of every picture: entropy, from dark and unsure to bright and sure."""
+"""The colour scale of all pictures: dark is high entropy, bright is low entropy."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
-# Nats, a factor of about three apart: from a third of the sampler's usual bound on the sum (0.1) downwards positions
-# are as good as settled, above 3 they choose among some twenty tokens or more.
+# In nats, a factor of about three apart. Positions below a third of the sampler's usual bound on the sum (0.1) are
+# nearly settled; positions above 3 choose among some twenty tokens or more.
 BOUNDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
-# From below the first bound to above the last. Blue to yellow in even steps of lightness (about 9 in CIELAB's L*), so
-# that the order survives printing in grey and every form of colour blindness.
+# The colours from below the first bound to above the last: yellow to blue in even steps of lightness (about 9 in
+# CIELAB's L*), which stay in order in grey and for every form of colour blindness.
 COLOURS = ("#f6f3c4", "#cfe2ae", "#9ccda8", "#6bb6a8", "#4d9da8", "#4183a0", "#466891", "#4a4e74")
 
-# Pictures bring their own background: the scale would turn around on a light terminal.
+# Pictures have their own background: on a light terminal the scale would be reversed.
 BACKGROUND = "#10141a"
 FOREGROUND = "#ffffff"
 CAPTION = "#9aa7b8"

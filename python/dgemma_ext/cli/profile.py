@@ -17,7 +17,7 @@ from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
 from dgemma_ext.units import format_bytes
 
 RANDOM, DEMO = "random", "demo"
-# Final norm of a model with flat distributions; 1 leaves them as peaked as the tied head makes them.
+# The final norm of a model with flat distributions; with 1 they are as peaked as the tied head makes them.
 _FLAT = 0.05
 
 
@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _check_files(arguments: Arguments) -> None:
-    """Refuses, before anything is loaded, what could not be written at the end."""
+    """Checks before anything is loaded that the output files can be written at the end."""
     for name, file, suffix in (("chart", arguments.chart, ".png"), ("trace", arguments.trace, ".json")):
         if file is None:
             continue
@@ -57,14 +57,14 @@ def _check_files(arguments: Arguments) -> None:
 
 
 def _model(arguments: Arguments) -> DiffusionGemma:
-    """The model that is asked for, after the sizes are known to fit it."""
+    """Loads or makes the model, after checking that the sizes fit it."""
     if arguments.model == RANDOM:
         config = true_config(arguments.layers or LAYERS)
         check_sizes(config, arguments.prefix, arguments.context)
         target = resolve_weights(arguments.weights)
         device, dtype = resolve_device(arguments.device), resolve_dtype(arguments.dtype, config)
-        kept = target.format if isinstance(target, Target) else str(dtype).removeprefix("torch.")
-        activations = resolve_activations(arguments.activations, kept, config, device, dtype)
+        format = target.format if isinstance(target, Target) else str(dtype).removeprefix("torch.")
+        activations = resolve_activations(arguments.activations, format, config, device, dtype)
         return random_model(
             config,
             device,
@@ -94,14 +94,14 @@ def _model(arguments: Arguments) -> DiffusionGemma:
 
 
 def table(found: Profile, title: str) -> str:
-    """The step part by part, and what else was found, as lines."""
+    """The parts of the step as a table, with the other results below it."""
     step, encode, machine = found.step, found.encode, found.machine
     experts = sum(found.experts_hit) / len(found.experts_hit)
     canvases = "a canvas" if found.batch == 1 else f"{found.batch} canvases"
     if found.driven_seconds is None:
-        outside, alone = "operators (Python, waiting, the clock itself)", "a step"
+        outside, single = "operators (Python, waiting, the clock itself)", "a step"
     else:
-        outside, alone = "kernels", "a step driven by Python"
+        outside, single = "kernels", "a step driven by Python"
     lines = [
         f"{title}: {found.dtype}, {found.layers} layers, on {found.device}",
         f"a denoising step of {canvases} of {found.canvas} tokens after {found.prefix:,}, mean of {step.repeats}",
@@ -109,7 +109,7 @@ def table(found: Profile, title: str) -> str:
         *_rows(step),
         "",
         f"everything else: {_ms(step.between)} ms outside of {outside}",
-        f"unwatched, {alone} took {_ms(step.unwatched_seconds)} ms",
+        f"unwatched, {single} took {_ms(step.unwatched_seconds)} ms",
         f"experts hit: {experts:.1f} of {found.experts} in a layer, on average",
         f"encode of {found.prefix:,} tokens: {_ms(encode.seconds)} ms, floor {_ms(encode.floor)} ms",
         f"floor: bytes at {machine.bandwidth / 1e9:.4g} GB/s or FLOPs at "
@@ -117,11 +117,9 @@ def table(found: Profile, title: str) -> str:
         + ", whichever takes longer; both measured in this run",
     ]
     if found.soft_tiles is not None:
-        a_row, together = (f"{count:,.1f}" for count in found.soft_tiles)
-        words = (
-            f"soft embedding: {a_row} of {found.vocabulary_tiles:,} vocabulary tiles count for a row, {together} in all"
-        )
-        lines.insert(-1, words)
+        per_row, union = (f"{count:,.1f}" for count in found.soft_tiles)
+        tiles = f"{per_row} of {found.vocabulary_tiles:,} vocabulary tiles count for a row, {union} in all"
+        lines.insert(-1, f"soft embedding: {tiles}")
     return "\n".join(lines)
 
 
@@ -152,7 +150,7 @@ def _rows(step: Pass) -> list[str]:
 
 
 def _ms(seconds: float) -> str:
-    """Milliseconds, three figures or whole."""
+    """Milliseconds with three significant digits, or whole ones from 100 on."""
     value = seconds * 1e3
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
@@ -161,7 +159,7 @@ def _ms(seconds: float) -> str:
 
 
 def fields(found: Profile) -> dict[str, Any]:
-    """A profile as JSON's own types. Times are in seconds, of one pass."""
+    """A profile as JSON types. Times are in seconds for one pass."""
     return {
         "device": found.device,
         "dtype": found.dtype,

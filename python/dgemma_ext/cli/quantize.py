@@ -1,4 +1,4 @@
-"""`dgemma quantize`: writes a checkpoint's quantized form and tells what it cost."""
+"""`dgemma quantize`: writes a checkpoint's quantized form and prints the errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(arguments: Arguments) -> None:
 
 
 def _table(errors: list[PartError]) -> str:
-    """Relative errors, a line for each layer, and over all of them."""
+    """Relative errors: a line for each layer, and one over all layers."""
     parts = [part for part in PARTS if any(error.part == part for error in errors)]
     by_place = {(error.layer, error.part): error.relative for error in errors}
     lines = ["||quantized - plain|| / ||plain||", f"{'layer':>5}" + "".join(f"{part:>12}" for part in parts)]

@@ -1,4 +1,4 @@
-"""Runs a subcommand and turns what it raises into one line on stderr and an exit code."""
+"""Runs a subcommand and turns exceptions into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
 
 FAILED = 1
 BAD_INPUT = 2
-# What a shell reports for a program that a signal ended: 128 and the signal's number.
+# A shell reports 128 plus the signal's number for a program that a signal ended.
 INTERRUPTED = 128 + signal.SIGINT
-OUTPUT_CLOSED = 128 + 13  # SIGPIPE, which Windows has no name for
+OUTPUT_CLOSED = 128 + 13  # SIGPIPE, which Python's signal module does not have on Windows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = build_parser().parse_args(argv, namespace=Arguments())
-    except SystemExit as leaving:  # argparse has printed its help or its complaint
+    except SystemExit as leaving:  # argparse has printed its help or an error
         return leaving.code if isinstance(leaving.code, int) else BAD_INPUT
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may write characters that the terminal's encoding does not have.
@@ -48,21 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader is gone (`dgemma ... | head`), and Python flushes stdout once more when it leaves.
+        # The reader has closed the pipe (`dgemma ... | head`), and Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTPUT_CLOSED
     except (ValueError, CheckpointError) as error:
-        return _complain(str(error), BAD_INPUT)
-    except NotEnoughMemory as error:  # with its table
+        return _report(str(error), BAD_INPUT)
+    except NotEnoughMemory as error:  # printed with the line breaks of its table
         print(f"dgemma: {error}", file=sys.stderr)
         return FAILED
-    except Exception as error:  # whatever else fails is told in one line too
-        return _complain(f"{type(error).__name__}: {error} (DGEMMA_DEBUG=1 shows where)", FAILED)
+    except Exception as error:
+        return _report(f"{type(error).__name__}: {error} (DGEMMA_DEBUG=1 shows where)", FAILED)
     return 0
 
 
-def _complain(problem: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
+    """Prints an error in one line and returns the exit code."""
     if os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    print("dgemma: " + " ".join(problem.split()), file=sys.stderr)
+    print("dgemma: " + " ".join(message.split()), file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Watching a canvas settle: drafts as pictures in a terminal, as lines elsewhere."""
+"""Shows the drafts of a canvas: as pictures in a terminal, as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.palette import BACKGROUND, CAPTION, token_style
 from dgemma_ext.engine import Draft
 
-# What stands for the end of the answer, and for each token after it, which the answer leaves out.
+# Shown for the end of the answer, and for each token after it, which is not part of the answer.
 _END, _AFTER_END = "■", "·"
 
 
 class Watch:
-    """Shows drafts one after the other on a console: as `picture` draws them in a terminal, as a `line` elsewhere.
+    """Shows drafts one after the other on a console: by `picture` in a terminal, by `line` elsewhere.
 
-    keep: the last picture of a canvas stays. pause: seconds that each picture stays at least.
+    keep: whether the last picture of a canvas stays. pause: the least seconds that each picture stays.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Watch:
         time.sleep(self._pause)
 
     def clear(self) -> None:
-        """Ends the picture (it goes away, or stays with `keep`), so that something else can be written."""
+        """Ends the picture, which stays with `keep`, so that other text can be written."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
 def status_line(draft: Draft) -> str:
-    """The figures of a step. Canvases and steps count from 1; pinned positions take no part in acceptance."""
+    """The figures of a step. Canvases and steps count from 1; pinned positions do not count as free."""
     sampler = draft.request.sampler
     free = len(draft.token_ids) - len(pinned_positions(draft))
     return (
@@ -77,13 +77,13 @@ def status_line(draft: Draft) -> str:
 
 
 def framed(draft: Draft, body: RenderableType) -> RenderableType:
-    """A picture with the figures of its step above it, on the scale's own background."""
+    """A picture on the scale's background, with the figures of its step above it."""
     title = Text(status_line(draft))
     return Padding(Group(title, Text(), body), (0, 1), style=Style(color=CAPTION, bgcolor=BACKGROUND))
 
 
 def canvas_picture(draft: Draft, tokenizer: Tokenizer) -> RenderableType:
-    """The draft as running text, each token in its entropy's colour."""
+    """The draft as running text, each token in the colour of its entropy."""
     text, ended = Text(), False
     pinned = pinned_positions(draft)
     ends = set(draft.request.sampler.eos_token_ids)
@@ -110,7 +110,7 @@ def pinned_positions(draft: Draft) -> set[int]:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters as symbols: what a model writes must not command the terminal."""
+    """`text` with control characters as symbols, because a model's text must not control the terminal."""
     return "".join(_visible_character(character) for character in text)
 
 

@@ -1,7 +1,7 @@
 """Small Sudoku models that ship with the package, and unseen puzzles to try them on.
 
-A checkpoint is any folder in here (or this folder) with a config.json; its canvas holds the digits of the grid and the
-end of the turn, which tells the size of its grids.
+A checkpoint is this folder, or a folder in it, with a config.json. Its canvas holds the digits of the grid and the end
+of the turn, so the canvas length gives the grid size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Puzzle", "check", "checkpoint", "checkpoints", "draw", "grid_size", "pinned_clues"]
 
-# Fewest and most blanks of a puzzle: the range that examples/sudoku/train.py evaluates the checkpoints on.
+# The least and most blanks of a puzzle: the range that examples/sudoku/train.py evaluates the checkpoints on.
 BLANKS = {6: (10, 22), 9: (35, 45)}
 
 
 def checkpoints() -> dict[int, Path]:
-    """Grid size → folder of the checkpoint that solves such grids, for every one that ships."""
+    """Grid size → folder of the checkpoint, for every checkpoint that ships."""
     here = Path(__file__).parent
     found = {}
     for file in sorted([*here.glob("config.json"), *here.glob("*/config.json")]):
@@ -35,7 +35,7 @@ def checkpoints() -> dict[int, Path]:
 
 
 def checkpoint(size: int | None = None) -> Path:
-    """The folder of the bundled checkpoint for grids of `size`, default the largest; raises ValueError."""
+    """The folder of the bundled checkpoint for grids of `size`, default the largest. Raises ValueError for others."""
     found = checkpoints()
     if size is None and found:
         return found[max(found)]
@@ -51,9 +51,9 @@ def grid_size(canvas_length: int) -> int | None:
 
 
 def draw(size: int, seed: int, index: int = 0, clues: int | None = None) -> Puzzle:
-    """Puzzle number `index` of a seed, with one solution; from random streams that training never draws from.
+    """Puzzle number `index` of a seed, with one solution, from random streams that training never uses.
 
-    clues: how many digits it gives, default random in the range that the checkpoints are evaluated on.
+    clues: the number of given digits, default random in the range that the checkpoints are evaluated on.
     """
     rng = random.Random(f"demo {size} {seed} {index}")
     given = size * size - rng.randint(*BLANKS[size]) if clues is None else clues

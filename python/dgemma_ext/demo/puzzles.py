@@ -108,12 +108,12 @@ def solutions(cells: list[int], limit: int = 2, rng: random.Random | None = None
 
 
 def _stays_unique(cells: list[int], cell: int, digit: int, size: int) -> bool:
-    """Whether a uniquely solvable grid from which `digit` was just taken out of `cell` still has one solution."""
+    """Whether a grid with one solution still has only one after `digit` was removed from `cell`."""
 
     def may_hold(other: int) -> bool:
         return all(cells[seen] != digit for unit in _CELL_UNITS[size][other] for seen in _UNITS[size][unit])
 
-    # If a row, column or box has no other place for the digit, it is forced: no search needed.
+    # Where a row, column or box has no other cell for the digit, the digit is forced and no search is needed.
     for unit in _CELL_UNITS[size][cell]:
         if not any(cells[other] == 0 and other != cell and may_hold(other) for other in _UNITS[size][unit]):
             return True
@@ -121,7 +121,7 @@ def _stays_unique(cells: list[int], cell: int, digit: int, size: int) -> bool:
 
 
 def generate(size: int, clues: int, rng: random.Random) -> Puzzle:
-    """A random puzzle with `clues` clues and one solution: digs cells in random order, starts over when stuck."""
+    """A random puzzle with `clues` clues and one solution: blanks cells in random order, starts over when stuck."""
     while True:
         solution = solutions([0] * (size * size), limit=1, rng=rng)[0]
         cells = list(solution)
@@ -149,7 +149,7 @@ def from_text(text: str) -> list[int]:
 
 
 def check(answer: str, puzzle: str) -> bool:
-    """Whether `answer` (as the model wrote it, white space around it allowed) is a solution of `puzzle`."""
+    """Whether `answer`, the model's text, is a solution of `puzzle`. White space around it is ignored."""
     answer = answer.strip()
     if len(answer) != len(puzzle) or not answer.isascii() or not answer.isdigit():
         return False

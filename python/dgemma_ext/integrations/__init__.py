@@ -1,4 +1,4 @@
-"""This package's kernels inside other libraries. Nothing of theirs is imported before it is asked for."""
+"""This package's kernels inside other libraries, which are imported only when they are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def accelerate(model: Model, enabled: bool = True) -> Model:
 
     model: a `DiffusionGemmaForBlockDiffusion`, or a PEFT model around one. `enabled=False` undoes it. Attention, the
     experts and, in `generate`, the sampler with its self-conditioning are replaced; weights are neither copied, moved
-    nor renamed. What cannot run on the kernels runs on transformers' own code, with one warning
+    nor renamed. A part that cannot run on the kernels runs on transformers' own code, with one warning
     (`integrations.transformers.AccelerationWarning`) for each model and reason. Details:
     `dgemma_ext.integrations.transformers`.
 

@@ -1,4 +1,4 @@
-"""Where the time of a denoising step goes: by part, beside what its bytes and FLOPs take at best on this device."""
+"""Profiles a denoising step: the time of each part, beside the least time that its bytes and FLOPs take here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture of a step: for each part its time as a bar, and the floor of it as a mark in the bar."""
+"""A chart of a step: for each part its time as a bar, with its floor inside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dgemma_ext.profile.timeline import ratio_text
 if TYPE_CHECKING:
     from dgemma_ext.profile.run import Profile
 
-# Two that stay apart in grey and under every form of colour blindness (cli/palette.py has the whole scale).
+# Two colours of cli/palette.py that differ in grey and for every form of colour blindness.
 _TIME, _FLOOR = "#6bb6a8", "#466891"
 _DOTS_PER_INCH = 144
 
@@ -50,7 +50,7 @@ def write(found: Profile, file: Path, title: str) -> None:
     axes.set_yticks(places, [row.part.label for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("ms of a step")
-    # Room for the words beside the longest bar.
+    # Leaves room for the label of the longest bar.
     axes.set_xlim(0, 1.28 * max(*times, *floors))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8)

@@ -1,7 +1,7 @@
-"""From a trace of torch's profiler to the GPU time of every recorded call.
+"""Finds the GPU time of every recorded call in a trace of torch's profiler.
 
-A kernel carries the correlation number of the call into CUDA that launched it; that launch lies, on the host's clock,
-inside the range that the Recorder has named for its operator.
+A kernel has the correlation number of the CUDA call that launched it, and that launch lies, on the host's clock, inside
+the range that the Recorder has opened for its operator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MICROSECOND = 1e-6
 
 
 def events_of(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
-    """The events of a finished profiler as of its Chrome trace."""
+    """The events of a finished profiler, from its Chrome trace."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
@@ -35,8 +35,8 @@ def events_of(profiler: torch.profiler.profile) -> list[dict[str, Any]]:
 
 
 def slices_on_gpu(events: Sequence[dict[str, Any]], calls: Sequence[Call]) -> list[Slice]:
-    """A slice for every call that launched something: from its first kernel's begin to its last one's end, with the
-    seconds that its kernels took. Raises RuntimeError where the trace holds no kernel of any call."""
+    """A slice for every call that launched kernels: from the begin of the first to the end of the last, with the
+    seconds that they took. Raises RuntimeError where the trace has no kernel of any call."""
     complete = [event for event in events if event.get("ph") == "X"]
     ranges = sorted(
         (event["ts"], event["ts"] + event["dur"], int(event["name"].removeprefix(RANGE)))
@@ -67,6 +67,6 @@ def slices_on_gpu(events: Sequence[dict[str, Any]], calls: Sequence[Call]) -> li
         place = (begin * _MICROSECOND, end * _MICROSECOND)
         found.append(Slice(call.part, call.name, call.layer, *place, seconds, call.repeat, names))
     found.sort(key=lambda piece: piece.begin)
-    # Two streams may overlap; a picture of one row may not.
+    # Kernels on two streams may overlap, but slices in one row of a trace may not.
     apart = [replace(piece, end=min(piece.end, following.begin)) for piece, following in pairwise(found)]
     return [*apart, found[-1]]

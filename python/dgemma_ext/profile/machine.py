@@ -1,4 +1,4 @@
-"""What a device reads and multiplies at best, measured in the run that uses it."""
+"""The highest bandwidth and FLOP/s of a device, measured in the run that uses them."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from dgemma_ext.engine import available_bytes
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.profile.count import PLAIN
 
-# Larger than the caches of the CPUs (up to 384 MB of L3 in a server, shared) and GPUs (50 to 96 MB) at hand.
+# Larger than the caches of CPUs (up to 384 MB of shared L3 in a server) and GPUs (50 to 96 MB).
 _CPU_STREAM_BYTES = 2**29
 _GPU_STREAM_BYTES = 2**32
-# Rows, inner and outer size of the product: wide enough that its start and end do not count, and some 0.1 s on a core.
+# Rows, inner and outer size of the product: large enough that launch costs do not count, and about 0.1 s on a core.
 _CPU_PRODUCT = (512, 2816, 4096)
 _GPU_PRODUCT = (8192, 8192, 8192)
-# Of so many rounds the best counts: a floor is what the device can do.
+# The best of so many rounds counts, because a floor is the least time that the device can take.
 _ROUNDS = 5
-# After work of so many seconds a device is measured again: what else ran on it the first time may be over.
+# After a run of more seconds the device is measured again, because other work may have slowed the first measurement.
 _LONG = 5.0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device's measured bests. `bandwidth`: bytes read per second; `peaks`: FLOP/s by kind of product."""
+    """The measured peaks of a device. `bandwidth`: bytes read per second; `peaks`: FLOP/s by kind of product."""
 
     device: str
     bandwidth: float
     peaks: Mapping[str, float]
 
     def floor(self, moved: float, flops: Mapping[str, float]) -> float:
-        """Seconds that so many bytes and FLOPs (by kind) take at best: the larger of both."""
+        """The least seconds that `moved` bytes and `flops` (by kind of product) take: the larger of the two."""
         products = sum(count / self.peaks.get(kind, self.peaks[PLAIN]) for kind, count in flops.items())
         return max(moved / self.bandwidth, products)
 
     def or_better(self, other: Machine) -> Machine:
-        """The best of two measurements of one device."""
+        """The better values of two measurements of one device."""
         peaks = {kind: max(peak, other.peaks.get(kind, 0.0)) for kind, peak in self.peaks.items()}
         return Machine(self.device, max(self.bandwidth, other.bandwidth), {**other.peaks, **peaks})
 
 
 @cache
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures a device, once in a process: a plain sum over a large tensor, and large products."""
+    """Measures a device by a sum over a large tensor and by large products, once in a process."""
     return _measure_gpu(device, dtype) if device.type == "cuda" else _measure_cpu(dtype)
 
 
 def measure_after(work_seconds: float, device: torch.device, dtype: torch.dtype) -> Machine:
-    """The same after work that took so long; long work is followed by another measurement."""
+    """`measure` after a run of `work_seconds`; a long run is followed by another measurement."""
     before = measure(device, dtype)
     if work_seconds < _LONG:
         return before
@@ -92,7 +92,7 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
         def product_of_8_bits() -> torch.Tensor:
             return torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)
 
-        # torch does not promise this function; without it 8 bits are measured by the other products.
+        # The function is private to torch. Without it, floors of 8-bit products use the peak of the others.
         with contextlib.suppress(AttributeError, RuntimeError):
             peaks["fp8"] = flops / _best_gpu_seconds(product_of_8_bits)
     return Machine(torch.cuda.get_device_name(device), bandwidth, peaks)

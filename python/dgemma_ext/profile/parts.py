@@ -1,4 +1,4 @@
-"""The parts of a denoising step, and which weights and operators belong to each."""
+"""The parts of a denoising step, and the weights and operators of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Part(Enum):
-    """A row of the table. The value is its name in JSON; `label` is what people read."""
+    """A part is a row of the table. Its value is the name in JSON, its `label` the name in the table."""
 
     EMBEDDING = "embedding"
     NORMS = "norms"
@@ -41,7 +41,7 @@ _LABELS = {
     Part.OTHER: "everything else",
 }
 
-# By attribute of LayerWeights and ModelWeights. The token embedding is three parts' (recorder.py).
+# Attribute of LayerWeights or ModelWeights → part. The token embedding is used by three parts; recorder.py tells which.
 PART_OF_WEIGHT: dict[str, Part] = {
     "embed_tokens": Part.HEAD,
     "norm": Part.NORMS,

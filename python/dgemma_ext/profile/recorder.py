@@ -1,8 +1,8 @@
-"""Which operators a pass runs, of which part of the step each is, and how long the host was in each.
+"""Records the operators of a pass, the part of the step that each belongs to, and its time on the host.
 
-Nothing of the model knows of this: while a Recorder is active, torch hands it every operator that is called
-(TorchDispatchMode), and an operator's part follows from the weights among its arguments. What has none, a sum or a
-conversion, belongs to the part of the operator that made its newest argument. Outside of a Recorder nothing is paid.
+While a Recorder is active, torch hands it every operator call (TorchDispatchMode), so the model needs no code for it
+and pays nothing otherwise. An operator's part follows from the weights among its arguments. An operator without
+weights, such as a sum or a conversion, belongs to the part of the operator that made its newest argument.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dgemma_ext.ops import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
 
-# How the ranges of a profiler's trace are called that stand for the calls of a Recorder (kernels.py reads them).
+# The name of a profiler's range for a call of a Recorder, before the call's number (kernels.py reads it).
 RANGE = "dgemma call "
 _PRODUCTS = ("mm", "addmm", "matmul", "dense", "dense_quantized")
 _ATTENTION = ("canvas_attention", "causal_attention", "append_to_cache")
@@ -36,7 +36,8 @@ _READ_BY_SOFT_TILES = (
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call: `name` as in count.Operation, seconds on the clock of time.perf_counter; of which pass."""
+    """One operator call. `name` is as in count.Operation, `begin` and `end` are of time.perf_counter, and `repeat` is
+    the number of the pass."""
 
     part: Part
     name: str
@@ -53,10 +54,10 @@ class _Owner:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operators of what runs inside `with recorder:`, into `calls` in their order.
+    """Records the operators inside `with recorder:` into `calls`, in their order.
 
-    `routed`: layer → the expert ids of its feed-forward calls. ranges: also names a range of torch's profiler for every
-    call, which is how kernels on a GPU find theirs.
+    `routed`: layer → the expert ids of its feed-forward calls. ranges: also opens a range of torch's profiler for every
+    call, by which kernels.py finds its kernels.
     """
 
     def __init__(self, weights: ModelWeights, sliding: Sequence[bool], ranges: bool = False) -> None:
@@ -68,19 +69,19 @@ class Recorder(TorchDispatchMode):
         self._owners: dict[int, _Owner] = {}
         for layer, attributes in weights_by_layer(weights):
             for attribute, weight in attributes.items():
-                kept = [weight] if isinstance(weight, Tensor) else list(weight.tensors().values())
-                self._owners |= {tensor.data_ptr(): _Owner(attribute, layer) for tensor in kept}
-        # Arguments by name, and the result, of the soft embeddings.
-        self.softened: list[tuple[dict[str, Any], Tensor]] = []
-        # Address of a result → number of the call and part that made it. An address that is used anew is made anew.
+                tensors = [weight] if isinstance(weight, Tensor) else list(weight.tensors().values())
+                self._owners |= {tensor.data_ptr(): _Owner(attribute, layer) for tensor in tensors}
+        # The arguments by name, and the result, of each soft embedding.
+        self.soft_embeddings: list[tuple[dict[str, Any], Tensor]] = []
+        # Address of a result → number and part of the call that made it. A later result at the address replaces it.
         self._made: dict[int, tuple[int, Part]] = {}
         self._repeat = -1
         self._layer: int | None = None
-        # Between the lookup of the tokens and the first layer.
+        # Whether the pass is between the lookup of the tokens and the first layer.
         self._in_input = False
 
     def begin_pass(self) -> None:
-        """Counts a pass, and forgets where results lie: what ran unwatched may have put others there."""
+        """Begins a pass. Earlier results are forgotten, because unrecorded passes may have used their addresses."""
         self._repeat += 1
         self._made.clear()
         self._layer, self._in_input = None, False
@@ -89,7 +90,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         short = func._schema.name.partition("::")[2]
         if short == "vocabulary_head" and not statistics_in_head(args[0].device):
-            # It is written in torch's operators there: the product is the head's, the statistics are not.
+            # Without a kernel the head is a torch product and an operator for the statistics: records them apart.
             with self:
                 return vocabulary_head._plain(*args, **kwargs)
         part, name = self._part_and_name(short, args)
@@ -101,7 +102,7 @@ class Recorder(TorchDispatchMode):
             result = self._timed(func, args, kwargs, part, name)
         if short == "soft_embedding":
             named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-            self.softened.append(_soft_embedding_of(named, named.get("out", result)))
+            self.soft_embeddings.append(_soft_embedding_of(named, named.get("out", result)))
         number = len(self.calls)
         for tensor in _tensors(result if isinstance(result, tuple | list) else (result,)):
             if tensor.data_ptr() not in self._owners:
@@ -122,7 +123,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _part_and_name(self, short: str, args: Any) -> tuple[Part, str]:
-        """The part of a call and its name in count.Operation; keeps in mind which layer the pass is in."""
+        """The part of a call and its name in count.Operation. Also tracks the layer that the pass is in."""
         tensors = _tensors(args)
         if short.startswith("new_") or short in ("empty", "zeros", "full"):
             return Part.OTHER, short
@@ -143,24 +144,24 @@ class Recorder(TorchDispatchMode):
         return PART_OF_WEIGHT[owner.attribute], name
 
     def _part_by_origin(self, tensors: Sequence[Tensor]) -> Part:
-        """The part of the call that made the newest of these."""
+        """The part of the call that made the newest of the tensors."""
         made = [self._made[t.data_ptr()] for t in tensors if t.data_ptr() in self._made]
         part = max(made, key=lambda entry: entry[0])[1] if made else Part.OTHER
         if self._in_input:
-            # The last step's soft embedding comes in here, perhaps from a step that nobody looked at.
+            # The last step's soft embedding is used here, and an unrecorded step may have made it.
             fresh = bool(made) and part is Part.OTHER
             return Part.OTHER if fresh or not tensors else Part.EMBEDDING
-        # A pass that has entered its layers does not go back to its input: this is a layer's first norm.
+        # Inside the layers nothing belongs to the input any more: this is the first layer's norm.
         return Part.NORMS if part is Part.EMBEDDING else part
 
 
 def statistics_in_head(device: torch.device) -> bool:
-    """Whether a kernel makes the statistics while the head's product is still at hand: a GPU's own does."""
+    """Whether the head's kernel computes the statistics as well, as the one on a GPU does."""
     return device.type == "cuda" and _C.has_cuda() and os.environ.get("DGEMMA_KERNELS") != "plain"
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among arguments, in their order; those in lists too, empty ones not."""
+    """The non-empty tensors among arguments and in their lists, in order."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -172,8 +173,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _soft_embedding_of(named: dict[str, Any], result: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The arguments that `soft_tiles` reads, and the result. On the CPU the rows of a batch take turns with one set of
-    buffers, so that they are copied."""
+    """The arguments that `soft_tiles` reads, and the result. They are copied on the CPU, where the rows of a batch take
+    turns with one set of buffers."""
     read = {name: named[name] for name in _READ_BY_SOFT_TILES if name in named}
     if result.is_cpu:
         read = {name: value.clone() if isinstance(value, Tensor) else value for name, value in read.items()}
@@ -181,35 +182,36 @@ def _soft_embedding_of(named: dict[str, Any], result: Tensor) -> tuple[dict[str,
     return read, result
 
 
-def soft_tiles(softened: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float, float]:
-    """Vocabulary tiles that the soft embeddings must not leave out: mean of a row, and of all rows together.
+def soft_tiles(soft_embeddings: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float, float]:
+    """The number of vocabulary tiles that soft embeddings must not skip: the mean of a row, and that of all rows
+    together.
 
-    The rule of ops.denoise.soft_embedding: what is left out has a mass that, times the largest norm of an embedding, is
-    within the tolerance times the norm of the row's result. The heaviest tiles are kept.
+    The rule of ops.denoise.soft_embedding: the mass of the skipped tiles, times the largest norm of an embedding, is
+    within the tolerance times the norm of the row's result. The tiles of the largest mass are not skipped.
     """
-    of_rows: list[Tensor] = []
-    together: Tensor | None = None
-    for named, result in softened:
+    counts: list[Tensor] = []
+    union: Tensor | None = None
+    for named, result in soft_embeddings:
         running = slice(None) if named.get("active") is None else named["active"]
         row_max, row_sum, tile_max, tile_sum = (
             named[name][running] for name in ("row_max", "row_sum", "tile_max", "tile_sum")
         )
-        masses = tile_sum.double() * (tile_max - row_max[..., None]).double().exp()
-        masses = (masses / row_sum[..., None]).nan_to_num(0.0).flatten(0, -2)
+        probabilities = tile_sum.double() * (tile_max - row_max[..., None]).double().exp()
+        probabilities = (probabilities / row_sum[..., None]).nan_to_num(0.0).flatten(0, -2)
         norms = result[running].double().norm(dim=-1).flatten() / named["embedding_scale"]
-        spare = norms * named["tolerance"] / named["max_embedding_norm"]
-        ordered, order = masses.sort(dim=-1, descending=True)
-        # Mass of a tile and of all that are lighter.
+        allowed = norms * named["tolerance"] / named["max_embedding_norm"]
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # The probability of a tile and of all that have less.
         rest = ordered.flip(-1).cumsum(-1).flip(-1)
-        needed = (rest > spare[:, None]) & (ordered > 0)
-        of_rows.append(needed.sum(-1).double())
-        touched = torch.zeros_like(needed).scatter(-1, order, needed).any(0)
-        together = touched if together is None else together | touched
-    assert together is not None, "the caller has a soft embedding"
-    return float(torch.cat(of_rows).mean()), float(together.sum())
+        needed = (rest > allowed[:, None]) & (ordered > 0)
+        counts.append(needed.sum(-1).double())
+        needed_by_any = torch.zeros_like(needed).scatter(-1, order, needed).any(0)
+        union = needed_by_any if union is None else union | needed_by_any
+    assert union is not None, "the caller has a soft embedding"
+    return float(torch.cat(counts).mean()), float(union.sum())
 
 
 def experts_hit(routed: Sequence[Tensor]) -> int:
-    """How many experts at least one token of the calls goes to; -1 is a slot without one."""
+    """The number of experts that the calls route at least one token to; -1 is a slot without an expert."""
     ids = torch.cat([chosen.flatten() for chosen in routed]).unique()
     return int((ids >= 0).sum())

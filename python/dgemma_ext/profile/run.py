@@ -1,4 +1,4 @@
-"""Runs denoising steps and an encode pass of a model, looks on, and puts together what each part took."""
+"""Runs denoising steps and an encode pass of a model under a Recorder, and sums the time of each part."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles,
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
 from dgemma_ext.sampling import SamplerConfig
 
-# The first step of a canvas has no self-conditioning; the second is the first of the kind that is measured.
+# The first step of a canvas has no self-conditioning; the second warms up the kind of step that is measured.
 _WARM_UP = 2
-# Steps of a canvas whose steps a loop drives: enough that its one look at the end does not count.
+# Steps of a canvas that a loop drives: enough that the host's read at the end does not count.
 _DRIVEN_STEPS = 16
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profiled model. `experts_hit`: mean over the steps, by layer. `soft_tiles`: of `vocabulary_tiles` those that
-    the soft embedding must not leave out, mean of a row and of all together. `drafts`: each request's last one.
-    `driven_seconds`: of a step where a loop drives those of a whole canvas; None where requests go one by one."""
+    """The result of `profile`.
+
+    `experts_hit`: mean over the steps, by layer. `soft_tiles`: how many of `vocabulary_tiles` the soft embedding must
+    not skip, the mean of a row and that of all rows together. `drafts`: each request's last draft. `driven_seconds`:
+    the time of a step where a loop drives the steps of a whole canvas; None where requests are stepped by turns.
+    """
 
     device: str
     dtype: str
@@ -68,11 +71,11 @@ def profile(
 ) -> Profile:
     """Measures `steps` denoising steps of `batch` requests with `prefix` random tokens each, and one encode pass.
 
-    Steps run as the scheduler runs them, none of them the first of a canvas. For each that is looked on, one runs
-    unwatched. context: positions of a cache slot, default the prefix. batched: as the Scheduler takes it.
+    The scheduler runs the steps; none of them is the first of a canvas. For each recorded step one runs unrecorded.
+    context: positions of a cache slot, default the prefix. batched: as in Scheduler.
 
-    On a GPU the parts' times are those of their kernels, told by torch's profiler, and the step's is the wall time
-    where a loop drives the steps of a whole canvas, which nobody can look into. On a CPU all is the host's clock.
+    On a GPU the times of parts are those of their kernels, from torch's profiler, and the time of a step is the wall
+    time where a loop drives the steps of a whole canvas without a Recorder. On a CPU all times are the host's.
 
     Raises ValueError for sizes that the model does not have.
     """
@@ -95,10 +98,10 @@ def profile(
     tiles = watched_steps.tiles
     soft = (mean(n for n, _ in tiles), mean(n for _, n in tiles)) if tiles else None
     shape = StepShape(batch, prefix, config.canvas_length, hit, soft, statistics_in_head(model.device))
-    of_step = step_operations(config, formats, dtype, shape)
+    step_work = step_operations(config, formats, dtype, shape)
     # The last layer of an encode pass has no experts.
     hit_by_encode = [*watched_encode.hits[0], 0.0] if watched_encode.hits else expected
-    of_encode = encode_operations(config, formats, dtype, prefix, hit_by_encode)
+    encode_work = encode_operations(config, formats, dtype, prefix, hit_by_encode)
     return Profile(
         device=machine.device,
         dtype=str(dtype).removeprefix("torch."),
@@ -109,8 +112,8 @@ def profile(
         context=context,
         machine=machine,
         experts=config.num_experts,
-        step=watched_steps.finished(of_step, machine, driven),
-        encode=watched_encode.finished(of_encode, machine),
+        step=watched_steps.finished(step_work, machine, driven),
+        encode=watched_encode.finished(encode_work, machine),
         experts_hit=hit,
         soft_tiles=soft,
         vocabulary_tiles=-(-config.vocab_size // VOCABULARY_TILE),
@@ -122,9 +125,9 @@ def profile(
 def _watched_steps(
     model: DiffusionGemma, ids: torch.Tensor, steps: int, context: int, seed: int, batched: bool | None
 ) -> tuple[_Watch, tuple[tuple[int, ...], ...]]:
-    """Denoising steps of requests with these prompts, and each request's draft after the last of them."""
+    """Records denoising steps of requests with these prompts; also returns each request's last draft."""
     scheduler = Scheduler(model, max_batch=len(ids), max_length=context, batched=batched, driver="eager")
-    # Never confident, so that no canvas ends before the last step; that one would make no soft embedding.
+    # A threshold of 0 is never met, so no canvas ends before the last step, and each step makes a soft embedding.
     cap = max(model.defaults.max_denoising_steps, _WARM_UP + 2 * steps + 1)
     sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=cap)
     for row, prompt in enumerate(ids.tolist()):
@@ -142,7 +145,7 @@ def _watched_steps(
 
 
 def _watched_encode(model: DiffusionGemma, ids: torch.Tensor, context: int) -> _Watch:
-    """An encode pass over ids [1, n] into an empty slot."""
+    """Records an encode pass of ids [1, n] into an empty slot."""
     watch, cache = _Watch(model), model.new_cache(1, context)
 
     def encode() -> None:
@@ -154,15 +157,15 @@ def _watched_encode(model: DiffusionGemma, ids: torch.Tensor, context: int) -> _
 
 
 def check_sizes(config: ModelConfig, prefix: int, context: int | None) -> int:
-    """The context that is meant. Raises ValueError for a prefix or a context that the model does not have."""
+    """The context, by default the prefix. Raises ValueError for a prefix or a context that does not fit the model."""
     longest = config.max_position_embeddings
     if context is not None and not 1 <= context <= longest:
         raise ValueError(f"context must be in [1, {longest}], the model's, got {context}")
     # A canvas follows the prefix.
     most = min(longest - config.canvas_length, longest if context is None else context)
     if not 1 <= prefix <= most:
-        words = f"the model's context of {longest} less a canvas" if most < (context or longest) else "the context"
-        raise ValueError(f"prefix must be in [1, {most}], {words}, got {prefix}")
+        limit = f"the model's context of {longest} less a canvas" if most < (context or longest) else "the context"
+        raise ValueError(f"prefix must be in [1, {most}], {limit}, got {prefix}")
     return prefix if context is None else context
 
 
@@ -174,18 +177,18 @@ def _drafts(events: Sequence[Event]) -> list[tuple[int, ...]]:
 
 
 class _Watch:
-    """Runs a pass, unwatched and watched by turns."""
+    """Runs a pass with and without a Recorder."""
 
     def __init__(self, model: DiffusionGemma) -> None:
         self._cuda = model.device.type == "cuda"
         self._layers = len(model.config.layers)
         sliding = [layer.is_sliding for layer in model.config.layers]
         self._recorder = Recorder(model.weights, sliding, ranges=self._cuda)
-        # Of each watched run: experts hit by layer, and the soft embedding's tiles (recorder.soft_tiles).
+        # For each recorded run: experts hit by layer, and the soft embedding's tiles (recorder.soft_tiles).
         self.hits: list[list[float]] = []
         self.tiles: list[tuple[float, float]] = []
-        # Seconds unwatched; begin and end watched, on the slices' clock.
-        self._plain: list[float] = []
+        # The seconds of unrecorded runs; begin and end of recorded ones on the slices' clock.
+        self._unwatched: list[float] = []
         self._spans: list[tuple[float, float]] = []
         self._slices: list[Slice] = []
         # The first use of a dispatch mode in a process imports half a second of torch.
@@ -194,10 +197,10 @@ class _Watch:
         self._recorder.calls.clear()
 
     def alternate(self, run: Callable[[], None], rounds: int) -> None:
-        """Runs a pass so many times each way."""
+        """Runs a pass `rounds` times unrecorded and `rounds` times recorded."""
         if self._cuda:
-            # The profiler slows what runs beside it, so that all unwatched runs come first.
-            self._plain = [_length(timed(run, cuda=True)) for _ in range(rounds)]
+            # All unrecorded runs come first, because an active profiler slows them.
+            self._unwatched = [_length(timed(run, cuda=True)) for _ in range(rounds)]
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=activities) as profiler:
                 self._spans = [self._watched(run) for _ in range(rounds)]
@@ -205,17 +208,17 @@ class _Watch:
             self._spans = [self._on_gpu(repeat) for repeat in range(rounds)]
             return
         for _ in range(rounds):
-            self._plain.append(_length(timed(run)))
+            self._unwatched.append(_length(timed(run)))
             self._spans.append(self._watched(run))
         self._slices = [_slice_of(call) for call in self._recorder.calls]
 
     def finished(self, operations: Sequence[Operation], machine: Machine, driven: float | None = None) -> Pass:
-        """Puts a pass together from what `alternate` has seen, what was counted, and a GPU's own time of it."""
-        seconds = (driven or mean(self._plain)) if self._cuda else mean(map(_length, self._spans))
+        """The pass with its times and its counted work. driven: the wall time of a pass, where a loop drove it."""
+        seconds = (driven or mean(self._unwatched)) if self._cuda else mean(map(_length, self._spans))
         rows, between = rows_of(self._slices, operations, machine, seconds, len(self._spans))
         return Pass(
             seconds=seconds,
-            unwatched_seconds=mean(self._plain),
+            unwatched_seconds=mean(self._unwatched),
             between=between,
             rows=rows,
             operations=tuple(operations),
@@ -225,7 +228,7 @@ class _Watch:
         )
 
     def _on_gpu(self, repeat: int) -> tuple[float, float]:
-        """From the first kernel of a pass to its last one: kernels have a clock of their own."""
+        """Begin and end of a pass on the kernels' clock."""
         pieces = [piece for piece in self._slices if piece.repeat == repeat]
         return min(piece.begin for piece in pieces), max(piece.end for piece in pieces)
 
@@ -239,15 +242,15 @@ class _Watch:
         routed = self._recorder.routed
         if routed:
             self.hits.append([float(experts_hit(routed[layer])) for layer in sorted(routed)])
-        if self._recorder.softened:
-            self.tiles.append(soft_tiles(self._recorder.softened))
+        if self._recorder.soft_embeddings:
+            self.tiles.append(soft_tiles(self._recorder.soft_embeddings))
         routed.clear()
-        self._recorder.softened.clear()
+        self._recorder.soft_embeddings.clear()
         return span
 
 
 def _driven_seconds(model: DiffusionGemma, ids: torch.Tensor, context: int, seed: int) -> float:
-    """Of a step, where a loop drives the steps of a whole canvas. The first canvas of each request warms up."""
+    """The seconds of a step where a loop drives the steps of a whole canvas, after a first canvas as warm-up."""
     scheduler = Scheduler(model, max_batch=len(ids), max_length=context, batched=True)
     sampler = SamplerConfig(confidence_threshold=0.0, max_denoising_steps=1 + _DRIVEN_STEPS)
 
@@ -258,14 +261,14 @@ def _driven_seconds(model: DiffusionGemma, ids: torch.Tensor, context: int, seed
     for _ in range(2):
         for row, prompt in enumerate(ids.tolist()):
             scheduler.submit(prompt, model.config.canvas_length, sampler, seed + row)
-        # The encode, and the step without self-conditioning.
+        # The first step encodes the prompt and has no self-conditioning, so it is not timed.
         _drafts(scheduler.step())
         span = timed(finish, model.device.type == "cuda")
     return _length(span) / _DRIVEN_STEPS
 
 
 def timed(run: Callable[[], None], cuda: bool = False) -> tuple[float, float]:
-    """Begin and end on the host's clock, with an idle GPU at both."""
+    """Begin and end of a run on the host's clock. cuda: waits for the GPU before both."""
     if cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What was measured: slices of time, each an operator of a part; their sums by part; what they should take at best."""
+"""The measured times of a pass: slices of operators, their sums by part, and the floors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dgemma_ext.profile.parts import Part
 
 @dataclass(frozen=True)
 class Slice:
-    """One operator call as it was timed: where it lies on its clock (seconds), the seconds that count for it, and in
-    which of the watched passes it was. `kernels`: names of what ran on a GPU."""
+    """One timed operator call: `begin` and `end` on its clock, the `seconds` that count for it, the number of the
+    recorded pass (`repeat`), and the names of its `kernels` on a GPU."""
 
     part: Part
     name: str
@@ -29,8 +29,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a pass: mean seconds, what it moves and multiplies, and the seconds that this takes at best.
-    The last three are None for what is not counted."""
+    """A part of a pass: mean seconds, bytes, FLOPs, and `floor`, the least seconds that these take. The last three are
+    None for a part that is not counted."""
 
     part: Part
     seconds: float
@@ -40,21 +40,21 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Times the floor."""
+        """The seconds as a multiple of the floor."""
         return None if self.floor is None or self.floor == 0 else self.seconds / self.floor
 
 
 def ratio_text(ratio: float) -> str:
-    """Two figures after the point up to 10, whole from 100 on."""
+    """A ratio with two decimals below 10, one below 100, none above."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A denoising step, or an encode pass, as the mean of `repeats` of them.
+    """A denoising step, or an encode pass, as the mean of `repeats` runs.
 
-    seconds: what the rows sum to. unwatched_seconds: the same without anything that looks on. between: of `seconds`
-    what no operator accounts for. spans: begin and end of each repeat on the slices' clock; no slice leaves its own.
+    seconds: the sum of the rows. unwatched_seconds: the time of an unrecorded run. between: the seconds in no operator.
+    spans: begin and end of each repeat on the slices' clock; each slice is inside the span of its repeat.
     """
 
     seconds: float
@@ -72,12 +72,12 @@ class Pass:
 
     @property
     def floor(self) -> float:
-        """Seconds that the counted parts take at best."""
+        """The least seconds that the counted parts take."""
         return sum(row.floor or 0.0 for row in self.rows)
 
     def work_of(self, piece: Slice) -> tuple[float, float, float] | None:
-        """Bytes, FLOPs and floor in seconds of one call; None for what is not counted. Calls that share an operation
-        (requests that take turns) share its work."""
+        """Bytes, FLOPs and floor in seconds of one call; None for a call that is not counted. Calls that share an
+        operation (requests that take turns) share its work."""
         operation = self._by_name.get((piece.name, piece.layer))
         if operation is None:
             return None
@@ -97,9 +97,9 @@ class Pass:
 def rows_of(
     slices: Iterable[Slice], operations: Sequence[Operation], machine: Machine, seconds: float, repeats: int
 ) -> tuple[tuple[Row, ...], float]:
-    """The rows of a pass that took `seconds`, and what of it no slice accounts for.
+    """The rows of a pass that took `seconds`, and the seconds that are in no slice.
 
-    The last row holds everything that is of no other part, between the operators too: the rows sum to `seconds`.
+    The last row is the rest, with the time between operators: the rows sum to `seconds`.
     """
     measured = dict.fromkeys(Part, 0.0)
     for piece in slices:

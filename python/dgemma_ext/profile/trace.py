@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def write(found: Profile, file: Path) -> None:
-    """Writes the watched steps and the watched encode pass, each as a process of the trace."""
+    """Writes the recorded steps and the recorded encode pass, each as a process of the trace."""
     events: list[dict[str, Any]] = []
     for number, (name, one) in enumerate((("denoising step", found.step), ("encode", found.encode)), start=1):
         events.append({"ph": "M", "pid": number, "tid": 1, "name": "process_name", "args": {"name": name}})
@@ -29,11 +29,11 @@ def write(found: Profile, file: Path) -> None:
 
 
 def _events(one: Pass, name: str, process: int) -> Iterator[dict[str, Any]]:
-    """Pass, part, operator: each slice lies inside of the one before."""
+    """Slices of passes, parts and operators, each inside the one before."""
     start = min([begin for begin, _ in one.spans] + [piece.begin for piece in one.slices])
 
     def event(name: str, kind: str, begin: float, end: float, arguments: dict[str, Any]) -> dict[str, Any]:
-        # Ends are rounded like begins, so that no slice leaves the one around it.
+        # Begins and ends are rounded alike, so that each slice stays inside the one around it.
         first, last = round((begin - start) * 1e6, 3), round((end - start) * 1e6, 3)
         place = {"ph": "X", "pid": process, "tid": 1, "ts": first, "dur": round(last - first, 3)}
         return {"name": name, "cat": kind, **place, "args": arguments}
@@ -52,7 +52,7 @@ def _events(one: Pass, name: str, process: int) -> Iterator[dict[str, Any]]:
 
 
 def _arguments(one: Pass, pieces: Sequence[Slice]) -> dict[str, Any]:
-    """Sums over slices of what is counted."""
+    """The time of slices, and the sums of their counted work."""
     works = [work for work in map(one.work_of, pieces) if work is not None]
     arguments: dict[str, Any] = {"us": sum(piece.seconds for piece in pieces) * 1e6}
     if works:

@@ -1,4 +1,4 @@
-"""DiffusionGemma 26B-A4B with random weights: its true shapes, as many layers as are asked for, and no checkpoint."""
+"""DiffusionGemma 26B-A4B with random weights: the published shapes, with any number of layers and no checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LAYERS = 30
 EXPERTS = 128
 # One full layer after every five sliding ones.
 _PATTERN = 6
-# Of the published initialisation (initializer_range).
+# The published initializer_range.
 _DEVIATION = 0.02
 _CODE_BITS = {"fp8": 8, "int4": 4, "nvfp4": 4}
 
-# The published config.json, but its vision tower.
+# The published config.json without its vision tower.
 _TEXT: dict[str, Any] = {
     "model_type": "diffusion_gemma_text",
     "hidden_size": 2816,
@@ -51,13 +51,13 @@ _TEXT: dict[str, Any] = {
 
 
 def true_config(layers: int = LAYERS, **changes: Any) -> ModelConfig:
-    """The published configuration with so many layers, the last a full one. changes: canvas_length, and fields of
+    """The published configuration with `layers` layers, the last a full one. changes: canvas_length, and fields of
     text_config. Raises ValueError as ModelConfig.from_dict does."""
     return ModelConfig.from_dict(config_dict(layers, **changes))
 
 
 def config_dict(layers: int = LAYERS, canvas_length: int = 256, **changes: Any) -> dict[str, Any]:
-    """The same as config.json would have it."""
+    """`true_config` as the content of config.json."""
     kinds = [FULL if index % _PATTERN == _PATTERN - 1 or index == layers - 1 else SLIDING for index in range(layers)]
     text = {**_TEXT, "num_hidden_layers": layers, "layer_types": kinds, **changes}
     return {
@@ -79,11 +79,12 @@ def random_model(
     seed: int = 0,
     activations: str | None = None,
 ) -> DiffusionGemma:
-    """Normal weights, unit norms and scalars, made on the device.
+    """A model with normally distributed weights and with norms and scalars of 1, made on the device.
 
-    target: what each layer is quantized to as it is made. experts_hit: routing hits about so many experts of a layer,
-    because the router's rows of the others are zero; default all. final_norm: 1 leaves the distributions as peaked as
-    the tied head makes them, 0.05 makes them flat. Raises ValueError where the device has less free memory than that.
+    target: the format that each layer is quantized to when it is made. experts_hit: routing hits about this many
+    experts of a layer, because the router's rows of the others are zero; default all. final_norm: with 1 distributions
+    are as peaked as the tied head makes them, with 0.05 they are flat. Raises ValueError where the device has too
+    little free memory.
     """
     device = torch.device(device)
     hit = config.num_experts if experts_hit is None else experts_hit
@@ -119,7 +120,7 @@ def _check_room(config: ModelConfig, device: torch.device, dtype: torch.dtype, t
     wanted = 0.0
     for layout in (model_layout(config), *(layer_layout(config, layer) for layer in config.layers)):
         for attribute, (_, shape) in layout.items():
-            # Scales left out: a refusal must be sure.
+            # Scales are not counted, so that a model that fits is never rejected.
             quantized = target is not None and target.wants(attribute)
             bits = _CODE_BITS[target.format] if target is not None and quantized else 8 * dtype.itemsize
             wanted += math.prod(shape) * bits / 8

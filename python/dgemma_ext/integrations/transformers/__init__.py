@@ -1,26 +1,26 @@
 """transformers' DiffusionGemma on this package's kernels: `dg.accelerate(model)`.
 
-Three things of the model are replaced, and put back by `dg.accelerate(model, enabled=False)`:
+Three parts of the model are replaced, and restored by `dg.accelerate(model, enabled=False)`:
 
 - attention, an implementation registered with transformers' AttentionInterface and, for masks, with its
   AttentionMaskInterface (attention.py, visibility.py);
 - the experts, an implementation registered with its ExpertsInterface (experts.py);
-- what a denoising step of `generate` does after the decoder, with the self-conditioning of the next one (denoising.py).
-  transformers has no interface for it, so this one is kept to the releases that it was tested with.
+- the part of a denoising step of `generate` after the decoder, with the next step's self-conditioning (denoising.py).
+  transformers has no interface for it, so it is replaced only in releases that were tested.
 
-Everything else stays transformers': norms, rotations, projections, router, dense MLP, vision tower, caches, streamers,
+Everything else runs on transformers: norms, rotations, projections, router, dense MLP, vision tower, caches, streamers,
 stopping at an end of text. Hooks and adapters (PEFT's LoRA) on any of its modules work as before.
 
-Inside of torch.compile all of this is transformers' own, as its graph wants no look at a mask; `generate` says so where
-it compiles its loop (for a static cache), and a model that you compile yourself does not.
+Inside torch.compile everything runs on transformers' own code, because reading a mask would break the graph. `generate`
+warns about it where it compiles its loop (for a static cache); a model that you compile yourself does not.
 
-Random numbers: at the first step of each canvas one seed per row is drawn from torch's generator, and the sampler's own
-counter-based numbers follow from it. So `torch.manual_seed` makes a generation repeatable, but its tokens are not those
-that transformers' sampler draws after the same seed; their distribution is the same. The first canvas of noise is drawn
-by transformers.
+Random numbers: at the first step of each canvas one seed per row is drawn from torch's generator, and the sampler's
+counter-based numbers follow from it. So `torch.manual_seed` makes a generation repeatable. Its tokens are not those
+that transformers' sampler draws after the same seed, but their distribution is the same. transformers draws the first
+canvas of noise.
 
-Positions that the attention mask hides get zeros from attention, and what follows from that in later layers;
-transformers computes something there, and nothing reads it.
+Positions that the attention mask hides get zeros from attention, where transformers computes other values; nothing
+reads them.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from dgemma_ext.integrations.transformers.releases import OLDEST, release, relea
 
 __all__ = ["IMPLEMENTATION", "AccelerationWarning", "accelerate"]
 
-# What the implementations are called in transformers' registers and in the model's configuration.
+# The name of the implementations in transformers' registers and in the model's configuration.
 IMPLEMENTATION = "dgemma_ext"
 
 
 def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
-    """As `dgemma_ext.accelerate`."""
+    """See `dgemma_ext.accelerate`."""
     base = _diffusion_gemma(model)
     if enabled:
         _check_weights(base)
@@ -52,7 +52,7 @@ def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
 
 
 def _diffusion_gemma(model: Any) -> Any:
-    """The DiffusionGemmaForBlockDiffusion that `model` is, or that PEFT has wrapped in it."""
+    """The DiffusionGemmaForBlockDiffusion itself, without PEFT's wrapper."""
     if release() < OLDEST:
         raise ValueError(f"transformers: got {release_name()}, wants {'.'.join(map(str, OLDEST))} or later")
     from transformers import DiffusionGemmaForBlockDiffusion
@@ -91,7 +91,7 @@ def _enable(base: Any) -> None:
     for module in base.modules():
         if isinstance(module, (*attention.attention_classes(), experts.experts_class())):
             module.__dict__["_dgemma_acceleration"] = state
-    # By sub-configuration: the vision tower keeps its own.
+    # Set by sub-configuration, so that the vision tower keeps its implementation.
     base.set_attn_implementation(dict.fromkeys(configs, IMPLEMENTATION))
     base.set_experts_implementation(dict.fromkeys(configs, IMPLEMENTATION))
     unknown = denoising.unknown_release(base)

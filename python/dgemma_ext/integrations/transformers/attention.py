@@ -1,8 +1,7 @@
 """Attention of transformers' DiffusionGemma by `ops.block_attention`.
 
-transformers hands over keys and values of the cache and of the new positions in one tensor, and a mask; visibility.py
-says which of them are the kernels' prefix and block. The keys carry their rotation already, so that only their order
-counts, and not where they stand.
+transformers passes keys and values of the cache and of the new positions in one tensor, and a mask; visibility.py finds
+the kernels' prefix and block in them. The keys are rotated already, so only their order counts, not their positions.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from dgemma_ext.integrations.transformers.fallback import acceleration_of, tenso
 from dgemma_ext.integrations.transformers.visibility import Keys, Row, Visibility, of_mask, without_mask
 from dgemma_ext.ops import block_attention
 
-# What the CUDA kernels are compiled for; csrc/block_attention/plan_cuda.cpp.
+# Head dimensions of the CUDA kernels; csrc/block_attention/plan_cuda.cpp.
 _CUDA_HEAD_DIMS = (16, 32, 64, 128, 256, 512)
-# Arguments that other models' attention has and this model's has not.
+# Arguments of other models' attention, which the kernels do not support.
 _UNKNOWN_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
 
 def register(name: str) -> None:
-    """For attention and for masks: an implementation without a mask function gets no mask at all, and no word of it."""
+    """Registers the attention and its mask function: an implementation without one silently gets no mask."""
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -72,8 +71,8 @@ def attention_forward(
             acceleration_of(module).fall_back("attention", reason)
     if visibility is None:
         keywords = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        plain: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
-        return plain
+        sdpa: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+        return sdpa
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _attend(visibility, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale), None
 
@@ -113,7 +112,7 @@ def _attend(visibility: Visibility, query: Tensor, key: Tensor, value: Tensor, s
 def _attend_rows(
     visibility: Visibility, row: Row | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Rows that see the same keys; zero for queries that see nothing."""
+    """Attention of rows that see the same keys; zero for queries that see nothing."""
     if row is None:
         return query.new_zeros(query.shape)
     batch, prefix = query.shape[0], _chosen(key, row.prefix)
@@ -141,12 +140,12 @@ def _attend_rows(
 
 
 def _chosen(tensor: Tensor, keys: Keys) -> Tensor:
-    """Those keys of [batch, keys, heads, head dim], contiguous."""
+    """The chosen keys of [batch, keys, heads, head dim], contiguous."""
     return tensor[:, keys].contiguous()
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-    """The mask as transformers' eager attention takes it: added to the scores."""
+    """The additive mask of transformers' eager attention, which is added to the scores."""
     queries, keys = query.shape[2], key.shape[2]
     if mask is None and causal and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]

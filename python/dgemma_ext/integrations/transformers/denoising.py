@@ -1,13 +1,12 @@
 """A denoising step of transformers' `generate` by `ops.denoise`, in place of `_denoising_step`.
 
-transformers hands the processed logits from step to step, in fp32 while it works on them, and makes the next step's
-soft embedding of them inside the decoder. Here the head's product is kept as it is, in the model's dtype; statistics,
-sampling, acceptance, renoising and stop follow from it, and so does the soft embedding, which a hook puts where the
-decoder hands its own to the self-conditioning module. What goes from step to step is a `Step`.
+transformers passes the processed logits from step to step and computes the next step's soft embedding from them inside
+the decoder. Here the raw logits stay in the model's dtype; statistics, sampling, acceptance, renoising, stop and soft
+embedding are computed from them, and a hook passes the soft embedding to the self-conditioning module. A `Step` goes
+from step to step in place of the logits.
 
-`denoising_step` has the arguments and results of transformers' method and takes its place on one model. Where a part of
-it is not what it was in the releases that are known (a sampler, a stopping criterion or a logits processor of the
-user's, a compiled loop), transformers' own method runs.
+`denoising_step` has the arguments and results of transformers' method and replaces it on one model. For a sampler,
+stopping criterion or logits processor of the user's, and for a compiled loop, transformers' own method runs.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from dgemma_ext.integrations.transformers.releases import NEWEST_KNOWN_STEP, rel
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.denoise import CanvasStatus, VocabularyStatistics
 
-# Half a unit in the last place of the soft embedding: what leaving out vocabulary tiles may change. In fp32 nothing.
+# The relative error that skipping vocabulary tiles may add to a soft embedding, as in model/network.py.
 _SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
-_NEVER = 2**31 - 1  # steps: a model without a stopping criterion
+_NEVER = 2**31 - 1  # stability threshold without a stopping criterion
 
 _ARGUMENTS = (
     *("self", "decoder_forward", "current_canvas", "argmax_canvas", "input_ids", "decoder_position_ids"),
@@ -40,7 +39,7 @@ _ARGUMENTS = (
 
 
 def unknown_release(model: Any) -> str | None:
-    """Why this transformers' step is not replaced, or None."""
+    """The reason that the step of this transformers is not replaced, or None."""
     if release() > NEWEST_KNOWN_STEP:
         known = ".".join(map(str, NEWEST_KNOWN_STEP))
         return f"its method is private, and that of transformers {release_name()} (after {known}) is not known"
@@ -52,15 +51,15 @@ def unknown_release(model: Any) -> str | None:
 
 @dataclass
 class Step:
-    """What one step of a canvas leaves for the next; transformers' loop carries it as `self_conditioning_logits`.
+    """The state between two steps of a canvas; transformers' loop carries it as `self_conditioning_logits`.
 
     Shapes as in `ops.denoise`: raw [batch, length, vocabulary], by position [batch, length], by row [batch].
     """
 
     seed: Tensor
     canvas_index: Tensor
-    number: Tensor  # of the next step, from 1
-    most: Tensor  # steps
+    number: Tensor  # the next step, counted from 1
+    max_steps: Tensor
     canvas: Tensor
     draft: Tensor
     accepted: Tensor
@@ -69,7 +68,7 @@ class Step:
     mean_entropy: Tensor
     status: Tensor
     softcap: float
-    stopped: Tensor = field(init=False)  # rows whose draft is stable; the step cap does not count
+    stopped: Tensor = field(init=False)  # rows whose draft is stable, without those that only reached the step cap
     raw: Tensor = field(init=False)
     temperature: Tensor = field(init=False)
     soft_embedding: Tensor = field(init=False)
@@ -78,12 +77,12 @@ class Step:
         self.stopped = ~self.active
 
     def logits(self) -> Tensor:
-        """The processed logits as transformers would hand them on: rounded to the model's dtype."""
+        """The processed logits as transformers passes them on: rounded to the model's dtype."""
         capped = torch.tanh(self.raw.float() / self.softcap) * self.softcap
         return (capped / self.temperature[:, None, None]).to(self.raw.dtype)
 
     def cpu(self) -> Tensor:
-        """For a streamer that takes logits: the one thing that transformers' loop asks of what it carries."""
+        """The processed logits on the CPU: transformers' loop calls this for a streamer that takes logits."""
         return self.logits().cpu()
 
 
@@ -105,7 +104,7 @@ def denoising_step(
     diffusion_stopping_criteria: Any,
     **model_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Any, Tensor]:
-    """As transformers' `_denoising_step`; `self` is the model. cur_step counts down to 1."""
+    """Replaces transformers' `_denoising_step`. `self` is the model; cur_step counts down to 1."""
     reason = _refused(self, decoder_forward, sampler, logits_processor, diffusion_stopping_criteria)
     if reason is not None:
         acceleration_of(self).fall_back("sampler", reason)
@@ -180,7 +179,8 @@ def _is_schedule(processor: Any) -> bool:
 
 
 def temperature_of(processors: Any, cur_step: int) -> float:
-    """Of LinearTemperatureScheduleLogitsProcessor, in fp32 after every operation as on its tensor; 1 without one."""
+    """The temperature of LinearTemperatureScheduleLogitsProcessor, rounded to fp32 after every operation as there; 1
+    without a processor."""
     if len(processors) == 0:
         return 1.0
     schedule = processors[0]
@@ -190,13 +190,13 @@ def temperature_of(processors: Any, cur_step: int) -> float:
 
 
 def draw_streams(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seeds of a canvas, int64 [batch], from torch's generator of the device, and canvas indices, int32 [batch]."""
+    """Seeds of a canvas, int64 [batch], from the device's torch generator, and canvas indices, int32 [batch]."""
     seeds = torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device=device)
     return seeds, torch.zeros(batch, dtype=torch.int32, device=device)
 
 
 def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
-    """Before the first step of a canvas [batch, length], of which `steps` are left."""
+    """The state before the first step of a canvas [batch, length] with at most `steps` steps."""
     batch, device = canvas.shape[0], canvas.device
     seed, canvas_index = draw_streams(batch, device)
 
@@ -207,7 +207,7 @@ def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
         seed=seed,
         canvas_index=canvas_index,
         number=by_row(1, torch.int32),
-        most=by_row(steps, torch.int32),
+        max_steps=by_row(steps, torch.int32),
         canvas=canvas.to(torch.int32).contiguous(),
         draft=torch.full(canvas.shape, -1, dtype=torch.int32, device=device),
         accepted=torch.zeros(canvas.shape, dtype=torch.bool, device=device),
@@ -228,11 +228,10 @@ def advance(
     table: Any,
     uniforms: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """What follows the head in a step, in place: everything is computed from its product, raw [batch, length,
-    vocabulary].
+    """Advances `step` in place by the head's raw logits [batch, length, vocabulary].
 
-    stopping: a StableAndConfidentStoppingCriteria or None. table: the decoder's embedding module. uniforms: of sampling
-    and of renoising, float64 [batch, length] each, in place of the drawn ones.
+    stopping: a StableAndConfidentStoppingCriteria or None. table: the decoder's embedding module. uniforms: for
+    sampling and for renoising, float64 [batch, length] each, to use in place of drawn ones.
 
     Raises dg.NonFiniteError where a logit is not finite.
     """
@@ -243,20 +242,20 @@ def advance(
 
     running = step.active.clone()
     if not bool(running.all()):
-        # A row that has stopped keeps its logits, for a streamer that takes them.
+        # A stopped row keeps its logits, for a streamer that takes them.
         raw[~running] = step.raw[~running]
         temperatures = torch.where(running, temperature, step.temperature)
     else:
         temperatures = by_row(temperature, torch.float32)
     step.raw, step.temperature = raw, temperatures
-    reading: dict[str, Any] = dict(
+    params: dict[str, Any] = dict(
         softcap=step.softcap, temperature=temperatures, active=running, allowed=None, allowed_row=None
     )
-    statistics = denoise.vocabulary_statistics(raw, **reading)
-    masses = _masses(statistics)
+    statistics = denoise.vocabulary_statistics(raw, **params)
+    softmax = _softmax(statistics)
     draws: dict[str, Any] = dict(seed=step.seed, canvas_index=step.canvas_index)
     sampled = denoise.sample(
-        raw, **reading, **masses, **draws, step=step.number, uniforms=None if uniforms is None else uniforms[0]
+        raw, **params, **softmax, **draws, step=step.number, uniforms=None if uniforms is None else uniforms[0]
     )
     never = stopping is None
     denoise.update_canvas_(
@@ -269,8 +268,8 @@ def advance(
         uniforms=None if uniforms is None else uniforms[1],
         vocabulary=vocabulary,
         **draws,
-        max_steps=step.most,
-        # The op's own schedule is not used: cur_step is transformers' to say.
+        max_steps=step.max_steps,
+        # The operator's temperature schedule is not used: cur_step gives the temperature.
         t_min=by_row(1.0, torch.float64),
         t_max=by_row(1.0, torch.float64),
         entropy_bound=by_row(entropy_bound, torch.float32),
@@ -288,14 +287,14 @@ def advance(
     )
     for row, status in enumerate(step.status.tolist()):
         if status == CanvasStatus.NON_FINITE:
-            problem = "the logits of this row of the batch are not finite"
-            raise NonFiniteError(problem, request=row, step=int(step.number[row]))
+            message = "the logits of this row of the batch are not finite"
+            raise NonFiniteError(message, request=row, step=int(step.number[row]))
     step.stopped = step.stopped | (step.status == CanvasStatus.STABLE)
     if bool(step.active.any()):
         step.soft_embedding = denoise.soft_embedding(
             raw,
-            **(reading | {"active": step.active.clone()}),
-            **masses,
+            **(params | {"active": step.active.clone()}),
+            **softmax,
             pinned=None,
             embedding=table.weight.detach().contiguous(),
             embedding_scale=float(table.embed_scale.to(raw.dtype)),
@@ -304,17 +303,17 @@ def advance(
         )
 
 
-def _masses(statistics: VocabularyStatistics) -> dict[str, Any]:
+def _softmax(statistics: VocabularyStatistics) -> dict[str, Any]:
     return {name: getattr(statistics, name) for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
 
 
 def _largest_row_norm(table: Any) -> float:
-    """max over v of ||weight[v]||, kept with the module until its weight changes."""
+    """max over v of ||weight[v]||, cached in the module until its weight changes."""
     weight = table.weight.detach()
     key = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
     known: tuple[Any, float] | None = table.__dict__.get("_dgemma_largest_row_norm")
     if known is None or known[0] != key:
-        # In pieces, so that no fp32 copy of the table exists.
+        # Computed in pieces, so that no fp32 copy of the table exists.
         known = key, max(float(piece.float().norm(dim=-1).max()) for piece in weight.split(16_384))
         table.__dict__["_dgemma_largest_row_norm"] = known
     return known[1]
@@ -322,7 +321,7 @@ def _largest_row_norm(table: Any) -> float:
 
 @contextmanager
 def _soft_embedding(decoder: Any, soft: Tensor | None) -> Iterator[None]:
-    """Inside the block the decoder's self-conditioning module gets `soft` in place of the decoder's zeros."""
+    """Inside the block, the decoder's self-conditioning module gets `soft` in place of the decoder's zeros."""
     if soft is None:
         yield
         return
@@ -330,7 +329,7 @@ def _soft_embedding(decoder: Any, soft: Tensor | None) -> Iterator[None]:
     def replaced(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (arguments[0], soft, *arguments[2:])
 
-    # Before the hooks of others, so that they see it.
+    # Prepended, so that other hooks see the replaced argument.
     handle = decoder.self_conditioning.register_forward_pre_hook(replaced, prepend=True)
     try:
         yield

@@ -12,9 +12,9 @@ from transformers.models.diffusion_gemma import modeling_diffusion_gemma as mode
 from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
 from dgemma_ext.ops import grouped_gemm
 
-# Both the name of the published configuration's activation; the kernels have no other.
+# The activation of the published configuration, and the only one of the kernels.
 _ACTIVATION = "gelu_pytorch_tanh"
-# What the CUDA kernels want of hidden and expert size; csrc/grouped_gemm/plan_cuda.cpp.
+# Hidden and expert size must be multiples of this for the CUDA kernels; csrc/grouped_gemm/plan_cuda.cpp.
 _CUDA_MULTIPLE = 8
 
 
@@ -30,14 +30,14 @@ def experts_class() -> type[nn.Module]:
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts function of transformers' ExpertsInterface: hidden_states [tokens, hidden], the rest [tokens, top k].
 
-    The weights are read once, because PEFT makes them anew at every look where a LoRA is on them.
+    The weights are read once, because with a LoRA on them PEFT computes them at every access.
     """
     gate_up, down = module.gate_up_proj, module.down_proj
     reason = None if torch.compiler.is_compiling() else _refused(module, hidden_states, gate_up, down)
     if reason is not None:
         acceleration_of(module).fall_back("experts", reason)
     if reason is not None or torch.compiler.is_compiling():
-        return _own(module)(module, hidden_states, top_k_index, top_k_weights)
+        return _previous_forward(module)(module, hidden_states, top_k_index, top_k_weights)
     return grouped_gemm.moe_ffn(
         hidden_states.contiguous(),
         top_k_index.to(torch.int32).contiguous(),
@@ -58,10 +58,10 @@ def _refused(module: Any, hidden_states: Tensor, gate_up: Tensor, down: Tensor) 
     return tensors_refused(hidden_states, gate_up, down)
 
 
-def _own(module: Any) -> Any:
-    """What the model ran before: an entry of transformers' register, or the class's own forward."""
+def _previous_forward(module: Any) -> Any:
+    """The model's experts function before `accelerate`: an entry of transformers' register, or the class's forward."""
     name = acceleration_of(module).experts.get("text_config")
     if name is not None and name in ALL_EXPERTS_FUNCTIONS:
         return ALL_EXPERTS_FUNCTIONS[name]
-    # The decorator that looks implementations up has kept what it wraps.
+    # The undecorated forward: the decorator would look the implementation up again.
     return type(module).forward.__wrapped__

@@ -1,4 +1,4 @@
-"""What an accelerated model remembers: what it ran on before, and which warnings it has given."""
+"""The state of an accelerated model: its implementations before, and the warnings that it has given."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class AccelerationWarning(UserWarning):
 
 @dataclass
 class Acceleration:
-    """Of one model; its attention and expert modules hold the same object.
+    """The state of one model, which its attention and expert modules share.
 
-    attention, experts: the implementations that the model's configurations named before, by sub-configuration.
+    attention, experts: sub-configuration → the implementation that it named before.
     """
 
     attention: dict[str, str | None] = field(default_factory=dict)
@@ -36,17 +36,17 @@ class Acceleration:
             )
 
 
-# For modules that name the implementation without `accelerate`, as from_pretrained(attn_implementation=...) does.
-_OF_NO_MODEL = Acceleration()
+# The state of modules that use the implementation without `accelerate`, by from_pretrained(attn_implementation=...).
+_DEFAULT = Acceleration()
 
 
 def acceleration_of(module: nn.Module) -> Acceleration:
     state: Any = module.__dict__.get("_dgemma_acceleration")
-    return _OF_NO_MODEL if state is None else state
+    return _DEFAULT if state is None else state
 
 
 def tensors_refused(*tensors: Tensor) -> str | None:
-    """Why no kernel takes these tensors of numbers, or None."""
+    """The reason that no kernel takes these tensors, or None."""
     first = tensors[0]
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):

@@ -1,4 +1,4 @@
-"""Which transformers this is, and which ones are known."""
+"""The installed release of transformers, and the supported ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import transformers
 
 # The first release whose DiffusionGemma this package's parity tests pass with.
 OLDEST = (5, 17)
-# The last one whose private `_denoising_step` was looked at and tested; the registers are public, and stay.
+# The last release whose private `_denoising_step` was tested. Attention and experts use public registers.
 NEWEST_KNOWN_STEP = (5, 23)
 
 
@@ -15,6 +15,6 @@ def release_name() -> str:
 
 
 def release() -> tuple[int, int]:
-    """Major and minor number."""
+    """Major and minor version."""
     major, minor = release_name().split(".")[:2]
     return int(major), int(minor)

@@ -1,9 +1,8 @@
-"""From an attention mask to what the kernels take: which keys a row's queries see.
+"""Finds the keys that a row's queries see in an attention mask, in the form that the kernels take.
 
-A mask is recognised by what it says, not by who made it, and checked whole. Two kinds are: every query of a row sees
-the same keys (the canvas over any prefix; which of the keys are called prefix does not matter then), and causal ones,
-with padding on either side, with or without the layer's window, with or without spans whose tokens see each other whole
-(an image's).
+A mask is recognised by its values, all of which are checked. Two kinds are supported: masks in which every query of a
+row sees the same keys (a canvas over any prefix), and causal masks, with padding on either side, with or without the
+layer's window, with or without spans whose tokens all see each other (an image's).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Which keys: a range where they stand together, else their indices.
+# Some keys of a row: a range where they are contiguous, else their indices.
 Keys = slice | Tensor
 
 
@@ -21,8 +20,8 @@ Keys = slice | Tensor
 class Row:
     """One row of a batch: queries[i] and keys[block][i] are the same position, and keys[prefix] come before.
 
-    Queries outside `queries` see nothing, or are padding. spans: of causal attention, ranges of positions counted from
-    the first key of the prefix.
+    Queries outside `queries` see nothing, or are padding. spans: for causal attention, ranges of positions, counted
+    from the first key of the prefix, whose tokens all see each other.
     """
 
     queries: slice
@@ -33,17 +32,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Visibility:
-    """What a batch sees. `rows` has one entry for all rows of the batch or one for each; None sees nothing at all."""
+    """The visible keys of a batch. `rows` has one entry for all rows or one for each; None: a row sees nothing."""
 
     causal: bool
-    window: int  # of causal attention, 0: none
+    window: int  # for causal attention; 0 is none
     rows: tuple[Row | None, ...]
 
 
 def without_mask(queries: int, keys: int, causal: bool) -> Visibility | None:
-    """What a missing mask means to transformers' sdpa_attention_forward."""
+    """The visibility that transformers' sdpa_attention_forward assumes without a mask."""
     if causal and queries > 1:
-        # Aligned with the first key; keys after the last query are a static cache's unused ones.
+        # Queries are aligned with the first keys; keys after the last query are unused ones of a static cache.
         block = slice(0, queries)
         return Visibility(True, 0, (Row(block, slice(0, 0), block),)) if keys >= queries else None
     if keys < queries:
@@ -52,9 +51,9 @@ def without_mask(queries: int, keys: int, causal: bool) -> Visibility | None:
 
 
 def of_mask(mask: Tensor, queries: int, keys: int, window: int) -> Visibility | None:
-    """Reads a boolean mask [rows, 1, queries, keys] (True: is seen), or gives None where the kernels cannot do it.
+    """Reads a boolean mask [rows, 1, queries, keys] (True: visible); None where the kernels do not support it.
 
-    window: the layer's, 0 for none. What was found is kept with the tensor: a mask serves many layers and steps.
+    window: the layer's, 0 for none. The result is kept with the tensor, because many layers and steps use a mask.
     """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, queries, keys) or 0 in mask.shape:
         return None
@@ -85,12 +84,12 @@ def _same_for_all_queries(seen: Tensor) -> Visibility | None:
 
 
 def _causal(seen: Tensor, window: int) -> Visibility | None:
-    """seen: bool [rows, queries, keys]. Valid keys of a row are those that any query sees."""
+    """seen: bool [rows, queries, keys]. The valid keys of a row are those that any query sees."""
     _, queries, keys = seen.shape
     valid = seen.any(dim=1)
     if not bool(valid.any()):
         return None
-    # The last query of the least padded row stands at the last valid key.
+    # The last query of the least padded row is at the last valid key.
     start = int(valid.any(dim=0).nonzero().max()) + 1 - queries
     if start < 0:
         return None
@@ -110,7 +109,7 @@ def _causal(seen: Tensor, window: int) -> Visibility | None:
         visible = keys_of_row.nonzero()[:, 0]
         in_prefix, in_block = visible[visible < start], visible[visible >= start]
         block = _range(in_block)
-        # A query whose own key is hidden is padding in a causal mask; in another kind it may be looked at.
+        # A query whose own key is hidden is padding in a causal mask; with spans its result may be used.
         if any(spans) and not bool(keys_of_row[start + queries - 1]):
             return None
         if len(in_block) == 0:
@@ -118,7 +117,7 @@ def _causal(seen: Tensor, window: int) -> Visibility | None:
             continue
         prefix = _range(in_prefix)
         touches = len(in_prefix) == 0 or (isinstance(prefix, slice) and prefix.stop == int(in_block[0]))
-        # A window counts positions, so a hole inside of it must stay one.
+        # A window counts positions, so a gap inside it cannot be closed.
         binds = 0 < window < start + queries
         if not isinstance(block, slice) or ((binds or spans_of_row) and not touches):
             return None
@@ -129,7 +128,7 @@ def _causal(seen: Tensor, window: int) -> Visibility | None:
 
 
 def _spans(seen: Tensor, start: int) -> list[list[tuple[int, int]]]:
-    """For each row the ranges of keys that begin with a query that sees beyond itself and end where it does."""
+    """The spans of each row: a query that sees beyond itself begins one, which ends with the last key that it sees."""
     ends = (seen * torch.arange(1, seen.shape[2] + 1, dtype=torch.int32, device=seen.device)).amax(-1)
     found: list[list[tuple[int, int]]] = []
     for ends_of_row in ends.tolist():
@@ -142,7 +141,7 @@ def _spans(seen: Tensor, start: int) -> list[list[tuple[int, int]]]:
 
 
 def _with_spans(causal: Tensor, start: int, spans: list[tuple[int, int]]) -> Tensor:
-    """causal, bool [queries, keys], where the tokens of a span see each other too."""
+    """`causal`, bool [queries, keys], in which the tokens of a span see each other too."""
     whole = causal.clone()
     for begin, end in spans:
         whole[begin - start : end - start, begin:end] = True
@@ -150,7 +149,7 @@ def _with_spans(causal: Tensor, start: int, spans: list[tuple[int, int]]) -> Ten
 
 
 def _range(indices: Tensor) -> Keys:
-    """Rising indices as a range, where they are one."""
+    """Ascending indices as a range, where they are contiguous."""
     if len(indices) == 0:
         return slice(0, 0)
     first, last = int(indices[0]), int(indices[-1])
@@ -158,7 +157,7 @@ def _range(indices: Tensor) -> Keys:
 
 
 def _merged(rows: list[Row | None]) -> tuple[Row | None, ...]:
-    """One entry where all rows are alike, so that a batch is one call."""
+    """One entry where all rows are equal, so that a batch is one call."""
     first = rows[0]
     alike = first is not None and isinstance(first.prefix, slice) and isinstance(first.block, slice)
     return (first,) if alike and all(_same_slices(row, first) for row in rows) else tuple(rows)
