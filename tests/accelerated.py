@@ -1,4 +1,4 @@
-"""Transformers' models with and without `dg.accelerate`, loaded from one random checkpoint, for its tests."""
+"""Loads transformers' models with and without `dg.accelerate` from one random checkpoint, for tests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# What runs on the kernels, by the operator's name.
+# Operators that run on the kernels, by name.
 KERNELS = {
     "canvas_attention": block_attention,
     "causal_attention": block_attention,
@@ -53,21 +53,21 @@ KERNELS = {
 
 @functools.cache
 def plain(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
-    """Transformers' model as it is; one object for the same arguments, which tests leave as it is."""
+    """Transformers' model without acceleration; the same object for the same arguments, which tests must not change."""
     with tempfile.TemporaryDirectory() as folder:
-        # Drawn as float64, which neither side loads: every tensor is a copy, and the folder may go.
+        # Drawn as float64, which neither side loads: every tensor is a copy, so the folder may be deleted.
         make_checkpoint(Path(folder), with_tokenizer=False, dtype=torch.float64, **CHECKPOINTS[name])
         return load_transformers(Path(folder), dtype, attn_implementation=attention)
 
 
 def twin(model: Any, enabled: bool = True) -> Any:
-    """A copy, accelerated or not."""
+    """A copy of the model, accelerated or not."""
     return dg.accelerate(copy.deepcopy(model)) if enabled else copy.deepcopy(model)
 
 
 @contextlib.contextmanager
 def counted_kernels() -> Iterator[Counter[str]]:
-    """How often each operator is called inside the block."""
+    """Counts the calls of each operator inside the block."""
     counts: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
         for name, module in KERNELS.items():
@@ -85,7 +85,7 @@ def _counting(name: str, function: Any, counts: Counter[str]) -> Any:
 
 @contextlib.contextmanager
 def caught_fallbacks() -> Iterator[list[str]]:
-    """The words of every AccelerationWarning inside the block."""
+    """Collects the messages of every AccelerationWarning inside the block."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -95,7 +95,7 @@ def caught_fallbacks() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def all_on_kernels() -> Iterator[Counter[str]]:
-    """Nothing inside the block may fall back, and something must run on the kernels."""
+    """Asserts that nothing inside the block falls back and that something runs on the kernels."""
     with caught_fallbacks() as fallbacks, counted_kernels() as counts:
         yield counts
     assert not fallbacks

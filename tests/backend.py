@@ -15,11 +15,11 @@ import torch
 from dgemma_ext import _C
 
 BACKEND = os.environ.get("DGEMMA_TEST_BACKEND", "cpu")
-# No kernel for a GPU takes float32.
+# No kernel on a GPU takes float32.
 DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat16]
-# The instruction sets of this machine; of the other backends there is one form.
+# The instruction sets of this machine; the other backends have one form.
 VARIANTS = _C.cpu_variants() if BACKEND == "cpu" else [BACKEND]
-# And the form in plain torch, which stands for none of the kernels.
+# The form in torch, which is compared with the kernels, is tested as well.
 FORMS = [*VARIANTS, "plain"] if BACKEND == "cpu" else VARIANTS
 
 
@@ -30,16 +30,16 @@ def _compute_capability() -> int:
     return int(os.environ.get("DGEMMA_TEST_GPU", "90"))
 
 
-# 90 for 9.0, where the backend is one of the GPU's.
+# The compute capability of the GPU, e.g. 90 for 9.0; None on the CPU.
 COMPUTE_CAPABILITY = _compute_capability()
 
-# For tests of what only the CPU does: it looks at values before it computes, and takes any size and type.
+# Marks tests of what only the CPU does: checking values before it computes, and taking any size and type.
 cpu_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's operators alone")
-# For tests of many repetitions, which the test bed would take minutes for.
+# Marks tests of many repetitions, which would take minutes on the test bed.
 not_on_test_bed = pytest.mark.skipif(BACKEND == "sim", reason="too long on the test bed; run on the CPU and on a GPU")
 
 
 def skip_if_on_device(what: str, of_values: set[str]) -> None:
-    """Skips a case of bad input that only a look at values finds: a GPU's are out of the host's sight."""
+    """Skips a case of bad input that is only found by reading values, which the host cannot do for a GPU."""
     if BACKEND != "cpu" and what in of_values:
         pytest.skip("values on the device are not looked at")

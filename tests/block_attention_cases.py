@@ -1,4 +1,4 @@
-"""Cases of block attention: their tensors, and what the oracle says of them; what must not be read is NaN."""
+"""Cases of block attention: their tensors, and the oracle's results; rows that must not be read are NaN."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reference import block_attention as reference
 NAN = float("nan")
 SENTINEL = 777.0  # exact in bfloat16
 W = 24  # the window of most cases
-# Orders of summing in the low-precision result that the element-wise bound is made from; with many elements one matrix
-# product and one plain sum say enough.
+# Orders of summing for the low-precision result that the element-wise bound is made from; with many elements one
+# matrix product and one plain sum are enough.
 ORDERS = 8
 ORDERS_OF_LARGE = 2
 LARGE = 10_000
@@ -64,7 +64,7 @@ class Built:
         self.prefix_value = self.prefix_key.clone()
         self.keys, self.values = [], []
         for b, r in enumerate(case.requests):
-            # Scores with a standard deviation of 2: neither flat nor a single key.
+            # Scores have a standard deviation of 2: neither flat nor a single key.
             query = torch.randn(r.rows, case.query_heads, dim) * (2 / dim**0.5 / case.scale)
             self.query[b, : r.rows] = query.to(dtype)
             keys = torch.randn(r.prefix + r.rows, heads, dim).to(dtype)
@@ -103,7 +103,7 @@ class Built:
         return reference.canvas_mask(r.prefix, r.rows, case.window)
 
     def wanted(self, b: int) -> torch.Tensor:
-        """Request b in float64: [rows, query heads, head dim]."""
+        """The result of request b in float64: [rows, query heads, head dim]."""
         query = self.query[b, : self.case.requests[b].rows]
         return reference.attend(query, self.keys[b], self.values[b], self.mask(b), self.case.scale)
 
@@ -126,7 +126,7 @@ class Built:
         return worst
 
     def poison_unseen(self) -> None:
-        """Makes NaN every cache row and block row that no query of its request may see."""
+        """Sets every cache row and block row to NaN that no query of its request may see."""
         for b, r in enumerate(self.case.requests):
             if r.slot < 0:
                 continue

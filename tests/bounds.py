@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-# Bound on 1 - 2<x,y> / (|x|^2 + |y|^2), by the type of the result.
+# The bound on 1 - 2<x,y> / (|x|^2 + |y|^2), by the type of the result.
 GLOBAL_BOUND = {torch.float32: 1e-10, torch.bfloat16: 1e-5}
-# Results of the low-precision form are doubled, and two units in the last place of the largest output are added.
+# The element-wise bound is twice the low-precision error plus two units in the last place of the largest output.
 ERROR_FACTOR = 2.0
 ULPS = 2.0
 POSITIONS_SHOWN = 5

@@ -29,12 +29,12 @@ BEST = -1
 
 
 def environment() -> dict[str, str]:
-    """With this Python's cmake and ninja first."""
+    """The environment with this Python's cmake and ninja first."""
     return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 def run(*command: str | Path, **options: Any) -> str:
-    """The output of a command that must succeed."""
+    """Runs a command that must succeed, and returns its output."""
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, check=False, env=environment(), **options
     )
@@ -54,7 +54,7 @@ def build_folder() -> Path:
 
     Without any it makes one of the library alone, which takes a minute.
     """
-    # build/gpu is where `make gpu-check` builds.
+    # `make gpu-check` builds in build/gpu.
     builds = [
         path.parent for pattern in ("*", "gpu/cmake") for path in (ROOT / "build").glob(f"{pattern}/CMakeCache.txt")
     ]
@@ -108,7 +108,7 @@ def enumerators() -> list[str]:
     return [name for body in bodies for name in re.findall(r"\b(DGEMMA_\w+)\b", body)]
 
 
-# What a compiler makes of the headers; the list of it in the repository is csrc/abi.txt.
+# The ABI as a compiler sees the headers; its list in the repository is csrc/abi.txt.
 ABI = ROOT / "csrc" / "abi.txt"
 
 
@@ -131,7 +131,7 @@ def abi_listing(folder: Path) -> str:
 
 @cache
 def structs() -> dict[str, type[ctypes.Structure]]:
-    """Every struct of an operation by its name without dgemma_; and cpu and cuda, which say where a call runs."""
+    """The struct of every operation by its name without dgemma_, and cpu and cuda, which say where a call runs."""
     found: dict[str, type[ctypes.Structure]] = {}
     types: dict[str, Any] = dict(_SCALARS)
     types |= {name: ctypes.c_int for name in re.findall(r"typedef enum (dgemma_\w+)", header_text())}
@@ -183,7 +183,7 @@ def context(variant: str | None = None, where: str = "cpu") -> Any:
 def call(
     library: ctypes.CDLL, function: str, variant: str | None = None, struct: str | None = None, **values: Any
 ) -> tuple[int, str]:
-    """Status and message of dgemma_<function>, e.g. cpu_dense; `struct` where it is not named like the function."""
+    """Calls dgemma_<function>, e.g. cpu_dense; returns status and message. `struct`: its name, where it differs."""
     where, name = function.split("_", 1)
     op, place = operation(struct or name, values), context(variant, where)
     status = getattr(library, f"dgemma_{function}")(ctypes.byref(op), ctypes.byref(place))
@@ -191,13 +191,13 @@ def call(
 
 
 def must(library: ctypes.CDLL, function: str, variant: str | None = None, **values: Any) -> None:
-    """Calls a function that has to succeed."""
+    """Calls a function that must succeed."""
     status, message = call(library, function, variant, **values)
     assert status == OK, f"{function}: {status} {message}"
 
 
 def workspace(library: ctypes.CDLL, function: str, **values: Any) -> torch.Tensor:
-    """What dgemma_<function>_workspace asks for, aligned to 64 bytes and poisoned."""
+    """A workspace of the size that dgemma_<function>_workspace returns, aligned to 64 bytes and poisoned."""
     size = getattr(library, f"dgemma_{function}_workspace")
     size.restype = ctypes.c_size_t
     wanted = size(ctypes.byref(operation(function.split("_", 1)[1], values)))

@@ -26,7 +26,7 @@ def int32(*values: int) -> Tensor:
 
 
 def layer_operations(dtype: torch.dtype, tokens: int = 5, hidden: int = 72) -> dict[str, dict[str, Any]]:
-    """Values of every struct of layer.h and of the router, with room for the outputs."""
+    """Arguments of every struct of layer.h and of the router, with allocated outputs."""
     heads, key_heads, width, vocabulary, experts = 3, 1, 24, 40, 6
     rows = {"tokens": tokens, "hidden_size": hidden, "epsilon": EPSILON, "dtype": dtype}
     angles = torch.rand(tokens, width // 2) * 6.3
@@ -107,7 +107,7 @@ def layer_operations(dtype: torch.dtype, tokens: int = 5, hidden: int = 72) -> d
 def denoise_operations(
     dtype: torch.dtype, batch: int = 2, length: int = 3, vocabulary: int = 300, hidden: int = 40
 ) -> dict[str, dict[str, Any]]:
-    """Values of every struct of denoise.h and vocabulary_head.h."""
+    """Arguments of every struct of denoise.h and vocabulary_head.h."""
     tiles = -(-vocabulary // 128)
     logits = {
         "batch": batch,
@@ -198,7 +198,7 @@ def denoise_operations(
 
 
 def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Values of every struct of grouped_gemm.h but the router's, and of block_attention.h."""
+    """Arguments of every struct of grouped_gemm.h without the router's, and of block_attention.h."""
     tokens, hidden, expert, experts, top_k = 4, 32, 16, 3, 2
     batch, length, heads, key_heads, width, slots, capacity = 2, 4, 2, 1, 16, 2, 8
     block = (batch, length, key_heads, width)
@@ -255,7 +255,7 @@ def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def with_workspace(library: ctypes.CDLL, name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a workspace of the size that the library asks for, where it has one."""
+    """The arguments with a workspace of the size that the library returns, where the operation takes one."""
     if not hasattr(library, f"dgemma_cpu_{name}_workspace"):
         return values
     space = workspace(library, f"cpu_{name}", **values)

@@ -19,12 +19,12 @@ import dgemma_ext as dg
 from checkpoints import make_checkpoint
 from dgemma_ext.cli import main
 
-# What would change the form of the output, were it set where the tests run.
+# Variables that would change the form of the output.
 for _name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "DGEMMA_DEBUG", "COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
 CANVAS = 8
-ESCAPE = "\x1b"  # how every colour code and cursor movement begins
+ESCAPE = "\x1b"  # every colour code and cursor movement begins so
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
 
 
 def dgemma(*arguments: str, stdin: str | io.StringIO = "") -> Run:
-    """One run in this process; nothing is a terminal."""
+    """Runs a command in this process, with stdin, stdout and stderr that are not terminals."""
     before, sys.stdin = sys.stdin, io.StringIO(stdin) if isinstance(stdin, str) else stdin
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -57,8 +57,8 @@ def dgemma(*arguments: str, stdin: str | io.StringIO = "") -> Run:
 
 @contextlib.contextmanager
 def started(*arguments: str, **settings: Any) -> Iterator[Any]:
-    """A process of its own, whose stdin, stdout and stderr are pipes. It is gone at the end."""
-    # A suite that runs in the background of a shell hands on an ignored SIGINT; here it shall interrupt.
+    """Starts a process with pipes for stdin, stdout and stderr, and kills it at the end."""
+    # A shell's background job ignores SIGINT and passes that on to its children; here SIGINT must interrupt.
     program = """if True:
         import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,11 +1,11 @@
-"""What all tests share: seeds, threads, the CPU variants of this machine."""
+"""Settings of all tests: seeds, threads, and the CPU variants of this machine."""
 
 from __future__ import annotations
 
 import os
 
-# Read when torch loads its OpenMP runtime: threads that wait sleep. Spinning ones take the other threads' time on a
-# machine that is busy or has a single core, and tests then take ten times as long.
+# torch reads this when it loads its OpenMP runtime: waiting threads sleep. Spinning ones take the other threads'
+# time on a busy or single-core machine, where tests then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -14,12 +14,12 @@ import torch
 from backend import BACKEND, VARIANTS
 from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
 
-# A GPU run of the suite sets this (tools/gpu_check.py); then a missing GPU is an error, not a skip.
+# A GPU run of the suite sets this (tools/gpu_check.py); a missing GPU is then an error, not a skip.
 GPU_RUN = os.environ.get("DGEMMA_GPU") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Two threads: enough to meet what only several threads do, and the same on every machine.
+    # Two threads are enough to test work on several threads, and are the same on every machine.
     torch.set_num_threads(2)
     if (GPU_RUN or BACKEND == "cuda") and not torch.cuda.is_available():
         raise pytest.UsageError("a run on the GPU was asked for, but none is visible to torch")
@@ -43,13 +43,13 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random numbers in every run, whatever ran before."""
+    """Makes random numbers the same in every run, whichever tests ran before."""
     torch.manual_seed(20260610)
 
 
 @pytest.fixture(params=VARIANTS)
 def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test once for every instruction set that this machine has, or for the backend under test; its name."""
+    """Runs the test for every instruction set of this machine, or once for another backend; gives its name."""
     name: str = request.param
     if BACKEND == "cpu":
         monkeypatch.setenv("DGEMMA_CPU", name)

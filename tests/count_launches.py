@@ -1,5 +1,5 @@
-"""What a GPU would be asked to do in a denoising step with 30 layers: kernels of ours, counted as the test bed runs
-them, and operators of torch's that are a launch each there. Prints them for a request and for a batch of four.
+"""Counts the launches of a denoising step with 30 layers on a GPU: our kernels, counted as the test bed runs them, and
+torch's operators that are one launch each. Prints them for one request and for a batch of four.
 
 tests/test_sim_loop.py runs it on the test bed, whose process has the counter of launches.
 """
@@ -19,14 +19,14 @@ from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, mak
 from models import random_model
 
 LAYERS = ("sliding_attention",) * 5 + ("full_attention",)
-# Not a launch on a GPU: views that the schema does not call so, allocations, and what an operator of ours is.
+# No launches on a GPU: views that the schema does not call views, allocations, and the parts of our own operators.
 FREE = {"_unsafe_view", "empty", "new_empty", "empty_like", "detach", "_reshape_alias"}
-# The host waits for the device.
+# Operators that make the host wait for the device.
 WAITS = {"_local_scalar_dense", "item"}
 
 
 class Counted(TorchDispatchMode):
-    """Operators of torch's by name, and how many kernels of ours ran."""
+    """Counts of torch's operators by name, and of our kernels."""
 
     def __init__(self) -> None:
         super().__init__()

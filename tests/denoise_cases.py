@@ -1,4 +1,4 @@
-"""What the tests of the denoise step share: the forms of the ops, and logits with everything unread poisoned."""
+"""Shared by the tests of the denoise step: the forms of the operators, and logits with all unread values poisoned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
 NAN = float("nan")
-# A raw op raises one or the other: torch before 2.13 keeps no more of a C++ exception than its words.
+# A raw op raises one or the other: before 2.13, torch keeps only the message of a C++ exception.
 RAW_ERRORS = (RuntimeError, ValueError)
 
 
@@ -35,7 +35,7 @@ def int32(*values: int) -> Tensor:
 
 @dataclass
 class Case:
-    """Logits and how to read them. Raw logits of disallowed entries and of inactive requests are NaN."""
+    """Logits and their parameters. Raw logits of disallowed entries and of inactive requests are NaN."""
 
     logits: Tensor
     softcap: float
@@ -64,7 +64,7 @@ class Case:
         return reference.vocabulary_statistics(self.logits, self.softcap, self.temperature, self.mask)
 
     def request(self, b: int) -> Case:
-        """One request alone."""
+        """One request by itself."""
         one = slice(b, b + 1)
         return Case(
             self.logits[one].contiguous(),
@@ -85,7 +85,7 @@ def make_case(
     spread: float = 4.0,
     masked: bool = False,
 ) -> Case:
-    """Random logits. With `masked`: row index -1, a row of one id, one that leaves whole tiles empty, one of half."""
+    """Random logits. `masked`: the rows have index -1, a mask of one id, one with empty tiles, one of half the ids."""
     logits = (torch.randn(batch, length, vocabulary) * spread).to(dtype)
     temperature = torch.linspace(0.4, 0.8, batch)
     if not masked:
@@ -99,7 +99,7 @@ def make_case(
 
 
 def masses(statistics: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """What the later ops take of the statistics."""
+    """The statistics that later operators take."""
     return dict(zip(("row_max", "row_sum", "tile_max", "tile_sum"), statistics[2:], strict=True))
 
 
@@ -114,5 +114,5 @@ def draws(batch: int, seed: int = 7) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> list[int]:
-    """Contents as bytes: equal for equal bits, NaN and signed zeros included."""
+    """The bytes of tensors: equal for equal bits, NaN and signed zeros included."""
     return tensor.contiguous().flatten().view(torch.uint8).tolist()

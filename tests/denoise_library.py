@@ -16,9 +16,9 @@ from sim.build import ROOT, sim_library
 DENOISE = ROOT / "csrc" / "denoise"
 SOURCES = [*sorted(DENOISE.rglob("*.cu")), *sorted((DENOISE / "cuda").glob("*.cpp"))]
 SOURCES += [ROOT / "csrc" / "cuda" / "entry.cu", ROOT / "tests" / "sim" / "kernels" / "denoise_plan.cpp"]
-# Orders in which the machine runs threads and lets copies and products land.
+# Seeds for the order in which the machine runs threads and completes copies and products.
 SEEDS = [1, 2, 3]
-GUARD = 256  # values behind what is written
+GUARD = 256  # values behind each output
 BFLOAT16 = 1
 OK = 0
 POINTER = ctypes.c_void_p
@@ -77,7 +77,7 @@ class Cuda(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    # A value in shared memory is read as another type where two or four of them make a word.
+    # Allowed where two or four values in shared memory are read as one word.
     built = sim_library("denoise", SOURCES, ["-DDGEMMA_WITH_SM90", "-fno-strict-aliasing"])
     for name in ("vocabulary_statistics", "vocabulary_head", "soft_embedding"):
         getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
@@ -88,7 +88,7 @@ def library() -> ctypes.CDLL:
 
 @contextmanager
 def machine(seed: int, capability: int = 90, multiprocessors: int = 3) -> Iterator[None]:
-    """The GPU that the test bed plays, and the order in which it does things."""
+    """The GPU that the test bed plays, and its order of events."""
     library().sim_set_gpu(capability, multiprocessors)
     library().sim_set_seed(ctypes.c_uint64(seed))
     try:
@@ -102,7 +102,7 @@ def sizes(batch: int, length: int, vocabulary: int) -> Logits:
 
 
 def describe(case: Case) -> Logits:
-    """Pointers into the case's tensors, which must outlive it."""
+    """Fills a struct with pointers into the case's tensors, which must outlive it."""
 
     def pointer(tensor: Tensor | None) -> int | None:
         return None if tensor is None else tensor.data_ptr()
@@ -116,7 +116,7 @@ def describe(case: Case) -> Logits:
 
 
 class Poisoned:
-    """Tensors that hold 0xFF bytes, which are NaN, with more of them behind."""
+    """Tensors filled with 0xFF bytes, which are NaN, followed by more such bytes."""
 
     def __init__(self) -> None:
         self.whole: list[tuple[Tensor, int]] = []
@@ -133,14 +133,14 @@ class Poisoned:
 
 
 def with_nan_behind(tensor: Tensor) -> Tensor:
-    """The same values at the start of a tensor whose rest is NaN."""
+    """A copy at the start of a tensor whose rest is NaN."""
     longer = torch.full((tensor.numel() + 128 * tensor.shape[-1],), float("nan"), dtype=tensor.dtype)
     longer[: tensor.numel()] = tensor.flatten()
     return longer[: tensor.numel()].view(tensor.shape)
 
 
 def make_statistics(case: Case, poisoned: Poisoned) -> tuple[Statistics, tuple[Tensor, ...]]:
-    """Outputs and workspace are poison."""
+    """Makes poisoned outputs and workspace."""
     batch, length, vocabulary = case.logits.shape
     row, tile = (batch, length), (batch, length, -(-vocabulary // 128))
     dtypes = (torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.float32)
@@ -153,7 +153,7 @@ def make_statistics(case: Case, poisoned: Poisoned) -> tuple[Statistics, tuple[T
 
 
 def statistics_of(case: Case) -> tuple[Tensor, ...]:
-    """Of stored logits, by their own kernels: argmax, entropy, row_max, row_sum, tile_max, tile_sum."""
+    """The statistics of stored logits by their own kernels: argmax, entropy, row_max, row_sum, tile_max, tile_sum."""
     poisoned, cuda = Poisoned(), Cuda()
     op, parts = make_statistics(case, poisoned)
     with machine(1):

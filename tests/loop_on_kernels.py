@@ -25,13 +25,13 @@ CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Step(ctypes.Structure):
-    """What stands for a captured graph: tests/sim/device/graph.h."""
+    """The stand-in for a captured graph: tests/sim/device/graph.h."""
 
     _fields_ = [("run", CALLBACK), ("context", ctypes.c_void_p)]
 
 
 class HostGraphRunner(EagerRunner):
-    """As cuda_graphs.CudaGraphRunner: the loop decides by its own kernel, without Python's looking at a flag."""
+    """Like cuda_graphs.CudaGraphRunner: the kernel checks the loop's condition; Python reads no flag."""
 
     def __init__(self, *operands: Any) -> None:
         super().__init__(*operands)
@@ -45,7 +45,7 @@ class HostGraphRunner(EagerRunner):
     def _run(self, _context: int | None) -> None:
         try:
             self.step()
-        except BaseException as error:  # cannot pass through C
+        except BaseException as error:  # exceptions cannot pass through C
             self.errors.append(error)
 
     def run_until_finished(self, max_steps: int) -> None:
@@ -62,7 +62,7 @@ def main(count: int) -> None:
     puzzles = [demo.draw(6, SEED, index) for index in range(count)]
     chats: list[Any] = [[{"role": "user", "content": puzzle.text}] for puzzle in puzzles]
     length = model.config.canvas_length
-    # The first is done when it is stable, the others at caps of 4, 6 ... steps: some steps finish none.
+    # The first canvas ends when it is stable, the others at caps of 4, 6 ... steps: some steps finish none.
     samplers = [dg.SamplerConfig(max_denoising_steps=20)]
     samplers += [dg.SamplerConfig(max_denoising_steps=2 + 2 * n, confidence_threshold=0.0) for n in range(1, count)]
     alone: list[Any] = [model.generate(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]

@@ -29,7 +29,7 @@ def random_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> dg.Diffusi
     """A model of the given sizes (tests/checkpoints.py) with a tokenizer; the same object for the same arguments."""
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), dtype=torch.float32, **sizes)
-        # Converting copies the weights, so the folder may go.
+        # Converting copies the weights, so the folder may be deleted.
         model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
         return (
             model if dtype == torch.bfloat16 else dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=dtype)
@@ -37,7 +37,7 @@ def random_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> dg.Diffusi
 
 
 def smallest_model() -> dg.DiffusionGemma:
-    """So small that a denoising step is nearly all Python: for thousands of schedules."""
+    """A model so small that a denoising step takes mostly Python time, for thousands of schedules."""
     return random_model(
         layers=("sliding_attention", "full_attention"),
         hidden=16,
@@ -65,7 +65,7 @@ def begun(
     content: dg.Canvas | None = None,
     length: int | None = None,
 ) -> tuple[CanvasBatch, StepBuffers]:
-    """Canvas `index` of a request, in a batch of its own."""
+    """Begins canvas `index` of a request in a new batch."""
     length = length or sampler.canvas_length
     batch = make_canvas_batch(model.network, 1, length)
     begin_canvas(model.network, batch, 0, sampler, seed, index, content)
@@ -75,7 +75,7 @@ def begun(
 def step_alone(
     model: dg.DiffusionGemma, cache: dg.Cache, slot: int, canvas: tuple[CanvasBatch, StepBuffers]
 ) -> CanvasState:
-    """One denoising step of a canvas by itself, over what the slot holds; gives its state."""
+    """One denoising step of a single canvas over its slot; returns its state."""
     batch, buffers = canvas
     prefix = cache.length(slot)
     batch.place(0, slot, prefix, model.network.rotary_tables(torch.arange(prefix, prefix + batch.length)))
@@ -92,7 +92,7 @@ def last_hidden(
     soft_embedding: torch.Tensor | None,
     appended: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What the head takes, for a canvas [1, L] over the slot and over tokens [1, n] that the same pass encodes."""
+    """The head's input for a canvas [1, L] over the slot and over tokens [1, n] that the same pass encodes."""
     chunks = [] if appended is None else [PrefillChunk(slot, appended[0])]
     count = sum(map(len, chunks))
     rows = model.network.canvas_in_slot(canvas, cache, slot, soft_embedding, appended=count)

@@ -1,4 +1,4 @@
-"""Runs test files once more under transformers 5.17, the oldest release that the package promises to agree with."""
+"""Runs test files again under transformers 5.17, the oldest supported release."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "DGEMMA_TRANSFORMERS_5_17"
 
 
 def run_under_5_17(*files: Path) -> None:
-    """In a process of its own; skips, by name, where the environment names no folder with that release."""
+    """Runs a file in another process; skips where the environment names no folder with that release."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         pytest.skip(f"{FOLDER} names no folder with transformers 5.17 (pip install --target)")

@@ -1,6 +1,6 @@
-"""The operators' tests on a GPU: tensors stay on the CPU, and every operator is run on the GPU with copies of them.
+"""Runs the operators' tests on a GPU: tensors stay on the CPU, and every operator runs on the GPU with copies of them.
 
-So that the tests are the same on all backends, and their oracles need no GPU.
+So the tests are the same on all backends, and their oracles need no GPU.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _IMPLEMENTATIONS = library.Library("dgemma", "IMPL")
 
 
 def run_operators_on(device: str) -> None:
-    """Registers, for tensors of the CPU, a form of every operator that copies to the device, calls, and copies back.
+    """Registers a form of every operator for CPU tensors that copies them to the device, calls it, and copies back.
 
-    Some operators have a CPU form in Python already, which is replaced: torch before 2.13 has to be told.
+    It replaces the CPU form that some operators have in Python, which torch before 2.13 must be told to allow.
     """
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("dgemma::"):
@@ -30,7 +30,7 @@ def run_operators_on(device: str) -> None:
 
 
 def copying(operator: Any, device: str) -> Callable[..., Any]:
-    """The operator on copies of its tensors; what it writes is copied back."""
+    """The operator on copies of its tensors; results and changed arguments are copied back."""
     written = {a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     names = [a.name for a in operator._schema.arguments]
 

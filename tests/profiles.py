@@ -10,7 +10,7 @@ from dgemma_ext.profile import Profile, profile
 
 PREFIX, STEPS = 40, 3
 
-# Fields of a random model's configuration that make it small; of its own size are layers alone.
+# The changed fields of a small random model's configuration.
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -36,5 +36,5 @@ def model(weights: str = "auto") -> dg.DiffusionGemma:
 
 @cache
 def profiled(batch: int = 1, weights: str = "auto", batched: bool = False) -> Profile:
-    """batched: as on a GPU, where requests share a step."""
+    """batched: requests share a step, as on a GPU."""
     return profile(model(weights), steps=STEPS, prefix=PREFIX, batch=batch, batched=batched)

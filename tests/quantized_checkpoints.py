@@ -1,6 +1,7 @@
-"""Small checkpoints in the published quantized layouts, written with the package that defines them where there is one.
+"""Writes small checkpoints in the published quantized layouts, by the package that defines the layout if there is one.
 
-`requantize` rewrites a plain checkpoint: experts one by one, as all publishers store them, and matrices in a layout.
+`requantize` rewrites an unquantized checkpoint: experts one by one, as all publishers store them, and matrices in a
+layout.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from torch import Tensor
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight
 
 LAYER = r"model\.decoder\.layers\.\d+\."
-# Which matrices the published checkpoint of a layout quantizes.
+# The parts that the published checkpoint of a layout quantizes.
 MATRICES = {
     "fp8": rf"{LAYER}(self_attn\.[qkvo]_proj|mlp\.\w+_proj|experts\.\d+\.\w+)\.weight",
     "int4": rf"{LAYER}(self_attn\.[qkvo]_proj|experts\.\d+\.\w+)\.weight",
     "nvfp4": rf"{LAYER}(mlp\.\w+_proj|experts\.\d+\.\w+)\.weight",
     "nvfp4-modelopt": rf"{LAYER}experts\.\d+\.\w+\.weight",
 }
-# Lists of what is left alone name the encoder's modules in one publisher's file, the decoder's in another's.
+# Publishers' lists of ignored modules use the names of the encoder or of the decoder.
 IGNORED = ["lm_head", "model.encoder.language_model.layers.0.router.proj", "model.decoder.layers.1.router.proj"]
 
 Stored = dict[str, Tensor]
@@ -50,7 +51,7 @@ def schemes() -> Any:
 
 
 def compress(layout: str, weight: Tensor, scale_dtype: torch.dtype) -> tuple[Stored, Tensor]:
-    """A matrix as the layout stores it (by suffix), and what the defining package reads back, in `scale_dtype`."""
+    """A matrix as the layout stores it (by suffix), and as the defining package reads it back in `scale_dtype`."""
     if layout == "nvfp4-modelopt":
         made = Nvfp4Weight.quantize(weight)
         scale = made.global_scales.reciprocal()
@@ -80,7 +81,7 @@ def compress(layout: str, weight: Tensor, scale_dtype: torch.dtype) -> tuple[Sto
 
 
 def unfuse(tensors: Stored) -> Stored:
-    """Experts one by one."""
+    """Splits stacked experts."""
     result: Stored = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):

@@ -1,4 +1,4 @@
-"""Matrices in the quantized formats as a checkpoint holds them, and what they mean in float64."""
+"""Matrices in the quantized formats as in a checkpoint, and their values in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FP8, INT4, NVFP4 = 1, 2, 3
-# What dgemma_dtype calls the types of INT4's scales.
+# The numbers of dgemma_dtype for the types of int4's scales.
 SCALE_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 ROOM_BEHIND = 256  # bytes
@@ -48,7 +48,7 @@ FIRST_FORMATS = [FORMATS[0], FORMATS[1], FORMATS[4], FORMATS[5]]
 
 @dataclass
 class Matrix:
-    """A quantized matrix [.., rows, columns] as a checkpoint holds it."""
+    """A quantized matrix [.., rows, columns] as in a checkpoint."""
 
     format: Format
     values: Tensor  # uint8 [.., rows, columns] or [.., rows, columns / 2]
@@ -80,12 +80,12 @@ class Matrix:
 
 
 def packed(codes: Tensor) -> Tensor:
-    """Of two codes in a byte the even column has the low half."""
+    """Packs two codes in a byte; the even column has the low half."""
     return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
 
 
 def behind(tensor: Tensor, poison: int) -> Tensor:
-    """The tensor with bytes behind it that must not be read."""
+    """The tensor, followed by bytes that must not be read."""
     room = torch.full((tensor.numel() * tensor.element_size() + ROOM_BEHIND,), poison, dtype=torch.uint8)
     room = room[: room.numel() // 16 * 16]
     copy = room[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
@@ -94,7 +94,7 @@ def behind(tensor: Tensor, poison: int) -> Tensor:
 
 
 def quantize(weight: Tensor, format: Format, rows_per_factor: int) -> Matrix:
-    """To the nearest code, scales by the largest value of a group; factors differ from row block to row block."""
+    """Quantizes to the nearest code, with scales from the largest value of a group and a factor for each block of rows."""
     columns = weight.shape[-1]
     blocks = weight.view(-1, rows_per_factor * columns)
     if format.format == FP8:
@@ -105,7 +105,7 @@ def quantize(weight: Tensor, format: Format, rows_per_factor: int) -> Matrix:
     padded = torch.nn.functional.pad(weight, (0, groups * format.group - columns))
     largest = padded.view(*weight.shape[:-1], groups, format.group).abs().amax(-1)
     if format.format == INT4:
-        # Not a power of two, different for every block: a factor of another block is no rounding.
+        # Not a power of two and different for every block, so that using another block's factor is more than rounding.
         factors = torch.linspace(0.3, 3, len(blocks))
         per_row = factors.repeat_interleave(rows_per_factor).view(*weight.shape[:-1], 1)
         scales = (largest / per_row / 7).to(format.scale_dtype)

@@ -1,6 +1,7 @@
-"""What a bundled model answers to unseen puzzles, as JSON: for tests that run it in another process.
+"""Prints a bundled model's answers to unseen puzzles as JSON, for tests that run it in another process.
 
 python tests/solve_puzzles.py 6 8 [device]
+
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SEED = 20261121
 
 
 def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """Text, steps, and whether the puzzle is solved, with clues pinned for every second one."""
+    """Text, steps and whether the puzzle is solved, with the clues pinned for every second one."""
     model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(size), device=device)
     own_memory(model.weights)
     for layer in model.weights.layers:
@@ -40,7 +41,7 @@ def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
 
 
 def own_memory(record: Any) -> None:
-    """Gives every tensor an allocation of its own, aligned as on a GPU; a file may put it at any address."""
+    """Copies every tensor to an aligned allocation, as on a GPU; a mapped file may have it at any address."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if isinstance(value, torch.Tensor):

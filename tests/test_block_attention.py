@@ -118,7 +118,7 @@ def test_random_shapes(variant: str, data: st.DataObject) -> None:
         causal=causal,
         scale=draw(st.sampled_from([1.0, 0.25])),
     )
-    # The global bound is on a mean square; with fewer elements one rounding error may exceed it.
+    # The global bound is on a mean square; with fewer elements a single rounding error may exceed it.
     values = [r.rows * case.query_heads * case.head_dim for r in requests if r.slot >= 0]
     assume(all(count == 0 or count >= 64 for count in values))
     torch.manual_seed(draw(st.integers(0, 2**31)))
@@ -129,7 +129,7 @@ def test_random_shapes(variant: str, data: st.DataObject) -> None:
 
 
 def test_true_heads_at_a_long_prefix(cpu_variant: str) -> None:
-    """One key head with its queries of each layer type of the model, above the window of 1,024."""
+    """One key head of each layer type of the model with its queries, above the window of 1,024."""
     if cpu_variant == "scalar":
         check(Case([Request(1100, 2)], query_heads=2, key_heads=1, head_dim=256, window=1024, capacity=1023), DTYPES[1])
         return
@@ -164,7 +164,7 @@ def test_bits_alone_in_a_batch_and_over_threads(causal: bool, dtype: torch.dtype
 @pytest.mark.parametrize("head_dim", [32, 512])
 @pytest.mark.parametrize("causal", [False, True])
 def test_bits_alone_and_in_a_batch_where_keys_are_split(causal: bool, head_dim: int, cpu_variant: str) -> None:
-    """Over 512 visible keys a GPU splits them; each request into its own number of parts."""
+    """Over 512 visible keys a GPU splits them; the number of parts depends on the request alone."""
     requests = [Request(530, 5, 1), Request(20, 3, 2), Request(900, 9, 0)]
     shape: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "head_dim": head_dim, "capacity": 950, "causal": causal}
     built = Built(Case(requests, block=11, **shape), torch.bfloat16)
@@ -187,7 +187,7 @@ def test_out_writes_only_rows_of_queries(
     out = torch.full_like(built.query, SENTINEL)
     workspace = block_attention.attention_workspace(built.query, built.key) if given_workspace else None
     if workspace is not None:
-        workspace.fill_(255)  # NaN in either type
+        workspace.fill_(255)  # these bytes are NaN in both types
     function = block_attention.causal_attention if causal else block_attention.canvas_attention
     assert function(*built.operands(), out=out, workspace=workspace) is out
     built.check(out, outside=SENTINEL)
@@ -209,7 +209,7 @@ def test_a_workspace_at_any_address(cpu_variant: str) -> None:
 
 
 def test_nan_and_infinity_are_kept(cpu_variant: str) -> None:
-    """A NaN in a key, and infinite scores, reach the rows that see them and no other."""
+    """A NaN in a key, and infinite scores, reach only the rows that see them."""
     case = Case([Request(10, 8)], query_heads=1, key_heads=1, causal=True)
     for poison in (NAN, float("inf")):
         built = Built(case, DTYPES[0])
@@ -225,7 +225,7 @@ def test_large_scores_do_not_overflow(cpu_variant: str) -> None:
     built.query *= 1e4
     result = built.run()
     assert bool(torch.isfinite(result).all())
-    # One key holds all the mass of a row.
+    # One key has all the probability of a row.
     winner = built.wanted(0)
     bound = 1e-5 if DTYPES[0] == torch.float32 else 2.0**-8
     assert float((result[0].double() - winner).abs().max()) < bound * float(winner.abs().max())

@@ -1,4 +1,4 @@
-"""append_to_cache: rows in their places of a ring, and a prompt encoded in chunks through one."""
+"""append_to_cache: rows go to their places in a ring, and a prompt is encoded in chunks through one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dgemma_ext.ops.plain import block_attention as block_attention_plain
 @pytest.mark.parametrize("spans", [[], [(50, 58)]])
 @pytest.mark.parametrize("chunk", [1, W - 2, W - 1, W, W + 1, 2 * W + 3, 100])
 def test_chunked_encode(chunk: int, spans: Spans, dtype: torch.dtype, cpu_variant: str) -> None:
-    """Encoding in chunks through a ring gives what one block gives. A span lies in one chunk."""
+    """Encoding in chunks through a ring gives the same result as one block. A span is inside one chunk."""
     if spans and spans[0][0] // chunk != (spans[0][1] - 1) // chunk:
         spans = []
     total, heads, dim, capacity = 100, 2, 32, W - 1
@@ -96,7 +96,7 @@ class AppendOperation(ctypes.Structure):
 @cpu_only
 @pytest.mark.parametrize("backwards", [False, True])
 def test_append_in_any_order_of_tasks(backwards: bool) -> None:
-    """A host may run the tasks of one call in any order: no two may write the same row."""
+    """A host may run the tasks of a call in any order, so no two may write the same row."""
 
     @PARALLEL_FOR
     def parallel_for(pool: Any, tasks: int, task: Any, state: Any) -> None:

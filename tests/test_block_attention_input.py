@@ -1,4 +1,4 @@
-"""What the operators of block attention refuse, and how they name it."""
+"""Bad input to the operators of block attention, and the errors that name it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from backend import cpu_only
 from block_attention_cases import NAN
 from dgemma_ext.ops import block_attention
 
-# What a raw op raises: invalid arguments reach Python as ValueError, the rest as RuntimeError; NotImplementedError is
-# the dispatcher's, for tensors on several devices.
+# The exceptions of a raw op: ValueError for invalid arguments, RuntimeError for the rest, and NotImplementedError
+# from the dispatcher for tensors on several devices.
 RAW_ERRORS = (ValueError, RuntimeError, NotImplementedError)
 
 
 def good_arguments() -> dict[str, Any]:
-    """Arguments of causal_attention that are all right: 2 requests of 5 rows, 3 slots of 9 rows."""
+    """Valid arguments of causal_attention: 2 requests of 5 rows, 3 slots of 9 rows."""
     ids = [torch.tensor(x, dtype=torch.int32) for x in ([2, 0], [9, 4], [5, 3])]
     return {
         "query": torch.zeros(2, 5, 4, 8),
@@ -89,11 +89,11 @@ def test_bad_input(name: str, bad: Any) -> None:
     block_attention.causal_attention(**arguments)
     arguments[name] = bad
     canvas = {k: v for k, v in arguments.items() if k != "spans"}
-    # A block tensor of another type or shape than its peers is named by whichever is looked at second.
+    # A block tensor whose type or shape differs from its peers' is named by the check that comes second.
     pattern = named("|".join(("query", "key", "value", "prefix_key")) if name in NUMBERS else name)
     with pytest.raises(ValueError, match=pattern):
         block_attention.causal_attention(**arguments)
-    on_meta = isinstance(bad, torch.Tensor) and bad.is_meta  # the raw op then only works out a shape
+    on_meta = isinstance(bad, torch.Tensor) and bad.is_meta  # on meta tensors the raw op only computes a shape
     if not on_meta:
         with pytest.raises(RAW_ERRORS):
             torch.ops.dgemma.causal_attention(*arguments.values())

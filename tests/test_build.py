@@ -1,4 +1,4 @@
-"""The extension module as built: what it says of itself, what it links, and what ships with it."""
+"""The built extension module: its version, variants, symbols and libraries, and the licences that ship with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def dynamic_symbols(*arguments: str) -> list[str]:
 
 
 def test_only_stable_symbols_are_needed() -> None:
-    """No C++ symbol of torch: the C shim is what stays the same from one torch release to the next."""
+    """The extension needs no C++ symbol of torch: only the C shim is stable from one torch release to the next."""
     undefined = dynamic_symbols("--undefined-only")
     assert any(name.startswith("aoti_torch_library_init_") for name in undefined)
     # Every C++ symbol (mangled names begin with _Z) must be the C++ run-time library's or, weak, our own hooks'.
@@ -91,7 +91,7 @@ def test_only_stable_symbols_are_needed() -> None:
     ).stdout.splitlines()
     foreign = [name for name in cxx if re.search(r"\b(at|c10|torch|caffe2)::", name)]
     assert foreign == []
-    # What is left is C: the stable shim, Python, and the system's libraries.
+    # The rest is C: the stable shim, Python, and the system's libraries.
     torch_c = [n for n in undefined if not n.startswith("_Z") and re.search(r"torch|THP|cuda", n)]
     assert [n for n in torch_c if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", n)] == []
 
@@ -106,14 +106,14 @@ def test_no_library_of_cuda_is_linked() -> None:
 
 
 def test_the_c_interface_is_exported() -> None:
-    """A host that loads the module may call it too; nothing else of ours is visible."""
+    """A host that loads the module may call the C interface too; nothing else is visible."""
     defined = dynamic_symbols("--defined-only")
     assert {"dgemma_version", "dgemma_has_cuda", "dgemma_cpu_best_variant", "dgemma_cpu_variant_name"} <= set(defined)
     assert [name for name in defined if "6dgemma" in name] == []
 
 
 def test_code_for_one_instruction_set_is_not_shared() -> None:
-    """A file compiled for an instruction set defines its table and nothing that the linker could keep for all.
+    """A file compiled for an instruction set defines its table and no symbol that the linker could share.
 
     A weak symbol (an inline function of a shared header) compiled for AVX-512 may become the one copy that the scalar
     variant calls too, and crash on a machine without it.
@@ -159,7 +159,7 @@ def test_kernels_serve_a_gpu_unless_the_plain_form_is_asked_for() -> None:
 
 
 def test_operators_are_registered_once() -> None:
-    """A second import of the module registers nothing again (torch refuses a schema it has)."""
+    """A second import of the module registers nothing again (torch raises for a schema that it has)."""
     import dgemma_ext._C as again
 
     assert again is _C

@@ -77,7 +77,7 @@ def test_what_is_installed(prefix: Path) -> None:
     assert {"libdgemma.a", "libdgemma.so", "dgemma.pc", "dgemmaConfig.cmake", "dgemmaConfigVersion.cmake"} <= names
     texts = [path.read_text() for path in prefix.rglob("*") if path.suffix in (".cmake", ".pc")]
     folders = [str(ROOT), str(prefix.parent)]
-    cudart = cache_of(build_folder()).get("DGEMMA_CUDART", "")  # told as a place to look at last
+    cudart = cache_of(build_folder()).get("DGEMMA_CUDART", "")  # the library is found by this path
     assert [folder for folder in folders for text in texts if folder in text.replace(cudart or "\0", "")] == []
 
 
@@ -101,7 +101,7 @@ def test_every_header_compiles_alone(prefix: Path, compiler: list[str], tmp_path
 
 
 def test_the_interface_is_the_listed_one(tmp_path: Path) -> None:
-    """Functions, struct layouts and enumerators are frozen: nothing in the list may change, only be added to."""
+    """Functions, struct layouts and enumerators are frozen: the list may only grow."""
     assert abi_listing(tmp_path).splitlines() == ABI.read_text().splitlines(), (
         "csrc/include/dgemma is not what csrc/abi.txt lists. Something added: run tests/c_interface.py > csrc/abi.txt. "
         "Something changed or gone: give it another name, by the rules at the head of base.h."
@@ -174,7 +174,7 @@ target_link_libraries(host PRIVATE dgemma::dgemma)
 
 
 def said_by_host() -> str:
-    """(3, 4) / sqrt(12.5), what was refused, and what the library tells of itself."""
+    """The norm of (3, 4), an error, and the library's facts."""
     variant = _C.cpu_variants()[-1]
     refused = "invalid argument: hidden_size: got -2, wants 1 to 2147483647"
     cuda = load().dgemma_has_cuda()
@@ -184,7 +184,7 @@ def said_by_host() -> str:
 def write_host(folder: Path, language: str, version: str = VERSION) -> Path:
     folder.mkdir()
     suffix = {"C": "c", "CXX": "cpp"}[language]
-    # C++ warns of {0} for an enumerator; {} is its own way.
+    # C++ warns about {0} for an enumerator; {} is C++'s form.
     (folder / f"host.{suffix}").write_text(HOST if language == "C" else HOST.replace("op = {0}", "op = {}"))
     (folder / "CMakeLists.txt").write_text(PROJECT.format(language=language, suffix=suffix, version=version))
     return folder
@@ -233,7 +233,7 @@ def test_pkg_config(prefix: Path, tmp_path: Path, linkage: str) -> None:
 
 @pytest.fixture(scope="module")
 def example(prefix: Path) -> Path:
-    """Built with the warnings that its own CMakeLists.txt asks for."""
+    """Builds the example with the warnings of its own CMakeLists.txt."""
     build = prefix.parent / "example"
     assert " ".join(STRICT) in (EXAMPLE / "CMakeLists.txt").read_text()
     configure_and_build(EXAMPLE, build, prefix)
@@ -241,7 +241,7 @@ def example(prefix: Path) -> Path:
 
 
 def answer(program: Path, folder: Path, prompt: str, *options: str | int) -> tuple[list[int], list[int], str]:
-    """The steps of every canvas, the tokens, the text."""
+    """The steps of every canvas, the tokens, and the text."""
     _, steps, tokens, text = run(program, folder, prompt, *map(str, options)).split("\n", 3)
     return [int(n) for n in steps.split()[1:]], [int(n) for n in tokens.split()[1:]], text.rstrip("\n")
 
@@ -259,7 +259,7 @@ def test_tokens_are_pythons(example: Path, size: int) -> None:
         out = model.generate(drawn(size, seed), seed=seed, max_new_tokens=model.config.canvas_length)
         steps, tokens, text = answer(example, folder, drawn(size, seed), "--seed", seed)
         assert tokens == list(out.token_ids)
-        # torch sums its bfloat16 products in another order: a mean entropy at the threshold may fall on its other side.
+        # torch sums its bfloat16 products in another order, so a mean entropy near the threshold may be on its other side.
         assert abs(steps[0] - out.denoising_steps[0]) <= 1
         assert text.replace("\n", "") == out.text
         assert [len(row) for row in text.split("\n")] == [size] * size
@@ -271,7 +271,7 @@ def test_tokens_are_pythons(example: Path, size: int) -> None:
 
 
 def float32_copy(size: int, folder: Path, **generation: Any) -> Path:
-    """A bundled checkpoint whose tensors are float32, with other settings of the sampler."""
+    """A bundled checkpoint with float32 tensors and other sampler settings."""
     source = demo.checkpoint(size)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(source / name, folder / name)
@@ -287,8 +287,8 @@ def float32_copy(size: int, folder: Path, **generation: Any) -> Path:
 
 @pytest.mark.parametrize("size", [6, 9])
 def test_tokens_are_pythons_after_a_commit(example: Path, size: int, tmp_path: Path) -> None:
-    """Three canvases, each encoded before the next. What follows the grid was never trained and is guessed, so in
-    float32, where few ties are a matter of rounding, and for eight steps: after 20 or so the last bits decide."""
+    """Three canvases, each encoded before the next. The model was not trained on text after the grid, so this runs in
+    float32, where few ties depend on rounding, for eight steps: after about 20 the last bits decide."""
     folder = float32_copy(size, tmp_path, max_denoising_steps=8)
     model = dg.DiffusionGemma.from_pretrained(folder, device="cpu")
     sampler = dg.SamplerConfig(eos_token_ids=())
@@ -317,13 +317,13 @@ def test_the_example_is_clean_under_the_sanitizers(example: Path, sanitized: Pat
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not here")
 def test_the_example_and_the_library_are_clean_under_valgrind(example: Path) -> None:
-    """The library included, with the instruction sets that valgrind knows."""
+    """Runs the library too, with the instruction sets that valgrind supports."""
     valgrind = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full"]
     run(*valgrind, example, demo.checkpoint(6), drawn(6, 1), "--seed", "1")
 
 
 def refused(program: Path, *arguments: str | Path) -> str:
-    """What the program says where it gives up, which it does without giving back its memory."""
+    """The program's message where it fails, which it does without freeing its memory."""
     settings = {**environment(), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
@@ -367,7 +367,7 @@ def test_what_the_example_refuses(sanitized: Path, tmp_path: Path) -> None:
 
 
 def test_several_hosts_at_once(example: Path) -> None:
-    """The library has no state: threads of one process run it side by side (and the bits are those of one)."""
+    """The library has no state: threads of a process call it side by side, with the bits of a single one."""
     library, wanted = load(), []
     values = [layer_operations(torch.bfloat16, 64, 96)["layer_output"] for _ in range(4)]
     for one in values:

@@ -1,6 +1,6 @@
-"""What the C interface has on the CPU beside the operators of torch.ops.dgemma: against the same in torch's operators.
+"""Operations of the C interface on the CPU that are not in torch.ops.dgemma, compared with torch's operators.
 
-Python's own CPU path runs what these are compared with, so that a C host gets its tokens.
+Python's CPU path runs the same torch operators, so a C host gets its tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dgemma_ext.ops import denoise, layer, router
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 
-# Of a bfloat16 result's values, how many may be rounded to the neighbour: fp32 sums are made in another order.
+# The share of a bfloat16 result's values that may round to the neighbour: fp32 sums have another order.
 NEIGHBOURS = 0.01
 BF16, FP32 = torch.bfloat16, torch.float32
-# tokens and hidden sizes: the model's, the bundled models', less than a vector, no whole vectors.
+# tokens and hidden sizes: the model's, the bundled models', less than a vector, no whole number of vectors
 ROWS = [(5, 2816), (37, 96), (3, 7), (300, 130)]
 
 
@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
 
 
 def plain(name: str, values: dict[str, Any]) -> dict[str, Tensor]:
-    """The outputs by torch's operators, as Python's CPU path makes them; in float64 for values of that type."""
+    """The outputs of torch's operators as in Python's CPU path; in float64 for values of that type."""
     v = values
     if name == "token_embedding":
         # The scale is rounded to the model's dtype first.
@@ -85,7 +85,7 @@ def test_layer(library: ctypes.CDLL, name: str, tokens: int, hidden: int, dtype:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYER)
 def test_small_rows_meet_epsilon(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> None:
-    """Mean squares near epsilon and below: where it is left out, or added elsewhere, results are off by half."""
+    """Mean squares near epsilon and below: where epsilon is missing, or added elsewhere, results are off by half."""
     values = layer_operations(dtype, 6, 96)[name]
     for field, value in values.items():
         if (
@@ -125,7 +125,7 @@ def test_embedding_alone_is_torchs_bit_for_bit(library: ctypes.CDLL, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_where_the_order_of_sums_does_not_matter(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Squares of halves, ones and twos add up exactly in any order, so that nothing but roundings can differ."""
+    """Squares of halves, ones and twos add up exactly in any order, so that only roundings can differ."""
     for name, first in (("rms_norm", "input"), ("attention_residual", "attended"), ("normalise_heads", "raw_query")):
         values = layer_operations(dtype)[name]
         for given in (first, "raw_key", "raw_value") if name == "normalise_heads" else (first,):
@@ -180,7 +180,7 @@ def test_route(
     ids, weights = route(library, values, cpu_variant)
     operands = (values["input"], values["scale"], values["projection"])
     found = router.probabilities(*operands, EPSILON)
-    # A score may round to its neighbour where sums are made in another order: then another choice is as good.
+    # A score may round to its neighbour where sums have another order; another choice is then as good.
     chosen, best = found.gather(1, ids.long()), found.topk(top_k).values
     step = {FP32: 1e-5, BF16: 2.0**-6}[dtype]
     assert bool((best - chosen <= step * best).all())
@@ -193,7 +193,7 @@ def test_route(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_are_rounded_where_torchs_are(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """A unit matrix shows the projection's input as scores; squares that add up exactly leave its roundings alone."""
+    """With a unit matrix the scores are the projection's input; squares that add up exactly leave only roundings."""
     values = route_values(dtype, 40, 64, 64, 64)
     choice = torch.tensor([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
     values["input"], values["projection"] = choice[torch.randint(6, (40, 64))].to(dtype), torch.eye(64).to(dtype)
@@ -227,7 +227,7 @@ def test_a_token_that_is_not_finite_gets_experts_and_no_weights(library: ctypes.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "vocabulary", "hidden"), [(37, 384, 96), (5, 1000, 136), (1, 129, 7)])
 def test_head(library: ctypes.CDLL, length: int, vocabulary: int, hidden: int, dtype: torch.dtype) -> None:
-    # The first and two in a row are not active, and two in a row are.
+    # The first and two adjacent requests are inactive, and two adjacent ones are active.
     values = denoise_operations(dtype, 6, length, vocabulary, hidden)["vocabulary_head"]
     active = torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.uint8)
     on, off = active.nonzero()[:, 0].tolist(), (active == 0).nonzero()[:, 0].tolist()
@@ -239,7 +239,7 @@ def test_head(library: ctypes.CDLL, length: int, vocabulary: int, hidden: int, d
     exact = values["hidden"].double() @ values["embedding"].double().T
     for b in on:
         assert_close(values["raw"][b], exact[b], dtype, functional.linear(values["hidden"][b], values["embedding"]))
-    # The statistics are those of the logits that were stored, and inactive requests' stay as they were.
+    # The statistics are those of the stored logits; inactive requests keep theirs.
     temperature = values["statistics"]["logits"]["temperature"]
     told = denoise.vocabulary_statistics(values["raw"], 30.0, temperature, active.bool(), None, None)
     for name, wanted in told._asdict().items():
@@ -255,7 +255,7 @@ PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, TASK, cty
 
 @pytest.mark.parametrize("name", [*LAYER, "route"])
 def test_tasks_in_any_order(library: ctypes.CDLL, name: str) -> None:
-    """A host's parallel_for may run tasks in any order; every one is asked for once."""
+    """A host's parallel_for may run tasks in any order; each is run once."""
     values = layer_operations(BF16, 800, 130)[name]
     if name == "route":
         values = with_workspace(library, name, values)

@@ -28,7 +28,7 @@ def all_operations() -> dict[str, dict[str, Any]]:
 
 
 NAMES = sorted(all_operations())
-# Files of functions that check the alignment of every tensor; the others' workspaces alone are aligned.
+# The functions of these files check the alignment of every tensor; the others check only their workspace.
 ALIGNED = [*layer_operations(BF16), *denoise_operations(BF16)]
 
 
@@ -50,7 +50,7 @@ def refused(library: ctypes.CDLL, name: str, values: dict[str, Any]) -> list[tup
 
 
 def pointers(values: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Paths of the pointer fields that have a value."""
+    """The paths of the pointer fields that are set."""
     found = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def test_a_null_pointer_is_named(library: ctypes.CDLL, name: str) -> None:
     tried = 0
     for path in pointers(values):
         field = path[-1]
-        # The head reads its own raw, and canvas and noise need a seed only to draw.
+        # The head reads its own raw logits, and canvas and noise need a seed only to draw.
         if {field, f"{field} of {name}"} & OPTIONAL or path == ("statistics", "logits", "raw"):
             continue
         for status, message in refused(library, name, replaced(values, path, None)):
@@ -119,7 +119,7 @@ def test_a_workspace_that_is_too_small_or_misaligned(library: ctypes.CDLL) -> No
             assert status == WORKSPACE_TOO_SMALL, (name, message)
             assert message.startswith("workspace")
             assert str(values["workspace_bytes"]) in message
-        if name == "block_attention":  # finds an aligned part of it by itself
+        if name == "block_attention":  # it finds an aligned part by itself
             continue
         for status, message in refused(library, name, {**values, "workspace": values["workspace"].data_ptr() + 1}):
             assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, "workspace"), name
@@ -182,7 +182,7 @@ def test_an_unknown_dtype_or_variant_is_unsupported(library: ctypes.CDLL, name: 
         for status, message in refused(library, name, replaced(values, (*path, "dtype"), 7)):
             assert status == UNSUPPORTED, message
             assert message.startswith("dtype: got 7")
-    if name in ("update_canvas", "noise", "append_to_cache"):  # these have one form for all
+    if name in ("update_canvas", "noise", "append_to_cache"):  # these have one form for all variants
         return
     for function in functions_of(name):
         place = context()

@@ -1,4 +1,4 @@
-"""What a canvas may begin with: tokens, pinned positions, allowed sets, a later step."""
+"""The initial content of a canvas: tokens, pinned positions, allowed sets, a later first step."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_shorter_canvas_than_the_checkpoints(model: dg.DiffusionGemma) -> None
     assert len(output.token_ids) == 7
 
 
-# Everywhere but at one pinned position an end of text (77) is not allowed, so that it can only stand there.
+# An end of text (77) is allowed only at one pinned position, so that it can only be there.
 WITHOUT_END, END = list(range(10)), 77
 
 
@@ -163,7 +163,7 @@ def test_an_end_of_text_beyond_the_length_does_not_count(model: dg.DiffusionGemm
         (256, 65, [128]),
         (256, 193, [256]),
         (8, 13, [8, 6]),
-        # A quarter of ten is three positions, and four of them are more than there are.
+        # A quarter of ten is three positions, and four quarters are more than ten.
         (10, 10, [10]),
         (10, 9, [9]),
         (10, 11, [10, 3]),

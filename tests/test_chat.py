@@ -1,4 +1,4 @@
-"""Conversations: turns, snapshots, and what an interrupted turn leaves behind."""
+"""Conversations: turns, snapshots, and interrupted turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SAMPLER = dg.SamplerConfig(max_denoising_steps=2)
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each pass took into the cache."""
+    """The number of tokens that each pass encoded."""
     counts: list[int] = []
     original = dg.Cache.advance
 

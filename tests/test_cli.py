@@ -1,4 +1,4 @@
-"""The command `dgemma`: what it prints, where, in which form, and the exit code it leaves with."""
+"""The command `dgemma`: its output and exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from command import CANVAS, ESCAPE, dgemma, library_model, random_checkpoint, st
 from dgemma_ext import _C
 from dgemma_ext.cli import main
 
-# Never confident, so that every canvas takes all its steps.
+# A threshold that is never met, so that every canvas takes all its steps.
 UNSURE = ["--confidence-threshold", "0"]
 
 
@@ -47,7 +47,7 @@ def test_version() -> None:
 
 
 def bad_command_lines(model: str) -> dict[str, tuple[list[str], str]]:
-    """Command lines that cannot work, and a piece of the complaint about each."""
+    """Command lines that cannot work, and a part of the error message of each."""
     return {
         "no command": ([], "COMMAND"),
         "unknown command": (["sing"], "'sing'"),
@@ -99,7 +99,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(RuntimeError("out of\nluck"), 1), (MemoryError(), 1)])
-def test_failures_are_told_in_a_line_and_traced_on_request(
+def test_failures_are_one_line_and_a_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -114,7 +114,7 @@ def test_failures_are_told_in_a_line_and_traced_on_request(
     assert "Traceback" in dgemma("generate", random_checkpoint(), "x").err
 
 
-def test_a_closed_reader_is_no_error_to_speak_of() -> None:
+def test_a_closed_reader_gives_no_error_message() -> None:
     with started("generate", random_checkpoint(), "x", "--max-new-tokens", "200", "--json", "--watch") as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -165,7 +165,7 @@ def test_json_is_one_object_and_follows_the_seed() -> None:
     assert result(2)["token_ids"] != first["token_ids"]
 
 
-def test_watched_json_tells_every_step() -> None:
+def test_watched_json_has_every_step() -> None:
     run = dgemma("generate", random_checkpoint(), "a", "--json", "--watch", "--max-new-tokens", "20", "--steps", "4")
     assert run.err == ""
     *events, result = run.objects
@@ -195,7 +195,7 @@ def test_flags_reach_the_sampler() -> None:
     assert {sum(draft["accepted"]) for draft in unsure} == {1}
     everything = drafts("--steps", "5", *UNSURE, "--entropy-bound", "1000")
     assert {sum(draft["accepted"]) for draft in everything} == {CANVAS}
-    # With nothing asked of either threshold a canvas stops at once, and at a stability of three not before step four.
+    # With thresholds of no effect a canvas stops at once, and with a stability of three not before step four.
     assert len(drafts("--confidence-threshold", "1000", "--stability-threshold", "0")) == 1
     assert len(drafts("--confidence-threshold", "1000", "--stability-threshold", "3")) >= 4
     assert len(drafts("--canvas-length", "3", "--steps", "1")[0]["token_ids"]) == 3
@@ -265,7 +265,7 @@ def test_info_agrees_with_the_files_and_the_cache() -> None:
     assert facts["vision"]["bytes"] == 2 * sum(vision.values())
     assert all(name.startswith(tuple(facts["vision"]["prefixes"])) for name in vision)
     text = sum(sizes.values()) - sum(vision.values())
-    # Three layers, two of eight experts at work, three matrices of 64 x 32 each.
+    # Three layers, two of eight experts active, three matrices of 64 x 32 each.
     assert facts["parameters"] == {"text": text, "active": text - 3 * 6 * 3 * 64 * 32}
     assert facts["loaded_bytes"] == {"bfloat16": 2 * text, "float32": 4 * text}
     model = library_model()
@@ -287,9 +287,9 @@ def test_info_of_the_published_layout_reads_headers_alone(tmp_path: Path, monkey
     assert facts["vision"]["tensors"] == 356
     assert facts["vision"]["prefixes"] == ["model.encoder.embed_vision", "model.encoder.vision_tower"]
     assert facts["loaded_bytes"]["bfloat16"] == 51_647_562_456 - facts["vision"]["bytes"]
-    # 30 layers, 120 of 128 experts at rest, three matrices of 2,816 x 704 each.
+    # 30 layers, 120 of 128 experts inactive, three matrices of 2,816 x 704 each.
     assert facts["parameters"]["text"] - facts["parameters"]["active"] == 30 * 120 * 3 * 2816 * 704
-    # Keys and values in two bytes: 25 layers of 8 heads of 256 in rings of 1,023, 5 layers of 2 heads of 512.
+    # Keys and values of two bytes: 25 layers of 8 heads of 256 in rings of 1,023, 5 layers of 2 heads of 512.
     assert facts["cache"]["bytes_per_token"] == 225_280
     assert facts["cache"]["bytes_per_token_after_window"] == 20_480
     assert facts["cache"]["slot_bytes"] == 25 * 1023 * 8192 + 5 * 8192 * 4096

@@ -1,4 +1,4 @@
-"""`dgemma chat`: turns from a pipe and from a keyboard, its commands, and what Ctrl-C does."""
+"""`dgemma chat`: turns from a pipe and from a keyboard, its commands, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dgemma_ext.cli import main
 from dgemma_ext.cli.answer import write_answer
 
 SHORT = ["--max-new-tokens", "8", "--steps", "2"]
-# Never confident, so that every canvas takes all its steps.
+# A threshold that is never met, so that every canvas takes all its steps.
 UNSURE = ["--confidence-threshold", "0"]
 
 
 def answers(*texts: str, seed: int = 0, system: str | None = None, **sampler_fields: float) -> list[str]:
-    """What a conversation in the library answers to the same turns."""
+    """The answers of the library's chat to the same turns."""
     chat = library_model().chat(system=system)
     sampler = dg.SamplerConfig(max_denoising_steps=2, **sampler_fields)  # type: ignore[arg-type]
     return [chat.send(text, max_new_tokens=8, sampler=sampler, seed=seed + i) for i, text in enumerate(texts)]
@@ -64,7 +64,7 @@ def test_a_bad_line_ends_a_piped_chat(line: str) -> None:
 
 
 class Keyboard(io.StringIO):
-    """Stdin that says it is a terminal; its lines come through input()."""
+    """A stdin that reports a terminal; its lines come through input()."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: Sequence[str | type[BaseException]]) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch: pytest.
     assert signal.getsignal(signal.SIGINT) is before
     assert run.code == 0
     assert run.err.count("stopped") == 1
-    # The same as if the question that was stopped had not been asked, the seed of the next turn included.
+    # The result is as if the stopped question had not been asked, also for the seed of the next turn.
     assert [turn["text"] for turn in run.objects] == answers("one", "two", confidence_threshold=0.0)
 
 

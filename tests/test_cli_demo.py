@@ -1,4 +1,4 @@
-"""`dgemma demo`: it runs, its check is a real one, and what it draws is what happened."""
+"""`dgemma demo`: its runs, its check of the answer, and its drawing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from command import ESCAPE, dgemma, random_checkpoint
 from dgemma_ext import DiffusionGemma, demo
 from dgemma_ext.sampling import Canvas
 
-# A random model over the tokens and the canvas of a 6x6 grid: it solves nothing.
+# A random model over the tokens and the canvas of a 6x6 grid; it solves nothing.
 UNTRAINED = {"canvas": 37}
 
 
 def is_solution(answer: str, puzzle: str) -> bool:
-    """The rules once more, for 6x6 alone, so that the demo's check is not its own judge."""
+    """The rules written again for 6x6, so that the demo's check is not compared with itself."""
     if not re.fullmatch("[1-6]{36}", answer):
         return False
     rows = [answer[6 * r : 6 * r + 6] for r in range(6)]
@@ -27,7 +27,7 @@ def is_solution(answer: str, puzzle: str) -> bool:
 
 
 def pin_answer(monkeypatch: pytest.MonkeyPatch, change: dict[int, str] | None = None) -> None:
-    """Makes any model answer with the solution, some cells changed."""
+    """Makes any model answer with the solution, with some cells changed."""
 
     def pinned(puzzle: demo.Puzzle, model: DiffusionGemma) -> Canvas:
         assert model.tokenizer is not None
@@ -49,7 +49,7 @@ def test_the_bundled_model_solves_what_it_has_not_seen() -> None:
         puzzle = demo.draw(6, 1, index)
         assert result["puzzle"] == puzzle.text
         assert result["solved"] == is_solution(result["text"], puzzle.text) == (result["text"] == puzzle.solution)
-    # It solves nearly all such puzzles (python/dgemma_ext/demo); eight that are all wrong are no accident.
+    # The model solves nearly all such puzzles (python/dgemma_ext/demo); eight wrong answers would be no accident.
     assert sum(result["solved"] for result in run.objects) >= 4
 
 
@@ -100,7 +100,7 @@ def test_without_a_terminal_it_prints_plain_lines() -> None:
     for line in steps:
         shown = line.rpartition(" | ")[2]
         assert len(shown) == 36
-        # The clues are pinned: they stand in every draft.
+        # The clues are pinned, so every draft has them.
         assert all(clue in (".", digit) for clue, digit in zip(puzzle.text, shown, strict=True))
     assert f"6x6 Sudoku, {puzzle.clues} clues" in run.out
     assert f"({len(result['token_ids'])} tokens, {puzzle.clues} of them pinned clues)" in run.out

@@ -1,4 +1,4 @@
-"""Pictures of a canvas: the colour scale, what a terminal gets, and that a model cannot write commands to it."""
+"""Pictures of a canvas: the colour scale, the drawing in a terminal, and control characters in a model's text."""
 
 from __future__ import annotations
 
@@ -108,19 +108,19 @@ def test_grids_have_their_boxes() -> None:
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, int]]:
-    """The two ends of a pseudo-terminal: ours, and the one that a program takes for a real one."""
+    """The two ends of a pseudo-terminal: the test's, and the one that a program uses."""
     ours, theirs = pty.openpty()
     yield ours, theirs
     os.close(ours)
 
 
 def everything(ours: int) -> str:
-    """What was written to the terminal until its last writer was gone."""
+    """All that is written to the terminal until its last writer has closed it."""
     pieces = []
     while True:
         try:
             piece = os.read(ours, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # Linux raises this when the other end is closed
             break
         if not piece:
             break

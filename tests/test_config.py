@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: both spellings read as transformers reads them, the rest refused by name."""
+"""config.json and generation_config.json: both forms read as in transformers, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_the_published_configuration() -> None:
     assert (sliding.head_dim, sliding.num_key_value_heads, sliding.sliding_window) == (256, 8, 1024)
     assert (full.head_dim, full.num_key_value_heads, full.sliding_window) == (512, 2, 0)
     frequencies = full.rope.inverse_frequencies(512)
-    # The first 64 of 256 pairs turn, spaced as if all did.
+    # The first 64 of 256 pairs rotate, with frequencies spaced as if all did.
     assert int((frequencies != 0).sum()) == 64
     assert float(frequencies[63]) == pytest.approx(1e6 ** (-126 / 512), rel=1e-6)
     assert config.dtype == torch.bfloat16
@@ -231,10 +231,10 @@ def test_proportional_rope_honours_its_factor() -> None:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, path: str, value: Any) -> None:
-    # Without the flat fields, which would contradict a per_layer_config put in their place.
+    # Without the flat fields, which would contradict the per_layer_config that replaces them.
     dialect = "per_layer" if path.endswith("per_layer_config") else "flat"
     config = changed(config_for(dialect=dialect), path, value)
-    # The field that was set; for a layer's window, the window.
+    # The message names the changed field; for a layer's window, the window.
     expected = "sliding_window" if value == {"0": {"sliding_window": None}} else path.rpartition(".")[2]
     with pytest.raises(ValueError, match=expected):
         ModelConfig.from_dict(config)

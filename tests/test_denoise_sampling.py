@@ -1,4 +1,4 @@
-"""sample and noise_ on every instruction set of the machine, and their plain form."""
+"""sample and noise_ on every instruction set of the machine, and their form in torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dgemma_ext.ops import denoise
 from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
-# The authors' known answers (Random123, kat_vectors, philox4x32 with 10 rounds): counter, key, output.
+# Known answers by the authors (Random123, kat_vectors, philox4x32 with 10 rounds): counter, key, output.
 ONES = 0xFFFFFFFF
 PHILOX_VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -39,7 +39,7 @@ def test_philox(counter: tuple[int, int, int, int], key: tuple[int, int], words:
 
 
 def drawn_uniforms(drawing: dict[str, Tensor], length: int, purpose: int) -> Tensor:
-    """What the ops draw, from Python's integers: float64 [batch, length]."""
+    """The draws of the operators, by Python's integers: float64 [batch, length]."""
     rows = zip(*(drawing[name].tolist() for name in ("seed", "canvas_index", "step")), strict=True)
     return torch.tensor(
         [[reference.uniform(seed, canvas, step, i, purpose) for i in range(length)] for seed, canvas, step in rows],
@@ -68,7 +68,7 @@ def test_a_token_is_where_its_uniform_lies(
     ends = reference.boundaries(case.logits, case.softcap, case.temperature, case.mask)
     end = ends.gather(-1, tokens[..., None])[..., 0]
     begin = torch.where(tokens > 0, ends.gather(-1, (tokens - 1).clamp(min=0)[..., None])[..., 0], 0.0)
-    # Masses are float32 of exponents up to 30 / 0.4: 1e-5 of the whole.
+    # Masses are float32 of exponents up to 30 / 0.4, so their error is 1e-5 of the whole.
     assert bool((begin - 1e-5 <= uniforms).all())
     assert bool((uniforms <= end + 1e-5).all())
     mass = torch.exp(reference.scaled(case.logits, case.softcap, case.temperature) - case.exact().row_max[..., None])
@@ -92,7 +92,7 @@ def test_equal_logits_cut_the_unit_interval_exactly(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_entries_without_mass_are_never_drawn(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten entries carry all the mass; the others underflow to zero, or are not allowed."""
+    """Ten entries have all the mass; the others underflow to zero, or are not allowed."""
     heavy = [3, 127, 128, 200, 255, 256, 300, 383, 384, 500]
     cuts = [k / 10 + e for k in range(10) for e in (0.0, 0.0999)]
     uniforms = torch.tensor([[*cuts, 1.0 - 2.0**-53]], dtype=torch.float64)
@@ -108,9 +108,9 @@ def test_entries_without_mass_are_never_drawn(form: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("form", FORMS)
 def test_masses_that_round_below_the_target_give_the_last_token(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row_sum a little above what the tiles add up to: the target lies beyond them all."""
+    """row_sum is a little above the sum of the tiles, so the target is beyond all of them."""
     case = Case(torch.zeros(1, 1, 300), 30.0, torch.ones(1))
-    case.logits[..., 290:] = -torch.inf  # the wrong way to forbid, but without mass
+    case.logits[..., 290:] = -torch.inf  # this forbids tokens without a mask, but gives them no mass
     module = use(form, monkeypatch)
     clean = Case(case.logits.clamp(min=-1e30), 0.0, torch.ones(1))
     given = masses(module.vocabulary_statistics(**clean.reading))
@@ -130,7 +130,7 @@ def test_drawn_uniforms_are_philox(form: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def chi_square_score(counts: Tensor, expected: Tensor) -> float:
-    """Pearson's statistic as a normal deviate (Wilson and Hilferty 1931); cells expecting under 5 are joined."""
+    """Pearson's statistic as a normal deviate (Wilson and Hilferty 1931); cells that expect fewer than 5 are joined."""
     small = expected < 5
     observed = torch.cat([counts[~small], counts[small].sum()[None]])
     wanted = torch.cat([expected[~small], expected[small].sum()[None]])
@@ -156,7 +156,7 @@ def test_the_distribution_is_softmax(form: str, monkeypatch: pytest.MonkeyPatch)
         counts += torch.bincount(tokens.flatten(), minlength=vocabulary)
     exact = torch.softmax(reference.scaled(logits[:1, :1], 30.0, case.temperature[:1])[0, 0], dim=-1)
     assert abs(chi_square_score(counts, exact * batch * length * steps)) < 3.72
-    # The test sees a bias: the same counts against a distribution one per cent hotter.
+    # The test can detect a bias: the same counts against a distribution one per cent hotter.
     hotter = torch.softmax(reference.scaled(logits[:1, :1], 30.0, case.temperature[:1] * 1.02)[0, 0], dim=-1)
     assert chi_square_score(counts, hotter * batch * length * steps) > 3.72
 
@@ -199,7 +199,7 @@ def test_noise(purpose: denoise.Purpose, form: str, monkeypatch: pytest.MonkeyPa
     batch, length, vocabulary = 4, 40, 257
     rows = [[256], [0, 31, 32, 200, 256], list(range(1, 257, 2))]
     allowed = denoise.pack_allowed(rows, vocabulary)
-    allowed[1, -1] |= -(2**31)  # a bit past the vocabulary counts as clear
+    allowed[1, -1] |= -(2**31)  # a bit beyond the vocabulary has no effect
     allowed_row = torch.arange(batch * length, dtype=torch.int32).view(batch, length) % 4 - 1
     keep = torch.rand(batch, length) < 0.3
     active = torch.tensor([True, True, False, True])

@@ -1,4 +1,4 @@
-"""soft_embedding on every instruction set of the machine, and its plain form, against float64."""
+"""soft_embedding on every instruction set of the machine, and its form in torch, against float64."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def exact(case: Case, how: dict[str, Any]) -> Tensor:
 
 
 def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
-    """As transformers computes it in the model's dtype."""
+    """The same in the model's dtype, as transformers computes it."""
     nothing = [torch.zeros(0)] * 3
     row_sum = torch.ones(case.logits.shape[:2])
     return denoise_plain.soft_embedding(*case.reading.values(), nothing[0], row_sum, *nothing[1:], **how)
@@ -54,7 +54,7 @@ def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
 def peaked(
     dtype: torch.dtype, vocabulary: int = 4096, gap: float = 25.0, among: int | None = None, **changes: Any
 ) -> Case:
-    """Every row nearly certain of one token, with two more that matter; all of them below `among`."""
+    """Every row is nearly certain of one token, with two more that matter, all below `among`."""
     case = make_case(dtype, vocabulary=vocabulary, **changes)
     batch, length, _ = case.logits.shape
     tokens = torch.randint(0, among or vocabulary, (batch, length, 3))
@@ -62,8 +62,8 @@ def peaked(
     return case
 
 
-# The last takes three blocks of the CPU's probabilities (csrc/denoise/cpu/kernels.h), so both buffers are used again.
-# On a GPU the hidden size is a multiple of eight.
+# The last case takes three blocks of the CPU's probabilities (csrc/denoise/cpu/kernels.h), so both buffers are used
+# again. On a GPU the hidden size must be a multiple of eight.
 SIZES = [(257, 96), (1000, 64), (4096, 33), (5001, 130), (20001, 40)]
 if BACKEND != "cpu":
     SIZES = [(vocabulary, hidden // 8 * 8) for vocabulary, hidden in SIZES]
@@ -89,13 +89,13 @@ def test_dense(
 def test_sparse_or_dense_within_the_tolerance(
     spread: float, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that are flat, in between, and peaked, and some of each in one request."""
+    """Rows that are flat, in between, and peaked, and a mix of them in one request."""
     case = make_case(dtype, vocabulary=4096, spread=spread)
     case.logits[:, ::3, 1234] = 60.0
     how = {**make_embedding(case), "tolerance": TOLERANCE}
     difference = (soft(form, monkeypatch, case, how).double() - exact(case, how)).norm(dim=-1)
     norms = exact(case, how).norm(dim=-1)
-    # Besides the tolerance: the rounding of the type, which dense results have too.
+    # The tolerance comes on top of the rounding of the type, which dense results have too.
     rounding = 2.0 * (in_low_precision(case, how).double() - exact(case, how)).norm(dim=-1)
     assert bool((difference <= TOLERANCE * norms + rounding + 1e-6 * norms).all())
 
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
 
 
 def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
-    """The three tokens that carry the mass have embeddings that cancel: what is left out would show."""
+    """The three tokens that have the mass have embeddings that cancel, so the skipped rest would show."""
     case = peaked(DTYPES[0])
     how = {**make_embedding(case), "tolerance": TOLERANCE}
     tokens = case.logits.topk(3).indices
@@ -132,10 +132,10 @@ def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
     result = denoise.soft_embedding(**arguments, **how)
     rounding = 0.0 if DTYPES[0] == torch.float32 else 2.0**-8
     assert bool(((result.double() - wanted).norm(dim=-1) <= (TOLERANCE + rounding) * wanted.norm(dim=-1)).all())
-    # The test would see it: without the bound (an embedding said to have norm 0) these rows come out as nothing.
+    # The test can detect a missing bound: with an embedding norm of 0 these rows are all zero.
     unchecked = denoise.soft_embedding(**arguments, **{**how, "max_embedding_norm": 0.0})
     lost = unchecked.double().norm(dim=-1) < 0.5 * wanted.norm(dim=-1)
-    # Fewer where whole tiles are left out: one that holds such a token of another row is read for all.
+    # Fewer rows where whole tiles are skipped: a tile that another row needs is read for all.
     assert int(lost.sum()) > (0.5 if BACKEND == "cpu" else 0.25) * lost.numel()
 
 
@@ -144,7 +144,7 @@ def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
 def test_a_temperature_near_zero_gives_the_largest(
     tolerance: float, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """z is near 500,000 and its bf16 neighbours 2,048 apart: the sampler's normaliser would overflow."""
+    """z is near 500,000 and its bf16 neighbours are 2,048 apart: the sampler's normaliser would overflow."""
     case = replace(make_case(torch.bfloat16, vocabulary=300), temperature=torch.tensor([1e-4, 3e-5]))
     case.logits[..., 77] = 20.0
     how = {**make_embedding(case), "tolerance": tolerance}
@@ -187,7 +187,7 @@ def test_pinned_inactive_and_not_finite(tolerance: float, form: str, monkeypatch
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_batch_or_threads(tolerance: float, dtype: torch.dtype, cpu_variant: str) -> None:
-    """13 rows a request: alone and together they fall into different register tiles; half are done sparsely."""
+    """13 rows per request: alone and together they are in different register tiles; half of them are sparse."""
     case = make_case(dtype, batch=3, length=13, vocabulary=5001)
     case.logits[:, ::2, 4000] = 60.0
     how = {**make_embedding(case, 136), "tolerance": tolerance}

@@ -1,4 +1,4 @@
-"""vocabulary_statistics on every instruction set of the machine, and its plain form, against float64."""
+"""vocabulary_statistics on every instruction set of the machine, and its form in torch, against float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reference import denoise as reference
 
 
 def in_float32(case: Case) -> reference.Statistics:
-    """The same maths as transformers makes it, in float32."""
+    """The same maths in float32, as transformers computes it."""
     z = case.logits.to(torch.float32)
     if case.softcap > 0:
         z = torch.tanh(z / case.softcap) * case.softcap
@@ -39,7 +39,7 @@ def assert_statistics(case: Case, actual: tuple[Tensor, ...]) -> None:
     assert got.argmax.tolist() == exact.argmax.tolist()
     for name in ("entropy", "row_max", "tile_max"):
         assert_close(getattr(got, name), getattr(exact, name), torch.float32, getattr(plain, name))
-    # A mass is as wrong as its exponents are, so masses are compared as exponents: log of the sum of exp(z).
+    # The relative error of a mass is that of its exponents, so exponents are compared: log of the sum of exp(z).
     for of in (row_log_mass, tile_log_mass):
         assert_close(of(got), of(exact), torch.float32, of(plain))
 
@@ -66,7 +66,7 @@ def test_statistics(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("softcap", "spread"),
-    [(0.0, 0.01), (0.0, 4.0), (30.0, 0.01), (30.0, 20.0), (30.0, 300.0), (5.0, 300.0)],  # flat to beyond the cap
+    [(0.0, 0.01), (0.0, 4.0), (30.0, 0.01), (30.0, 20.0), (30.0, 300.0), (5.0, 300.0)],  # from flat to beyond the cap
 )
 def test_softcap_and_spread(softcap: float, spread: float, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(torch.float32, softcap=softcap, spread=spread)
@@ -81,7 +81,7 @@ def test_the_real_vocabulary(form: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_nearly_certain_row_has_the_right_tiny_entropy(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The textbook form log sum exp z - sum p z cancels here: in float32 it gives 0 or worse."""
+    """The textbook form log sum exp z - sum p z cancels here: in float32 it gives 0 or a larger error."""
     logits = torch.full((1, 1, 1000), -10.0)
     logits[0, 0, 700] = 12.0
     case = Case(logits, 0.0, torch.tensor([0.8]))
@@ -132,7 +132,7 @@ def test_inactive_requests_are_neither_read_nor_written(form: str, monkeypatch: 
     case.logits[1], case.temperature[1], case.allowed_row[1] = NAN, NAN, 1000
     module = use(form, monkeypatch)
     if form == "plain":
-        case.allowed_row[1] = 0  # plain torch looks rows up before it knows whether they are wanted
+        case.allowed_row[1] = 0  # plain torch uses the row index before it knows whether the row is used
     got = module.vocabulary_statistics(**case.reading)
     for a, b, c in zip(*(module.vocabulary_statistics(**case.request(b).reading) for b in (0, 2)), got, strict=True):
         assert bits(c[0]) == bits(a[0])
@@ -171,7 +171,7 @@ def test_opcheck(masked: bool) -> None:
 
 
 def bad_arguments() -> dict[str, tuple[str, dict[str, Any]]]:
-    """What is wrong -> (the argument named, the arguments that differ from a good call)."""
+    """Error -> (the named argument, the arguments that differ from a good call)."""
     good = make_case(torch.float32, masked=True)
     row = good.allowed_row
     assert row is not None

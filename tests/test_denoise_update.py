@@ -1,4 +1,4 @@
-"""update_canvas_ on the CPU and in plain torch: against the definition and against transformers' own classes."""
+"""update_canvas_ on the CPU and in torch, against its definition and against transformers' own classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WRITTEN = ("active", "canvas", "draft", "stable_steps", "step", "temperature", "
 
 
 def make_arguments(batch: int, length: int, vocabulary: int = 1000, **changes: Any) -> dict[str, Any]:
-    """A good call in the middle of a canvas; what is only written is poisoned."""
+    """Valid arguments in the middle of a canvas; outputs are poisoned."""
     tokens = {
         name: torch.randint(0, vocabulary, (batch, length), dtype=torch.int32)
         for name in ("sampled", "argmax", "canvas")
@@ -65,14 +65,14 @@ def make_arguments(batch: int, length: int, vocabulary: int = 1000, **changes: A
 
 
 def random_arguments(seed: int) -> tuple[dict[str, Any], list[list[list[int]]]]:
-    """Requests in every kind of state, and the ids each position may hold."""
+    """Requests in every kind of state, with the ids that each position may hold."""
     random = np.random.default_rng(seed)
     batch, length, vocabulary = 40, int(random.integers(1, 9)), 70
     rows = [[5], [0, 31, 32, 69], list(range(0, 70, 3))]
     choices = [-1, *range(len(rows))]
     allowed_row = torch.from_numpy(random.choice(choices, (batch, length))).int()
     arguments = make_arguments(batch, length, vocabulary)
-    # Few values, so that ties, exact bounds and unchanged drafts are common.
+    # Few different values, so that ties, exact bounds and unchanged drafts are common.
     entropy = random.choice([0.0, 0.001, 0.004, 0.006, 0.05, 0.1, 3.0], (batch, length))
     max_steps = torch.from_numpy(random.integers(1, 6, batch)).int()
     step = torch.from_numpy(random.integers(1, 6, batch)).int().clamp(max=max_steps)
@@ -134,9 +134,9 @@ def test_against_the_definition(seed: int, form: str) -> None:
 
 @pytest.mark.parametrize("form", UPDATES)
 def test_acceptance_is_that_of_transformers(form: str) -> None:
-    """Thousands of canvases. Sums within 1e-5 of the bound are left to either, at most 1 in 10,000 of the positions."""
+    """Thousands of canvases. Positions with a sum within 1e-5 of the bound may differ, at most 1 in 10,000 of them."""
     batch, length, vocabulary = 4000 if BACKEND != "sim" else 400, 24, 5
-    # From nearly certain to flat, so that between none and all positions are accepted.
+    # From nearly certain to flat, so that the number of accepted positions varies from none to all.
     logits = torch.randn(batch, length, vocabulary) * torch.linspace(0.5, 40, batch)[:, None, None]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(entropy_bound=0.1), length, vocabulary, 48)
@@ -186,7 +186,7 @@ def test_stopping_is_that_of_transformers(threshold: int, form: str) -> None:
 @pytest.mark.parametrize("form", UPDATES)
 @pytest.mark.parametrize(("t_min", "t_max", "max_steps"), [(0.4, 0.8, 48), (0.0, 1.0, 7), (1e-4, 2e-4, 3)])
 def test_the_temperature_is_that_of_transformers(t_min: float, t_max: float, max_steps: int, form: str) -> None:
-    """Exactly, as its generate calls the schedule: with the remaining steps in a tensor."""
+    """Equal to the bit to its generate's calls of the schedule, with the remaining steps in a tensor."""
     schedule = LinearTemperatureScheduleLogitsProcessor(t_min, t_max, max_steps)
     arguments = make_arguments(max_steps, 1)
     arguments |= {
@@ -210,7 +210,7 @@ def test_an_entropy_that_is_not_finite(bad: float, form: str) -> None:
     pinned = torch.zeros(2, 6, dtype=torch.bool)
     pinned[1, 3] = True
     arguments = make_arguments(2, 6, pinned=pinned)
-    arguments["entropy"][:, 3] = bad  # of request 1 the position is pinned, so it is not looked at
+    arguments["entropy"][:, 3] = bad  # the position of request 1 is pinned, so it is not read
     before = copy.deepcopy(arguments)
     UPDATES[form](**arguments)
     assert arguments["status"].tolist() == [denoise.CanvasStatus.NON_FINITE, denoise.CanvasStatus.RUNNING]

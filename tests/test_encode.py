@@ -1,4 +1,4 @@
-"""The encode pass through its public face: chunks, batches, spans, bad input."""
+"""The encode pass by its public method: chunks, batches, spans, bad input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_padded_rows_are_the_same_bits_as_rows_alone(model: dg.DiffusionGemma) -
 
 
 def test_a_span_lets_its_tokens_see_ahead_and_no_others(model: dg.DiffusionGemma) -> None:
-    """The span's last token reaches the later layers' keys from the span's first position on, and no earlier ones."""
+    """From the span's first position on, later layers' keys depend on the span's last token; earlier ones do not."""
     prompt = ids(30)
     changed = prompt.clone()
     changed[0, 19] = (changed[0, 19] + 1) % 512
@@ -62,7 +62,7 @@ def test_a_span_lets_its_tokens_see_ahead_and_no_others(model: dg.DiffusionGemma
         for tokens in (prompt, changed):
             cache = model.new_cache(1, 30)
             model.encode(tokens, cache, bidirectional_spans=[spans])
-            pair.append(cache.keys[-1][0])  # a full layer: position p in row p
+            pair.append(cache.keys[-1][0])  # in a full layer position p is in row p
         caches.append(pair)
     (plain, plain_changed), (seen, seen_changed) = caches
     assert torch.equal(plain[:19], plain_changed[:19])

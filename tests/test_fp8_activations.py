@@ -1,4 +1,4 @@
-"""The experts with weights and activations in FP8: the operator on every backend, and a model that asks for it."""
+"""The experts with weights and activations in FP8: the operator on every backend, and a model with that option."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reference import fp8 as reference
 from test_grouped_gemm import route
 from test_quantized_gemm import make_experts
 
-# GPUs that multiply e4m3.
+# GPUs with e4m3 products.
 SERVED = (89, 90, 120)
 served = pytest.mark.skipif(
     BACKEND != "cpu" and COMPUTE_CAPABILITY not in SERVED, reason="test_a_gpu_that_cannot_says_what_can looks at it"
 )
-# The tensor core's sums are off in their last bits, and an h that differs in them may become the next code. Of all
-# tokens, and of each by itself.
+# The tensor core's sums differ in their last bits, and an h that differs in them may round to the next code. The
+# bounds are for all tokens together, and for each by itself.
 BOUND, ROW_BOUND = (
     (GLOBAL_BOUND, GLOBAL_BOUND) if BACKEND == "cpu" else ({torch.bfloat16: 3e-4}, {torch.bfloat16: 3e-3})
 )
@@ -39,7 +39,7 @@ BOUND, ROW_BOUND = (
 def make_case(
     tokens: int, hidden_size: int, expert_size: int, experts: int, top_k: int, routing: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Fp8Weight, Fp8Weight]:
-    """Tokens of very different sizes: a token's scale is no other's."""
+    """Tokens of very different sizes, so that no two have the same scale."""
     sizes = torch.exp2(torch.linspace(-6, 6, tokens).round())[:, None]
     ids = route(routing, tokens, experts, top_k)
     scales = torch.rand(tokens, top_k) + 0.1
@@ -77,11 +77,11 @@ def test_moe_ffn_fp8_is_right(sizes: tuple[int, int, int, int, int, str], dtype:
     for row, wanted_row in zip(actual.double(), wanted, strict=True):
         assert relative_distance(row, wanted_row) <= ROW_BOUND[dtype]
     assert relative_distance(actual.double(), wanted) <= BOUND[dtype]
-    # The roundings that are meant, and not much more.
+    # The error has the size of the intended roundings, and not much more.
     unrounded = torch.from_numpy(reference.moe_ffn(*call, rounds=False))
     if sizes[-1] != "nothing":
         assert 1e-4 < relative_distance(actual.double(), unrounded) < 3e-3
-    # A token's bits depend on itself alone.
+    # A token's bits do not depend on other tokens.
     half = slice(0, (len(input) + 1) // 2)
     arguments = (part[half].contiguous() for part in (input, ids, scales))
     assert torch.equal(quantized_gemm.moe_ffn_fp8(*arguments, gate_up, down), actual[half])
@@ -121,9 +121,9 @@ def test_kernels_take_what_they_take() -> None:
 @cpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_rounded_to_e4m3(dtype: torch.dtype) -> None:
-    """Every exponent beside a row's largest, ties both ways, signed zeros, a row of zeros, one of the smallest."""
+    """Rows with every exponent below the largest, ties both ways, signed zeros, only zeros, the smallest values."""
     width = 512
-    ties = torch.arange(0, 449).float() / 16  # steps finer than e4m3's, so that some are ties
+    ties = torch.arange(0, 449).float() / 16  # in steps finer than e4m3's, so that some are ties
     rows = torch.zeros(6, width)
     rows[0, : len(ties)], rows[0, 500] = ties, 448
     rows[1] = torch.randn(width)
@@ -146,7 +146,7 @@ def test_opcheck() -> None:
     input, ids, scales, gate_up, down = make_case(4, 64, 32, 3, 2, "distinct", torch.float32)
     matrices = (gate_up.values, gate_up.scales, down.values, down.scales)
     library.opcheck(torch.ops.dgemma.moe_ffn_fp8.default, (input, ids, scales, *matrices))
-    # A factor for every expert, and none.
+    # With and without a factor for every expert.
     flat = torch.ones(3, 1)
     for factors in (flat, None):
         plain = torch.ops.dgemma.moe_ffn_fp8(input, ids, scales, gate_up.values, factors, down.values, factors)
@@ -199,7 +199,7 @@ def test_a_model_rounds_its_experts_activations(tmp_path: Path) -> None:
     assert (without.network.options.activations, model.network.options.activations) == (None, "fp8")
     wanted, logits = logits_of(without), logits_of(model)
     assert 1e-6 < relative_distance(logits.double(), wanted.double()) < 0.02
-    # Where the file has them in fp8 nothing else is asked for.
+    # A file with fp8 weights needs no other option.
     stored = dg.DiffusionGemma.from_pretrained(tmp_path / "fp8", device="cpu", activations="fp8")
     assert torch.equal(logits_of(stored), logits)
     single = dg.DiffusionGemma.from_pretrained(folder, dtype="float32", **FP8_TWICE)
