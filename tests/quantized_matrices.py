@@ -94,7 +94,7 @@ def behind(tensor: Tensor, poison: int) -> Tensor:
 
 
 def quantize(weight: Tensor, format: Format, rows_per_factor: int) -> Matrix:
-    """Quantizes to the nearest code, with scales from the largest value of a group and a factor for each block of rows."""
+    """Quantizes to the nearest code, with scales by the largest value of a group and a factor for every block."""
     columns = weight.shape[-1]
     blocks = weight.view(-1, rows_per_factor * columns)
     if format.format == FP8:

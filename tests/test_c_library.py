@@ -259,7 +259,7 @@ def test_tokens_are_pythons(example: Path, size: int) -> None:
         out = model.generate(drawn(size, seed), seed=seed, max_new_tokens=model.config.canvas_length)
         steps, tokens, text = answer(example, folder, drawn(size, seed), "--seed", seed)
         assert tokens == list(out.token_ids)
-        # torch sums its bfloat16 products in another order, so a mean entropy near the threshold may be on its other side.
+        # torch sums its bfloat16 products in another order, so a mean entropy near the threshold may cross it.
         assert abs(steps[0] - out.denoising_steps[0]) <= 1
         assert text.replace("\n", "") == out.text
         assert [len(row) for row in text.split("\n")] == [size] * size

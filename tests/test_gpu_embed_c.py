@@ -13,7 +13,7 @@ from test_c_library import EXAMPLE, answer, configure_and_build, drawn
 pytestmark = pytest.mark.gpu
 
 PUZZLES = 8
-# bfloat16 sums in another order may turn a draft, and the path after it.
+# bfloat16 sums in another order may change a draft, and all that follows.
 DIFFERENT_AT_MOST = 1
 
 

@@ -1,4 +1,4 @@
-"""Whole models on a GPU against the same on the CPU. The operators by themselves: backend.py, `make gpu-check`."""
+"""Whole models on a GPU against the same models on the CPU; `make gpu-check` also runs the operators' tests there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_bundled_model_solves_as_many_puzzles(size: int) -> None:
     on_gpu, on_cpu = answers(size, PUZZLES, "cuda"), answers(size, PUZZLES, "cpu")
     solved = [sum(answer["solved"] for answer in side) for side in (on_gpu, on_cpu)]
     assert abs(solved[0] - solved[1]) <= 2, solved
-    # bfloat16 sums in another order may turn a draft, and the path after it.
+    # bfloat16 sums in another order may change a draft, and all that follows.
     assert sum(g != c for g, c in zip(on_gpu, on_cpu, strict=True)) <= PUZZLES // 10
 
 
@@ -52,7 +52,7 @@ def test_layers_agree_with_the_cpu() -> None:
 
 
 def check_layers(device: str) -> None:
-    """Layer by layer from the CPU's input to each, with the CPU's keys and values in the cache."""
+    """Runs each layer with the CPU's input, keys and values."""
     ours = random_model(torch.bfloat16, hidden=96, head_dim=32, global_head_dim=64, window=24, canvas=16)
     theirs = moved(ours, device)
     ids = torch.randint(0, ours.config.vocab_size, (1, 40))
@@ -68,7 +68,7 @@ def check_layers(device: str) -> None:
     for (layer, weights, tables), (_, its_weights, its_tables) in sides:
         got = theirs._layer(hidden.to(device), layer, its_weights, its_tables, 0, attend_gpu)[0].cpu()
         wanted = ours._layer(hidden, layer, weights, tables, 0, attend)[0]
-        # A token whose score rounds to its neighbour may go to another expert; the others say enough.
+        # A token whose score rounds to its neighbour may go to another expert, so only near tokens count.
         rows = (got - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
         near = rows[0] < 0.05
         assert int(near.sum()) >= 14, f"layer {layer.index}: {rows.tolist()}"

@@ -1,4 +1,4 @@
-"""The profile of a step on a GPU: its kernels are found, and belong to the parts that a CPU tells."""
+"""The profile of a step on a GPU: its kernels are found, and have the same parts as on a CPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_kernels_make_up_the_parts(batch: int, tmp_path: Path) -> None:
     found = profile(model, steps=3, prefix=100, batch=batch)
     assert [row.part for row in found.step.rows] == list(Part)
     for row in found.step.rows[:-1]:
-        # The statistics are a part of the head's kernel; sampling and update still are kernels.
+        # The head's kernel computes the statistics; sampling and update are kernels.
         assert row.seconds > 0, row
     assert sum(row.seconds for row in found.step.rows) == pytest.approx(found.step.seconds)
     kernels = sum(piece.seconds for piece in found.step.slices) / found.step.repeats
-    # Driven by Python: kernels of a graph may overlap.
+    # The steps are driven by Python, because kernels of a graph may overlap.
     assert 0 < kernels < found.step.unwatched_seconds
     assert found.driven_seconds == found.step.seconds
     assert all(piece.kernels for piece in found.step.slices)

@@ -1,4 +1,4 @@
-"""moe_ffn on every instruction set of the machine, and its plain form, against float64."""
+"""moe_ffn on every instruction set of the machine, and its form in torch, against float64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from reference import grouped_gemm as reference
 
 NAN = float("nan")
-# A raw op raises one or the other: torch before 2.13 keeps no more of a C++ exception than its words.
+# A raw op raises one or the other: before 2.13, torch keeps only the message of a C++ exception.
 RAW_ERRORS = (RuntimeError, ValueError)
 
 
 @dataclass
 class Case:
-    """One call's arguments. Whatever must not be read is NaN."""
+    """The arguments of a call. Everything that must not be read is NaN."""
 
     input: Tensor
     expert_ids: Tensor
@@ -67,12 +67,12 @@ def make_case(
     tokens: int, hidden_size: int, expert_size: int, experts: int, top_k: int, dtype: torch.dtype, routing: str
 ) -> Case:
     ids = route(routing, tokens, experts, top_k)
-    # Widths as in a trained model: gate, up and output of order one.
+    # The widths of a trained model: gate, up and output are of order one.
     case = Case(
         input=torch.randn(tokens, hidden_size).to(dtype),
         expert_ids=ids,
         expert_weights=torch.rand(tokens, top_k) + 0.1,
-        # One expert more than there are: the memory behind the last one.
+        # One expert more than the operator gets, so that the memory behind the last one is poisoned.
         gate_up=(torch.randn(experts + 1, 2 * expert_size, hidden_size) / hidden_size**0.5).to(dtype),
         down=(torch.randn(experts + 1, hidden_size, expert_size) / expert_size**0.5).to(dtype),
     )
@@ -88,7 +88,7 @@ def make_case(
 
 
 def run_into_poison(case: Case) -> Tensor:
-    """The op with outputs and workspace full of NaN, and with bytes behind the workspace that must stay."""
+    """Runs the op with outputs and workspace full of NaN, and with bytes behind the workspace that must not change."""
     out = torch.full_like(case.input, NAN)
     size = grouped_gemm.moe_ffn_workspace(*case.arguments)
     buffer = torch.full((size + 256,), 0xFF, dtype=torch.uint8)
@@ -103,7 +103,7 @@ CASES = [
     (24, 352, 88, 16, 8, "distinct"),  # the model's sizes, reduced eight times
     (9, 2816, 704, 3, 2, "distinct"),  # the model's sizes, few experts
     (1, 64, 32, 4, 2, "distinct"),
-    (17, 96, 49, 3, 2, "one expert"),  # an expert with all; one weight row in the last task
+    (17, 96, 49, 3, 2, "one expert"),  # an expert with all tokens; one weight row in the last task
     (150, 65, 51, 3, 2, "distinct"),  # several blocks of tokens, odd tails
     (40, 40, 24, 8, 3, "holes"),
     (12, 31, 15, 4, 6, "repeated"),  # more slots than experts
@@ -174,7 +174,7 @@ def test_infinities_and_nan_stay_in_their_token(cpu_variant: str) -> None:
 def test_bits_of_a_token_do_not_depend_on_the_others(
     sizes: tuple[int, int], dtype: torch.dtype, cpu_variant: str
 ) -> None:
-    """Alone, among few (every remainder of a tile of tokens) and among many, also shuffled."""
+    """A token alone, among few (every remainder of a tile of tokens) and among many, also shuffled."""
     made = make_case(75, *sizes, 4, 2, dtype=dtype, routing="distinct")
     together = grouped_gemm.moe_ffn(*made.arguments)
     for count in (1, 2, 3, 5, 6, 7, 66):
@@ -202,7 +202,7 @@ def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, cpu_variant:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     made = make_case(5, 32, 16, 3, 2, dtype=dtype, routing="holes")
-    made.input.nan_to_num_()  # opcheck compares, and NaN is not equal to itself
+    made.input.nan_to_num_()  # opcheck compares results, and NaN is not equal to itself
     made.expert_weights.nan_to_num_()
     library.opcheck(torch.ops.dgemma.moe_ffn.default, made.arguments)
     workspace = torch.zeros(grouped_gemm.moe_ffn_workspace(*made.arguments), dtype=torch.uint8)
@@ -237,7 +237,7 @@ def test_plan_refuses_a_bad_id(bad: int) -> None:
         _C.moe_ffn_plan([[0, 1], [2, bad]], 12)
 
 
-# What is wrong, and the message that says so. The first word is the argument.
+# The error and its message, whose first word is the argument.
 BAD_INPUT: dict[str, tuple[str, Callable[[Case], Case]]] = {
     "input in float16": ("input", lambda c: replace(c, input=c.input.half())),
     "input of one dimension": ("input", lambda c: replace(c, input=c.input[0].contiguous())),
@@ -324,7 +324,7 @@ def test_workspace_of_sizes_that_are_not_taken_is_zero() -> None:
 
 @cpu_only
 def test_workspace_stops_growing_with_tokens() -> None:
-    """At the model's width a pass is 2,048 tokens; longer calls take no more."""
+    """At the model's width a pass is 2,048 tokens; longer calls need no more memory."""
     sizes = [_C.moe_ffn_workspace(tokens, 2816, 704, 128, 8, True) for tokens in (256, 2048, 16384)]
     assert sizes[0] < sizes[1] == sizes[2] < 220e6
 
@@ -339,7 +339,7 @@ def test_plain_form_refuses_a_bad_id(bad: int) -> None:
 
 @cpu_only
 def test_variants_differ_only_in_rounding() -> None:
-    """The environment variable is read at every call: another variant, other bits."""
+    """The environment variable is read at every call: another variant gives other bits."""
     if "avx2" not in _C.cpu_variants():
         pytest.skip("this machine has the scalar variant alone")
     made = make_case(8, 352, 88, 4, 2, dtype=torch.float32, routing="distinct")

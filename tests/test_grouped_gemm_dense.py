@@ -62,7 +62,7 @@ def describe(rows: int, in_features: int, out_features: int, dtype: torch.dtype)
 
 
 def make(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Input and weight; behind each of them lies NaN."""
+    """Input and weight, each followed by NaN."""
     input = torch.full((rows + 1, in_features), float("nan"), dtype=dtype)
     input[:rows] = torch.randn(rows, in_features)
     weight = torch.full((out_features + 1, in_features), float("nan"), dtype=dtype)
@@ -71,7 +71,7 @@ def make(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
 
 
 def run(input: Tensor, weight: Tensor, variant: int, threads: bool = False) -> Tensor:
-    """The output of a call into poison; skips where the machine lacks the instruction set."""
+    """Runs a call into poisoned memory; skips where the machine lacks the instruction set."""
     rows, out_features = input.shape[0], weight.shape[0]
     op, cpu = describe(rows, input.shape[1], out_features, input.dtype), Cpu()
     cpu.variant = variant

@@ -1,4 +1,4 @@
-"""The house: which room may import which, and that nothing reaches around it."""
+"""The rooms of the package: which may import which, and that no import goes around the contracts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = ROOT / "python" / "dgemma_ext"
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Checks the contracts of pyproject.toml on the package that lies under `folder`/python."""
+    """Checks the contracts of pyproject.toml on the package in `folder`/python."""
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__]\n"
         f"sys.path.insert(0, {str(folder / 'python')!r})\n"

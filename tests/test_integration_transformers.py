@@ -1,7 +1,7 @@
-"""`dg.accelerate`: both passes of transformers' model on the kernels, and what does not run on them.
+"""`dg.accelerate`: both passes of transformers' model on the kernels, and the parts that do not run on them.
 
-fp32 logits are compared with the model as it was; bf16 layer by layer, each with transformers' input, cache and experts
-(test_parity_forward.py says why). Every padded batch is left and right padded.
+fp32 logits are compared with the unaccelerated model; bf16 layer by layer, each with transformers' input, cache and
+experts (test_parity_forward.py says why). Every padded batch has rows padded on the left and on the right.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_fp32_passes(name: str, count: int, padding: str) -> None:
     ids = [random_ids(model, ROWS, length, 10 + length) for length in (count, 8, 8)]
     canvas, mask = random_ids(model, ROWS, 8, 20), torch.cat([padded(padding, count), torch.ones(ROWS, 16).long()], 1)
     if padding == "right":
-        # A hole in a sliding layer's prefix is a mask of its own kind; the first canvas has none.
+        # A gap in a sliding layer's prefix is another kind of mask; the first canvas has none.
         ids = ids[:1]
     wanted = passes(model, ids, mask, canvas)
     with all_on_kernels() as counts:
@@ -90,7 +90,7 @@ def test_fp32_passes(name: str, count: int, padding: str) -> None:
 
 
 def test_padding_matters() -> None:
-    """What the padded cases test: another mask gives other logits."""
+    """The padded cases do test the mask: another mask gives other logits."""
     model, count = plain("flat"), 17
     ids, canvas = [random_ids(model, ROWS, count, 11)], random_ids(model, ROWS, 8, 20)
     for padding in ("left", "right"):
@@ -100,7 +100,7 @@ def test_padding_matters() -> None:
 
 
 def test_static_cache() -> None:
-    """A static cache's keys lie before unused ones, and its canvas in the middle."""
+    """A static cache has unused keys at its end, and the canvas in the middle."""
     model = plain("flat")
     accelerated, ids, canvas = twin(model), random_ids(model, ROWS, 6, 30), random_ids(model, ROWS, 8, 31)
     mask = padded("left", 6)
@@ -121,7 +121,7 @@ def test_static_cache() -> None:
 
 
 def test_spans() -> None:
-    """An image's tokens see each other whole, on layers of both kinds."""
+    """The tokens of an image all see each other, on layers of both kinds."""
     model = plain("flat")
     prompt, spans = random_ids(model, 1, 47, 50), [(3, 9), (20, 28)]
     wanted, causal = oracle.encode(model, prompt, spans=spans), oracle.encode(model, prompt)
@@ -153,7 +153,7 @@ def accelerated_layer(layer: Any, call: oracle.LayerCall, cache: Any) -> torch.T
 @pytest.mark.parametrize("count", [7, 17, 50])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bf16_layers(name: str, count: int, padding: str) -> None:
-    """Layers of both passes over a prefix: near the exact result, and no further than twice transformers' own error."""
+    """Layers of both passes over a prefix: close to the exact result, with at most twice transformers' own error."""
     model = plain(name, torch.bfloat16, "eager")
     accelerated = twin(model)
     mask, length = padded(padding, count), 8
@@ -190,7 +190,7 @@ def test_bf16_layers(name: str, count: int, padding: str) -> None:
 
 
 def test_bf16_is_not_fp32() -> None:
-    """The bf16 models differ from the fp32 ones, so the bounds above are bounds on something."""
+    """The bf16 models differ from the fp32 ones, so the bounds above do limit something."""
     model, rounded = plain("flat"), plain("flat", torch.bfloat16)
     ids, canvas = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20)
     exact, found = (passes(one, ids, padded("none", 17), canvas)[0] for one in (model, rounded))
@@ -201,7 +201,7 @@ def test_bf16_is_not_fp32() -> None:
 
 
 def test_undo(tmp_path: Path) -> None:
-    """The same bits, configuration, files and tensors after accelerate(enabled=False), and no trace of it."""
+    """After accelerate(enabled=False) bits, configuration, files and tensors are the same, and no attribute is left."""
     model = twin(plain("flat"), enabled=False)
     ids, canvas, mask = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20), padded("left", 17)
     before = passes(model, ids, mask, canvas)
@@ -209,7 +209,7 @@ def test_undo(tmp_path: Path) -> None:
     names = {name: sorted(module.__dict__) for name, module in model.named_modules()}
     model.save_pretrained(tmp_path / "before")
     assert dg.accelerate(model) is model
-    assert dg.accelerate(model) is model  # twice is once
+    assert dg.accelerate(model) is model  # calling it twice has no further effect
     assert model.config.text_config._attn_implementation == IMPLEMENTATION
     assert model.config.vision_config._attn_implementation == "sdpa"
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == tensors
@@ -229,7 +229,7 @@ def test_undo(tmp_path: Path) -> None:
 
 
 def test_copies_and_hooks() -> None:
-    """A copy of an accelerated model is accelerated too; hooks see what they saw."""
+    """A copy of an accelerated model is accelerated too; hooks see the same values as before."""
     model = plain("flat")
     accelerated = copy.deepcopy(twin(model))
     assert accelerated._denoising_step.__self__ is accelerated
@@ -238,7 +238,7 @@ def test_copies_and_hooks() -> None:
     for one in (copy.deepcopy(model), accelerated):
         seen: list[torch.Size] = []
         for module_name, module in one.model.decoder.named_modules():
-            if not module_name.endswith("experts.act_fn"):  # inside of what is replaced
+            if not module_name.endswith("experts.act_fn"):  # hooks inside a replaced module
                 module.register_forward_hook(
                     lambda module, arguments, output, seen=seen: seen.append(getattr(output, "shape", None))
                 )
@@ -271,7 +271,7 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = r"got torch.int8 in model.decoder.layers.1.experts.down_proj, wants weights of 16 bits or more"
     with pytest.raises(ValueError, match=wanted):
         dg.accelerate(model)
-    assert model.config._attn_implementation == "sdpa"  # nothing is half done
+    assert model.config._attn_implementation == "sdpa"  # nothing is half replaced
     monkeypatch.setattr(releases.transformers, "__version__", "5.16.2")
     with pytest.raises(ValueError, match=r"transformers: got 5.16.2, wants 5.17 or later"):
         dg.accelerate(plain("flat"))

@@ -1,4 +1,4 @@
-"""`dg.accelerate`: what runs on transformers' own code, with one warning per model and reason; adapters of PEFT."""
+"""`dg.accelerate`: the parts that run on transformers' own code, with one warning per model and reason; adapters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_mask() -> torch.Tensor:
 
 EVERYTHING = torch.ones(QUERIES, KEYS, dtype=torch.bool)
 LEFT, RIGHT, HOLE = hidden_keys((0, 4), (0, 11)), hidden_keys((13, KEYS), (10, KEYS)), hidden_keys((2, 5), (5, 9))
-# (mask, window of the layer, whether the kernels do it)
+# (mask, window of the layer, whether the kernels support it)
 MASKS: dict[str, tuple[torch.Tensor, int, bool]] = {
     "all": (EVERYTHING[None], 0, True),
     "one row for all": (EVERYTHING[None] & hidden_keys((0, 3))[:1], 0, True),
@@ -88,7 +88,7 @@ MASKS: dict[str, tuple[torch.Tensor, int, bool]] = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name: str) -> None:
-    """Recognised or not, every query that sees a key gets what transformers' sdpa gives it."""
+    """Every query that sees a key gets the result of transformers' sdpa, whether the mask is recognised or not."""
     mask, window, on_kernels = MASKS[name]
     mask = mask if mask.dim() == 4 else (mask if mask.dim() == 3 else mask[None])[:, None]
     query = torch.randn(ROWS, 4, QUERIES, 16)
@@ -109,14 +109,14 @@ def test_masks(name: str) -> None:
         else torch.ones(ROWS, QUERIES).bool()
     )
     if name.endswith("right padded"):
-        # Padding's own queries: transformers computes something, nobody reads it.
+        # Padding's own queries: transformers computes values there that nothing reads.
         sees &= mask[:, 0, :, PREFIX:].diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(got[sees], wanted[sees], rtol=1e-5, atol=1e-6)
     assert torch.isfinite(got).all()
 
 
 def test_what_was_found_in_a_mask_is_not_kept_too_long() -> None:
-    """Not when the tensor changes, and not for a layer with another window."""
+    """The result for a mask is not used after the tensor changes, nor for a layer with another window."""
     mask = causal_mask(WINDOW)[None, None].clone()
     assert of_mask(mask, QUERIES, KEYS, 0) is None
     found = of_mask(mask, QUERIES, KEYS, WINDOW)
@@ -132,7 +132,7 @@ def test_what_was_found_in_a_mask_is_not_kept_too_long() -> None:
 
 @pytest.mark.parametrize(("queries", "causal"), [(QUERIES, True), (QUERIES, False), (1, True), (1, False)])
 def test_no_mask(queries: int, causal: bool) -> None:
-    """Causal from the first key on, or everything, as transformers' sdpa reads it."""
+    """Causal from the first key on, or everything visible, as in transformers' sdpa."""
     query, (key, value) = torch.randn(ROWS, 4, queries, 16), torch.randn(2, ROWS, 2, KEYS, 16)
     module = torch.nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
@@ -151,7 +151,7 @@ def inputs(model: Any, rows: int = ROWS, count: int = 17) -> dict[str, torch.Ten
 
 
 def test_gradients() -> None:
-    """A training step gives the gradients that it gave before, and says why it is no faster."""
+    """A training step gives the same gradients as before, and warns that it runs on transformers' code."""
     model = twin(plain("flat"), enabled=False).train()
     accelerated = twin(model)
     model.set_experts_implementation("eager")
@@ -187,7 +187,7 @@ def test_float16() -> None:
 
 
 def test_output_attentions() -> None:
-    """Weights come from transformers' eager attention, with the mask that it wants."""
+    """The weights come from transformers' eager attention, with its additive mask."""
     eager = plain("flat", attention="eager")
     accelerated, mask = twin(plain("flat")), padded("left", 17)
     given: dict[str, Any] = inputs(eager) | {"attention_mask": mask, "output_attentions": True}
@@ -204,7 +204,7 @@ def test_output_attentions() -> None:
 
 
 def test_mask_of_its_own() -> None:
-    """A mask that no kernel knows: the same logits, one warning."""
+    """A mask that no kernel supports gives the same logits and one warning."""
     model = plain("flat")
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_mask_of_its_own() -> None:
 
 
 def test_tensors_of_other_kinds() -> None:
-    """A tensor subclass (a quantiser's, a shard of several devices) is not read as plain memory."""
+    """A tensor subclass (of a quantizer, or sharded over devices) is not read as plain memory."""
 
     class Packed(torch.Tensor):
         pass
@@ -329,12 +329,12 @@ def test_sampler_fallbacks(name: str) -> None:
 
 
 def test_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A static cache compiles the loop; with disable_compile the kernels have it, without transformers does."""
+    """A static cache compiles the loop; with disable_compile it runs on the kernels, without on transformers."""
     accelerated = twin(plain("flat"))
     with all_on_kernels() as counts:
         generate(accelerated, cache_implementation="static", disable_compile=True)
     assert counts["update_canvas_"] > 0
-    # Compiling takes a minute; that transformers hands over another function is what counts.
+    # Compiling takes a minute; it is enough that transformers passes another function.
     monkeypatch.setattr(torch, "compile", lambda function, **keywords: lambda *a, **k: function(*a, **k))
     with caught_fallbacks() as fallbacks, counted_kernels() as counts:
         generate(accelerated, cache_implementation="static")
@@ -344,9 +344,9 @@ def test_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_by_the_user() -> None:
-    """One graph, as without acceleration, and the same logits."""
+    """One graph and the same logits, as without acceleration."""
     model = twin(plain("flat"), enabled=False)
-    model.set_experts_implementation("grouped_mm")  # the eager experts are no graph
+    model.set_experts_implementation("grouped_mm")  # the eager experts cannot be compiled to one graph
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad(), caught_fallbacks() as fallbacks:
         model.model.encoder(input_ids=random_ids(model, 2, 20, 1), past_key_values=cache)
@@ -357,7 +357,7 @@ def test_compiled_by_the_user() -> None:
 
 
 def test_repeatable_and_seeded() -> None:
-    """torch.manual_seed decides everything; every row, canvas and run has numbers of its own."""
+    """torch.manual_seed decides all draws; every row, canvas and run has different ones."""
     accelerated = twin(plain("flat"))
     assert torch.equal(generate(accelerated), generate(accelerated))
     first, second = (accelerated.generate(random_ids(accelerated, 2, 12, 3), max_new_tokens=16) for _ in range(2))
@@ -394,7 +394,7 @@ def test_another_signature_keeps_its_sampler(monkeypatch: pytest.MonkeyPatch) ->
 # Adapters -------------------------------------------------------------------------------------------------------------
 
 LORA_TARGETS: dict[str, dict[str, Any]] = {
-    # Not the vision tower's, which are modules that PEFT does not know.
+    # The vision tower's layers are excluded: PEFT does not support their modules.
     "projections": dict(target_modules=r".*(decoder|language_model)\.layers\..*_proj"),
     "experts": dict(target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     "head": dict(target_modules=["lm_head", "self_conditioning.down_proj"]),
@@ -404,7 +404,7 @@ LORA_TARGETS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("order", ["adapter first", "acceleration first"])
 @pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_lora(targets: str, order: str) -> None:
-    """A LoRA adapter of PEFT changes both models in the same way; without it both are what they were."""
+    """A LoRA adapter of PEFT changes both models in the same way; without it both are as before."""
     peft = pytest.importorskip("peft", reason="peft is not installed (requirements/dev.txt)")
     model, accelerated = (twin(plain("flat"), enabled=False) for _ in range(2))
     config = peft.LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **LORA_TARGETS[targets])

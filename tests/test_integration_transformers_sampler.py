@@ -44,7 +44,7 @@ ROWS = 2
 
 
 class Table(torch.nn.Module):
-    """What the step asks of the decoder's embedding module."""
+    """The attributes of the decoder's embedding module that the step uses."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class Table(torch.nn.Module):
 
 @functools.cache
 def compare(name: str) -> tuple[int, int]:
-    """Runs a case with rows that stop at different steps, each against transformers' objects alone on it; asserts that
-    every step is the same but for what rounding may decide, and returns how many results there were and how many of
-    them rounding decided."""
+    """Runs a case with rows that stop at different steps, each against transformers' objects on that row by itself.
+    Asserts that every step is the same except where rounding may decide; returns the number of results, and how many
+    of them rounding decided."""
     case = CASES[name]
     torch.manual_seed(7)
     table, compared, excused = Table(case), 0, 0
@@ -103,7 +103,7 @@ def compare(name: str) -> tuple[int, int]:
 
 
 def assert_frozen(step: denoising.Step, previous: denoising.Step, row: int) -> None:
-    """A row that has stopped keeps everything that is looked at."""
+    """A stopped row keeps all values that are read later."""
     for name in ("canvas", "draft", "raw", "temperature", "stopped"):
         assert torch.equal(getattr(step, name)[row], getattr(previous, name)[row]), name
 
@@ -123,7 +123,7 @@ def test_few_steps_are_excused() -> None:
 
 @pytest.mark.parametrize(("t_min", "t_max"), [(0.4, 0.8), (0.0, 1.0), (1e-3, 1e-2), (0.37, 1.93)])
 def test_temperature(t_min: float, t_max: float) -> None:
-    """To the bit, at every step."""
+    """The temperature is equal to the bit at every step."""
     for most in (1, 3, 48):
         schedule = generation.LinearTemperatureScheduleLogitsProcessor(t_min, t_max, most)
         for left in range(1, most + 1):
@@ -158,7 +158,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
 
 @dataclass
 class Draws:
-    """Puts the package's random numbers in place of torch's, for a batch of seeds, on either side."""
+    """Replaces torch's random numbers by the package's, for a batch of seeds, on either side."""
 
     seeds: Sequence[int]
     length: int
@@ -207,7 +207,7 @@ class Draws:
 
 @dataclass
 class Streamer:
-    """Keeps what it is given: prompt and committed canvases, and the draft (or the logits) of every step."""
+    """Records prompt, committed canvases, and the draft (or the logits) of every step."""
 
     _takes_logits: bool = False
     put_values: list[Any] = field(default_factory=list)
@@ -255,7 +255,7 @@ GENERATIONS = [
 
 @pytest.mark.parametrize(("name", "settings", "seed"), GENERATIONS)
 def test_generations(name: str, settings: str, seed: int) -> None:
-    """Token for token, draft for draft and step for step, with the acceptance of every step."""
+    """Tokens, drafts, steps and acceptance are all equal."""
     case, chosen = case_of(name, seed), SETTINGS[settings]
     wanted = oracle_of(models(name)[0].theirs, case, chosen)
     assert wanted.well_conditioned
@@ -297,8 +297,8 @@ def batch_of(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return prompts, mask
 
 
-# Some of those where float32, float64 and weights that are 1e-6 off give one generation. (Eager attention is no second
-# opinion here: in generate it fails on a padded batch, whose mask it makes in the canvas's integers.)
+# Seeds for which float32, float64 and weights that are 1e-6 off give the same generation. (Eager attention cannot be
+# used for this: in generate it fails on a padded batch, whose mask it makes in the canvas's integers.)
 BATCH_SEEDS = {"flat": [5, 16, 21, 23], "per_layer": [1, 7, 16, 21]}
 
 
@@ -314,7 +314,7 @@ def test_padded_batch(name: str, seed: int) -> None:
 
 
 def test_streamer_that_takes_logits() -> None:
-    """Gets the processed logits of every step, with those of a row that has stopped as they were."""
+    """The streamer gets the processed logits of every step; those of a stopped row do not change."""
     name, seed = "flat", BATCH_SEEDS["flat"][0]
     prompts, mask = batch_of(name, seed)
     settings, found = replace(SETTINGS["ends"], max_denoising_steps=6), []
@@ -348,7 +348,7 @@ def nudged(name: str, number: int) -> Any:
 
 
 def find_batch_seeds() -> None:
-    """Prints what BATCH_SEEDS may be; uses nothing of this package but the draws."""
+    """Prints possible BATCH_SEEDS; uses only the draws of this package."""
     settings = replace(SETTINGS["ends"], max_denoising_steps=6)
     for name in BATCH_SEEDS:
         good = []

@@ -1,4 +1,4 @@
-"""The operators between a layer's products, on every backend, beside the same in torch's operators and in float64."""
+"""The operators between a layer's products, on every backend, against torch's operators and float64."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from denoise_cases import bits
 from dgemma_ext.ops import layer
 
 EPSILON = 1e-6
-# Of a result's values, how many may be rounded to the neighbour: sums are made in another order.
+# The share of a result's values that may round to the neighbour: sums have another order.
 NEIGHBOURS = 0.01
-GELU_NEIGHBOURS = 0.1  # 1 + tanh cancels far below zero, and every tanh does so in its own way
-# tokens and hidden sizes: the model's, the bundled models', one lane, a row of all threads.
+GELU_NEIGHBOURS = 0.1  # 1 + tanh cancels far below zero, and each tanh rounds in its own way
+# tokens and hidden sizes: the model's, the bundled models', one lane, a row of all threads
 ROWS = [(5, 2816), (37, 96), (3, 128), (1, 8), (2, 8192)]
 # tokens, query heads, key heads, width
 HEADS = [(4, 16, 8, 256), (3, 16, 2, 512), (37, 4, 4, 32), (5, 3, 1, 64), (2, 1, 1, 6)]
@@ -29,7 +29,7 @@ def tensor(dtype: torch.dtype, *shape: int, scale: float = 1.0, offset: float = 
 
 
 def same_but_for_neighbours(got: Tensor, wanted: Tensor, neighbours: float) -> None:
-    """Equal but for a few values, whose size is bounded elsewhere."""
+    """Equal up to a few values, whose error other checks bound."""
     assert got.dtype == wanted.dtype
     if got.dtype == torch.bfloat16:
         assert float((got != wanted).float().mean()) <= neighbours

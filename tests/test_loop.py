@@ -42,13 +42,13 @@ SAMPLER = SamplerConfig(max_denoising_steps=6, confidence_threshold=4.0, entropy
 
 @dataclass
 class Log:
-    """What a loop asked of the runner: a word for each step, copy and wait."""
+    """The calls of a loop to its runner: a word for each step, copy and wait."""
 
     calls: list[str] = field(default_factory=list)
 
 
 class StreamRunner(EagerRunner):
-    """A runner whose outputs land in two buffers by turns, as in pinned memory: an older one is overwritten."""
+    """A runner that copies outputs to two buffers by turns, as to pinned memory: an older one is overwritten."""
 
     def __init__(self, *operands: Any, log: Log) -> None:
         super().__init__(*operands)
@@ -85,9 +85,9 @@ def scheduler_of(model: dg.DiffusionGemma, driver: str, log: Log, max_batch: int
 def canvases_begun(
     model: dg.DiffusionGemma, cache: dg.Cache, prompts: list[list[int]], caps: list[int], confidence: float = 0.0
 ) -> tuple[CanvasBatch, StepBuffers, list[tuple[CanvasBatch, StepBuffers]]]:
-    """A canvas for every prompt, encoded into the slot of its number; with a confidence of 0 it runs to its cap.
+    """Encodes every prompt into its own slot and begins its canvas, which runs to its cap with a confidence of 0.
 
-    Gives a batch of four rows, its buffers, and the same canvases alone.
+    Returns a batch of four rows, its buffers, and the same canvases in batches of their own.
     """
     network, alone = model.network, []
     batch = make_canvas_batch(network, 4, 8)
@@ -109,7 +109,7 @@ def canvases_begun(
 
 
 def of_row(batch: CanvasBatch, row: int) -> dict[str, torch.Tensor]:
-    """A copy of all that a row has."""
+    """A copy of all tensors of a row."""
     state = batch.state.rows_between(row, row + 1)
     return {f.name: getattr(state, f.name)[0].clone() for f in fields(CanvasState) if f.name != "allowed"}
 
@@ -138,7 +138,7 @@ def test_a_finished_row_is_frozen_and_an_empty_one_is_not_read(dtype: torch.dtyp
     model = random_model(dtype)
     cache = model.new_cache(4, 64)
     batch, buffers, _ = canvases_begun(model, cache, PROMPTS, [1, 2, 6])
-    # Nothing of a row without a request reaches the others: not even a number that is not one.
+    # A row without a request does not affect the others, not even with NaN.
     buffers.logits[3].fill_(float("nan"))
     for tensor in buffers.statistics_of(batch.state):
         if tensor.is_floating_point():
@@ -194,7 +194,7 @@ def test_a_row_keeps_its_canvas_when_it_moves() -> None:
     assert before["allowed_row"].tolist() == [-1, 16, 17, *[-1] * 5]
     batch.move(2, 0, masks=2)
     batch.clear(2)
-    # The masks lie where the row's are.
+    # The masks move with the row.
     assert batch.state.allowed_row[0].tolist() == [-1, 0, 1, *[-1] * 5]
     assert torch.equal(batch.state.allowed[:2], canvases[2][0].state.allowed[:2])
     after = of_row(batch, 0)
@@ -241,7 +241,7 @@ def test_the_same_answers_by_every_driver(driver: str, count: int) -> None:
 
 @pytest.mark.parametrize("driver", list(LOOPS))
 def test_no_canvas_stops_late_by_more_than_a_step_or_early(driver: str) -> None:
-    """One request, so that every step is a step of its canvas."""
+    """With one request every step is a step of its canvas."""
     seen = set()
     for seed in range(12):
         sampler = SamplerConfig(
@@ -264,7 +264,7 @@ def test_no_canvas_stops_late_by_more_than_a_step_or_early(driver: str) -> None:
             assert log.calls.count("step") == steps + late, log.calls
             seen.add(at_cap)
             if driver == "async":
-                # The next step is under way before the host asks for the last one's flags.
+                # The next step is queued before the host asks for the last one's flags.
                 assert log.calls[:4] == ["step", "copy", "step", "copy"]
             if driver == "graph":
                 assert log.calls[-2:] == ["copy", "wait"]
@@ -357,7 +357,7 @@ def each_with_rules_alone() -> list[dg.Output]:
 @pytest.mark.parametrize("batched", [True, False] if BACKEND == "cpu" else [True])
 @pytest.mark.parametrize("driver", list(LOOPS))
 def test_requests_with_rules_of_their_own_share_their_steps(driver: str, batched: bool) -> None:
-    """Seven requests over five slots, so that rows with rules move and are filled anew; as each alone."""
+    """Seven requests over five slots, so that rows with rules move and are filled again; compared with each alone."""
     rows: list[int] = []
 
     def make_runner(network: Network, cache: dg.Cache, batch: CanvasBatch, buffers: StepBuffers) -> EagerRunner:
@@ -447,7 +447,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
     assert plan.table() in str(caught.value)
     assert "2 slots of 32 tokens" in plan.table()
     assert not caches, "nothing is made before the refusal"
-    # Buffers for another length are as many bytes again, beside requests that go on.
+    # Buffers for another length take as much memory again, while other requests run.
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: 1)
     with pytest.raises(dg.NotEnoughMemory):
         running.submit([1], 8, SamplerConfig(canvas_length=3))
@@ -481,7 +481,7 @@ def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytes
     assert (kept.max_batch, kept.cache.max_length) == (1, 1024)
     assert answer(1) == wanted[1]
     assert model.kept_scheduler is kept
-    # A stream that is left early gives its row and its slot back; one that goes on keeps them.
+    # A stream that is left early frees its row and slot; one that goes on keeps them.
     stream = model.stream(prompts(3)[2], 20, SAMPLER, seed=2)
     assert next(stream).request.number == 0
     assert not kept.idle
@@ -511,6 +511,6 @@ def test_a_kept_scheduler_does_not_keep_its_model(monkeypatch: pytest.MonkeyPatc
     del model
     assert known() is None, "dropped without a search for cycles"
     assert [event.text for event in drafts if isinstance(event, dg.Draft)]
-    # A stream of a model that nobody else has goes on.
+    # A stream goes on after the caller has dropped its model.
     stream = dg.DiffusionGemma(base.network, base.defaults, base.tokenizer).stream(prompts(1)[0], 20, SAMPLER)
     assert len(list(stream)) == len(drafts)

@@ -1,4 +1,4 @@
-"""The memory plan: what is told before a load is what the load takes."""
+"""The memory plan: its bytes are those that a load takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan_of(folder: Path, weights: str, device: torch.device = CPU, context: int
 
 
 def bytes_of(model: dg.DiffusionGemma) -> int:
-    """What the loaded weights take; the layer scalars are numbers of Python by then."""
+    """The bytes of the loaded weights, without the layer scalars, which are Python numbers."""
     values = list(vars(model.weights).values())
     for layer in model.weights.layers:
         values += vars(layer).values()
@@ -40,7 +40,7 @@ def test_the_plan_is_what_is_loaded(weights: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=weights)
     planned = sum(nbytes for _, nbytes in plan_of(folder, weights).weights.values())
-    # nvfp4's scale of a matrix is left out of the plan: four bytes for gate, up and down of an expert.
+    # The plan leaves out nvfp4's scale of a matrix: four bytes each for an expert's gate, up and down.
     left_out = 3 * 8 * 3 * 4 if weights == "nvfp4" else 0
     scalars = 2 * 3 * 2
     assert planned == bytes_of(model) - left_out + scalars
@@ -55,7 +55,7 @@ def test_a_stored_format_takes_as_much_as_one_made_while_loading(to: str, tmp_pa
 
 
 def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
-    """Text only, a context of 8,192, on a GPU where the build knows what its kernels take there."""
+    """Text only, a context of 8,192, on a GPU where the build knows the workspaces of its kernels."""
     folder = write_published_layout(tmp_path)
     device = CUDA if _C.has_cuda() else CPU
     plan = plan_of(folder, "int4", device, 8192)
@@ -70,7 +70,7 @@ def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _C.has_cuda(), reason="of the CUDA kernels' workspace")
 def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
-    """A pass of 4,096 positions: 4 bits arrange the input, FP8 activations have copies of input and h with scales."""
+    """A pass of 4,096 positions: 4 bits permute the input, FP8 activations copy input and h with their scales."""
     folder = write_published_layout(tmp_path)
     config = ModelConfig.from_file(folder)
     info = inspect_checkpoint(folder, config)
@@ -98,7 +98,7 @@ def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monk
     config = ModelConfig.from_file(folder)
     plan = plan_of(folder, "auto")
     mapped = mapped_bytes(config, inspect_checkpoint(folder, config), "auto", torch.bfloat16)
-    # Plain bfloat16 weights stay in the file: what must fit is the rest.
+    # bfloat16 weights stay in the file, so only the rest must fit.
     assert mapped == sum(nbytes for _, nbytes in plan.weights.values())
     loads: list[object] = []
     load = dg.diffusion_gemma.load_weights

@@ -1,4 +1,4 @@
-"""The forms of operators that on_gpu.py registers, with the CPU in the GPU's place."""
+"""The forms of operators that on_gpu.py registers, tested with the CPU in place of a GPU."""
 
 from __future__ import annotations
 

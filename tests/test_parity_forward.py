@@ -28,9 +28,9 @@ from transformers_oracle import Pair, load_pair
 
 # Largest difference, as a share of the largest magnitude in the reference; ten times the worst seen (5e-6).
 FP32_BOUND = 5e-5
-# Bound on 1 - 2<x,y> / (|x|^2 + |y|^2) of a layer's output.
+# The bound on 1 - 2<x,y> / (|x|^2 + |y|^2) of a layer's output.
 BF16_DISTANCE = 5e-4
-# How much larger than transformers' own error ours may be.
+# The most that our error may exceed transformers' own.
 OWN_ERRORS = 2.0
 
 # The square root of 96 is 9.798, which bf16 rounds to 9.8125: a scale left unrounded shows.
@@ -61,7 +61,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """pair_of(name, dtype): a checkpoint loaded by both sides, once."""
+    """pair_of(name, dtype): a checkpoint loaded by both sides, made once."""
 
     @functools.cache
     def folder(name: str) -> Path:
@@ -90,7 +90,7 @@ def assert_within(actual: torch.Tensor, wanted: torch.Tensor, what: str) -> None
 
 
 def assert_same_cache(pair: Pair, ours: dg.Cache, slot: int, theirs: Any) -> None:
-    """Every position that transformers' cache holds is in ours, with its keys and values."""
+    """Our cache has every position of transformers' cache, with the same keys and values."""
     length = ours.length(slot)
     assert length == theirs.get_seq_length()
     for layer in pair.ours.config.layers:
@@ -138,7 +138,7 @@ def test_fp32_passes(pair_of: Any, name: str, prefix: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_fp32_sdpa_agrees(pair_of: Any, name: str) -> None:
-    """transformers' other attention is as close to ours as its eager one: the reference is no accident of one."""
+    """transformers' sdpa attention is as close to ours as its eager one, so the agreement is no accident."""
     pair = pair_of(name, torch.float32)
     sdpa = oracle.load_transformers(pair.directory, torch.float32, attn_implementation="sdpa")
     prompt, canvas = random_ids(pair, 40, 13), random_ids(pair, pair.ours.config.canvas_length, 14)
@@ -151,7 +151,7 @@ def test_fp32_sdpa_agrees(pair_of: Any, name: str) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("beyond_window", [-1, 0, 1, -1000, 1000])
 def test_fp32_chunks(pair_of: Any, name: str, beyond_window: int) -> None:
-    """A prompt encoded in pieces leaves what transformers leaves for the whole."""
+    """A prompt encoded in pieces leaves the same cache as transformers leaves for the whole."""
     pair = pair_of(name, torch.float32)
     prompt = random_ids(pair, 3 * window_of(pair) + 5, 15)
     chunk = min(max(1, window_of(pair) + beyond_window), prompt.shape[1])
@@ -188,7 +188,7 @@ def test_fp32_batch_rows(pair_of: Any, name: str) -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("chunk", [4096, 16])
 def test_fp32_spans(pair_of: Any, name: str, chunk: int) -> None:
-    """Image tokens see each other whole, on layers of both kinds, in transformers' generate and here."""
+    """Image tokens all see each other, on layers of both kinds, in transformers' generate and here."""
     pair = pair_of(name, torch.float32)
     window, spans = window_of(pair), [(3, 9), (20, 20 + 8)]
     prompt = random_ids(pair, 2 * window + 15, 17)
@@ -205,7 +205,7 @@ def test_fp32_spans(pair_of: Any, name: str, chunk: int) -> None:
 
 
 def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, what: str) -> None:
-    """Near the exact result, and no further from it than twice what transformers is, on the whole and at worst."""
+    """Asserts that the result is close to the exact one, with at most twice transformers' mean and largest error."""
     exact = exact.double()
     error, own_error = ours.double() - exact, theirs.double() - exact
     distance = relative_distance(ours.double(), exact)
@@ -216,7 +216,7 @@ def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 
 
 def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes our layers take these experts, weighted by our own router."""
+    """Makes our layers use these experts, weighted by our own router."""
 
     def route(
         residual: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, per_expert: torch.Tensor, *rest: Any
@@ -238,7 +238,7 @@ def chunk_rows(network: Network, cache: dg.Cache, ids: torch.Tensor) -> Rows:
 
 
 def layer_alone(network: Network, cache: dg.Cache, rows: Rows, hidden: torch.Tensor, index: int) -> torch.Tensor:
-    """The output of one layer for its input [1, n, hidden]."""
+    """The output of a single layer for its input [1, n, hidden]."""
     layer, weights = network.config.layers[index], network.weights.layers[index]
     normed = rms_norm(hidden[0], weights.input_layernorm, network.config.rms_norm_eps)
     made = (layer, weights, network.weights.norm, network.config, network.options, cache)
@@ -251,7 +251,7 @@ def first_input(network: Network, rows: Rows) -> torch.Tensor:
 
 
 def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tensor, layer: int) -> None:
-    """Our choice is transformers', up to experts whose probabilities are one rounding of the score apart."""
+    """Our choice is transformers', up to experts whose probabilities differ by one rounding of the score."""
     weights = pair.ours.weights.layers[layer]
     epsilon, top_k = pair.ours.config.rms_norm_eps, pair.ours.config.top_k_experts
     operands = (weights.router_scale, weights.router_proj)
@@ -259,7 +259,7 @@ def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tens
     probabilities = router.probabilities(residual, *operands, epsilon)
     chosen = probabilities.gather(1, ids.long()).sort(-1).values
     wanted = probabilities.gather(1, call.expert_ids).sort(-1).values
-    # Scores below 16 carry half a unit in the last place of 2^-5, and the exponential turns that into a ratio.
+    # Scores below 16 have half a unit in the last place of 2^-5, which the exponential turns into a ratio.
     torch.testing.assert_close(chosen, wanted, rtol=2.0**-5, atol=0)
 
 
@@ -310,14 +310,14 @@ def test_bf16_encoder_layers(pair_of: Any, name: str, prefix: str, monkeypatch: 
         kept = oracle.cached_ours(cache, layer.index, 0, positions)
         exact = oracle.cached(exact_cache, layer.index)
         for which, ours, rounded, precise in zip(("keys", "values"), kept, wanted, exact, strict=True):
-            # What was in the cache before is the same on all sides; only the block's rows have an error.
+            # Earlier positions of the cache are the same on all sides; only the block's rows have an error.
             new = slice(max(0, len(rounded) - count), None)
             assert_as_good(ours[new], rounded[new], precise[new], f"{which} of layer {layer.index}")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bf16_router(pair_of: Any, name: str) -> None:
-    """Our router chooses transformers' experts, for the residual that transformers' router saw."""
+    """Our router chooses transformers' experts for the input of transformers' router."""
     pair = pair_of(name, torch.bfloat16)
     seen: list[torch.Tensor] = []
     handles = [
@@ -334,7 +334,7 @@ def test_bf16_router(pair_of: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bf16_ends(pair_of: Any, name: str) -> None:
-    """What comes before the first layer and after the last: embedding, self-conditioning, final norm, head, cap."""
+    """The parts before the first layer and after the last: embedding, self-conditioning, final norm, head, cap."""
     pair = pair_of(name, torch.bfloat16)
     length = pair.ours.config.canvas_length
     prompt, canvas = random_ids(pair, 20, 80), random_ids(pair, length, 81)

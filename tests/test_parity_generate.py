@@ -57,7 +57,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 NEAR_ZERO = Settings(t_min=1e-3, t_max=4e-3, entropy_bound=0.05)
 SETTINGS = {
     "near zero": NEAR_ZERO,
-    # So little is accepted that renoising goes on and on.
+    # The bound accepts so little that renoising goes on and on.
     "partly accepted": Settings(t_min=0.01, t_max=0.03, entropy_bound=1e-3, max_denoising_steps=6),
     "patient": replace(NEAR_ZERO, stability_threshold=2, max_denoising_steps=12),
     "to the cap": replace(NEAR_ZERO, stability_threshold=50, max_denoising_steps=6),
@@ -65,7 +65,7 @@ SETTINGS = {
     "ends": replace(NEAR_ZERO, eos_token_ids=(5, 50, 106, 200)),
 }
 
-# Where both of transformers' attentions agree and nothing is close.
+# Seeds for which both of transformers' attentions agree and no decision is close.
 SEEDS: dict[str, dict[str, list[int]]] = {
     "flat": {
         "near zero": [4, 10, 18],
@@ -93,7 +93,7 @@ class Case:
 
     @classmethod
     def of(cls, seed: int, vocabulary: int, window: int, canvas_length: int) -> Case:
-        """What a generation starts from: a prompt around the window, and for every third seed a first canvas."""
+        """The input of a generation: a prompt around the window's length, and for every third seed a first canvas."""
         chance = random.Random(seed)
         length = chance.choice([1, 5, window - 1, window, window + 1, 3 * window])
         return cls(
@@ -109,7 +109,7 @@ class Case:
 def models(name: str) -> tuple[Pair, Any]:
     """A random checkpoint on both sides, and transformers once more with sdpa attention."""
     with tempfile.TemporaryDirectory() as folder:
-        # Loaded as fp32 from bf16, so that every tensor is a copy and the folder may go.
+        # Loaded as fp32 from bf16, so that every tensor is a copy and the folder may be deleted.
         make_checkpoint(Path(folder), with_tokenizer=False, dtype=torch.bfloat16, **CHECKPOINTS[name])
         pair = load_pair(Path(folder), torch.float32)
         return pair, load_transformers(Path(folder), torch.float32, attn_implementation="sdpa")
@@ -150,7 +150,7 @@ def test_random_checkpoint(name: str, settings: str, seed: int) -> None:
 def assert_same(got: Trace, wanted: OracleTrace, canvas_length: int) -> None:
     assert got.outcome == wanted.outcome
     if 0 not in wanted.tokens and len(wanted.tokens) % canvas_length == 0:
-        # transformers counts what is not padding, up to the end of the last canvas.
+        # transformers counts the tokens up to the end of the last canvas that are not padding.
         assert len(got.tokens) / sum(got.steps) == pytest.approx(wanted.tokens_per_forward, rel=1e-6)
 
 

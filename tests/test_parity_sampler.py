@@ -26,7 +26,7 @@ from dgemma_ext.sampling.state import CanvasState
 from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
 from transformers_oracle import Settings, inverse_cdf, uniforms
 
-# Distance from a boundary (a share of the mass; nats) under which rounding may decide.
+# Distance from a boundary (a share of the mass; nats) below which rounding may decide.
 BOUNDARY = 1e-5
 EXCUSED_SHARE = 1e-4
 SOFTCAP = 30.0
@@ -63,7 +63,7 @@ CASES = {
 
 
 def stand_in_network(case: Case) -> Any:
-    """What the sampler asks of a network."""
+    """The attributes of a network that the sampler uses."""
     embedding = torch.randn(case.vocabulary, HIDDEN).to(case.dtype)
     return SimpleNamespace(
         config=SimpleNamespace(
@@ -88,7 +88,7 @@ def resolved(case: Case) -> ResolvedSampler:
 
 
 def logits_of_canvas(case: Case) -> list[torch.Tensor]:
-    """Raw logits [L, V] for every step: noise in which one token per position grows surer, some early, some late."""
+    """Raw logits [L, V] for every step: noise, in which one token per position becomes certain, early or late."""
     steps = case.settings.max_denoising_steps
     target = torch.randint(0, case.vocabulary, (case.length, 1))
     surest_at = torch.rand(case.length, 1) * 0.6 * steps
@@ -141,8 +141,8 @@ class Oracle:
 
 
 def near_bound(entropy: torch.Tensor, bound: float) -> torch.Tensor:
-    """Positions [1, L] whose acceptance rounding may decide: the sum before them is near the bound, or they are as
-    sure as one of those."""
+    """Positions [1, L] whose acceptance rounding may decide: the sum before them is near the bound, or their entropy is
+    equal to that of such a position."""
     ordered, order = entropy.double().sort(-1)
     close = ((ordered.cumsum(-1) - ordered) - bound).abs() <= BOUNDARY
     close = torch.zeros_like(close).scatter(-1, order, close)
@@ -161,7 +161,7 @@ class Tally:
 @pytest.mark.parametrize("name", CASES)
 def test_steps(name: str) -> None:
     tally = compare(name)
-    # A case that neither the bound nor the stop touches would say nothing about them.
+    # The case must reach the bound and the stop, or it would not test them.
     assert tally.partial_steps >= CASES[name].least_partial_steps
     assert tally.ends == {CASES[name].end}
 
@@ -175,7 +175,7 @@ def test_few_steps_are_excused() -> None:
 
 @contextlib.contextmanager
 def kept_samples() -> Iterator[list[torch.Tensor]]:
-    """What the sampling op returns inside the block: the canvas keeps only the accepted part of it."""
+    """Records the samples inside the block, because the canvas keeps only the accepted ones."""
     kept: list[torch.Tensor] = []
     sample = denoise.sample
 
@@ -189,7 +189,7 @@ def kept_samples() -> Iterator[list[torch.Tensor]]:
 
 @functools.cache
 def compare(name: str) -> Tally:
-    """Runs a case on both sides and asserts that every step is the same, but for what rounding may decide."""
+    """Runs a case on both sides and asserts that every step is the same, except where rounding may decide."""
     case, tally = CASES[name], Tally()
     torch.manual_seed(7)
     model = stand_in_network(case)
@@ -246,7 +246,7 @@ def assert_soft_embedding(model: Any, case: Case, state: CanvasState, processed:
 
 
 class _Divisor:
-    """Divided by something, gives it back: how to learn the processor's temperature."""
+    """Returns its dividend when it is divided, to find the processor's temperature."""
 
     def __truediv__(self, divisor: Any) -> Any:
         return divisor
@@ -257,7 +257,7 @@ TEMPERATURES = [(0.4, 0.8), (0.0, 1.0), (0.1, 0.3), (1e-3, 1e-2), (0.37, 1.93), 
 
 @pytest.mark.parametrize(("t_min", "t_max"), TEMPERATURES)
 def test_temperature(t_min: float, t_max: float) -> None:
-    """Every step's temperature is transformers' to the bit: in the op, in its plain form's schedule, in Python."""
+    """Every step's temperature is equal to the bit to transformers': in the op, in its form in torch, in Python."""
     caps = [cap for cap in (1, 2, 3, 7, 10, 47, 48, 96, 1000) for _ in range(cap)]
     steps = [step for cap in sorted(set(caps)) for step in range(1, cap + 1)]
     wanted = []
@@ -302,14 +302,14 @@ def test_temperature(t_min: float, t_max: float) -> None:
         confidence_threshold=torch.zeros(count),
         **updated,
     )
-    # The op writes the next step's.
+    # The op writes the next step's temperature.
     following = [step for step in range(count) if steps[step] < caps[step]]
     got = updated["temperature"][following].tolist()
     assert got == [wanted[index + 1] for index in following]
 
 
 def test_first_canvas_is_noise() -> None:
-    """Before the first step every position holds the uniform token that the request's own random numbers give."""
+    """Before the first step every position has the uniform token of the request's own random numbers."""
     case = CASES["fp32"]
     network = stand_in_network(case)
     batch = make_canvas_batch(network, 1, case.length)

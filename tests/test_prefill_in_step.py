@@ -1,4 +1,4 @@
-"""Tokens that a canvas's first step encodes on its way: the same bits as an encode pass before it."""
+"""Tokens that a canvas's first step encodes: the same bits as an encode pass before it."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_one_pass_gives_what_two_give(prefix: int, count: int, dtype: torch.dtyp
     assert cache.length(1) == cache.length(0) == prefix + count
     for one, other in zip(slot_of(cache, 1), slot_of(cache, 0), strict=True):
         assert torch.equal(one, other)
-    # What it has appended is what the next pass sees.
+    # The next pass sees the appended positions.
     assert torch.equal(last_hidden(model, canvas, cache, 1, soft), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_batch_join_with_their_tokens(dtype: torch.dtype) -> None:
-    """Two join, one with more than a window; one is in the midst of its canvas; a row has no request."""
+    """Two requests join, one with more than a window; one is in the middle of its canvas; a row has no request."""
     model = random_model(dtype)
     cache, apart = model.new_cache(4, 128), model.new_cache(4, 128)
     resolved = SAMPLER.resolve(model.defaults, LENGTH)
@@ -90,10 +90,8 @@ def test_rows_of_a_batch_join_with_their_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("most", [0, 12, 1024])
-def test_no_request_needs_a_pass_of_its_own_for_a_short_beginning(
-    batched: bool, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`most`: the tokens that a step may encode; with 0 every piece has its own pass, as the answers expect."""
+def test_a_short_prompt_needs_no_encode_pass(batched: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`most`: the tokens that a step may encode; with 0 every chunk has its own pass, as the expected answers do."""
     model = random_model()
     prompts = [ids(count, count)[0].tolist() for count in (3, 12, 13)]
     passes, original = [], model.network.encode
@@ -163,10 +161,8 @@ def test_a_request_that_is_cancelled_leaves_nothing_to_encode() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_our_own_products_all_rows_go_together_and_no_bit_changes(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`batch_invariant`: one product for the rows of all requests, whose bits a row's neighbours do not change."""
+def test_batch_invariant_products_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`batch_invariant`: one product for the rows of all requests, in which a row's bits do not depend on others."""
     model = random_model(dtype)
     prompts = [ids(count, count)[0].tolist() for count in (3, 12, 13)]
     rows: list[int] = []

@@ -1,4 +1,4 @@
-"""The profile of a step: every operator in its part, rows that sum to the step, and looking on changes nothing."""
+"""The profile of a step: every operator in its part, rows that sum to the step, and recording changes no result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dgemma_ext.profile.recorder import RANGE, Call, Recorder
 from dgemma_ext.profile.true_size import random_model, true_config
 from profiles import PREFIX, SMALL, STEPS, model, profiled
 
-# Which operators of a step each part has, written from modeling_diffusion_gemma.py and not from the package's table.
+# The operators of each part of a step, written from modeling_diffusion_gemma.py and not from the package's table.
 # Sums, conversions and norms in torch's operators are left out.
 OPERATORS = {
     Part.EMBEDDING: {"embedding", "gelu_product"}
@@ -76,7 +76,7 @@ def test_every_operator_is_of_its_part(batch: int, weights: str, batched: bool) 
     # Layers: the first two are sliding, the last is full.
     attention = {(piece.part, piece.layer) for piece in found.step.slices if piece.name == "canvas_attention"}
     assert attention == {(Part.SLIDING, 0), (Part.SLIDING, 1), (Part.FULL, 2)}
-    # The GELUs of a pass: self-conditioning's, and one of every layer.
+    # The GELUs of a pass: one in the self-conditioning, and one in every layer.
     gelus = {(piece.part, piece.layer) for piece in found.step.slices if piece.name == "gelu_product"}
     assert gelus == {(Part.EMBEDDING, None), (Part.MLP, 0), (Part.MLP, 1), (Part.MLP, 2)}
 
@@ -141,7 +141,7 @@ def test_long_work_is_followed_by_another_measurement(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_looking_on_changes_no_token(batch: int) -> None:
+def test_recording_changes_no_token(batch: int) -> None:
     watched = model()
     scheduler = dg.Scheduler(watched, max_batch=batch, max_length=PREFIX)
     sampler = dg.SamplerConfig(confidence_threshold=0.0)
@@ -155,7 +155,7 @@ def test_looking_on_changes_no_token(batch: int) -> None:
     assert profile(watched, steps=2, prefix=PREFIX, batch=batch, seed=5).drafts == drafts
 
 
-def test_looking_on_changes_no_bit() -> None:
+def test_recording_changes_no_bit() -> None:
     watched = model()
     cache, canvas = watched.new_cache(1, PREFIX), torch.arange(5, 13)[None]
     watched.encode(torch.arange(5, 5 + PREFIX)[None], cache)
@@ -197,13 +197,13 @@ def test_kernels_belong_to_the_call_that_launched_them() -> None:
         event(f"{RANGE}0", "user_annotation", 10, 20),
         event(f"{RANGE}1", "user_annotation", 40, 20),
         event(f"{RANGE}2", "user_annotation", 70, 20),
-        # The same ranges as the GPU saw them are not the host's.
+        # The GPU's own times of the ranges must not be used.
         event(f"{RANGE}0", "gpu_user_annotation", 1000, 500),
         event("cudaLaunchKernel", "cuda_runtime", 12, 3, correlation=1),
         event("cudaLaunchKernel", "cuda_runtime", 25, 3, correlation=2),
         event("cudaMemsetAsync", "cuda_runtime", 45, 3, correlation=3),
         event("cudaLaunchKernelExC", "cuda_driver", 75, 3, correlation=4),
-        # Launched by no call: between two, and after all.
+        # These kernels belong to no call: one between two calls, and one after all.
         event("cudaLaunchKernel", "cuda_runtime", 65, 3, correlation=5),
         event("cudaLaunchKernel", "cuda_runtime", 95, 3, correlation=6),
         event("product", "kernel", 1000, 40, correlation=1),
@@ -218,7 +218,7 @@ def test_kernels_belong_to_the_call_that_launched_them() -> None:
     assert (gate.part, gate.name, gate.layer, gate.repeat) == (Part.MLP, "gate_proj", 0, 0)
     assert set(gate.kernels) == {"product", "reduction"}
     assert gate.seconds == pytest.approx(50e-6)
-    # Its last kernel still ran when the next call's began: in the picture it ends there.
+    # Its last kernel still runs when the next call's begins, so its slice ends there.
     assert (gate.begin, gate.end) == (pytest.approx(1000e-6), pytest.approx(1055e-6))
     assert route.seconds == pytest.approx(5e-6)
     assert (head.part, head.seconds, head.repeat) == (Part.HEAD, pytest.approx(100e-6), 1)
@@ -226,8 +226,8 @@ def test_kernels_belong_to_the_call_that_launched_them() -> None:
         slices_on_gpu([e for e in events if e["cat"] not in ("kernel", "gpu_memset")], calls)
 
 
-def test_the_profiler_tells_the_ranges_of_calls_as_they_are_read() -> None:
-    """The host's half of a GPU's trace, from torch's own profiler: each launch is put into the range of its call."""
+def test_launches_in_a_trace_are_inside_the_ranges_of_their_calls() -> None:
+    """The host's half of a GPU's trace, from torch's profiler: each launch is inside the range of its call."""
     watched = model()
     recorder = Recorder(watched.weights, [layer.is_sliding for layer in watched.config.layers], ranges=True)
     cache = watched.new_cache(1, PREFIX)
@@ -251,7 +251,7 @@ def test_the_profiler_tells_the_ranges_of_calls_as_they_are_read() -> None:
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a CPU in the place of the GPU: each call launches one kernel of 3 us, told as torch's profiler would."""
+    """A CPU in place of a GPU: each call launches one kernel of 3 us, as torch's profiler would report it."""
     launched: list[int] = []
 
     def with_kernels(profiler: Any) -> list[dict[str, Any]]:
@@ -278,7 +278,7 @@ def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> Non
     watch.alternate(encode, 2)
     device = Machine("none", bandwidth=1e9, peaks={PLAIN: 1e9})
     one = watch.finished([], device, driven=0.5)
-    # What a loop drives is what is measured; the kernels are of the steps that were watched.
+    # The step's time is that of the driven loop; the kernels are those of the recorded steps.
     assert one.seconds == 0.5
     assert sum(row.seconds for row in one.rows) == pytest.approx(0.5)
     assert one.between == pytest.approx(0.5 - 3e-6 * len(launched) / 2)
@@ -311,7 +311,7 @@ def test_the_true_sizes_are_the_published_ones() -> None:
 def test_a_random_model_routes_to_the_experts_that_are_asked_for(experts: int) -> None:
     made = random_model(true_config(layers=3, **(SMALL | {"num_experts": 32})), "cpu", experts_hit=experts)
     hits = profile(made, steps=1, prefix=16, batch=2).experts_hit
-    # A token whose scores are nearly all negative goes to one or two of the others.
+    # A token whose scores are nearly all negative goes to one or two of the other experts.
     assert max(hits) <= experts + 2
     assert sum(hits) / 3 > 0.75 * experts
 

@@ -1,4 +1,4 @@
-"""`dgemma profile`: its table, JSON, chart and trace, and what it refuses."""
+"""`dgemma profile`: its table, JSON, chart and trace, and its errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_table_has_a_row_for_every_part_and_sums_to_the_step() -> None:
     assert max(map(len, lines)) <= 120
 
 
-def test_json_tells_the_same_for_machines() -> None:
+def test_json_has_the_same_figures() -> None:
     found = profiled(random_checkpoint(), *PREFIX, "--batch", "2", "--weights", "fp8", "--json").object
     assert found["event"] == "profile"
     assert {key: found[key] for key in ("layers", "canvas", "prefix", "batch", "context", "weights", "dtype")} == {
@@ -83,7 +83,7 @@ def test_a_random_model_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> 
     found = profiled("random", "--layers", "2", "--experts-hit", "12", "--flat", *PREFIX, "--json").object
     assert (found["layers"], found["canvas"], found["experts"]) == (2, 256, 16)
     assert max(found["experts_hit"]) <= 14
-    # All three tiles of a flat distribution count.
+    # All three tiles of a flat distribution are needed.
     assert found["soft_tiles"] == [3.0, 3.0]
     assert profiled("random", "--layers", "1", *PREFIX, "--weights", "int4", "--dtype", "float32").code == 0
 
@@ -117,12 +117,12 @@ def test_the_trace_nests(tmp_path: Path) -> None:
     assert parts == {part.label for part in Part}
     (first, *_) = (event for event in slices if event["name"] == "q_proj 0")
     assert set(first["args"]) == {"us", "bytes", "flops", "floor_us"}
-    # Two requests, a call for each in the first layer's projection: half of the work of both.
+    # Two requests make two calls of the first layer's projection, each with half of the work of both.
     assert first["args"]["flops"] == 2 * 8 * 64 * 64
 
 
 def check_nesting(events: list[dict[str, Any]]) -> None:
-    """Each slice lies inside of one of the kind above it, as viewers build their stacks: by begin, the longer first."""
+    """Each slice is inside one of the kind above it, as viewers stack them: by begin, the longer first."""
     above = {"part": "pass", "operator": "part"}
     order = {"pass": 0, "part": 1, "operator": 2}
     stack: list[dict[str, Any]] = []
@@ -151,7 +151,7 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
     file = tmp_path / "chart.png"
     profiled(random_checkpoint(), *PREFIX, "--chart", str(file))
     assert file.stat().st_size > 10_000
-    # One whose floors are half of the times, as long as it is drawn.
+    # A chart whose floors are half of the times, drawn at full length.
     found = profile(library_model(), steps=1, prefix=20)
     rows = tuple(replace(row, seconds=1e-3, floor=5e-4 if row.floor else None) for row in found.step.rows)
     chart.write(replace(found, step=replace(found.step, rows=rows)), file, "half")
@@ -166,7 +166,7 @@ def test_the_chart_is_a_picture(tmp_path: Path) -> None:
     for red, green, blue in ((0x6B, 0xB6, 0xA8), (0x46, 0x68, 0x91), (0, 0, 0)):
         near = (abs(coloured * 255 - (red, green, blue)) < 2).all(axis=1)
         assert near.sum() > 200, (red, green, blue)
-        # The legend is on the right, and has neither bars nor the parts' names.
+        # The legend is on the right, where neither bars nor the parts' names are.
         left = near.reshape(pixels.shape[:2])[:, : pixels.shape[1] * 6 // 10]
         assert left.sum() > 1000, (red, green, blue)
 

@@ -1,4 +1,4 @@
-"""What a profile counts: bytes and FLOPs against the tensors that operators are given, and against torch's counter."""
+"""The counts of a profile: bytes and FLOPs against the tensors of each operator, and against torch's counter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SELF_CONDITIONING = [f"self_conditioning_{name}_proj" for name in ("gate", "up",
 
 
 class Meter(TorchDispatchMode):
-    """Bytes that every call of an operator is given and gives back, by its name and the weight that it is given."""
+    """Records the bytes of the arguments and results of every operator call, by operator and weight."""
 
     def __init__(self, weights: Any) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def operations(weights: str = "auto", **changes: Any) -> dict[tuple[str, int | N
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bytes_are_those_of_the_tensors_that_operators_are_given(weights: str) -> None:
-    """Where an operator reads all that it is given: everything but attention, experts, statistics and what follows."""
+    """For operators that read all of their arguments: not attention, experts, statistics and those after."""
     counted, seen = operations(weights), metered(weights).bytes
     whole = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "route", "normalise_heads"}
     whole |= {"attention_residual", "layer_output", "gelu_product", *SELF_CONDITIONING}
@@ -110,11 +110,11 @@ def test_bytes_are_those_of_the_tensors_that_operators_are_given(weights: str) -
     for (name, layer), operation in counted.items():
         if name not in whole:
             continue
-        # A GELU has no weight that tells its layer: the first is self-conditioning's.
+        # A GELU has no weight that gives its layer: the first is the self-conditioning's.
         calls = seen[name, layer] if name != "gelu_product" else seen[name, None][:1]
         assert calls == [operation.work.bytes], (name, layer)
         compared += 1
-    # Three layers, the full one without a projection of values; self-conditioning's three products and its GELU.
+    # Three layers, the full one without a value projection; the self-conditioning's three products and its GELU.
     assert compared == 3 * 12 - 1 + 4
 
 
@@ -133,7 +133,7 @@ def test_bytes_of_experts_are_of_those_that_are_hit(weights: str) -> None:
 
 
 def test_bytes_of_attention_are_of_visible_rows() -> None:
-    """The sliding layers' window is 16: 15 rows of the prefix are visible, in the full one all 40."""
+    """The sliding layers' window is 16: 15 rows of the prefix are visible, and all 40 in the full layer."""
     counted, meter = operations(), metered()
     for index, given in enumerate(meter.arguments["canvas_attention"]):
         query, key, value, cached_key, cached_value = given[:5]
@@ -163,8 +163,8 @@ def test_bytes_after_the_layers() -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_every_weight_is_counted_once(weights: str) -> None:
-    """With no token at all what is left is the weights: all that are loaded, the embedding for the head and again for
-    the soft embedding."""
+    """Without any token only the weights remain: all that are loaded, the embedding for the head and again for the soft
+    embedding."""
     watched = model(weights)
     loaded = sum(w.nbytes for _, attributes in weights_by_layer(watched.weights) for w in attributes.values())
     moved, _ = total(operations(weights, batch=0, canvas=0).values())
@@ -249,7 +249,7 @@ def test_flops_of_an_encode_are_of_the_pairs_that_see_each_other() -> None:
     counted = {(operation.name, operation.layer): operation.work for operation in found}
     assert len(seen) == 2, "of the last layer only keys and values are made"
     for index, given in enumerate(seen):
-        # The pairs themselves, from the masks of the plain form: zero values but one, so that a row tells what it sees.
+        # The pairs, from the masks of the torch form: all values but one are zero, so a row shows what it sees.
         query, key, value = (torch.zeros_like(t, dtype=torch.float32) for t in given[:3])
         pairs = 0
         for position in range(PREFIX):
@@ -273,7 +273,7 @@ def test_expected_experts_are_those_of_random_choices() -> None:
 
 
 def test_tiles_that_count() -> None:
-    """Two rows over four tiles: of the first one tile holds nearly all, of the second three hold something."""
+    """Two rows over four tiles: in the first one tile has nearly all mass, in the second three have some."""
     masses = torch.tensor([[[0.9990, 0.0006, 0.0004, 0.0], [0.5, 0.25, 0.0, 0.25]]])
     named = {
         "tile_sum": masses,
@@ -284,10 +284,10 @@ def test_tiles_that_count() -> None:
         "max_embedding_norm": 1.0,
         "tolerance": 0.01,
     }
-    result = torch.ones(1, 2, 4)  # of norm 2, which is 1 before the scale: 0.01 may be left out
+    result = torch.ones(1, 2, 4)  # the norm is 1 before the scale of 2, so 0.01 may be skipped
     assert soft_tiles([(named, result)]) == (2.0, 3.0)
     assert soft_tiles([(named | {"tolerance": 0.0}, result)]) == (3.0, 4.0)
-    # Two calls: the mean over all rows, and together what either touches.
+    # Two calls: the mean over all rows, and the tiles that either needs.
     other = named | {"tile_sum": masses[:, :1], "row_sum": masses[:, :1].double().sum(-1)}
     other |= {"tile_max": torch.zeros(1, 1, 4), "row_max": torch.zeros(1, 1)}
     assert soft_tiles([(other, result[:, :1])]) == (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""`dgemma quantize`: what it writes, how it fails, how it goes on."""
+"""`dgemma quantize`: its output, its errors, and how it continues."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_file_holds_what_quantizing_while_loading_makes(to: str, source: Pat
     assert {error.layer for error in errors} == {0, 1, 2}
     for error in errors:
         assert 0.01 < error.relative < (0.04 if to == "fp8" else 0.12), error
-    # The rest of the folder goes with it.
+    # The other files of the folder are copied.
     for name in ("generation_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / "out.partial").exists()
@@ -115,7 +115,7 @@ def loaded_plain(weights: ModelWeights, name: str) -> Tensor:
 
 
 def test_groups_that_do_not_divide_the_columns(source: Path, tmp_path: Path) -> None:
-    """32 columns of down take no group of 64, 64 of gate and up no group of 128: each gets what fits."""
+    """The 32 columns of down have no group of 64, the 64 of gate and up none of 128: each gets a group that fits."""
     convert(source, tmp_path / "out", parse_target("int4-128", ("experts", "mlp")))
     weights = load(tmp_path / "out")
     groups = [(layer.experts_gate_up.group, layer.experts_down.group) for layer in weights.layers]  # type: ignore[union-attr]
@@ -176,7 +176,7 @@ def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path, monkeypat
 
 
 def test_a_disk_that_is_full(source: Path, tmp_path: Path) -> None:
-    """Played by a limit on the size of files, which fails a write half-way just so."""
+    """A limit on the size of files makes a write fail half-way, as a full disk does."""
     out = tmp_path / "out"
 
     def limit() -> None:

@@ -1,4 +1,4 @@
-"""Quantized checkpoints in every published layout: loaded to the last bit, and refused where they are wrong."""
+"""Quantized checkpoints in every published layout: loaded to the last bit, and errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> M
 
 
 def matrices_of(weights: ModelWeights) -> dict[str, Tensor | QuantizedWeight]:
-    """Every matrix of the layers by the name of its unfused tensor."""
+    """Every matrix of the layers by the name that it has unstacked."""
     found: dict[str, Tensor | QuantizedWeight] = {}
     for number, layer in enumerate(weights.layers):
         base = f"model.decoder.layers.{number}."
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_mixes_formats_by_layer(folder: Path) -> None:
     requantize(folder, "nvfp4", matrices=r"model\.decoder\.layers\.2\.experts\.\d+\.down_proj\.weight")
     weights = load(folder)
     names = [layer.experts_down.name or "unquantized" for layer in weights.layers]
-    # Where down alone is quantized both are read plain: one kernel takes them.
+    # Where only down is quantized both are read unquantized, because one kernel reads them.
     assert names == ["int4", "fp8", "unquantized"]
     assert isinstance(weights.layers[0].q_proj, QuantizedWeight)
     assert isinstance(weights.layers[1].q_proj, Tensor)
@@ -101,13 +101,13 @@ def test_a_checkpoint_that_mixes_formats_by_layer(folder: Path) -> None:
     assert cosine(logits, plain) > 0.999
 
 
-def test_experts_of_several_formats_are_read_plain(folder: Path) -> None:
+def test_experts_of_several_formats_are_read_unquantized(folder: Path) -> None:
     requantize(folder, "int4", matrices=rf"{LAYER}experts\.[0-3]\..*")
     requantize(folder, "fp8", matrices=rf"{LAYER}experts\.[4-5]\..*")
     assert all(isinstance(layer.experts_down, Tensor) for layer in load(folder).layers)
 
 
-def test_router_and_embedding_are_read_plain_whatever_the_file_says(folder: Path) -> None:
+def test_router_and_embedding_are_always_read_unquantized(folder: Path) -> None:
     requantize(folder, "fp8", matrices=r"model\.decoder\.(embed_tokens|layers\.\d+\.router\.proj)\.weight")
     weights = load(folder)
     assert isinstance(weights.embed_tokens, Tensor)
@@ -123,7 +123,7 @@ def test_a_float16_checkpoint_is_computed_in_bfloat16(tmp_path: Path) -> None:
 
 
 def denoised(model: dg.DiffusionGemma) -> Tensor:
-    """Logits of a random canvas after a prompt."""
+    """The logits of a random canvas after a prompt."""
     generator = torch.Generator().manual_seed(1)
     cache = model.new_cache(1, 64)
     model.encode(torch.randint(0, model.config.vocab_size, (1, 20), generator=generator), cache)

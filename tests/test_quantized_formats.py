@@ -42,7 +42,7 @@ def test_every_nvfp4_code() -> None:
 
 
 def test_ties_of_e2m1_go_to_the_even_code() -> None:
-    # Group maximum 6 under scales of one, so that the numbers stand for themselves.
+    # The largest value of a group is 6 and its scale one, so that the values are the codes' own.
     row = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6]])
     weight = Nvfp4Weight.quantize(row, global_scales=torch.tensor([1.0]))
     wanted = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
@@ -51,7 +51,7 @@ def test_ties_of_e2m1_go_to_the_even_code() -> None:
 
 @pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int4", 0.11), ("nvfp4", 0.11)])
 def test_error_of_normal_weights(name: str, bound: float) -> None:
-    """What the bits can hold: a wrong scale or a swapped pair of columns is far beyond it."""
+    """The error of normal weights, which a wrong scale or a swapped pair of columns would far exceed."""
     weight = torch.randn(64, 256)
     made = quantized(name, weight)
     error = float((made.dequantized(torch.float32) - weight).norm() / weight.norm())

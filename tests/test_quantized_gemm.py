@@ -17,7 +17,7 @@ from reference import dense as dense_reference
 from reference import grouped_gemm as reference
 from test_grouped_gemm import route
 
-NAN_CODE = 0x7F  # e4m3's
+NAN_CODE = 0x7F  # as in e4m3
 KINDS = ["fp8", "int4-32", "int4-64", "int4-128", "int4-float16", "nvfp4", "nvfp4-modelopt"]
 
 
@@ -27,7 +27,7 @@ def quantized(kind: str, weight: Tensor, runs: int = 1) -> QuantizedWeight:
         return Fp8Weight.quantize(weight)
     if kind.startswith("int4"):
         made = Int4Weight.quantize(weight, 32 if kind.endswith("float16") else int(kind[5:]))
-        # Scales that no bfloat16 holds.
+        # Scales that are not bfloat16 values.
         return replace(made, scales=(made.scales.float() * 1.0007).half()) if kind.endswith("float16") else made
     made_nvfp4 = Nvfp4Weight.quantize(weight, runs)
     if kind == "nvfp4":
@@ -36,15 +36,15 @@ def quantized(kind: str, weight: Tensor, runs: int = 1) -> QuantizedWeight:
 
 
 def meant(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight that a product in `dtype` is of. int4's scales are rounded into it, as compressed-tensors does; the
-    factors of the others are multiplied into the sums, so that nothing of them is lost."""
+    """The weight that a product in `dtype` uses. int4's scales are rounded to it, as in compressed-tensors; factors of the
+    other formats are multiplied into the fp32 sums and are not rounded."""
     return weight.dequantized(dtype if weight.name == "int4" else torch.float32)
 
 
 def make_experts(
     kinds: tuple[str, str], hidden_size: int, expert_size: int, experts: int
 ) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """gate_up and down; experts, gate and up differ in size, so that a wrong factor is seen."""
+    """gate_up and down; experts, gate and up have different magnitudes, so that a wrong factor shows."""
     sizes = torch.linspace(0.5, 2.0, experts)[:, None, None]
     gate_up = torch.randn(experts, 2 * expert_size, hidden_size) / hidden_size**0.5 * sizes
     gate_up[:, :expert_size] *= 0.6
@@ -85,15 +85,15 @@ def test_formats_mix(kinds: tuple[str, str], dtype: torch.dtype, cpu_variant: st
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(16, 16), (48, 80), (112, 16)], ids=str)
 def test_short_rows(sizes: tuple[int, int], dtype: torch.dtype, cpu_variant: str) -> None:
-    """Rows that no register divides; the nvfp4 kernel takes two groups at a time."""
+    """Row lengths that no register divides; the nvfp4 kernel takes two groups at a time."""
     check_experts(7, 2, "distinct", *make_experts(("nvfp4", "fp8"), *sizes, 3), dtype)
     check_experts(7, 2, "distinct", *make_experts(("fp8", "nvfp4"), *sizes, 3), dtype)
 
 
 @cpu_only
 @pytest.mark.parametrize("power", [-127, -100, 121])
-def test_scales_at_the_ends_of_what_a_number_holds(power: int, cpu_variant: str) -> None:
-    """56 times the last is finite; a scale of 2^122 is too large."""
+def test_scales_at_the_ends_of_the_range(power: int, cpu_variant: str) -> None:
+    """The scales at the ends of the range: 56 times the last is finite; a scale of 2^122 is too large."""
     gate_up, down = make_experts(("int4-32", "int4-32"), 128, 128, 2)
     codes = torch.randint(1, 16, (2, 128, 64, 2), dtype=torch.uint8)  # -7 to 7
     down = replace(
@@ -101,7 +101,7 @@ def test_scales_at_the_ends_of_what_a_number_holds(power: int, cpu_variant: str)
         values=codes[..., 0] | codes[..., 1] << 4,
         scales=(torch.rand(2, 128, 4) * 0.1 + 1.02).mul(2.0**power).bfloat16(),
     )
-    # So small that sums stay finite too.
+    # Inputs are so small that sums stay finite too.
     input, ids = torch.randn(8, 128).bfloat16() * 2.0**-8, route("one expert", 8, 2, 1)
     scales = torch.full((8, 1), 2.0 ** min(-power, 126))
     actual = quantized_gemm.moe_ffn(input, ids, scales, gate_up, down).double()
@@ -111,7 +111,7 @@ def test_scales_at_the_ends_of_what_a_number_holds(power: int, cpu_variant: str)
     ).double() * float(scales[0, 0] * 2.0**power)
     largest = float(exact.abs().max())
     if power < -126:
-        # The weight, or eight times it: what is below the normal numbers may count as nothing.
+        # The weight, or eight times it; subnormal results may be zero.
         assert float(actual.abs().max()) <= largest * 4
     else:
         torch.testing.assert_close(actual, exact, rtol=0, atol=largest * 0.01)
@@ -141,7 +141,7 @@ def check_experts(
     exact = reference.moe_ffn(input, ids, scales, meant(gate_up, dtype), meant(down, dtype))
     low = reference.moe_ffn_rounded(input, ids, scales, gate_up.dequantized(dtype), down.dequantized(dtype))
     assert_close(actual, exact, dtype, low)
-    # A token's bits depend on itself alone.
+    # A token's bits do not depend on other tokens.
     half = slice(0, (tokens + 1) // 2)
     arguments = (part[half].contiguous() for part in (input, ids, scales))
     assert torch.equal(quantized_gemm.moe_ffn(*arguments, gate_up, down), actual[half])
@@ -169,7 +169,7 @@ def test_projection_is_right(sizes: tuple[int, int, int], kind: str, dtype: torc
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [2, 32])
 def test_every_code_is_decoded(rows: int, kind: str, cpu_variant: str) -> None:
-    """A product with the identity is the weight: all 256 codes of e4m3, all 16 of the others, under odd scales."""
+    """A product with the identity is the weight: all 256 codes of e4m3, all 16 of the others, with uneven scales."""
     codes = torch.arange(256, dtype=torch.uint8)
     turned = torch.stack([codes.roll(37 * row) for row in range(rows)])
     if kind == "fp8":
@@ -181,7 +181,7 @@ def test_every_code_is_decoded(rows: int, kind: str, cpu_variant: str) -> None:
     size = weight.shape[1]
     for dtype in DTYPES:
         product = quantized_gemm.dense(torch.eye(size, dtype=dtype), weight)
-        # A factor is multiplied in after the codes are rounded, so the last bit of bfloat16 is not asked for.
+        # A factor is multiplied after the codes are rounded, so the last bit of bfloat16 may differ.
         wanted = weight.dequantized(torch.float32).T
         torch.testing.assert_close(product.float(), wanted, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
@@ -190,7 +190,7 @@ def test_every_code_is_decoded(rows: int, kind: str, cpu_variant: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["fp8", "int4-32", "int4-float16", "nvfp4"])
 def test_every_number_of_tokens(kind: str, dtype: torch.dtype, cpu_variant: str) -> None:
-    """Up to two tiles of them; factors that change within the rows of a tile."""
+    """Up to two tiles of tokens, with factors that change within the rows of a tile."""
     input = torch.randn(50, 288).to(dtype)
     full = torch.randn(48, 288) * torch.linspace(0.5, 2.0, 6).repeat_interleave(8)[:, None]
     weight = quantized(kind, full, runs=6)

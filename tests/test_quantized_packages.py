@@ -1,4 +1,4 @@
-"""Quantized weights beside the package that defines their formats, compressed-tensors, to the last bit."""
+"""Quantized weights against the package that defines their formats, compressed-tensors, to the last bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_fp8_is_the_packages(dtype: torch.dtype) -> None:
     ours = Fp8Weight.quantize(weight)
     scale, _ = calculate_qparams(weight.amin(1, True), weight.amax(1, True), scheme.weights)
     scale = torch.where(scale.bfloat16() == 0, torch.finfo(torch.bfloat16).eps, scale).bfloat16().float()
-    # A row of zeros has no scale of its own: any will do, and each package takes another.
+    # A row of zeros may have any scale, and the two packages choose different ones.
     scale[5] = ours.scales[5]
     assert torch.equal(ours.scales[:, None], scale)
     theirs = FloatQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)

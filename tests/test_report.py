@@ -52,7 +52,7 @@ def test_the_axes() -> None:
             assert {p.batch for p in mine if p.kind == "adaptive"} == {1, 8}
             assert {p.prefix for p in mine if p.kind == "profile"} >= {4096, 8192}
     assert {p.batch for p in found if p.kind == "transformers"} == {1, 4, 8}
-    # A model of 52 GB is made once: its points follow each other.
+    # A model of 52 GB is made once, so the points of a model follow each other.
     models = [point.model for point in found]
     assert sum(a != b for a, b in pairwise(models)) == len(set(models)) - 1
 
@@ -78,7 +78,7 @@ def test_one_point_of_every_kind_runs(tmp_path: Path) -> None:
         assert entry["tokens_per_second"] > 0
         if entry["point"]["kind"] == "fixed":
             assert entry["step_seconds"] > 0
-            # Times of an instant on a machine that may be busy: only their signs are sure.
+            # On a busy machine such short times are only reliable in their signs.
             assert entry["canvas_seconds"] > 0
             assert entry["commit_seconds"] > -entry["step_seconds"]
             tokens = 32 * entry["point"]["batch"]
@@ -121,7 +121,7 @@ def test_a_second_run_goes_on(
     monkeypatch.setattr(report_measure.Measurer, "measure", measure)
     assert report("--only", "fixed", folder=tmp_path) == 130
     assert asked == wanted[:5]
-    # Every point before the interrupt is kept, the failed one with its words.
+    # Every point before the interrupt is kept, the failed one with its message.
     assert list(entries(tmp_path)) == wanted[:4]
     assert entries(tmp_path)[wanted[1]]["error"] == "OutOfMemoryError: no room"
     interrupting.clear()
@@ -146,7 +146,7 @@ def test_minutes_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     report("--draw", folder=tmp_path)
 
 
-def test_what_is_refused_is_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert full_report.main([]) == 2
     assert 'ARGS="--small"' in capsys.readouterr().err
     assert report("--only", "sing", folder=tmp_path) == 2
@@ -184,7 +184,7 @@ def fake_report(**changes: Any) -> dict[str, Any]:
 
 
 def test_every_goal_can_be_judged() -> None:
-    """Each reads points that the report measures; the figures here are made up."""
+    """Each goal finds its points in a report, whose figures are made up here."""
     found = {goal.name: (value, met) for goal, value, met in judged(fake_report())}
     assert len(found) == len(GOALS) == 20
     assert all(value is not None and met is not None for value, met in found.values())
@@ -232,7 +232,7 @@ def test_published_figures_stand_beside_those_of_a_gpu_alone() -> None:
     found = fake_report()
     at_16 = {peer.label: peer.value for peer in peers_of(found, RATE, 16)}
     assert at_16 == {"vLLM, one H200, fp8": 1288.0, "vLLM, one H100, fp8": 1008.0}
-    # The curve as it is quoted: tokens of a canvas per second, with 48 steps.
+    # The published curve: tokens of a canvas per second, with 48 steps.
     curve = {(peer.label.split()[0], peer.at): round(peer.value) for peer in peers_of(found, RATE, 48)}
     assert {curve["vLLM", batch] for batch in (1, 4, 8)} == {450, 799, 920}
     assert len(peers_of(found, STEP, None)) == 6

@@ -1,4 +1,4 @@
-"""The operators route and dense on every backend, through Python; their kernels have tests of their own beside."""
+"""The operators route and dense on every backend, through Python; their kernels have their own tests as well."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_route(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.
     found = router.probabilities(input, scale, projection, 1e-6)
     assert ids.dtype == torch.int32
     assert tuple(ids.shape) == (tokens, top_k)
-    # A score may round to its neighbour where sums are made in another order: then another choice is as good.
+    # A score may round to its neighbour where sums have another order; another choice is then as good.
     chosen, best = found.gather(1, ids.long()), found.topk(top_k).values
     step = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
     assert bool((best - chosen <= step * best).all())

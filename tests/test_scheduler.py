@@ -60,14 +60,14 @@ def test_another_seed_gives_other_tokens() -> None:
     assert outputs[0] == outputs[2] != outputs[1]
 
 
-# Property: any schedule of submit, cancel and step gives every finished request the tokens it gets alone.
+# Property: any schedule of submit, cancel and step gives every finished request the tokens that it gets alone.
 
 SPECIFICATIONS = 16
 
 
 @cache
 def specification(index: int) -> tuple[list[int], int, SamplerConfig]:
-    """Prompt, length and sampler of a request; its seed is its index."""
+    """The prompt, length and sampler of a request; its seed is its index."""
     draw = random.Random(index)
     prompt = [draw.randrange(300) for _ in range(draw.randrange(1, 12))]
     sampler = SamplerConfig(
@@ -199,7 +199,7 @@ def test_a_failing_request_leaves_the_others_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_dropped_scheduler_frees_its_network_at_once() -> None:
-    """Requests that are not at their end keep nothing; nor does one that somebody still holds."""
+    """Neither unfinished requests nor one that the caller still holds keep the network alive."""
     base = random_model()
     network = Network(base.config, base.weights)
     scheduler = dg.Scheduler(dg.DiffusionGemma(network, base.defaults, base.tokenizer), max_batch=2, max_length=100)
@@ -228,7 +228,7 @@ def test_a_debug_run_names_the_layer_and_the_request(batched: bool, monkeypatch:
     bad = scheduler.submit(chosen[0], max_new_tokens=16, sampler=SAMPLER, seed=4)
     good = scheduler.submit(chosen[1], max_new_tokens=16, sampler=SAMPLER, seed=5)
     scheduler.step()
-    # Behind the head: from the second step on the soft embedding of the first canvas is not finite.
+    # The failure is after the head: from the second step on the first canvas's soft embedding is not finite.
     (group,) = scheduler._groups.values()
     group._batch.state.soft_embedding[0, 1, 2] = float("nan")
     while not scheduler.idle:
@@ -301,7 +301,7 @@ def test_events_come_in_order_and_commits_add_up_to_the_text() -> None:
     assert all(d.entropy.shape == d.accepted.shape == (8,) for d in drafts)
 
 
-def test_a_character_cut_by_a_canvas_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_character_cut_by_a_canvas_is_in_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: bytes(ids).decode("utf-8", "replace"))
     tokens = [*b"aaaaaaa", *"é".encode(), *b"bbbbbbb"]

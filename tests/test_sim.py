@@ -1,7 +1,6 @@
-"""CUDA kernels on the host: two example kernels are right in any order of threads, and wrong when a mistake is planted.
+"""CUDA kernels on the host: two example kernels are right in any order of threads, and wrong with a planted mistake.
 
-The test bed is tests/sim; what it says of each misuse is in test_sim_faults.py, what its instructions do in
-test_sim_conformance.py.
+The test bed is tests/sim; test_sim_faults.py tests its reports of misuse, test_sim_conformance.py its instructions.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def to_float64(bits: Bits) -> NDArray[np.float64]:
 
 
 class Product:
-    """One product by one kernel: `message` is None or what the test bed says, `error` is relative to float64."""
+    """One product by one kernel: `message` is None or the test bed's report, `error` is relative to float64."""
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ def test_every_weight_is_read_once(library: ctypes.CDLL) -> None:
 )
 def test_a_planted_race_gives_wrong_numbers(library: ctypes.CDLL, architecture: str, mistake: Mistake) -> None:
     wrong = [seed for seed in SEEDS if not Product(library, architecture, 200, 13, 640, seed, mistake).right]
-    # Three orders are what a kernel's own test runs at least.
+    # A kernel's own test runs at least three orders.
     assert len(wrong) >= 4, f"only the orders of seeds {wrong} show it"
 
 
@@ -138,7 +137,7 @@ def test_a_planted_deadlock_is_reported(library: ctypes.CDLL, seed: int) -> None
     product = Product(library, "sm90", 200, 13, 640, seed, Mistake.NO_RELEASE)
     assert product.message is not None
     assert product.message.startswith("deadlock: no thread can go on\n")
-    # Who waits for what, and where: the producer for an empty stage, the warpgroup for a full one.
+    # The report names what each waits for, and where: the producer for an empty stage, the warpgroup for a full one.
     assert (
         "which is in phase 0: 4 of 4 arrivals and 0 bytes are missing, at sm90_bf16_tile_product.cu:" in product.message
     )

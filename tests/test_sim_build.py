@@ -1,4 +1,4 @@
-"""Device wrappers and their host forms have the same names; kernels keep the rules; nvcc takes them without spills."""
+"""Device wrappers and host forms have the same names; kernel files keep the rules; nvcc compiles without spills."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEVICE = ROOT / "csrc" / "device"
 HOST = SIM / "device"
 # Plain C++, the same file on both sides.
 SHARED = {"philox.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
-# What wgmma.h is made of, and what only a compiler for the device needs.
+# The parts of wgmma.h, and the header that only a device compiler needs.
 DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
 DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap"}}
 
@@ -23,7 +23,7 @@ KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").rglob
 
 
 def functions_of(header: Path) -> set[str]:
-    """Names of the functions that a header of wrappers defines or declares at namespace level."""
+    """The names of the functions that a header of wrappers defines or declares at namespace level."""
     text = re.sub(r"//.*", "", header.read_text())
     found = re.findall(r"^(?:[\w:*&<>]+ )+[*&]*(\w+)\(", text, re.MULTILINE)
     return {name for name in found if name not in {"asm", "if", "for", "while", "switch", "return"}}
@@ -45,7 +45,7 @@ def test_only_device_headers_hold_assembly() -> None:
 
 
 def test_the_kernel_files_are_found() -> None:
-    """An empty list would pass every test below."""
+    """With an empty list every test below would pass."""
     folders = {str(path.parent.relative_to(ROOT / "csrc")) for path in KERNEL_FILES if SIM not in path.parents}
     assert {f"{family}/cuda" for family in FAMILIES} | {"cuda", "grouped_gemm/sm90", "denoise/sm80"} <= folders
     assert any(SIM in path.parents for path in KERNEL_FILES)

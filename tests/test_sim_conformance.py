@@ -1,4 +1,4 @@
-"""What each device wrapper does: the table of tests/sim/conformance, here on the host, with a GPU there too."""
+"""The effect of each device wrapper: the table of tests/sim/conformance, on the host, and on a GPU if there is one."""
 
 from __future__ import annotations
 

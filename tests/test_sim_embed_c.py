@@ -1,4 +1,4 @@
-"""The example's way onto a GPU: its program with the CUDA kernels, which the test bed runs on the host."""
+"""The example program on a GPU's path: with the CUDA kernels, which the test bed runs on the host."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_puzzle_is_solved_on_the_kernels(program: Path) -> None:
     told = run(program, demo.checkpoint(6), puzzle.text, "--seed", "1", "--device", "cuda").split("\n", 3)
     assert told[0] == "device cuda"
     assert demo.check(told[3].replace("\n", ""), puzzle.text)
-    # A second canvas reads what the kernels appended for the first.
+    # A second canvas reads the rows that the kernels appended after the first.
     longer = run(program, demo.checkpoint(6), puzzle.text, "--seed", "1", "--device", "cuda", "--canvases", "2")
     tokens = longer.split("\n")[2].split()
     assert len(tokens) == 1 + 2 * 37

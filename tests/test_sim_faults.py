@@ -11,7 +11,7 @@ from sim.build import SIM, SUPPORTED, sim_library
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
-# By the kernel's name in tests/sim/kernels/faults.cu.
+# Misuses by the kernel's name in tests/sim/kernels/faults.cu.
 REPORTS = {
     "part_at_syncthreads": r"ends while others wait at __syncthreads|only \d+ of the block have not ended",
     "shuffle_with_ended_lane": r"lanes 0x00000020 of the mask have ended|ends while other lanes .* __shfl_xor_sync",
@@ -56,7 +56,7 @@ REPORTS = {
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    # -O1: so that the recursion that fills a stack stays a recursion.
+    # -O1, so that the recursion that overflows a stack stays a recursion.
     library = sim_library("faults", [SIM / "kernels" / "faults.cu"], ["-O1"])
     library.fault_name.restype = ctypes.c_char_p
     library.run_fault.restype = ctypes.c_char_p
@@ -67,7 +67,7 @@ def test_every_fault_has_a_report(library: ctypes.CDLL) -> None:
     assert {library.fault_name(i).decode() for i in range(library.fault_count())} == set(REPORTS)
 
 
-# What a copy that lands early hides: these are reported in some orders only.
+# Copies that land early hide these, so they are reported in some orders only.
 BY_LUCK_UNSEEN = {"end_before_the_copy", "end_before_the_store_is_read"}
 
 

@@ -24,7 +24,7 @@ def test_puzzles_in_a_batch_are_solved_as_one_by_one(compute_capability: int, se
     right = {"different": [], "steps": max(finishing), "runs": len(finishing)}
     assert found["eager"] == right
     assert found["graph"] == right
-    # The step that is queued too much when the first is done is one of the others' own.
+    # When the first canvas is done, the extra step that is queued is a step of the others.
     assert found["async"] == right
     assert found["until 3"] == 3, "a launch makes no more steps than it was told"
 
@@ -37,8 +37,8 @@ def test_the_kernels_hold_the_rules_of_every_request_in_a_batch() -> None:
     run_tests_on_kernels("tests/test_loop.py", "-k", "rules_of_their_own", seed=4)
 
 
-def test_a_step_of_a_batch_never_looks_at_a_value_and_asks_for_no_more_kernels() -> None:
-    """A captured step could not wait. csrc/cuda/NOTES.md has the counts."""
+def test_a_step_of_a_batch_reads_no_value_and_launches_as_many_kernels() -> None:
+    """A captured step cannot wait for the host. csrc/cuda/NOTES.md has the counts."""
     counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))
     one, four = (counts[f"rows {rows}, step 2"] for rows in (1, 4))
     assert (one["waits"], four["waits"]) == (0, 0)

@@ -12,7 +12,7 @@ from sim.extension import run_on_kernels
 from solve_puzzles import answers
 
 PUZZLES = 8
-# bfloat16 sums in another order may turn a draft, and the path after it.
+# bfloat16 sums in another order may change a draft, and all that follows.
 DIFFERENT_AT_MOST = 1
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")

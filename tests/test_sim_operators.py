@@ -1,7 +1,7 @@
-"""The operators' own tests, run once more with every operator on the CUDA kernels, on the host.
+"""Runs the operators' own tests with every operator on the CUDA kernels, on the host.
 
-Each run plays another GPU and draws the order of threads, copies and products from another seed. What a run of the
-tests looks at is said in tests/backend.py.
+Each run plays another GPU and draws the order of threads, copies and products from another seed. tests/backend.py
+lists what a backend tests.
 """
 
 from __future__ import annotations

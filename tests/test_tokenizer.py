@@ -1,4 +1,4 @@
-"""Text, ids and chats: the tokenizer against transformers, the chat template inside its sandbox."""
+"""Text, ids and chats: the tokenizer against transformers, and the chat template inside its sandbox."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """The same files in transformers."""
+    """transformers' tokenizer of the same files."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder)
@@ -77,7 +77,7 @@ def test_known_ids(tokenizer: Tokenizer) -> None:
 def test_encoding_is_that_of_transformers_and_comes_back(tokenizer: Tokenizer, theirs: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == theirs(text, add_special_tokens=False)["input_ids"]
-    # A word-initial space is written as ▁, so that sign comes back as a space.
+    # A space at the beginning of a word is written as ▁, so that sign comes back as a space.
     if not any(token in text for token in SPECIAL_TOKENS):
         assert tokenizer.decode(ids) == text.replace("▁", " ")
 

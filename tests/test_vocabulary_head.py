@@ -1,4 +1,4 @@
-"""vocabulary_head on every backend: the product against float64, the statistics against those of what was stored."""
+"""vocabulary_head on every backend: the product against float64, the statistics against those of the stored logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_denoise_statistics import assert_statistics
 
 
 def make_operands(case: Case, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and an embedding whose products spread as a trained head's do."""
+    """Hidden states and an embedding whose products spread like a trained head's."""
     batch, length, vocabulary = case.logits.shape
     dtype = case.logits.dtype
     hidden = torch.randn(batch, length, hidden_size).to(dtype)
@@ -45,7 +45,7 @@ def test_product_and_statistics(
     logits, statistics = vocabulary_head(hidden, embedding, **reading(case), logits=buffer)
     assert logits is buffer
     exact = hidden.double() @ embedding.double().T
-    # Rounded once from fp32: half a unit of each value, and what fp32 sums lose.
+    # One rounding from fp32: half a unit in the last place of each value, and the error of fp32 sums.
     in_order = torch.stack([functional.linear(row, embedding) for row in hidden])
     assert_close(logits, exact, dtype, in_order)
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the published layout, loading without copies, and every way in which one can be broken."""
+"""Checkpoints on disk: the published layout, loading without copies, and every kind of broken file."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_transformers_loads_the_same_files(tmp_path: Path, dtype: torch.dtype, a
     state = theirs.state_dict()
     for name, tensor in by_stored_name(load(folder, dtype)).items():
         assert torch.equal(tensor.to(dtype), state[name]), name
-    # What transformers ties comes from the decoder; the layer scalars do not.
+    # transformers ties these tensors to the decoder, except for the layer scalars.
     encoder = "model.encoder.language_model.layers.0."
     assert torch.equal(state[f"{encoder}mlp.up_proj.weight"], state[f"{LAYER_0}mlp.up_proj.weight"])
     assert torch.equal(state["lm_head.weight"], state["model.decoder.embed_tokens.weight"])
@@ -183,13 +183,13 @@ def replace_tensor(folder: Path, name: str, tensor: torch.Tensor | None, file: s
         del tensors[name]
     else:
         tensors[name] = tensor
-    # A new file: the loaded tensors are a map of the old one.
+    # A new file, because the loaded tensors are a map of the old one.
     save_file(tensors, folder / "new")
     (folder / "new").replace(folder / file)
 
 
 def assert_refused(folder: Path, file: str | None, tensor: str | None, match: str, only_load: bool = False) -> None:
-    """Inspection and loading raise the same CheckpointError, which names file and tensor."""
+    """Asserts that inspection and loading raise the same CheckpointError, which names file and tensor."""
     config = ModelConfig.from_file(folder)
     actions: list[Callable[[], object]] = [lambda: load_weights(folder, config, torch.bfloat16, "cpu")]
     if not only_load:
@@ -273,7 +273,7 @@ def test_a_finite_value_that_the_dtype_cannot_hold(folder: Path) -> None:
 
 
 def test_huge_finite_weights_are_no_fault(folder: Path) -> None:
-    # Their sum overflows, which alone is no proof.
+    # Their sum overflows, which alone is no error.
     replace_tensor(folder, "model.decoder.norm.weight", torch.full((64,), 3e38, dtype=torch.bfloat16))
     assert float(load(folder).norm[0]) == pytest.approx(3e38, rel=0.01)
 

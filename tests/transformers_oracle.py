@@ -49,7 +49,7 @@ def load_pair(directory: Path, dtype: torch.dtype, text_only: bool = False) -> P
 def encode(
     model: Any, ids: torch.Tensor, cache: DynamicCache | None = None, spans: Sequence[tuple[int, int]] = ()
 ) -> DynamicCache:
-    """Appends ids [1, T] to a dynamic cache, in one piece, as generate does for a prompt; spans are image tokens."""
+    """Appends ids [1, T] to a dynamic cache at once, as generate does for a prompt; spans are image tokens."""
     if cache is None:
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     start = cache.get_seq_length()
@@ -86,13 +86,13 @@ def cached(cache: DynamicCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def cached_ours(cache: Cache, layer: int, slot: int, positions: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of this package's cache, for a range of positions."""
+    """The same positions of this package's cache."""
     rows = [position % cache.keys[layer].shape[1] for position in positions]
     return cache.keys[layer][slot, rows], cache.values[layer][slot, rows]
 
 
 def copy_cache(source: DynamicCache, length: int, target: Cache, slot: int) -> None:
-    """Makes a slot of this package's cache hold what transformers' cache holds for `length` positions."""
+    """Copies transformers' cache of `length` positions to a slot of this package's cache."""
     target.free(slot)
     for layer, (keys, values) in enumerate(zip(target.keys, target.values, strict=True)):
         their_keys, their_values = cached(source, layer)
@@ -108,7 +108,7 @@ def copy_cache(source: DynamicCache, length: int, target: Cache, slot: int) -> N
 
 @dataclass
 class LayerCall:
-    """One call of one layer: what went in, what came out, which experts its router chose."""
+    """One call of one layer: its input, its output, and the experts that its router chose."""
 
     module: Any
     hidden: torch.Tensor
@@ -143,7 +143,7 @@ def _router_with(router: Any, ids: torch.Tensor) -> Any:
 
 
 def double_cache(cache: DynamicCache) -> DynamicCache:
-    """A copy in float64."""
+    """A copy of a cache in float64."""
     twin = copy.deepcopy(cache)
     for entry in twin.layers:
         if entry.keys is not None and entry.keys.numel():
@@ -181,13 +181,13 @@ def recorded_layers(stack: Any) -> Iterator[list[LayerCall]]:
 
 
 def uniforms(seed: int, canvas: int, step: int, purpose: Purpose, length: int) -> torch.Tensor:
-    """Of positions 0 .. length - 1, float64 [length] in [0, 1)."""
+    """The uniforms of positions 0 .. length - 1, float64 [length] in [0, 1)."""
     draws = [reference.uniform(seed, canvas, step, position, int(purpose)) for position in range(length)]
     return torch.tensor(draws, dtype=torch.float64)
 
 
 def inverse_cdf(probabilities: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first entry whose cumulative mass exceeds draw * total, and how far the draw is from the next boundary.
+    """The first entry whose cumulative mass exceeds draw * total, and the draw's distance from the next boundary.
 
     probabilities [..., vocabulary], draws float64 [...]; sums in float64; the distance is a share of the total.
     """
@@ -203,7 +203,7 @@ def inverse_cdf(probabilities: torch.Tensor, draws: torch.Tensor) -> tuple[torch
 
 @dataclass
 class Settings:
-    """A sampler's settings, for both sides."""
+    """Sampler settings for both sides."""
 
     max_denoising_steps: int = 8
     entropy_bound: float = 0.1
@@ -222,7 +222,7 @@ class Settings:
             **values,
             max_new_tokens=max_new_tokens,
             sampler_config=generation.EntropyBoundSamplerConfig(entropy_bound=self.entropy_bound),
-            # An empty list would be filled in from the checkpoint's file: -1 is no token.
+            # transformers would fill an empty list from the checkpoint's file: -1 is no token.
             eos_token_id=list(self.eos_token_ids) or [-1],
             pad_token_id=0,
         )
@@ -240,28 +240,28 @@ class Trace:
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What two runs have in common when they are the same generation."""
+        """The values that are equal when two runs are the same generation."""
         return {name: getattr(self, name) for name in ("steps", "accepted", "drafts", "tokens", "finish_reason")}
 
 
 @dataclass
 class OracleTrace(Trace):
-    """A generation of transformers, with how close it came to another outcome."""
+    """A generation of transformers, with its distance from another outcome."""
 
     tokens_per_forward: float = 0.0
-    top_two_gap: float = math.inf  # least distance of the two largest logits, as a share of the largest magnitude
-    draw_margin: float = math.inf  # least distance of a draw from the boundary of two tokens
-    bound_margin: float = math.inf  # least distance of a summed entropy from the entropy bound
-    confidence_margin: float = math.inf  # least distance of a mean entropy from the threshold
+    top_two_gap: float = math.inf  # the least distance of the two largest logits, as a share of the largest magnitude
+    draw_margin: float = math.inf  # the least distance of a draw from the boundary of two tokens
+    bound_margin: float = math.inf  # the least distance of a summed entropy from the entropy bound
+    confidence_margin: float = math.inf  # the least distance of a mean entropy from the threshold
 
     @property
     def well_conditioned(self) -> bool:
-        """Rounding cannot have decided anything on the way."""
+        """Whether rounding cannot have decided anything."""
         return self.top_two_gap >= 1e-3 and min(self.draw_margin, self.bound_margin, self.confidence_margin) >= 1e-5
 
 
 class _Recorder(generation.LogitsProcessor):
-    """Looks at the logits of every step and changes nothing."""
+    """A logits processor that records every step and changes nothing."""
 
     def __init__(self, trace: OracleTrace) -> None:
         self.trace = trace
@@ -274,7 +274,7 @@ class _Recorder(generation.LogitsProcessor):
 
 
 class _InjectedSampler(generation.EntropyBoundSampler):  # type: ignore[misc]
-    """transformers' sampler with the noise, and beside it the draws, of this package's random numbers."""
+    """transformers' sampler with this package's noise and draws."""
 
     def __init__(self, *arguments: Any, seed: int, settings: Settings, trace: OracleTrace, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -302,7 +302,7 @@ class _InjectedSampler(generation.EntropyBoundSampler):  # type: ignore[misc]
         self.trace.accepted.append(self.accepted_token_mask[0].tolist())
         entropy = torch.distributions.Categorical(logits=logits).entropy()[0].double().sort().values
         before = entropy.cumsum(0) - entropy
-        # The first is accepted whatever the bound is.
+        # The first position is accepted whatever the bound is.
         margins = (before[1:] - self.settings.entropy_bound).abs()
         self.trace.bound_margin = min(self.trace.bound_margin, float(margins.min()))
         confidence = abs(float(entropy.mean()) - self.settings.confidence_threshold)
@@ -369,7 +369,7 @@ def generate(
 
 
 def _kept(answer: list[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> tuple[list[int], str]:
-    """transformers returns whole canvases and pads after the first end of text; this is what an answer keeps."""
+    """The answer's part of transformers' whole canvases, which are padded after the first end of text."""
     kept = answer[:max_new_tokens]
     ends = [position for position, token in enumerate(kept) if token in eos_token_ids]
     if not ends:
