@@ -36,8 +36,10 @@ def quantized(kind: str, weight: Tensor, runs: int = 1) -> QuantizedWeight:
 
 
 def meant(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight that a product in `dtype` uses. int4's scales are rounded to it, as in compressed-tensors; factors of the
-    other formats are multiplied into the fp32 sums and are not rounded."""
+    """The weight that a product in `dtype` uses.
+
+    int4's scales are rounded to it, as in compressed-tensors; factors of the other formats multiply the fp32 sums.
+    """
     return weight.dequantized(dtype if weight.name == "int4" else torch.float32)
 
 
