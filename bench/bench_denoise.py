@@ -1,8 +1,8 @@
-"""The denoise step's ops beside what transformers makes of them in torch, in the same run.
+"""The operators of the denoise step beside torch's operators in transformers, in the same run.
 
     cd bench && python -m pytest bench_denoise.py -o python_files='bench_*.py'
 
-extra_info: the peer's milliseconds, the ratio of the medians (ours / peer's), and GB/s or GFLOP/s of ours. A CPU time
+extra_info: the peer's milliseconds, the ratio of the medians (ours / peer's), and our GB/s or GFLOP/s. A CPU time
 means something only beside the peer's.
 """
 
@@ -42,7 +42,7 @@ def median_seconds(call: Callable[[], object]) -> float:
 
 
 def compare(benchmark: Benchmark, ours: Callable[[], object], peer: Callable[[], object], **work: float) -> None:
-    """Times both; `work` is gigabytes= or gigaflop= of one call of ours."""
+    """Times both. `work`: gigabytes= or gigaflop= of one call of ours."""
     peer_seconds = median_seconds(peer)
     benchmark.pedantic(ours, rounds=ROUNDS, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
@@ -83,7 +83,7 @@ def draws() -> dict[str, torch.Tensor]:
 
 
 def test_statistics(benchmark: Benchmark, logits: torch.Tensor) -> None:
-    """Beside the soft cap, the temperature, argmax, and entropy twice (acceptance and stopping each compute it)."""
+    """Beside soft cap, temperature, argmax, and the entropy twice (acceptance and stopping each compute it)."""
 
     def peer() -> None:
         z = processed(logits)

@@ -32,7 +32,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def weights() -> tuple[Tensor, Tensor]:
-    """gate_up and down of one layer. One expert's random values serve all: what counts is where they lie."""
+    """gate_up and down of one layer. All experts are copies of one, because only the number of bytes matters."""
     gate_up = torch.randn(2 * EXPERT_SIZE, HIDDEN_SIZE, dtype=torch.float32).mul_(HIDDEN_SIZE**-0.5).bfloat16()
     down = torch.randn(HIDDEN_SIZE, EXPERT_SIZE, dtype=torch.float32).mul_(EXPERT_SIZE**-0.5).bfloat16()
     return gate_up.expand(EXPERTS, -1, -1).contiguous(), down.expand(EXPERTS, -1, -1).contiguous()
@@ -49,7 +49,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def loop_over_experts(
     input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """What one writes by hand: torch's product for every expert that is hit."""
+    """A loop as one would write it by hand: torch's product for every expert that is hit."""
     result = torch.zeros_like(input, dtype=torch.float32)
     for expert in torch.unique(expert_ids).tolist():
         token, slot = torch.where(expert_ids == expert)
@@ -60,7 +60,7 @@ def loop_over_experts(
 
 
 def transformers_experts(implementation: str) -> Callable[..., Tensor]:
-    """The experts of transformers' own model, as it runs them with `experts_implementation=implementation`."""
+    """The experts of transformers' own model with `experts_implementation=implementation`."""
     from transformers.models.diffusion_gemma.configuration_diffusion_gemma import DiffusionGemmaTextConfig
     from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextExperts
 

@@ -39,7 +39,7 @@ def weights() -> tuple[Tensor, Tensor]:
 
 
 def grouped_products(input: Tensor, ids: Tensor, scales: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same with torch's grouped product: sort the pairs, gather, two products, scatter."""
+    """The same by torch's grouped product: sort the pairs, gather, two products, scatter."""
     order = ids.flatten().argsort(stable=True)
     ends = torch.bincount(ids.flatten(), minlength=EXPERTS).cumsum(0).int()
     rows = input[order // TOP_K]

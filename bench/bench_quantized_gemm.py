@@ -32,7 +32,7 @@ Weights = tuple[Tensor | QuantizedWeight, Tensor | QuantizedWeight]
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[Tensor, Tensor]:
-    """gate_up and down of one layer. One expert's random values serve all: what counts is where they lie."""
+    """gate_up and down of one layer. All experts are copies of one, because only the number of bytes matters."""
     gate_up = torch.randn(2 * EXPERT_SIZE, HIDDEN_SIZE).mul_(HIDDEN_SIZE**-0.5).bfloat16()
     down = torch.randn(HIDDEN_SIZE, EXPERT_SIZE).mul_(EXPERT_SIZE**-0.5).bfloat16()
     return gate_up.expand(EXPERTS, -1, -1).contiguous(), down.expand(EXPERTS, -1, -1).contiguous()
@@ -47,7 +47,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def quantized(format: str, plain: tuple[Tensor, Tensor]) -> tuple[QuantizedWeight, QuantizedWeight]:
-    """Both in a format; the first expert's codes, copied to all."""
+    """Both weights in a format; the first expert's codes are copied to all."""
     target = parse_target(format)
     gate_up = stack_weights([target.quantize(list(plain[0][0].chunk(2)))], 1)
     down = stack_weights([target.quantize([plain[1][0]])], 1)

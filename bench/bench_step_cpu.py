@@ -3,10 +3,9 @@
     python bench/bench_step_cpu.py            # about ten minutes and 12 GB of memory; the checkpoint (5 GB) goes
     under build/
 
-Hidden 2816, 128 experts of 704, top 8, vocabulary 262,144, bf16, canvas 256, prompt 128, random weights: as they are
+Hidden 2816, 128 experts of 704, top 8, vocabulary 262,144, bf16, canvas 256, prompt 128, random weights, both as drawn
 (the tied head makes every position's distribution peaked) and flattened (final norm x 0.05). Both sides run with the
-same number of threads, by turns, each in a process of its own; the figure is the median. A time means little here, a
-ratio does.
+same number of threads, by turns, each in its own process; the figures are medians. Compare ratios, not times.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-# Of transformers' time, in the same run (the project's goals for two cores).
+# Shares of transformers' time in the same run (the project's goals for two cores).
 GOALS = {"peaked": {"step": 0.25, "sampler": 0.05}, "flat": {"step": 0.42, "sampler": 0.05}}
 FLATTENING = 0.05
 
@@ -105,7 +104,7 @@ class Worker:
 
 
 def measure(weights: str, checkpoint: Path, threads: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each part, median over rounds, both sides by turns; then each side's peak memory."""
+    """Seconds of each part, as medians over rounds that run both sides by turns; then each side's peak memory."""
     sides = {side: Worker(side, checkpoint, threads) for side in ("ours", "transformers")}
     result: dict[str, Any] = {"weights": weights, "threads": threads, "rounds": rounds}
     for part in ("first", "step", "sampler", "products"):

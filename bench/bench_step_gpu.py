@@ -26,7 +26,7 @@ from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from dgemma_ext.sampling import begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
 from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
 
-# Read for the head, and again for the soft embedding.
+# The table is read for the head, and again for the soft embedding.
 HEAD_BYTES = 2.0 * 262_144 * 2816
 
 pytestmark = pytest.mark.gpu
@@ -34,12 +34,12 @@ pytestmark = pytest.mark.gpu
 
 @cache
 def model(experts_hit: int, weights: str = "bfloat16") -> dg.DiffusionGemma:
-    model.cache_clear()  # one at a time fits
+    model.cache_clear()  # two do not fit at the same time
     torch.cuda.empty_cache()
     return random_model(true_config(), experts_hit=experts_hit, weights=weights)
 
 
-# Microseconds by format and experts hit.
+# Goals in microseconds, by format and experts hit.
 GOALS = {
     "bfloat16": {84: 12_000.0, 128: 15_500.0},
     "fp8": {84: 7_500.0, 128: 9_500.0},
@@ -69,7 +69,7 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
         batch.state.active.fill_(True)
         denoising_step(network, cache, batch, buffers)
 
-    # What stands in quantized layers is counted as it is kept, all experts by the share that is hit.
+    # Quantized weights count in their format, and experts by the share that is hit.
     experts = sum(layer.experts_gate_up.nbytes + layer.experts_down.nbytes for layer in made.weights.layers)
     others = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "router_proj")
     kept = [getattr(layer, name) for layer in made.weights.layers for name in others]
@@ -81,7 +81,7 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
 
 @pytest.mark.parametrize("prefix", [128, 8192])
 def bench_batch_invariant_step(benchmark: BenchmarkFixture, prefix: int) -> None:
-    """What `batch_invariant=True` costs: the step of bench_step[bfloat16-128-...] with our own dense products."""
+    """The cost of `batch_invariant=True`: the step of bench_step[bfloat16-128-...] with our own dense products."""
     made = model(128)
     made.network.options.matmul = MatmulMode.INVARIANT
     try:
@@ -92,7 +92,7 @@ def bench_batch_invariant_step(benchmark: BenchmarkFixture, prefix: int) -> None
 
 @pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
 def bench_head_to_soft_embedding(benchmark: BenchmarkFixture, peaked: bool) -> None:
-    """Head, statistics, sampling, acceptance and soft embedding: what a step does after its layers."""
+    """Head, statistics, sampling, acceptance and soft embedding: the part of a step after its layers."""
     made = random_model(true_config(layers=1), final_norm=1.0 if peaked else 0.05)
     resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(made.defaults, 256)
     network = made.network
@@ -121,8 +121,8 @@ CANVAS_STEPS = 16
 @pytest.mark.parametrize("requests", [1, 4])
 @pytest.mark.parametrize("driver", list(LOOPS))
 def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> None:
-    """Canvases of 16 steps by a driver: microseconds by the wall clock for each step, and of them the host's to queue
-    one. "eager" launches a step's kernels one by one, the others replay a captured step."""
+    """Canvases of 16 steps by a driver: wall microseconds for each step, and the host's part to queue one. "eager"
+    launches a step's kernels one by one; the other drivers replay a captured step."""
     made = model(84)
     scheduler = dg.Scheduler(made, requests, 1024, driver=driver)
     sampler = dg.SamplerConfig(confidence_threshold=0.0, max_denoising_steps=CANVAS_STEPS)
@@ -142,7 +142,7 @@ def bench_canvas(benchmark: BenchmarkFixture, driver: str, requests: int) -> Non
     canvas()
     queued = []
     for _ in range(10):
-        state.active.fill_(False)  # a step of nobody: the GPU keeps up, and the host does not wait for its queue
+        state.active.fill_(False)  # no row is active, so the GPU keeps up and the host does not wait for it
         torch.cuda.synchronize()
         began = time.perf_counter()
         runner.step()

@@ -1,12 +1,12 @@
-"""What dg.accelerate makes of transformers' own model on the CPU, at true width with two layers, in one run by turns.
+"""transformers' own model with and without dg.accelerate on the CPU, with two layers of true width, by turns in one run.
 
     python bench/bench_transformers.py            # about ten minutes and 12 GB of memory; the checkpoint (5 GB) goes
     under build/, where bench_step_cpu.py looks for it too
 
 One model in one process, accelerated and not by turns: transformers with its defaults (sdpa, its own choice for the
 experts) against the same weights on this package's kernels. Hidden 2816, 128 experts of 704, top 8, vocabulary 262,144,
-bf16, canvas 256, prompt 128; random weights as they are (peaked distributions) and flattened (final norm x 0.05). The
-figures are medians, of the seconds and of each round's ratio; a time means little here, a ratio does.
+bf16, canvas 256, prompt 128; random weights as drawn (peaked distributions) and flattened (final norm x 0.05). The
+figures are medians of the seconds and of each round's ratio. Compare ratios, not times.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch import Tensor
 
 import dgemma_ext as dg
 
-# How many times as fast (the project's goals for two cores).
+# Speedups (the project's goals for two cores).
 GOALS = {"step": 2.0, "sampler": 3.0}
 CANVAS = 256
 
 
 class Bench:
-    """Transformers' model, and its generate's parts as that puts them together."""
+    """transformers' model, and the parts of a step as its generate calls them."""
 
     def __init__(self, checkpoint: Path) -> None:
         from transformers import DiffusionGemmaForBlockDiffusion, LogitsProcessorList
@@ -49,13 +49,13 @@ class Bench:
         self.sampler_object = generation.EntropyBoundSampler(
             generation.EntropyBoundSamplerConfig(entropy_bound=0.1), CANVAS, self.vocabulary, 48
         )
-        # Never confident, so that every step makes a next step's self-conditioning.
+        # A threshold that is never met, so that every step computes the next step's self-conditioning.
         self.stopping = generation.StableAndConfidentStoppingCriteria(1, 0.0)
         self.processors = LogitsProcessorList([generation.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, 48)])
         self.narrow = _NarrowTable(self.model.model.decoder.embed_tokens)
 
     def start(self, final_norm: float) -> None:
-        """Sets the distributions' width, and makes the first step of a canvas on both sides."""
+        """Sets the width of the distributions, and runs the first step of a canvas on both sides."""
         with torch.no_grad():
             self.model.model.decoder.norm.weight.fill_(final_norm)
         torch.manual_seed(0)
@@ -66,7 +66,7 @@ class Bench:
             self.seconds(self.step, enabled)
         self.raw = torch.randn(1, CANVAS, self.vocabulary).to(torch.bfloat16)
         if final_norm == 1.0:
-            # As peaked as the model's: the largest logit well above the others.
+            # As peaked as the model's distributions: the largest logit is well above the others.
             self.raw[..., 7] += 25.0
 
     def seconds(self, part: Callable[[bool], None], enabled: bool) -> float:
@@ -77,20 +77,20 @@ class Bench:
 
     @torch.no_grad()
     def first(self, enabled: bool) -> None:
-        """The first step of a canvas, which has no self-conditioning; accelerated it makes that of the next step, which
-        transformers leaves to the next step."""
+        """The first step of a canvas, without self-conditioning. Accelerated, it also computes the next step's,
+        which transformers computes in that step."""
         self._denoising_step(enabled, None, self.model.forward)
 
     @torch.no_grad()
     def step(self, enabled: bool) -> None:
-        """Any later step, with the self-conditioning of the one before."""
+        """Any later step, with self-conditioning."""
         found = self._denoising_step(enabled, self.carried[enabled], self.model.forward)
         self.canvas[enabled], _, self.carried[enabled], _ = found
 
     @torch.no_grad()
     def sampler(self, enabled: bool) -> None:
-        """All between the two products with the vocabulary: soft cap, statistics, sampling, acceptance, renoising, stop
-        and the next step's probabilities."""
+        """The part between the two products with the vocabulary: soft cap, statistics, sampling, acceptance, renoising,
+        stop and the next step's probabilities."""
         if enabled:
             from dgemma_ext.integrations.transformers import denoising
 
@@ -128,7 +128,7 @@ class Bench:
 
 
 class _NarrowTable(torch.nn.Module):
-    """64 of the table's columns: the soft embedding computes all its probabilities and hardly any product."""
+    """64 columns of the table: the soft embedding computes all its probabilities and hardly any product."""
 
     def __init__(self, table: Any) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def measure(bench: Bench, weights: str, final_norm: float, rounds: int) -> dict[
             for enabled in seconds:
                 seconds[enabled].append(bench.seconds(getattr(bench, part), enabled))
         plain, accelerated = (statistics.median(seconds[enabled]) for enabled in (False, True))
-        # Of neighbours in time, which a machine that gets busier slows alike.
+        # The median of ratios of neighbouring rounds, which a machine that gets busier slows alike.
         times = statistics.median(a / b for a, b in zip(seconds[False], seconds[True], strict=True))
         result[part] = {"transformers": plain, "accelerated": accelerated, "times": times}
     return result

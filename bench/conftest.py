@@ -1,4 +1,4 @@
-"""Benchmarks of the GPU run on one alone (`make gpu-check`); they never fall back to the CPU."""
+"""Benchmarks of the GPU run only on a GPU (`make gpu-check`); they never fall back to the CPU."""
 
 from __future__ import annotations
 

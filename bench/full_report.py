@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file: Path = chosen.results or ROOT / "bench" / "results" / f"{_slug(device, scale)}-report.json"
     try:
         report = load(file, device, scale)
-    except ValueError as error:  # also of JSON that is none
+    except ValueError as error:  # also when JSON is not valid
         print(f"make report: {error}", file=sys.stderr)
         return 2
     try:
@@ -81,7 +81,7 @@ def _slug(device: str, scale: Scale) -> str:
 
 
 def load(file: Path, device: str, scale: Scale) -> dict[str, Any]:
-    """The report as far as it is, new where there is none. Raises ValueError for one of another device or scale."""
+    """The report so far, or a new one. Raises ValueError for one of another device or scale."""
     kind = "cpu" if device == "cpu" else "gpu"
     about = {"device": device, "kind": kind, "scale": scale.name, "torch": torch.__version__, "commit": _commit()}
     if not file.exists():
@@ -110,7 +110,7 @@ def _commit() -> str:
 def run(
     report: dict[str, Any], wanted: Sequence[Point], scale: Scale, device: str, file: Path, minutes: float | None
 ) -> None:
-    """Measures what is not there yet or has failed, and saves after every point."""
+    """Measures the points that are missing or failed, and saves after every point."""
     from report_measure import Measurer
 
     measurer = Measurer(scale, device)
@@ -124,7 +124,7 @@ def run(
         start = time.monotonic()
         try:
             figures = measurer.measure(point)
-        except Exception as error:  # memory that is not there, a peer that fails: the others can still be measured
+        except Exception as error:  # out of memory, or a failing peer: the other points can still be measured
             figures = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         entry = {"point": point.fields(), "commit": report["commit"], "date": time.strftime("%Y-%m-%d"), **figures}
         report["points"][point.name] = entry
@@ -134,7 +134,7 @@ def run(
 
 
 def headline(entry: dict[str, Any]) -> str:
-    """What a line says of a point."""
+    """The main figure of a point."""
     if entry["point"]["kind"] == "profile":
         step = entry["step"]
         return f"{step['seconds'] * 1e3:.4g} ms a step, floor {step['floor_seconds'] * 1e3:.4g} ms"
@@ -148,7 +148,7 @@ def headline(entry: dict[str, Any]) -> str:
 
 
 def print_points(report: dict[str, Any]) -> None:
-    """Every measured point on a line, failures last."""
+    """Prints every measured point on a line, failures last."""
     entries = report["points"]
     if not entries:
         return
@@ -159,7 +159,7 @@ def print_points(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], folder: Path) -> int:
-    """Draws what there is; says which extra to install where it cannot."""
+    """Draws the plots; without matplotlib it prints which extra to install."""
     from report_plots import write_plots
 
     try:

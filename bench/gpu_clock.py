@@ -18,9 +18,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 30
 WARM_UP = 3
-# Twice the largest L2 cache of the GPUs that the kernels are for (96 MB on an RTX 5090).
+# Twice the largest L2 cache of the supported GPUs (96 MB on an RTX 5090).
 FLUSH_BYTES = 192 * 2**20
-# What the read bandwidth is measured on: long enough that its start and end do not count.
+# The read bandwidth is measured on this many bytes: enough that launch costs do not count.
 STREAM_BYTES = 4 * 2**30
 # Dense bf16 peak by data sheet, TFLOP/s, by compute capability: H100 and H200 SXM, A100, RTX 4090, RTX 5090.
 PEAK_TERAFLOPS = {(9, 0): 989.0, (8, 0): 312.0, (8, 9): 165.2, (12, 0): 209.5}
@@ -28,7 +28,7 @@ PEAK_TERAFLOPS = {(9, 0): 989.0, (8, 0): 312.0, (8, 9): 165.2, (12, 0): 209.5}
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has to move and to multiply, each input counted once."""
+    """Bytes and FLOPs of a call, each input counted once."""
 
     bytes: float
     operations: float = 0.0
@@ -40,7 +40,7 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def microseconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median GPU time of one call, with a cold L2 cache."""
+    """The median GPU time of one call with a cold L2 cache."""
     for _ in range(WARM_UP):
         call()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
@@ -55,7 +55,7 @@ def microseconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 @cache
 def read_bandwidth() -> float:
-    """Bytes per second that a plain sum over a large tensor reads; the denominator of every share of the floor."""
+    """Bytes per second of a sum over a large tensor; the denominator of every share of the floor."""
     values = torch.empty(STREAM_BYTES // 4, dtype=torch.float32, device="cuda").fill_(1.0)
     return STREAM_BYTES / (microseconds(lambda: torch.sum(values), rounds=10) * 1e-6)
 
@@ -74,7 +74,7 @@ def record(
     peer: Callable[[], object] | None = None,
     rounds: int = ROUNDS,
 ) -> None:
-    """Measures a call, and its peer in the same run, and leaves the figures in the benchmark's extra_info."""
+    """Measures a call, and its peer in the same run, and writes the figures to the benchmark's extra_info."""
     time = microseconds(call, rounds)
     floor = floor_microseconds(work)
     figures = {

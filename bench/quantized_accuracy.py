@@ -1,15 +1,15 @@
-"""What quantized weights change in the logits of a denoising pass, against the same checkpoint as it is.
+"""The effect of quantized weights on the logits of a denoising pass, against the same checkpoint unquantized.
 
     python bench/quantized_accuracy.py                 # the bundled model, and a random one at true width (5 GB)
     python bench/quantized_accuracy.py FOLDER ...      # checkpoints
 
 For each format: the cosine between the logits (fp32, soft-capped, of all positions together), the share of positions
-whose largest logit is at the same token, and the mean over positions of the divergence KL(plain || quantized) in nats.
-int4 is of experts and attention, nvfp4 of experts alone, fp8 of the dense MLP too: the usual parts of each.
-The canvas is noise, after a prompt of 128 random tokens (or what the checkpoint's context leaves room for).
+whose largest logit is at the same token, and the mean over positions of KL(unquantized || quantized) in nats. int4
+quantizes experts and attention, nvfp4 only experts, fp8 the dense MLP too: the usual parts of each. The canvas is
+noise, after a prompt of 128 random tokens (or as many as the checkpoint's context has room for).
 
-Of random weights the share says little: their largest logits lie close together, and nothing was learnt that rounding
-could leave intact. The solve rate of a trained model (examples/sudoku/evaluate.py --weights) says more.
+With random weights the share means little: their largest logits are close together, and nothing was learnt that
+rounding could keep. The solve rate of a trained model (examples/sudoku/evaluate.py --weights) says more.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bench_step_cpu import FLATTENING, ROOT, write_checkpoint
 import dgemma_ext as dg
 import dgemma_ext.demo
 
-# Formats of weights, and what the experts' activations are rounded to.
+# Formats of weights, and the format that the experts' inputs are rounded to.
 FORMATS = (("fp8", None), ("fp8", "fp8"), ("int4", None), ("int4-64", None), ("int4-128", None), ("nvfp4", None))
 PROMPT_TOKENS = 128
 
 
 @torch.inference_mode()
 def logits_of(folder: Path, weights: str, activations: str | None = None) -> torch.Tensor:
-    """fp32 [L, V] of one pass over a canvas of noise."""
+    """The logits, fp32 [L, V], of one pass over a canvas of noise."""
     model = dg.DiffusionGemma.from_pretrained(
         folder, device="cpu", dtype="bfloat16", weights=weights, activations=activations
     )

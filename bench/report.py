@@ -53,7 +53,7 @@ def rows_of(raw: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, a column for each figure that any of them has."""
+    """The rows as text, with a column for each figure that any of them has."""
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     cells = [["name", *columns]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The goals for one H200 and a canvas of 256 tokens, and what a report has of each."""
+"""The goals for one H200 and a canvas of 256 tokens, and their figures in a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Points = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `limit` (in `unit`). `measured`: from the points of a report, None where one is missing."""
+    """At most `limit` (in `unit`). `measured`: the figure from a report's points; None where one is missing."""
 
     name: str
     limit: float
@@ -48,7 +48,7 @@ def _step(weights: str, experts: int) -> Callable[[Points], float | None]:
 
 
 def _further_canvas(prefix: int) -> Callable[[Points], float | None]:
-    """What each of seven canvases adds to the step of one."""
+    """The time that each of seven more canvases adds to the step of one."""
 
     def measured(points: Points) -> float | None:
         one, eight = (_entry(points, Point("fixed", "bfloat16", 128, batch, prefix, steps=16)) for batch in (1, 8))
@@ -63,7 +63,7 @@ def _experts(weights: str, batch: int = 1) -> Callable[[Points], float | None]:
 
 _AFTER_LAYERS = ("head", "sampling", "soft_embedding")
 _ATTENTION = ("attention_sliding", "attention_full")
-# "Gaps" are what the step's wall time has beyond its kernels.
+# "Gaps" are the step's wall time without its kernels.
 _DENSE = ("embedding", "norms", "projections", "router", "mlp", "other")
 
 GOALS: tuple[Goal, ...] = (
@@ -111,7 +111,7 @@ GOALS: tuple[Goal, ...] = (
 
 
 def judged(report: Mapping[str, Any]) -> list[tuple[Goal, float | None, bool | None]]:
-    """Every goal with what was measured, and whether it is met: None where nothing was, or not on an H200."""
+    """Every goal with its figure, and whether it is met: None where it was not measured, or not on an H200."""
     of_goals = report["scale"] == "full" and "H200" in report["device"]
     found: list[tuple[Goal, float | None, bool | None]] = []
     for goal in GOALS:

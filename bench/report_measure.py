@@ -1,4 +1,4 @@
-"""How each kind of point is measured. Times are in seconds, on the host's clock with the device idle at both ends."""
+"""Measures each kind of point. Times are in seconds, on the host's clock with the device idle at both ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PROFILED_STEPS = 4
 
 
 class Measurer:
-    """Keeps the random model of the last point, so that points of one model need it made once."""
+    """Keeps the last point's random model, so that points of a model need it made once."""
 
     def __init__(self, scale: Scale, device: str) -> None:
         self.scale = scale
@@ -34,9 +34,9 @@ class Measurer:
         self._made: tuple[str, int] | None = None
 
     def measure(self, point: Point) -> dict[str, Any]:
-        """The figures of a point. Raises what its run raises."""
+        """The figures of a point. Raises the exceptions of its run."""
         if point.kind == "transformers":
-            self._forget()  # both do not fit beside each other
+            self._forget()  # both models do not fit in memory
             return measure_transformers(self.scale, point, self.device)
         model = self._model_of(point)
         if self.device.type == "cuda":
@@ -64,11 +64,11 @@ class Measurer:
     # Kinds ------------------------------------------------------------------------------------------------------
 
     def _fixed(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
-        """The time of a canvas: `steps` denoising steps, the first of which encodes the canvas before it. The first
-        canvas warms up; of the last, the first step is timed apart.
+        """The time of a canvas: `steps` denoising steps, the first of which encodes the canvas before it. The first canvas
+        warms up; in the last one the first step is timed apart.
 
-        step_seconds: of one of the others. commit_seconds: by how much the first is longer. tokens_per_second: prefill
-        is not counted, as the published figures do not; every canvas takes the one before it.
+        step_seconds: the time of one of the other steps. commit_seconds: by how much the first step is longer.
+        tokens_per_second: without prefill, as in the published figures; every canvas encodes the one before it.
         """
         sampler = dg.SamplerConfig(max_denoising_steps=point.steps, confidence_threshold=0.0, eos_token_ids=())
         canvases = 1 + self.scale.repeats
@@ -90,8 +90,8 @@ class Measurer:
         }
 
     def _adaptive(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
-        """Canvases that stop as the sampler decides, from random prompts and weights: how many steps that takes says
-        nothing of the published model. Prefill is what the first step takes longer than the second."""
+        """Canvases that the sampler stops, from random prompts and weights: their steps say nothing about the
+        published model. Prefill is the time by which the first step is longer than the second."""
         canvases = 1 + self.scale.repeats
         batch = Batch(model, point, dg.SamplerConfig(eos_token_ids=()), canvases)
         ends = [self._now()]
@@ -120,7 +120,7 @@ class Measurer:
         return fields(profile(model, steps=_PROFILED_STEPS, prefix=point.prefix, batch=point.batch))
 
     def _encode_seconds(self, model: dg.DiffusionGemma, before: int, count: int) -> float:
-        """Median time of encoding so many tokens into a slot that holds `before`."""
+        """The median time of encoding `tokens` into a slot that holds `before`."""
         cache = model.new_cache(1, before + count)
         if before:
             model.encode(random_ids(model, 1, before), cache)
@@ -144,7 +144,7 @@ def random_ids(model: dg.DiffusionGemma, rows: int, count: int) -> torch.Tensor:
 
 
 class Batch:
-    """The requests of a point in a scheduler, of so many canvases each."""
+    """The requests of a point in a scheduler, each with several canvases."""
 
     def __init__(self, model: dg.DiffusionGemma, point: Point, sampler: dg.SamplerConfig, canvases: int) -> None:
         length = model.config.canvas_length
@@ -158,7 +158,7 @@ class Batch:
         self._committed = dict.fromkeys((request.number for request in self.requests), 0)
 
     def finish_canvas(self) -> None:
-        """Goes on until every request has one more canvas."""
+        """Runs until every request has one more canvas."""
         self._canvases += 1
         while min(self._committed.values()) < self._canvases:
             self._look_at(self.scheduler.finish_canvas())
@@ -176,7 +176,7 @@ class Batch:
 
 
 def measure_transformers(scale: Scale, point: Point, device: torch.device) -> dict[str, Any]:
-    """transformers in a process of its own. Raises RuntimeError with the last of what it wrote where it fails."""
+    """Runs transformers in another process. Raises RuntimeError with the end of its output where it fails."""
     order = {
         "config": config_dict(scale.layers, **scale.changes),
         "device": str(device),

@@ -1,6 +1,7 @@
-"""What others have published of their speed with DiffusionGemma 26B-A4B, each figure with its conditions and source.
+"""Published speeds of DiffusionGemma 26B-A4B, each with its conditions and source.
 
 "derived" says that the figure was computed from published ones, and how.
+
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RATE, STEP = "tokens per second", "milliseconds per step"
 
 
 def _curve(label: str, walls: dict[int, float], conditions: str) -> list[Peer]:
-    """From the median wall seconds of a batch of canvases of 256 tokens, 48 steps each."""
+    """A curve from the median wall seconds of a batch of canvases of 256 tokens, 48 steps each."""
     told = f"{conditions}; derived: 256 tokens x batch / wall seconds"
     return [Peer(RATE, label, batch, 256 * batch / wall, told, _SGLANG, steps=48) for batch, wall in walls.items()]
 

@@ -1,7 +1,8 @@
 """The plots of a report: tokens per second against the batch, a step against the prefix, and the floor of each part.
 
-What is drawn is chosen by functions that need no matplotlib. A report of a CPU is drawn alone, without the published
-figures, under names and titles that say so.
+Functions that need no matplotlib choose the figures. A CPU's report is drawn without the published figures, under
+names and titles that say so.
+
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from report_peers import PEERS, RATE, STEP, Peer
 
 from dgemma_ext.profile import chart
 
-# By weights; every one is also told in words.
+# Colours by weights; the legend names them too.
 _COLOURS = {"bfloat16": "#466891", "fp8": "#4d9da8", "int4": "#c98a2b", "transformers": "#7a7a7a"}
 _DOTS_PER_INCH = 144
 
 
 @dataclass
 class Series:
-    """Points of one line: x → y."""
+    """The points of one line: x → y."""
 
     label: str
     colour: str
@@ -31,12 +32,12 @@ class Series:
 
 
 def _good(report: Mapping[str, Any], kind: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The sizes and figures of the points of a kind that were measured."""
+    """The sizes and figures of the measured points of a kind."""
     return [(e["point"], e) for e in report["points"].values() if e["point"]["kind"] == kind and "error" not in e]
 
 
 def rate_series(report: Mapping[str, Any], steps: int, prefix: int) -> list[Series]:
-    """Tokens per second against the batch, with so many fixed steps: a line for each model, and transformers'."""
+    """Tokens per second against the batch, with a fixed number of steps: a line for each model and for transformers."""
     found: dict[str, Series] = {}
     for kind in ("fixed", "transformers"):
         for point, entry in _good(report, kind):
@@ -63,7 +64,7 @@ def step_series(report: Mapping[str, Any], steps: int) -> list[Series]:
 
 
 def floor_shares(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Model → part → (seconds, share of them that the floor is), of one canvas at the longest profiled prefix."""
+    """Model → part → (seconds, floor / seconds), for one canvas at the longest profiled prefix."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     longest: dict[str, int] = {}
     for point, entry in _good(report, "profile"):
@@ -79,14 +80,14 @@ def floor_shares(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, 
 
 
 def peers_of(report: Mapping[str, Any], axis: str, steps: int | None) -> list[Peer]:
-    """The published figures to draw beside a report's: none beside those of a CPU or of small sizes."""
+    """The published figures to draw beside a report's: none for a CPU or for small sizes."""
     if report["kind"] != "gpu" or report["scale"] != "full":
         return []
     return [peer for peer in PEERS if peer.axis == axis and (axis == STEP or peer.steps == steps)]
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draws what there is. Raises ValueError where there is no matplotlib, and for a CPU's figures in docs/."""
+    """Draws the plots. Raises ValueError where there is no matplotlib, and for a CPU's figures in docs/."""
     chart.require()
     if report["kind"] == "cpu" and folder.resolve().is_relative_to(Path(__file__).resolve().parent.parent / "docs"):
         raise ValueError(f"{folder} is for plots of a GPU; these figures are a CPU's")
@@ -146,7 +147,7 @@ def _floors(report: Mapping[str, Any], folder: Path) -> Path:
             axes.set_visible(False)
         for axes, (label, parts) in zip(grid, models.items(), strict=False):
             places = list(range(len(parts)))
-            # A share above one: the operator leaves out, or keeps on the chip, what is counted.
+            # A share above one: the operator does not read, or keeps on the chip, some of the counted bytes.
             shares = [100 * min(share, 1.0) for _, share in parts.values()]
             axes.barh(places, shares, color=_COLOURS[label.split(",")[0]], alpha=0.7)
             for place, (seconds, share) in zip(places, parts.values(), strict=True):

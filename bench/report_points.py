@@ -1,4 +1,4 @@
-"""What `make report` measures: points, each a model, a way to run it, and sizes."""
+"""The points that `make report` measures: each is a model, a way to run it, and sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Point:
 
     @property
     def model(self) -> tuple[str, int]:
-        """What must be made anew to measure it: points of one model follow each other."""
+        """The model that must be made to measure the point: points of one model follow each other."""
         return self.weights, self.experts
 
     def fields(self) -> dict[str, Any]:
@@ -42,24 +42,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a report is: sizes of the random model and the points of every axis."""
+    """The size of a report: sizes of the random model, and the points of every axis."""
 
     name: str
     layers: int
     # Fields of text_config that differ from the published ones.
     changes: dict[str, Any]
-    # (weights, experts hit), the most telling first.
+    # (weights, experts hit), the most important first.
     models: tuple[tuple[str, int], ...]
     batches: tuple[int, ...]
     prefixes: tuple[int, ...]
     steps: tuple[int, int]
-    # Prefix of the axis over batches, and those that are profiled.
+    # The prefix of the axis over batches, and the prefixes that are profiled.
     prefix: int
     profiled: tuple[int, ...]
     transformers_batches: tuple[int, ...]
     compile_transformers: bool
     repeats: int
-    # Beside the axes, for the goals: bfloat16 with all experts.
+    # Further points for the goals: bfloat16 with all experts.
     extra: tuple[Point, ...] = field(default=())
 
 
@@ -77,17 +77,17 @@ FULL = Scale(
     compile_transformers=True,
     repeats=3,
     extra=(
-        # The goals for the experts count tokens: 1,024, 2,048 and 4,096 of them.
+        # The goals for the experts are at 1,024, 2,048 and 4,096 tokens.
         *(Point("profile", "bfloat16", 128, batch, 128) for batch in (4, 8, 16)),
         Point("profile", "bfloat16", 128, 1, 128, flat=True),
-        # What another canvas costs after a long prefix, and the conditions of the published curve (2,048, 48 steps).
+        # The cost of another canvas after a long prefix, and the conditions of the published curve (2,048, 48 steps).
         Point("fixed", "bfloat16", 128, 8, 8192, steps=16),
         *(Point("fixed", "bfloat16", 128, batch, 2048, steps=48) for batch in (1, 4, 8)),
         Point("fixed", "bfloat16", 128, 4, 128, steps=48),
     ),
 )
 
-# Everything of the above, at sizes that a CPU measures in a minute; its figures prove the code and nothing else.
+# All of the above at sizes that a CPU measures in a minute; the figures only prove the code.
 SMALL = Scale(
     name="small",
     layers=2,
@@ -121,7 +121,7 @@ SMALL = Scale(
 
 
 def points(scale: Scale) -> list[Point]:
-    """Every point once, model by model: a run that is cut short has measured the most telling ones."""
+    """Every point once, model by model, the most important first, in case a run is cut short."""
     found = dict.fromkeys(point for model in scale.models for point in _of_model(scale, *model))
     return list(found)
 

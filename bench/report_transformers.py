@@ -1,8 +1,9 @@
-"""One point of `make report` by transformers' own generate: its static cache, compiled where that is asked for.
+"""One point of `make report` by transformers' own generate, with its static cache, compiled on request.
 
     python bench/report_transformers.py JSON
 
-A process of its own, because two models of the true size do not fit beside each other. Prints one JSON line.
+It runs in its own process, because two models of the true size do not fit in memory. Prints one JSON line.
+
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ import torch
 
 
 class CanvasTimes:
-    """A streamer that notes when each canvas is there (the prompt comes first)."""
+    """A streamer that records when each canvas is done (the prompt comes first)."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # `value` is on the host: the device has finished
+        self.times.append(time.perf_counter())  # `value` is on the host, so the device has finished
 
     def end(self) -> None:
         pass
 
 
 def make_model(order: dict[str, Any]) -> Any:
-    """transformers' class with normal weights and unit norms; the router's rows of experts that are not hit: zero."""
+    """transformers' class with normal weights and unit norms; router rows of experts that are not hit are zero."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
     torch.set_default_dtype(torch.bfloat16)
@@ -51,7 +52,7 @@ def make_model(order: dict[str, Any]) -> Any:
 
 
 def generation_settings(order: dict[str, Any]) -> dict[str, Any]:
-    """Every canvas takes all its steps: a draft would have to stay the same for longer than there are steps."""
+    """Every canvas takes all its steps: its draft would have to stay the same for longer than there are steps."""
     settings: dict[str, Any] = {
         "max_new_tokens": order["canvases"] * order["config"]["canvas_length"],
         "max_denoising_steps": order["steps"],
@@ -73,11 +74,11 @@ def main() -> None:
     vocabulary = order["config"]["text_config"]["vocab_size"]
     ids = torch.randint(5, vocabulary, (order["batch"], order["prefix"]), generator=generator)
     canvas_length = order["config"]["canvas_length"]
-    runs = 2 if order["compile"] else 1  # the first compiles
+    runs = 2 if order["compile"] else 1  # the first call compiles
     for _ in range(runs):
         streamer = CanvasTimes()
         model.generate(ids.to(order["device"]), streamer=streamer, **generation_settings(order))
-    # From a canvas to the next: one encode and all steps, as for this package.
+    # Each interval between canvases has one encode and all steps, as for this package.
     seconds = median(end - begin for begin, end in pairwise(streamer.times[1:]))
     figures = {
         "canvas_seconds": seconds,

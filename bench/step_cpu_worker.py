@@ -1,7 +1,7 @@
-"""One side of bench_step_cpu: loads the model, then makes denoising steps as it is told, line by line.
+"""One side of bench_step_cpu: loads the model, then runs denoising steps on command.
 
-A process of its own, so that the peak memory of a step is that side's alone. Reads commands from stdin ("first",
-"step", "sampler", "products", "memory"), answers each with one JSON line: seconds, or bytes.
+It runs in its own process, so that the peak memory of a step is that of this side. Reads commands from stdin ("first",
+"step", "sampler", "products", "memory"), one per line, and answers each with one JSON line: seconds, or bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Side(Protocol):
         """The first step of a canvas: no self-conditioning."""
 
     def step(self) -> None:
-        """Any later step, with the self-conditioning of the one before."""
+        """Any later step, with self-conditioning."""
 
     def sampler(self) -> None:
         """A step without its pass over the layers and without its two products with the vocabulary."""
@@ -138,7 +138,7 @@ class Transformers:
 
     @torch.no_grad()
     def sampler(self) -> None:
-        """All that surrounds the two products: soft cap, sampling, and the next step's probabilities."""
+        """The part around the two products: soft cap, sampling, and the next step's probabilities."""
         if not hasattr(self, "raw"):
             self.raw = torch.randn(1, 256, self.model.config.text_config.vocab_size).to(torch.bfloat16)
 
@@ -156,7 +156,7 @@ def prompt_ids(vocabulary: int) -> torch.Tensor:
 
 
 def vocabulary_products(side: Side) -> Callable[[], None]:
-    """The head's product and the soft embedding's, as torch makes them, on matrices of this side's."""
+    """The head's product and the soft embedding's by torch, on this side's matrices."""
     model = side.model  # type: ignore[attr-defined]
     table = model.weights.embed_tokens if isinstance(side, Ours) else model.lm_head.weight.data
     hidden = torch.randn(256, table.shape[1]).to(table.dtype)
@@ -178,7 +178,7 @@ def resident(field: str) -> int:
 
 
 def peak_of(run: Callable[[], None]) -> int:
-    """Peak resident memory during `run`, above what was resident before, in bytes."""
+    """The peak resident memory during `run` above the resident memory before it, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     run()

@@ -1,4 +1,4 @@
-"""A random model of the true size, made on the device: 52 GB in bfloat16 that no file holds."""
+"""A random model of the true size, made on the device: 52 GB in bfloat16, without a file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def random_model(
     seed: int = 0,
     weights: str = "bfloat16",
 ) -> dg.DiffusionGemma:
-    """As dgemma_ext.profile.true_size.random_model; weights: "bfloat16", or a format of the command line."""
+    """dgemma_ext.profile.true_size.random_model; weights: "bfloat16", or a format of the command line."""
     target = None if weights == "bfloat16" else parse_target(weights)
     return made_model(config, device, target=target, experts_hit=experts_hit, final_norm=final_norm, seed=seed)

@@ -19,17 +19,17 @@ from cuda_tools import architectures_of_gpus, find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-# What is compiled where no GPU says otherwise; 90 comes last, so that it is what later GPUs get as PTX.
+# The default without a GPU; 90 comes last, so that later GPUs get it as PTX.
 DEFAULT_ARCHITECTURES = ["80", "90a"]
 
 
 def packages_exist() -> bool:
-    """Whether the compiler can be had from the package index for this machine."""
+    """Whether the package index has the compiler for this machine."""
     return sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64", "aarch64")
 
 
 def cuda_compiler(demanded: bool) -> str | None:
-    """nvcc for this build, fetched where it is wanted and missing; None builds without CUDA."""
+    """nvcc for this build, downloaded where it is wanted and missing; None builds without CUDA."""
     nvcc = find_nvcc()
     if nvcc is not None or not (demanded or architectures_of_gpus()):
         return nvcc
@@ -46,7 +46,7 @@ def cuda_compiler(demanded: bool) -> str | None:
 
 
 def cuda_defines(nvcc: str | None, architectures: list[str]) -> list[str]:
-    """CMake's settings as pip passes them on."""
+    """CMake's settings as arguments for pip."""
     if nvcc is None:
         return ["-Ccmake.define.DGEMMA_CUDA=OFF"]
     return [

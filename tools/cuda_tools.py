@@ -14,7 +14,7 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-# The tests of operators, which also run on the CUDA kernels: on the host (tests/test_sim_operators.py) and on a GPU.
+# Tests of operators, which also run on the CUDA kernels, on the host (tests/test_sim_operators.py) and on a GPU.
 OPERATOR_TESTS = (
     "test_denoise_statistics.py",
     "test_denoise_sampling.py",
@@ -30,17 +30,17 @@ OPERATOR_TESTS = (
     "test_layer.py",
 )
 
-# The oldest release whose nvcc the kernels have been compiled with.
+# The oldest release of nvcc that the kernels were compiled with.
 OLDEST_RELEASE = 13
 
 
 def packaged_toolkit() -> Path:
-    """The folder of the toolkit that requirements/cuda.txt installs for this Python, there or not."""
+    """The folder of the toolkit that requirements/cuda.txt installs for this Python, whether it exists or not."""
     return Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the toolkit: of CUDA_HOME, of the PATH, of the usual folder, or of the packages."""
+    """A program of the toolkit, from CUDA_HOME, the PATH, the usual folder, or the packages."""
     home = os.environ.get("CUDA_HOME")
     candidates = [f"{home}/bin/{name}" if home else None, name, f"/usr/local/cuda/bin/{name}"]
     candidates.append(str(packaged_toolkit() / "bin" / name))
@@ -49,7 +49,7 @@ def find_tool(name: str) -> str | None:
 
 @cache
 def find_nvcc() -> str | None:
-    """nvcc of release 13 or later; an older one of the machine is passed over."""
+    """nvcc of release 13 or later; an older one of the machine is ignored."""
     nvcc = find_tool("nvcc")
     if nvcc is not None and _release(nvcc) >= OLDEST_RELEASE:
         return nvcc
@@ -75,5 +75,5 @@ def architectures_of_gpus() -> list[str]:
 
 
 def architecture(major: int, minor: int) -> str:
-    """9.0a has what is Hopper's alone (wgmma, setmaxnreg); other GPUs are served by the portable kernels."""
+    """9.0a enables the instructions of Hopper alone (wgmma, setmaxnreg); other GPUs run the portable kernels."""
     return "90a" if (major, minor) == (9, 0) else f"{major}{minor}"

@@ -24,7 +24,7 @@ from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.cli.grid import draft_grid
 from dgemma_ext.cli.palette import BACKGROUND, CAPTION
 
-# Rich's own picture asks a font server for its letters; a page that shows this one need not.
+# Rich's own SVG loads its font from a server; this one needs none.
 SVG_FORMAT = re.sub(r"@font-face {{.*?}}\n", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
 
 MOST_PICTURES = 8
@@ -42,7 +42,7 @@ def picture(draft: Draft, puzzle: demo.Puzzle, tokenizer: Tokenizer) -> Padding:
 
 
 def evenly(drafts: list[Draft]) -> list[Draft]:
-    """At most MOST_PICTURES of them, the first and the last among them."""
+    """At most MOST_PICTURES of them, with the first and the last."""
     count = min(len(drafts), MOST_PICTURES)
     return [drafts[round(i * (len(drafts) - 1) / max(count - 1, 1))] for i in range(count)]
 

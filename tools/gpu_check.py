@@ -38,7 +38,7 @@ PARTS = ("probe", "conformance", "operators", "suite", "sanitizer", "bench")
 NAMED_ONLY = ("report",)
 # The tests that use the GPU; the others only use this build.
 ON_GPU = "gpu"
-# What compute-sanitizer looks at: every kernel, at small sizes.
+# compute-sanitizer runs these: every kernel, at small sizes.
 SANITIZED = "kernel_is_right or test_canvas or test_causal or append or heads_and_dimensions or product_and_statistics"
 SANITIZED += " or test_statistics or sparse_or_dense or test_dense or test_route or random_canvases or allowed"
 SANITIZED += " or formats_mix or moe_ffn_fp8_is_right"
@@ -51,7 +51,7 @@ def fail(problem: str) -> int:
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:
-    """Whether the command ended well; says how long it took."""
+    """Runs a command; returns whether it succeeded, and prints how long it took."""
     print(f"\n== {title}", flush=True)
     began = time.monotonic()
     python_path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")]))
@@ -101,7 +101,7 @@ def sanitizer(_nvcc: str, _code: str, arguments: list[str]) -> bool:
     if sanitize is None:
         print("\n== sanitizer: compute-sanitizer is not installed, NOT RUN", flush=True)
         return True
-    # Small cases, each memory block by itself: torch's pool would hide what reaches past a tensor.
+    # Small cases with an allocation for each tensor: torch's pool would hide accesses beyond one.
     tests = [*PYTEST, *(f"tests/{name}" for name in OPERATOR_TESTS), "-k", SANITIZED, *arguments]
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DGEMMA_TEST_BACKEND": "cuda"}
     passed = True

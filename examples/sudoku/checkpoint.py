@@ -15,8 +15,8 @@ import tokenizer
 
 EOS_IDS = [1, 106, 50]  # <eos>, <turn|>, <|tool_response>, as in the published generation_config.json
 
-# What differs by grid size. The rotary bases put one frequency at the length of a row and others near a band of boxes
-# and the whole grid: the only way the model can tell where a cell is.
+# The settings that differ by grid size. The rotary bases put one frequency at the length of a row and others near a
+# band of boxes and the whole grid: only by these can the model tell where a cell is.
 SHAPES: dict[int, dict[str, Any]] = {
     6: {
         "hidden_size": 96,
@@ -139,7 +139,7 @@ def save_settings(folder: Path, dictionary: dict[str, Any]) -> None:
 
 
 def published_tensors(model: DiffusionGemmaForBlockDiffusion) -> dict[str, torch.Tensor]:
-    """The tensors the published checkpoint stores, in bfloat16: the decoder's, and the encoder's layer scalars.
+    """The tensors that the published checkpoint stores, in bfloat16: the decoder's, and the encoder's layer scalars.
 
     The rest of the encoder and the head are tied to the decoder; there is no vision tower.
     """
@@ -152,14 +152,14 @@ def published_tensors(model: DiffusionGemmaForBlockDiffusion) -> dict[str, torch
 
 
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes model.safetensors so that a reader sees the old file or the new one, never half of one."""
+    """Writes model.safetensors so that a reader sees either the old file or the new one."""
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> DiffusionGemmaForBlockDiffusion:
-    """The checkpoint in transformers' class; raises where its tensors are not exactly what the text model needs."""
+    """Loads the checkpoint in transformers' class; raises unless its tensors are exactly those of the text model."""
     config = transformers_config(json.loads((folder / "config.json").read_text()))
     loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True

@@ -1,4 +1,4 @@
-"""A small denoising loop over transformers' model class: what training and the oracle evaluation use."""
+"""A small denoising loop over transformers' model class, for training and for the oracle evaluation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Prefix:
         self.layers = [_PrefixLayer() for _ in layer_types]
         self.kept = [window - 1 if kind == "sliding_attention" else length for kind in layer_types]
         self.final_length = length
-        self.length = 0  # so far; the encoder counts its positions from here
+        self.length = 0  # the encoder counts its positions from here
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self.layers[layer].keys = keys[:, :, -self.kept[layer] :]
@@ -75,7 +75,7 @@ def denoise(
 ) -> Tensor:
     """One bidirectional pass over canvas [B, L]: fp32 logits [B, L, V], soft-capped.
 
-    The soft embedding of pinned positions ([B, L], bool) is zero, as dgemma_ext has it.
+    The soft embedding of pinned positions ([B, L], bool) is zero, as in dgemma_ext.
     """
     decoder = model.model.decoder
 
@@ -99,14 +99,14 @@ def denoise(
 def next_canvas(processed: Tensor, entropy_bound: float, frozen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Samples, accepts by the entropy bound, renoises the rest. Returns canvas, argmax [B, L] and entropies [B, L].
 
-    Frozen positions count as certain: they spend nothing of the bound.
+    Frozen positions have entropy zero, so they use nothing of the bound.
     """
     logs = processed.float().log_softmax(-1)
     probabilities = logs.exp()
     entropies = -(probabilities * logs).sum(-1)
     if frozen is not None:
         entropies = entropies.masked_fill(frozen, 0.0)
-    # Inverse distribution function: one uniform number per position.
+    # Inverse CDF sampling: one uniform number per position.
     thresholds = torch.rand(*processed.shape[:-1], 1)
     sampled = (probabilities.cumsum(-1) < thresholds).sum(-1).clamp(max=processed.shape[-1] - 1)
     ordered, order = entropies.sort(dim=-1, stable=True)

@@ -151,7 +151,7 @@ def test_orthogonalize_brings_the_singular_values_near_one() -> None:
 def test_acceptance_stops_after_the_position_that_passes_the_bound() -> None:
     processed = torch.full((200, 5, 64), -30.0)
     processed[:, :3, 1] = 30.0  # certain
-    processed[:, 3, :2] = 0.0  # entropy log 2: accepted, since what comes before it is within the bound
+    processed[:, 3, :2] = 0.0  # entropy log 2: accepted, because the sum before it is within the bound
     processed[:, 4, :4] = 0.0  # entropy log 4: not accepted
     torch.manual_seed(0)
     canvas, argmax, entropies = sampling.next_canvas(processed, entropy_bound=0.1)

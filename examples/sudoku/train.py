@@ -30,11 +30,11 @@ import tokenizer
 from optimizer import Muon
 
 CLUE_WEIGHT = 0.1  # of a cell that the prompt already tells, relative to a blank one
-BASE_PUZZLES = 4000  # each is seen in a new symmetric form every time
+BASE_PUZZLES = 4000  # each puzzle is seen in a new symmetric form every time
 
 
 def dense_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """All experts for all tokens, the unchosen ones weighted zero: two products instead of gathers for a handful."""
+    """Computes all experts for all tokens, with weight zero for those not chosen: two products in place of gathers."""
     experts, width = module.num_experts, module.intermediate_dim
     weights = hidden.new_zeros(hidden.shape[0], experts).scatter(1, top_k_index, top_k_weights.to(hidden.dtype))
     gate, up = (
