@@ -1,4 +1,4 @@
-"""transformers' own model with and without dg.accelerate on the CPU, with two layers of true width, by turns in one run.
+"""transformers' own model with and without dg.accelerate on the CPU, with two layers of true width, by turns.
 
     python bench/bench_transformers.py            # about ten minutes and 12 GB of memory; the checkpoint (5 GB) goes
     under build/, where bench_step_cpu.py looks for it too

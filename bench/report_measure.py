@@ -64,8 +64,8 @@ class Measurer:
     # Kinds ------------------------------------------------------------------------------------------------------
 
     def _fixed(self, model: dg.DiffusionGemma, point: Point) -> dict[str, Any]:
-        """The time of a canvas: `steps` denoising steps, the first of which encodes the canvas before it. The first canvas
-        warms up; in the last one the first step is timed apart.
+        """The time of a canvas: `steps` denoising steps, the first of which encodes the canvas before it. The first
+        canvas warms up; in the last one the first step is timed apart.
 
         step_seconds: the time of one of the other steps. commit_seconds: by how much the first step is longer.
         tokens_per_second: without prefill, as in the published figures; every canvas encodes the one before it.
