@@ -22,7 +22,7 @@ from torch import Tensor
 from dgemma_ext import _C
 from dgemma_ext.checkpoint import parse_target, stack_weights
 from dgemma_ext.ops.formats import QuantizedWeight
-from dgemma_ext.ops.quantized_gemm import experts
+from dgemma_ext.ops.weights import experts
 
 HIDDEN_SIZE, EXPERT_SIZE, TOP_K = 2816, 704, 8
 EXPERTS = 16 if os.environ.get("DGEMMA_BENCH") == "small" else 128

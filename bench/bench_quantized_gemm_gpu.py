@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from dgemma_ext.checkpoint import parse_target, stack_weights
 from dgemma_ext.ops import grouped_gemm, quantized_gemm
 from dgemma_ext.ops.formats import QuantizedWeight
+from dgemma_ext.ops.weights import experts
 
 HIDDEN_SIZE, EXPERT_SIZE, EXPERTS, TOP_K = 2816, 704, 128, 8
 VALUES = 3 * HIDDEN_SIZE * EXPERT_SIZE  # weights of one expert
@@ -61,7 +62,7 @@ def bench_quantized_moe_ffn(
     scales = torch.rand(tokens, TOP_K, device="cuda", generator=generator) / TOP_K
     weights = quantized(format)
 
-    ours = quantized_gemm.experts(input, ids, scales, *weights, activations).float()
+    ours = experts(input, ids, scales, *weights, activations).float()
     theirs = grouped_gemm.moe_ffn(input, ids, scales, *plain()).float()
     assert float((ours - theirs).norm() / theirs.norm()) < 0.2, "quantized weights are other weights"
 
@@ -71,7 +72,7 @@ def bench_quantized_moe_ffn(
     benchmark.extra_info["experts_hit"] = hit
     record(
         benchmark,
-        lambda: quantized_gemm.experts(input, ids, scales, *weights, activations),
+        lambda: experts(input, ids, scales, *weights, activations),
         work,
         GOALS[format] if (tokens, drawn) == (256, 128) else None,
         lambda: grouped_gemm.moe_ffn(input, ids, scales, *plain()),

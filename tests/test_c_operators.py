@@ -19,7 +19,9 @@ from c_interface import DTYPES, call, context, load, must, operation
 from c_operations import EPSILON, denoise_operations, layer_operations, tensor, with_workspace
 from denoise_cases import bits
 from dgemma_ext import _C
-from dgemma_ext.ops import denoise, layer, router
+from dgemma_ext.ops import denoise, layer
+from dgemma_ext.ops.plain import layer as layer_plain
+from dgemma_ext.ops.plain import router as router_plain
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 
@@ -48,16 +50,16 @@ def plain(name: str, values: dict[str, Any]) -> dict[str, Tensor]:
         return {"output": layer.rms_norm(v["input"], v["weight"], EPSILON)}
     if name == "normalise_heads":
         given = ("raw_query", "raw_key", "raw_value", "query_norm", "key_norm", "cosine", "sine")
-        made: Any = layer._normalise_heads(*(v[n] for n in given), EPSILON)
+        made: Any = layer_plain.normalise_heads(*(v[n] for n in given), EPSILON)
         return dict(zip(("query", "key", "value"), made, strict=True))
     if name == "attention_residual":
         given = ("hidden", "attended", "attended_norm", "dense_norm", "sparse_norm")
-        made = layer._attention_residual(*(v[n] for n in given), EPSILON)
+        made = layer_plain.attention_residual(*(v[n] for n in given), EPSILON)
         return dict(zip(("residual", "dense_input", "sparse_input"), made, strict=True))
     if name == "gelu_product":
-        return {"output": layer._gelu_product(v["gate"], v["up"])}
+        return {"output": layer_plain.gelu_product(v["gate"], v["up"])}
     given = ("residual", "dense", "sparse", "dense_norm", "sparse_norm", "norm", "next_norm")
-    made = layer._layer_output(*(v[n] for n in given), v["scalar"], EPSILON)
+    made = layer_plain.layer_output(*(v[n] for n in given), v["scalar"], EPSILON)
     return dict(zip(("output", "next_input"), made, strict=True))
 
 
@@ -179,15 +181,15 @@ def test_route(
     values = route_values(dtype, tokens, hidden, experts, top_k)
     ids, weights = route(library, values, cpu_variant)
     operands = (values["input"], values["scale"], values["projection"])
-    found = router.probabilities(*operands, EPSILON)
+    found = router_plain.probabilities(*operands, EPSILON)
     # A score may round to its neighbour where sums have another order; another choice is then as good.
     chosen, best = found.gather(1, ids.long()), found.topk(top_k).values
     step = {FP32: 1e-5, BF16: 2.0**-6}[dtype]
     assert bool((best - chosen <= step * best).all())
     assert all(len(set(row)) == top_k for row in ids.tolist())
-    wanted = router.weights_of(found, ids.long(), values["per_expert_scale"])
+    wanted = router_plain.weights_of(found, ids.long(), values["per_expert_scale"])
     assert bool(((weights - wanted).abs() <= 2 * step * wanted.abs()).all())
-    same_ids, _ = router._plain(*operands, values["per_expert_scale"], top_k, EPSILON)
+    same_ids, _ = router_plain.route(*operands, values["per_expert_scale"], top_k, EPSILON)
     assert float((ids == same_ids).all(dim=1).float().mean()) >= 0.8
 
 
@@ -199,7 +201,7 @@ def test_scores_are_rounded_where_torchs_are(library: ctypes.CDLL, dtype: torch.
     values["input"], values["projection"] = choice[torch.randint(6, (40, 64))].to(dtype), torch.eye(64).to(dtype)
     ids, weights = route(library, values)
     operands = (values["input"], values["scale"], values["projection"], values["per_expert_scale"])
-    wanted_ids, wanted = router._plain(*operands, 64, EPSILON)
+    wanted_ids, wanted = router_plain.route(*operands, 64, EPSILON)
     assert torch.equal(ids, wanted_ids)
     assert torch.allclose(weights, wanted, rtol=2e-6, atol=0.0)
 

@@ -122,7 +122,7 @@ def test_a_misaligned_tensor_is_named() -> None:
 def test_a_workspace_that_is_too_small_is_named() -> None:
     arguments = moe()
     small = torch.empty(grouped_gemm.moe_ffn_workspace(*arguments) - 1, dtype=torch.uint8)
-    with pytest.raises((ValueError, RuntimeError), match=r"workspace_bytes: got [0-9]+, wants at least [0-9]+"):
+    with pytest.raises((ValueError, RuntimeError), match=r"workspace: got [0-9]+ bytes, wants at least [0-9]+"):
         grouped_gemm.moe_ffn(*arguments, out=torch.empty_like(arguments[0]), workspace=small)
     built = Built(AttentionCase([Request(9, 4)], head_dim=32), BF16)
     with pytest.raises((ValueError, RuntimeError), match="workspace"):

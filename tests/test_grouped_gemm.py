@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bounds import assert_close
 from dgemma_ext import _C
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
+from dgemma_ext.ops.weights import experts_workspace_bytes
 from reference import grouped_gemm as reference
 
 NAN = float("nan")
@@ -261,7 +263,7 @@ BAD_INPUT: dict[str, tuple[str, Callable[[Case], Case]]] = {
     "gate_up in another dtype": ("gate_up", lambda c: replace(c, gate_up=c.gate_up.bfloat16())),
     "gate_up without up": ("gate_up", lambda c: replace(c, gate_up=c.gate_up[:, :16].contiguous())),
     "gate_up transposed": ("gate_up", lambda c: replace(c, gate_up=c.gate_up.mT.contiguous().mT)),
-    "down for fewer experts": ("gate_up", lambda c: replace(c, down=c.down[:2].contiguous())),
+    "down for fewer experts": ("down", lambda c: replace(c, down=c.down[:2].contiguous())),
     "down with rows and columns swapped": ("gate_up", lambda c: replace(c, down=c.down.mT.contiguous())),
     "down in another dtype": ("down", lambda c: replace(c, down=c.down.bfloat16())),
     "down of two dimensions": ("down", lambda c: replace(c, down=c.down[0].contiguous())),
@@ -296,7 +298,7 @@ BAD_TARGETS: dict[str, tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     "out for fewer tokens": ("out", lambda out, workspace: (out[:4], workspace)),
     "out transposed": ("out", lambda out, workspace: (out.t().contiguous().t(), workspace)),
     "workspace of floats": ("workspace", lambda out, workspace: (out, workspace.float())),
-    "workspace too small": ("workspace_bytes", lambda out, workspace: (out, workspace[:-1])),
+    "workspace too small": ("workspace", lambda out, workspace: (out, workspace[:-1])),
     "no workspace": ("workspace", lambda out, workspace: (out, workspace[:0])),
     "workspace at an odd address": ("workspace", lambda out, workspace: (out, torch.cat([workspace, workspace])[1:])),
     "workspace with gaps": ("workspace", lambda out, workspace: (out, torch.cat([workspace, workspace])[::2])),
@@ -316,16 +318,21 @@ def test_bad_out_and_workspace(what: str) -> None:
         torch.ops.dgemma.moe_ffn.out(*made.arguments, out=out, workspace=workspace)
 
 
+def workspace(*sizes: Any) -> int:
+    *extents, dtype = sizes
+    return experts_workspace_bytes(*extents, dtype=dtype, device="cpu", format=None)
+
+
 def test_workspace_of_sizes_that_are_not_taken_is_zero() -> None:
-    assert _C.moe_ffn_workspace(1, 0, 16, 3, 2, False) == 0
-    assert _C.moe_ffn_workspace(-1, 32, 16, 3, 2, False) == 0
-    assert _C.moe_ffn_workspace(2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1, True) == 0
+    assert workspace(1, 0, 16, 3, 2, torch.float32) == 0
+    assert workspace(-1, 32, 16, 3, 2, torch.float32) == 0
+    assert workspace(2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1, 2**31 - 1, torch.bfloat16) == 0
 
 
 @cpu_only
 def test_workspace_stops_growing_with_tokens() -> None:
     """At the model's width a pass is 2,048 tokens; longer calls need no more memory."""
-    sizes = [_C.moe_ffn_workspace(tokens, 2816, 704, 128, 8, True) for tokens in (256, 2048, 16384)]
+    sizes = [workspace(tokens, 2816, 704, 128, 8, torch.bfloat16) for tokens in (256, 2048, 16384)]
     assert sizes[0] < sizes[1] == sizes[2] < 220e6
 
 

@@ -13,6 +13,7 @@ from backend import DTYPES
 from bounds import assert_close
 from denoise_cases import bits
 from dgemma_ext.ops import layer
+from dgemma_ext.ops.plain import layer as layer_plain
 
 EPSILON = 1e-6
 # The share of a result's values that may round to the neighbour: sums have another order.
@@ -37,7 +38,7 @@ def same_but_for_neighbours(got: Tensor, wanted: Tensor, neighbours: float) -> N
 
 def check(name: str, operands: list[Any]) -> tuple[Tensor, ...]:
     got = getattr(layer, name)(*operands)
-    plain: Callable[..., Any] = getattr(layer, f"_{name}")
+    plain: Callable[..., Any] = getattr(layer_plain, name)
     wanted = plain(*operands)
     wide = plain(*(o.double() if isinstance(o, Tensor) else o for o in operands))
     pairs = zip(got, wanted, wide, strict=True) if isinstance(got, tuple) else [(got, wanted, wide)]

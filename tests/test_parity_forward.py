@@ -22,6 +22,7 @@ from dgemma_ext.model.forward import decoder_layer, embed
 from dgemma_ext.model.rows import Rows
 from dgemma_ext.ops import router
 from dgemma_ext.ops.layer import rms_norm
+from dgemma_ext.ops.plain import router as router_plain
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from older_transformers import run_under_5_17
 from transformers_oracle import Pair, load_pair
@@ -221,8 +222,8 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     def route(
         residual: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, per_expert: torch.Tensor, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        probabilities = router.probabilities(residual, scale, projection, rest[1])
-        return ids.to(torch.int32), router.weights_of(probabilities, ids, per_expert)
+        probabilities = router_plain.probabilities(residual, scale, projection, rest[1])
+        return ids.to(torch.int32), router_plain.weights_of(probabilities, ids, per_expert)
 
     monkeypatch.setattr(matmul, "route", route)
 
@@ -256,7 +257,7 @@ def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tens
     epsilon, top_k = pair.ours.config.rms_norm_eps, pair.ours.config.top_k_experts
     operands = (weights.router_scale, weights.router_proj)
     ids, _ = router.route(residual, *operands, weights.router_per_expert_scale, top_k, epsilon)
-    probabilities = router.probabilities(residual, *operands, epsilon)
+    probabilities = router_plain.probabilities(residual, *operands, epsilon)
     chosen = probabilities.gather(1, ids.long()).sort(-1).values
     wanted = probabilities.gather(1, call.expert_ids).sort(-1).values
     # Scores below 16 have half a unit in the last place of 2^-5, which the exponential turns into a ratio.

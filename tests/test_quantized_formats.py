@@ -38,7 +38,7 @@ def test_every_nvfp4_code() -> None:
     for divides, factor in ((True, 1 / 4), (False, 4.0)):
         weight = Nvfp4Weight(packed, scale, torch.tensor([4.0]), divides)
         assert weight.dequantized(torch.float32)[0].tolist() == [value * 1.5 * factor for value in E2M1_VALUES]
-        assert weight.kernel_factors.tolist() == [factor]
+        assert weight.kernel_row_scales.tolist() == [factor]
 
 
 def test_ties_of_e2m1_go_to_the_even_code() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, library
 
 from backend import BACKEND, DTYPES, cpu_only
 from bounds import assert_close
-from dgemma_ext.ops import quantized_gemm
+from dgemma_ext.ops import quantized_gemm, weights
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 from dgemma_ext.ops.plain import quantized_gemm as quantized_gemm_plain
 from reference import dense as dense_reference
@@ -163,7 +163,7 @@ def test_projection_is_right(sizes: tuple[int, int, int], kind: str, dtype: torc
     actual = quantized_gemm.dense(input, weight)
     exact = dense_reference.dense(input, meant(weight, dtype))
     assert_close(actual, exact, dtype, dense_reference.dense_rounded(input, weight.dequantized(dtype)))
-    assert torch.equal(quantized_gemm.linear(input[None], weight), actual[None])
+    assert torch.equal(weights.linear(input[None], weight), actual[None])
     assert torch.equal(quantized_gemm.dense(input[:1].contiguous(), weight), actual[:1])
 
 
@@ -241,18 +241,21 @@ def test_bad_arguments() -> None:
     bad[1, 0] = 9
     with pytest.raises(ValueError, match="expert_ids: got 9 at token 1, slot 0, wants -1 or 0 to 2"):
         quantized_gemm.moe_ffn(input, bad, scales, gate_up, down)
-    with pytest.raises(ValueError, match=r"weight: got shape \[24, 64\], wants \[out_features, 32\]"):
+    with pytest.raises(ValueError, match=r"weight: got shape \[24, 64\], wants \[24, 32\]"):
         quantized_gemm.dense(torch.randn(4, 32), quantized("fp8", torch.randn(24, 64)))
     values, codes = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 32, dtype=torch.uint8)
     scales_of_48 = torch.zeros(8, 4, dtype=torch.bfloat16)
     for arguments, message in (
-        ((9, codes, None, None), r"weight.format: got 9, wants 1 \(fp8\), 2 \(int4\), 3 \(nvfp4\)"),
+        ((9, codes, None, None), r"format: got 9, wants 1 \(fp8\), 2 \(int4\) or 3 \(nvfp4\)"),
         ((1, codes, None, None), r"weight: got shape \[8, 32\], wants \[8, 64\]"),
         ((2, codes, None, None), r"weight.group: got 0, wants 0 \(fp8\), 32, 64 or 128 \(int4\)"),
         ((2, codes, scales_of_48, None), r"weight.group: got 16"),
-        ((2, codes, scales_of_48.float(), None), r"weight: got dtype Float, wants BFloat16"),
+        (
+            (2, codes, scales_of_48.float(), None),
+            r"weight: got scales of torch.float32, wants torch.bfloat16 or",
+        ),
         ((2, codes, torch.zeros(8, 5, dtype=torch.half), None), r"weight: got 5 scales in a row, wants a divisor"),
-        ((1, values, None, torch.ones(3)), r"weight: got 3 factors, wants a divisor of its 8 rows"),
+        ((1, values, None, torch.ones(3)), r"weight: got 3 scales of rows, wants a divisor of its 8 rows"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             torch.ops.dgemma.dense_quantized(torch.randn(4, 64), *arguments)

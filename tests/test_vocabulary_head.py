@@ -95,7 +95,7 @@ def test_bad_input(name: str) -> None:
     hidden, embedding = make_operands(case, 64)
     arguments = {"hidden": hidden, "embedding": embedding, **reading(case), "logits": torch.empty_like(case.logits)}
     arguments[name] = arguments[name][:1, :1] if arguments[name].dim() > 1 else arguments[name][:1]
-    with pytest.raises((ValueError, RuntimeError), match=rf"({name}|logits): got .*wants"):
+    with pytest.raises((ValueError, RuntimeError), match=rf"({name}|logits|temperature): got .*wants"):
         vocabulary_head(**arguments)
     with pytest.raises((ValueError, RuntimeError)):
         vocabulary_head(**{**arguments, name: arguments[name].double()})

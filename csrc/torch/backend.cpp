@@ -42,11 +42,12 @@ OnCuda::OnCuda(const char* op, const Tensor& tensor) : op_(op), guard_(tensor.ge
   cuda_.message[0] = '\0';
 }
 
-void OnCuda::finish(dgemma_status status) {
+void OnCuda::run(const Entry& entry, const void* operation) {
   const bool waits = waits_for_kernels();
+  dgemma_status status = entry.run(operation, &cuda_);
   if (status == DGEMMA_OK && waits) status = wait_for_stream(&cuda_);
   if (status == DGEMMA_CUDA_ERROR && !waits)
-    throw std::runtime_error(std::string("dgemma::") + op_ + ": " + cuda_.message +
+    throw std::runtime_error(std::string("dgemma::") + op_ + " failed: " + cuda_.message +
                              " (possibly of an earlier operator: DGEMMA_SYNC=1 tells which)");
   check_status(op_, status, cuda_.message);
 }

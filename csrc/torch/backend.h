@@ -1,5 +1,5 @@
-// Where an operator's call runs. A binding is written once, as a template over one of these; the
-// dispatcher has chosen which by the tensors' device.
+// Where an operator's call runs: on the CPU with torch's threads, or on the tensors' GPU in torch's
+// stream. The dispatcher has chosen which by the tensors' device.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 #include <string>
 
 #include "dgemma/base.h"
-#include "torch/tensors.h"
+#include "torch/operands.h"
 
 namespace dgemma {
 
@@ -15,33 +15,45 @@ namespace dgemma {
 // std::invalid_argument, with the choices, for a name that is unknown or not available.
 dgemma_cpu_variant cpu_variant_from_environment();
 
-// Throws unless the call returned DGEMMA_OK: std::invalid_argument where an argument was at fault.
+// Throws unless the call returned DGEMMA_OK: std::invalid_argument where what was asked for is at
+// fault, "dgemma::op: argument: ...", and std::runtime_error where the call failed,
+// "dgemma::op failed: ...". torch before 2.13 makes a RuntimeError of both, so Python tells them
+// apart by these words (ops/operators.py).
 inline void check_status(const char* op, dgemma_status status, const char* message) {
   if (status == DGEMMA_OK) return;
-  const std::string text = std::string("dgemma::") + op + ": " + message;
-  if (status == DGEMMA_INVALID_ARGUMENT) throw std::invalid_argument(text);
-  throw std::runtime_error(text);
+  const std::string name = std::string("dgemma::") + op;
+  if (status == DGEMMA_CUDA_ERROR) throw std::runtime_error(name + " failed: " + message);
+  throw std::invalid_argument(name + ": " + message);
 }
 
 // On the CPU: torch's threads, the variant of the environment.
 class OnCpu {
  public:
   static constexpr Device kDevice = Device::kCpu;
+  static constexpr Entry Operator::* kEntry = &Operator::cpu;
 
   // The tensor is one of the op's arguments.
   OnCpu(const char* op, const Tensor& /*tensor*/) : op_(op) {
     cpu_.parallel_for = &OnCpu::parallel_for;
     cpu_.pool = nullptr;
-    cpu_.variant = cpu_variant_from_environment();
+    cpu_.variant = chosen_variant(op);
     cpu_.message[0] = '\0';
   }
 
-  template <typename Op>
-  void run(dgemma_status (*entry)(const Op*, dgemma_cpu*), const Op& op) {
-    check_status(op_, entry(&op, &cpu_), cpu_.message);
+  void run(const Entry& entry, const void* operation) {
+    check_status(op_, entry.run(operation, &cpu_), cpu_.message);
   }
 
  private:
+  static dgemma_cpu_variant chosen_variant(const char* op) {
+    try {
+      return cpu_variant_from_environment();
+    } catch (const std::invalid_argument& refusal) {
+      check_status(op, DGEMMA_INVALID_ARGUMENT, refusal.what());
+      throw;
+    }
+  }
+
   // Every thread takes the next task when it is done with one, so that tasks of unequal size, or a
   // core that another process keeps busy, do not hold up the rest. Inside a parallel region torch
   // runs the one range that it is given in the calling thread.
@@ -64,12 +76,12 @@ class OnCpu {
 class OnCuda {
  public:
   static constexpr Device kDevice = Device::kCpu;
+  static constexpr Entry Operator::* kEntry = &Operator::cuda;
 
   OnCuda(const char* op, const Tensor& /*tensor*/) : op_(op), cuda_{} {}
 
-  template <typename Op>
-  void run(dgemma_status (*entry)(const Op*, dgemma_cuda*), const Op& op) {
-    check_status(op_, entry(&op, &cuda_), cuda_.message);
+  void run(const Entry& entry, const void* operation) {
+    check_status(op_, entry.run(operation, &cuda_), cuda_.message);
   }
 
  private:
@@ -81,44 +93,19 @@ class OnCuda {
 class OnCuda {
  public:
   static constexpr Device kDevice = Device::kCuda;
+  static constexpr Entry Operator::* kEntry = &Operator::cuda;
 
   OnCuda(const char* op, const Tensor& tensor);
 
-  template <typename Op>
-  void run(dgemma_status (*entry)(const Op*, dgemma_cuda*), const Op& op) {
-    finish(entry(&op, &cuda_));
-  }
-
- private:
   // Nothing waits for the kernels, so what fails in one is told by a later call. With DGEMMA_SYNC=1
   // in the environment every operator waits for its own, and the message names the right one.
-  void finish(dgemma_status status);
+  void run(const Entry& entry, const void* operation);
 
+ private:
   const char* op_;
   torch::stable::accelerator::DeviceGuard guard_;
   dgemma_cuda cuda_;
 };
-#endif
-
-// Registers a family's operators: `implement` is a function template over a backend that takes the
-// library, `Cpu` and `Cuda` are its backends.
-#if defined(DGEMMA_SIM)
-#define DGEMMA_REGISTER(implement, Cpu, Cuda) \
-  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cuda>(library); }
-#elif defined(DGEMMA_WITH_CUDA)
-#define DGEMMA_REGISTER(implement, Cpu, Cuda)                                  \
-  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cpu>(library); } \
-  STABLE_TORCH_LIBRARY_IMPL(dgemma, CUDA, library) { implement<Cuda>(library); }
-#else
-#define DGEMMA_REGISTER(implement, Cpu, Cuda) \
-  STABLE_TORCH_LIBRARY_IMPL(dgemma, CPU, library) { implement<Cpu>(library); }
-#endif
-
-// Which of the two a question about workspace is asked of, for tensors on a GPU or not.
-#if defined(DGEMMA_SIM)
-constexpr bool served_by_cuda(bool /*on_gpu*/) { return true; }
-#else
-constexpr bool served_by_cuda(bool on_gpu) { return on_gpu; }
 #endif
 
 }  // namespace dgemma

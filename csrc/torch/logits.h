@@ -1,55 +1,53 @@
-// Logits as the denoise step's operators take them: tensors to the C interface's struct.
+// What several operators of the denoising step take: logits and how they are read, and the softmax
+// statistics of them.
 #pragma once
 
 #include "dgemma/denoise.h"
-#include "torch/tensors.h"
+#include "torch/operator.h"
 
 namespace dgemma {
-namespace {
 
-using OptionalTensor = std::optional<Tensor>;
+constexpr int64_t kMaskBits = 32;  // ids in a word of `allowed`
+constexpr Range kVocabularies = {.least = 1, .most = std::numeric_limits<int32_t>::max()};
 
-inline int64_t tiles_of(int64_t vocabulary) {
-  return (vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
+// Which ids each position may hold: a mask, and the mask's row for every position.
+constexpr std::array<Argument, 2> allowed_ids(Field mask, Field rows, Field row_index, Field batch,
+                                              Field length, Field vocabulary) {
+  return {optional("allowed", mask, {rows, ceil_divide(vocabulary, kMaskBits)}),
+          with_previous("allowed_row", row_index, {batch, length})};
 }
 
-inline dgemma_allowed describe_allowed(const Arguments& arguments, const OptionalTensor& mask,
-                                       const OptionalTensor& rows, const Shape& positions,
-                                       int64_t vocabulary) {
-  dgemma_allowed allowed = {};
-  if (mask.has_value() != rows.has_value())
-    arguments.fail(mask.has_value() ? "allowed_row" : "allowed", "none", "both or neither");
-  if (!mask.has_value()) return allowed;
-  allowed.mask = arguments.in<int32_t>(mask, "allowed", {kAny, (vocabulary + 31) / 32});
-  allowed.rows = mask->size(0);
-  allowed.row_index = arguments.in<int32_t>(rows, "allowed_row", positions);
-  return allowed;
-}
-
-// What the three ops that read logits begin with.
-struct Logits {
-  const Tensor& raw;
-  double softcap;
-  const Tensor& temperature;
-  const OptionalTensor& active;
-  const OptionalTensor& allowed;
-  const OptionalTensor& allowed_row;
-
-  dgemma_logits describe(const Arguments& arguments) const {
-    dgemma_logits op = {};
-    op.dtype = arguments.dtype(raw, "logits");
-    op.batch = arguments.size(raw, "logits", 3, 0);
-    op.length = raw.size(1);
-    op.vocabulary = raw.size(2);
-    op.raw = arguments.in(raw, "logits", {op.batch, op.length, op.vocabulary}, op.dtype);
-    op.softcap = static_cast<float>(softcap);
-    op.temperature = arguments.in<float>(temperature, "temperature", {op.batch});
-    op.active = arguments.in<uint8_t>(active, "active", {op.batch});
-    op.allowed =
-        describe_allowed(arguments, allowed, allowed_row, {op.batch, op.length}, op.vocabulary);
-    return op;
-  }
+struct LogitsParams {
+  using Struct = dgemma_logits;
+  static constexpr std::array kRaw = {
+      tensor("logits", AT(raw), {AT(batch), AT(length), positive(AT(vocabulary))})};
+  static constexpr auto kReading =
+      join(std::array{number("softcap", AT(softcap)),
+                      tensor("temperature", AT(temperature), {AT(batch)}),
+                      optional("active", AT(active), {AT(batch)})},
+           allowed_ids(AT(allowed.mask), AT(allowed.rows), AT(allowed.row_index), AT(batch),
+                       AT(length), AT(vocabulary)));
+  static constexpr auto kAll = join(kRaw, kReading);
 };
 
-}  // namespace
+// Of every row and of every tile of its vocabulary: the greatest value and the sum of exponentials.
+template <typename Operation>
+constexpr std::array<Argument, 4> softmax_statistics(Field batch, Field length, Field vocabulary) {
+  using Struct = Operation;
+  const Extent tiles = ceil_divide(vocabulary, DGEMMA_VOCABULARY_TILE);
+  return {tensor("row_max", AT(row_max), {batch, length}),
+          tensor("row_sum", AT(row_sum), {batch, length}),
+          tensor("tile_max", AT(tile_max), {batch, length, tiles}),
+          tensor("tile_sum", AT(tile_sum), {batch, length, tiles})};
+}
+
+// All that vocabulary_statistics finds.
+struct VocabularyStatistics {
+  using Struct = dgemma_vocabulary_statistics;
+  static constexpr auto kResults =
+      join(std::array{tensor("argmax", AT(argmax), {AT(logits.batch), AT(logits.length)}),
+                      tensor("entropy", AT(entropy), {AT(logits.batch), AT(logits.length)})},
+           softmax_statistics<Struct>(AT(logits.batch), AT(logits.length), AT(logits.vocabulary)));
+};
+
 }  // namespace dgemma

@@ -5,16 +5,17 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <tuple>
 
 #include "cpu/dispatch.h"
+#include "device/philox.h"
+#include "dgemma/denoise.h"
 #include "torch/backend.h"
 
 namespace dgemma {
 
-// Defined by the families that have more to say than operators.
-[[gnu::weak]] void bind_grouped_gemm(pybind11::module_& module);
-[[gnu::weak]] void bind_block_attention(pybind11::module_& module);
-[[gnu::weak]] void bind_denoise(pybind11::module_& module);
+void bind_description(pybind11::module_& module);
+[[gnu::weak]] void bind_moe_plan(pybind11::module_& module);
 void bind_graph_loop(pybind11::module_& module);
 
 namespace {
@@ -61,8 +62,17 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_variants", &dgemma::available_cpu_variants,
              "The variants that this machine runs, the best last.");
   module.def("has_cuda", [] { return dgemma_has_cuda() != 0; });
-  if (dgemma::bind_grouped_gemm) dgemma::bind_grouped_gemm(module);
-  if (dgemma::bind_block_attention) dgemma::bind_block_attention(module);
-  if (dgemma::bind_denoise) dgemma::bind_denoise(module);
+  module.attr("VOCABULARY_TILE") = DGEMMA_VOCABULARY_TILE;
+  module.def(
+      "philox4x32_10",
+      [](uint32_t counter0, uint32_t counter1, uint32_t counter2, uint32_t counter3, uint32_t key0,
+         uint32_t key1) {
+        const dgemma::PhiloxBlock block =
+            dgemma::philox4x32_10({{counter0, counter1, counter2, counter3}}, key0, key1);
+        return std::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
+      },
+      "One block of the counter-based random numbers: four words.");
+  dgemma::bind_description(module);
+  if (dgemma::bind_moe_plan) dgemma::bind_moe_plan(module);
   dgemma::bind_graph_loop(module);
 }

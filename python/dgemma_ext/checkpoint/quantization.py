@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dgemma_ext.ops.formats import INT4_GROUPS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import FORMATS, INT4_GROUPS, QuantizedWeight
 
 # compressed-tensors' names of layouts, and ModelOpt's of algorithms.
 _LAYOUTS = ("float-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")
@@ -79,7 +78,7 @@ class Target:
         it divides `columns`. None where no group divides them: such a matrix stays unquantized."""
         group = self.group
         while group and columns % group:
-            if self.format != "int4" or group == min(INT4_GROUPS):
+            if group == min(FORMATS[self.format].groups):
                 return None
             group //= 2
         return group
@@ -89,17 +88,9 @@ class Target:
 
         In nvfp4 they share the global scale. `group_for` of their columns must not be None.
         """
-        if self.format == "fp8":
-            return [Fp8Weight.quantize(matrix) for matrix in matrices]
-        if self.format == "int4":
-            group = self.group_for(matrices[0].shape[-1])
-            assert group, "the caller has checked that a group divides the columns"
-            return [Int4Weight.quantize(matrix, group) for matrix in matrices]
-        shared = Nvfp4Weight.quantize(torch.cat(matrices)).global_scales
-        return [Nvfp4Weight.quantize(matrix, global_scales=shared) for matrix in matrices]
-
-
-_GROUPS = {"fp8": 0, "int4": 32, "nvfp4": 16}
+        group = self.group_for(matrices[0].shape[-1])
+        assert group is not None, "the caller has checked that a group divides the columns"
+        return list(FORMATS[self.format].weight.quantize_together(matrices, group))
 
 
 def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
@@ -108,13 +99,13 @@ def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
     `parts` of a layer default to those that the published checkpoints of the format quantize.
     """
     format, _, group = text.partition("-")
-    if format not in _GROUPS or (group and (format != "int4" or group not in map(str, INT4_GROUPS))):
+    if format not in FORMATS or (group and (format != "int4" or group not in map(str, INT4_GROUPS))):
         raise ValueError(f"weights must be fp8, int4, int4-64, int4-128 or nvfp4, got {text!r}")
     chosen = _USUAL_PARTS[format] if parts is None else parts
     unknown = [part for part in chosen if part not in PARTS]
     if unknown or not chosen:
         raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
-    return Target(format, int(group) if group else _GROUPS[format], tuple(chosen))
+    return Target(format, int(group) if group else FORMATS[format].usual_group, tuple(chosen))
 
 
 def resolve_weights(text: str) -> Target | str:

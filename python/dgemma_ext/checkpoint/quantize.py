@@ -29,7 +29,7 @@ from dgemma_ext.checkpoint.quantization import PARTS, Target
 from dgemma_ext.checkpoint.reading import MappedFiles
 from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
 # The approximate size of a shard. Serialising makes a copy, so two shards are in memory at once.
 _SHARD_BYTES = 1_500_000_000
@@ -112,7 +112,7 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
         names = tuple(names_of(stored))
         taken |= set(names)
         values = math.prod(stored.shape)
-        works.append(Work(names, layer_index, attribute, stored, values if target.format == "fp8" else values // 2))
+        works.append(Work(names, layer_index, attribute, stored, values * FORMATS[target.format].bits // 8))
     works += [
         Work((name,), -1, None, None, tensor.nbytes) for name, tensor in info.tensors.items() if name not in taken
     ]
@@ -242,16 +242,19 @@ def quantization_config(conversion: Conversion) -> dict[str, Any]:
     target = conversion.target
     groups = {}
     for number, (group, attributes) in enumerate(sorted(conversion.groups.items())):
-        weights: dict[str, Any] = {"num_bits": 8 if target.format == "fp8" else 4, "symmetric": True, "dynamic": False}
+        weights: dict[str, Any] = {"num_bits": FORMATS[target.format].bits, "symmetric": True, "dynamic": False}
         activations = None
-        if target.format == "fp8":
-            weights |= {"type": "float", "strategy": "channel"}
-            activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-        elif target.format == "int4":
-            weights |= {"type": "int", "strategy": "group", "group_size": group}
-        else:
-            weights |= {"type": "float", "strategy": "tensor_group", "group_size": group}
-            weights["scale_dtype"] = "torch.float8_e4m3fn"
+        match target.format:
+            case "fp8":
+                weights |= {"type": "float", "strategy": "channel"}
+                activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+            case "int4":
+                weights |= {"type": "int", "strategy": "group", "group_size": group}
+            case "nvfp4":
+                weights |= {"type": "float", "strategy": "tensor_group", "group_size": group}
+                weights["scale_dtype"] = "torch.float8_e4m3fn"
+            case _:
+                raise KeyError(target.format)
         groups[f"group_{number}"] = {
             "targets": [_module_pattern(attribute) for attribute in sorted(set(attributes))],
             "weights": weights,

@@ -88,17 +88,16 @@ class WeightReader:
         if stored.kind == "unquantized":
             return self._read_tensor(stored.parts["values"])
         values = self._codes(stored.parts["values"], check_nan=stored.kind == "fp8")
-        scales = stored.parts["scales"]
-        if stored.kind == "fp8":
-            return Fp8Weight(values, self._scales(scales).float().reshape(-1).expand(stored.shape[0]).contiguous())
-        if stored.kind == "int4":
-            return Int4Weight(values, self._scales(scales))
-        return Nvfp4Weight(
-            values,
-            self._scales(scales).view(torch.uint8),
-            self._scales(stored.parts["global_scales"]).reshape(1),
-            divides=stored.kind == "nvfp4",
-        )
+        scales = self._scales(stored.parts["scales"])
+        match stored.kind:
+            case "fp8":
+                return Fp8Weight(values, scales.float().reshape(-1).expand(stored.shape[0]).contiguous())
+            case "int4":
+                return Int4Weight(values, scales)
+            case "nvfp4" | "nvfp4-modelopt":
+                global_scales = self._scales(stored.parts["global_scales"]).reshape(1)
+                return Nvfp4Weight(values, scales.view(torch.uint8), global_scales, divides=stored.kind == "nvfp4")
+        raise KeyError(stored.kind)
 
     def _read_experts(self, stored: Experts) -> Weight:
         if stored.kind in ("unquantized", "mixed"):

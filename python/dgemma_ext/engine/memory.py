@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from dgemma_ext import _C
 from dgemma_ext.checkpoint import (
     PARTS,
     CheckpointInfo,
@@ -24,15 +23,15 @@ from dgemma_ext.checkpoint import (
     names_of,
 )
 from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
-from dgemma_ext.ops.formats import QuantizedWeight
-from dgemma_ext.ops.quantized_gemm import FORMAT_NUMBERS
+from dgemma_ext.ops.block_attention import attention_workspace_bytes
+from dgemma_ext.ops.denoise import soft_embedding_workspace
+from dgemma_ext.ops.formats import FORMATS, QuantizedWeight
+from dgemma_ext.ops.weights import experts_workspace_bytes
 from dgemma_ext.sampling import make_canvas_batch, make_step_buffers
 from dgemma_ext.units import format_bytes
 
 # Positions of a cache slot unless a caller names them; the model's context where that is shorter.
 USUAL_CONTEXT = 8192
-# Bytes of code and group scales for one value; the scales of a row or of a matrix are counted apart.
-_BYTES_PER_VALUE = {"fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "nvfp4-modelopt": 0.5 + 1 / 16}
 
 
 @dataclass(frozen=True)
@@ -202,10 +201,8 @@ def _bytes_of(attribute: str, stored: Stored, weights: Target | str, dtype: torc
             kind, group = weights.format, wanted
     if kind in ("unquantized", "mixed") or weights == "unquantized" or attribute in NEVER_QUANTIZED:
         return str(dtype).removeprefix("torch."), values * dtype.itemsize
-    # int4 has a scale of two bytes for each group, fp8 one of four bytes for each row.
-    per_value = 0.5 + 2 / group if kind == "int4" else _BYTES_PER_VALUE[kind]
-    row_scales = 4 * values // columns if kind == "fp8" else 0
-    return kind.removesuffix("-modelopt"), round(values * per_value) + row_scales
+    kept = FORMATS[kind.removesuffix("-modelopt")]
+    return kept.name, kept.nbytes(values, columns, group)
 
 
 def _group(stored: Stored) -> int:
@@ -232,28 +229,27 @@ def _workspace(
 
     formats: those of the experts' weights; a name that is no quantized format stands for unquantized weights.
     """
-    cuda = device.type == "cuda"
     heads = config.num_attention_heads
     kinds: set[LayerConfig] = set(config.layers)
     attention = max(
-        _C.block_attention_workspace(1, positions, heads, layer.num_key_value_heads, layer.head_dim, cuda)
+        attention_workspace_bytes(1, positions, heads, layer.num_key_value_heads, layer.head_dim, device)
         for layer in kinds
     )
     experts = max(
-        _C.moe_ffn_workspace(
+        experts_workspace_bytes(
             positions,
             config.hidden_size,
             config.moe_intermediate_size,
             config.num_experts,
             config.top_k_experts,
-            bfloat16=dtype == torch.bfloat16,
-            cuda=cuda,
-            format=FORMAT_NUMBERS.get(format, 0),
-            fp8_activations=activations == "fp8",
+            dtype=dtype,
+            device=device,
+            format=format if format in FORMATS else None,
+            activations=activations,
         )
         for format in formats
     )
-    soft = _C.soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, cuda)
+    soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, device)
     # A layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and product of
     # the dense MLP; projections and their rotated forms.
     projections = max((heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in kinds)

@@ -24,7 +24,7 @@ from dgemma_ext.model.rows import Canvases, PrefillChunk, Rows
 from dgemma_ext.model.weights import LayerWeights, ModelWeights
 from dgemma_ext.ops.block_attention import append_to_cache, canvas_attention, causal_attention
 from dgemma_ext.ops.layer import attention_residual, layer_output, rms_norm
-from dgemma_ext.ops.quantized_gemm import experts
+from dgemma_ext.ops.weights import experts
 
 
 @dataclass

@@ -11,8 +11,8 @@ from torch import Tensor
 from dgemma_ext.checkpoint import Weight
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops.layer import gelu_product
-from dgemma_ext.ops.quantized_gemm import linear
 from dgemma_ext.ops.router import route
+from dgemma_ext.ops.weights import linear
 
 
 class MatmulMode(Enum):

@@ -1,10 +1,36 @@
-"""The operators, one module per kernel family. Importing this registers `torch.ops.dgemma`."""
+"""The operators, one module per kernel family. Importing this registers `torch.ops.dgemma`.
+
+Imports run one way: description (what the C++ side says of every operator), formats of weights, operators (how one is
+called); plain, the forms in torch's operators; a module for each family; weights, which chooses among them.
+"""
 
 from __future__ import annotations
 
 import torch  # noqa: F401  the extension module needs torch's libraries loaded
 
-from dgemma_ext import _C  # noqa: F401  registers the schemas and the CPU kernels
-from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, quantized_gemm, router, vocabulary_head
+from dgemma_ext import _C  # noqa: F401  registers the schemas and the kernels
+from dgemma_ext.ops import (
+    block_attention,
+    denoise,
+    description,
+    grouped_gemm,
+    layer,
+    plain,
+    quantized_gemm,
+    router,
+    vocabulary_head,
+    weights,
+)
 
-__all__ = ["block_attention", "denoise", "grouped_gemm", "layer", "quantized_gemm", "router", "vocabulary_head"]
+__all__ = [
+    "block_attention",
+    "denoise",
+    "description",
+    "grouped_gemm",
+    "layer",
+    "plain",
+    "quantized_gemm",
+    "router",
+    "vocabulary_head",
+    "weights",
+]

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from dgemma_ext import _C
-from dgemma_ext.ops.plain import denoise as denoise_plain
+from dgemma_ext.ops.description import workspace_bytes
+from dgemma_ext.ops.operators import operator
 
 __all__ = [
     "VOCABULARY_TILE",
@@ -42,8 +43,13 @@ __all__ = [
     "vocabulary_statistics",
 ]
 
-VOCABULARY_TILE = denoise_plain.VOCABULARY_TILE
-_MAX_VOCABULARY = 2**31 - 1  # ids are int32
+VOCABULARY_TILE = _C.VOCABULARY_TILE
+
+_vocabulary_statistics = operator("vocabulary_statistics")
+_vocabulary_statistics_out = operator("vocabulary_statistics.out")
+_sample, _sample_out = operator("sample"), operator("sample.out")
+_noise, _update_canvas = operator("noise_"), operator("update_canvas_")
+_soft_embedding, _soft_embedding_out = operator("soft_embedding"), operator("soft_embedding.out")
 
 
 class Purpose(enum.IntEnum):
@@ -84,20 +90,24 @@ def vocabulary_statistics(
     *,
     out: VocabularyStatistics | None = None,
 ) -> VocabularyStatistics:
-    """Argmax, entropy and masses of the distribution softmax(z) over the allowed ids of every position.
+    """Argmax, entropy and softmax statistics of softmax(z) over the allowed ids of every position.
 
-    Masses are kept per tile of VOCABULARY_TILE ids; entropy is log s - t / s with s = sum exp(z - row_max) and
+    Statistics are kept per tile of VOCABULARY_TILE ids; entropy is log s - t / s with s = sum exp(z - row_max) and
     t = sum exp(z - row_max)(z - row_max). Without `out`, what belongs to skipped requests is zero.
     """
-    reading = (logits, softcap, temperature, active, allowed, allowed_row)
-    _check_logits(*reading)
+    operands = (logits, softcap, temperature, active, allowed, allowed_row)
     if out is None:
-        return VocabularyStatistics(*_called(torch.ops.dgemma.vocabulary_statistics, *reading))
-    positions = tuple(logits.shape[:2])
-    _check("argmax", out.argmax, torch.int32, positions, logits)
-    _check("entropy", out.entropy, torch.float32, positions, logits)
-    _check_masses(logits, out.row_max, out.row_sum, out.tile_max, out.tile_sum)
-    _called(torch.ops.dgemma.vocabulary_statistics.out, *reading, **out._asdict())
+        return VocabularyStatistics(*_vocabulary_statistics(*operands))
+    argmax, entropy, row_max, row_sum, tile_max, tile_sum = out
+    _vocabulary_statistics_out(
+        *operands,
+        argmax=argmax,
+        entropy=entropy,
+        row_max=row_max,
+        row_sum=row_sum,
+        tile_max=tile_max,
+        tile_sum=tile_sum,
+    )
     return out
 
 
@@ -121,21 +131,17 @@ def sample(
 ) -> Tensor:
     """One token per position, int32 [batch, length], drawn from softmax(z) by inverse CDF.
 
-    The masses are those of `vocabulary_statistics` for the same arguments. `uniforms`, float64 [batch, length] in
-    [0, 1), take the place of the drawn ones. A row whose row_sum is NaN gives its lowest allowed id.
+    The softmax statistics are those of `vocabulary_statistics` for the same arguments. `uniforms`, float64 [batch,
+    length] in [0, 1), take the place of the drawn ones. A row whose row_sum is NaN gives its lowest allowed id.
     """
-    reading = (logits, softcap, temperature, active, allowed, allowed_row)
-    _check_logits(*reading)
-    masses = (row_max, row_sum, tile_max, tile_sum)
-    _check_masses(logits, *masses)
-    batch, length, _ = logits.shape
-    _check_draws(logits, batch, length, seed, canvas_index, step, uniforms)
-    operands = (*reading, *masses, seed, canvas_index, step, uniforms)
+    operands = (
+        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
+        *(seed, canvas_index, step, uniforms),
+    )
     if out is None:
-        result: Tensor = _called(torch.ops.dgemma.sample, *operands)
+        result: Tensor = _sample(*operands)
         return result
-    _check("out", out, torch.int32, (batch, length), logits)
-    _called(torch.ops.dgemma.sample.out, *operands, out=out)
+    _sample_out(*operands, out=out)
     return out
 
 
@@ -156,18 +162,8 @@ def noise_(
 
     A token is number floor(u * count) of the allowed ids in increasing order. `purpose` is a `Purpose`.
     """
-    _check_dimensions("tokens", tokens, 2)
-    batch, length = tokens.shape
-    _check("tokens", tokens, torch.int32, (batch, length), tokens)
-    _check_vocabulary(vocabulary)
-    if purpose not in list(Purpose):
-        raise ValueError(f"purpose: got {purpose}, wants {[int(p) for p in Purpose]}")
-    _check_draws(tokens, batch, length, seed, canvas_index, step, uniforms)
-    _check_optional("active", active, torch.bool, (batch,), tokens)
-    _check_optional("keep", keep, torch.bool, (batch, length), tokens)
-    _check_allowed(tokens, vocabulary, (batch, length), allowed, allowed_row)
-    operands = (seed, canvas_index, step, active, keep, allowed, allowed_row, uniforms)
-    _called(torch.ops.dgemma.noise_, tokens, vocabulary, int(purpose), *operands)
+    draws = (seed, canvas_index, step, active, keep, allowed, allowed_row, uniforms)
+    _noise(tokens, vocabulary, int(purpose), *draws)
 
 
 def update_canvas_(
@@ -211,38 +207,7 @@ def update_canvas_(
     `draft` is -1 before the first step and `stable_steps` 0. An entropy that is not finite gives the status
     NON_FINITE, no accepted position and a mean entropy of NaN, and leaves all else of the request but `active` alone.
     """
-    _check_dimensions("sampled", sampled, 2)
-    batch, length = sampled.shape
-    positions = (batch, length)
-    _check_vocabulary(vocabulary)
-    for name, tensor, dtype in (
-        ("sampled", sampled, torch.int32),
-        ("argmax", argmax, torch.int32),
-        ("entropy", entropy, torch.float32),
-        ("canvas", canvas, torch.int32),
-        ("draft", draft, torch.int32),
-        ("accepted", accepted, torch.bool),
-    ):
-        _check(name, tensor, dtype, positions, sampled)
-    for name, tensor, dtype in (
-        ("max_steps", max_steps, torch.int32),
-        ("t_min", t_min, torch.float64),
-        ("t_max", t_max, torch.float64),
-        ("entropy_bound", entropy_bound, torch.float32),
-        ("stability_threshold", stability_threshold, torch.int32),
-        ("confidence_threshold", confidence_threshold, torch.float32),
-        ("active", active, torch.bool),
-        ("stable_steps", stable_steps, torch.int32),
-        ("temperature", temperature, torch.float32),
-        ("mean_entropy", mean_entropy, torch.float32),
-        ("status", status, torch.int32),
-    ):
-        _check(name, tensor, dtype, (batch,), sampled)
-    _check_optional("pinned", pinned, torch.bool, positions, sampled)
-    _check_draws(sampled, batch, length, seed, canvas_index, step, uniforms)
-    _check_allowed(sampled, vocabulary, positions, allowed, allowed_row)
-    _called(
-        torch.ops.dgemma.update_canvas_,
+    _update_canvas(
         *(sampled, argmax, entropy, pinned, allowed, allowed_row, uniforms, vocabulary, seed, canvas_index, max_steps),
         *(t_min, t_max, entropy_bound, stability_threshold, confidence_threshold),
         *(active, canvas, draft, stable_steps, step, temperature, accepted, mean_entropy, status),
@@ -277,27 +242,14 @@ def soft_embedding(
     largest norm of a row of `embedding`) is within `tolerance` times the norm of the row's sum; a row for which that is
     not so is done densely, as all are with 0. Without `out`, rows of skipped requests are zero.
     """
-    reading = (logits, softcap, temperature, active, allowed, allowed_row)
-    _check_logits(*reading)
-    masses = (row_max, row_sum, tile_max, tile_sum)
-    _check_masses(logits, *masses)
-    batch, length, vocabulary = logits.shape
-    _check_optional("pinned", pinned, torch.bool, (batch, length), logits)
-    _check_dimensions("embedding", embedding, 2)
-    hidden = embedding.shape[1]
-    _check("embedding", embedding, logits.dtype, (vocabulary, hidden), logits)
-    operands = (*reading, *masses, pinned, embedding, embedding_scale, tolerance, max_embedding_norm)
+    operands = (
+        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
+        *(pinned, embedding, embedding_scale, tolerance, max_embedding_norm),
+    )
     if out is None:
-        result: Tensor = _called(torch.ops.dgemma.soft_embedding, *operands)
+        result: Tensor = _soft_embedding(*operands)
         return result
-    _check("out", out, logits.dtype, (batch, length, hidden), logits)
-    size = soft_embedding_workspace(batch, length, vocabulary, hidden, logits.device)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    _check("workspace", workspace, torch.uint8, (workspace.numel(),), logits)
-    if workspace.numel() < size:
-        raise ValueError(f"workspace: got {workspace.numel()} bytes, wants {size}")
-    _called(torch.ops.dgemma.soft_embedding.out, *operands, out=out, workspace=workspace)
+    _soft_embedding_out(*operands, out=out, workspace=workspace)
     return out
 
 
@@ -305,8 +257,15 @@ def soft_embedding_workspace(
     batch: int, length: int, vocabulary: int, hidden_size: int, device: torch.device | str = "cpu"
 ) -> int:
     """Bytes of workspace that `soft_embedding` needs for these sizes on this device."""
-    cuda = torch.device(device).type == "cuda"
-    return _C.soft_embedding_workspace(batch, length, vocabulary, hidden_size, cuda)
+    return workspace_bytes(
+        "soft_embedding",
+        bfloat16=True,
+        cuda=torch.device(device).type == "cuda",
+        batch=batch,
+        length=length,
+        vocabulary=vocabulary,
+        hidden_size=hidden_size,
+    )
 
 
 def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
@@ -314,7 +273,8 @@ def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tenso
 
     Raises ValueError for an empty list of ids and for an id outside [0, vocabulary).
     """
-    _check_vocabulary(vocabulary)
+    if not 1 <= vocabulary < 2**31:  # ids are int32
+        raise ValueError(f"vocabulary: got {vocabulary}, wants 1 to {2**31 - 1}")
     words = (vocabulary + 31) // 32
     bits = torch.zeros(len(allowed_ids), words * 32, dtype=torch.bool)
     for row, ids in enumerate(allowed_ids):
@@ -330,123 +290,3 @@ def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tenso
         packed += bits.view(len(allowed_ids), words, 32)[:, :, bit] * powers[bit]
     # Bit 31 is the sign of an int32.
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name}: got {tensor.dtype}, wants {dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, wants {list(shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: got a tensor on {tensor.device}, wants one on {like.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: got strides {list(tensor.stride())}, wants a contiguous tensor")
-
-
-def _check_optional(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    if tensor is not None:
-        _check(name, tensor, dtype, shape, like)
-
-
-def _check_dimensions(name: str, tensor: Tensor, dimensions: int) -> None:
-    if tensor.dim() != dimensions:
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, wants {dimensions} dimensions")
-
-
-def _check_vocabulary(vocabulary: int) -> None:
-    if not 1 <= vocabulary <= _MAX_VOCABULARY:
-        raise ValueError(f"vocabulary: got {vocabulary}, wants 1 to {_MAX_VOCABULARY}")
-
-
-def _check_logits(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-) -> None:
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"logits: got {logits.dtype}, wants torch.float32 or torch.bfloat16")
-    _check_dimensions("logits", logits, 3)
-    batch, length, vocabulary = logits.shape
-    _check_vocabulary(vocabulary)
-    _check("logits", logits, logits.dtype, (batch, length, vocabulary), logits)
-    _check("temperature", temperature, torch.float32, (batch,), logits)
-    _check_optional("active", active, torch.bool, (batch,), logits)
-    _check_allowed(logits, vocabulary, (batch, length), allowed, allowed_row)
-
-
-def _check_allowed(
-    like: Tensor, vocabulary: int, positions: tuple[int, int], allowed: Tensor | None, allowed_row: Tensor | None
-) -> None:
-    if allowed is None and allowed_row is None:
-        return
-    if allowed is None or allowed_row is None:
-        missing = "allowed" if allowed is None else "allowed_row"
-        raise ValueError(f"{missing}: got None, wants both allowed and allowed_row or neither")
-    _check_dimensions("allowed", allowed, 2)
-    _check("allowed", allowed, torch.int32, (allowed.shape[0], (vocabulary + 31) // 32), like)
-    _check("allowed_row", allowed_row, torch.int32, positions, like)
-
-
-def _check_masses(logits: Tensor, row_max: Tensor, row_sum: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
-    batch, length, vocabulary = logits.shape
-    tiles = -(-vocabulary // VOCABULARY_TILE)
-    _check("row_max", row_max, torch.float32, (batch, length), logits)
-    _check("row_sum", row_sum, torch.float64, (batch, length), logits)
-    _check("tile_max", tile_max, torch.float32, (batch, length, tiles), logits)
-    _check("tile_sum", tile_sum, torch.float32, (batch, length, tiles), logits)
-
-
-def _check_draws(
-    like: Tensor, batch: int, length: int, seed: Tensor, canvas_index: Tensor, step: Tensor, uniforms: Tensor | None
-) -> None:
-    _check("seed", seed, torch.int64, (batch,), like)
-    _check("canvas_index", canvas_index, torch.int32, (batch,), like)
-    _check("step", step, torch.int32, (batch,), like)
-    _check_optional("uniforms", uniforms, torch.float64, (batch, length), like)
-
-
-def _called(op: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Calls the op; what the kernel's own checks say about an argument's values becomes a ValueError."""
-    try:
-        return op(*arguments, **keywords)
-    except (RuntimeError, ValueError) as error:
-        _, found, message = str(error).partition("dgemma::")
-        if not found:
-            raise
-        raise ValueError(message.partition(": ")[2].splitlines()[0]) from error
-
-
-@library.register_fake("dgemma::vocabulary_statistics")
-def _vocabulary_statistics_fake(logits: Tensor, *_: object) -> tuple[Tensor, ...]:
-    batch, length, vocabulary = logits.shape
-    tiles = -(-vocabulary // VOCABULARY_TILE)
-    return (
-        logits.new_empty((batch, length), dtype=torch.int32),
-        logits.new_empty((batch, length), dtype=torch.float32),
-        logits.new_empty((batch, length), dtype=torch.float32),
-        logits.new_empty((batch, length), dtype=torch.float64),
-        logits.new_empty((batch, length, tiles), dtype=torch.float32),
-        logits.new_empty((batch, length, tiles), dtype=torch.float32),
-    )
-
-
-@library.register_fake("dgemma::sample")
-def _sample_fake(logits: Tensor, *_: object) -> Tensor:
-    return logits.new_empty(logits.shape[:2], dtype=torch.int32)
-
-
-@library.register_fake("dgemma::soft_embedding")
-def _soft_embedding_fake(logits: Tensor, *operands: Any) -> Tensor:
-    embedding: Tensor = operands[10]
-    return logits.new_empty((*logits.shape[:2], embedding.shape[1]))
-
-
-def _in_place_fake(*_: object, **__: object) -> None:
-    return None
-
-
-for _name in ("vocabulary_statistics.out", "sample.out", "noise_", "update_canvas_", "soft_embedding.out"):
-    library.register_fake(f"dgemma::{_name}", _in_place_fake)

@@ -59,12 +59,23 @@ class QuantizedWeight:
         return None
 
     @property
-    def kernel_factors(self) -> Tensor | None:
-        """float32, one for each equal run of rows, multiplied into the finished sums."""
+    def kernel_row_scales(self) -> Tensor | None:
+        """float32, one for each equal run of rows, multiplied into the finished sums (`factors` in the C interface)."""
         return None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The matrix [..., rows, columns], computed in float32 and rounded once to `dtype`."""
+        raise NotImplementedError
+
+    @classmethod
+    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
+        """Matrices [rows, columns] that other engines multiply as one; what they must share, they share. `group`: 0, or
+        columns that share a scale."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        """The inverse of `values`, `kernel_scales` and `kernel_row_scales`; raises ValueError for scales that lack."""
         raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
@@ -93,7 +104,7 @@ class Fp8Weight(QuantizedWeight):
         return tuple(self.values.shape)
 
     @property
-    def kernel_factors(self) -> Tensor:
+    def kernel_row_scales(self) -> Tensor:
         return self.scales
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -105,6 +116,14 @@ class Fp8Weight(QuantizedWeight):
         scales = _scales_of(weight.float().abs().amax(-1) / _E4M3_MAX, torch.bfloat16).float()
         scaled = (weight.float() / scales[..., None]).clamp(-_E4M3_MAX, _E4M3_MAX)
         return cls(scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales)
+
+    @classmethod
+    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
+        return [cls.quantize(matrix) for matrix in matrices]
+
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        return cls(values, _present(cls, row_scales))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +158,14 @@ class Int4Weight(QuantizedWeight):
         codes = (grouped / scales.float()[..., None]).round().clamp(-8, 7) + 8
         return cls(_packed(codes.flatten(-2).to(torch.uint8)), scales)
 
+    @classmethod
+    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
+        return [cls.quantize(matrix, group) for matrix in matrices]
+
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        return cls(values, _present(cls, scales))
+
 
 @dataclass(frozen=True, eq=False)
 class Nvfp4Weight(QuantizedWeight):
@@ -167,7 +194,7 @@ class Nvfp4Weight(QuantizedWeight):
         return self.scales
 
     @cached_property
-    def kernel_factors(self) -> Tensor:
+    def kernel_row_scales(self) -> Tensor:
         return self.global_scales.reciprocal() if self.divides else self.global_scales
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -200,8 +227,63 @@ class Nvfp4Weight(QuantizedWeight):
             divides=True,
         )
 
+    @classmethod
+    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
+        together = cls.quantize(torch.cat(matrices)).global_scales
+        return [cls.quantize(matrix, global_scales=together) for matrix in matrices]
 
-FORMATS: dict[str, type[QuantizedWeight]] = {kind.name: kind for kind in (Fp8Weight, Int4Weight, Nvfp4Weight)}
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        return cls(values, _present(cls, scales), _present(cls, row_scales), divides=False)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What is true of a format wherever it is met: here is the one list of them.
+
+    number: dgemma_weight_format of the C interface. bits: of a code. groups: how many columns may share a scale, the
+    usual number first; empty where all of a row do. group_scale_bytes, row_scale_bytes: of a scale of a group and of a
+    row; the few scales of a whole tensor count for nothing.
+    """
+
+    name: str
+    number: int
+    weight: type[QuantizedWeight]
+    bits: int
+    groups: tuple[int, ...] = ()
+    group_scale_bytes: int = 0
+    row_scale_bytes: int = 0
+
+    @property
+    def usual_group(self) -> int:
+        """0 where all of a row share a scale."""
+        return self.groups[0] if self.groups else 0
+
+    def nbytes(self, values: int, columns: int, group: int) -> int:
+        """Bytes of codes and scales of so many values in rows of so many columns."""
+        per_value = self.bits / 8 + (self.group_scale_bytes / (group or self.usual_group) if self.groups else 0)
+        return round(values * per_value) + self.row_scale_bytes * values // columns
+
+
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        Format("fp8", number=1, weight=Fp8Weight, bits=8, row_scale_bytes=4),
+        Format("int4", number=2, weight=Int4Weight, bits=4, groups=INT4_GROUPS, group_scale_bytes=2),
+        Format("nvfp4", number=3, weight=Nvfp4Weight, bits=4, groups=(NVFP4_GROUP,), group_scale_bytes=1),
+    )
+}
+
+
+def format_by_number(number: int) -> Format:
+    """Raises KeyError for a number that is none."""
+    return {form.number: form for form in FORMATS.values()}[number]
+
+
+def _present(kind: type[QuantizedWeight], scales: Tensor | None) -> Tensor:
+    if scales is None:
+        raise ValueError(f"scales: got None, wants those of {kind.name}")
+    return scales
 
 
 def _scales_of(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
 from dgemma_ext.model import ModelWeights
-from dgemma_ext.ops import vocabulary_head
+from dgemma_ext.ops.plain.vocabulary_head import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
 
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
         if short == "vocabulary_head" and not statistics_in_head(args[0].device):
             # Without a kernel the head is a torch product and an operator for the statistics: records them apart.
             with self:
-                return vocabulary_head._plain(*args, **kwargs)
+                return vocabulary_head(*args, **kwargs)
         part, name = self._part_and_name(short, args)
         if name == "moe_ffn" and self._layer is not None:
             self.routed.setdefault(self._layer, []).append(args[1])

@@ -20,6 +20,7 @@ from dgemma_ext.checkpoint import (
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import available_bytes
 from dgemma_ext.model import LayerWeights, ModelWeights, Network, quantized_weight
+from dgemma_ext.ops.formats import FORMATS
 from dgemma_ext.units import format_bytes
 
 LAYERS = 30
@@ -28,7 +29,6 @@ EXPERTS = 128
 _PATTERN = 6
 # The published initializer_range.
 _DEVIATION = 0.02
-_CODE_BITS = {"fp8": 8, "int4": 4, "nvfp4": 4}
 
 # The published config.json without its vision tower.
 _TEXT: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _check_room(config: ModelConfig, device: torch.device, dtype: torch.dtype, t
         for attribute, (_, shape) in layout.items():
             # Scales are not counted, so that a model that fits is never rejected.
             quantized = target is not None and target.wants(attribute)
-            bits = _CODE_BITS[target.format] if target is not None and quantized else 8 * dtype.itemsize
+            bits = FORMATS[target.format].bits if target is not None and quantized else 8 * dtype.itemsize
             wanted += math.prod(shape) * bits / 8
     free = available_bytes(device)
     if free is not None and wanted > free:

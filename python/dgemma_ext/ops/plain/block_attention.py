@@ -1,4 +1,4 @@
-"""The operators of `block_attention` in plain torch: what a device without kernels of its own runs.
+"""The operators of `block_attention` in torch's operators: a GPU's form in a build without kernels, and for float32.
 
 Arguments and results are those of `dgemma_ext.ops.block_attention`. Which position a cache row holds, and who sees it,
 is computed from the tensors as masks, so attention does not wait for the device (append_to_cache does).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dgemma_ext.ops.plain import register_on_gpu
+from dgemma_ext.ops.plain.registration import register_on_gpu
 
 NO_POSITION = -1  # of a cache row that holds none
 
@@ -157,7 +157,7 @@ def canvas_attention_out(
     scale: float,
     *,
     out: torch.Tensor,
-    workspace: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """`canvas_attention` into `out`; the workspace is not used."""
     result = canvas_attention(query, key, value, prefix_key, prefix_value, slot, prefix_length, length, window, scale)
@@ -178,7 +178,7 @@ def causal_attention_out(
     scale: float,
     *,
     out: torch.Tensor,
-    workspace: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """`causal_attention` into `out`; the workspace is not used."""
     result = causal_attention(

@@ -1,6 +1,6 @@
-"""The denoise step in plain torch, with the arguments and results of `ops.denoise`.
+"""The operators of `denoise` in torch's operators: a GPU's form in a build without kernels, and for float32.
 
-A GPU runs this until it has kernels. The meaning is that of csrc/include/dgemma/denoise.h; tests hold both to the same
+The meaning is that of csrc/include/dgemma/denoise.h; tests hold both to the same
 float64 oracle. The functions run on any device and look at no value on the host.
 """
 
@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from dgemma_ext.ops.plain import register_on_gpu
+from dgemma_ext import _C
+from dgemma_ext.ops.plain.registration import register_on_gpu
 
-VOCABULARY_TILE = 128
+VOCABULARY_TILE = _C.VOCABULARY_TILE
 _WORD = 0xFFFFFFFF
 _RENOISE = 2
 _SAMPLE = 1
@@ -120,7 +121,9 @@ def vocabulary_statistics_out(
     row_sum: Tensor,
     tile_max: Tensor,
     tile_sum: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
+    """Into the given tensors; the workspace is not used."""
     batch, length, vocabulary = logits.shape
     running = _active(active, batch, logits.device)
     outputs = (argmax, entropy, row_max, row_sum, tile_max, tile_sum)
@@ -368,7 +371,6 @@ def soft_embedding(
         *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
         *(pinned, embedding, embedding_scale, tolerance, max_embedding_norm),
         out=out,
-        workspace=None,
     )
     return out
 
@@ -391,7 +393,7 @@ def soft_embedding_out(
     max_embedding_norm: float,
     *,
     out: Tensor,
-    workspace: Tensor | None,
+    workspace: Tensor | None = None,
 ) -> None:
     """Always dense; one request at a time, so that a request's result does not depend on its batch."""
     batch, length, vocabulary = logits.shape

@@ -1,4 +1,4 @@
-"""The operator of `grouped_gemm` in plain torch: what runs where no kernel is written yet (CUDA)."""
+"""The operators of `grouped_gemm` in torch's operators: a GPU's form in a build without kernels, and for float32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgemma_ext.ops.plain import register_on_gpu
+from dgemma_ext.ops.plain.registration import register_on_gpu
 
 
 def moe_ffn(input: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def moe_ffn_out(
     down: Tensor,
     *,
     out: Tensor,
-    workspace: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
     """`moe_ffn` into `out`; the workspace is not used."""
     out.copy_(moe_ffn(input, expert_ids, expert_weights, gate_up, down))

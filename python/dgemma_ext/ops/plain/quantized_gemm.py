@@ -1,4 +1,8 @@
-"""The operators of `quantized_gemm` in plain torch: what runs where no kernel is written."""
+"""The operators of `quantized_gemm` in torch's operators: a GPU's form without kernels, and the CPU's of `moe_ffn_fp8`.
+
+`moe_ffn_fp8` has no kernel for the CPU, which multiplies no e4m3: this one shows anywhere which tokens FP8 activations
+give. Tests hold the kernels for GPUs to it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import QuantizedWeight, format_by_number
 from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
-from dgemma_ext.ops.plain import register
+from dgemma_ext.ops.plain.registration import register
 
 
 def moe_ffn_quantized(
@@ -18,19 +22,19 @@ def moe_ffn_quantized(
     gate_up_format: int,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
-    gate_up_factors: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down_format: int,
     down: Tensor,
     down_scales: Tensor | None,
-    down_factors: Tensor | None,
+    down_row_scales: Tensor | None,
 ) -> Tensor:
     """As `dgemma_ext.ops.quantized_gemm.moe_ffn`, from float32 copies of both matrices."""
     return grouped_gemm_plain.moe_ffn(
         input,
         expert_ids,
         expert_weights,
-        _weight(gate_up_format, gate_up, gate_up_scales, gate_up_factors).dequantized(torch.float32),
-        _weight(down_format, down, down_scales, down_factors).dequantized(torch.float32),
+        _weight(gate_up_format, gate_up, gate_up_scales, gate_up_row_scales).dequantized(torch.float32),
+        _weight(down_format, down, down_scales, down_row_scales).dequantized(torch.float32),
     )
 
 
@@ -39,9 +43,9 @@ def moe_ffn_fp8(
     expert_ids: Tensor,
     expert_weights: Tensor,
     gate_up: Tensor,
-    gate_up_factors: Tensor | None,
+    gate_up_row_scales: Tensor | None,
     down: Tensor,
-    down_factors: Tensor | None,
+    down_row_scales: Tensor | None,
 ) -> Tensor:
     """As `dgemma_ext.ops.quantized_gemm.moe_ffn_fp8`, one expert that is hit after another.
 
@@ -52,9 +56,9 @@ def moe_ffn_fp8(
     products = torch.zeros((*expert_ids.shape, hidden_size), dtype=torch.float64, device=input.device)
     for expert in grouped_gemm_plain.hit_experts(expert_ids, experts):
         token, slot = torch.where(expert_ids == expert)
-        gate, up = _product_of_rows(input[token], gate_up, gate_up_factors, expert).split(expert_size, dim=-1)
+        gate, up = _product_of_rows(input[token], gate_up, gate_up_row_scales, expert).split(expert_size, dim=-1)
         h = (functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
-        products[token, slot] = _product_of_rows(h, down, down_factors, expert)
+        products[token, slot] = _product_of_rows(h, down, down_row_scales, expert)
     weights = torch.where(expert_ids >= 0, expert_weights, 0.0).double()
     total = torch.zeros((len(input), hidden_size), dtype=torch.float64, device=input.device)
     for k in range(expert_ids.shape[1]):
@@ -62,12 +66,12 @@ def moe_ffn_fp8(
     return total.to(input.dtype)
 
 
-def _product_of_rows(rows: Tensor, values: Tensor, factors: Tensor | None, expert: int) -> Tensor:
+def _product_of_rows(rows: Tensor, values: Tensor, row_scales: Tensor | None, expert: int) -> Tensor:
     """rows @ matrix.T in float64 for one expert's matrix of e4m3 codes, the rows rounded to e4m3 too."""
     codes, scales = rows_to_e4m3(rows)
     product = functional.linear(codes.double(), values[expert].view(torch.float8_e4m3fn).double())
-    if factors is not None:
-        per_expert = factors.reshape(len(values), -1).double()[expert]
+    if row_scales is not None:
+        per_expert = row_scales.reshape(len(values), -1).double()[expert]
         product *= per_expert.repeat_interleave(values.shape[1] // len(per_expert))
     return product * scales.double()
 
@@ -85,22 +89,16 @@ def rows_to_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_quantized(
-    input: Tensor, format: int, weight: Tensor, scales: Tensor | None, factors: Tensor | None
+    input: Tensor, format: int, weight: Tensor, scales: Tensor | None, row_scales: Tensor | None
 ) -> Tensor:
     """As `dgemma_ext.ops.quantized_gemm.dense`."""
-    dequantized = _weight(format, weight, scales, factors).dequantized(torch.float32)
+    dequantized = _weight(format, weight, scales, row_scales).dequantized(torch.float32)
     return functional.linear(input.float(), dequantized).to(input.dtype)
 
 
-def _weight(format: int, values: Tensor, scales: Tensor | None, factors: Tensor | None) -> QuantizedWeight:
+def _weight(format: int, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> QuantizedWeight:
     """The operator's arguments as the type they came from."""
-    if format == 1 and factors is not None:
-        return Fp8Weight(values, factors)
-    if format == 2 and scales is not None:
-        return Int4Weight(values, scales)
-    if format == 3 and scales is not None and factors is not None:
-        return Nvfp4Weight(values, scales, factors, divides=False)
-    raise ValueError(f"dgemma::moe_ffn_quantized: format: got {format} without its scales, wants 1, 2 or 3 with them")
+    return format_by_number(format).weight.from_kernel(values, scales, row_scales)
 
 
 register("dgemma::moe_ffn_quantized", moe_ffn_quantized)

@@ -1,0 +1,43 @@
+// The plan of a pass of moe_ffn in words, for tests and for people who look at routing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "grouped_gemm/cpu/plan.h"
+
+namespace dgemma {
+namespace {
+
+std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, int64_t experts) {
+  const size_t top_k = expert_ids.empty() ? 1 : expert_ids[0].size();
+  std::vector<int32_t> ids;
+  for (const auto& row : expert_ids) {
+    if (row.size() != top_k)
+      throw std::invalid_argument("expert_ids: got rows of different lengths, wants equal ones");
+    ids.insert(ids.end(), row.begin(), row.end());
+  }
+  const auto pairs = static_cast<int64_t>(ids.size());
+  const int64_t bad = find_bad_expert_id(ids.data(), pairs, experts);
+  if (bad >= 0)
+    throw std::invalid_argument("expert_ids: got " + std::to_string(ids[bad]) + ", wants -1 to " +
+                                std::to_string(experts - 1));
+  std::vector<int32_t> storage(static_cast<size_t>(moe_plan_size(pairs, experts)));
+  std::ostringstream text;
+  print(make_moe_plan(ids.data(), pairs, experts, storage.data()), static_cast<int64_t>(top_k),
+        text);
+  return text.str();
+}
+
+}  // namespace
+
+void bind_moe_plan(pybind11::module_& module) {
+  module.def("moe_ffn_plan", &moe_ffn_plan, pybind11::arg("expert_ids"), pybind11::arg("experts"),
+             "The plan of one pass of moe_ffn: a line for each expert that is hit, with its "
+             "token/slot pairs.");
+}
+
+}  // namespace dgemma

@@ -1,0 +1,39 @@
+"""Makes a form in torch's operators the kernel of an operator, behind the checks of the operator's description."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import library
+
+from dgemma_ext.ops import description
+
+
+def register_on_gpu(name: str, function: Callable[..., Any]) -> None:
+    """Makes `function` the GPU's form of an operator ("dgemma::sample.out"), unless a kernel is there and wanted."""
+    if not _has_kernel(name, "CUDA") or os.environ.get("DGEMMA_KERNELS") == "plain":
+        library.impl(name, "CUDA", _checked(name, function))
+
+
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Makes `function` the form of an operator on the CPU, where no kernel is of its own, and as above on a GPU."""
+    if not _has_kernel(name, "CPU"):
+        library.impl(name, "CPU", _checked(name, function))
+    register_on_gpu(name, function)
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    described = name.removeprefix("dgemma::").removesuffix(".out")
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        description.check(described, arguments, keywords)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
