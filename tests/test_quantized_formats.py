@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from dgemma_ext.checkpoint import Target
 from dgemma_ext.ops.formats import (
     E2M1_VALUES,
     FORMATS,
@@ -13,7 +16,9 @@ from dgemma_ext.ops.formats import (
     Int4Weight,
     Nvfp4Weight,
     QuantizedWeight,
+    format_by_number,
 )
+from sim.build import ROOT
 
 
 def test_every_fp8_code() -> None:
@@ -73,3 +78,35 @@ def quantized(name: str, weight: Tensor) -> QuantizedWeight:
     if name == "int4":
         return Int4Weight.quantize(weight, 32)
     return Fp8Weight.quantize(weight) if name == "fp8" else Nvfp4Weight.quantize(weight)
+
+
+def test_the_list_of_formats_is_that_of_the_c_interface() -> None:
+    header = (ROOT / "csrc" / "include" / "dgemma" / "grouped_gemm.h").read_text()
+    enumerators = dict(re.findall(r"DGEMMA_WEIGHTS_(\w+) = (\d+)", header))
+    assert {form.name.upper(): str(form.number) for form in FORMATS.values()} == enumerators
+    assert all(form.weight.name == name for name, form in FORMATS.items())
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_bytes_are_told_before_anything_is_quantized(name: str) -> None:
+    form = FORMATS[name]
+    (made,) = form.weight.quantize_together([torch.randn(6, 64)], 32)
+    whole_tensor = made.tensors().get("global_scales", torch.empty(0)).nbytes
+    assert form.nbytes(6 * 64, 64, made.group) == made.nbytes - whole_tensor
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_weight_comes_back_from_what_kernels_take(name: str) -> None:
+    made = quantized(name, torch.randn(6, 64))
+    parts = (made.values, made.kernel_scales, made.kernel_row_scales)
+    back = format_by_number(FORMATS[name].number).weight.from_kernel(*parts)
+    assert torch.allclose(back.dequantized(torch.float32), made.dequantized(torch.float32), rtol=1e-6)
+    with pytest.raises(ValueError, match=f"scales: got None, wants those of {name}"):
+        FORMATS[name].weight.from_kernel(made.values, None, None)
+
+
+def test_a_format_that_is_in_no_list_is_not_taken_for_another() -> None:
+    with pytest.raises(KeyError, match="int3"):
+        Target("int3", 32, ("experts",)).quantize([torch.randn(8, 64)])
+    with pytest.raises(KeyError, match="4"):
+        format_by_number(4)

@@ -28,6 +28,7 @@ OPERATOR_TESTS = (
     "test_vocabulary_head.py",
     "test_router_and_dense.py",
     "test_layer.py",
+    "test_operators.py",
 )
 
 # The oldest release of nvcc that the kernels were compiled with.

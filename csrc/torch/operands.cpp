@@ -36,8 +36,8 @@ ScalarType type_of(Content content) {
 }
 
 std::string place_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "the CPU";
-  if (tensor.is_cuda()) return "GPU " + std::to_string(tensor.get_device_index());
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
   return "another device";
 }
 
@@ -212,10 +212,7 @@ void Operands::check_number(const Argument& argument) const {
 void Operands::check_tensor(const Argument& argument, const Tensor& tensor) {
   check_place(argument, tensor);
   const ScalarType got = tensor.scalar_type(), wanted = wanted_type(argument, tensor);
-  if (got != wanted) {
-    const bool like = argument.content == Content::kNumbers;
-    refuse(argument.name, name_of(got), name_of(wanted) + (like ? " as the first tensor is" : ""));
-  }
+  if (got != wanted) refuse(argument.name, name_of(got), name_of(wanted));
   switch (argument.kind) {
     case Kind::kCodes:
       check_codes(argument, tensor);
@@ -242,10 +239,9 @@ void Operands::check_place(const Argument& argument, const Tensor& tensor) const
                                             : tensor.is_cuda() && tensor.get_device_index() ==
                                                                       first_->get_device_index();
   if (here) return;
-  std::string wanted = "one on the CPU";
-  if (device_ == Device::kCuda)
-    wanted = first_->is_cuda() ? "one on " + place_of(*first_) : "one on a GPU";
-  refuse(argument.name, "a tensor on " + place_of(tensor), wanted);
+  std::string wanted = "cpu";
+  if (device_ == Device::kCuda) wanted = first_->is_cuda() ? place_of(*first_) : "cuda";
+  refuse(argument.name, "a tensor on " + place_of(tensor), "one on " + wanted);
 }
 
 // The dtype of the call is that of the first tensor of numbers.

@@ -210,10 +210,8 @@ def _without_data(name: str, *arguments: Any, **keywords: Any) -> Any:
         return None
     made = []
     for output in outputs:
-        shape = [extent.value(call.sizes) for extent in output.shape]
-        if output.any_shape:
-            assert call.any_shape is not None
-            shape = list(call.any_shape)
+        any_shape = call.any_shape if output.any_shape else None
+        shape = [extent.value(call.sizes) for extent in output.shape] if any_shape is None else list(any_shape)
         made.append(call.first.new_empty(shape, dtype=_dtype(output, call)))
     return made[0] if len(made) == 1 else tuple(made)
 

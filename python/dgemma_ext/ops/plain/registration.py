@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import library
+from torch import Tensor, library
 
 from dgemma_ext.ops import description
+
+# Layouts of an operator's calls; a conversation has one more for every prompt's length.
+_REMEMBERED = 1024
 
 
 def register_on_gpu(name: str, function: Callable[..., Any]) -> None:
@@ -26,13 +29,27 @@ def register(name: str, function: Callable[..., Any]) -> None:
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The form behind the checks, which look at layouts alone: those that passed once pass again in a fifth of the time
+    (20 microseconds, which a small model would feel)."""
     described = name.removeprefix("dgemma::").removesuffix(".out")
+    passed: set[tuple[Any, ...]] = set()
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        description.check(described, arguments, keywords)
+        layouts = tuple(_layout(value) for value in (*arguments, *keywords.values()))
+        if layouts not in passed:
+            description.check(described, arguments, keywords)
+            if len(passed) >= _REMEMBERED:
+                passed.clear()
+            passed.add(layouts)
         return function(*arguments, **keywords)
 
     return call
+
+
+def _layout(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.device, value.is_contiguous()
+    return value
 
 
 def _has_kernel(name: str, key: str) -> bool:

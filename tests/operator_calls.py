@@ -1,0 +1,166 @@
+"""A small call of every operator, of its forms that write into given tensors too: for what holds of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, quantized_gemm, router
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight
+from dgemma_ext.ops.vocabulary_head import vocabulary_head
+
+
+@dataclass
+class OperatorCall:
+    """The arguments of an operator, and the function of `dgemma_ext.ops` over it with the same."""
+
+    operator: Any  # an OpOverload
+    arguments: tuple[Any, ...]
+    function: Callable[..., Any]
+    given: tuple[Any, ...]  # the function's arguments
+    keywords: dict[str, Tensor] = field(default_factory=dict)
+    function_keywords: dict[str, Any] = field(default_factory=dict)
+
+    def raw(self) -> Any:
+        return self.operator(*self.arguments, **self.keywords)
+
+    def wrapped(self) -> Any:
+        return self.function(*self.given, **self.function_keywords)
+
+
+def same(operator: Any, function: Callable[..., Any], arguments: tuple[Any, ...], **keywords: Tensor) -> OperatorCall:
+    """Of a function whose arguments are the operator's."""
+    return OperatorCall(operator, arguments, function, arguments, keywords, dict(keywords))
+
+
+def calls(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    """By the operator's name ("sample.out"). `dtype`: of the tensors that may be float32 or bfloat16."""
+    found = {**_attention(dtype), **_denoise(dtype), **_products(dtype), **_layer(dtype)}
+    names = torch._C._dispatch_get_all_op_names()
+    operators = {name.removeprefix("dgemma::") for name in names if name.startswith("dgemma::")}
+    assert set(found) == operators, f"without a call: {operators - set(found)}"
+    return found
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _attention(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    ops = torch.ops.dgemma
+    query, key = torch.randn(1, 2, 2, 16).to(dtype), torch.randn(1, 2, 1, 16).to(dtype)
+    cache = torch.zeros(1, 4, 1, 16, dtype=dtype)
+    rows = (key, key.clone(), cache, cache.clone(), ints(0), ints(2), ints(2))
+    given = {"out": torch.empty_like(query), "workspace": block_attention.attention_workspace(query, key)}
+    canvas, causal = (query, *rows, 0, 1.0), (query, *rows, torch.zeros(1, 1, 2, dtype=torch.int32), 0, 1.0)
+    return {
+        "canvas_attention": same(ops.canvas_attention.default, block_attention.canvas_attention, canvas),
+        "canvas_attention.out": same(ops.canvas_attention.out, block_attention.canvas_attention, canvas, **given),
+        "causal_attention": same(ops.causal_attention.default, block_attention.causal_attention, causal),
+        "causal_attention.out": same(ops.causal_attention.out, block_attention.causal_attention, causal, **given),
+        "append_to_cache": same(ops.append_to_cache.default, block_attention.append_to_cache, rows),
+    }
+
+
+def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    ops = torch.ops.dgemma
+    logits, embedding, hidden = (torch.randn(*shape).to(dtype) for shape in ((1, 1, 32), (32, 8), (1, 1, 8)))
+    allowed, row = denoise.pack_allowed([[3, 5, 9]], 32), torch.zeros(1, 1, dtype=torch.int32)
+    params = (30.0, torch.ones(1), torch.ones(1, dtype=torch.bool), allowed, row)
+    found = denoise.vocabulary_statistics(logits, *params)
+    _, _, *softmax = found
+    seed, zero, one = torch.zeros(1, dtype=torch.int64), ints(0), ints(1)
+    uniforms = torch.full((1, 1), 0.5, dtype=torch.float64)
+    token, flags = torch.full((1, 1), 3, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.bool)
+    inactive = torch.zeros(1, dtype=torch.bool)  # so that every call finds the same
+    wide, narrow, entropy = torch.ones(1, dtype=torch.float64), torch.ones(1), torch.ones(1, 1)
+    sample = (logits, *params, *softmax, seed, zero, one, uniforms)
+    noise = (token.clone(), 32, 0, seed, zero, one, inactive, flags, allowed, row, uniforms)
+    update = (
+        *(token, token.clone(), entropy, flags, allowed, row, uniforms, 32, seed, zero, ints(4), wide, wide.clone()),
+        *(narrow, one, narrow.clone(), inactive, token.clone(), token.clone(), zero.clone(), one.clone()),
+        *(narrow.clone(), flags.clone(), narrow.clone(), zero.clone()),
+    )
+    soft = (logits, *params, *softmax, flags, embedding, 1.0, 0.0, 9.0)
+    workspace = torch.empty(denoise.soft_embedding_workspace(1, 1, 32, 8), dtype=torch.uint8)
+    given = {"out": torch.empty(1, 1, 8, dtype=dtype), "workspace": workspace}
+    reading = (logits, *params)
+    statistics = OperatorCall(
+        ops.vocabulary_statistics.out,
+        reading,
+        denoise.vocabulary_statistics,
+        reading,
+        found._asdict(),
+        {"out": found},
+    )
+    head = OperatorCall(
+        ops.vocabulary_head.default,
+        (hidden, embedding, *params, logits, *found),
+        vocabulary_head,
+        (hidden, embedding, *params),
+        function_keywords={"logits": logits, "out": found},
+    )
+    return {
+        "vocabulary_statistics": same(ops.vocabulary_statistics.default, denoise.vocabulary_statistics, reading),
+        "vocabulary_statistics.out": statistics,
+        "sample": same(ops.sample.default, denoise.sample, sample),
+        "sample.out": same(ops.sample.out, denoise.sample, sample, out=token.clone()),
+        "noise_": same(ops.noise_.default, denoise.noise_, noise),
+        "update_canvas_": same(ops.update_canvas_.default, denoise.update_canvas_, update),
+        "soft_embedding": same(ops.soft_embedding.default, denoise.soft_embedding, soft),
+        "soft_embedding.out": same(ops.soft_embedding.out, denoise.soft_embedding, soft, **given),
+        "vocabulary_head": head,
+    }
+
+
+def _products(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    ops = torch.ops.dgemma
+    shapes = ((1, 32), (1, 64, 32), (1, 32, 32), (8, 32))
+    input, gate_up, down, weight = (torch.randn(*shape).to(dtype) for shape in shapes)
+    tokens = (input, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1))
+    experts = (*tokens, gate_up, down)
+    workspace = torch.empty(grouped_gemm.moe_ffn_workspace(*experts), dtype=torch.uint8)
+    given = {"out": torch.empty_like(input), "workspace": workspace}
+    fp8 = tuple(Fp8Weight.quantize(matrix) for matrix in (gate_up, down))
+    int4 = tuple(Int4Weight.quantize(matrix, 32) for matrix in (gate_up, down))
+    narrow = Int4Weight.quantize(weight, 32)
+    codes = tuple(part for matrix in fp8 for part in (matrix.values, matrix.scales))
+    parts = tuple(part for matrix in int4 for part in (2, matrix.values, matrix.scales, None))
+    scale, projection, per_expert = (torch.randn(*shape).to(dtype) for shape in ((32,), (4, 32), (4,)))
+    routing = (input, scale, projection, per_expert, 2, 1e-6)
+    return {
+        "moe_ffn": same(ops.moe_ffn.default, grouped_gemm.moe_ffn, experts),
+        "moe_ffn.out": same(ops.moe_ffn.out, grouped_gemm.moe_ffn, experts, **given),
+        "dense": same(ops.dense.default, grouped_gemm.dense, (input, weight)),
+        "moe_ffn_quantized": OperatorCall(
+            ops.moe_ffn_quantized.default, (*tokens, *parts), quantized_gemm.moe_ffn, (*tokens, *int4)
+        ),
+        "moe_ffn_fp8": OperatorCall(
+            ops.moe_ffn_fp8.default, (*tokens, *codes), quantized_gemm.moe_ffn_fp8, (*tokens, *fp8)
+        ),
+        "dense_quantized": OperatorCall(
+            ops.dense_quantized.default,
+            (input, 2, narrow.values, narrow.scales, None),
+            quantized_gemm.dense,
+            (input, narrow),
+        ),
+        "route": same(ops.route.default, router.route, routing),
+    }
+
+
+def _layer(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    ops = torch.ops.dgemma
+    rows, weight, heads = torch.randn(1, 8).to(dtype), torch.ones(8, dtype=dtype), torch.randn(1, 1, 8).to(dtype)
+    normalise = (heads, heads.clone(), heads.clone(), weight, weight, rows, rows.clone(), 1e-6)
+    residual = (rows, rows.clone(), weight, weight.clone(), weight.clone(), 1e-6)
+    output = (rows, rows.clone(), rows.clone(), weight, weight, weight, weight, 1.0, 1e-6)
+    return {
+        "normalise_heads": same(ops.normalise_heads.default, layer.normalise_heads, normalise),
+        "attention_residual": same(ops.attention_residual.default, layer.attention_residual, residual),
+        "gelu_product": same(ops.gelu_product.default, layer.gelu_product, (rows, rows.clone())),
+        "layer_output": same(ops.layer_output.default, layer.layer_output, output),
+    }
