@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,16 +138,27 @@ def test_the_size_must_be_the_model_s() -> None:
     assert "not that of a 9x9 Sudoku" in run.err
 
 
-@pytest.mark.parametrize("size", [6, 9])
-def test_puzzles_have_one_solution_and_training_draws_others(size: int) -> None:
-    from dgemma_ext.demo.puzzles import from_text, held_out, solutions, to_text
+@pytest.fixture
+def training_puzzles() -> Any:
+    """The example's module of puzzles."""
+    file = Path(__file__).resolve().parent.parent / "examples" / "sudoku" / "puzzles.py"
+    spec = importlib.util.spec_from_file_location("training_puzzles", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+@pytest.mark.parametrize("size", [6, 9])
+def test_puzzles_have_one_solution_and_training_draws_others(size: int, training_puzzles: Any) -> None:
     fewest, most = demo.BLANKS[size]
     for index in range(5):
         puzzle = demo.draw(size, 0, index)
-        assert [to_text(cells) for cells in solutions(from_text(puzzle.text), limit=3)] == [puzzle.solution]
+        found = training_puzzles.solutions(training_puzzles.from_text(puzzle.text), limit=3)
+        assert [training_puzzles.to_text(cells) for cells in found] == [puzzle.solution]
         assert fewest <= puzzle.text.count(".") <= most
         assert demo.check(puzzle.solution, puzzle.text)
-    assert not {puzzle.text for puzzle in held_out(size, (fewest, most), 5, seed=0)} & {
+    assert not {puzzle.text for puzzle in training_puzzles.held_out(size, (fewest, most), 5, seed=0)} & {
         demo.draw(size, 0, index).text for index in range(5)
     }

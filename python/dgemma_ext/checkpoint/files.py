@@ -53,20 +53,6 @@ class CheckpointInfo:
         return tuple(name for name in self.tensors if name.startswith(_VISION_PREFIXES))
 
     @property
-    def diffusion_tensors(self) -> tuple[str, ...]:
-        """The tensors that an autoregressive Gemma 4 does not have: encoder layer scalars and self-conditioning."""
-        return tuple(
-            name
-            for name in self.tensors
-            if name.startswith((_SELF_CONDITIONING, "model.encoder.")) and not name.startswith(_VISION_PREFIXES)
-        )
-
-    @property
-    def text_tensors(self) -> tuple[str, ...]:
-        skipped = {*self.vision_tensors, *self.diffusion_tensors}
-        return tuple(name for name in self.tensors if name not in skipped)
-
-    @property
     def total_bytes(self) -> int:
         """Payload of all tensors, without headers."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -79,11 +65,6 @@ class CheckpointInfo:
     def loaded_bytes(self) -> int:
         """Payload of the tensors that `load_weights` reads."""
         return self.total_bytes - self.vision_bytes
-
-    @property
-    def parameters(self) -> int:
-        """Stored values, the vision tower included."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
 
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,11 @@ def load_model(arguments: Arguments) -> DiffusionGemma:
     path = resolve_checkpoint(arguments.model)
     config = ModelConfig.from_file(path)
     arguments.sampler.resolve(GenerationDefaults.from_file(path, config), config.canvas_length)
+    return load_checkpoint(path, arguments)
+
+
+def load_checkpoint(path: Path, arguments: Arguments) -> DiffusionGemma:
+    """Loads a checkpoint with the command line's device, dtype, weights and activations."""
     return DiffusionGemma.from_pretrained(
         path,
         device=arguments.device,

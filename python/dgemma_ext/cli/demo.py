@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import Tokenizer
-from dgemma_ext.cli.answer import Timed, event_fields, result_fields, tokenizer_of, write_json
+from dgemma_ext.cli.answer import Timed, event_fields, load_checkpoint, result_fields, tokenizer_of, write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.grid import draft_digits, draft_picture, plain_grid
 from dgemma_ext.cli.watch import Watch, status_line, visible
@@ -45,13 +45,7 @@ class Attempt:
 
 def run(arguments: Arguments) -> None:
     folder = Path(arguments.model) if arguments.model is not None else demo.checkpoint(arguments.size)
-    model = DiffusionGemma.from_pretrained(
-        folder,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        activations=arguments.activations,
-    )
+    model = load_checkpoint(folder, arguments)
     size = demo.grid_size(model.config.canvas_length)
     if size is None or arguments.size not in (None, size):
         wanted = "a Sudoku" if size is None else f"a {arguments.size}x{arguments.size} Sudoku"

@@ -7,7 +7,7 @@ from typing import Any
 
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import ModelConfig, Target, resolve_checkpoint, resolve_weights
-from dgemma_ext.cli.answer import write_json
+from dgemma_ext.cli.answer import load_checkpoint, write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.model import resolve_activations, resolve_device, resolve_dtype
@@ -81,13 +81,7 @@ def _model(arguments: Arguments) -> DiffusionGemma:
     assert arguments.model is not None
     folder = demo.checkpoint() if arguments.model == DEMO else Path(resolve_checkpoint(arguments.model))
     check_sizes(ModelConfig.from_file(folder), arguments.prefix, arguments.context)
-    return DiffusionGemma.from_pretrained(
-        folder,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        activations=arguments.activations,
-    )
+    return load_checkpoint(folder, arguments)
 
 
 # As text ----------------------------------------------------------------------------------------------------------

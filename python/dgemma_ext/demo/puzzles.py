@@ -2,13 +2,10 @@
 
 A puzzle is one line of 36 or 81 characters, row by row, "." where a cell is blank; its solution is the same line with
 every digit filled in.
-
-    python -m dgemma_ext.demo.puzzles --size 9 --clues 40 --count 5 --seed 1
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import dataclass
 
@@ -142,12 +139,6 @@ def to_text(cells: list[int]) -> str:
     return "".join(str(digit) if digit else BLANK for digit in cells)
 
 
-def from_text(text: str) -> list[int]:
-    if len(text) not in (36, 81) or not set(text) <= set("123456789" + BLANK):
-        raise ValueError(f"a puzzle is 36 or 81 digits and {BLANK!r}, got {text!r}")
-    return [0 if character == BLANK else int(character) for character in text]
-
-
 def check(answer: str, puzzle: str) -> bool:
     """Whether `answer`, the model's text, is a solution of `puzzle`. White space around it is ignored."""
     answer = answer.strip()
@@ -158,29 +149,3 @@ def check(answer: str, puzzle: str) -> bool:
     size = round(len(puzzle) ** 0.5)
     digits = {str(digit) for digit in range(1, size + 1)}
     return all({answer[cell] for cell in unit} == digits for unit in _UNITS[size])
-
-
-def held_out(size: int, blanks: tuple[int, int], count: int, seed: int = 10_000) -> list[Puzzle]:
-    """The evaluation set: `count` puzzles with a number of blanks uniform in `blanks` (both ends included).
-
-    Training draws from other seeds (examples/sudoku/train.py uses seeds below 10,000).
-    """
-    rng = random.Random(f"held out {size} {seed}")
-    return [generate(size, size * size - rng.randint(*blanks), rng) for _ in range(count)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints Sudoku puzzles and their solutions.")
-    parser.add_argument("--size", type=int, choices=sorted(BOX_SHAPES), default=9)
-    parser.add_argument("--clues", type=int, default=40)
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    for _ in range(arguments.count):
-        puzzle = generate(arguments.size, arguments.clues, rng)
-        print(puzzle.text, puzzle.solution)
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ ENCODE_CHUNK = 4096
 
 # The relative error that skipping vocabulary tiles may add to a soft embedding: half a unit in the last place of
 # bfloat16. In fp32 no tile is skipped.
-_SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
+SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
 
 
 class Network:
@@ -54,8 +54,8 @@ class Network:
             activations=activations,
             debug=os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0"),
         )
-        self.soft_embedding_tolerance = _SOFT_EMBEDDING_TOLERANCE[self.dtype]
-        self.max_embedding_norm = _largest_row_norm(weights.embed_tokens)
+        self.soft_embedding_tolerance = SOFT_EMBEDDING_TOLERANCE[self.dtype]
+        self.max_embedding_norm = largest_row_norm(weights.embed_tokens)
 
     def new_cache(self, slots: int, max_length: int) -> Cache:
         """An empty cache for `slots` requests of up to `max_length` positions each (prompt and committed canvases)."""
@@ -217,6 +217,6 @@ def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> It
         start = cut
 
 
-def _largest_row_norm(embedding: Tensor) -> float:
+def largest_row_norm(embedding: Tensor) -> float:
     """max over v of ||embedding[v]||, computed in pieces so that no fp32 copy of the table exists."""
     return max(float(piece.float().norm(dim=-1).max()) for piece in embedding.split(16_384))

@@ -17,29 +17,15 @@ from dgemma_ext.checkpoint import (
     ModelConfig,
     Stored,
     Target,
-    TensorInfo,
     Weight,
     WeightReader,
-    expected_tensors,
     inspect_checkpoint,
     layer_layout,
     model_layout,
     names_of,
-    resolve_checkpoint,
     stack_weights,
 )
 from dgemma_ext.ops.formats import QuantizedWeight
-
-__all__ = [
-    "CheckpointInfo",
-    "LayerWeights",
-    "ModelWeights",
-    "TensorInfo",
-    "expected_tensors",
-    "inspect_checkpoint",
-    "load_weights",
-    "resolve_checkpoint",
-]
 
 # The operators that read these take unquantized weights only.
 NEVER_QUANTIZED = ("embed_tokens", "router_proj")

@@ -30,7 +30,9 @@ class LogitsParams(TypedDict):
     allowed_row: Tensor
 
 
-class _SoftmaxStatistics(TypedDict):
+class SoftmaxStatistics(TypedDict):
+    """The statistics of the softmax that later operators read (ops.denoise)."""
+
     row_max: Tensor
     row_sum: Tensor
     tile_max: Tensor
@@ -174,7 +176,7 @@ def sample_and_update(
     sampled = denoise.sample(
         buffers.logits,
         **params,
-        **_softmax(statistics),
+        **softmax_statistics(statistics),
         seed=state.seed,
         canvas_index=state.canvas_index,
         step=state.step,
@@ -215,7 +217,7 @@ def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, p
     denoise.soft_embedding(
         buffers.logits,
         **params,
-        **_softmax(buffers.statistics_of(state)),
+        **softmax_statistics(buffers.statistics_of(state)),
         pinned=state.pinned,
         embedding=network.weights.embed_tokens,
         embedding_scale=network.embedding_scale,
@@ -226,8 +228,8 @@ def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, p
     )
 
 
-def _softmax(statistics: denoise.VocabularyStatistics) -> _SoftmaxStatistics:
-    return _SoftmaxStatistics(
+def softmax_statistics(statistics: denoise.VocabularyStatistics) -> SoftmaxStatistics:
+    return SoftmaxStatistics(
         row_max=statistics.row_max,
         row_sum=statistics.row_sum,
         tile_max=statistics.tile_max,

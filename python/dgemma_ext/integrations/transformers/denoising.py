@@ -24,11 +24,11 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as ge
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
 from dgemma_ext.integrations.transformers.releases import NEWEST_KNOWN_STEP, release, release_name
+from dgemma_ext.model.network import SOFT_EMBEDDING_TOLERANCE, largest_row_norm
 from dgemma_ext.ops import denoise
-from dgemma_ext.ops.denoise import CanvasStatus, VocabularyStatistics
+from dgemma_ext.ops.denoise import CanvasStatus
+from dgemma_ext.sampling.step import softmax_statistics
 
-# The relative error that skipping vocabulary tiles may add to a soft embedding, as in model/network.py.
-_SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
 _NEVER = 2**31 - 1  # stability threshold without a stopping criterion
 
 _ARGUMENTS = (
@@ -252,7 +252,7 @@ def advance(
         softcap=step.softcap, temperature=temperatures, active=running, allowed=None, allowed_row=None
     )
     statistics = denoise.vocabulary_statistics(raw, **params)
-    softmax = _softmax(statistics)
+    softmax = softmax_statistics(statistics)
     draws: dict[str, Any] = dict(seed=step.seed, canvas_index=step.canvas_index)
     sampled = denoise.sample(
         raw, **params, **softmax, **draws, step=step.number, uniforms=None if uniforms is None else uniforms[0]
@@ -298,13 +298,9 @@ def advance(
             pinned=None,
             embedding=table.weight.detach().contiguous(),
             embedding_scale=float(table.embed_scale.to(raw.dtype)),
-            tolerance=_SOFT_EMBEDDING_TOLERANCE[raw.dtype],
+            tolerance=SOFT_EMBEDDING_TOLERANCE[raw.dtype],
             max_embedding_norm=_largest_row_norm(table),
         )
-
-
-def _softmax(statistics: VocabularyStatistics) -> dict[str, Any]:
-    return {name: getattr(statistics, name) for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
 
 
 def _largest_row_norm(table: Any) -> float:
@@ -313,8 +309,7 @@ def _largest_row_norm(table: Any) -> float:
     key = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
     known: tuple[Any, float] | None = table.__dict__.get("_dgemma_largest_row_norm")
     if known is None or known[0] != key:
-        # Computed in pieces, so that no fp32 copy of the table exists.
-        known = key, max(float(piece.float().norm(dim=-1).max()) for piece in weight.split(16_384))
+        known = key, largest_row_norm(weight)
         table.__dict__["_dgemma_largest_row_norm"] = known
     return known[1]
 
