@@ -11,7 +11,10 @@ import torch
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
-from dgemma_ext.model import PrefillChunk
+from dgemma_ext.model import Network, PrefillChunk
+from dgemma_ext.model.forward import decoder_layer, embed
+from dgemma_ext.model.rows import Rows
+from dgemma_ext.ops.layer import rms_norm
 from dgemma_ext.sampling import (
     CanvasBatch,
     CanvasState,
@@ -99,3 +102,21 @@ def last_hidden(
     hidden = model.network.forward(cache, rows, chunks)
     assert hidden is not None
     return hidden
+
+
+def canvas_rows(network: Network, cache: dg.Cache, canvas: torch.Tensor, soft: torch.Tensor | None = None) -> Rows:
+    """The rows of a denoising pass of a canvas [1, L] over slot 0."""
+    return Rows.describe(network.canvas_in_slot(canvas, cache, 0, soft), (), cache, network.config, network.dtype)
+
+
+def layer_alone(network: Network, cache: dg.Cache, rows: Rows, hidden: torch.Tensor, index: int) -> torch.Tensor:
+    """The output of a single layer for its input [1, n, hidden]."""
+    layer, weights = network.config.layers[index], network.weights.layers[index]
+    normed = rms_norm(hidden[0], weights.input_layernorm, network.config.rms_norm_eps)
+    made = (layer, weights, network.weights.norm, network.config, network.options, cache)
+    return decoder_layer(hidden[0], normed, rows, *made)[0][None]
+
+
+def first_input(network: Network, rows: Rows) -> torch.Tensor:
+    """The input of the first layer, [1, n, hidden]."""
+    return embed(rows, network.weights, network.options, network.config.rms_norm_eps)[None]

@@ -13,7 +13,7 @@ import torch
 import dgemma_ext as dg
 from bounds import relative_distance
 from dgemma_ext.model import Network
-from models import random_model
+from models import canvas_rows, first_input, layer_alone, random_model
 from solve_puzzles import answers
 
 pytestmark = pytest.mark.gpu
@@ -62,18 +62,17 @@ def check_layers(device: str) -> None:
     theirs.encode(ids, cache_gpu)
     for mine, other in zip((*cache.keys, *cache.values), (*cache_gpu.keys, *cache_gpu.values), strict=True):
         other.copy_(mine)
-    attend, attend_gpu = ours._canvas_attention(cache, 0), theirs._canvas_attention(cache_gpu, 0)
-    hidden = ours._canvas_input(canvas, None)
-    sides = zip(ours._layers(40, 16), theirs._layers(40, 16), strict=True)
-    for (layer, weights, tables), (_, its_weights, its_tables) in sides:
-        got = theirs._layer(hidden.to(device), layer, its_weights, its_tables, 0, attend_gpu)[0].cpu()
-        wanted = ours._layer(hidden, layer, weights, tables, 0, attend)[0]
+    rows, rows_gpu = canvas_rows(ours.network, cache, canvas), canvas_rows(theirs.network, cache_gpu, canvas.to(device))
+    hidden = first_input(ours.network, rows)
+    for index in range(len(ours.config.layers)):
+        got = layer_alone(theirs.network, cache_gpu, rows_gpu, hidden.to(device), index).cpu()
+        wanted = layer_alone(ours.network, cache, rows, hidden, index)
         # A token whose score rounds to its neighbour may go to another expert, so only near tokens count.
-        rows = (got - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
-        near = rows[0] < 0.05
-        assert int(near.sum()) >= 14, f"layer {layer.index}: {rows.tolist()}"
+        distances = (got - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
+        near = distances[0] < 0.05
+        assert int(near.sum()) >= 14, f"layer {index}: {distances.tolist()}"
         distance = relative_distance(got[0, near].double(), wanted[0, near].double())
-        assert distance <= LAYER_DISTANCE, f"layer {layer.index}: {distance:.2e}"
+        assert distance <= LAYER_DISTANCE, f"layer {index}: {distance:.2e}"
         hidden = wanted
 
 

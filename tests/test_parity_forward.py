@@ -18,12 +18,12 @@ import transformers_oracle as oracle
 from bounds import relative_distance
 from checkpoints import FULL, SLIDING, make_checkpoint
 from dgemma_ext.model import Network, PrefillChunk, matmul
-from dgemma_ext.model.forward import decoder_layer, embed
 from dgemma_ext.model.rows import Rows
 from dgemma_ext.ops import router
 from dgemma_ext.ops.layer import rms_norm
 from dgemma_ext.ops.plain import router as router_plain
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from models import canvas_rows, first_input, layer_alone
 from older_transformers import run_under_5_17
 from transformers_oracle import Pair, load_pair
 
@@ -228,27 +228,9 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "route", route)
 
 
-def canvas_rows(network: Network, cache: dg.Cache, canvas: torch.Tensor, soft: torch.Tensor | None = None) -> Rows:
-    """The rows of a denoising pass of a canvas [1, L] over slot 0."""
-    return Rows.describe(network.canvas_in_slot(canvas, cache, 0, soft), (), cache, network.config, network.dtype)
-
-
 def chunk_rows(network: Network, cache: dg.Cache, ids: torch.Tensor) -> Rows:
     """The rows of an encode pass of ids [1, n] into slot 0."""
     return Rows.describe(None, [PrefillChunk(0, ids[0])], cache, network.config, network.dtype)
-
-
-def layer_alone(network: Network, cache: dg.Cache, rows: Rows, hidden: torch.Tensor, index: int) -> torch.Tensor:
-    """The output of a single layer for its input [1, n, hidden]."""
-    layer, weights = network.config.layers[index], network.weights.layers[index]
-    normed = rms_norm(hidden[0], weights.input_layernorm, network.config.rms_norm_eps)
-    made = (layer, weights, network.weights.norm, network.config, network.options, cache)
-    return decoder_layer(hidden[0], normed, rows, *made)[0][None]
-
-
-def first_input(network: Network, rows: Rows) -> torch.Tensor:
-    """The input of the first layer, [1, n, hidden]."""
-    return embed(rows, network.weights, network.options, network.config.rms_norm_eps)[None]
 
 
 def assert_same_experts(pair: Pair, call: oracle.LayerCall, residual: torch.Tensor, layer: int) -> None:
