@@ -23,11 +23,11 @@ from dgemma_ext.ops.plain import grouped_gemm as grouped_gemm_plain
 from dgemma_ext.ops.plain import router as router_plain
 from dgemma_ext.ops.plain import vocabulary_head as vocabulary_head_plain
 from dgemma_ext.profile.count import (
-    Format,
     StepShape,
+    WeightSize,
     encode_operations,
     expected_experts_hit,
-    formats_of,
+    sizes_of,
     step_operations,
     total,
     weights_by_layer,
@@ -93,7 +93,7 @@ def operations(weights: str = "auto", **changes: Any) -> dict[tuple[str, int | N
         "experts_hit": (float(experts),) * len(watched.config.layers),
         **changes,
     }
-    found = step_operations(watched.config, formats_of(watched.weights), watched.dtype, StepShape(**sizes))
+    found = step_operations(watched.config, sizes_of(watched.weights), watched.dtype, StepShape(**sizes))
     assert len({(operation.name, operation.layer) for operation in found}) == len(found)
     return {(operation.name, operation.layer): operation for operation in found}
 
@@ -176,20 +176,24 @@ def test_weights_of_the_published_model() -> None:
     config = true_config()
     shapes = {name: shape for name, shape in published_shapes().items() if name.startswith("model.decoder.")}
     scalars = sum(name.endswith("layer_scalar") for name in shapes)
-    formats = {key: Format("unquantized") for key in layout_keys(config)}
+    weights = {key: WeightSize(2 * math.prod(shape)) for key, shape in layout_shapes(config).items()}
     nothing = StepShape(0, 0, 0, (128.0,) * 30)
-    moved, flops = total(step_operations(config, formats, torch.bfloat16, nothing))
+    moved, flops = total(step_operations(config, weights, torch.bfloat16, nothing))
     stored = 2 * (sum(math.prod(shape) for shape in shapes.values()) - scalars)
     assert moved == stored + 2 * 262_144 * 2816
     assert sum(flops.values()) == 0
     # 84 of 128 experts: 22.84 billion parameters of experts, two bytes each.
-    fewer, _ = total(step_operations(config, formats, torch.bfloat16, StepShape(0, 0, 0, (84.0,) * 30)))
+    fewer, _ = total(step_operations(config, weights, torch.bfloat16, StepShape(0, 0, 0, (84.0,) * 30)))
     assert moved - fewer == 30 * 44 * 3 * 2816 * 704 * 2
 
 
-def layout_keys(config: ModelConfig) -> list[tuple[str, int | None]]:
-    of_layers = [(name, layer.index) for layer in config.layers for name in layer_layout(config, layer)]
-    return [*((name, None) for name in model_layout(config)), *of_layers]
+def layout_shapes(config: ModelConfig) -> dict[tuple[str, int | None], tuple[int, ...]]:
+    shapes = {
+        (name, layer.index): shape
+        for layer in config.layers
+        for name, (_, shape) in layer_layout(config, layer).items()
+    }
+    return {**shapes, **{(name, None): shape for name, (_, shape) in model_layout(config).items()}}
 
 
 def test_a_batch_reads_weights_once() -> None:
@@ -246,7 +250,7 @@ def test_flops_of_an_encode_are_of_the_pairs_that_see_each_other() -> None:
     with Look():
         watched.encode(torch.arange(5, 5 + PREFIX)[None], cache)
     hits = [float(watched.config.num_experts)] * 3
-    found = encode_operations(watched.config, formats_of(watched.weights), watched.dtype, PREFIX, hits)
+    found = encode_operations(watched.config, sizes_of(watched.weights), watched.dtype, PREFIX, hits)
     counted = {(operation.name, operation.layer): operation.work for operation in found}
     assert len(seen) == 2, "of the last layer only keys and values are made"
     for index, given in enumerate(seen):

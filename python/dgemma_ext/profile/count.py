@@ -1,14 +1,12 @@
-"""Counts the bytes and FLOPs of a denoising step or an encode pass from the configuration alone.
+"""Counts the bytes and FLOPs of a denoising step or an encode pass, from its configuration and weight sizes.
 
-Bytes: every operator's inputs and outputs once, with weights in their stored format, only the experts that are hit,
-only the visible rows of the cache, and only the vocabulary tiles that the soft embedding must not skip. FLOPs: two for
-each multiply and add of a matrix product or of attention; norms, softmax and sampling count none. A batch reads weights
-once.
+Bytes: every operator's inputs and outputs once, with only the experts that are hit, the visible rows of the cache, and
+the vocabulary tiles that the soft embedding must not skip. FLOPs: two for each multiply and add of a matrix product or
+of attention; norms, softmax and sampling count none. A batch reads weights once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +15,7 @@ import torch
 from dgemma_ext.checkpoint import LayerConfig, ModelConfig, Weight, layer_layout, model_layout
 from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
+from dgemma_ext.ops.formats import Fp8Weight
 from dgemma_ext.profile.parts import Part
 
 # The kind of product in the model's dtype, as `dgemma profile --json` names it; the other kind is "fp8".
@@ -24,37 +23,22 @@ PLAIN = "plain"
 
 
 @dataclass(frozen=True)
-class Format:
-    """The format of a weight. `kind`: "unquantized", "fp8", "int4" or "nvfp4"; `itemsize`: bytes of an unquantized
-    value; `group`: columns that share a scale of int4; `runs`: global scales of a matrix of nvfp4."""
+class WeightSize:
+    """The bytes of a weight's values and scales. `product`: the kind of product that it is used in."""
 
-    kind: str
-    itemsize: int = 2
-    group: int = 32
-    runs: int = 1
-
-    def stored_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of codes and scales of a weight [..., rows, columns] (ops/formats.py has the layouts)."""
-        values = math.prod(shape)
-        if self.kind == "unquantized":
-            return values * self.itemsize
-        if self.kind == "fp8":  # a float32 scale for every row
-            return values + 4 * math.prod(shape[:-1])
-        if self.kind == "int4":  # a scale of two bytes for every group
-            return values // 2 + 2 * (values // self.group)
-        if self.kind == "nvfp4":  # a byte for sixteen columns, and float32 global scales
-            return values // 2 + values // 16 + 4 * self.runs * math.prod(shape[:-2])
-        raise ValueError(f"a weight's kind must be unquantized, fp8, int4 or nvfp4, got {self.kind!r}")
+    nbytes: int
+    product: str = PLAIN
 
 
-# (attribute of LayerWeights or ModelWeights, layer or None) → the weight's format.
-Formats = Mapping[tuple[str, int | None], Format]
+# (attribute of LayerWeights or ModelWeights, layer or None) → the weight's size.
+WeightSizes = Mapping[tuple[str, int | None], WeightSize]
 
 
-def formats_of(weights: ModelWeights) -> dict[tuple[str, int | None], Format]:
-    """The format of every weight of a loaded model."""
+def sizes_of(weights: ModelWeights) -> dict[tuple[str, int | None], WeightSize]:
+    """The size of every weight of a loaded model."""
     return {
-        (attribute, layer): _format_of(weight)
+        # Products of fp8 weights can run in 8 bits; other weights are decoded to the model's dtype.
+        (attribute, layer): WeightSize(weight.nbytes, "fp8" if isinstance(weight, Fp8Weight) else PLAIN)
         for layer, attributes in weights_by_layer(weights)
         for attribute, weight in attributes.items()
     }
@@ -66,13 +50,6 @@ def weights_by_layer(weights: ModelWeights) -> Iterator[tuple[int | None, dict[s
     for layer, record in numbered:
         named = {name: value for name, value in vars(record).items() if hasattr(value, "nbytes")}
         yield layer, named
-
-
-def _format_of(weight: Weight) -> Format:
-    if isinstance(weight, torch.Tensor):
-        return Format("unquantized", itemsize=weight.element_size())
-    runs = weight.tensors()["global_scales"].shape[-1] if weight.name == "nvfp4" else 1
-    return Format(weight.name, group=weight.group, runs=runs)
 
 
 @dataclass(frozen=True)
@@ -117,9 +94,9 @@ def expected_experts_hit(config: ModelConfig, tokens: int) -> float:
 class _Counter:
     """Makes the operations over `tokens` rows of hidden states."""
 
-    def __init__(self, config: ModelConfig, formats: Formats, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, weights: WeightSizes, tokens: int, dtype: torch.dtype) -> None:
         self.config = config
-        self.formats = formats
+        self.weights = weights
         self.tokens = tokens
         self.itemsize = dtype.itemsize
         self._shapes: dict[tuple[str, int | None], tuple[int, ...]] = {
@@ -130,7 +107,7 @@ class _Counter:
                 self._shapes[attribute, layer.index] = shape
 
     def weight_bytes(self, attribute: str, layer: int | None) -> int:
-        return self.formats[attribute, layer].stored_bytes(self._shapes[attribute, layer])
+        return self.weights[attribute, layer].nbytes
 
     def rows(self, *widths: int) -> float:
         """Bytes of activations of these widths for all tokens."""
@@ -140,7 +117,7 @@ class _Counter:
         """x @ weight.T over all tokens."""
         rows, columns = self._shapes[attribute, layer]
         moved = self.weight_bytes(attribute, layer) + self.rows(columns, rows)
-        product = _product_of(self.formats[attribute, layer])
+        product = self.weights[attribute, layer].product
         return Operation(part, attribute, layer, Work(moved, 2.0 * self.tokens * rows * columns, product))
 
     def gated_mlp(self, part: Part, prefix: str, layer: int | None) -> Iterator[Operation]:
@@ -186,7 +163,7 @@ class _Counter:
         stored = self.weight_bytes("experts_gate_up", index) + self.weight_bytes("experts_down", index)
         choice = self.tokens * config.top_k_experts * 8  # an int32 and a float32 for each slot
         flops = 2.0 * self.tokens * config.top_k_experts * 3 * hidden * config.moe_intermediate_size
-        product = _product_of(self.formats["experts_gate_up", index])
+        product = self.weights["experts_gate_up", index].product
         work = Work(stored * share + choice + self.rows(2 * hidden), flops, product)
         yield Operation(Part.EXPERTS, "moe_ffn", index, work)
         yield Operation(Part.NORMS, "layer_output", index, Work(self.rows(5 * hidden) + 4 * norm))
@@ -200,12 +177,12 @@ class _Counter:
         return Operation(Part.ROUTER, "route", index, Work(moved, flops))
 
 
-def step_operations(config: ModelConfig, formats: Formats, dtype: torch.dtype, shape: StepShape) -> list[Operation]:
+def step_operations(config: ModelConfig, weights: WeightSizes, dtype: torch.dtype, shape: StepShape) -> list[Operation]:
     """The operators of one denoising step with self-conditioning. Raises ValueError for a wrong number of layers."""
     if len(shape.experts_hit) != len(config.layers):
         raise ValueError(f"experts_hit must have {len(config.layers)} numbers, got {len(shape.experts_hit)}")
     tokens = shape.batch * shape.canvas
-    counter = _Counter(config, formats, tokens, dtype)
+    counter = _Counter(config, weights, tokens, dtype)
     hidden = config.hidden_size
     found = [
         # The embedding rows, and the token ids.
@@ -248,7 +225,7 @@ def _after_layers(counter: _Counter, shape: StepShape) -> Iterator[Operation]:
 
 
 def encode_operations(
-    config: ModelConfig, formats: Formats, dtype: torch.dtype, tokens: int, experts_hit: Sequence[float]
+    config: ModelConfig, weights: WeightSizes, dtype: torch.dtype, tokens: int, experts_hit: Sequence[float]
 ) -> list[Operation]:
     """The operators of encoding `tokens` into an empty cache; the last layer computes only keys and values.
 
@@ -256,7 +233,7 @@ def encode_operations(
     """
     if len(experts_hit) != len(config.layers):
         raise ValueError(f"experts_hit must have {len(config.layers)} numbers, got {len(experts_hit)}")
-    counter = _Counter(config, formats, tokens, dtype)
+    counter = _Counter(config, weights, tokens, dtype)
     moved = counter.rows(2 * config.hidden_size) + 4 * tokens
     found = [Operation(Part.EMBEDDING, "embedding", None, Work(moved)), counter.first_norm()]
     for layer, hit in zip(config.layers, experts_hit, strict=True):
@@ -282,11 +259,6 @@ def _causal_pairs(tokens: int, window: int) -> int:
 
 def _attention(layer: LayerConfig) -> Part:
     return Part.SLIDING if layer.is_sliding else Part.FULL
-
-
-def _product_of(format: Format) -> str:
-    """Products of 8-bit weights can run in 8 bits; other weights are decoded to the model's dtype."""
-    return "fp8" if format.kind == "fp8" else PLAIN
 
 
 def total(operations: Iterable[Operation]) -> tuple[float, dict[str, float]]:

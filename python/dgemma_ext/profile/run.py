@@ -18,7 +18,7 @@ from dgemma_ext.profile.count import (
     StepShape,
     encode_operations,
     expected_experts_hit,
-    formats_of,
+    sizes_of,
     step_operations,
 )
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
@@ -92,16 +92,16 @@ def profile(
     watched_encode = _watched_encode(model, ids[:1], context)
     machine = measure_after(time.perf_counter() - began, model.device, model.dtype)
 
-    config, formats, dtype = model.config, formats_of(model.weights), model.dtype
+    config, weights, dtype = model.config, sizes_of(model.weights), model.dtype
     expected = [expected_experts_hit(config, batch * config.canvas_length)] * len(config.layers)
     hit = tuple(mean(of_layer) for of_layer in zip(*(watched_steps.hits or [expected]), strict=True))
     tiles = watched_steps.tiles
     soft = (mean(n for n, _ in tiles), mean(n for _, n in tiles)) if tiles else None
     shape = StepShape(batch, prefix, config.canvas_length, hit, soft, statistics_in_head(model.device))
-    step_work = step_operations(config, formats, dtype, shape)
+    step_work = step_operations(config, weights, dtype, shape)
     # The last layer of an encode pass has no experts.
     hit_by_encode = [*watched_encode.hits[0], 0.0] if watched_encode.hits else expected
-    encode_work = encode_operations(config, formats, dtype, prefix, hit_by_encode)
+    encode_work = encode_operations(config, weights, dtype, prefix, hit_by_encode)
     return Profile(
         device=machine.device,
         dtype=str(dtype).removeprefix("torch."),

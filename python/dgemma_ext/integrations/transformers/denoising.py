@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,10 +200,7 @@ def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
     """The state before the first step of a canvas [batch, length] with at most `steps` steps."""
     batch, device = canvas.shape[0], canvas.device
     seed, canvas_index = draw_streams(batch, device)
-
-    def by_row(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((batch,), value, dtype=dtype, device=device)
-
+    by_row = partial(_by_row, batch, device)
     return Step(
         seed=seed,
         canvas_index=canvas_index,
@@ -217,6 +215,10 @@ def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
         status=by_row(0, torch.int32),
         softcap=softcap,
     )
+
+
+def _by_row(batch: int, device: torch.device, value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full((batch,), value, dtype=dtype, device=device)
 
 
 def advance(
@@ -236,10 +238,7 @@ def advance(
     Raises dg.NonFiniteError where a logit is not finite.
     """
     batch, vocabulary = raw.shape[0], raw.shape[2]
-
-    def by_row(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((batch,), value, dtype=dtype, device=raw.device)
-
+    by_row = partial(_by_row, batch, raw.device)
     running = step.active.clone()
     if not bool(running.all()):
         # A stopped row keeps its logits, for a streamer that takes them.
