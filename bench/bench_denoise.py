@@ -61,13 +61,13 @@ def logits(request: pytest.FixtureRequest) -> torch.Tensor:
     return raw
 
 
-def reading(raw: torch.Tensor) -> dict[str, Any]:
+def logits_params(raw: torch.Tensor) -> dict[str, Any]:
     nothing = {"active": None, "allowed": None, "allowed_row": None}
     return {"logits": raw, "softcap": SOFTCAP, "temperature": torch.tensor([TEMPERATURE]), **nothing}
 
 
-def masses(raw: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = denoise.vocabulary_statistics(**reading(raw))._asdict()
+def softmax_statistics(raw: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = denoise.vocabulary_statistics(**logits_params(raw))._asdict()
     return {name: found[name] for name in ("row_max", "row_sum", "tile_max", "tile_sum")}
 
 
@@ -91,7 +91,7 @@ def test_statistics(benchmark: Benchmark, logits: torch.Tensor) -> None:
         for _ in range(2):
             torch.distributions.Categorical(logits=z).entropy()
 
-    arguments = reading(logits)
+    arguments = logits_params(logits)
     gigabytes = logits.numel() * 2 / 1e9
     compare(benchmark, lambda: denoise.vocabulary_statistics(**arguments), peer, gigabytes=gigabytes)
 
@@ -99,7 +99,7 @@ def test_statistics(benchmark: Benchmark, logits: torch.Tensor) -> None:
 def test_sample(benchmark: Benchmark, logits: torch.Tensor) -> None:
     """Beside softmax and multinomial."""
     z = processed(logits)[0]
-    arguments = {**reading(logits), **masses(logits), **draws()}
+    arguments = {**logits_params(logits), **softmax_statistics(logits), **draws()}
     compare(
         benchmark,
         lambda: denoise.sample(**arguments),
@@ -120,8 +120,8 @@ def test_soft_embedding(benchmark: Benchmark, logits: torch.Tensor, tolerance: f
         return torch.matmul(p, embedding) * scale
 
     arguments = {
-        **reading(logits),
-        **masses(logits),
+        **logits_params(logits),
+        **softmax_statistics(logits),
         "pinned": None,
         "embedding": embedding,
         "embedding_scale": 53.0,

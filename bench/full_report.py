@@ -129,8 +129,8 @@ def run(
         entry = {"point": point.fields(), "commit": report["commit"], "date": time.strftime("%Y-%m-%d"), **figures}
         report["points"][point.name] = entry
         save(report, file)
-        told = figures.get("error") or headline(entry)
-        print(f"{number}/{len(left)} {point.name}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+        result = figures.get("error") or headline(entry)
+        print(f"{number}/{len(left)} {point.name}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
 
 
 def headline(entry: dict[str, Any]) -> str:

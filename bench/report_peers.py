@@ -32,8 +32,11 @@ RATE, STEP = "tokens per second", "milliseconds per step"
 
 def _curve(label: str, walls: dict[int, float], conditions: str) -> list[Peer]:
     """A curve from the median wall seconds of a batch of canvases of 256 tokens, 48 steps each."""
-    told = f"{conditions}; derived: 256 tokens x batch / wall seconds"
-    return [Peer(RATE, label, batch, 256 * batch / wall, told, _SGLANG, steps=48) for batch, wall in walls.items()]
+    source_conditions = f"{conditions}; derived: 256 tokens x batch / wall seconds"
+    return [
+        Peer(RATE, label, batch, 256 * batch / wall, source_conditions, _SGLANG, steps=48)
+        for batch, wall in walls.items()
+    ]
 
 
 _TWO_H200 = "two H200, TP2, bf16, all 48 steps forced, prompt 128, 2026-09-09"

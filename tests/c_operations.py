@@ -118,7 +118,7 @@ def denoise_operations(
         "softcap": 30.0,
         "temperature": torch.full((batch,), 0.7),
     }
-    masses = {
+    softmax = {
         "row_max": torch.zeros(batch, length),
         "row_sum": torch.ones(batch, length, dtype=torch.float64),
         "tile_max": torch.zeros(batch, length, tiles),
@@ -128,7 +128,7 @@ def denoise_operations(
         "logits": logits,
         "argmax": zeros(torch.int32, batch, length),
         "entropy": torch.zeros(batch, length),
-        **masses,
+        **softmax,
     }
     draws = {
         "seed": torch.arange(batch),
@@ -145,7 +145,7 @@ def denoise_operations(
 
     return {
         "vocabulary_statistics": statistics,
-        "sample": {"logits": logits, **masses, **draws, "tokens": positions()},
+        "sample": {"logits": logits, **softmax, **draws, "tokens": positions()},
         "noise": {
             "batch": batch,
             "length": length,
@@ -179,7 +179,7 @@ def denoise_operations(
         },
         "soft_embedding": {
             "logits": logits,
-            **masses,
+            **softmax,
             "hidden_size": hidden,
             "embedding": embedding,
             "embedding_scale": 6.0,

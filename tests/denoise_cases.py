@@ -45,7 +45,7 @@ class Case:
     allowed_row: Tensor | None = None
 
     @property
-    def reading(self) -> dict[str, Any]:
+    def logits_params(self) -> dict[str, Any]:
         return {
             "logits": self.logits,
             "softcap": self.softcap,
@@ -98,7 +98,7 @@ def make_case(
     return case
 
 
-def masses(statistics: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def softmax_statistics(statistics: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The statistics that later operators take."""
     return dict(zip(("row_max", "row_sum", "tile_max", "tile_sum"), statistics[2:], strict=True))
 

@@ -148,14 +148,14 @@ def test_import_needs_no_torch_imported_before() -> None:
 def test_kernels_serve_a_gpu_unless_the_plain_form_is_asked_for() -> None:
     program = "from dgemma_ext import ops; import torch; print(torch._C._dispatch_dump('dgemma::moe_ffn'))"
     for kernels, where in (("", r"CUDA: registered at csrc/torch/grouped_gemm.cpp"), ("plain", r"CUDA: .*library\.py")):
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program],
             env={**os.environ, "DGEMMA_KERNELS": kernels},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        assert re.search(where, told), told
+        assert re.search(where, output), output
 
 
 def test_operators_are_registered_once() -> None:

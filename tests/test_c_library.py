@@ -115,8 +115,8 @@ def test_only_the_listed_functions_are_exported(prefix: Path) -> None:
     assert listed == set(declared_functions())
     if not load().dgemma_has_cuda():
         listed = {name for name in listed if not name.startswith("dgemma_cuda_")}
-    told = run("nm", "-D", "--defined-only", "--format=posix", library_folder(prefix) / "libdgemma.so")
-    assert {line.split()[0] for line in told.splitlines()} == listed
+    symbols = run("nm", "-D", "--defined-only", "--format=posix", library_folder(prefix) / "libdgemma.so")
+    assert {line.split()[0] for line in symbols.splitlines()} == listed
 
 
 def test_soname_and_what_the_library_needs(prefix: Path) -> None:
@@ -203,8 +203,8 @@ def test_find_package(prefix: Path, tmp_path: Path, language: str, linkage: str)
 
 def test_the_package_tells_its_version_and_whether_it_has_cuda(prefix: Path, tmp_path: Path) -> None:
     source = write_host(tmp_path / "source", "C")
-    told = run("cmake", "-S", source, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
-    assert ("has dgemma::cuda" in told) == bool(load().dgemma_has_cuda())
+    output = run("cmake", "-S", source, "-B", tmp_path / "build", "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}")
+    assert ("has dgemma::cuda" in output) == bool(load().dgemma_has_cuda())
     later = write_host(tmp_path / "later", "C", version="0.2")
     command = ["cmake", "-S", str(later), "-B", str(tmp_path / "no"), f"-DCMAKE_PREFIX_PATH={prefix}"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
@@ -220,11 +220,11 @@ def test_pkg_config(prefix: Path, tmp_path: Path, linkage: str) -> None:
         pytest.skip("a static library with CUDA kernels needs the place of the CUDA toolkit, which differs")
     ask = ["pkg-config", "--cflags", "--libs", "dgemma", *(["--static"] if linkage == "static" else [])]
     path = {**environment(), "PKG_CONFIG_PATH": str(folder / "pkgconfig")}
-    told = subprocess.run(ask, capture_output=True, text=True, check=True, env=path).stdout.split()
+    flags = subprocess.run(ask, capture_output=True, text=True, check=True, env=path).stdout.split()
     if linkage == "static":
-        told = [word.replace("-ldgemma", "-l:libdgemma.a") for word in told]
+        flags = [word.replace("-ldgemma", "-l:libdgemma.a") for word in flags]
     (tmp_path / "host.c").write_text(HOST)
-    run("cc", "-std=c11", tmp_path / "host.c", "-o", tmp_path / "host", *told, f"-Wl,-rpath,{folder}")
+    run("cc", "-std=c11", tmp_path / "host.c", "-o", tmp_path / "host", *flags, f"-Wl,-rpath,{folder}")
     assert run(tmp_path / "host") == said_by_host()
 
 
@@ -351,7 +351,7 @@ def test_what_the_example_refuses(sanitized: Path, tmp_path: Path) -> None:
         return folder
 
     weights, config = "model.safetensors", "config.json"
-    for name, change, words in [
+    for name, change, message in [
         (weights, lambda b: b[:6], "cut off"),
         (weights, lambda b: b[:200], "cut off"),
         (weights, lambda b: b[:-2], "bytes"),
@@ -363,7 +363,7 @@ def test_what_the_example_refuses(sanitized: Path, tmp_path: Path) -> None:
         (config, lambda b: b"[" * 100_000, "nested too deeply"),
         (config, lambda b: b"", "is not JSON"),
     ]:
-        assert words in refused(sanitized, spoiled(name, change), drawn(6, 1)), words
+        assert message in refused(sanitized, spoiled(name, change), drawn(6, 1)), message
 
 
 def test_several_hosts_at_once(example: Path) -> None:

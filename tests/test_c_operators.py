@@ -243,8 +243,8 @@ def test_head(library: ctypes.CDLL, length: int, vocabulary: int, hidden: int, d
         assert_close(values["raw"][b], exact[b], dtype, functional.linear(values["hidden"][b], values["embedding"]))
     # The statistics are those of the stored logits; inactive requests keep theirs.
     temperature = values["statistics"]["logits"]["temperature"]
-    told = denoise.vocabulary_statistics(values["raw"], 30.0, temperature, active.bool(), None, None)
-    for name, wanted in told._asdict().items():
+    expected = denoise.vocabulary_statistics(values["raw"], 30.0, temperature, active.bool(), None, None)
+    for name, wanted in expected._asdict().items():
         assert bits(values["statistics"][name][on]) == bits(wanted[on]), name
     assert bool((values["statistics"]["entropy"][off] == 0).all())
 

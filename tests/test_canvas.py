@@ -200,7 +200,7 @@ def test_a_trimmed_canvas_is_one_of_that_length(ends: str, batched: bool, model:
     while not scheduler.idle:
         lengths += [len(event.token_ids) for event in scheduler.step() if getattr(event, "request", None) is request]
     resolved = settings.resolve(model.defaults, 8)
-    cache, told = model.new_cache(1, 64), []
+    cache, drafts = model.new_cache(1, 64), []
     model.encode(torch.tensor([[5, 6]]), cache)
     for index, length in enumerate((8, 6)):
         trimmed, whole = (begun(model, resolved, 9, index, canvas, size) for size in (length, 8))
@@ -208,10 +208,10 @@ def test_a_trimmed_canvas_is_one_of_that_length(ends: str, batched: bool, model:
         assert torch.equal(state.canvas, whole[0].state.canvas[:, :length])
         while bool(state.active):
             step_alone(model, cache, 0, trimmed)
-        told += state.draft[0].tolist()
+        drafts += state.draft[0].tolist()
         model.encode(state.draft, cache)
-    assert END not in told[:12], "another seed"
-    assert list(request.output.token_ids) == told[:13]
+    assert END not in drafts[:12], "another seed"
+    assert list(request.output.token_ids) == drafts[:13]
     # Drafts, then what was committed.
     assert lengths == [8] * 5 + [6] * 4 + [5]
     assert beside.output == model.generate([7], 16, settings, seed=10)

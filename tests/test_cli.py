@@ -108,8 +108,8 @@ def test_failures_are_one_line_and_a_traceback_on_request(
     monkeypatch.setattr(dg.DiffusionGemma, "stream", fail)
     run = dgemma("generate", random_checkpoint(), "x")
     assert run.code == code
-    told = f"dgemma: {type(error).__name__}: {error} (DGEMMA_DEBUG=1 shows where)"
-    assert run.err == " ".join(told.split()) + "\n"
+    message = f"dgemma: {type(error).__name__}: {error} (DGEMMA_DEBUG=1 shows where)"
+    assert run.err == " ".join(message.split()) + "\n"
     monkeypatch.setenv("DGEMMA_DEBUG", "1")
     assert "Traceback" in dgemma("generate", random_checkpoint(), "x").err
 

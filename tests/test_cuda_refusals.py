@@ -11,7 +11,7 @@ import torch
 from backend import BACKEND
 from block_attention_cases import Built, Request
 from block_attention_cases import Case as AttentionCase
-from denoise_cases import make_case, masses
+from denoise_cases import make_case, softmax_statistics
 from dgemma_ext import _C
 from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
@@ -40,19 +40,19 @@ def calls() -> dict[str, Any]:
     """Every operator, with arguments that it takes on a GPU that it knows."""
     case = make_case(BF16, length=4, vocabulary=300)
     hidden, embedding = torch.randn(2, 4, 64).to(BF16), torch.randn(300, 64).to(BF16)
-    reading = case.reading
-    given = masses(denoise.vocabulary_statistics(**reading))
-    reading_alone = {name: value for name, value in reading.items() if name != "logits"}
+    logits_params = case.logits_params
+    given = softmax_statistics(denoise.vocabulary_statistics(**logits_params))
+    head_params = {name: value for name, value in logits_params.items() if name != "logits"}
     rows, weight = torch.randn(4, 64).to(BF16), torch.ones(64, dtype=BF16)
     return {
         "moe_ffn": lambda: grouped_gemm.moe_ffn(*moe()),
         "dense": lambda: grouped_gemm.dense(rows, embedding[:40]),
         "route": lambda: router.route(rows, weight, embedding[:8], torch.ones(8, dtype=BF16), 2, 1e-6),
         "canvas_attention": attend,
-        "vocabulary_head": lambda: vocabulary_head(hidden, embedding, **reading_alone),
-        "vocabulary_statistics": lambda: denoise.vocabulary_statistics(**reading),
+        "vocabulary_head": lambda: vocabulary_head(hidden, embedding, **head_params),
+        "vocabulary_statistics": lambda: denoise.vocabulary_statistics(**logits_params),
         "soft_embedding": lambda: denoise.soft_embedding(
-            **reading,
+            **logits_params,
             **given,
             pinned=None,
             embedding=embedding,

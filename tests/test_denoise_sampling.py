@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library
 
 from backend import not_on_test_bed, skip_if_on_device
-from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, masses, use
+from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, softmax_statistics, use
 from dgemma_ext import _C
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.plain import denoise as denoise_plain
@@ -49,9 +49,9 @@ def drawn_uniforms(drawing: dict[str, Tensor], length: int, purpose: int) -> Ten
 
 def sampled(form: str, monkeypatch: pytest.MonkeyPatch, case: Case, uniforms: Tensor | None = None, **drawing: Any):  # type: ignore[no-untyped-def]
     module = use(form, monkeypatch)
-    statistics = module.vocabulary_statistics(**case.reading)
+    statistics = module.vocabulary_statistics(**case.logits_params)
     drawing = drawing or draws(case.logits.shape[0])
-    return module.sample(**case.reading, **masses(statistics), **drawing, uniforms=uniforms)
+    return module.sample(**case.logits_params, **softmax_statistics(statistics), **drawing, uniforms=uniforms)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,10 +113,10 @@ def test_masses_that_round_below_the_target_give_the_last_token(form: str, monke
     case.logits[..., 290:] = -torch.inf  # this forbids tokens without a mask, but gives them no mass
     module = use(form, monkeypatch)
     clean = Case(case.logits.clamp(min=-1e30), 0.0, torch.ones(1))
-    given = masses(module.vocabulary_statistics(**clean.reading))
+    given = softmax_statistics(module.vocabulary_statistics(**clean.logits_params))
     given["row_sum"] = given["row_sum"] * (1 + 1e-9)
     last = torch.full((1, 1), 1.0 - 2.0**-53, dtype=torch.float64)
-    assert module.sample(**clean.reading, **given, **draws(1), uniforms=last).item() == 289
+    assert module.sample(**clean.logits_params, **given, **draws(1), uniforms=last).item() == 289
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -148,11 +148,11 @@ def test_the_distribution_is_softmax(form: str, monkeypatch: pytest.MonkeyPatch)
     logits = (torch.randn(vocabulary) * 3).expand(batch, length, vocabulary).contiguous()
     case = Case(logits, 30.0, torch.full((batch,), 0.8))
     module = use(form, monkeypatch)
-    given = masses(module.vocabulary_statistics(**case.reading))
+    given = softmax_statistics(module.vocabulary_statistics(**case.logits_params))
     counts = torch.zeros(vocabulary, dtype=torch.float64)
     for step in range(1, steps + 1):
         drawing = {"seed": torch.arange(batch), "canvas_index": int32(*[0] * batch), "step": int32(*[step] * batch)}
-        tokens = module.sample(**case.reading, **given, **drawing, uniforms=None)
+        tokens = module.sample(**case.logits_params, **given, **drawing, uniforms=None)
         counts += torch.bincount(tokens.flatten(), minlength=vocabulary)
     exact = torch.softmax(reference.scaled(logits[:1, :1], 30.0, case.temperature[:1])[0, 0], dim=-1)
     assert abs(chi_square_score(counts, exact * batch * length * steps)) < 3.72
@@ -167,11 +167,11 @@ def test_inactive_and_not_finite(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     case.logits[1], case.temperature[1] = NAN, NAN
     case.logits[2, 1, 7] = NAN
     module = use(form, monkeypatch)
-    given = masses(module.vocabulary_statistics(**case.reading))
+    given = softmax_statistics(module.vocabulary_statistics(**case.logits_params))
     uniforms = torch.rand(3, 24, dtype=torch.float64)
     uniforms[1] = NAN
     out = torch.full((3, 24), -9, dtype=torch.int32)
-    arguments = {**case.reading, **given, **draws(3), "uniforms": uniforms}
+    arguments = {**case.logits_params, **given, **draws(3), "uniforms": uniforms}
     (module.sample_out if form == "plain" else module.sample)(**arguments, out=out)
     assert bool((out[1] == -9).all())
     assert out[2, 1] == 0, "the lowest allowed token of a row that is not finite"
@@ -182,13 +182,13 @@ def test_inactive_and_not_finite(form: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_samples_do_not_depend_on_batch_or_threads(cpu_variant: str) -> None:
     case = make_case(torch.bfloat16, batch=4)
     drawing = draws(4)
-    given = masses(denoise.vocabulary_statistics(**case.reading))
-    whole = denoise.sample(**case.reading, **given, **drawing)
+    given = softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))
+    whole = denoise.sample(**case.logits_params, **given, **drawing)
     torch.set_num_threads(1)
     try:
         for b in range(4):
             one = {name: t[b : b + 1].contiguous() for name, t in {**given, **drawing}.items()}
-            assert denoise.sample(**case.request(b).reading, **one)[0].tolist() == whole[b].tolist()
+            assert denoise.sample(**case.request(b).logits_params, **one)[0].tolist() == whole[b].tolist()
     finally:
         torch.set_num_threads(2)
 
@@ -238,8 +238,8 @@ def test_pack_allowed() -> None:
 
 def good_sample() -> dict[str, Any]:
     case = make_case(torch.float32, length=3, vocabulary=300)
-    given = masses(denoise.vocabulary_statistics(**case.reading))
-    return {**case.reading, **given, **draws(2), "uniforms": torch.rand(2, 3, dtype=torch.float64)}
+    given = softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))
+    return {**case.logits_params, **given, **draws(2), "uniforms": torch.rand(2, 3, dtype=torch.float64)}
 
 
 def good_noise() -> dict[str, Any]:

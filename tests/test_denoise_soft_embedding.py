@@ -11,7 +11,7 @@ from torch import Tensor, library
 
 from backend import BACKEND
 from bounds import assert_close
-from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, bits, make_case, masses, use
+from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, bits, make_case, softmax_statistics, use
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
@@ -33,8 +33,8 @@ def make_embedding(case: Case, hidden: int = 96) -> dict[str, Any]:
 
 def soft(form: str, monkeypatch: pytest.MonkeyPatch, case: Case, how: dict[str, Any]) -> Tensor:
     module = use(form, monkeypatch)
-    statistics = module.vocabulary_statistics(**case.reading)
-    result: Tensor = module.soft_embedding(**case.reading, **masses(statistics), **how)
+    statistics = module.vocabulary_statistics(**case.logits_params)
+    result: Tensor = module.soft_embedding(**case.logits_params, **softmax_statistics(statistics), **how)
     return result
 
 
@@ -48,7 +48,7 @@ def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
     """The same in the model's dtype, as transformers computes it."""
     nothing = [torch.zeros(0)] * 3
     row_sum = torch.ones(case.logits.shape[:2])
-    return denoise_plain.soft_embedding(*case.reading.values(), nothing[0], row_sum, *nothing[1:], **how)
+    return denoise_plain.soft_embedding(*case.logits_params.values(), nothing[0], row_sum, *nothing[1:], **how)
 
 
 def peaked(
@@ -113,7 +113,7 @@ def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
         wanted = wanted.view(-1, reference.TILE).any(dim=1).repeat_interleave(reference.TILE)
     read = how["embedding"]
     how["embedding"] = torch.where(wanted[:, None], read, NAN).to(torch.bfloat16)
-    arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
+    arguments = {**case.logits_params, **softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))}
     sparse = denoise.soft_embedding(**arguments, **how)
     assert not sparse.isnan().any()
     assert denoise.soft_embedding(**arguments, **{**how, "tolerance": 0.0}).isnan().all()
@@ -128,7 +128,7 @@ def test_a_row_that_fails_the_bound_is_done_densely(cpu_variant: str) -> None:
     tokens = case.logits.topk(3).indices
     how["embedding"][tokens.flatten()] = 0.0
     wanted = exact(case, how)
-    arguments = {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading))}
+    arguments = {**case.logits_params, **softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))}
     result = denoise.soft_embedding(**arguments, **how)
     rounding = 0.0 if DTYPES[0] == torch.float32 else 2.0**-8
     assert bool(((result.double() - wanted).norm(dim=-1) <= (TOLERANCE + rounding) * wanted.norm(dim=-1)).all())
@@ -164,7 +164,7 @@ def test_pinned_inactive_and_not_finite(tolerance: float, form: str, monkeypatch
     how["pinned"] = torch.zeros(3, 4, dtype=torch.bool)
     how["pinned"][0, 2] = True
     module = use(form, monkeypatch)
-    arguments = {**case.reading, **masses(module.vocabulary_statistics(**case.reading)), **how}
+    arguments = {**case.logits_params, **softmax_statistics(module.vocabulary_statistics(**case.logits_params)), **how}
     out = torch.full((3, 4, 96), 77.0, dtype=torch.bfloat16)
     if form == "plain":
         module.soft_embedding_out(**arguments, out=out, workspace=None)
@@ -191,13 +191,13 @@ def test_bits_do_not_depend_on_batch_or_threads(tolerance: float, dtype: torch.d
     case = make_case(dtype, batch=3, length=13, vocabulary=5001)
     case.logits[:, ::2, 4000] = 60.0
     how = {**make_embedding(case, 136), "tolerance": tolerance}
-    given = masses(denoise.vocabulary_statistics(**case.reading))
-    whole = denoise.soft_embedding(**case.reading, **given, **how)
+    given = softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))
+    whole = denoise.soft_embedding(**case.logits_params, **given, **how)
     torch.set_num_threads(1)
     try:
         for b in range(3):
             one = {name: t[b : b + 1].contiguous() for name, t in given.items()}
-            assert bits(denoise.soft_embedding(**case.request(b).reading, **one, **how)[0]) == bits(whole[b])
+            assert bits(denoise.soft_embedding(**case.request(b).logits_params, **one, **how)[0]) == bits(whole[b])
     finally:
         torch.set_num_threads(2)
 
@@ -206,13 +206,19 @@ def test_more_rows_than_one_pass_takes(cpu_variant: str) -> None:
     """300 dense rows: two passes over the embedding."""
     case = make_case(torch.bfloat16, batch=2, length=150, vocabulary=300)
     how = make_embedding(case, 16)
-    result = denoise.soft_embedding(**case.reading, **masses(denoise.vocabulary_statistics(**case.reading)), **how)
+    result = denoise.soft_embedding(
+        **case.logits_params, **softmax_statistics(denoise.vocabulary_statistics(**case.logits_params)), **how
+    )
     assert_close(result, exact(case, how), torch.bfloat16, in_low_precision(case, how))
 
 
 def good_arguments() -> dict[str, Any]:
     case = make_case(torch.bfloat16, length=3, vocabulary=300)
-    return {**case.reading, **masses(denoise.vocabulary_statistics(**case.reading)), **make_embedding(case)}
+    return {
+        **case.logits_params,
+        **softmax_statistics(denoise.vocabulary_statistics(**case.logits_params)),
+        **make_embedding(case),
+    }
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_statistics(
     vocabulary: int, masked: bool, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(dtype, vocabulary=vocabulary, masked=masked)
-    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.reading))
+    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.logits_params))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -70,13 +70,13 @@ def test_statistics(
 )
 def test_softcap_and_spread(softcap: float, spread: float, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(torch.float32, softcap=softcap, spread=spread)
-    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.reading))
+    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.logits_params))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_real_vocabulary(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(torch.bfloat16, batch=1, length=2, vocabulary=262144)
-    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.reading))
+    assert_statistics(case, use(form, monkeypatch).vocabulary_statistics(**case.logits_params))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -85,7 +85,7 @@ def test_a_nearly_certain_row_has_the_right_tiny_entropy(form: str, monkeypatch:
     logits = torch.full((1, 1, 1000), -10.0)
     logits[0, 0, 700] = 12.0
     case = Case(logits, 0.0, torch.tensor([0.8]))
-    got = use(form, monkeypatch).vocabulary_statistics(**case.reading)[1]
+    got = use(form, monkeypatch).vocabulary_statistics(**case.logits_params)[1]
     exact = case.exact().entropy
     assert 1e-9 < exact.item() < 1e-7
     # The tile with the maximum loses its small masses in float32: 128 of 1,000 of the part that is 1/28 of the whole.
@@ -99,7 +99,7 @@ def test_ties_go_to_the_lowest_allowed_index(dtype: torch.dtype, form: str, monk
     logits[0, :, [129, 131, 400, 599]] = 9.0
     allowed = denoise.pack_allowed([[5, 131, 400], [5, 7]], 600)
     case = Case(logits, 30.0, torch.ones(1), None, allowed, int32(-1, 0, 1).view(1, 3))
-    assert use(form, monkeypatch).vocabulary_statistics(**case.reading)[0].tolist() == [[129, 131, 5]]
+    assert use(form, monkeypatch).vocabulary_statistics(**case.logits_params)[0].tolist() == [[129, 131, 5]]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -116,9 +116,9 @@ def test_argmax_sees_what_the_soft_cap_hides(form: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_logit_that_is_not_finite(dtype: torch.dtype, bad: float, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(dtype, batch=1, length=3, vocabulary=400)
-    clean = use(form, monkeypatch).vocabulary_statistics(**case.reading)
+    clean = use(form, monkeypatch).vocabulary_statistics(**case.logits_params)
     case.logits[0, 1, 399] = bad
-    got = use(form, monkeypatch).vocabulary_statistics(**case.reading)
+    got = use(form, monkeypatch).vocabulary_statistics(**case.logits_params)
     assert got[1][0, 1].isnan()
     assert got[3][0, 1].isnan()
     assert 0 <= got[0][0, 1] < 400
@@ -133,15 +133,17 @@ def test_inactive_requests_are_neither_read_nor_written(form: str, monkeypatch: 
     module = use(form, monkeypatch)
     if form == "plain":
         case.allowed_row[1] = 0  # plain torch uses the row index before it knows whether the row is used
-    got = module.vocabulary_statistics(**case.reading)
-    for a, b, c in zip(*(module.vocabulary_statistics(**case.request(b).reading) for b in (0, 2)), got, strict=True):
+    got = module.vocabulary_statistics(**case.logits_params)
+    for a, b, c in zip(
+        *(module.vocabulary_statistics(**case.request(b).logits_params) for b in (0, 2)), got, strict=True
+    ):
         assert bits(c[0]) == bits(a[0])
         assert bits(c[2]) == bits(b[0])
     out = denoise.VocabularyStatistics(*(torch.full_like(t, 77) for t in got))
     if form == "plain":
-        module.vocabulary_statistics_out(**case.reading, **out._asdict())
+        module.vocabulary_statistics_out(**case.logits_params, **out._asdict())
     else:
-        module.vocabulary_statistics(**case.reading, out=out)
+        module.vocabulary_statistics(**case.logits_params, out=out)
     for written, returned in zip(out, got, strict=True):
         assert bool((written[1] == 77).all())
         assert bits(written[[0, 2]]) == bits(returned[[0, 2]])
@@ -150,12 +152,12 @@ def test_inactive_requests_are_neither_read_nor_written(form: str, monkeypatch: 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_do_not_depend_on_batch_or_threads(threads: int, cpu_variant: str) -> None:
     case = make_case(torch.bfloat16, batch=4, length=7, vocabulary=1000)
-    whole = denoise.vocabulary_statistics(**case.reading)
+    whole = denoise.vocabulary_statistics(**case.logits_params)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for b in range(4):
-            for got, part in zip(denoise.vocabulary_statistics(**case.request(b).reading), whole, strict=True):
+            for got, part in zip(denoise.vocabulary_statistics(**case.request(b).logits_params), whole, strict=True):
                 assert bits(got[0]) == bits(part[b])
     finally:
         torch.set_num_threads(before)
@@ -164,9 +166,9 @@ def test_bits_do_not_depend_on_batch_or_threads(threads: int, cpu_variant: str) 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool) -> None:
     case = make_case(torch.bfloat16, vocabulary=300, masked=masked)
-    arguments = tuple(case.reading.values())
+    arguments = tuple(case.logits_params.values())
     library.opcheck(torch.ops.dgemma.vocabulary_statistics.default, arguments)
-    out = denoise.vocabulary_statistics(**case.reading)._asdict()
+    out = denoise.vocabulary_statistics(**case.logits_params)._asdict()
     library.opcheck(torch.ops.dgemma.vocabulary_statistics.out, arguments, out)
 
 
@@ -206,7 +208,7 @@ OF_VALUES |= {"bits past the vocabulary only", "row index too large", "row index
 def test_bad_input(what: str) -> None:
     skip_if_on_device(what, OF_VALUES)
     name, change = bad_arguments()[what]
-    arguments = {**make_case(torch.float32, masked=True).reading, **change}
+    arguments = {**make_case(torch.float32, masked=True).logits_params, **change}
     with pytest.raises(ValueError, match=rf"^{name}: got .*wants"):
         denoise.vocabulary_statistics(**arguments)
     with pytest.raises(RAW_ERRORS):
@@ -215,10 +217,10 @@ def test_bad_input(what: str) -> None:
 
 def test_bad_out() -> None:
     case = make_case(torch.float32)
-    good = denoise.vocabulary_statistics(**case.reading)
+    good = denoise.vocabulary_statistics(**case.logits_params)
     for name, tensor in good._asdict().items():
         with pytest.raises(ValueError, match=rf"^{name}: got .*wants"):
-            denoise.vocabulary_statistics(**case.reading, out=good._replace(**{name: tensor[:1]}))
+            denoise.vocabulary_statistics(**case.logits_params, out=good._replace(**{name: tensor[:1]}))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 300), (2, 0, 300)])

@@ -163,11 +163,11 @@ def test_gradients() -> None:
                 one(**inputs(one)).logits.square().mean().backward()
             grads.append({name: parameter.grad for name, parameter in one.named_parameters()})
     assert not counts
-    assert [words.partition(":")[0] for words in fallbacks] == [
+    assert [message.partition(":")[0] for message in fallbacks] == [
         "the attention of this model runs on transformers' own code",
         "the experts of this model runs on transformers' own code",
     ]
-    assert all("gradients are needed" in words for words in fallbacks)
+    assert all("gradients are needed" in message for message in fallbacks)
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None)
         assert grad is None or torch.equal(grad, grads[1][name]), name
@@ -183,7 +183,7 @@ def test_float16() -> None:
             assert torch.equal(accelerated(**inputs(model)).logits, model(**inputs(model)).logits)
     assert not counts
     assert len(fallbacks) == 2
-    assert all("no kernel of cpu takes torch.float16" in words for words in fallbacks)
+    assert all("no kernel of cpu takes torch.float16" in message for message in fallbacks)
 
 
 def test_output_attentions() -> None:

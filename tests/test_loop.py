@@ -299,7 +299,7 @@ def test_events_of_a_batch_are_those_of_one_by_one() -> None:
         scheduler = dg.Scheduler(model, max_batch=3, max_length=100, batched=batched)
         for seed, prompt in enumerate(prompts(4)):
             scheduler.submit(prompt, max_new_tokens=20, sampler=SAMPLER, seed=seed)
-        told: list[tuple[Any, ...]] = []
+        found: list[tuple[Any, ...]] = []
         while not scheduler.idle:
             for event in scheduler.step():
                 assert not isinstance(event, dg.Failure)
@@ -308,8 +308,8 @@ def test_events_of_a_batch_are_those_of_one_by_one() -> None:
                     extra += (event.step, event.accepted.tolist(), event.entropy.tolist(), event.mean_entropy)
                 else:
                     extra += (event.text, event.denoising_steps, event.finish_reason)
-                told.append((type(event).__name__, *extra))
-        return told
+                found.append((type(event).__name__, *extra))
+        return found
 
     assert events(batched=True) == events(batched=False)
 

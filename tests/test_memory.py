@@ -121,9 +121,9 @@ def test_the_command_line_tells_and_refuses(
 ) -> None:
     folder = make_checkpoint(tmp_path)
     assert main(["info", str(folder), "--weights", "int4", "--context", "512"]) == 0
-    told = capsys.readouterr().out
-    assert "memory on cpu" in told
-    assert plan_of(folder, "int4", context=512).table() in told
+    printed = capsys.readouterr().out
+    assert "memory on cpu" in printed
+    assert plan_of(folder, "int4", context=512).table() in printed
     assert main(["info", str(folder), "--weights", "int4", "--context", "512", "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["checkpoint"]["memory"]
     assert memory["weights"]["experts"]["kept"] == "int4"

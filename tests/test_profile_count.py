@@ -279,12 +279,12 @@ def test_expected_experts_are_those_of_random_choices() -> None:
 
 def test_tiles_that_count() -> None:
     """Two rows over four tiles: in the first one tile has nearly all mass, in the second three have some."""
-    masses = torch.tensor([[[0.9990, 0.0006, 0.0004, 0.0], [0.5, 0.25, 0.0, 0.25]]])
+    probabilities = torch.tensor([[[0.9990, 0.0006, 0.0004, 0.0], [0.5, 0.25, 0.0, 0.25]]])
     named = {
-        "tile_sum": masses,
+        "tile_sum": probabilities,
         "tile_max": torch.zeros(1, 2, 4),
         "row_max": torch.zeros(1, 2),
-        "row_sum": masses.double().sum(-1),
+        "row_sum": probabilities.double().sum(-1),
         "embedding_scale": 2.0,
         "max_embedding_norm": 1.0,
         "tolerance": 0.01,
@@ -293,7 +293,7 @@ def test_tiles_that_count() -> None:
     assert soft_tiles([(named, result)]) == (2.0, 3.0)
     assert soft_tiles([(named | {"tolerance": 0.0}, result)]) == (3.0, 4.0)
     # Two calls: the mean over all rows, and the tiles that either needs.
-    other = named | {"tile_sum": masses[:, :1], "row_sum": masses[:, :1].double().sum(-1)}
+    other = named | {"tile_sum": probabilities[:, :1], "row_sum": probabilities[:, :1].double().sum(-1)}
     other |= {"tile_max": torch.zeros(1, 1, 4), "row_max": torch.zeros(1, 1)}
     assert soft_tiles([(other, result[:, :1])]) == (1.0, 1.0)
     assert soft_tiles([(named, result), (other, result[:, :1])]) == (pytest.approx(5 / 3), 3.0)

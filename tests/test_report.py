@@ -153,9 +153,9 @@ def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no point has all of sing" in capsys.readouterr().err
     (tmp_path / "report.json").write_text(json.dumps(fake_report()))
     assert report("--draw", folder=tmp_path) == 2
-    told = capsys.readouterr().err
-    assert "is of NVIDIA H200, full; this would be of cpu, small" in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "is of NVIDIA H200, full; this would be of cpu, small" in printed
+    assert printed.count("\n") == 1
 
 
 # Goals ----------------------------------------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_puzzle_is_solved_on_the_kernels(program: Path) -> None:
     puzzle = demo.draw(6, 1)
-    told = run(program, demo.checkpoint(6), puzzle.text, "--seed", "1", "--device", "cuda").split("\n", 3)
-    assert told[0] == "device cuda"
-    assert demo.check(told[3].replace("\n", ""), puzzle.text)
+    lines = run(program, demo.checkpoint(6), puzzle.text, "--seed", "1", "--device", "cuda").split("\n", 3)
+    assert lines[0] == "device cuda"
+    assert demo.check(lines[3].replace("\n", ""), puzzle.text)
     # A second canvas reads the rows that the kernels appended after the first.
     longer = run(program, demo.checkpoint(6), puzzle.text, "--seed", "1", "--device", "cuda", "--canvases", "2")
     tokens = longer.split("\n")[2].split()

@@ -25,8 +25,8 @@ def make_operands(case: Case, hidden_size: int) -> tuple[Tensor, Tensor]:
     return hidden, (torch.randn(vocabulary, hidden_size) * (4 / hidden_size**0.5)).to(dtype)
 
 
-def reading(case: Case) -> dict[str, Any]:
-    return {name: value for name, value in case.reading.items() if name != "logits"}
+def head_params(case: Case) -> dict[str, Any]:
+    return {name: value for name, value in case.logits_params.items() if name != "logits"}
 
 
 # Lengths above, below and at a tile of 128 rows; hidden sizes with and without a whole last step of 64.
@@ -42,7 +42,7 @@ def test_product_and_statistics(
     case = make_case(dtype, batch=batch, length=length, vocabulary=vocabulary, masked=masked)
     hidden, embedding = make_operands(case, hidden_size)
     buffer = torch.full_like(case.logits, NAN)
-    logits, statistics = vocabulary_head(hidden, embedding, **reading(case), logits=buffer)
+    logits, statistics = vocabulary_head(hidden, embedding, **head_params(case), logits=buffer)
     assert logits is buffer
     exact = hidden.double() @ embedding.double().T
     # One rounding from fp32: half a unit in the last place of each value, and the error of fp32 sums.
@@ -61,7 +61,7 @@ def test_inactive_requests_are_neither_read_nor_written(dtype: torch.dtype) -> N
     hidden, embedding = make_operands(case, 64)
     hidden[1] = NAN
     buffer = torch.full_like(case.logits, 7.0)
-    logits, statistics = vocabulary_head(hidden, embedding, **reading(case), logits=buffer)
+    logits, statistics = vocabulary_head(hidden, embedding, **head_params(case), logits=buffer)
     assert bool((logits[1] == 7.0).all())
     assert bool((statistics.row_sum[1] == 0).all())
     assert bool(torch.isfinite(statistics.entropy).all())
@@ -71,9 +71,9 @@ def test_inactive_requests_are_neither_read_nor_written(dtype: torch.dtype) -> N
 def test_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     case = make_case(dtype, batch=3, length=20, vocabulary=500)
     hidden, embedding = make_operands(case, 72)
-    together, statistics = vocabulary_head(hidden, embedding, **reading(case))
+    together, statistics = vocabulary_head(hidden, embedding, **head_params(case))
     for b in range(3):
-        alone, its = vocabulary_head(hidden[b : b + 1].contiguous(), embedding, **reading(case.request(b)))
+        alone, its = vocabulary_head(hidden[b : b + 1].contiguous(), embedding, **head_params(case.request(b)))
         assert bits(alone[0]) == bits(together[b])
         for name, tensor in its._asdict().items():
             assert bits(tensor[0]) == bits(getattr(statistics, name)[b]), name
@@ -83,7 +83,7 @@ def test_a_hidden_state_that_is_not_finite_ends_its_row() -> None:
     case = make_case(DTYPES[0], batch=1, length=6, vocabulary=300)
     hidden, embedding = make_operands(case, 64)
     hidden[0, 3, 5] = NAN
-    _, statistics = vocabulary_head(hidden, embedding, **reading(case))
+    _, statistics = vocabulary_head(hidden, embedding, **head_params(case))
     finite = torch.tensor([True, True, True, False, True, True])
     assert torch.equal(torch.isfinite(statistics.entropy[0]).cpu(), finite.cpu())
     assert torch.equal(torch.isfinite(statistics.row_sum[0]).cpu(), finite.cpu())
@@ -93,7 +93,7 @@ def test_a_hidden_state_that_is_not_finite_ends_its_row() -> None:
 def test_bad_input(name: str) -> None:
     case = make_case(DTYPES[0], batch=2, length=4, vocabulary=300)
     hidden, embedding = make_operands(case, 64)
-    arguments = {"hidden": hidden, "embedding": embedding, **reading(case), "logits": torch.empty_like(case.logits)}
+    arguments = {"hidden": hidden, "embedding": embedding, **head_params(case), "logits": torch.empty_like(case.logits)}
     arguments[name] = arguments[name][:1, :1] if arguments[name].dim() > 1 else arguments[name][:1]
     with pytest.raises((ValueError, RuntimeError), match=rf"({name}|logits|temperature): got .*wants"):
         vocabulary_head(**arguments)
@@ -104,6 +104,6 @@ def test_bad_input(name: str) -> None:
 def test_opcheck() -> None:
     case = make_case(DTYPES[0], batch=2, length=4, vocabulary=300)
     hidden, embedding = make_operands(case, 64)
-    logits, statistics = vocabulary_head(hidden, embedding, **reading(case))
-    operands = (hidden, embedding, *reading(case).values(), logits, *statistics)
+    logits, statistics = vocabulary_head(hidden, embedding, **head_params(case))
+    operands = (hidden, embedding, *head_params(case).values(), logits, *statistics)
     library.opcheck(torch.ops.dgemma.vocabulary_head.default, operands)
