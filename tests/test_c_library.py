@@ -69,7 +69,7 @@ def configure_and_build(source: Path, build: Path, prefix: Path, *options: str) 
 # What is installed ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_installed(prefix: Path) -> None:
+def test_installed_files(prefix: Path) -> None:
     installed = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if not path.is_dir()}
     headers = {f"include/dgemma/{path.name}" for path in INCLUDE.glob("*.h")}
     assert headers == {name for name in installed if name.startswith("include/")}
@@ -119,7 +119,7 @@ def test_only_the_listed_functions_are_exported(prefix: Path) -> None:
     assert {line.split()[0] for line in symbols.splitlines()} == listed
 
 
-def test_soname_and_what_the_library_needs(prefix: Path) -> None:
+def test_soname_and_dependencies(prefix: Path) -> None:
     dynamic = run("readelf", "-d", library_folder(prefix) / "libdgemma.so")
     abi = re.search(r"#define DGEMMA_ABI_VERSION (\d+)", (INCLUDE / "base.h").read_text())
     assert abi is not None
@@ -333,7 +333,7 @@ def refused(program: Path, *arguments: str | Path) -> str:
     return done.stderr
 
 
-def test_what_the_example_refuses(sanitized: Path, tmp_path: Path) -> None:
+def test_bad_input_of_the_example(sanitized: Path, tmp_path: Path) -> None:
     good = demo.checkpoint(6)
     assert "usage" in refused(sanitized)
     assert "No such file" in refused(sanitized, tmp_path / "none", "ids:2")

@@ -106,7 +106,7 @@ def test_small_rows_meet_epsilon(library: ctypes.CDLL, name: str, dtype: torch.d
     ("weight", "rms_norm"), ("raw_value", "normalise_heads"), ("next_norm", "layer_output"),
     ("conditioning", "token_embedding"),
 ])  # fmt: skip
-def test_what_may_be_left_out(library: ctypes.CDLL, name: str, option: str) -> None:
+def test_optional_arguments(library: ctypes.CDLL, name: str, option: str) -> None:
     values = layer_operations(BF16)[name]
     given = {**values, option: None}
     if option == "next_norm":

@@ -66,7 +66,7 @@ def test_a_slot_that_does_not_exist_is_refused(model: dg.DiffusionGemma, slot: i
             use(slot)
 
 
-def test_what_does_not_fit_is_refused(model: dg.DiffusionGemma) -> None:
+def test_sizes_and_snapshots_that_do_not_fit(model: dg.DiffusionGemma) -> None:
     with pytest.raises(ValueError, match="slots must be at least 1"):
         model.new_cache(0, 10)
     with pytest.raises(ValueError, match="max_length must be in"):

@@ -85,7 +85,7 @@ def test_a_planted_wrong_digit_is_called_wrong(monkeypatch: pytest.MonkeyPatch, 
     assert dgemma(*untrained("--json")).object["solved"] is False
 
 
-def test_what_is_no_grid_is_called_wrong_too() -> None:
+def test_an_answer_that_is_no_grid_is_called_wrong() -> None:
     run = dgemma(*untrained("--no-pin", "--count", "2"))
     assert run.code == 0
     assert run.out.count("WRONG: the answer is not a grid of 6x6") == 2

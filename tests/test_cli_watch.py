@@ -139,7 +139,7 @@ def run_in_terminal(terminal: tuple[int, int], *arguments: str, **environment: s
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a thing of Unix")
-def test_in_a_terminal_the_canvas_is_drawn_and_gives_way_to_the_answer(terminal: tuple[int, int]) -> None:
+def test_a_terminal_shows_the_canvas_then_the_answer(terminal: tuple[int, int]) -> None:
     flags = ["--max-new-tokens", "8", "--steps", "3", "--confidence-threshold", "0"]
     written = run_in_terminal(terminal, "generate", random_checkpoint(), "the sky", "--watch", *flags)
     for step in (1, 2, 3):
@@ -158,7 +158,7 @@ def test_no_color_leaves_colours_out(terminal: tuple[int, int]) -> None:
     assert "38;2;" not in written
 
 
-def test_demo_in_a_terminal_leaves_the_last_grid_standing(terminal: tuple[int, int]) -> None:
+def test_demo_in_a_terminal_keeps_the_last_grid(terminal: tuple[int, int]) -> None:
     folder = random_checkpoint(canvas=37)
     written = run_in_terminal(terminal, "demo", "--model", folder, "--seed", "3", "--pause", "0")
     last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written[written.rindex("canvas 1 step ") :])
@@ -166,7 +166,7 @@ def test_demo_in_a_terminal_leaves_the_last_grid_standing(terminal: tuple[int, i
     assert "WRONG" in last
 
 
-def test_the_picture_in_the_readme_is_of_this_kind() -> None:
+def test_the_picture_of_the_readme_is_one_of_these() -> None:
     svg = (Path(__file__).resolve().parent.parent / "docs" / "canvas.svg").read_text(encoding="utf-8")
     assert svg.startswith("<svg")
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "").replace("https://www.textualize.io", "")

@@ -101,7 +101,7 @@ def test_the_spellings_agree_with_each_other() -> None:
     assert flat == per_layer
 
 
-def test_what_transformers_writes_reads_the_same() -> None:
+def test_a_configuration_written_by_transformers() -> None:
     config = config_for(layers=8)
     written = json.loads(transformers_config(config).to_json_string())
     assert "per_layer_config" in written["text_config"]
@@ -230,7 +230,7 @@ def test_proportional_rope_honours_its_factor() -> None:
         ("text_config.vocab_size", -5),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, path: str, value: Any) -> None:
+def test_unsupported_fields_are_named(tmp_path: Path, path: str, value: Any) -> None:
     # Without the flat fields, which would contradict the per_layer_config that replaces them.
     dialect = "per_layer" if path.endswith("per_layer_config") else "flat"
     config = changed(config_for(dialect=dialect), path, value)

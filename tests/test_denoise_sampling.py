@@ -58,7 +58,7 @@ def sampled(form: str, monkeypatch: pytest.MonkeyPatch, case: Case, uniforms: Te
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("vocabulary", [257, 1000, 4096])
-def test_a_token_is_where_its_uniform_lies(
+def test_tokens_of_given_uniforms(
     vocabulary: int, masked: bool, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(dtype, vocabulary=vocabulary, masked=masked)

@@ -100,7 +100,7 @@ def test_sparse_or_dense_within_the_tolerance(
     assert bool((difference <= TOLERANCE * norms + rounding + 1e-6 * norms).all())
 
 
-def test_what_is_left_out_is_not_read(cpu_variant: str) -> None:
+def test_skipped_tiles_are_not_read(cpu_variant: str) -> None:
     """The embedding of every token but three per row is NaN: a peaked row must not touch it, a dense one must.
 
     On a GPU whole tiles are left out, so it is that of every tile without such a token.

@@ -27,7 +27,7 @@ from test_quantized_gemm import make_experts
 # GPUs with e4m3 products.
 SERVED = (89, 90, 120)
 served = pytest.mark.skipif(
-    BACKEND != "cpu" and COMPUTE_CAPABILITY not in SERVED, reason="test_a_gpu_that_cannot_says_what_can looks at it"
+    BACKEND != "cpu" and COMPUTE_CAPABILITY not in SERVED, reason="test_an_unsupported_gpu looks at it"
 )
 # The tensor core's sums differ in their last bits, and an h that differs in them may round to the next code. The
 # bounds are for all tokens together, and for each by itself.
@@ -100,7 +100,7 @@ def test_a_wrong_scale_is_noticed() -> None:
 
 
 @pytest.mark.skipif(BACKEND == "cpu" or COMPUTE_CAPABILITY in SERVED, reason="of GPUs that do not multiply e4m3")
-def test_a_gpu_that_cannot_says_what_can() -> None:
+def test_an_unsupported_gpu() -> None:
     capability = f"{COMPUTE_CAPABILITY // 10}.{COMPUTE_CAPABILITY % 10}"
     with pytest.raises(ValueError, match=rf"this GPU has compute capability {capability}, wants .*9\.0"):
         quantized_gemm.check_moe_ffn_fp8(64, 32, torch.bfloat16, "cpu")
@@ -108,7 +108,7 @@ def test_a_gpu_that_cannot_says_what_can() -> None:
 
 @served
 @pytest.mark.skipif(BACKEND == "cpu", reason="of the kernels")
-def test_kernels_take_what_they_take() -> None:
+def test_supported_sizes_and_types() -> None:
     quantized_gemm.check_moe_ffn_fp8(64, 32, torch.bfloat16, "cpu")
     for bad, message in (
         ((64, 32, torch.float32), "dtype: wants bfloat16"),
@@ -207,7 +207,7 @@ def test_a_model_rounds_its_experts_activations(tmp_path: Path) -> None:
 
 
 @cpu_only
-def test_what_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_options_are_found_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     monkeypatch.setattr(model_module, "load_weights", None)
     for options, message in (

@@ -137,7 +137,7 @@ def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_outputs(driver
         assert after[counter] == before[counter], counter
 
 
-def test_a_watched_request_is_told_every_draft() -> None:
+def test_a_step_of_a_request_gives_every_draft() -> None:
     made = model()
     drafts: list[dg.Draft] = []
     output = made.generate(chats(1)[0], made.config.canvas_length, TO_THE_CAP, 0, None, drafts.append)
@@ -156,7 +156,7 @@ def test_a_step_that_cannot_be_captured_runs_launch_by_launch(monkeypatch: pytes
     assert type(group._runners[1]) is CudaEagerRunner
 
 
-def test_a_loop_that_the_driver_does_not_have_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_loop_the_host_drives(monkeypatch: pytest.MonkeyPatch) -> None:
     made = model()
     wanted = answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP)
 
@@ -168,7 +168,7 @@ def test_a_loop_that_the_driver_does_not_have_is_left_to_the_host(monkeypatch: p
         assert answers(dg.Scheduler(made, 1, 256), 1, TO_THE_CAP) == wanted
 
 
-def test_a_batch_changes_no_bit_where_that_is_asked_for() -> None:
+def test_batch_invariant_changes_no_bit() -> None:
     made = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cuda", batch_invariant=True)
     alone = []
     for seed, chat in enumerate(chats(5)):

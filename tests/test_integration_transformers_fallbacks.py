@@ -115,7 +115,7 @@ def test_masks(name: str) -> None:
     assert torch.isfinite(got).all()
 
 
-def test_what_was_found_in_a_mask_is_not_kept_too_long() -> None:
+def test_the_cached_visibility_of_a_changed_mask() -> None:
     """The result for a mask is not used after the tensor changes, nor for a layer with another window."""
     mask = causal_mask(WINDOW)[None, None].clone()
     assert of_mask(mask, QUERIES, KEYS, 0) is None

@@ -314,7 +314,7 @@ def test_events_of_a_batch_are_those_of_one_by_one() -> None:
     assert events(batched=True) == events(batched=False)
 
 
-def test_canvases_of_another_length_have_steps_of_their_own() -> None:
+def test_canvases_of_another_length_are_stepped_apart() -> None:
     model = random_model()
     canvases = [None, dg.Canvas([7, 8], [True, True]), dg.Canvas([4] * 8, start_step=3), None]
     samplers = [SAMPLER, SAMPLER, SAMPLER, SamplerConfig(canvas_length=5, max_denoising_steps=4)]
@@ -457,14 +457,14 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
     assert request.output == model.generate([1, 2, 3], max_new_tokens=8, seed=5)
 
 
-def test_a_driver_that_is_not_there_is_refused() -> None:
+def test_an_unknown_driver() -> None:
     with pytest.raises(ValueError, match="driver must be one of eager, async, graph, got 'fast'"):
         dg.Scheduler(smallest_model(), driver="fast")
     with pytest.raises(ValueError, match="max_denoising_steps must be at least 1, got 0"):
         dg.Scheduler(smallest_model(), batched=True).submit([1], sampler=SamplerConfig(max_denoising_steps=0))
 
 
-def test_generate_keeps_a_scheduler_where_graphs_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_keeps_a_scheduler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     wanted = [plain(3)[i] for i in range(3)]
     monkeypatch.setattr(generate_module, "_keeps_schedulers", lambda model: True)

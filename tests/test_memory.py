@@ -116,7 +116,7 @@ def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monk
         dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype="float32")
 
 
-def test_the_command_line_tells_and_refuses(
+def test_the_plan_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_checkpoint(tmp_path)
@@ -135,6 +135,6 @@ def test_the_command_line_tells_and_refuses(
     assert plan_of(folder, "int4").table() in capsys.readouterr().err
 
 
-def test_what_is_available() -> None:
+def test_available_bytes() -> None:
     free = memory_module.available_bytes(CPU)
     assert free is None or 2**20 < free < 2**50

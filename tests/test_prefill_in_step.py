@@ -124,7 +124,7 @@ def test_a_short_prompt_needs_no_encode_pass(batched: bool, most: int, monkeypat
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_what_a_step_encodes_is_remembered(batched: bool) -> None:
+def test_tokens_that_a_step_encodes_go_to_the_snapshots(batched: bool) -> None:
     model, store = random_model(), SnapshotStore()
     scheduler = dg.Scheduler(model, max_batch=1, max_length=100, batched=batched)
     prompt = ids(9, 5)[0].tolist()

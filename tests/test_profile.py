@@ -82,7 +82,7 @@ def test_every_operator_is_of_its_part(batch: int, weights: str, batched: bool) 
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_every_counted_operation_was_seen_and_its_work_is_shared_out(batched: bool) -> None:
+def test_every_counted_operation_was_recorded(batched: bool) -> None:
     found = profiled(3, batched=batched)
     for one in (found.step, found.encode):
         seen = {(piece.name, piece.layer) for piece in one.slices}
@@ -250,7 +250,7 @@ def test_launches_in_a_trace_are_inside_the_ranges_of_their_calls() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_a_gpu_s_profile_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_from_gpu_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU in place of a GPU: each call launches one kernel of 3 us, as torch's profiler would report it."""
     launched: list[int] = []
 

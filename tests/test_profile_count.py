@@ -277,7 +277,7 @@ def test_expected_experts_are_those_of_random_choices() -> None:
     assert expected_experts_hit(config, 256) > 127.99
 
 
-def test_tiles_that_count() -> None:
+def test_tiles_that_must_not_be_skipped() -> None:
     """Two rows over four tiles: in the first one tile has nearly all mass, in the second three have some."""
     probabilities = torch.tensor([[[0.9990, 0.0006, 0.0004, 0.0], [0.5, 0.25, 0.0, 0.25]]])
     named = {

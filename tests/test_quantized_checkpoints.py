@@ -205,7 +205,7 @@ def test_an_unknown_algorithm_of_modelopt(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize(("layout", "suffix"), [("fp8", "weight_scale"), ("int4", "weight_scale")])
-def test_a_scale_that_is_none(layout: str, suffix: str, value: float, folder: Path) -> None:
+def test_a_bad_scale(layout: str, suffix: str, value: float, folder: Path) -> None:
     requantize(folder, layout)
     name = f"{LAYER_0}experts.3.up_proj.{suffix}"
     scale = load_file(folder / "model.safetensors")[name]
@@ -215,7 +215,7 @@ def test_a_scale_that_is_none(layout: str, suffix: str, value: float, folder: Pa
 
 
 @pytest.mark.parametrize(("suffix", "value"), [("weight_scale", float("nan")), ("weight_global_scale", 0.0)])
-def test_a_scale_of_nvfp4_that_is_none(suffix: str, value: float, folder: Path) -> None:
+def test_a_bad_scale_of_nvfp4(suffix: str, value: float, folder: Path) -> None:
     requantize(folder, "nvfp4")
     name = f"{LAYER_0}experts.3.up_proj.{suffix}"
     scale = load_file(folder / "model.safetensors")[name]
@@ -225,7 +225,7 @@ def test_a_scale_of_nvfp4_that_is_none(suffix: str, value: float, folder: Path) 
     assert_refused(folder, name, f"has a scale of {value}")
 
 
-def test_a_code_that_is_nan(folder: Path) -> None:
+def test_a_nan_code(folder: Path) -> None:
     requantize(folder, "fp8")
     name = f"{LAYER_0}self_attn.o_proj.weight"
     codes = load_file(folder / "model.safetensors")[name].view(torch.uint8)
@@ -295,7 +295,7 @@ def test_asymmetric_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["fp4", "int4-16", "int8", "", "fp8-32"])
-def test_a_format_that_is_not_there(asked: str, folder: Path) -> None:
+def test_an_unknown_target_format(asked: str, folder: Path) -> None:
     with pytest.raises(ValueError, match="weights must be fp8, int4, int4-64, int4-128 or nvfp4"):
         dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=asked)
 

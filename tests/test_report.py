@@ -200,7 +200,7 @@ def test_every_goal_can_be_judged() -> None:
     assert sum(line.endswith(" met") for line in lines) + sum(line.endswith(" MISSED") for line in lines) == 20
 
 
-def test_what_is_missing_or_not_an_h200_is_not_judged() -> None:
+def test_goals_without_measurement_or_h200_are_not_judged() -> None:
     for changes in ({"points": {}}, {"device": "cpu", "scale": "small", "kind": "cpu"}):
         assert {value for _, value, _ in judged(fake_report(**changes))} == {None}
     assert {met for _, _, met in judged(fake_report(device="NVIDIA H100"))} == {None}
@@ -213,7 +213,7 @@ def test_what_is_missing_or_not_an_h200_is_not_judged() -> None:
 # Plots ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_drawn() -> None:
+def test_series_of_the_plots() -> None:
     found = fake_report()
     rates = {series.label: series.points for series in rate_series(found, 16, 128)}
     assert set(rates["fp8, 84 experts hit"]) == {1, 2, 4, 8, 16, 32}

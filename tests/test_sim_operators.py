@@ -22,5 +22,5 @@ def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
     )
 
 
-def test_what_is_refused_before_a_launch() -> None:
+def test_bad_input_before_a_launch() -> None:
     run_tests_on_kernels("tests/test_cuda_refusals.py")

@@ -216,7 +216,7 @@ def test_a_template_that_does_not_parse(tmp_path: Path) -> None:
         with_template(tmp_path, "\n{% if %}")
 
 
-def test_what_templates_expect(tmp_path: Path) -> None:
+def test_functions_of_the_template_environment(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     template = """\

@@ -138,7 +138,7 @@ def test_transformers_loads_the_same_files(tmp_path: Path, dtype: torch.dtype, a
     assert not torch.equal(state[f"{encoder}layer_scalar"], state[f"{LAYER_0}layer_scalar"])
 
 
-def test_what_transformers_saves_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_by_transformers(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", with_tokenizer=False)
     load_transformers(source, torch.bfloat16).save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     assert (tmp_path / "saved" / INDEX).exists()
