@@ -25,28 +25,3 @@ from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import Prompt, ServedModel
 from dgemma_ext.engine.snapshots import SnapshotStore
-
-__all__ = [
-    "USUAL_CONTEXT",
-    "Chat",
-    "Commit",
-    "Draft",
-    "Event",
-    "Failure",
-    "MemoryPlan",
-    "NotEnoughMemory",
-    "Output",
-    "Prompt",
-    "Request",
-    "RequestState",
-    "Scheduler",
-    "ServedModel",
-    "SnapshotStore",
-    "available_bytes",
-    "batch_plan",
-    "check_memory",
-    "generate",
-    "mapped_bytes",
-    "memory_plan",
-    "stream",
-]

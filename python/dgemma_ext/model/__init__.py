@@ -20,25 +20,3 @@ from dgemma_ext.model.placement import (
 )
 from dgemma_ext.model.rows import MAX_PREFILL_TOKENS, Canvases, PrefillChunk
 from dgemma_ext.model.weights import NEVER_QUANTIZED, LayerWeights, ModelWeights, load_weights, quantized_weight
-
-__all__ = [
-    "ENCODE_CHUNK",
-    "MAX_PREFILL_TOKENS",
-    "NEVER_QUANTIZED",
-    "Cache",
-    "Canvases",
-    "LayerWeights",
-    "MatmulMode",
-    "ModelWeights",
-    "Network",
-    "PrefillChunk",
-    "RotaryTables",
-    "Snapshot",
-    "check_activations",
-    "load_weights",
-    "quantized_weight",
-    "resolve_activations",
-    "resolve_device",
-    "resolve_dtype",
-    "resolve_matmul",
-]

@@ -17,17 +17,3 @@ from dgemma_ext.sampling.state import (
     make_step_buffers,
 )
 from dgemma_ext.sampling.step import begin_canvas, denoising_step
-
-__all__ = [
-    "Canvas",
-    "CanvasBatch",
-    "CanvasState",
-    "ResolvedSampler",
-    "SamplerConfig",
-    "StepBuffers",
-    "StepOutput",
-    "begin_canvas",
-    "denoising_step",
-    "make_canvas_batch",
-    "make_step_buffers",
-]
