@@ -79,10 +79,6 @@ class Conversion:
     shards: list[list[Work]]
     groups: dict[int, list[str]] = field(default_factory=dict)
 
-    @property
-    def source_bytes(self) -> int:
-        return self.info.total_bytes
-
 
 def plan_conversion(source: Path, target: Target) -> Conversion:
     """Plans from the headers alone which weights are quantized and which shard each goes to.

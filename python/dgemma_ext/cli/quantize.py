@@ -23,7 +23,7 @@ def run(arguments: Arguments) -> None:
     assert arguments.model is not None, "the command line asks for it"
     target = parse_target(arguments.to, tuple(arguments.parts.split(",")) if arguments.parts else None)
     source, destination = Path(resolve_checkpoint(arguments.model)), Path(arguments.out).expanduser()
-    before = plan_conversion(source, target).source_bytes
+    before = plan_conversion(source, target).info.total_bytes
     began = time.monotonic()
     with LoadProgress("quantizing", before, None) as bar:
         errors = convert(source, destination, target, bar.advance)

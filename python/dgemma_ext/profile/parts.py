@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from dgemma_ext.checkpoint import PARTS
+
 
 class Part(Enum):
     """A part is a row of the table. Its value is the name in JSON, its `label` the name in the table."""
@@ -41,39 +43,6 @@ _LABELS = {
     Part.OTHER: "everything else",
 }
 
-# Attribute of LayerWeights or ModelWeights → part. The token embedding is used by three parts; recorder.py tells which.
-PART_OF_WEIGHT: dict[str, Part] = {
-    "embed_tokens": Part.HEAD,
-    "norm": Part.NORMS,
-    **dict.fromkeys(
-        (
-            "self_conditioning_pre_norm",
-            "self_conditioning_gate_proj",
-            "self_conditioning_up_proj",
-            "self_conditioning_down_proj",
-        ),
-        Part.EMBEDDING,
-    ),
-    **dict.fromkeys(
-        (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm_1",
-            "pre_feedforward_layernorm_2",
-            "post_feedforward_layernorm_2",
-            "post_feedforward_layernorm",
-            "q_norm",
-            "k_norm",
-        ),
-        Part.NORMS,
-    ),
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), Part.PROJECTIONS),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), Part.MLP),
-    **dict.fromkeys(("router_proj", "router_scale", "router_per_expert_scale"), Part.ROUTER),
-    **dict.fromkeys(("experts_gate_up", "experts_down"), Part.EXPERTS),
-}
-
 # Operators of `torch.ops.dgemma` whose part does not follow from a weight.
 PART_OF_OPERATOR: dict[str, Part] = {
     "vocabulary_statistics": Part.SAMPLING,
@@ -82,3 +51,22 @@ PART_OF_OPERATOR: dict[str, Part] = {
     "noise_": Part.SAMPLING,
     "soft_embedding": Part.SOFT_EMBEDDING,
 }
+
+
+_PARTS_OF_LAYERS = {"experts": Part.EXPERTS, "attention": Part.PROJECTIONS, "mlp": Part.MLP}
+
+
+def part_of_weight(attribute: str) -> Part:
+    """The part that uses a weight, by its attribute of LayerWeights or ModelWeights.
+
+    The token embedding is used by three parts; recorder.py tells which.
+    """
+    if attribute == "embed_tokens":
+        return Part.HEAD
+    if attribute.startswith("self_conditioning_"):
+        return Part.EMBEDDING
+    if attribute.startswith("router_"):
+        return Part.ROUTER
+    if "norm" in attribute:
+        return Part.NORMS
+    return next(_PARTS_OF_LAYERS[part] for part, attributes in PARTS.items() if attribute in attributes)

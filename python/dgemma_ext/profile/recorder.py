@@ -21,7 +21,7 @@ from dgemma_ext import _C
 from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.plain.vocabulary_head import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
-from dgemma_ext.profile.parts import PART_OF_OPERATOR, PART_OF_WEIGHT, Part
+from dgemma_ext.profile.parts import PART_OF_OPERATOR, Part, part_of_weight
 
 # The name of a profiler's range for a call of a Recorder, before the call's number (kernels.py reads it).
 RANGE = "dgemma call "
@@ -137,11 +137,11 @@ class Recorder(TorchDispatchMode):
         if owner is None:
             return self._part_by_origin(tensors), short
         self._layer = owner.layer
-        self._in_input = short == "embedding" or (self._in_input and PART_OF_WEIGHT[owner.attribute] is Part.EMBEDDING)
+        self._in_input = short == "embedding" or (self._in_input and part_of_weight(owner.attribute) is Part.EMBEDDING)
         if owner.attribute == "embed_tokens":
             return (Part.EMBEDDING, short) if short == "embedding" else (Part.HEAD, "vocabulary_head")
         name = owner.attribute if short in _PRODUCTS else short.removesuffix("_quantized").removesuffix("_fp8")
-        return PART_OF_WEIGHT[owner.attribute], name
+        return part_of_weight(owner.attribute), name
 
     def _part_by_origin(self, tensors: Sequence[Tensor]) -> Part:
         """The part of the call that made the newest of the tensors."""
