@@ -169,7 +169,7 @@ def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path, monkeypat
     errors = convert(source, out, target, done.append)
     assert len(again) == shards - 2
     assert not {file.name for file in again} & {file.name for file in written}
-    assert sum(done) == plan_conversion(source, target).source_bytes
+    assert sum(done) == plan_conversion(source, target).info.total_bytes
     assert [vars(error) for error in errors] == [vars(error) for error in wanted]
     whole = all_tensors(tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in all_tensors(out).items())
