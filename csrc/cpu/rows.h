@@ -1,8 +1,8 @@
 // A row of a tensor, read and written vector by vector; and the sum of its squares.
 //
-// Kernels that include this are compiled without contraction of products and sums (cmake/
-// Library.cmake), and the sum has one order for all widths of a vector: so every instruction set
-// gives the same bits, and torch's where it rounds one by one.
+// Kernels that include this are compiled without contraction of products and sums
+// (cmake/CpuVariants.cmake), and the sum has one order for all widths of a vector: so every
+// instruction set gives the same bits, and torch's where it rounds one by one.
 #pragma once
 
 #include "cpu/vector.h"

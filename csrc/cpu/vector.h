@@ -4,7 +4,8 @@
 // A family's kernels are headers, compiled once per instruction set with that set's flags from a
 // source file that cmake/CpuVariants.cmake writes: see cpu/variants.h.
 // Everything has internal linkage: a function compiled for AVX-512 must never be the copy that the
-// linker keeps for all. For the same reason kernels use no templates of the standard library.
+// linker keeps for all. For the same reason kernels call no
+// function template of the standard library.
 //
 // Arithmetic is that of GCC's vector extensions (+, -, *, /, comparisons, ?:), so one source serves
 // all widths.

@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DGEMMA_HOST_DEVICE __host__ __device__
-#else
-#define DGEMMA_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace dgemma {
 namespace {
@@ -19,8 +15,7 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-DGEMMA_HOST_DEVICE inline PhiloxBlock philox4x32_10(PhiloxBlock counter, uint32_t key0,
-                                                    uint32_t key1) {
+DGEMMA_HOST_DEVICE PhiloxBlock philox4x32_10(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(0xd2511f53u) * counter.word[0];
     const uint64_t product1 = static_cast<uint64_t>(0xcd9e8d57u) * counter.word[2];
@@ -35,8 +30,8 @@ DGEMMA_HOST_DEVICE inline PhiloxBlock philox4x32_10(PhiloxBlock counter, uint32_
 }
 
 // The uniform in [0, 1) of one draw: 53 bits, so every value is a double and 1 is never reached.
-DGEMMA_HOST_DEVICE inline double draw_uniform(int64_t seed, int32_t canvas, int32_t step,
-                                              int64_t position, int32_t purpose) {
+DGEMMA_HOST_DEVICE double draw_uniform(int64_t seed, int32_t canvas, int32_t step, int64_t position,
+                                       int32_t purpose) {
   const uint64_t key = static_cast<uint64_t>(seed);
   const PhiloxBlock block =
       philox4x32_10({{static_cast<uint32_t>(canvas), static_cast<uint32_t>(step),

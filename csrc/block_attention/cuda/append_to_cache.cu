@@ -1,5 +1,6 @@
 // Stores a block's keys and values in the rows of their slots: a thread copies 16 bytes of each.
 #include "block_attention/cuda/attention.h"
+#include "common/ceil_divide.h"
 #include "device/launch.h"
 
 namespace dgemma {
@@ -37,20 +38,20 @@ __global__ void __launch_bounds__(kThreads) append_to_cache(const Append p) {
 
 const char* launch_append_to_cache(const dgemma_append_to_cache& op, void* stream) {
   const int64_t bytes = op.key_heads * op.head_dim * (op.dtype == DGEMMA_BFLOAT16 ? 2 : 4);
-  const Append p = {static_cast<const uint4*>(op.key),
-                    static_cast<const uint4*>(op.value),
-                    static_cast<uint4*>(op.prefix_key),
-                    static_cast<uint4*>(op.prefix_value),
-                    op.slot,
-                    op.prefix_length,
-                    op.length,
-                    static_cast<int32_t>(op.block_length),
-                    static_cast<int32_t>(op.slots),
-                    static_cast<int32_t>(op.capacity),
-                    static_cast<int32_t>(bytes / 16)};
+  const Append p = {.key = static_cast<const uint4*>(op.key),
+                    .value = static_cast<const uint4*>(op.value),
+                    .prefix_key = static_cast<uint4*>(op.prefix_key),
+                    .prefix_value = static_cast<uint4*>(op.prefix_value),
+                    .slot = op.slot,
+                    .prefix_length = op.prefix_length,
+                    .length = op.length,
+                    .block_length = static_cast<int32_t>(op.block_length),
+                    .slots = static_cast<int32_t>(op.slots),
+                    .capacity = static_cast<int32_t>(op.capacity),
+                    .pieces = static_cast<int32_t>(bytes / 16)};
   const int64_t threads = op.block_length * p.pieces;
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads),
+      .grid = dim3(static_cast<unsigned>(ceil_divide(threads, kThreads)),
                    static_cast<unsigned>(op.batch)),
       .threads = kThreads,
       .overlaps_previous_kernel = true};

@@ -4,6 +4,7 @@
 
 #include "block_attention/cuda/plan.h"
 #include "block_attention/cuda/splits.h"
+#include "common/ceil_divide.h"
 #include "device/bfloat16.h"
 
 namespace dgemma {
@@ -81,7 +82,7 @@ DGEMMA_DEVICE AttentionRequest find_request(const Attention& p, int32_t index) {
   request.prefix = p.prefix_length[index];
   request.rows = p.length != nullptr ? min(p.length[index], p.block_length) : p.block_length;
   const int32_t packed = request.rows * (p.query_heads / p.key_heads);
-  request.row_tiles = (packed + p.rows - 1) / p.rows;
+  request.row_tiles = ceil_divide(packed, p.rows);
   if (request.row_tiles > 0)
     request.splits =
         attention_splits(p.blocks_wanted, request.row_tiles * p.key_heads,

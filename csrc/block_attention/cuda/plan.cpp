@@ -4,11 +4,11 @@
 #include <ostream>
 
 #include "block_attention/cuda/splits.h"
+#include "common/ceil_divide.h"
 
 namespace dgemma {
 namespace {
 
-constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
 constexpr int32_t kHeadDims[] = {16, 32, 64, 128, 256, 512};
 
 }  // namespace
@@ -49,7 +49,7 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath pat
     plan.blocks_wanted = kBlocksWanted80;
   }
   const int64_t rows = op.block_length * (op.query_heads / op.key_heads);
-  plan.row_tiles = static_cast<int32_t>((rows + plan.rows - 1) / plan.rows);
+  plan.row_tiles = static_cast<int32_t>(ceil_divide(rows, plan.rows));
   const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * op.key_heads);
   // A shorter request has fewer tiles and so more splits; together they stay within the blocks
   // wanted.
@@ -61,14 +61,10 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath pat
   plan.partial_tiles =
       plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, plan.blocks_wanted) : 0;
   const int64_t tiles = op.batch * plan.partial_tiles;
-  const auto take = [&plan](int64_t values) {
-    const size_t begin = plan.workspace_bytes;
-    plan.workspace_bytes +=
-        (static_cast<size_t>(values) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
-    return begin;
-  };
-  plan.partial = take(tiles * plan.rows * op.head_dim);
-  plan.sums = take(tiles * plan.rows * 2);
+  WorkspaceParts parts;
+  plan.partial = parts.take<float>(tiles * plan.rows * op.head_dim);
+  plan.sums = parts.take<float>(tiles * plan.rows * 2);
+  plan.workspace_bytes = parts.bytes;
   return plan;
 }
 

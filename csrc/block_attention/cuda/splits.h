@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DGEMMA_BOTH __host__ __device__
-#else
-#define DGEMMA_BOTH
-#endif
+#include "common/host_device.h"
 
 namespace dgemma {
 
@@ -23,7 +19,7 @@ constexpr int32_t kMostSplits = 8;
 
 // `wanted`: one of the two above. `blocks`: tiles of queries of the request, over all key heads.
 // `keys`: what its queries may see.
-DGEMMA_BOTH inline int32_t attention_splits(int32_t wanted, int32_t blocks, int32_t keys) {
+DGEMMA_HOST_DEVICE int32_t attention_splits(int32_t wanted, int32_t blocks, int32_t keys) {
   const int32_t to_fill = wanted / blocks;  // rounded down: one wave, not one and a half
   const int32_t worth = keys / kLeastKeys;
   int32_t splits = to_fill < worth ? to_fill : worth;

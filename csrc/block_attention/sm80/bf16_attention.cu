@@ -9,6 +9,8 @@
 #include <cmath>
 
 #include "block_attention/cuda/attention.h"
+#include "common/ceil_divide.h"
+#include "cuda/limits.h"
 #include "device/cp_async.h"
 #include "device/launch.h"
 #include "device/ldmatrix.h"
@@ -260,7 +262,7 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
   const int32_t end =
       __reduce_max_sync(device::kAllLanes, max(shared.end[lane], shared.end[other]));
   const int32_t tiles = (end - first + T::kKeys - 1) / T::kKeys;
-  const int32_t each = (tiles + request.splits - 1) / request.splits;
+  const int32_t each = ceil_divide(tiles, request.splits);
   const int32_t begin = min(at.split * each, tiles);
   return {first + begin * T::kKeys, end, min(each, tiles - begin)};
 }
@@ -304,9 +306,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   using T = Tile<kHeadDim>;
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  const Place at = {
-      static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y) / p.most_splits,
-      static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y) % p.most_splits};
+  const Place at = {.request = static_cast<int32_t>(blockIdx.z),
+                    .head = static_cast<int32_t>(blockIdx.y) / p.most_splits,
+                    .row_tile = static_cast<int32_t>(blockIdx.x),
+                    .split = static_cast<int32_t>(blockIdx.y) % p.most_splits};
   const AttentionRequest request = find_request(p, at.request);
   if (at.row_tile >= request.row_tiles || at.split >= request.splits) return;
   Shared<kHeadDim>& shared = device::shared_memory<Shared<kHeadDim>>();
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
 
 template <int kHeadDim>
 const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch, void* stream) {
-  static_assert(sizeof(Shared<kHeadDim>) <= 101376, "of a block on 8.6, 8.9 and 12.0");
+  static_assert(sizeof(Shared<kHeadDim>) <= kSharedLimit80);
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(plan.row_tiles),
                    static_cast<unsigned>(p.key_heads * plan.splits), static_cast<unsigned>(batch)),

@@ -33,10 +33,10 @@ class Rows {
     softmax_.pack();
 #pragma unroll 1
     for (int32_t tile = 1; tile < keys.tiles; ++tile) {
-      const Position<kHeadDim> key = at_;
+      const State<kHeadDim> key = at_;
       begin_scores(key);
       at_.advance();
-      const Position<kHeadDim> value = at_;
+      const State<kHeadDim> value = at_;
       begin_output(value);
       at_.advance();
       device::wgmma_wait<1>(softmax_.scores);
@@ -74,7 +74,7 @@ class Rows {
   }
 
   // scores = query . key
-  DGEMMA_DEVICE void begin_scores(Position<kHeadDim> at) {
+  DGEMMA_DEVICE void begin_scores(State<kHeadDim> at) {
     const auto key = device::k_major_descriptor(wait_for_unit(shared_, at), Swizzle::bytes_128);
     device::wgmma_fence(softmax_.scores);
 #pragma unroll
@@ -88,7 +88,7 @@ class Rows {
   }
 
   // output += exponentials . values
-  DGEMMA_DEVICE void begin_output(Position<kHeadDim> at) {
+  DGEMMA_DEVICE void begin_output(State<kHeadDim> at) {
     const auto value =
         device::matrix_descriptor(wait_for_unit(shared_, at), Swizzle::bytes_128,
                                   T::kKeys * kGroupBytes, swizzle_period(Swizzle::bytes_128));
@@ -101,7 +101,7 @@ class Rows {
   }
 
   Shared<kHeadDim>& shared_;
-  Position<kHeadDim> at_;
+  State<kHeadDim> at_;
   Softmax<T::kKeys> softmax_;
   device::MatrixDescriptor query_;
   float output_[kHeadDim / 2] = {};
@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   const KeyRange keys = find_keys(p, request, at, shared);
   device::cluster_sync();  // the barriers of both blocks are there
 
-  if (device::warp_index() >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
+  if (device::warp_index() >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
     Loader<kHeadDim> loader(p, request, at, keys, shared);
     load_all(loader, maps, keys.tiles);
     device::cluster_arrive();
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     Rows rows(p, at, shared);
     rows.attend(keys);
     device::cluster_arrive();

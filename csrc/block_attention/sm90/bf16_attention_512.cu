@@ -28,16 +28,7 @@ struct Layout {
   Shared<kHeadDim> common;
   float factors[kBuffers][T::kRows];
   float sums[T::kRows];
-  device::Mbarrier written[kBuffers], read[kBuffers];
-};
-
-// A tile of exponentials and how often, modulo 2, both have been used.
-struct Buffer {
-  uint32_t index = 0, parity = 0;
-  DGEMMA_DEVICE void advance() {
-    parity ^= index;
-    index ^= 1;
-  }
+  sm90::Pipeline<kBuffers> exponentials_pipeline;
 };
 
 // A warpgroup's half of the columns.
@@ -98,7 +89,7 @@ class Scores {
   DGEMMA_DEVICE void attend(const KeyRange& keys) {
     if (keys.tiles == 0) return;
     wait_for_queries(shared_.common);
-    Position<kHeadDim> key = begin_scores();
+    State<kHeadDim> key = begin_scores();
     device::wgmma_wait<0>(softmax_.scores);
     release(shared_.common, key);
     exponentiate(keys, 0);
@@ -106,7 +97,7 @@ class Scores {
 #pragma unroll 1
     for (int32_t tile = 1; tile < keys.tiles; ++tile) {
       key = begin_scores();
-      const Position<kHeadDim> value = begin_output();
+      const State<kHeadDim> value = begin_output();
       device::wgmma_wait<kUnits>(softmax_.scores);
       release(shared_.common, key);
       exponentiate(keys, tile);
@@ -139,9 +130,9 @@ class Scores {
  private:
   // scores = query . key, a unit of the depth after the other; gives the last, which is not yet
   // released.
-  DGEMMA_DEVICE Position<kHeadDim> begin_scores() {
+  DGEMMA_DEVICE State<kHeadDim> begin_scores() {
     const auto query = device::k_major_descriptor(shared_.common.query, Swizzle::bytes_128);
-    Position<kHeadDim> before = at_;
+    State<kHeadDim> before = at_;
 #pragma unroll 1  // four copies of it spill
     for (uint32_t unit = 0; unit < Shared<kHeadDim>::kUnits; ++unit) {
       const auto key =
@@ -172,8 +163,8 @@ class Scores {
     const int32_t first = keys.first + tile * T::kKeys;
     softmax_.exponentiate(first, first >= keys.common_first && first + T::kKeys <= keys.common_end);
 
-    const uint32_t lane = device::lane_index(), buffer = buffer_.index;
-    device::mbarrier_wait(&shared_.read[buffer], buffer_.parity ^ 1);
+    const uint32_t lane = device::lane_index(), buffer = buffer_.stage;
+    device::Mbarrier* const full = shared_.exponentials_pipeline.producer_acquire(buffer_);
 #pragma unroll
     for (int which = 0; which < 2; ++which)
       if (lane % 4 == 0) shared_.factors[buffer][row_ + 8 * which] = softmax_.factor(which);
@@ -192,12 +183,12 @@ class Scores {
     }
     device::fence_proxy_async();  // the other warpgroup's wgmma reads them
     __syncwarp();
-    if (lane == 0) device::mbarrier_arrive(&shared_.written[buffer]);
+    if (lane == 0) device::mbarrier_arrive(full);
     buffer_.advance();
   }
 
-  DGEMMA_DEVICE Position<kHeadDim> begin_output() {
-    const Position<kHeadDim> first = at_;
+  DGEMMA_DEVICE State<kHeadDim> begin_output() {
+    const State<kHeadDim> first = at_;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i, at_.advance()) {
       const void* const unit = wait_for_unit(shared_.common, at_);
@@ -208,7 +199,7 @@ class Scores {
     return first;
   }
 
-  DGEMMA_DEVICE void end_output(Position<kHeadDim> at) {
+  DGEMMA_DEVICE void end_output(State<kHeadDim> at) {
     static_assert(kUnits == 2);
     device::wgmma_wait<1>();
     release(shared_.common, at);
@@ -219,8 +210,8 @@ class Scores {
 
   Layout& shared_;
   const int32_t row_ = first_row();
-  Position<kHeadDim> at_;
-  Buffer buffer_;
+  State<kHeadDim> at_;
+  sm90::PipelineState<kBuffers> buffer_;
   Softmax<T::kKeys> softmax_;
   Columns columns_;
 };
@@ -237,12 +228,12 @@ class Rest {
     for (int32_t tile = 0; tile < keys.tiles; ++tile) {
       if (tile + 1 < keys.tiles) at_.advance(Shared<kHeadDim>::kUnits);  // the next tile's keys
       at_.advance(kUnits);                                               // the other's values
-      const uint32_t buffer = buffer_.index;
-      device::mbarrier_wait(&shared_.written[buffer], buffer_.parity);
+      const uint32_t buffer = buffer_.stage;
+      shared_.exponentials_pipeline.consumer_wait(buffer_);
       columns_.multiply(shared_.factors[buffer][row_], shared_.factors[buffer][row_ + 8]);
       const auto exponentials =
           device::k_major_descriptor(shared_.exponentials[buffer], Swizzle::bytes_128);
-      Position<kHeadDim> value = at_;
+      State<kHeadDim> value = at_;
 #pragma unroll
       for (int i = 0; i < kUnits; ++i, at_.advance()) {
         const void* const unit = wait_for_unit(shared_.common, at_);
@@ -254,7 +245,7 @@ class Rest {
       value.advance();
       device::wgmma_wait<0>(columns_.output);
       release(shared_.common, value);
-      if (device::lane_index() == 0) device::mbarrier_arrive(&shared_.read[buffer]);
+      shared_.exponentials_pipeline.consumer_release(buffer_);
       buffer_.advance();
     }
   }
@@ -273,8 +264,8 @@ class Rest {
  private:
   Layout& shared_;
   const int32_t row_ = first_row();
-  Position<kHeadDim> at_;
-  Buffer buffer_;
+  State<kHeadDim> at_;
+  sm90::PipelineState<kBuffers> buffer_;
   Columns columns_;
 };
 
@@ -283,10 +274,7 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   auto& shared = device::shared_memory<Layout>();
   if (threadIdx.x == 0) {
     initialise(shared.common, maps);
-    for (uint32_t i = 0; i < kBuffers; ++i) {
-      device::mbarrier_init(&shared.written[i], kWarps);
-      device::mbarrier_init(&shared.read[i], kWarps);
-    }
+    shared.exponentials_pipeline.initialise(kWarps, kWarps);
     device::fence_mbarrier_init();
   }
   device::wait_for_previous_kernel();
@@ -299,21 +287,21 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
 
   const uint32_t warpgroup = device::warpgroup_index();
   if (warpgroup == 0) {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     Scores scores(shared, p, at);
     scores.attend(keys);
     scores.finish();
     device::cluster_arrive();
     scores.store(p, request, at);
   } else if (warpgroup == 1) {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     Rest rest(shared);
     rest.attend(keys);
     rest.wait_for_sums();
     device::cluster_arrive();
     rest.store(p, request, at);
   } else {
-    device::decrease_registers<kLoadingRegisters>();
+    device::decrease_registers<kProducerRegisters>();
     Loader<kHeadDim> loader(p, request, at, keys, shared.common);
     load_all(loader, maps, keys.tiles);
     device::cluster_arrive();

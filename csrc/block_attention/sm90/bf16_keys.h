@@ -12,6 +12,8 @@
 
 #include "block_attention/cuda/attention.h"
 #include "block_attention/sm90/units.h"
+#include "common/ceil_divide.h"
+#include "cuda/sm90_pipeline.h"
 #include "device/cluster.h"
 #include "device/cp_async.h"
 #include "device/fence.h"
@@ -32,16 +34,11 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kGroup = 64;
 constexpr uint32_t kGroupBytes = kGroup * sizeof(bfloat16);
 // Warps 0-7 multiply, two warpgroups; warps 8-11 load.
-constexpr uint32_t kMultiplyingWarps = 8;
+using sm90::kConsumerRegisters;
+using sm90::kConsumerWarps;
+using sm90::kProducerRegisters;
 constexpr int32_t kLoadingWarps = 4;
 constexpr uint32_t kLoadingThreads = 32 * kLoadingWarps;
-// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
-// multiples of 8): 256 x 232 + 128 x 40 = 64,512.
-constexpr int kMultiplyingRegisters = 232;
-constexpr int kLoadingRegisters = 40;
-// Shared memory that a block may have on 9.0: 227 KB (CUDA C++ Programming Guide, "Compute
-// Capabilities").
-constexpr uint32_t kSharedLimit = 232448;
 
 // kUnitColumns: of the keys or values in one stage. kUsers: warps of a block that read a unit.
 template <int kHeadDim>
@@ -74,21 +71,12 @@ struct Shared {
   alignas(1024) bfloat16 query[kHeadDim / kGroup][T::kRows][kGroup];
   alignas(1024) Unit unit[T::kStages];
   VisibleKeys seen[kAttentionCluster * T::kRows];  // by each row of the cluster
-  device::Mbarrier full[T::kStages], empty[T::kStages], query_full;
+  sm90::Pipeline<T::kStages> pipeline;
+  device::Mbarrier query_full;
 };
 
-// A stage and how often, modulo 2, the ring has gone round.
 template <int kHeadDim>
-struct Position {
-  uint32_t stage = 0, parity = 0;
-  DGEMMA_DEVICE void advance(uint32_t units = 1) {
-    constexpr uint32_t kStages = Tile<kHeadDim>::kStages;
-    stage += units;
-    if (stage < kStages) return;
-    stage -= kStages;
-    parity ^= 1;
-  }
-};
+using State = sm90::PipelineState<Tile<kHeadDim>::kStages>;
 
 // Keys and values as (column of a group, row, group of columns).
 struct KeyMaps {
@@ -101,17 +89,14 @@ template <int kHeadDim>
 DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
   for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
     device::prefetch_tensor_map(map);
-  for (int i = 0; i < Tile<kHeadDim>::kStages; ++i) {
-    device::mbarrier_init(&shared.full[i], kLoadingThreads);
-    device::mbarrier_init(&shared.empty[i], kAttentionCluster * Tile<kHeadDim>::kUsers);
-  }
+  shared.pipeline.initialise(kLoadingThreads, kAttentionCluster * Tile<kHeadDim>::kUsers);
   device::mbarrier_init(&shared.query_full, kLoadingThreads);
 }
 
 // Keys or values are there, and seen by wgmma: cp.async may have written them.
 template <int kHeadDim>
-DGEMMA_DEVICE const void* wait_for_unit(Shared<kHeadDim>& shared, Position<kHeadDim> at) {
-  device::mbarrier_wait(&shared.full[at.stage], at.parity);
+DGEMMA_DEVICE const void* wait_for_unit(Shared<kHeadDim>& shared, State<kHeadDim> at) {
+  shared.pipeline.consumer_wait(at);
   device::fence_proxy_async();
   return shared.unit[at.stage];
 }
@@ -125,9 +110,8 @@ DGEMMA_DEVICE void wait_for_queries(Shared<kHeadDim>& shared) {
 
 // This warp has waited for its products of the unit. Both blocks fill the stage of either.
 template <int kHeadDim>
-DGEMMA_DEVICE void release(Shared<kHeadDim>& shared, Position<kHeadDim> at) {
-  const uint32_t lane = device::lane_index();
-  if (lane < kAttentionCluster) device::mbarrier_arrive_at_block(&shared.empty[at.stage], lane);
+DGEMMA_DEVICE void release(Shared<kHeadDim>& shared, State<kHeadDim> at) {
+  shared.pipeline.template consumer_release_in_cluster<kAttentionCluster>(at);
 }
 
 // Where this block is. Splits come after heads: those that a request has not are the last to begin.
@@ -194,7 +178,7 @@ class Loader {
   DGEMMA_DEVICE Loader(const Attention& p, const AttentionRequest& request, const Place& at,
                        const KeyRange& keys, S& shared)
       : p_(p), request_(request), place_(at), keys_(keys), shared_(shared) {
-    warp_ = static_cast<int32_t>(device::warp_index() - kMultiplyingWarps);
+    warp_ = static_cast<int32_t>(device::warp_index() - kConsumerWarps);
     lane_ = static_cast<int32_t>(device::lane_index());
     rank_ = static_cast<int32_t>(device::cluster_block_rank());
   }
@@ -265,8 +249,7 @@ class Loader {
     constexpr uint16_t kBlocks = (1 << kAttentionCluster) - 1;
 #pragma unroll 1
     for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
-      device::Mbarrier* const full = &shared_.full[at_.stage];
-      device::mbarrier_wait(&shared_.empty[at_.stage], at_.parity ^ 1);
+      device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
       __syncwarp();  // no lane is left behind by two rounds
       if (lane_ != 0) continue;
       if (warp_ == 0) {
@@ -299,7 +282,7 @@ class Loader {
     const int32_t piece = lane_ % kPieces;
 #pragma unroll 1
     for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
-      device::mbarrier_wait(&shared_.empty[at_.stage], at_.parity ^ 1);
+      device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
       bfloat16* const group = shared_.unit[at_.stage][piece / 8][0];
       const int32_t column = place_.head * kHeadDim + unit * T::kUnitColumns + 8 * piece;
 #pragma unroll 4
@@ -307,7 +290,7 @@ class Loader {
         const int32_t mine = i + lane_ / kPieces;
         copy_piece(group, row_of_warp(mine), piece % 8, pointer_of_lane(from, mine), column);
       }
-      device::cp_async_mbarrier_arrive(&shared_.full[at_.stage]);
+      device::cp_async_mbarrier_arrive(full);
     }
   }
 
@@ -316,7 +299,7 @@ class Loader {
   const Place& place_;
   const KeyRange& keys_;
   S& shared_;
-  Position<kHeadDim> at_;
+  State<kHeadDim> at_;
   int32_t warp_, lane_, rank_;
 };
 
@@ -354,7 +337,7 @@ const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat
 template <int kHeadDim, typename Layout>
 const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch, void* stream,
                    void (*kernel)(const KeyMaps, const Attention)) {
-  static_assert(sizeof(Layout) <= kSharedLimit);
+  static_assert(sizeof(Layout) <= kSharedLimit90);
   KeyMaps maps;
   const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
   const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
@@ -368,7 +351,7 @@ const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch,
     if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
       return problem;
   }
-  const int32_t clusters = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster;
+  const int32_t clusters = ceil_divide(plan.row_tiles, kAttentionCluster);
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(clusters * kAttentionCluster),
                    static_cast<unsigned>(p.key_heads * plan.splits), static_cast<unsigned>(batch)),

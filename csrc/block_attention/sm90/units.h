@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block_attention/cuda/splits.h"
+#include "common/ceil_divide.h"
 
 namespace dgemma {
 
@@ -12,8 +13,8 @@ constexpr int32_t kAttentionCluster = 2;
 // The tile of rows of block `block` of those of a request, key head and split, which may be one
 // past the last; -1 where the whole cluster has none. Causal attention begins with the last, which
 // see most.
-DGEMMA_BOTH inline int32_t row_tile_of_block(int32_t block, int32_t row_tiles, bool causal) {
-  const int32_t clusters = (row_tiles + kAttentionCluster - 1) / kAttentionCluster;
+DGEMMA_HOST_DEVICE int32_t row_tile_of_block(int32_t block, int32_t row_tiles, bool causal) {
+  const int32_t clusters = ceil_divide(row_tiles, kAttentionCluster);
   const int32_t cluster = block / kAttentionCluster;
   if (cluster >= clusters) return -1;
   return (causal ? clusters - 1 - cluster : cluster) * kAttentionCluster +
@@ -26,10 +27,10 @@ struct KeyTiles {
   int32_t first, tiles;
 };
 
-DGEMMA_BOTH inline KeyTiles keys_of_split(int32_t first, int32_t end, int32_t keys, int32_t splits,
+DGEMMA_HOST_DEVICE KeyTiles keys_of_split(int32_t first, int32_t end, int32_t keys, int32_t splits,
                                           int32_t split) {
-  const int32_t tiles = (end - first + keys - 1) / keys;
-  const int32_t each = (tiles + splits - 1) / splits;
+  const int32_t tiles = ceil_divide(end - first, keys);
+  const int32_t each = ceil_divide(tiles, splits);
   const int32_t begin = split * each < tiles ? split * each : tiles;
   return {first + begin * keys, each < tiles - begin ? each : tiles - begin};
 }
@@ -43,7 +44,7 @@ struct KeyRun {
 };
 
 // end: after the last position that any row sees. A run has keys alone that may be read.
-DGEMMA_BOTH inline KeyRun find_run(int32_t first, int32_t keys, int32_t end, int32_t prefix,
+DGEMMA_HOST_DEVICE KeyRun find_run(int32_t first, int32_t keys, int32_t end, int32_t prefix,
                                    int32_t capacity) {
   if (first + keys <= prefix) {
     const int32_t row = first % capacity;

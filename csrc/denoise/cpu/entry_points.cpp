@@ -2,6 +2,7 @@
 #include <cinttypes>
 #include <cmath>
 
+#include "common/ceil_divide.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "denoise/cpu/checks.h"
@@ -21,7 +22,7 @@ size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* wor
   const int64_t rows = op.logits.batch * op.logits.length;
   Carver carver = {base};
   work->op = &op;
-  work->padded_hidden = (op.hidden_size + kStripColumns - 1) / kStripColumns * kStripColumns;
+  work->padded_hidden = ceil_divide(op.hidden_size, kStripColumns) * kStripColumns;
   work->rows = carver.take<SoftEmbeddingRow>(rows);
   work->dense_rows = carver.take<int64_t>(rows);
   const int64_t block = (rows < kDenseRows ? rows : kDenseRows) * kProbabilityStride;

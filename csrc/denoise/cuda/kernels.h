@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/ceil_divide.h"
 #include "dgemma/denoise.h"
 
 namespace dgemma {
@@ -26,7 +27,7 @@ struct Logits {
 };
 
 inline Logits make_logits(const dgemma_logits& op) {
-  const int64_t tiles = (op.vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
+  const int64_t tiles = ceil_divide(op.vocabulary, DGEMMA_VOCABULARY_TILE);
   return {op.raw,
           op.temperature,
           op.active,

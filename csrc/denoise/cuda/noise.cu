@@ -1,4 +1,5 @@
 // Uniform tokens where the canvas is not to be kept: a warp has a position.
+#include "common/ceil_divide.h"
 #include "denoise/cuda/kernels.h"
 #include "denoise/cuda/noise.h"
 #include "device/launch.h"
@@ -40,20 +41,21 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const Noise p) {
 }  // namespace
 
 const char* launch_noise(const dgemma_noise& op, void* stream) {
-  const Noise p = {op.batch * op.length,
-                   static_cast<int32_t>(op.length),
-                   static_cast<int32_t>(op.vocabulary),
-                   op.purpose,
-                   op.seed,
-                   op.canvas_index,
-                   op.step,
-                   op.active,
-                   op.keep,
-                   op.uniforms,
-                   {reinterpret_cast<const uint32_t*>(op.allowed.mask), op.allowed.row_index},
-                   op.tokens};
+  const Noise p = {.positions = op.batch * op.length,
+                   .length = static_cast<int32_t>(op.length),
+                   .vocabulary = static_cast<int32_t>(op.vocabulary),
+                   .purpose = op.purpose,
+                   .seed = op.seed,
+                   .canvas_index = op.canvas_index,
+                   .step = op.step,
+                   .active = op.active,
+                   .keep = op.keep,
+                   .uniforms = op.uniforms,
+                   .allowed = {.mask = reinterpret_cast<const uint32_t*>(op.allowed.mask),
+                               .row_index = op.allowed.row_index},
+                   .tokens = op.tokens};
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((p.positions + kWarps - 1) / kWarps)),
+      .grid = dim3(static_cast<unsigned>(ceil_divide(p.positions, kWarps))),
       .threads = kThreads,
       .overlaps_previous_kernel = true};
   return device::launch(shape, stream, noise_kernel, p);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <ostream>
 
+#include "common/ceil_divide.h"
+
 namespace dgemma {
 
 int32_t vocabulary_row_tile(int32_t length) {
@@ -12,7 +14,7 @@ int32_t vocabulary_row_tile(int32_t length) {
 HeadPlan make_head_plan(const Logits& logits, int32_t multiprocessors) {
   HeadPlan plan = {};
   plan.row_tile = vocabulary_row_tile(logits.length);
-  plan.row_tiles = (logits.length + plan.row_tile - 1) / plan.row_tile;
+  plan.row_tiles = ceil_divide(logits.length, plan.row_tile);
   plan.tile_pairs = (logits.tiles + 1) / 2;
   // A block fills a multiprocessor's shared memory. No more clusters than have work.
   const int64_t units = count_units(plan, logits.batch);

@@ -10,13 +10,8 @@
 #include <cstdint>
 #include <iosfwd>
 
+#include "common/host_device.h"
 #include "denoise/cuda/kernels.h"
-
-#if defined(__CUDACC__)
-#define DGEMMA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define DGEMMA_HOST_DEVICE inline
-#endif
 
 namespace dgemma {
 

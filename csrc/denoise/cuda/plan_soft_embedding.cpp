@@ -2,16 +2,10 @@
 
 #include <ostream>
 
+#include "common/ceil_divide.h"
 #include "denoise/cuda/plan_head.h"
 
 namespace dgemma {
-namespace {
-
-constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
-
-int32_t ceil_divide(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
-
-}  // namespace
 
 const char* soft_embedding_problem(const dgemma_soft_embedding& op) {
   if (op.logits.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
@@ -28,23 +22,18 @@ SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path) {
   plan.path = path;
   plan.row_tile = path == CudaPath::kSm90 ? vocabulary_row_tile(logits.length) : kSoftRows;
   plan.row_tiles = ceil_divide(logits.length, plan.row_tile);
-  plan.column_tiles = ceil_divide(op.hidden_size, kSoftColumns);
+  plan.column_tiles = static_cast<int32_t>(ceil_divide(op.hidden_size, kSoftColumns));
   plan.splits = kSoftSplits;
-  size_t at = 0;
-  const auto take = [&at](int64_t values, size_t bytes) {
-    const size_t begin = at;
-    at += (static_cast<size_t>(values) * bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return begin;
-  };
-  plan.normaliser = take(rows, sizeof(float));
-  plan.left_out = take(rows, sizeof(float));
-  plan.wanted = take(static_cast<int64_t>(logits.batch) * logits.tiles, sizeof(uint32_t));
-  plan.list = take(static_cast<int64_t>(logits.batch) * logits.tiles, sizeof(int32_t));
-  plan.count = take(logits.batch, sizeof(int32_t));
-  plan.failed = take(logits.batch, sizeof(uint32_t));
-  plan.probabilities = take(rows * logits.tiles * DGEMMA_VOCABULARY_TILE, 2);
-  plan.partial = take(rows * plan.splits * op.hidden_size, sizeof(float));
-  plan.workspace_bytes = at;
+  WorkspaceParts parts;
+  plan.normaliser = parts.take<float>(rows);
+  plan.left_out = parts.take<float>(rows);
+  plan.wanted = parts.take<uint32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
+  plan.list = parts.take<int32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
+  plan.count = parts.take<int32_t>(logits.batch);
+  plan.failed = parts.take<uint32_t>(logits.batch);
+  plan.probabilities = parts.take<uint16_t>(rows * logits.tiles * DGEMMA_VOCABULARY_TILE);
+  plan.partial = parts.take<float>(rows * plan.splits * op.hidden_size);
+  plan.workspace_bytes = parts.bytes;
   return plan;
 }
 

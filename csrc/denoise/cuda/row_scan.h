@@ -3,6 +3,7 @@
 // it alike, so that both come to the same double.
 #pragma once
 
+#include "common/ceil_divide.h"
 #include "device/language.h"
 #include "device/warp.h"
 
@@ -18,7 +19,7 @@ struct TileRun {
 };
 
 DGEMMA_DEVICE TileRun tile_run(int32_t tiles) {
-  const int32_t each = (tiles + kRowThreads - 1) / kRowThreads;
+  const int32_t each = ceil_divide(tiles, kRowThreads);
   const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * each, tiles);
   return {begin, min(begin + each, tiles)};
 }

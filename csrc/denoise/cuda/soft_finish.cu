@@ -1,5 +1,6 @@
 // From the splits' sums to the soft embedding: summed in order, checked against the tolerance,
 // scaled and rounded. A block has a row.
+#include "common/ceil_divide.h"
 #include "denoise/cuda/row_scan.h"
 #include "denoise/cuda/soft_weights.h"
 #include "device/launch.h"
@@ -38,10 +39,12 @@ __global__ void __launch_bounds__(kRowThreads) soft_finish(const SoftPass p, int
       output[i] = device::round_to_bfloat16(pinned ? 0.0f : NAN);
     return;
   }
-  const int32_t count = p.count[request], each = (count + most_splits - 1) / most_splits;
-  const Sum sum = {p.partial + (request * most_splits * logits.length + row % logits.length) *
-                                   static_cast<int64_t>(p.hidden_size),
-                   static_cast<int64_t>(logits.length) * p.hidden_size, (count + each - 1) / each};
+  const int32_t count = p.count[request], each = ceil_divide(count, most_splits);
+  const Sum sum = {
+      .partial = p.partial + (request * most_splits * logits.length + row % logits.length) *
+                                 static_cast<int64_t>(p.hidden_size),
+      .stride = static_cast<int64_t>(logits.length) * p.hidden_size,
+      .splits = ceil_divide(count, each)};
   float squares = 0.0f;
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < p.hidden_size; i += kRowThreads) {
     const float value = sum(i);

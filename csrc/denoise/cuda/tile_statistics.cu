@@ -1,6 +1,7 @@
 // The statistics of every vocabulary tile of stored logits: a warp has a tile at a time. The
 // vocabulary head does the same in its epilogue (head_epilogue.h); this is for logits that come
 // from elsewhere.
+#include "common/ceil_divide.h"
 #include "denoise/cuda/kernels.h"
 #include "denoise/cuda/logits.h"
 #include "device/launch.h"
@@ -58,7 +59,7 @@ const char* launch_tile_statistics(const dgemma_vocabulary_statistics& op, const
                                    void* stream) {
   const Logits logits = make_logits(op.logits);
   constexpr int32_t each = kWarps * kTilesPerWarp;
-  const uint32_t blocks_per_row = static_cast<uint32_t>((logits.tiles + each - 1) / each);
+  const uint32_t blocks_per_row = static_cast<uint32_t>(ceil_divide(logits.tiles, each));
   const uint32_t rows = static_cast<uint32_t>(logits.batch * logits.length);
   const device::LaunchShape shape = {
       .grid = dim3(rows * blocks_per_row), .threads = kThreads, .overlaps_previous_kernel = true};

@@ -4,6 +4,7 @@
 // next; meanwhile warps 9-11 store it and make its statistics, which would otherwise keep the
 // tensor cores waiting for a quarter of the time. The last tile of a block is finished by all of
 // them. Warp 8 loads.
+#include "common/ceil_divide.h"
 #include "denoise/cuda/head_epilogue.h"
 #include "denoise/cuda/plan_head.h"
 #include "denoise/sm90/bf16_ring.h"
@@ -17,12 +18,12 @@ namespace {
 using namespace vocabulary_sm90;
 
 static_assert(kTileRows == kTile);
-constexpr int32_t kFinishingWarps = kHeadThreads / 32 - kMultiplyingWarps - 1;
+constexpr int32_t kFinishingWarps = kHeadThreads / 32 - kConsumerWarps - 1;
 // Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
 // multiples of 8): 256 x 192 + 128 x 128 = 65,536. 128 of the 192 are accumulators where kRows is
 // 256.
-constexpr int kMultiplyingRegisters = 192;
-constexpr int kOtherRegisters = 128;
+constexpr int kHeadConsumerRegisters = 192;
+constexpr int kHeadOtherRegisters = 128;
 // Lanes that share a row of a finished tile: with four rows at a time a warp has enough to do while
 // it waits for tanh, exp and its neighbours' sums.
 constexpr int kRowLanes = 8;
@@ -31,7 +32,7 @@ constexpr int32_t kRowsAtOnce = 32 / kRowLanes;
 template <int kRows>
 struct Finished {
   HeadTile<kRows> tile;
-  device::Mbarrier full, empty;
+  sm90::Pipeline<1> pipeline;  // its producers are the warps that multiply
 };
 
 template <int kRows>
@@ -79,7 +80,7 @@ DGEMMA_DEVICE void load(Shared<kRows>& shared, const device::TensorMap* embeddin
   const auto embedding_policy =
       plan.row_tiles * p.logits.batch == 1 ? device::evict_first() : device::evict_normal();
   const auto row_policy = device::evict_last();
-  Position<Shared<kRows>> at;
+  typename Shared<kRows>::State at;
   for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
     for (int32_t step = 0; step < steps; ++step)
       fill(shared, at, hidden, step * kStageDepth, unit.first_row, unit.request, row_policy,
@@ -124,36 +125,36 @@ template <int kRows>
 DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan,
                                   int32_t steps) {
   Finished<kRows>& finished = shared.beside;
-  Position<Shared<kRows>> at;
-  uint32_t parity = 0;
+  typename Shared<kRows>::State at;
+  sm90::PipelineState<1> tile_at;
   for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
     float sum[kRows / 2] = {};  // or the last ones would be kept while tiles are finished
     multiply<Major::k>(shared, at, steps, sum);
-    device::mbarrier_wait(&finished.empty, parity ^ 1);  // the tile before is stored
+    device::Mbarrier* const full =
+        finished.pipeline.producer_acquire(tile_at);  // the tile before is stored
     round_into(finished.tile, sum);
     __syncwarp();
-    if (device::lane_index() == 0) device::mbarrier_arrive(&finished.full);
+    if (device::lane_index() == 0) device::mbarrier_arrive(full);
     if (unit.last) {
-      device::mbarrier_wait(&finished.full, parity);
+      finished.pipeline.consumer_wait(tile_at);
       finish(finished.tile, p, unit, static_cast<int32_t>(kFinishingWarps + device::warp_index()),
-             kFinishingWarps + kMultiplyingWarps);
+             kFinishingWarps + kConsumerWarps);
     }
-    parity ^= 1;
+    tile_at.advance();
   });
 }
 
 template <int kRows>
 DGEMMA_DEVICE void finish_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan) {
   Finished<kRows>& finished = shared.beside;
-  uint32_t parity = 0;
+  sm90::PipelineState<1> tile_at;
   for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
-    device::mbarrier_wait(&finished.full, parity);
-    finish(finished.tile, p, unit,
-           static_cast<int32_t>(device::warp_index() - kMultiplyingWarps - 1),
-           kFinishingWarps + (unit.last ? kMultiplyingWarps : 0));
+    finished.pipeline.consumer_wait(tile_at);
+    finish(finished.tile, p, unit, static_cast<int32_t>(device::warp_index() - kConsumerWarps - 1),
+           kFinishingWarps + (unit.last ? kConsumerWarps : 0));
     __syncwarp();
-    if (device::lane_index() == 0) device::mbarrier_arrive(&finished.empty);
-    parity ^= 1;
+    finished.pipeline.consumer_release(tile_at);
+    tile_at.advance();
   });
 }
 
@@ -167,26 +168,25 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     device::prefetch_tensor_map(&embedding);
     device::prefetch_tensor_map(&hidden);
     initialise(shared);
-    device::mbarrier_init(&shared.beside.full, kMultiplyingWarps);
-    device::mbarrier_init(&shared.beside.empty, kFinishingWarps);
+    shared.beside.pipeline.initialise(kConsumerWarps, kFinishingWarps);
     device::fence_mbarrier_init();
   }
   device::cluster_sync();
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
 
-  const int32_t steps = (p.hidden_size + kStageDepth - 1) / kStageDepth;
+  const int32_t steps = ceil_divide(p.hidden_size, kStageDepth);
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kOtherRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kHeadOtherRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) load(shared, &embedding, &hidden, p, plan, steps);
       __syncwarp();
     } else {
       finish_tiles(shared, p, plan);
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kHeadConsumerRegisters>();
     multiply_tiles(shared, p, plan, steps);
   }
   device::cluster_sync();  // the other block tells this one of its stages until it ends
@@ -219,7 +219,7 @@ device::TensorLayout hidden_layout(const Head& head, int32_t row_tile) {
 
 template <int kRows>
 const char* launch(const HeadPlan& plan, const Head& head, void* stream) {
-  static_assert(sizeof(Shared<kRows>) <= kSharedLimit);
+  static_assert(sizeof(Shared<kRows>) <= kSharedLimit90);
   device::TensorMap embedding, hidden;
   if (const char* problem = device::encode_tensor_map(&embedding, embedding_layout(head)))
     return problem;

@@ -12,6 +12,7 @@
 // writes to both.
 #pragma once
 
+#include "cuda/sm90_pipeline.h"
 #include "device/bfloat16.h"
 #include "device/cluster.h"
 #include "device/fence.h"
@@ -32,9 +33,7 @@ constexpr uint16_t kBothBlocks = 0b11;
 constexpr int32_t kTileRows = 128;      // of the embedding's tile: two warpgroups
 constexpr int32_t kWarpgroupRows = 64;  // wgmma's M
 constexpr int32_t kStageDepth = 64;     // 128 bytes, a line of the widest swizzle
-constexpr int32_t kMultiplyingWarps = 8;
-// Shared memory that a block may have on 9.0 (CUDA C++ Programming Guide, "Compute Capabilities").
-constexpr uint32_t kSharedLimit = 232448;
+using sm90::kConsumerWarps;
 
 constexpr uint32_t stage_bytes(int32_t rows) {
   return static_cast<uint32_t>((kTileRows + rows) * kStageDepth) * sizeof(bfloat16);
@@ -42,13 +41,14 @@ constexpr uint32_t stage_bytes(int32_t rows) {
 // As many as there is room for beside `other` bytes and 256 of barriers, all rounded up to the
 // alignment of 1 KB.
 constexpr uint32_t stages_beside(uint32_t other, int32_t rows) {
-  return (kSharedLimit - 256 - other) / stage_bytes(rows);
+  return (kSharedLimit90 - 256 - other) / stage_bytes(rows);
 }
 
 // For kRows canvas rows; `beside` is what else a kernel keeps.
 template <int kRows, typename Beside>
 struct Ring {
   static constexpr uint32_t kStages = stages_beside(sizeof(Beside), kRows);
+  using State = sm90::PipelineState<kStages>;
   struct Stage {
     // By warpgroup. k-major: a line is 64 of depth, one for each row; m-major: a line is the 64
     // rows, one for each of depth. Swizzled, as the rows are.
@@ -58,41 +58,25 @@ struct Ring {
   static_assert(sizeof(Stage) == stage_bytes(kRows));
 
   Stage stage[kStages];
-  device::Mbarrier full[kStages];
-  device::Mbarrier empty[kStages];
+  sm90::Pipeline<kStages> pipeline;
   Beside beside;
-};
-
-// A stage and how often, modulo 2, the ring has gone round.
-template <typename Ring>
-struct Position {
-  uint32_t stage = 0, parity = 0;
-  DGEMMA_DEVICE void advance() {
-    if (++stage < Ring::kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
 };
 
 // By one thread; a fence_mbarrier_init and a cluster_sync follow.
 template <typename Ring>
 DGEMMA_DEVICE void initialise(Ring& ring) {
-  for (uint32_t i = 0; i < Ring::kStages; ++i) {
-    device::mbarrier_init(&ring.full[i], 1);
-    device::mbarrier_init(&ring.empty[i], kClusterBlocks * kMultiplyingWarps);
-  }
+  ring.pipeline.initialise(1, kClusterBlocks * kConsumerWarps);
 }
 
 // One thread. Fills the next stage: load(stage, full barrier) starts the copies of this block's
 // embedding tile; the rows come from (depth, row, request) of their map.
 template <int kRows, typename Beside, typename Load>
-DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, Position<Ring<kRows, Beside>>& at,
+DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>::State& at,
                         const device::TensorMap* rows, int32_t depth, int32_t row, int32_t request,
                         device::CachePolicy row_policy, Load load) {
   constexpr int32_t kHalf = kRows / static_cast<int32_t>(kClusterBlocks);
   auto& stage = ring.stage[at.stage];
-  device::Mbarrier* const full = &ring.full[at.stage];
-  device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+  device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
   device::mbarrier_arrive_expect_bytes(full, sizeof stage);
   load(stage, full);
   const int32_t first = static_cast<int32_t>(device::cluster_block_rank()) * kHalf;
@@ -101,26 +85,19 @@ DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, Position<Ring<kRows, Beside>>
   at.advance();
 }
 
-// A warp of either block has read the stage. Lane l tells block l.
-template <typename Ring>
-DGEMMA_DEVICE void release(Ring& ring, Position<Ring> at) {
-  const uint32_t lane = device::lane_index();
-  if (lane < kClusterBlocks) device::mbarrier_arrive_at_block(&ring.empty[at.stage], lane);
-}
-
 // The product of `steps` stages, at least one: of the warpgroup's 64 embedding rows and the canvas
 // rows (see device/wgmma.h for what a thread has of it). `sum` need not be set: where it was, ptxas
 // put the zeros between the instructions of the first group, and a wait behind each of them.
 template <Major kMajor, int kRows, typename Beside>
-DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, Position<Ring<kRows, Beside>>& at,
+DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>::State& at,
                             int32_t steps, float (&sum)[kRows / 2]) {
   // 16 of depth, wgmma's K: within a line, or as many lines.
   constexpr uint32_t kAlongLine = 16 * sizeof(bfloat16);
   constexpr uint32_t kNext = kMajor == Major::k ? kAlongLine : 16 * kStageDepth * sizeof(bfloat16);
-  Position<Ring<kRows, Beside>> behind = at;
+  typename Ring<kRows, Beside>::State behind = at;
   for (int32_t step = 0; step < steps; ++step) {
     const auto& stage = ring.stage[at.stage];
-    device::mbarrier_wait(&ring.full[at.stage], at.parity);
+    ring.pipeline.consumer_wait(at);
     // One period of the swizzle holds eight lines, in both orders; a warpgroup's rows are one line
     // where they run along it, so that the leading offset is not used.
     const auto a =
@@ -135,13 +112,13 @@ DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, Position<Ring<kRows, Besi
     // The products of the step before are done; this step's run on.
     if (step > 0) {
       device::wgmma_wait<1>();
-      release(ring, behind);
+      ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(behind);
     }
     behind = at;
     at.advance();
   }
   device::wgmma_wait<0>(sum);
-  release(ring, behind);
+  ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(behind);
 }
 
 }  // namespace dgemma::vocabulary_sm90

@@ -4,6 +4,7 @@
 // A block has 128 columns of the embedding, up to 256 rows of a request and a split of the list.
 // The embedding is read as it lies, vocabulary entry by entry: columns run along its lines, which
 // wgmma takes as an m-major A. All that runs through a block is one product, stored at its end.
+#include "common/ceil_divide.h"
 #include "denoise/cuda/soft_weights.h"
 #include "denoise/sm90/bf16_ring.h"
 #include "device/launch.h"
@@ -17,11 +18,8 @@ using namespace vocabulary_sm90;
 static_assert(kTile % kStageDepth == 0 && kSoftColumns == kTileRows);
 // Two warpgroups that multiply, one of which a warp loads.
 constexpr uint32_t kThreads = 384;
-// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
-// multiples of 8): 256 x 232 + 128 x 40 = 64,512. 128 of the 232 are accumulators where kRows is
-// 256.
-constexpr int kMultiplyingRegisters = 232;
-constexpr int kLoadingRegisters = 40;
+using sm90::kConsumerRegisters;
+using sm90::kProducerRegisters;
 
 struct Nothing {};
 
@@ -41,7 +39,7 @@ DGEMMA_DEVICE Part find_part(const SoftPass& p, const Blocks& b) {
   Part part;
   part.request = static_cast<int32_t>(blockIdx.z);
   part.split = static_cast<int32_t>(blockIdx.y);
-  const int32_t count = p.count[part.request], each = (count + b.splits - 1) / b.splits;
+  const int32_t count = p.count[part.request], each = ceil_divide(count, b.splits);
   part.begin = part.split * each;
   part.end = min(part.begin + each, count);
   // Row tiles of the same columns side by side, so that they find the embedding in the L2.
@@ -62,7 +60,7 @@ DGEMMA_DEVICE void load(Ring<kRows, Nothing>& ring, const device::TensorMap* emb
       b.row_tiles * p.logits.batch == 1 ? device::evict_first() : device::evict_normal();
   const auto row_policy = device::evict_normal();  // eleven clusters of the model's 22 column tiles
   const int32_t* const list = p.list + static_cast<int64_t>(part.request) * p.logits.tiles;
-  Position<Ring<kRows, Nothing>> position;
+  typename Ring<kRows, Nothing>::State position;
   for (int32_t at = part.begin; at < part.end; ++at) {
     const int32_t token = list[at] * kTile;
 #pragma unroll 1
@@ -117,16 +115,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (part.begin >= part.end) return;  // soft_finish leaves such a split out
 
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) load(ring, &embedding, &probabilities, p, b, part);
       __syncwarp();
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     float sum[kRows / 2];
-    Position<Ring<kRows, Nothing>> at;
+    typename Ring<kRows, Nothing>::State at;
     multiply<Major::mn>(ring, at, (part.end - part.begin) * (kTile / kStageDepth), sum);
     store<kRows>(p, b, part, sum);
   }
@@ -161,7 +159,7 @@ device::TensorLayout probabilities_layout(const SoftPass& pass, int32_t row_tile
 template <int kRows>
 const char* launch(const SoftPlan& plan, const SoftPass& pass, void* stream) {
   using Shared = Ring<kRows, Nothing>;
-  static_assert(sizeof(Shared) <= kSharedLimit);
+  static_assert(sizeof(Shared) <= kSharedLimit90);
   device::TensorMap embedding, probabilities;
   if (const char* problem = device::encode_tensor_map(&embedding, embedding_layout(pass)))
     return problem;

@@ -24,9 +24,15 @@ constexpr int kHalfRegisters = 4;
 // Where column i of a block lies in the order of its registers.
 template <dgemma_weight_format kFormat>
 constexpr int block_place(int i) {
-  if (kFormat == DGEMMA_WEIGHTS_INT4) return i % 2 * 16 + i / 2;
-  if (kFormat == DGEMMA_WEIGHTS_NVFP4) return i / 16 * 16 + i % 2 * 8 + i % 16 / 2;
-  return i;
+  switch (kFormat) {
+    case DGEMMA_WEIGHTS_FP8:
+      return i;
+    case DGEMMA_WEIGHTS_INT4:
+      return i % 2 * 16 + i / 2;
+    case DGEMMA_WEIGHTS_NVFP4:
+      return i / 16 * 16 + i % 2 * 8 + i % 16 / 2;
+  }
+  __builtin_unreachable();
 }
 
 // Below, the forms of instructions that take a mask, as in cpu/decode.h.
@@ -281,7 +287,7 @@ inline Bytes int4_magnitudes(Words32 words) {
 template <dgemma_weight_format kFormat>
 class BlockDecoder {
  public:
-  static constexpr int64_t kRunBytes = kFormat == DGEMMA_WEIGHTS_FP8 ? 32 : 16;  // a row of a block
+  static constexpr int64_t kRunBytes = row_bytes(kFormat, kBlockColumns);
 
   // `row` of the matrix is the first; `scales` as arrange_scales leaves them.
   BlockDecoder(const dgemma_quantized& matrix, int64_t row, int64_t columns,
@@ -339,9 +345,11 @@ class BlockDecoder {
       bytes = e4m3_bytes(run_[q]);
     else if constexpr (kFormat == DGEMMA_WEIGHTS_NVFP4)
       bytes = look_up_codes<E2m1Codes>(magnitudes_[q], halves_of_eight(run_[q], half));
-    else
+    else if constexpr (kFormat == DGEMMA_WEIGHTS_INT4)
       bytes = look_up_codes<Int4Codes>(magnitudes_[q],
                                        half == 0 ? low_halves(run_[q]) : high_halves(run_[q]));
+    else
+      static_assert(kFormat == DGEMMA_WEIGHTS_FP8);
     words_[half][q][0] = interleave_low(bytes.low, bytes.high);
     words_[half][q][1] = interleave_high(bytes.low, bytes.high);
   }

@@ -92,7 +92,7 @@ class BlockRows {
 
   // sums[t]: rows row to row + 15 times token t, with their factors.
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {
-    if constexpr (kFormat != DGEMMA_WEIGHTS_FP8) {
+    if constexpr (kScaleBytes<kFormat> > 0) {
       arrange_scales<kFormat>(scales(row), scale_bytes_, matrix_.scale_dtype, scales_);
       for (int64_t i = 0; i < kTileRows * scale_bytes_; i += kLineBytes)
         __builtin_prefetch(scales(row + kTileRows) + i, 0, 2);
@@ -107,7 +107,7 @@ class BlockRows {
   }
 
  private:
-  int64_t row_bytes() const { return stored_row_bytes(matrix_, columns_); }
+  int64_t row_bytes() const { return dgemma::row_bytes(kFormat, columns_); }
   const uint8_t* codes(int64_t row) const {
     return static_cast<const uint8_t*>(matrix_.values) + (first_row_ + row) * row_bytes();
   }

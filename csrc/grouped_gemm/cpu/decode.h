@@ -8,6 +8,7 @@
 
 #include "cpu/vector.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/weight_format.h"
 
 namespace dgemma {
 namespace {
@@ -247,14 +248,12 @@ constexpr int64_t kNvfp4Group = 16;
 
 // Bytes of a scale.
 template <dgemma_weight_format kFormat>
-constexpr int64_t kScaleBytes = kFormat == DGEMMA_WEIGHTS_INT4    ? 2
-                                : kFormat == DGEMMA_WEIGHTS_NVFP4 ? 1
-                                                                  : 0;
+constexpr int64_t kScaleBytes = describe(kFormat).scale_bytes;
 
 // Scales in a row of so many columns.
 template <dgemma_weight_format kFormat>
 inline int64_t count_scales(int64_t columns, int64_t group) {
-  return kFormat == DGEMMA_WEIGHTS_FP8 ? 0 : (columns + group - 1) / group;
+  return kScaleBytes<kFormat> == 0 ? 0 : (columns + group - 1) / group;
 }
 
 // `count` scales as floats. Converted one by one they would take as long as the codes.
@@ -274,6 +273,8 @@ inline void convert_scales(const uint8_t* scales, int64_t count, dgemma_dtype dt
     int64_t i = 0;
     for (; i + kCodes <= count; i += kCodes) decode_e4m3(scales + i, to + i);
     for (; i < count; ++i) to[i] = e4m3_to_float(scales[i]);
+  } else {
+    static_assert(kScaleBytes<kFormat> == 0);
   }
 }
 
@@ -286,6 +287,7 @@ __attribute__((always_inline)) inline void decode_run(const uint8_t* codes, cons
   } else if constexpr (kFormat == DGEMMA_WEIGHTS_INT4) {
     Table<T>(kInt4Values, *scale).look_up(codes, to);
   } else {
+    static_assert(kFormat == DGEMMA_WEIGHTS_NVFP4);
 #if defined(__AVX512BW__)
     // The tables of two groups fill one register of 32 words, and the codes of the second group
     // look into its upper half.
@@ -309,10 +311,11 @@ __attribute__((always_inline)) inline void decode_run(const uint8_t* codes, cons
 template <dgemma_weight_format kFormat, typename T>
 inline void decode_row(const uint8_t* codes, const float* scales, int64_t group, int64_t columns,
                        T* to) {
-  constexpr bool kFp8 = kFormat == DGEMMA_WEIGHTS_FP8;
-  const auto codes_of = [&](int64_t column) { return codes + (kFp8 ? column : column / 2); };
+  constexpr bool kHasScales = kScaleBytes<kFormat> > 0;
+  const auto codes_of = [&](int64_t column) { return codes + row_bytes(kFormat, column); };
   const auto scale_of = [&](int64_t column) {
-    return kFp8 ? nullptr : scales + static_cast<uint32_t>(column) / static_cast<uint32_t>(group);
+    return kHasScales ? scales + static_cast<uint32_t>(column) / static_cast<uint32_t>(group)
+                      : nullptr;
   };
   int64_t column = 0;
   for (; column + kCodes <= columns; column += kCodes)
@@ -323,8 +326,8 @@ inline void decode_row(const uint8_t* codes, const float* scales, int64_t group,
   uint8_t padded[kCodes] = {};
   float last_scales[2] = {};
   T decoded[kCodes];
-  std::memcpy(padded, codes_of(column), static_cast<size_t>(kFp8 ? left : left / 2));
-  if (!kFp8) last_scales[0] = *scale_of(column);
+  std::memcpy(padded, codes_of(column), static_cast<size_t>(row_bytes(kFormat, left)));
+  if (kHasScales) last_scales[0] = *scale_of(column);
   decode_run<kFormat>(padded, last_scales, decoded);
   std::memcpy(to + column, decoded, static_cast<size_t>(left) * sizeof(T));
 }

@@ -3,6 +3,7 @@
 
 #include <cinttypes>
 
+#include "common/ceil_divide.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "grouped_gemm/cpu/quantized.h"
@@ -58,7 +59,7 @@ dgemma_status run(const dgemma_dense& op, const dgemma_quantized* weight, dgemma
   const DenseTask* const table = weight != nullptr ? DGEMMA_TABLE_OF(variant, quantized_dense_tasks)
                                                    : DGEMMA_TABLE_OF(variant, dense_tasks);
   const DenseTask task = table[op.dtype];
-  const int64_t tasks = (op.out_features + kDenseRowsPerTask - 1) / kDenseRowsPerTask;
+  const int64_t tasks = ceil_divide(op.out_features, kDenseRowsPerTask);
   run_tasks(cpu, tasks, [&](int64_t index) {
     const int64_t first = index * kDenseRowsPerTask, end = first + kDenseRowsPerTask;
     task(op, weight, first, end < op.out_features ? end : op.out_features);

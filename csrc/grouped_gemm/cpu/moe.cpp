@@ -3,6 +3,7 @@
 
 #include <cinttypes>
 
+#include "common/ceil_divide.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "dgemma/grouped_gemm.h"
@@ -23,24 +24,27 @@ int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
   return tokens < op.tokens ? tokens : op.tokens;
 }
 
-size_t value_bytes(dgemma_dtype dtype) { return dtype == DGEMMA_BFLOAT16 ? 2 : 4; }
-
-// Where the parts of the workspace begin.
-struct Layout {
-  size_t plan, activations, products, bytes;
+// The parts of the workspace.
+struct MoeBuffers {
+  int32_t* plan;
+  char* activations;
+  float* products;
 };
 
-Layout layout(const dgemma_moe_ffn& op) {
-  auto aligned = [](size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; };
+// Cuts them out of `base`, or without one only counts the bytes.
+size_t carve(const dgemma_moe_ffn& op, void* base, MoeBuffers* buffers) {
   const int64_t pairs = tokens_per_pass(op) * op.top_k;
-  Layout at;
-  at.plan = 0;
-  at.activations =
-      at.plan + aligned(static_cast<size_t>(moe_plan_size(pairs, op.experts)) * sizeof(int32_t));
-  at.products =
-      at.activations + aligned(static_cast<size_t>(pairs * op.expert_size) * value_bytes(op.dtype));
-  at.bytes = at.products + aligned(static_cast<size_t>(pairs * op.hidden_size) * sizeof(float));
-  return at;
+  Carver carver = {static_cast<char*>(base)};
+  buffers->plan = carver.take<int32_t>(moe_plan_size(pairs, op.experts));
+  buffers->activations =
+      carver.take<char>(pairs * op.expert_size * static_cast<int64_t>(bytes_of(op.dtype)));
+  buffers->products = carver.take<float>(pairs * op.hidden_size);
+  return carver.used;
+}
+
+size_t count_workspace_bytes(const dgemma_moe_ffn& op) {
+  MoeBuffers none;
+  return carve(op, nullptr, &none);
 }
 
 struct NamedExtent {
@@ -63,7 +67,7 @@ NamedExtent bad_extent(const dgemma_moe_ffn& op) {
 
 // True when every tensor and the workspace have fewer than 2^63 bytes and a pass's pairs fit int32.
 bool sizes_fit(const dgemma_moe_ffn& op) {
-  const int64_t value = static_cast<int64_t>(value_bytes(op.dtype));
+  const int64_t value = static_cast<int64_t>(bytes_of(op.dtype));
   const int64_t pairs = tokens_per_pass(op) * op.top_k;
   int64_t bytes;
   return !__builtin_mul_overflow(op.hidden_size * op.expert_size, 2 * op.experts, &bytes) &&
@@ -119,7 +123,7 @@ dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dg
         check_quantized("down", *quantized.down, op.experts * op.hidden_size, op.expert_size, cpu);
     if (status != DGEMMA_OK) return status;
   }
-  status = check_workspace(op.workspace, op.workspace_bytes, layout(op).bytes, cpu);
+  status = check_workspace(op.workspace, op.workspace_bytes, count_workspace_bytes(op), cpu);
   if (status != DGEMMA_OK) return status;
   const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
   if (bad >= 0)
@@ -134,9 +138,9 @@ dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dg
 int64_t count_rows_per_task(const MoePlan& plan, int64_t rows, int64_t least) {
   const int64_t pairs = plan.first[plan.groups];
   if (plan.groups == 0 || pairs > kTokensOfLongTasks * plan.groups) return least;
-  const int64_t tasks_per_group = (kTasks + plan.groups - 1) / plan.groups;
-  const int64_t even = (rows + tasks_per_group - 1) / tasks_per_group;
-  return (even + least - 1) / least * least;
+  const int64_t tasks_per_group = ceil_divide(kTasks, plan.groups);
+  const int64_t even = ceil_divide(rows, tasks_per_group);
+  return ceil_divide(even, least) * least;
 }
 
 // One task for each group and each run of rows_per_task of its `rows` rows, group after group.
@@ -145,7 +149,7 @@ void run_row_tasks(dgemma_cpu* cpu, const MoePlan& plan, int64_t rows, int64_t l
                    const Task& task) {
   const int64_t groups = plan.groups;
   const int64_t rows_per_task = count_rows_per_task(plan, rows, least_rows);
-  const int64_t runs = (rows + rows_per_task - 1) / rows_per_task;
+  const int64_t runs = ceil_divide(rows, rows_per_task);
   run_tasks(cpu, groups * runs, [&](int64_t index) {
     const int64_t first = index % runs * rows_per_task;
     const int64_t end = first + rows_per_task;
@@ -174,10 +178,10 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                                        ? DGEMMA_TABLE_OF(variant, quantized_moe_kernels)
                                        : DGEMMA_TABLE_OF(variant, moe_kernels);
   const MoeKernels& kernels = tables[op.dtype];
-  const Layout at = layout(op);
-  char* workspace = static_cast<char*>(op.workspace);
+  MoeBuffers buffers;
+  carve(op, op.workspace, &buffers);
   const int64_t step = tokens_per_pass(op);
-  const int64_t token_bytes = op.hidden_size * static_cast<int64_t>(value_bytes(op.dtype));
+  const int64_t token_bytes = op.hidden_size * static_cast<int64_t>(bytes_of(op.dtype));
   for (int64_t first = 0; first < op.tokens; first += step) {
     const int64_t tokens = op.tokens - first < step ? op.tokens - first : step;
     const int32_t* ids = op.expert_ids + first * op.top_k;
@@ -192,10 +196,9 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                           .quantized_gate_up = quantized.gate_up,
                           .quantized_down = quantized.down,
                           .output = static_cast<char*>(op.output) + first * token_bytes,
-                          .plan = make_moe_plan(ids, tokens * op.top_k, op.experts,
-                                                reinterpret_cast<int32_t*>(workspace + at.plan)),
-                          .activations = workspace + at.activations,
-                          .products = reinterpret_cast<float*>(workspace + at.products)};
+                          .plan = make_moe_plan(ids, tokens * op.top_k, op.experts, buffers.plan),
+                          .activations = buffers.activations,
+                          .products = buffers.products};
     run_pass(pass, tokens, kernels, cpu);
   }
   return DGEMMA_OK;
@@ -206,7 +209,7 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
 
 size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op) {
   if (op == nullptr || dgemma::bad_extent(*op).name != nullptr || !dgemma::sizes_fit(*op)) return 0;
-  return dgemma::layout(*op).bytes;
+  return dgemma::count_workspace_bytes(*op);
 }
 
 dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {

@@ -5,6 +5,7 @@
 
 #include "cpu/entry.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/weight_format.h"
 
 namespace dgemma {
 
@@ -12,9 +13,10 @@ namespace dgemma {
 // or twice that where they are widened. The model's widest row has 8,192.
 constexpr int64_t kMostQuantizedColumns = 16384;
 
-// Bytes of one row's values.
+// Bytes of one row's values, for a caller who sizes tensors before anything is checked: a number
+// that is no format counts as 4 bits, and is refused later.
 inline int64_t stored_row_bytes(const dgemma_quantized& matrix, int64_t columns) {
-  return matrix.format == DGEMMA_WEIGHTS_FP8 ? columns : columns / 2;
+  return is_weight_format(matrix.format) ? row_bytes(matrix.format, columns) : columns / 2;
 }
 
 // A status and a message for what is wrong with a matrix of so many rows, named `name`; `run` is

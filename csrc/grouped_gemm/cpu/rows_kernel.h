@@ -3,6 +3,8 @@
 // what that forbids.
 #pragma once
 
+#include <type_traits>
+
 #include "grouped_gemm/cpu/weight_rows.h"
 
 namespace dgemma {
@@ -51,20 +53,16 @@ inline void prefetch_first_tile(const Rows& first, int64_t first_row, const Rows
   ahead.step();
 }
 
-// Calls run(integral constant n) with n = count for count in [1, kTileTokens].
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
+// Calls run(std::integral_constant of count) for a count in [1, kTileTokens].
 template <typename Run>
 inline void with_count(int64_t count, Run run) {
   static_assert(kTileTokens <= 4);
-  if (count == 1) run(Count<1>{});
-  if (count == 2) run(Count<2>{});
+  if (count == 1) run(std::integral_constant<int, 1>{});
+  if (count == 2) run(std::integral_constant<int, 2>{});
   if constexpr (kTileTokens >= 3)
-    if (count == 3) run(Count<3>{});
+    if (count == 3) run(std::integral_constant<int, 3>{});
   if constexpr (kTileTokens >= 4)
-    if (count == 4) run(Count<4>{});
+    if (count == 4) run(std::integral_constant<int, 4>{});
 }
 
 // One half of a tile's results, rounded to T, by token and row.

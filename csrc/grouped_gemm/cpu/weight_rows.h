@@ -5,6 +5,8 @@
 // decoded by blocks instead, beside the products: see cpu/block_kernel.h.
 #pragma once
 
+#include <type_traits>
+
 #include "grouped_gemm/cpu/decode.h"
 #include "grouped_gemm/cpu/dot_tile.h"
 #include "grouped_gemm/cpu/quantized.h"
@@ -88,7 +90,7 @@ class DecodedRows {
     for (int i = 0; i < registers; ++i) sums[i] *= factors_[i];
   }
   const char* stored(int64_t row) const { return reinterpret_cast<const char*>(codes(row)); }
-  int64_t row_bytes() const { return stored_row_bytes(matrix_, columns_); }
+  int64_t row_bytes() const { return dgemma::row_bytes(kFormat, columns_); }
 
  private:
   const uint8_t* codes(int64_t row) const {
@@ -120,19 +122,16 @@ class DecodedRows {
   Floats factors_[registers_for(kTileTokens * kHalfRows)] = {};
 };
 
-template <dgemma_weight_format kFormat>
-struct Format {
-  static constexpr dgemma_weight_format value = kFormat;
-};
+// Calls run(std::integral_constant of the format).
 template <typename Run>
 inline void with_format(dgemma_weight_format format, Run run) {
   switch (format) {
     case DGEMMA_WEIGHTS_FP8:
-      return run(Format<DGEMMA_WEIGHTS_FP8>{});
+      return run(std::integral_constant<dgemma_weight_format, DGEMMA_WEIGHTS_FP8>{});
     case DGEMMA_WEIGHTS_INT4:
-      return run(Format<DGEMMA_WEIGHTS_INT4>{});
+      return run(std::integral_constant<dgemma_weight_format, DGEMMA_WEIGHTS_INT4>{});
     case DGEMMA_WEIGHTS_NVFP4:
-      return run(Format<DGEMMA_WEIGHTS_NVFP4>{});
+      return run(std::integral_constant<dgemma_weight_format, DGEMMA_WEIGHTS_NVFP4>{});
   }
 }
 

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 
+#include "common/ceil_divide.h"
 #include "grouped_gemm/cuda/units.h"
 
 namespace dgemma {
@@ -23,7 +24,7 @@ namespace dgemma {
 constexpr int32_t kArrangedBlock = 128;
 
 DGEMMA_HOST_DEVICE constexpr int32_t arranged_width(int32_t columns) {
-  return (columns + kArrangedBlock - 1) / kArrangedBlock * kArrangedBlock;
+  return ceil_divide(columns, kArrangedBlock) * kArrangedBlock;
 }
 
 // Columns that one thread arranges.

@@ -43,8 +43,13 @@ __global__ void __launch_bounds__(kMoeCombineThreads) combine(const Combine p) {
 }  // namespace
 
 const char* launch_combine(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const Combine p = {pass.products,    pass.expert_ids, pass.output,        pass.tokens,
-                     pass.hidden_size, pass.top_k,      pass.tables.experts};
+  const Combine p = {.products = pass.products,
+                     .expert_ids = pass.expert_ids,
+                     .output = pass.output,
+                     .tokens = pass.tokens,
+                     .hidden_size = pass.hidden_size,
+                     .top_k = pass.top_k,
+                     .experts = pass.tables.experts};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.combine_blocks)),
                                      .threads = kMoeCombineThreads,
                                      .overlaps_previous_kernel = plan.overlap};

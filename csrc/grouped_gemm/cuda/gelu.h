@@ -1,4 +1,8 @@
-// The activation of the CUDA kernels.
+// The activation of the experts' kernels, in the epilogue of a product.
+//
+// exp2 and the reciprocal are the special function unit's: consumer warps compute this between two
+// tiles, and tensor cores wait for it. layer/cuda/gelu_product.cu, which is bound by its reads, has
+// the form of torch's operator instead, so that its results can be compared bit by bit.
 #pragma once
 
 #include "device/math.h"

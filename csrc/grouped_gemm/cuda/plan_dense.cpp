@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <ostream>
 
+#include "common/ceil_divide.h"
 #include "grouped_gemm/cuda/plan_moe.h"
 
 namespace dgemma {
@@ -17,8 +18,6 @@ constexpr int64_t kTile = 128;
 // A segment of fewer stages would spend more on its partial sums than on its products: 64 KB of
 // those per 128 x 128 tile, against 32 KB that a stage reads.
 constexpr int64_t kFewestSteps = 4;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int32_t choose_segments(const dgemma_dense& op) {
   const int64_t tiles = kTokenTilesOfCanvas * ceil_divide(op.out_features, kTile);

@@ -4,10 +4,10 @@
 #include <cstdio>
 #include <utility>
 
+#include "common/ceil_divide.h"
+
 namespace dgemma {
 namespace {
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles, int64_t blocks) {
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kFp8Depth)),

@@ -3,18 +3,17 @@
 #include <algorithm>
 #include <ostream>
 
+#include "common/ceil_divide.h"
+
 namespace dgemma {
 namespace {
 
 constexpr int64_t kLargestExtent = INT32_MAX;
-constexpr size_t kAlignment = 256;  // of the parts of the workspace: what cudaMalloc aligns to
 
 // Token tiles that there is code for, sm_80 and sm_90. 256 is wgmma's largest N; on sm_80 128
 // tokens take 64 accumulators of a thread.
 constexpr int32_t kTokenTiles80[] = {32, 64, 128};
 constexpr int32_t kTokenTiles90[] = {64, 128, 256};
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
   return std::min(op.tokens, std::max<int64_t>(1, kMoePairsPerPass / op.top_k));
@@ -113,18 +112,13 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   plan.combine_blocks = static_cast<int32_t>(
       ceil_divide(plan.tokens_per_pass * op.hidden_size / 8, kMoeCombineThreads));
 
-  size_t at = 0;
-  const auto take = [&at](int64_t values, size_t bytes) {
-    const size_t begin = at;
-    at += (static_cast<size_t>(values) * bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return begin;
-  };
-  plan.first = take(op.experts + 1, sizeof(int32_t));
-  plan.tiles_before = take(op.experts + 1, sizeof(int32_t));
-  plan.pair = take(pairs, sizeof(int32_t));
-  plan.activations = take(pairs * op.expert_size, 2);
-  plan.products = take(pairs * op.hidden_size, sizeof(float));
-  plan.workspace_bytes = at;
+  WorkspaceParts parts;
+  plan.first = parts.take<int32_t>(op.experts + 1);
+  plan.tiles_before = parts.take<int32_t>(op.experts + 1);
+  plan.pair = parts.take<int32_t>(pairs);
+  plan.activations = parts.take<uint16_t>(pairs * op.expert_size);
+  plan.products = parts.take<float>(pairs * op.hidden_size);
+  plan.workspace_bytes = parts.bytes;
   return plan;
 }
 

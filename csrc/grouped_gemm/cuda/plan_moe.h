@@ -8,6 +8,7 @@
 #include <iosfwd>
 
 #include "cuda/entry.h"
+#include "cuda/limits.h"
 #include "dgemma/grouped_gemm.h"
 
 namespace dgemma {
@@ -38,12 +39,6 @@ constexpr int32_t kMoeMostExperts = 1024;
 constexpr int32_t kMoeSortThreads = 1024;
 constexpr int32_t kMoeCombineThreads = 128;
 
-// Shared memory that a block may have on sm_90: 227 KB (CUDA C++ Programming Guide, "Compute
-// Capabilities").
-constexpr int32_t kMoeSharedLimit = 232448;
-// And on 8.6, 8.9 and 12.0, which have the least: 99 KB.
-constexpr int32_t kMoeSharedLimit80 = 101376;
-
 // A stage holds a weight tile and a token tile.
 constexpr int32_t moe_stage_bytes(int32_t token_tile) {
   return (kMoeWeightRows + token_tile) * kMoeDepth * 2;
@@ -52,7 +47,7 @@ constexpr int32_t moe_stage_bytes(int32_t token_tile) {
 // row numbers. Down's list of targets is smaller than the results.
 constexpr int32_t moe_stages(int32_t token_tile) {
   const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
-  return (kMoeSharedLimit - results - 2048) / moe_stage_bytes(token_tile);
+  return (kSharedLimit90 - results - 2048) / moe_stage_bytes(token_tile);
 }
 
 // On sm_80: as many stages as let two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or

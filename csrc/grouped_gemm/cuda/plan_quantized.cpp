@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "common/ceil_divide.h"
 #include "grouped_gemm/cuda/arranged_columns.h"
 
 namespace dgemma {
@@ -10,8 +11,6 @@ namespace {
 
 // What the interface allows, on the CPU too.
 constexpr int32_t kMostColumns = 16384;
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // As in cuda/plan_moe.cpp: twice the mean number of an expert's tokens, up to the larger tile.
 int32_t choose_token_tile(int64_t pairs, int64_t experts) {
@@ -71,25 +70,23 @@ const char* quantized_problem(const char* name, const dgemma_quantized& matrix,
                   static_cast<long long>(got), wants);
     return static_cast<const char*>(text);
   };
-  const int32_t group = matrix.group;
-  switch (matrix.format) {
-    case DGEMMA_WEIGHTS_FP8:
-      if (group != 0) return say("group", group, "0 for FP8");
-      break;
-    case DGEMMA_WEIGHTS_INT4:
-      if (group != 32 && group != 64 && group != 128)
-        return say("group", group, "32, 64 or 128 for INT4");
-      if (matrix.scale_dtype != DGEMMA_BFLOAT16 && matrix.scale_dtype != DGEMMA_FLOAT16)
-        return say("scale_dtype", matrix.scale_dtype, "bfloat16 or float16 for INT4");
-      break;
-    case DGEMMA_WEIGHTS_NVFP4:
-      if (group != 16) return say("group", group, "16 for NVFP4");
-      break;
-    default:
-      return say("format", matrix.format, "FP8, INT4 or NVFP4");
+  if (!is_weight_format(matrix.format)) return say("format", matrix.format, "FP8, INT4 or NVFP4");
+  const WeightFormat format = describe(matrix.format);
+  if (!group_fits(format, matrix.group)) {
+    switch (matrix.format) {
+      case DGEMMA_WEIGHTS_FP8:
+        return say("group", matrix.group, "0 for FP8");
+      case DGEMMA_WEIGHTS_INT4:
+        return say("group", matrix.group, "32, 64 or 128 for INT4");
+      case DGEMMA_WEIGHTS_NVFP4:
+        return say("group", matrix.group, "16 for NVFP4");
+    }
   }
-  // 16 bytes, which one copy moves.
-  const int32_t multiple = matrix.format == DGEMMA_WEIGHTS_FP8 ? 16 : 32;
+  if (format.scales_are_bfloat16_or_half && matrix.scale_dtype != DGEMMA_BFLOAT16 &&
+      matrix.scale_dtype != DGEMMA_FLOAT16)
+    return say("scale_dtype", matrix.scale_dtype, "bfloat16 or float16 for INT4");
+  // One copy moves 16 bytes: 16 values of 8 bits or 32 of 4.
+  const int32_t multiple = 16 * 8 / format.bits;
   if (columns % multiple != 0 || columns > kMostColumns) {
     std::snprintf(text, bytes, "%s: got %lld, wants a multiple of %d up to %d for the format of %s",
                   columns_name, static_cast<long long>(columns), multiple, kMostColumns, name);
@@ -128,7 +125,7 @@ MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gp
   MoeCudaPlan plan =
       make_moe_cuda_plan(ffn, {CudaPath::kSm80, gpu.compute_capability, gpu.multiprocessors});
   const int64_t pairs = plan.tokens_per_pass * ffn.top_k;
-  if (op.gate_up.format != DGEMMA_WEIGHTS_FP8 && op.down.format != DGEMMA_WEIGHTS_FP8) {
+  if (describe(op.gate_up.format).bits == 4 && describe(op.down.format).bits == 4) {
     const auto width = [](int64_t columns) {
       return arranged_width(static_cast<int32_t>(columns));
     };

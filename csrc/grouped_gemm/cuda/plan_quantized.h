@@ -6,6 +6,7 @@
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/plan_dense.h"
 #include "grouped_gemm/cuda/plan_moe.h"
+#include "grouped_gemm/weight_format.h"
 
 namespace dgemma {
 
@@ -16,13 +17,13 @@ constexpr int32_t kQuantizedThreads = 128;
 
 // Of a row of weights in a stage of kMoeDepth columns: 8 or 4 bits each.
 constexpr int32_t quantized_row_bytes(dgemma_weight_format format) {
-  return format == DGEMMA_WEIGHTS_FP8 ? kMoeDepth : kMoeDepth / 2;
+  return static_cast<int32_t>(row_bytes(format, kMoeDepth));
 }
 // A stage's scales of a row: at most 4 bytes, which may begin in the middle of a word.
 constexpr int32_t kQuantizedScaleBytes = 8;
 
 constexpr int32_t quantized_stage_bytes(dgemma_weight_format format, int32_t token_tile) {
-  const int32_t scales = format == DGEMMA_WEIGHTS_FP8 ? 0 : kQuantizedScaleBytes;
+  const int32_t scales = describe(format).scale_bytes > 0 ? kQuantizedScaleBytes : 0;
   return kQuantizedWeightRows * (quantized_row_bytes(format) + scales) + token_tile * kMoeDepth * 2;
 }
 // At most 49,152 bytes: two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or 12.0.
@@ -51,7 +52,7 @@ constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {
 // As moe_stages.
 constexpr int32_t quantized_stages_90(int32_t token_tile) {
   const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
-  return (kMoeSharedLimit - results - 2048) / quantized_stage_bytes_90(token_tile);
+  return (kSharedLimit90 - results - 2048) / quantized_stage_bytes_90(token_tile);
 }
 
 // Null, or what is wrong with the sizes and formats of a call ("gate_up.group: got 48, wants ..."),

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <ostream>
 
+#include "common/ceil_divide.h"
+
 namespace dgemma {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr int64_t kSegments = 8;
 // From here on tiles of 64 fill a GPU as well, and read the projection a quarter as often.
 constexpr int64_t kManyTokens = 512;
 constexpr int64_t kMostTokens = 1 << 24;  // keeps the number of blocks in 31 bits
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // Rows of activations in e4m3. A warp has a row: it reads it for the largest magnitude, and once
 // more, out of the cache, to round it. A row of zeros has the scale 0.
+#include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "device/warp.h"
 #include "grouped_gemm/cuda/quantize_rows.h"
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeRows p) 
 const char* launch_quantize_rows(const QuantizeRows& call, bool overlap, void* stream) {
   const int32_t rows_of_block = kThreads / 32;
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((call.rows + rows_of_block - 1) / rows_of_block)),
+      .grid = dim3(static_cast<unsigned>(ceil_divide(call.rows, rows_of_block))),
       .threads = kThreads,
       .overlaps_previous_kernel = overlap};
   return device::launch(shape, stream, quantize_rows, call);

@@ -1,5 +1,6 @@
 // The C entry points over quantized weights for CUDA: argument checks, the passes over tokens, the
 // launches of each.
+#include "common/ceil_divide.h"
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/quantized.h"
@@ -28,27 +29,27 @@ const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void
 }  // namespace
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns) {
-  const bool fp8 = matrix.format == DGEMMA_WEIGHTS_FP8;
-  const int64_t group = fp8 ? 1 : matrix.group,
-                scale_bytes = matrix.format == DGEMMA_WEIGHTS_INT4 ? 2 : 1;
+  const WeightFormat format = describe(matrix.format);
+  const bool has_scales = format.scale_bytes > 0;
+  const int64_t group = has_scales ? matrix.group : 1;
   int32_t group_bits = 0;
   while ((1 << group_bits) < group) ++group_bits;
-  return {
-      .values = static_cast<const uint8_t*>(matrix.values),
-      .scales = static_cast<const uint8_t*>(matrix.scales),
-      .factors = matrix.factors,
-      .rows_per_factor = static_cast<int32_t>(matrix.rows_per_factor),
-      .columns = static_cast<int32_t>(columns),
-      .value_bytes = static_cast<int32_t>(fp8 ? columns : columns / 2),
-      .scale_bytes = fp8 ? 0 : static_cast<int32_t>((columns + group - 1) / group * scale_bytes),
-      .group_bits = group_bits};
+  const int64_t scale_bytes = ceil_divide(columns, group) * format.scale_bytes;
+  return {.values = static_cast<const uint8_t*>(matrix.values),
+          .scales = static_cast<const uint8_t*>(matrix.scales),
+          .factors = matrix.factors,
+          .rows_per_factor = static_cast<int32_t>(matrix.rows_per_factor),
+          .columns = static_cast<int32_t>(columns),
+          .value_bytes = static_cast<int32_t>(row_bytes(matrix.format, columns)),
+          .scale_bytes = static_cast<int32_t>(scale_bytes),
+          .group_bits = group_bits};
 }
 
 dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
                               const char* scales, const char* factors, dgemma_cuda* cuda) {
   const dgemma_status status = check_pointers(
       {{values, matrix.values, 16}, {factors, matrix.factors, alignof(float), true}}, cuda);
-  if (status != DGEMMA_OK || matrix.format == DGEMMA_WEIGHTS_FP8) return status;
+  if (status != DGEMMA_OK || describe(matrix.format).scale_bytes == 0) return status;
   return check_pointers({{scales, matrix.scales, 4}}, cuda);
 }
 

@@ -20,9 +20,15 @@ struct QuantizedMatrix {
 };
 
 inline Encoding encoding_of(const dgemma_quantized& matrix) {
-  if (matrix.format == DGEMMA_WEIGHTS_FP8) return Encoding::kFp8;
-  if (matrix.format == DGEMMA_WEIGHTS_NVFP4) return Encoding::kNvfp4;
-  return matrix.scale_dtype == DGEMMA_FLOAT16 ? Encoding::kInt4Float16 : Encoding::kInt4;
+  switch (matrix.format) {
+    case DGEMMA_WEIGHTS_FP8:
+      return Encoding::kFp8;
+    case DGEMMA_WEIGHTS_INT4:
+      return matrix.scale_dtype == DGEMMA_FLOAT16 ? Encoding::kInt4Float16 : Encoding::kInt4;
+    case DGEMMA_WEIGHTS_NVFP4:
+      return Encoding::kNvfp4;
+  }
+  __builtin_unreachable();  // quantized_problem has refused what is no format
 }
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
@@ -54,26 +60,46 @@ const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantiz
 const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
                                         void* stream);
 
-// Calls launch<encoding, token tile>() of those that there is code for.
-#define DGEMMA_LAUNCH_QUANTIZED(encoding, token_tile, launch, ...)                          \
-  (encoding == Encoding::kFp8                                                               \
-       ? (token_tile == 32 ? launch<Encoding::kFp8, 32> : launch<Encoding::kFp8, 64>)       \
-   : encoding == Encoding::kInt4                                                            \
-       ? (token_tile == 32 ? launch<Encoding::kInt4, 32> : launch<Encoding::kInt4, 64>)     \
-   : encoding == Encoding::kInt4Float16                                                     \
-       ? (token_tile == 32 ? launch<Encoding::kInt4Float16, 32>                             \
-                           : launch<Encoding::kInt4Float16, 64>)                            \
-       : (token_tile == 32 ? launch<Encoding::kNvfp4, 32> : launch<Encoding::kNvfp4, 64>))( \
-      __VA_ARGS__)
+// Calls launch<encoding, token tile>() with one of two token tiles.
+template <Encoding kEncoding, int kSmallTile, int kLargeTile, typename Launch>
+const char* launch_tile(int32_t token_tile, const Launch& launch) {
+  return token_tile == kSmallTile ? launch.template operator()<kEncoding, kSmallTile>()
+                                  : launch.template operator()<kEncoding, kLargeTile>();
+}
 
-// The same of the kernels for sm_90, which have no FP8.
-#define DGEMMA_LAUNCH_QUANTIZED_90(encoding, token_tile, launch, ...)                        \
-  (encoding == Encoding::kInt4                                                               \
-       ? (token_tile == 64 ? launch<Encoding::kInt4, 64> : launch<Encoding::kInt4, 128>)     \
-   : encoding == Encoding::kInt4Float16                                                      \
-       ? (token_tile == 64 ? launch<Encoding::kInt4Float16, 64>                              \
-                           : launch<Encoding::kInt4Float16, 128>)                            \
-       : (token_tile == 64 ? launch<Encoding::kNvfp4, 64> : launch<Encoding::kNvfp4, 128>))( \
-      __VA_ARGS__)
+// The kernels of sm80/: every format.
+template <typename Launch>
+const char* launch_encoding_sm80(Encoding encoding, int32_t token_tile, const Launch& launch) {
+  switch (encoding) {
+    case Encoding::kFp8:
+      return launch_tile<Encoding::kFp8, 32, 64>(token_tile, launch);
+    case Encoding::kInt4:
+      return launch_tile<Encoding::kInt4, 32, 64>(token_tile, launch);
+    case Encoding::kInt4Float16:
+      return launch_tile<Encoding::kInt4Float16, 32, 64>(token_tile, launch);
+    case Encoding::kNvfp4:
+      return launch_tile<Encoding::kNvfp4, 32, 64>(token_tile, launch);
+    case Encoding::kFp8Activations:
+      break;
+  }
+  return "the kernels that decode weights take no activations in FP8";
+}
+
+// The kernels of sm90/: the formats of 4 bits.
+template <typename Launch>
+const char* launch_encoding_sm90(Encoding encoding, int32_t token_tile, const Launch& launch) {
+  switch (encoding) {
+    case Encoding::kInt4:
+      return launch_tile<Encoding::kInt4, 64, 128>(token_tile, launch);
+    case Encoding::kInt4Float16:
+      return launch_tile<Encoding::kInt4Float16, 64, 128>(token_tile, launch);
+    case Encoding::kNvfp4:
+      return launch_tile<Encoding::kNvfp4, 64, 128>(token_tile, launch);
+    case Encoding::kFp8:
+    case Encoding::kFp8Activations:
+      break;
+  }
+  return "the kernels of sm_90 that decode weights take 4-bit weights alone";
+}
 
 }  // namespace dgemma

@@ -10,17 +10,51 @@
 #include "device/bfloat16.h"
 #include "device/bytes.h"
 #include "device/language.h"
+#include "grouped_gemm/weight_format.h"
 
 namespace dgemma {
 
-// INT4 by the type of its scales; of the last one, the tokens are FP8 too and nothing is decoded.
+// A weight format as the kernels see it: INT4 by the type of its scales. With kFp8Activations the
+// tokens are FP8 too and nothing is decoded.
 enum class Encoding { kFp8, kInt4, kInt4Float16, kNvfp4, kFp8Activations };
 
+constexpr dgemma_weight_format format_of(Encoding encoding) {
+  switch (encoding) {
+    case Encoding::kFp8:
+    case Encoding::kFp8Activations:
+      return DGEMMA_WEIGHTS_FP8;
+    case Encoding::kInt4:
+    case Encoding::kInt4Float16:
+      return DGEMMA_WEIGHTS_INT4;
+    case Encoding::kNvfp4:
+      return DGEMMA_WEIGHTS_NVFP4;
+  }
+  return {};
+}
+template <Encoding kEncoding>
+constexpr dgemma_weight_format kFormat = format_of(kEncoding);
+template <Encoding kEncoding>
+constexpr bool kIsFp8 = kFormat<kEncoding> == DGEMMA_WEIGHTS_FP8;
+// Bytes of a group's scale.
+template <Encoding kEncoding>
+constexpr int32_t kScaleBytes = describe(kFormat<kEncoding>).scale_bytes;
+
+constexpr float sum_unit(Encoding encoding) {
+  switch (encoding) {
+    case Encoding::kFp8:
+    case Encoding::kFp8Activations:
+      return 1.0f;
+    case Encoding::kInt4:
+    case Encoding::kInt4Float16:
+      return 64.0f;
+    case Encoding::kNvfp4:
+      return 1024.0f;
+  }
+  return 0.0f;
+}
 // Sums of decoded weights are to be multiplied by this.
 template <Encoding kEncoding>
-constexpr float kUnit = kEncoding == Encoding::kFp8 || kEncoding == Encoding::kFp8Activations ? 1.0f
-                        : kEncoding == Encoding::kNvfp4 ? 1024.0f
-                                                        : 64.0f;
+constexpr float kUnit = sum_unit(kEncoding);
 
 namespace decode {
 
@@ -112,6 +146,8 @@ DGEMMA_DEVICE void decode_scales(uint32_t first, uint32_t second, Scale<kEncodin
       const float rest = value - device::low_to_float(scale[i].high);
       scale[i].low = device::pack_bfloat16(rest, rest);
     }
+  } else {
+    static_assert(kScaleBytes<kEncoding> == 0);
   }
 }
 
@@ -129,6 +165,7 @@ DGEMMA_DEVICE void decode_weights(uint32_t word, uint32_t next, const Scale<kEnc
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i] = decode::multiply(pair[i], scale.high);
   } else {
+    static_assert(kFormat<kEncoding> == DGEMMA_WEIGHTS_INT4);
     decode::int4(word, pair);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -4,6 +4,7 @@
 // The pairs are cut into 32 runs, one for each warp. Every warp counts its run's pairs by expert,
 // the counts become positions, and every warp goes over its run again and places it. No atomics:
 // pairs of one expert keep their order, so the tables are a function of the ids alone.
+#include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
 #include "device/warp.h"
@@ -28,7 +29,7 @@ struct Shared {
   int32_t pairs_of_warp[kWarps];  // sums over 32 experts, for the scan
   int32_t tiles_of_warp[kWarps];
 };
-static_assert(sizeof(Shared) <= kMoeSharedLimit80 && kMoePairsPerPass <= UINT16_MAX);
+static_assert(sizeof(Shared) <= kSharedLimit80 && kMoePairsPerPass <= UINT16_MAX);
 
 // Calls visit(index, expert, lanes with the same expert) for the run's pairs in order, 32 at a
 // time; expert is -1 for a slot that is skipped. An id that is out of range is skipped too: nothing
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMoeSortThreads, 1)
   int32_t pairs = 0;
   if (e < sort.experts)
     for (int32_t w = 0; w < kWarps; ++w) pairs += shared.place[w][e];
-  const int32_t tiles = (pairs + sort.token_tile - 1) / sort.token_tile;
+  const int32_t tiles = ceil_divide(pairs, sort.token_tile);
   int32_t pairs_up_to = scan_lanes(pairs), tiles_up_to = scan_lanes(tiles);
   if (lane == 31) {
     shared.pairs_of_warp[warp] = pairs_up_to;
@@ -122,14 +123,17 @@ __global__ void __launch_bounds__(kMoeSortThreads, 1)
 
 const char* launch_sort_pairs(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   const MoeTables& tables = pass.tables;
-  const Sort sort = {pass.expert_ids,
-                     pass.tokens * pass.top_k,
-                     tables.experts,
-                     plan.token_tile,
-                     const_cast<int32_t*>(tables.first),
-                     const_cast<int32_t*>(tables.tiles_before),
-                     const_cast<int32_t*>(tables.pair)};
-  const ArrangeRows rows = {pass.input, pass.arranged_input, pass.tokens, pass.hidden_size};
+  const Sort sort = {.expert_ids = pass.expert_ids,
+                     .pairs = pass.tokens * pass.top_k,
+                     .experts = tables.experts,
+                     .token_tile = plan.token_tile,
+                     .first = const_cast<int32_t*>(tables.first),
+                     .tiles_before = const_cast<int32_t*>(tables.tiles_before),
+                     .pair = const_cast<int32_t*>(tables.pair)};
+  const ArrangeRows rows = {.from = pass.input,
+                            .to = pass.arranged_input,
+                            .rows = pass.tokens,
+                            .columns = pass.hidden_size};
   // It does not begin before the kernel in front ends: that one may still read this workspace.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(1 + plan.arranging_blocks)),
                                      .threads = kMoeSortThreads,

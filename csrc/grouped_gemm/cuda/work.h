@@ -8,12 +8,6 @@
 
 namespace dgemma {
 
-// A number that is part of the code.
-template <int kN>
-struct Columns {
-  static constexpr int value = kN;
-};
-
 // The units of gate and up, or of down.
 struct MoeWork {
   MoeTables tables;

@@ -71,7 +71,10 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
 
 template <int kTokens>
 const char* launch(const DensePlan& plan, const DenseCall& call, void* stream) {
-  const Rows rows = {call.weight, call.input, call.in_features, call.out_features};
+  const Rows rows = {.weights = call.weight,
+                     .tokens = call.input,
+                     .width = call.in_features,
+                     .out_features = call.out_features};
   // It does not begin before the kernel in front ends: that one may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kMoeThreads80,

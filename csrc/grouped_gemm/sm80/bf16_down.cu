@@ -91,9 +91,15 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeWork work = {pass.tables, plan.down.weight_tiles, plan.down.k_steps};
-  const Rows rows = {pass.down, pass.activations, pass.expert_size, pass.hidden_size};
-  const Down p = {pass.expert_weights, pass.products, pass.hidden_size};
+  const MoeWork work = {
+      .tables = pass.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
+  const Rows rows = {.weights = pass.down,
+                     .tokens = pass.activations,
+                     .width = pass.expert_size,
+                     .hidden_size = pass.hidden_size};
+  const Down p = {.expert_weights = pass.expert_weights,
+                  .products = pass.products,
+                  .hidden_size = pass.hidden_size};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),

@@ -66,9 +66,15 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeWork work = {pass.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
-  const Rows rows = {pass.gate_up,     pass.input, pass.hidden_size,
-                     pass.expert_size, pass.top_k, pass.tables.pair};
+  const MoeWork work = {.tables = pass.tables,
+                        .weight_tiles = plan.gate_up.weight_tiles,
+                        .k_steps = plan.gate_up.k_steps};
+  const Rows rows = {.weights = pass.gate_up,
+                     .tokens = pass.input,
+                     .width = pass.hidden_size,
+                     .expert_size = pass.expert_size,
+                     .top_k = pass.top_k,
+                     .pair = pass.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),

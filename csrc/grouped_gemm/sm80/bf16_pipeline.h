@@ -11,6 +11,8 @@
 // there is none, token_row(unit, row)).
 #pragma once
 
+#include <type_traits>
+
 #include "device/cp_async.h"
 #include "device/ldmatrix.h"
 #include "device/mma.h"
@@ -44,7 +46,7 @@ struct Ring {
   static constexpr int32_t kStages = moe_stages_80(kTokens);
   Stage<kTokens> stage[kStages];
 };
-static_assert(sizeof(Ring<128>) <= kMoeSharedLimit80);
+static_assert(sizeof(Ring<128>) <= kSharedLimit80);
 
 // Where a piece of a row lies in a tile.
 DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {
@@ -201,13 +203,13 @@ struct Pipeline {
       const auto unit = loader.work.find(kTokens, index);
       const int32_t columns = (unit.rows + 31) / 32;
       if (columns <= 1)
-        consume(Columns<1>(), unit);
+        consume(std::integral_constant<int, 1>(), unit);
       else if (kGroups<kTokens> >= 2 && columns == 2)
-        consume(Columns<at_most<2, kTokens>>(), unit);
+        consume(std::integral_constant<int, at_most<2, kTokens>>(), unit);
       else if (kGroups<kTokens> >= 4 && columns == 3)
-        consume(Columns<at_most<3, kTokens>>(), unit);
+        consume(std::integral_constant<int, at_most<3, kTokens>>(), unit);
       else
-        consume(Columns<kGroups<kTokens>>(), unit);
+        consume(std::integral_constant<int, kGroups<kTokens>>(), unit);
     }
   }
 };

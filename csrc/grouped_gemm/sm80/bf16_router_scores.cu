@@ -5,6 +5,7 @@
 // first; while that comes, it reads its tokens' whole rows for their norm, then their segment again
 // (out of the L1 or L2) and leaves it scaled in shared memory. The projection is mma's A, the
 // tokens its B.
+#include "cuda/limits.h"
 #include "device/cp_async.h"
 #include "device/launch.h"
 #include "device/ldmatrix.h"
@@ -29,7 +30,7 @@ struct Shared {
   alignas(1024) bfloat16 scaled[kRouterSteps][kTokens][kRouterDepth];              // likewise
   float inverse_rms[kTokens];
 };
-static_assert(sizeof(Shared<64>) <= 101376);  // 99 KB: what a block may have on 8.6, 8.9, 12.0
+static_assert(sizeof(Shared<64>) <= kSharedLimit80);
 
 // What a block does.
 struct Part {

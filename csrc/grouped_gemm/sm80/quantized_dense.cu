@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
 
 template <Encoding kEncoding, int kTokens>
 const char* launch(const DensePlan& plan, const DenseQuantizedCall& call, void* stream) {
-  const Rows rows = {call.weight, call.dense.input, call.dense.out_features};
+  const Rows rows = {
+      .matrix = call.weight, .tokens = call.dense.input, .out_features = call.dense.out_features};
   // It does not begin before the kernel in front ends: that one may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kQuantizedThreads,
@@ -87,7 +88,10 @@ const char* launch(const DensePlan& plan, const DenseQuantizedCall& call, void* 
 
 const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
                                         void* stream) {
-  return DGEMMA_LAUNCH_QUANTIZED(call.encoding, plan.token_tile, launch, plan, call, stream);
+  return launch_encoding_sm80(call.encoding, plan.token_tile,
+                              [&]<Encoding kEncoding, int kTokens>() {
+                                return launch<kEncoding, kTokens>(plan, call, stream);
+                              });
 }
 
 }  // namespace dgemma

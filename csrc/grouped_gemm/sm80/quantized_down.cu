@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
 template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {ffn.tables, plan.down.weight_tiles, plan.down.k_steps};
+  const MoeWork work = {
+      .tables = ffn.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
   const Rows rows = {pass.down, ffn.activations, ffn.hidden_size};
   const Down p = {ffn.expert_weights, ffn.products};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
@@ -50,7 +51,10 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
 
 const char* launch_down_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                        void* stream) {
-  return DGEMMA_LAUNCH_QUANTIZED(pass.down_encoding, plan.token_tile, launch, plan, pass, stream);
+  return launch_encoding_sm80(pass.down_encoding, plan.token_tile,
+                              [&]<Encoding kEncoding, int kTokens>() {
+                                return launch<kEncoding, kTokens>(plan, pass, stream);
+                              });
 }
 
 }  // namespace dgemma

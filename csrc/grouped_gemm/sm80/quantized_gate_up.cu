@@ -52,7 +52,9 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
 template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
+  const MoeWork work = {.tables = ffn.tables,
+                        .weight_tiles = plan.gate_up.weight_tiles,
+                        .k_steps = plan.gate_up.k_steps};
   const Rows rows = {pass.gate_up, ffn.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
@@ -65,8 +67,10 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
 
 const char* launch_gate_up_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                           void* stream) {
-  return DGEMMA_LAUNCH_QUANTIZED(pass.gate_up_encoding, plan.token_tile, launch, plan, pass,
-                                 stream);
+  return launch_encoding_sm80(pass.gate_up_encoding, plan.token_tile,
+                              [&]<Encoding kEncoding, int kTokens>() {
+                                return launch<kEncoding, kTokens>(plan, pass, stream);
+                              });
 }
 
 }  // namespace dgemma

@@ -16,6 +16,8 @@
 // first_token_row(unit) and token_row(unit, row) likewise.
 #pragma once
 
+#include <type_traits>
+
 #include "device/cp_async.h"
 #include "device/mma.h"
 #include "device/shared_memory.h"
@@ -30,16 +32,7 @@ using device::bfloat16;
 template <Encoding kEncoding>
 constexpr bool kTokensAreFp8 = kEncoding == Encoding::kFp8Activations;
 template <Encoding kEncoding>
-constexpr bool kIsFp8 = kEncoding == Encoding::kFp8 || kTokensAreFp8<kEncoding>;
-template <Encoding kEncoding>
-constexpr dgemma_weight_format kFormat = kIsFp8<kEncoding>               ? DGEMMA_WEIGHTS_FP8
-                                         : kEncoding == Encoding::kNvfp4 ? DGEMMA_WEIGHTS_NVFP4
-                                                                         : DGEMMA_WEIGHTS_INT4;
-template <Encoding kEncoding>
 constexpr int32_t kRowBytes = quantized_row_bytes(kFormat<kEncoding>);
-// Bytes of a scale.
-template <Encoding kEncoding>
-constexpr int32_t kScaleBytes = kEncoding == Encoding::kNvfp4 ? 1 : 2;
 
 // 16-byte pieces of a row in a stage, and the rows that the block's threads copy at once.
 template <Encoding kEncoding>
@@ -434,13 +427,13 @@ struct Pipeline {
       const auto unit = loader.work.find(kTokens, index);
       const int32_t quarters = (unit.rows + kTokens / 4 - 1) / (kTokens / 4);
       if (quarters <= 1)
-        consume(Columns<kQuarter>(), unit);
+        consume(std::integral_constant<int, kQuarter>(), unit);
       else if (quarters == 2)
-        consume(Columns<2 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 2 * kQuarter>(), unit);
       else if (quarters == 3)
-        consume(Columns<3 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 3 * kQuarter>(), unit);
       else
-        consume(Columns<4 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 4 * kQuarter>(), unit);
     }
   }
 };

@@ -42,9 +42,12 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {ffn.tables, plan.down.weight_tiles, plan.down.k_steps};
+  const MoeWork work = {
+      .tables = ffn.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
   const Rows rows = {pass.down, pass.activations, ffn.hidden_size};
-  const Down p = {pass.activation_scales, ffn.expert_weights, ffn.products};
+  const Down p = {.activation_scales = pass.activation_scales,
+                  .expert_weights = ffn.expert_weights,
+                  .products = ffn.products};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),

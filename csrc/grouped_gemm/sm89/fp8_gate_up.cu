@@ -66,7 +66,9 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps};
+  const MoeWork work = {.tables = ffn.tables,
+                        .weight_tiles = plan.gate_up.weight_tiles,
+                        .k_steps = plan.gate_up.k_steps};
   const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,

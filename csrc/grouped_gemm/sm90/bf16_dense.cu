@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   device::let_next_kernel_begin();
 
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto policy =
             p.work.token_tiles == 1 ? device::evict_first() : device::evict_normal();
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       gather_rows(ring, p.work, p.input, bytes_of(p.in_features), [](int32_t row) { return row; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
-    Position<kTokens> at;
+    device::increase_registers<kConsumerRegisters>();
+    typename Ring<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const DenseUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       float total[kN / 2];
@@ -79,7 +79,7 @@ device::TensorLayout make_layout(const DenseCall& call) {
 
 template <int kTokens>
 const char* launch(const DensePlan& plan, const DenseCall& call, void* stream) {
-  static_assert(sizeof(Ring<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Ring<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(call))) return problem;
   // It does not begin before the kernel in front ends: that one may write what it reads.

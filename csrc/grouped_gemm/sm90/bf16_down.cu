@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // The kernel in front waited for the tables before it let this one begin, so they are there, and
   // weights are on their way while it ends. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(shared.ring, p.work,
@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     Target* target = shared.target[device::warpgroup_index()];
-    Position<kTokens> at;
+    typename Ring<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       load_targets(p.work.tables, unit, target,
@@ -85,15 +85,17 @@ device::TensorLayout make_layout(const MoeCudaPass& pass) {
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const Down p = {{pass.tables, plan.down.weight_tiles, plan.down.k_steps},
-                  pass.activations,
-                  pass.expert_weights,
-                  pass.products,
-                  pass.hidden_size,
-                  pass.expert_size};
+  const Down p = {.work = {.tables = pass.tables,
+                           .weight_tiles = plan.down.weight_tiles,
+                           .k_steps = plan.down.k_steps},
+                  .activations = pass.activations,
+                  .expert_weights = pass.expert_weights,
+                  .products = pass.products,
+                  .hidden_size = pass.hidden_size,
+                  .expert_size = pass.expert_size};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   device::let_next_kernel_begin();
 
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(shared.ring, p.work,
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
-    Position<kTokens> at;
+    device::increase_registers<kConsumerRegisters>();
+    typename Ring<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       float sum[kN / 2] = {};
@@ -85,15 +85,17 @@ device::TensorLayout make_layout(const MoeCudaPass& pass) {
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const GateUp p = {{pass.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
-                    pass.input,
-                    pass.activations,
-                    pass.hidden_size,
-                    pass.expert_size,
-                    pass.top_k};
+  const GateUp p = {.work = {.tables = pass.tables,
+                             .weight_tiles = plan.gate_up.weight_tiles,
+                             .k_steps = plan.gate_up.k_steps},
+                    .input = pass.input,
+                    .activations = pass.activations,
+                    .hidden_size = pass.hidden_size,
+                    .expert_size = pass.expert_size,
+                    .top_k = pass.top_k};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -9,6 +9,9 @@
 // one unit to the next.
 #pragma once
 
+#include <type_traits>
+
+#include "cuda/sm90_pipeline.h"
 #include "device/barrier.h"
 #include "device/cp_async.h"
 #include "device/fence.h"
@@ -25,14 +28,12 @@ namespace dgemma::moe_sm90 {
 using device::bfloat16;
 using device::Swizzle;
 
-// Warps 0-7 multiply, warp 8 loads weights, warps 9-11 gather token rows.
-constexpr uint32_t kMultiplyingWarps = 8;
+// Warps 0-7 are the consumers, warp 8 loads weights, warps 9-11 gather token rows.
+using sm90::kConsumerRegisters;
+using sm90::kConsumerWarps;
+using sm90::kProducerRegisters;
 constexpr uint32_t kGatheringThreads = 96;
 constexpr uint32_t kPiecesPerRow = kMoeDepth * sizeof(bfloat16) / 16;
-// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
-// multiples of 8): 256 x 232 + 128 x 40 = 64,512. 128 of the 232 are accumulators where N is 256.
-constexpr int kMultiplyingRegisters = 232;
-constexpr int kLoadingRegisters = 40;
 
 // Barrier 0 is __syncthreads.
 enum NamedBarrier : uint32_t { kGathering = 1, kWarpgroup0 = 2, kWarpgroup1 = 3 };
@@ -57,6 +58,7 @@ DGEMMA_DEVICE int32_t bytes_of(int32_t columns) {
 template <int kTokens>
 struct Ring {
   static constexpr uint32_t kStages = moe_stages(kTokens);
+  using State = sm90::PipelineState<kStages>;
   struct Stage {
     alignas(1024) bfloat16 weights[kMoeWeightRows][kMoeDepth];  // rows of 128 bytes, swizzled
     alignas(1024) bfloat16 tokens[kTokens][kMoeDepth];          // likewise
@@ -64,43 +66,28 @@ struct Ring {
   static_assert(sizeof(Stage) == moe_stage_bytes(kTokens));
 
   Stage stage[kStages];
-  device::Mbarrier full[kStages];
-  device::Mbarrier empty[kStages];
+  sm90::Pipeline<kStages> pipeline;
   int32_t source_row[kTokens];  // of the unit that is being gathered
-};
-
-// A stage and how often, modulo 2, the ring has gone round.
-template <int kTokens>
-struct Position {
-  uint32_t stage = 0, parity = 0;
-  DGEMMA_DEVICE void advance() {
-    if (++stage < Ring<kTokens>::kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
 };
 
 // By one thread; __syncthreads follows.
 template <int kTokens>
 DGEMMA_DEVICE void initialise(Ring<kTokens>& ring) {
-  for (uint32_t i = 0; i < Ring<kTokens>::kStages; ++i) {
-    device::mbarrier_init(&ring.full[i], 1 + kGatheringThreads);
-    device::mbarrier_init(&ring.empty[i], kMultiplyingWarps);
-  }
+  ring.pipeline.initialise(1 + kGatheringThreads, kConsumerWarps);
   device::fence_mbarrier_init();
 }
 
 // One thread. load(destination, barrier, unit, step) starts the copy of a whole weight tile.
 template <int kTokens, typename Work, typename Load>
 DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load) {
-  Position<kTokens> at;
+  typename Ring<kTokens>::State at;
   for_each_unit<kTokens>(work, [&](const auto& unit) {
     const int32_t first = work.first_step(unit), end = first + work.steps(unit);
     for (int32_t step = first; step < end; ++step, at.advance()) {
       auto& weights = ring.stage[at.stage].weights;
-      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof weights);
-      load(weights, &ring.full[at.stage], unit, step);
+      device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
+      device::mbarrier_arrive_expect_bytes(full, sizeof weights);
+      load(weights, full, unit, step);
     }
   });
 }
@@ -114,7 +101,7 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void
                                int32_t row_bytes, RowOf row_of) {
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t piece = thread % kPiecesPerRow;
-  Position<kTokens> at;
+  typename Ring<kTokens>::State at;
   for_each_unit<kTokens>(work, [&](const auto& unit) {
     const uint32_t rows = static_cast<uint32_t>(unit.rows);
     device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
@@ -129,7 +116,7 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void
       const bool inside = byte < row_bytes;
       const char* from = static_cast<const char*>(matrix) + (inside ? byte : 0);
       char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
-      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       for (uint32_t row = thread / kPiecesPerRow; row < rows;
            row += kGatheringThreads / kPiecesPerRow) {
         const uint32_t place =
@@ -138,26 +125,21 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void
                             from + static_cast<int64_t>(ring.source_row[row]) * row_bytes,
                             inside ? 16 : 0);
       }
-      device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+      device::cp_async_mbarrier_arrive(full);
     }
   });
-}
-
-template <int kTokens>
-DGEMMA_DEVICE void release(Ring<kTokens>& ring, Position<kTokens> at) {
-  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.empty[at.stage]);
 }
 
 // A warpgroup's 64 rows of a unit, times its first kN pairs: sum holds the product (see
 // device/wgmma.h for what a thread has of it).
 template <int kN, int kTokens>
-DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, Position<kTokens>& at, int32_t k_steps,
+DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& at, int32_t k_steps,
                             float (&sum)[kN / 2]) {
   const uint32_t first_row = 64 * device::warpgroup_index();
-  Position<kTokens> behind = at;
+  typename Ring<kTokens>::State behind = at;
   for (int32_t step = 0; step < k_steps; ++step) {
     const auto& stage = ring.stage[at.stage];
-    device::mbarrier_wait(&ring.full[at.stage], at.parity);
+    ring.pipeline.consumer_wait(at);
     device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
     const auto a = device::k_major_descriptor(stage.weights[first_row], Swizzle::bytes_128);
     const auto b = device::k_major_descriptor(stage.tokens, Swizzle::bytes_128);
@@ -170,13 +152,13 @@ DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, Position<kTokens>& at, int32_t 
     // The products of the step before are done; this step's run on.
     if (step > 0) {
       device::wgmma_wait<1>();
-      release(ring, behind);
+      ring.pipeline.consumer_release(behind);
     }
     behind = at;
     at.advance();
   }
   device::wgmma_wait<0>(sum);
-  release(ring, behind);
+  ring.pipeline.consumer_release(behind);
 }
 
 // Calls consume(integral constant N, unit) for every unit, N being its rows rounded up to a quarter
@@ -185,13 +167,13 @@ template <int kTokens, typename Work, typename Consume>
 DGEMMA_DEVICE void consume_units(const Work& work, Consume consume) {
   for_each_unit<kTokens>(work, [&](const auto& unit) {
     if (unit.rows <= kTokens / 4)
-      consume(Columns<kTokens / 4>(), unit);
+      consume(std::integral_constant<int, kTokens / 4>(), unit);
     else if (unit.rows <= kTokens / 2)
-      consume(Columns<kTokens / 2>(), unit);
+      consume(std::integral_constant<int, kTokens / 2>(), unit);
     else if (unit.rows <= kTokens * 3 / 4)
-      consume(Columns<kTokens * 3 / 4>(), unit);
+      consume(std::integral_constant<int, kTokens * 3 / 4>(), unit);
     else
-      consume(Columns<kTokens>(), unit);
+      consume(std::integral_constant<int, kTokens>(), unit);
   });
 }
 

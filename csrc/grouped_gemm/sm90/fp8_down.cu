@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // are there, and weights are on their way while the last one ends. Only what that one writes must
   // be waited for: activations and their scales.
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(shared.ring, p.work,
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     device::wait_for_previous_kernel();
     Target* target = shared.target[device::warpgroup_index()];
-    Position<kTokens> at;
+    typename Ring<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       load_targets(p.work.tables, unit, target, [&](int32_t pair, int32_t position) {
@@ -95,17 +95,19 @@ device::TensorLayout make_layout(const MoeFp8Pass& pass) {
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const Down p = {{pass.ffn.tables, plan.down.weight_tiles, plan.down.k_steps},
-                  pass.down,
-                  pass.activations,
-                  pass.activation_scales,
-                  pass.ffn.expert_weights,
-                  pass.ffn.products,
-                  pass.ffn.hidden_size,
-                  pass.ffn.expert_size};
+  const Down p = {.work = {.tables = pass.ffn.tables,
+                           .weight_tiles = plan.down.weight_tiles,
+                           .k_steps = plan.down.k_steps},
+                  .matrix = pass.down,
+                  .activations = pass.activations,
+                  .activation_scales = pass.activation_scales,
+                  .expert_weights = pass.ffn.expert_weights,
+                  .products = pass.ffn.products,
+                  .hidden_size = pass.ffn.hidden_size,
+                  .expert_size = pass.ffn.expert_size};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   device::let_next_kernel_begin();
 
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(shared.ring, p.work,
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     float* scale = shared.scale[device::warpgroup_index()];
-    Position<kTokens> at;
+    typename Ring<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       load_scales(p, unit, scale);
@@ -116,17 +116,19 @@ device::TensorLayout make_layout(const MoeFp8Pass& pass) {
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const GateUp p = {{pass.ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
-                    pass.gate_up,
-                    pass.input,
-                    pass.input_scales,
-                    pass.ffn.activations,
-                    pass.ffn.hidden_size,
-                    pass.ffn.expert_size,
-                    pass.ffn.top_k};
+  const GateUp p = {.work = {.tables = pass.ffn.tables,
+                             .weight_tiles = plan.gate_up.weight_tiles,
+                             .k_steps = plan.gate_up.k_steps},
+                    .matrix = pass.gate_up,
+                    .input = pass.input,
+                    .input_scales = pass.input_scales,
+                    .activations = pass.ffn.activations,
+                    .hidden_size = pass.ffn.hidden_size,
+                    .expert_size = pass.ffn.expert_size,
+                    .top_k = pass.ffn.top_k};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

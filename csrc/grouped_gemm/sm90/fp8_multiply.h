@@ -12,13 +12,13 @@ static_assert(kFp8Depth == kMoeDepth * sizeof(bfloat16));
 // A warpgroup's 64 rows of a unit, times its first kN pairs: adds the products to `total`. The
 // tensor core sums one stage; over stages the sum runs in fp32.
 template <int kN, int kTokens>
-DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, Position<kTokens>& at, int32_t k_steps,
-                                 float (&total)[kN / 2]) {
+DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, typename Ring<kTokens>::State& at,
+                                 int32_t k_steps, float (&total)[kN / 2]) {
   const uint32_t first_row = 64 * device::warpgroup_index();
   float sum[kN / 2] = {};
   for (int32_t step = 0; step < k_steps; ++step) {
     const auto& stage = ring.stage[at.stage];
-    device::mbarrier_wait(&ring.full[at.stage], at.parity);
+    ring.pipeline.consumer_wait(at);
     device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
     const auto a = device::k_major_descriptor(stage.weights[first_row], Swizzle::bytes_128);
     const auto b = device::k_major_descriptor(stage.tokens, Swizzle::bytes_128);
@@ -28,7 +28,7 @@ DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, Position<kTokens>& at, int
       device::wgmma_e4m3<kN>(sum, device::advanced(a, k), device::advanced(b, k), k > 0);
     device::wgmma_commit();
     device::wgmma_wait<0>(sum);
-    release(ring, at);
+    ring.pipeline.consumer_release(at);
     at.advance();
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) total[i] += sum[i];

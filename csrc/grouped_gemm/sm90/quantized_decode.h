@@ -14,11 +14,23 @@ namespace dgemma::moe_sm90_quantized {
 
 using device::permute_bytes;
 
+constexpr float sum_unit_sm90(Encoding encoding) {
+  switch (encoding) {
+    case Encoding::kInt4:
+      return 0x1p33f;
+    case Encoding::kInt4Float16:
+      return 64.0f;
+    case Encoding::kNvfp4:
+      return 65536.0f;
+    case Encoding::kFp8:
+    case Encoding::kFp8Activations:
+      break;  // no weights of 8 bits are decoded here
+  }
+  return 0.0f;
+}
 // Sums of weights decoded here are to be multiplied by this.
 template <Encoding kEncoding>
-constexpr float kSumUnit = kEncoding == Encoding::kInt4          ? 0x1p33f
-                           : kEncoding == Encoding::kInt4Float16 ? 64.0f
-                                                                 : 65536.0f;
+constexpr float kSumUnit = sum_unit_sm90(kEncoding);
 
 // What one group's scale becomes for one row: each in both halves.
 template <Encoding kEncoding>
@@ -61,6 +73,7 @@ DGEMMA_DEVICE void decode_scales(uint32_t first, uint32_t second,
     dgemma::decode_scales<kEncoding>(first, second, scale);
     for (int row = 0; row < 2; ++row) to[row][0] = {scale[row].high, scale[row].low};
   } else {
+    static_assert(kEncoding == Encoding::kNvfp4);
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
       const uint32_t small =
@@ -100,6 +113,7 @@ DGEMMA_DEVICE void decode_word(uint32_t word, const GroupScale<kEncoding>& scale
 #pragma unroll
     for (int i = 0; i < 4; ++i) pair[i] = multiply(pair[i], scale.scale);
   } else {
+    static_assert(kFormat<kEncoding> == DGEMMA_WEIGHTS_INT4);
     const uint32_t even = word & 0x0f0f0f0fu, odd = word & 0xf0f0f0f0u;  // 16 times
     pair[0] = permute_bytes(even, 0, 0x4140);
     pair[1] = permute_bytes(even, 0, 0x4342);

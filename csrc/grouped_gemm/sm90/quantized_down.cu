@@ -49,9 +49,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // The tables are there and weights may come while the kernel in front ends, as in
   // sm90/bf16_down.cu. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
           shared.ring, p.work, p.rows,
@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                                [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     Target* target = shared.target[device::warpgroup_index()];
     const uint32_t row = 16 * warp + device::lane_index() / 4;
     const DecodeTable table = make_decode_table();
-    Place<kTokens> at;
+    typename WeightRing<kTokens>::State at;
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
       constexpr int kN = decltype(columns)::value;
       load_targets(p.work.tables, unit, target,
@@ -101,15 +101,17 @@ device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
 
 template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
   const MoeCudaPass& ffn = pass.ffn;
-  const Down p = {{ffn.tables, plan.down.weight_tiles, plan.down.k_steps},
-                  {pass.down, ffn.hidden_size},
-                  ffn.activations,
-                  ffn.expert_weights,
-                  ffn.products};
+  const Down p = {.work = {.tables = ffn.tables,
+                           .weight_tiles = plan.down.weight_tiles,
+                           .k_steps = plan.down.k_steps},
+                  .rows = {pass.down, ffn.hidden_size},
+                  .activations = ffn.activations,
+                  .expert_weights = ffn.expert_weights,
+                  .products = ffn.products};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),
@@ -121,8 +123,10 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
 
 const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                        void* stream) {
-  return DGEMMA_LAUNCH_QUANTIZED_90(pass.down_encoding, plan.token_tile, launch, plan, pass,
-                                    stream);
+  return launch_encoding_sm90(pass.down_encoding, plan.token_tile,
+                              [&]<Encoding kEncoding, int kTokens>() {
+                                return launch<kEncoding, kTokens>(plan, pass, stream);
+                              });
 }
 
 }  // namespace dgemma

@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   device::let_next_kernel_begin();
 
   const uint32_t warp = device::warp_index();
-  if (warp >= kMultiplyingWarps) {
-    device::decrease_registers<kLoadingRegisters>();
-    if (warp == kMultiplyingWarps) {
+  if (warp >= kConsumerWarps) {
+    device::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
           shared.ring, p.work, p.rows,
@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       });
     }
   } else {
-    device::increase_registers<kMultiplyingRegisters>();
+    device::increase_registers<kConsumerRegisters>();
     const DecodeTable table = make_decode_table();
-    Place<kTokens> at;
+    typename WeightRing<kTokens>::State at;
     const int32_t result = own_result();
     const uint32_t place = static_cast<uint32_t>(result % 2 * (kColumns / 2) + result / 2);
     consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
@@ -159,15 +159,17 @@ device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
 
 template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
-  static_assert(sizeof(Shared<kTokens>) <= kMoeSharedLimit);
+  static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
   const MoeCudaPass& ffn = pass.ffn;
-  const GateUp p = {{ffn.tables, plan.gate_up.weight_tiles, plan.gate_up.k_steps},
-                    {pass.gate_up, ffn.expert_size},
-                    ffn.arranged_input,
-                    ffn.activations,
-                    ffn.top_k};
+  const GateUp p = {.work = {.tables = ffn.tables,
+                             .weight_tiles = plan.gate_up.weight_tiles,
+                             .k_steps = plan.gate_up.k_steps},
+                    .rows = {pass.gate_up, ffn.expert_size},
+                    .input = ffn.arranged_input,
+                    .activations = ffn.activations,
+                    .top_k = ffn.top_k};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),
@@ -179,8 +181,10 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
 
 const char* launch_gate_up_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                           void* stream) {
-  return DGEMMA_LAUNCH_QUANTIZED_90(pass.gate_up_encoding, plan.token_tile, launch, plan, pass,
-                                    stream);
+  return launch_encoding_sm90(pass.gate_up_encoding, plan.token_tile,
+                              [&]<Encoding kEncoding, int kTokens>() {
+                                return launch<kEncoding, kTokens>(plan, pass, stream);
+                              });
 }
 
 }  // namespace dgemma

@@ -17,7 +17,7 @@
 
 namespace dgemma::moe_sm90_quantized {
 
-using namespace moe_sm90;  // the roles; Ring and what goes with it are this file's
+using namespace moe_sm90;  // the roles; the stages are this file's
 using device::bfloat16;
 using device::Swizzle;
 
@@ -36,41 +36,27 @@ struct Stage {
 template <int kTokens>
 struct WeightRing {
   static constexpr uint32_t kStages = quantized_stages_90(kTokens);
+  using State = sm90::PipelineState<kStages>;
   static constexpr int kSteps = Stage<kTokens>::kSteps;
   static_assert(sizeof(Stage<kTokens>) == quantized_stage_bytes_90(kTokens));
 
   Stage<kTokens> stage[kStages];
-  device::Mbarrier full[kStages];
-  device::Mbarrier empty[kStages];
+  sm90::Pipeline<kStages> pipeline;
   // Where the token rows of the unit that is being gathered begin, in pieces of 16 bytes.
   uint32_t source[kTokens];
-};
-
-// A stage and how often, modulo 2, the ring has gone round.
-template <int kTokens>
-struct Place {
-  uint32_t stage = 0, parity = 0;
-  DGEMMA_DEVICE void advance() {
-    if (++stage < WeightRing<kTokens>::kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
 };
 
 // By one thread; __syncthreads follows. The weights' bytes and every copying thread fill a stage.
 template <int kTokens>
 DGEMMA_DEVICE void initialise(WeightRing<kTokens>& ring) {
-  for (uint32_t i = 0; i < WeightRing<kTokens>::kStages; ++i) {
-    device::mbarrier_init(&ring.full[i], 1 + 32 + kGatheringThreads);
-    device::mbarrier_init(&ring.empty[i], kMultiplyingWarps);
-  }
+  ring.pipeline.initialise(1 + 32 + kGatheringThreads, kConsumerWarps);
   device::fence_mbarrier_init();
 }
 
 // Bytes of so many columns' scales.
 template <Encoding kEncoding>
 DGEMMA_DEVICE int32_t scale_bytes_of(const QuantizedMatrix& matrix, int32_t columns) {
-  return (columns >> matrix.group_bits) * (kEncoding == Encoding::kNvfp4 ? 1 : 2);
+  return (columns >> matrix.group_bits) * kScaleBytes<kEncoding>;
 }
 
 // What a lane of the four loading warps copies of the scales: those of one row.
@@ -85,7 +71,7 @@ struct ScaleCopies {
 
   DGEMMA_DEVICE explicit ScaleCopies(const Rows& rows)
       : rows(rows),
-        tile_row(static_cast<int32_t>(threadIdx.x - kMultiplyingWarps * 32)),
+        tile_row(static_cast<int32_t>(threadIdx.x - kConsumerWarps * 32)),
         bytes(scale_bytes_of<kEncoding>(rows.matrix, kColumns)) {
     const uint64_t all = static_cast<uint64_t>(bytes | rows.matrix.scale_bytes | 16) |
                          reinterpret_cast<uintptr_t>(rows.matrix.scales);
@@ -138,21 +124,20 @@ template <Encoding kEncoding, int kTokens, typename Rows, typename Load>
 DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
                                 Load load) {
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
-  Place<kTokens> at;
+  typename WeightRing<kTokens>::State at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
     scales.begin(unit);
     for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
-      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       if (device::elect_one()) {  // here, where it also brings the lanes together again
-        device::mbarrier_arrive_expect_bytes(&ring.full[at.stage], sizeof stage.weights);
+        device::mbarrier_arrive_expect_bytes(full, sizeof stage.weights);
         // A step past the last is zero.
         for (int32_t i = 0; i < ring.kSteps; ++i)
-          load(stage.weights[i], &ring.full[at.stage], unit,
-               (step + i) * static_cast<int32_t>(kValueBytes));
+          load(stage.weights[i], full, unit, (step + i) * static_cast<int32_t>(kValueBytes));
       }
       scales.start(stage, step);
-      device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+      device::cp_async_mbarrier_arrive(full);
     }
   });
 }
@@ -175,7 +160,7 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
     place[i] =
         device::swizzled(((first_row + 4 * i) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
-  Place<kTokens> at;
+  typename WeightRing<kTokens>::State at;
   for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
     const uint32_t count = static_cast<uint32_t>(unit.rows);
     device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
@@ -190,7 +175,7 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
       Stage<kTokens>& stage = ring.stage[at.stage];
       char* tile = reinterpret_cast<char*>(stage.tokens);
       const bool whole = step + ring.kSteps <= work.k_steps;
-      device::mbarrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       scales.start(stage, step);
       for (uint32_t eight = 8 * warp; eight < count; eight += 8 * kGatheringThreads / 32) {
 #pragma unroll
@@ -206,15 +191,10 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
           }
         }
       }
-      device::cp_async_mbarrier_arrive(&ring.full[at.stage]);
+      device::cp_async_mbarrier_arrive(full);
       from += ring.kSteps * 2 * kPiecesPerRow;
     }
   });
-}
-
-template <int kTokens>
-DGEMMA_DEVICE void release(WeightRing<kTokens>& ring, Place<kTokens> at) {
-  if (device::lane_index() == 0) device::mbarrier_arrive(&ring.empty[at.stage]);
 }
 
 // A thread's two rows of its warp's 16: where they lie in a stage, and where they belong.
@@ -243,16 +223,16 @@ struct OwnRows {
 
 // A warpgroup's 64 rows of a unit, times its first kN pairs.
 template <Encoding kEncoding, int kN, int kTokens>
-DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const OwnRows& own,
-                            const QuantizedMatrix& matrix, const DecodeTable& table,
-                            int32_t k_steps, float (&sum)[kN / 2]) {
+DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kTokens>::State& at,
+                            const OwnRows& own, const QuantizedMatrix& matrix,
+                            const DecodeTable& table, int32_t k_steps, float (&sum)[kN / 2]) {
   uint32_t a[2][4][4] = {};  // four steps of 16 columns in each set
   const auto first_b = device::k_major_descriptor(ring.stage[0].tokens, Swizzle::bytes_128);
   const int32_t step_bytes = scale_bytes_of<kEncoding>(matrix, kArrangedBlock);
-  Place<kTokens> behind = at;
+  typename WeightRing<kTokens>::State behind = at;
   for (int32_t first = 0; first < k_steps; first += ring.kSteps) {
     const Stage<kTokens>& stage = ring.stage[at.stage];
-    device::mbarrier_wait(&ring.full[at.stage], at.parity);
+    ring.pipeline.consumer_wait(at);
     device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
 #pragma unroll
     for (int i = 0; i < ring.kSteps; ++i) {
@@ -276,7 +256,7 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const
       for (int half = 0; half < 2; ++half) {
         // The products of the half before run on; those before it, whose set this is, are done.
         device::wgmma_wait<1>(a[half]);
-        if (i == 0 && half == 1 && first > 0) release(ring, behind);
+        if (i == 0 && half == 1 && first > 0) ring.pipeline.consumer_release(behind);
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
 #pragma unroll
@@ -301,7 +281,7 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, Place<kTokens>& at, const
     at.advance();
   }
   device::wgmma_wait<0>(sum, a);
-  release(ring, behind);
+  ring.pipeline.consumer_release(behind);
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) sum[i] *= own.factor[i / 2 % 2];
 }

@@ -2,6 +2,7 @@
 #include <cinttypes>
 #include <cmath>
 
+#include "common/ceil_divide.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "layer/cpu/kernels.h"
@@ -21,7 +22,7 @@ dgemma_status run(const Op& op, void (*LayerKernels::*kernel)(const Op&, int64_t
   if (status != DGEMMA_OK) return status;
   const auto rows_of = DGEMMA_TABLE_OF(variant, layer_kernels)[op.dtype].*kernel;
   const int64_t step = width < kValuesPerTask ? kValuesPerTask / width : 1;
-  run_tasks(cpu, (rows + step - 1) / step, [&](int64_t task) {
+  run_tasks(cpu, ceil_divide(rows, step), [&](int64_t task) {
     const int64_t first = task * step, end = first + step;
     rows_of(op, first, end < rows ? end : rows);
   });

@@ -30,16 +30,16 @@ __global__ void __launch_bounds__(kMostThreads) attention_residual(const Residua
 
 const char* launch_attention_residual(const dgemma_attention_residual& op, void* stream) {
   const auto in = [](const void* p) { return static_cast<const bfloat16*>(p); };
-  const Residual p = {in(op.hidden),
-                      in(op.attended),
-                      in(op.attended_norm),
-                      in(op.dense_norm),
-                      in(op.sparse_norm),
-                      static_cast<bfloat16*>(op.residual),
-                      static_cast<bfloat16*>(op.dense_input),
-                      static_cast<bfloat16*>(op.sparse_input),
-                      static_cast<int32_t>(op.hidden_size),
-                      op.epsilon};
+  const Residual p = {.hidden = in(op.hidden),
+                      .attended = in(op.attended),
+                      .attended_norm = in(op.attended_norm),
+                      .dense_norm = in(op.dense_norm),
+                      .sparse_norm = in(op.sparse_norm),
+                      .residual = static_cast<bfloat16*>(op.residual),
+                      .dense_input = static_cast<bfloat16*>(op.dense_input),
+                      .sparse_input = static_cast<bfloat16*>(op.sparse_input),
+                      .width = static_cast<int32_t>(op.hidden_size),
+                      .epsilon = op.epsilon};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.tokens)),
                                      .threads = row_threads(op.hidden_size),
                                      .shared_bytes = sizeof(RowShared),

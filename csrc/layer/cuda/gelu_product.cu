@@ -1,4 +1,5 @@
 // gelu_tanh(gate) * up, eight values a thread; the activation is rounded before the product.
+#include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "layer/cuda/kernels.h"
 #include "layer/cuda/row.h"
@@ -14,7 +15,8 @@ struct Product {
   int64_t values;
 };
 
-// The tanh form, as torch computes it in fp32.
+// The tanh form, as torch computes it in fp32. The experts' epilogue has a quicker one
+// (grouped_gemm/cuda/gelu.h); here the reads are what takes the time.
 DGEMMA_DEVICE float gelu(float x) {
   constexpr float kSqrtTwoOverPi = 0.79788456080286536f, kCubic = 0.044715f;
   return 0.5f * x * (1.0f + tanhf(kSqrtTwoOverPi * (x + kCubic * x * x * x)));
@@ -40,11 +42,13 @@ __global__ void __launch_bounds__(kThreads) gelu_product(const Product p) {
 }  // namespace
 
 const char* launch_gelu_product(const dgemma_gelu_product& op, void* stream) {
-  const Product p = {static_cast<const bfloat16*>(op.gate), static_cast<const bfloat16*>(op.up),
-                     static_cast<bfloat16*>(op.output), op.values};
+  const Product p = {.gate = static_cast<const bfloat16*>(op.gate),
+                     .up = static_cast<const bfloat16*>(op.up),
+                     .output = static_cast<bfloat16*>(op.output),
+                     .values = op.values};
   const int64_t threads = op.values / 8;
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((threads + kThreads - 1) / kThreads)),
+      .grid = dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))),
       .threads = kThreads,
       .overlaps_previous_kernel = true};
   return device::launch(shape, stream, gelu_product, p);

@@ -35,18 +35,18 @@ __global__ void __launch_bounds__(kMostThreads) layer_output(const Output p) {
 
 const char* launch_layer_output(const dgemma_layer_output& op, void* stream) {
   const auto in = [](const void* p) { return static_cast<const bfloat16*>(p); };
-  const Output p = {in(op.residual),
-                    in(op.dense),
-                    in(op.sparse),
-                    in(op.dense_norm),
-                    in(op.sparse_norm),
-                    in(op.norm),
-                    in(op.next_norm),
-                    static_cast<bfloat16*>(op.output),
-                    static_cast<bfloat16*>(op.next_input),
-                    static_cast<int32_t>(op.hidden_size),
-                    op.epsilon,
-                    op.scalar};
+  const Output p = {.residual = in(op.residual),
+                    .dense = in(op.dense),
+                    .sparse = in(op.sparse),
+                    .dense_norm = in(op.dense_norm),
+                    .sparse_norm = in(op.sparse_norm),
+                    .norm = in(op.norm),
+                    .next_norm = in(op.next_norm),
+                    .output = static_cast<bfloat16*>(op.output),
+                    .next_input = static_cast<bfloat16*>(op.next_input),
+                    .width = static_cast<int32_t>(op.hidden_size),
+                    .epsilon = op.epsilon,
+                    .scalar = op.scalar};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.tokens)),
                                      .threads = row_threads(op.hidden_size),
                                      .shared_bytes = sizeof(RowShared),

@@ -1,5 +1,6 @@
 // Queries and keys normalised and rotated, values normalised: a warp has one head of a token, and a
 // lane both values of each of its pairs.
+#include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "layer/cuda/kernels.h"
 #include "layer/cuda/row.h"
@@ -85,23 +86,23 @@ __global__ void __launch_bounds__(kThreads) normalise_heads(const Heads p) {
 
 const char* launch_normalise_heads(const dgemma_normalise_heads& op, void* stream) {
   const auto in = [](const void* p) { return static_cast<const bfloat16*>(p); };
-  const Heads p = {in(op.raw_query),
-                   in(op.raw_key),
-                   in(op.raw_value != nullptr ? op.raw_value : op.raw_key),
-                   in(op.query_norm),
-                   in(op.key_norm),
-                   in(op.cosine),
-                   in(op.sine),
-                   static_cast<bfloat16*>(op.query),
-                   static_cast<bfloat16*>(op.key),
-                   static_cast<bfloat16*>(op.value),
-                   op.tokens * (op.query_heads + 2 * op.key_heads),
-                   static_cast<int32_t>(op.query_heads),
-                   static_cast<int32_t>(op.key_heads),
-                   static_cast<int32_t>(op.head_dim),
-                   op.epsilon};
+  const Heads p = {.raw_query = in(op.raw_query),
+                   .raw_key = in(op.raw_key),
+                   .raw_value = in(op.raw_value != nullptr ? op.raw_value : op.raw_key),
+                   .query_norm = in(op.query_norm),
+                   .key_norm = in(op.key_norm),
+                   .cosine = in(op.cosine),
+                   .sine = in(op.sine),
+                   .query = static_cast<bfloat16*>(op.query),
+                   .key = static_cast<bfloat16*>(op.key),
+                   .value = static_cast<bfloat16*>(op.value),
+                   .heads = op.tokens * (op.query_heads + 2 * op.key_heads),
+                   .query_heads = static_cast<int32_t>(op.query_heads),
+                   .key_heads = static_cast<int32_t>(op.key_heads),
+                   .head_dim = static_cast<int32_t>(op.head_dim),
+                   .epsilon = op.epsilon};
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((p.heads + kWarps - 1) / kWarps)),
+      .grid = dim3(static_cast<unsigned>(ceil_divide(p.heads, kWarps))),
       .threads = kThreads,
       .overlaps_previous_kernel = true};
   return device::launch(shape, stream, normalise_heads, p);

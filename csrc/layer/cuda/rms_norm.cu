@@ -27,9 +27,11 @@ __global__ void __launch_bounds__(kMostThreads) rms_norm(const Norm p) {
 }  // namespace
 
 const char* launch_rms_norm(const dgemma_rms_norm& op, void* stream) {
-  const Norm p = {static_cast<const bfloat16*>(op.input), static_cast<const bfloat16*>(op.weight),
-                  static_cast<bfloat16*>(op.output), static_cast<int32_t>(op.hidden_size),
-                  op.epsilon};
+  const Norm p = {.input = static_cast<const bfloat16*>(op.input),
+                  .weight = static_cast<const bfloat16*>(op.weight),
+                  .output = static_cast<bfloat16*>(op.output),
+                  .width = static_cast<int32_t>(op.hidden_size),
+                  .epsilon = op.epsilon};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.tokens)),
                                      .threads = row_threads(op.hidden_size),
                                      .shared_bytes = sizeof(RowShared),

@@ -36,15 +36,15 @@ __global__ void __launch_bounds__(kMostThreads) token_embedding(const Embedding 
 }  // namespace
 
 const char* launch_token_embedding(const dgemma_token_embedding& op, void* stream) {
-  const Embedding p = {op.ids,
-                       static_cast<const bfloat16*>(op.embedding),
-                       static_cast<const bfloat16*>(op.conditioning),
-                       static_cast<bfloat16*>(op.output),
-                       static_cast<int32_t>(op.vocabulary),
-                       static_cast<int32_t>(op.hidden_size),
-                       op.scale,
-                       op.epsilon,
-                       op.normalise != 0};
+  const Embedding p = {.ids = op.ids,
+                       .embedding = static_cast<const bfloat16*>(op.embedding),
+                       .conditioning = static_cast<const bfloat16*>(op.conditioning),
+                       .output = static_cast<bfloat16*>(op.output),
+                       .vocabulary = static_cast<int32_t>(op.vocabulary),
+                       .width = static_cast<int32_t>(op.hidden_size),
+                       .scale = op.scale,
+                       .epsilon = op.epsilon,
+                       .normalise = op.normalise != 0};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(op.tokens)),
                                      .threads = row_threads(op.hidden_size),
                                      .shared_bytes = sizeof(RowShared),
