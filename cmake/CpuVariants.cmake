@@ -25,7 +25,7 @@ function(dgemma_add_cpu_table family table variant)
   if(family STREQUAL "layer" OR table STREQUAL "route")
     list(APPEND flags -ffp-contract=off)
   endif()
-  # A tile's sums fill the registers; with this flag fewer of them are kept in memory (grouped_gemm/NOTES.md).
+  # A tile's sums fill the registers; with this flag fewer of them are kept in memory (csrc/grouped_gemm/LOG.md).
   if(family STREQUAL "grouped_gemm" AND variant MATCHES "avx512" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND flags -flive-range-shrinkage)
   endif()

@@ -1,4 +1,4 @@
-// Which CPU variant a call runs.
+// The choice of the CPU variant that a call runs.
 #pragma once
 
 #include "dgemma/base.h"

@@ -1,5 +1,5 @@
-// What the CPU entry points of every family share: how they refuse, how they hand out their
-// workspace, and how they spread tasks over the host's threads.
+// The CPU entry points of every family share these: error messages, the cutting of a workspace into
+// parts, and the spreading of tasks over the host's threads.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace dgemma {
 
-// Of the workspace and of each part of it: a cache line, and the widest vector.
+// The alignment of the workspace and of each part of it: a cache line, and the widest vector.
 constexpr size_t kAlignment = 64;
 
 // Writes the message ("argument: got this, wants that") and returns the status.
@@ -49,7 +49,7 @@ struct BufferArgument {
 };
 dgemma_status check_buffers(std::initializer_list<BufferArgument> buffers, dgemma_cpu* cpu);
 
-// Hands out parts of a workspace; without a base only the size is counted.
+// Cuts a workspace into parts; without a base only the size is counted.
 struct Carver {
   char* base;
   size_t used = 0;

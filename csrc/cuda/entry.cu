@@ -38,8 +38,8 @@ dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted
 
 dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda) {
   device::Properties properties = {};
-  if (const char* problem = device::get_properties(&properties))
-    return fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
+  if (const char* error = device::get_properties(&properties))
+    return fail(cuda, DGEMMA_CUDA_ERROR, "%s", error);
   const int32_t capability = properties.compute_capability;
   if (capability < 80)
     return fail(cuda, DGEMMA_UNSUPPORTED,
@@ -54,8 +54,8 @@ dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda) {
   return DGEMMA_OK;
 }
 
-dgemma_status launched(const char* problem, dgemma_cuda* cuda) {
-  return problem == nullptr ? DGEMMA_OK : fail(cuda, DGEMMA_CUDA_ERROR, "%s", problem);
+dgemma_status launched(const char* error, dgemma_cuda* cuda) {
+  return error == nullptr ? DGEMMA_OK : fail(cuda, DGEMMA_CUDA_ERROR, "%s", error);
 }
 
 dgemma_status wait_for_stream(dgemma_cuda* cuda) {

@@ -1,5 +1,5 @@
-// What the CUDA entry points of every family share: how they refuse, which GPU they are on, and how
-// they hand out their workspace. The twin of cpu/entry.h.
+// The CUDA entry points of every family share these: error messages, the GPU at hand, and the
+// cutting of a workspace into parts. The twin of cpu/entry.h.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,8 @@
 
 namespace dgemma {
 
-// Of the workspace, which the headers ask for, and of each part of it: what cudaMalloc aligns to.
+// The alignment of the workspace that the headers ask for, and of each part of it: what cudaMalloc
+// aligns to.
 constexpr size_t kWorkspaceAlignment = 64;
 constexpr size_t kPartAlignment = 256;
 
@@ -34,7 +35,7 @@ dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted
 // The kernels that a GPU is served by.
 enum class CudaPath {
   kSm80,  // mma.sync and cp.async: 8.0 and all that came later
-  kSm90,  // wgmma and the copy engine: 9.0 alone
+  kSm90,  // wgmma and TMA: 9.0 alone
 };
 
 struct Gpu {
@@ -46,13 +47,14 @@ struct Gpu {
 // The GPU that is current in the calling thread; DGEMMA_UNSUPPORTED below compute capability 8.0.
 dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda);
 
-// Turns what a launch said (null, or CUDA's words) into a status.
-dgemma_status launched(const char* problem, dgemma_cuda* cuda);
+// Turns the result of a launch (null, or the error's text) into a status.
+dgemma_status launched(const char* error, dgemma_cuda* cuda);
 
-// Waits for all that the stream holds; DGEMMA_CUDA_ERROR with CUDA's words where a kernel failed.
+// Waits for all that the stream holds; DGEMMA_CUDA_ERROR with the error's text where a kernel
+// failed.
 dgemma_status wait_for_stream(dgemma_cuda* cuda);
 
-// Hands out parts of a workspace as offsets, counting its size.
+// Cuts a workspace into parts, as offsets, and counts its size.
 struct WorkspaceParts {
   size_t bytes = 0;
 

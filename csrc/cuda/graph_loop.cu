@@ -38,19 +38,18 @@ class Loop final : public GraphLoop {
 
 }  // namespace
 
-std::unique_ptr<GraphLoop> GraphLoop::make(void* step, const LoopFlags& flags,
-                                           std::string* problem) {
+std::unique_ptr<GraphLoop> GraphLoop::make(void* step, const LoopFlags& flags, std::string* error) {
   const int32_t release = device::driver_release();
   if (release < device::kLoopsFrom) {
-    *problem = release == 0 ? "there is no driver"
-                            : "the driver serves CUDA " + std::to_string(release / 1000) + "." +
-                                  std::to_string(release % 1000 / 10) +
-                                  ", and loops in graphs came with 12.4";
+    *error = release == 0
+                 ? "there is no driver"
+                 : "the driver serves CUDA " + std::to_string(release / 1000) + "." +
+                       std::to_string(release % 1000 / 10) + ", and loops in graphs came with 12.4";
     return nullptr;
   }
   auto loop = std::make_unique<Loop>();
   if (const char* said = loop->build(step, flags)) {
-    *problem = said;
+    *error = said;
     return nullptr;
   }
   return loop;

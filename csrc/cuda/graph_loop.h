@@ -8,7 +8,7 @@
 
 namespace dgemma {
 
-// What decides after a step, in device memory.
+// The flags that decide after a step, in device memory.
 struct LoopFlags {
   const uint8_t* active;  // [rows]: cleared by the step that finishes a row's canvas
   const int32_t* slot;    // [rows]: -1 where no request is, which stops nothing
@@ -19,13 +19,13 @@ struct LoopFlags {
 class GraphLoop {
  public:
   // step: a cudaGraph_t whose nodes are kernels, copies and sets. It is copied into the loop; the
-  // memory that it works on must stay. Null, with CUDA's words in `problem`, where this GPU or its
-  // driver has no loops in graphs.
-  static std::unique_ptr<GraphLoop> make(void* step, const LoopFlags& flags, std::string* problem);
+  // memory that it works on must stay. Null, with the error's text in `error`, where this GPU or
+  // its driver has no loops in graphs.
+  static std::unique_ptr<GraphLoop> make(void* step, const LoopFlags& flags, std::string* error);
   virtual ~GraphLoop() = default;
 
-  // Enqueues steps, at least one, until a row with a request is not active or none are left. Null,
-  // or CUDA's words.
+  // Enqueues steps, at least one, until a row with a request is not active or none are left.
+  // Returns null or the error's text.
   virtual const char* launch(void* stream) = 0;
 };
 

@@ -23,7 +23,7 @@ constexpr int32_t kRows = 128;
 constexpr int32_t kColumns = 128;
 constexpr int32_t kDepth = 64;
 constexpr int32_t kPieces = kDepth * 2 / 16;  // 16-byte pieces of a tile's row
-// Of 101,376 bytes that a block may have on 8.6, 8.9 and 12.0.
+// Three stages are 98,304 bytes of kSharedLimit80.
 constexpr int32_t kStages = 3;
 
 struct Stage {
@@ -37,7 +37,7 @@ struct Ring {
   Stage stage[kStages];
 };
 
-// Where a piece of a row lies in a tile.
+// The address of a piece of a row in a tile.
 DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {
   const uint32_t offset = static_cast<uint32_t>(row * kPieces + piece) * 16;
   return static_cast<char*>(const_cast<void*>(tile)) +
@@ -78,7 +78,7 @@ DGEMMA_DEVICE void multiply(const Stage& stage, Sum& sum) {
                          piece_of(stage.left, warp_row() + 16 * tile + lane % 16, k + lane / 16));
 #pragma unroll
     for (int32_t group = 0; group < 4; ++group) {
-      // Both halves of k for eight columns, then for the next eight.
+      // The four tiles are both halves of k for eight columns, then for the next eight.
       uint32_t b[4];
       if constexpr (kColumnsContiguous)
         device::load_tiles_transposed(
@@ -108,8 +108,7 @@ DGEMMA_DEVICE void multiply_all(Ring& ring, int32_t steps, Sum& sum, Start start
   }
   for (int32_t step = 0; step < steps; ++step) {
     device::cp_async_wait<kStages - 2>();
-    // This step's copies are there for all, and nobody reads the stage any more that is filled
-    // next.
+    // This step's copies are visible to all, and no warp still reads the stage that is filled next.
     __syncthreads();
     const int32_t next = step + kStages - 1;
     if (next < steps) start(ring.stage[next % kStages], next);

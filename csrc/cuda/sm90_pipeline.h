@@ -17,8 +17,8 @@ namespace dgemma::sm90 {
 constexpr uint32_t kConsumerWarps = 8;
 // Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
 // multiples of 8): 256 consumers x 232 + 128 producers x 40 = 64,512. A consumer keeps 128
-// accumulators of the largest tile. The head's other warps do more than load, so it has numbers of
-// its own.
+// accumulators of the largest tile. The head's other warps do more than load, so the head has
+// numbers of its own.
 constexpr int kConsumerRegisters = 232;
 constexpr int kProducerRegisters = 40;
 
@@ -40,7 +40,7 @@ struct PipelineState {
   }
 };
 
-// The barriers; the stages' memory is its user's.
+// The barriers of the stages; their memory belongs to the kernel.
 template <uint32_t kStages>
 struct Pipeline {
   using State = PipelineState<kStages>;
@@ -57,7 +57,7 @@ struct Pipeline {
     }
   }
 
-  // Waits until the consumers have released the stage, which all are to begin with, and gives the
+  // Waits until the consumers have released the stage (all stages begin released), and returns the
   // barrier that its copies arrive at.
   DGEMMA_DEVICE device::Mbarrier* producer_acquire(State at) {
     device::mbarrier_wait(&empty[at.stage], at.phase ^ 1);

@@ -22,8 +22,8 @@ DGEMMA_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, M
       : "memory");
 }
 
-// To the same place in the shared memory of another block of the cluster, whose barrier (at the
-// same place there) counts the bytes.
+// Copies to the same place in the shared memory of another block of the cluster, whose barrier (at
+// the same place there) counts the bytes.
 DGEMMA_DEVICE void bulk_copy_to_block(void* shared, const void* source, uint32_t bytes,
                                       Mbarrier* barrier, uint32_t block_rank) {
   asm volatile(
@@ -46,13 +46,13 @@ DGEMMA_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) 
 // Closes the thread's group of the bulk stores (tma_store too) since the last commit.
 DGEMMA_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until of all but the newest `kPending` groups the source has been read.
+// Waits until the sources of all but the newest `kPending` groups have been read.
 template <int kPending>
 DGEMMA_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Until all but the newest `kPending` groups are done: written, and seen by this thread.
+// Waits until all but the newest `kPending` groups are done: written, and seen by this thread.
 template <int kPending>
 DGEMMA_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");

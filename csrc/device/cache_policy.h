@@ -1,5 +1,5 @@
-// What the L2 cache does with the lines of a copy. PTX ISA, "Data Movement and Conversion:
-// createpolicy" (sm_80).
+// Policies for the L2 cache: which lines of a copy it keeps. PTX ISA, "Data Movement and
+// Conversion: createpolicy" (sm_80).
 #pragma once
 
 #include "device/language.h"

@@ -1,4 +1,4 @@
-// Blocks of a cluster: who they are, their common barrier, each other's shared memory (sm_90).
+// Blocks of a cluster: their ranks, their common barrier, each other's shared memory (sm_90).
 //
 // PTX ISA, "Special Registers: %cluster_ctarank", "barrier.cluster", "mapa". A block may leave only
 // when no other block will touch its shared memory any more: end with cluster_sync().

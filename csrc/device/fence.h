@@ -1,6 +1,6 @@
 // Ordering between the two ways to shared memory: ordinary loads and stores (the generic proxy),
-// and what the copy engine and wgmma do (the async proxy). PTX ISA, "Memory Consistency Model:
-// Proxies" and "membar/fence".
+// and what TMA and wgmma do (the async proxy). PTX ISA, "Memory Consistency Model: Proxies" and
+// "membar/fence".
 #pragma once
 
 #include "device/language.h"

@@ -10,13 +10,13 @@
 
 namespace dgemma::device {
 
-// What a kernel of the loop's body decides by.
+// The handle by which a kernel of the loop's body decides.
 using GraphCondition = cudaGraphConditionalHandle;
 
 // The first CUDA release whose driver has WHILE nodes.
 constexpr int32_t kLoopsFrom = 12040;
 
-// Whether the body runs once more. One thread sets it; the last value counts.
+// Sets whether the body runs once more. One thread calls this; the last value counts.
 DGEMMA_DEVICE void set_graph_condition(GraphCondition condition, bool again) {
   cudaGraphSetConditional(condition, again ? 1u : 0u);
 }
@@ -39,13 +39,13 @@ class WhileGraph {
   }
 
   // step: a cudaGraph_t, which is copied; what it works on must stay where it is. end(condition,
-  // stream) launches the kernel that sets the condition and gives what the launch said. Null, or
-  // CUDA's words.
+  // stream) launches the kernel that sets the condition and gives what the launch said. Returns
+  // null or the error's text.
   template <typename End>
   const char* build(void* step, End end) {
-    const char* problem = nullptr;
-    const cudaError_t error = build_graph(static_cast<cudaGraph_t>(step), end, &problem);
-    if (problem != nullptr) return problem;
+    const char* launch_error = nullptr;
+    const cudaError_t error = build_graph(static_cast<cudaGraph_t>(step), end, &launch_error);
+    if (launch_error != nullptr) return launch_error;
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
 
@@ -57,7 +57,7 @@ class WhileGraph {
 
  private:
   template <typename End>
-  cudaError_t build_graph(cudaGraph_t step, End end, const char** problem) {
+  cudaError_t build_graph(cudaGraph_t step, End end, const char** launch_error) {
     cudaError_t error = cudaGraphCreate(&graph_, 0);
     if (error != cudaSuccess) return error;
     GraphCondition condition = 0;
@@ -80,10 +80,10 @@ class WhileGraph {
     error = cudaStreamBeginCaptureToGraph(capture_, body, &body_step, nullptr, 1,
                                           cudaStreamCaptureModeThreadLocal);
     if (error != cudaSuccess) return error;
-    *problem = end(condition, static_cast<void*>(capture_));
+    *launch_error = end(condition, static_cast<void*>(capture_));
     cudaGraph_t captured = nullptr;
     error = cudaStreamEndCapture(capture_, &captured);
-    if (error != cudaSuccess || *problem != nullptr) return error;
+    if (error != cudaSuccess || *launch_error != nullptr) return error;
     return cudaGraphInstantiate(&executable_, graph_, 0);
   }
 

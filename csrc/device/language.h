@@ -1,4 +1,4 @@
-// What a kernel file uses of CUDA C++ itself: function qualifiers, threadIdx and its kin, vector
+// The parts of CUDA C++ that a kernel file uses: function qualifiers, threadIdx and its kin, vector
 // types, warp votes and shuffles, atomics. Under nvcc all of it is there already;
 // tests/sim/device/language.h gives it on the host.
 #pragma once

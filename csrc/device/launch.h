@@ -8,16 +8,15 @@
 namespace dgemma::device {
 
 struct LaunchShape {
-  dim3 grid = dim3(1);          // blocks; a multiple of cluster_blocks in x
-  uint32_t threads = 0;         // per block, a multiple of 32
-  uint32_t shared_bytes = 0;    // dynamic shared memory per block
-  uint32_t cluster_blocks = 1;  // along x, at most 8
-  bool overlaps_previous_kernel =
-      false;  // may begin before the kernel in front of it ends: see below
+  dim3 grid = dim3(1);                    // blocks; a multiple of cluster_blocks in x
+  uint32_t threads = 0;                   // per block, a multiple of 32
+  uint32_t shared_bytes = 0;              // dynamic shared memory per block
+  uint32_t cluster_blocks = 1;            // along x, at most 8
+  bool overlaps_previous_kernel = false;  // may begin before the previous kernel ends: see below
 };
 
 // Programmatic dependent launch begins with compute capability 9.0; before, a kernel that asks for
-// it begins when the one in front has ended.
+// it begins when the previous one has ended.
 inline bool can_overlap() {
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -25,7 +24,7 @@ inline bool can_overlap() {
          major >= 9;
 }
 
-// Null on success, else CUDA's words. Enqueues on `stream` (a cudaStream_t) and does not wait.
+// Null on success, else the error's text. Enqueues on `stream` (a cudaStream_t) and does not wait.
 template <typename... Parameters, typename... Arguments>
 const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parameters...),
                    const Arguments&... arguments) {
@@ -62,9 +61,9 @@ const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parame
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// griddepcontrol.wait: until the kernels in front are done and their writes are seen. A kernel
-// launched with overlaps_previous_kernel reads nothing that they write, and writes nothing that
-// they read, before it. PTX ISA, "Control Flow Instructions: griddepcontrol" (sm_90).
+// griddepcontrol.wait: waits until the previous kernels are done and their writes are visible. A
+// kernel launched with overlaps_previous_kernel reads nothing that they write, and writes nothing
+// that they read, before it. PTX ISA, "Control Flow Instructions: griddepcontrol" (sm_90).
 DGEMMA_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -4,7 +4,7 @@
 // Lane l gives the address of row l % 8 of tile l / 8: 16 bytes, aligned to 16 (lanes past the last
 // tile give any valid address). Of each tile, lane l holds the two elements (row l / 4, columns 2
 // (l % 4) and the next), the first in the low half; with `transposed` it holds (rows 2 (l % 4) and
-// the next, column l / 4) instead. All 32 lanes must come. PTX ISA, "Warp-level Matrix
+// the next, column l / 4) instead. All 32 lanes must call this. PTX ISA, "Warp-level Matrix
 // Instructions: ldmatrix" (sm_75) and "stmatrix" (sm_90).
 #pragma once
 

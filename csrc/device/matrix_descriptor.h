@@ -6,15 +6,16 @@
 // the start address, 16-29 the leading and 32-45 the stride byte offset, all three divided by 16,
 // and 62-63 the swizzle. What the two offsets mean:
 //
-//   k-major, swizzled        rows of the swizzle's width, k along them. stride: from 8 rows to the
-//   next 8. leading: not
-//                            used. To go on along k within a row, move the start by the bytes
-//                            (`advanced`).
-//   k-major, no swizzle      pieces of 8 rows by 8 k, 128 bytes each. leading: to the next 8 k.
-//   stride: to the next 8 rows. row-major ("mn"),        lines of the swizzle's width, rows along
-//   them, one line per k, 8 k to a period. leading: to
-//     swizzled               the next such many rows. stride: to the next 8 k.
-//   row-major, no swizzle    pieces of 8 k by 8 rows, 128 bytes each. stride: to the next 8 rows.
+//
+// - k-major, swizzled: rows of the swizzle's width, k along them. stride: from 8 rows to the
+// next 8.
+//   leading: not used. To go on along k within a row, move the start by the bytes (`advanced`).
+// - k-major, no swizzle: pieces of 8 rows by 8 k, 128 bytes each. leading: to the next 8 k. stride:
+//   to the next 8 rows.
+// - row-major ("mn"), swizzled: lines of the swizzle's width, rows along them, one line per k, 8 k
+// to
+//   a period. leading: to the next such many rows. stride: to the next 8 k.
+// - row-major, no swizzle: pieces of 8 k by 8 rows, 128 bytes each. stride: to the next 8 rows.
 //   leading: to the next 8 k.
 #pragma once
 
@@ -24,7 +25,7 @@
 
 namespace dgemma::device {
 
-// Which index runs along memory: k, or m (of A) and n (of B).
+// The index that runs along memory: k, or m (of A) and n (of B).
 enum class Major : uint32_t { k = 0, mn = 1 };
 
 struct MatrixDescriptor {

@@ -18,7 +18,8 @@ struct alignas(8) Mbarrier {
   uint64_t state;
 };
 
-// By one thread, once; before others use it: fence_mbarrier_init() (sm_90) and a block barrier.
+// One thread calls this, once; before others use the barrier come fence_mbarrier_init() (sm_90) and
+// a block barrier.
 DGEMMA_DEVICE void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -64,7 +65,7 @@ DGEMMA_DEVICE void mbarrier_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
       : "memory");
 }
 
-// Both at once: what a producer does before it starts the copies.
+// Does both at once, as a producer does before it starts the copies.
 DGEMMA_DEVICE void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -72,7 +73,7 @@ DGEMMA_DEVICE void mbarrier_arrive_expect_bytes(Mbarrier* barrier, uint32_t byte
       : "memory");
 }
 
-// Whether the phase of this parity is over. On sm_90 it may sleep for a while before it says no.
+// True when the phase of this parity is over. On sm_90 it may sleep for a while before it says no.
 DGEMMA_DEVICE bool mbarrier_try_wait(Mbarrier* barrier, uint32_t parity) {
   uint32_t over;
 #if __CUDA_ARCH__ >= 900

@@ -2,12 +2,14 @@
 // (sm_80).
 //
 // With g = lane / 4 and c = 2 (lane % 4), a lane holds
-//   a[0] (g, c)  a[1] (g + 8, c)  a[2] (g, c + 8)  a[3] (g + 8, c + 8)    row and column of A; each
-//   with the next column b[0] (c, g)  b[1] (c + 8, g)                                          row
-//   (k) and column of B; each with the next row d[0] (g, c)  d[1] (g, c + 1)  d[2] (g + 8, c)  d[3]
-//   (g + 8, c + 1)
-// so load_tiles gives `a` from row-major A and `b` from B stored column by column (k contiguous).
-// PTX ISA, "Warp-level Matrix Instructions: mma", fragments for .m16n8k16.
+//
+//   a[0] (g, c)  a[1] (g + 8, c)  a[2] (g, c + 8)  a[3] (g + 8, c + 8)
+//   b[0] (c, g)  b[1] (c + 8, g)
+//   d[0] (g, c)  d[1] (g, c + 1)  d[2] (g + 8, c)  d[3] (g + 8, c + 1)
+//
+// as (row, column), the row of B being k. A register of a has the next column of A too, one of b
+// the next row of B. So load_tiles gives `a` from row-major A and `b` from B stored column by
+// column (k contiguous). PTX ISA, "Warp-level Matrix Instructions: mma", fragments for .m16n8k16.
 #pragma once
 
 #include "device/language.h"

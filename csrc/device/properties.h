@@ -1,5 +1,5 @@
-// What the host asks of the GPU that is current in the calling thread: what a launch plan needs to
-// know, and to wait.
+// The host's questions to the GPU that is current in the calling thread: what a launch plan must
+// know, and waiting.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@ struct Properties {
   int32_t multiprocessors;
 };
 
-// Null on success, else CUDA's words.
+// Null on success, else the error's text.
 inline const char* get_properties(Properties* properties) {
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -28,7 +28,7 @@ inline const char* get_properties(Properties* properties) {
   return nullptr;
 }
 
-// Waits for a stream, a cudaStream_t. Null, or CUDA's words for what went wrong in it.
+// Waits for a stream, a cudaStream_t. Null, or the text of its error.
 inline const char* synchronize(void* stream) {
   const cudaError_t error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

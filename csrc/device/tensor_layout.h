@@ -1,5 +1,5 @@
-// What a tensor map says of a tensor in global memory, and what the copy engine demands of it. Pure
-// host code.
+// The description of a tensor in global memory that a tensor map is made of, and TMA's demands on
+// it. Pure host code.
 //
 // CUDA driver API, "Tensor Map Object Management: cuTensorMapEncodeTiled". Dimension 0 is the
 // innermost and dense.
@@ -36,8 +36,8 @@ constexpr uint64_t box_bytes(const TensorLayout& layout) {
   return bytes;
 }
 
-// Null when the copy engine takes it, else what it does not take.
-inline const char* tensor_layout_problem(const TensorLayout& layout) {
+// Null when TMA takes it, else what it does not take.
+inline const char* tensor_layout_error(const TensorLayout& layout) {
   if (layout.rank < 1 || layout.rank > kMaxTensorRank) return "rank must be 1 to 5";
   if (reinterpret_cast<uintptr_t>(layout.base) % 16 != 0)
     return "base must be a multiple of 16 bytes";

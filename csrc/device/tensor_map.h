@@ -1,5 +1,5 @@
-// The tensor map: a tensor in global memory as the copy engine reads it. Made on the host, passed
-// to a kernel by value as a `const __grid_constant__ TensorMap` parameter.
+// The tensor map: a tensor in global memory as TMA reads it. Made on the host, passed to a kernel
+// by value as a `const __grid_constant__ TensorMap` parameter.
 #pragma once
 
 #include <cuda.h>
@@ -13,10 +13,10 @@ struct TensorMap {
   CUtensorMap map;
 };
 
-// Null on success, else what went wrong. The driver's function is looked up when it is first
+// Null on success, else the error's text. The driver's function is looked up when it is first
 // needed: a library that linked libcuda would not load on a machine without a driver.
 inline const char* encode_tensor_map(TensorMap* map, const TensorLayout& layout) {
-  if (const char* problem = tensor_layout_problem(layout)) return problem;
+  if (const char* error = tensor_layout_error(layout)) return error;
   using Encode =
       CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,

@@ -1,4 +1,4 @@
-// TMA: the copy engine moves a box of a tensor between global and shared memory (sm_90).
+// TMA moves a box of a tensor between global and shared memory (sm_90).
 //
 // One thread starts a copy: a tensor map, the box's first coordinates (innermost first; they may
 // lie outside), and for a load the mbarrier that counts its bytes, always those of the whole box.
@@ -49,8 +49,8 @@ DGEMMA_DEVICE void tma_load(void* shared, const TensorMap* map, Mbarrier* barrie
       : "memory");
 }
 
-// To the same place in the shared memory of every block of the cluster whose bit is set; each
-// block's barrier at the same place counts the bytes that it gets.
+// Copies to the same place in the shared memory of every block of the cluster whose bit is set;
+// each block's barrier at the same place counts the bytes that it gets.
 DGEMMA_DEVICE void tma_load_multicast(void* shared, const TensorMap* map, Mbarrier* barrier,
                                       CachePolicy policy, uint16_t blocks, int32_t x, int32_t y) {
   asm volatile(

@@ -1,4 +1,4 @@
-// Who a thread is within its warp and warpgroup, and how a warp picks one lane.
+// A thread's place within its warp and warpgroup, and how a warp picks one lane.
 #pragma once
 
 #include "device/language.h"
@@ -18,8 +18,8 @@ DGEMMA_DEVICE uint32_t warp_index() { return __shfl_sync(kAllLanes, threadIdx.x 
 DGEMMA_DEVICE uint32_t warpgroup_index() { return __shfl_sync(kAllLanes, threadIdx.x / 128, 0); }
 
 // elect.sync: true in one lane of the warp, always the same one; which one is not said. All 32
-// lanes must come. PTX ISA, "Parallel Synchronization and Communication Instructions: elect.sync"
-// (sm_90).
+// lanes must call this. PTX ISA, "Parallel Synchronization and Communication Instructions:
+// elect.sync" (sm_90).
 DGEMMA_DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }"

@@ -11,8 +11,10 @@
 //   wgmma_wait<0>(d);                   // d may be read, the tiles overwritten
 //
 // Lane l of the group's warp w holds, of row 16 w + l / 4 and column 8 j + 2 (l % 4):
-//   d[4 j] (row, column)  d[4 j + 1] (row, column + 1)  d[4 j + 2] (row + 8, column)  d[4 j + 3]
-//   (row + 8, column + 1)
+//
+//   d[4 j]     (row, column)        d[4 j + 1]  (row, column + 1)
+//   d[4 j + 2] (row + 8, column)    d[4 j + 3]  (row + 8, column + 1)
+//
 // and A in registers as mma.h's `a`, its 16 rows being those of the warp.
 // PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions: wgmma.mma_async".
 #pragma once
@@ -52,8 +54,9 @@ DGEMMA_DEVICE void wgmma_fence(Accumulators&... accumulators) {
 
 DGEMMA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most the newest `kPending` groups are under way; names the accumulators that may be used
-// after it, and A in registers that may be changed after it, at most two.
+// Waits until at most the newest `kPending` groups are under way. Its arguments name the
+// accumulators that may be used after it, and the registers of A that may be changed after it, at
+// most two.
 template <int kPending, typename... Accumulators>
 DGEMMA_DEVICE void wgmma_wait(Accumulators&... accumulators) {
   static_assert(sizeof...(Accumulators) <= 2);

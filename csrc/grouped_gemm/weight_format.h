@@ -51,7 +51,7 @@ constexpr WeightFormat describe(dgemma_weight_format format) {
   return {};  // no format: see is_weight_format
 }
 
-// Whether a number that came through the C interface is a format at all.
+// False for a number from the C interface that is no format.
 constexpr bool is_weight_format(dgemma_weight_format format) { return describe(format).bits != 0; }
 
 constexpr bool group_fits(const WeightFormat& format, int32_t group) {

@@ -1,4 +1,4 @@
-// Where several threads come together: lanes of a warp, threads of a block, blocks of a cluster.
+// The places where several threads meet: lanes of a warp, threads of a block, blocks of a cluster.
 #include <algorithm>
 #include <bit>
 #include <cstdio>

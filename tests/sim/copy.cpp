@@ -94,7 +94,7 @@ void small_copy_wait(uint32_t pending, const Source& source) {
 void small_copy_mbarrier_arrive(uint64_t* state, const Source& source) {
   Thread& thread = self();
   const SharedPlace place = shared_place(state, 8, 8, "cp_async_mbarrier_arrive", source);
-  // What is open still belongs to the next group, which is then empty: it does land before the
+  // Open copies still belong to the next group, which is then empty: they do land before the
   // arrival.
   const auto open = std::make_shared<std::vector<SmallCopy>>(std::move(thread.open_copies));
   thread.open_copies.clear();

@@ -63,7 +63,7 @@ Stack StackPool::take() {
     std::abort();
   }
   mprotect(memory, kPageBytes, PROT_NONE);
-  // All stacks begin at different places within a page: at the same place, their hottest lines
+  // The stacks begin at different places within a page: at the same place, their hottest lines
   // would share one set of the cache. 320 bytes go round a page in 64 steps.
   const size_t shift = made_++ * 320 % kPageBytes;
   return {static_cast<uint8_t*>(memory) + kPageBytes, kStackBytes - shift};
@@ -73,7 +73,7 @@ void prepare(Fiber& fiber, void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack.bottom, fiber.stack.bytes);
 #endif
-  // At a function's first instruction the stack pointer is 8 below a multiple of 16: its return
+  // The stack pointer at a function's first instruction is 8 below a multiple of 16: its return
   // address lies there.
   void** top = reinterpret_cast<void**>(fiber.stack.bottom + fiber.stack.bytes);
   *--top = nullptr;  // the return address of `entry`, which does not return

@@ -26,7 +26,7 @@ void prepare(Fiber& fiber, void (*entry)());
 // ended.
 void switch_fiber(Fiber& from, Fiber& to, bool leaving_for_good = false);
 
-// To be called first thing in a fiber: where the stack is that it was switched from.
+// A fiber calls this first: it tells where the stack is that it was switched from.
 void entered(Fiber& from);
 
 // Stacks are reused: making one is a system call.

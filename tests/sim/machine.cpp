@@ -222,7 +222,7 @@ void run_all() {
   deliver_events(UINT64_MAX);  // bulk stores that nobody waited for still arrive
 }
 
-// What a block may have: CUDA C++ Programming Guide, "Compute Capabilities".
+// Limits of a block (CUDA C++ Programming Guide, "Compute Capabilities").
 uint32_t most_shared_bytes() {
   const bool small =
       compute_capability == 86 || compute_capability == 89 || compute_capability >= 120;
@@ -337,7 +337,7 @@ std::string place_of(const Source& source) {
 }
 
 std::string waiting_report(const Machine& machine) {
-  // By block, then by what is said.
+  // Sorted by block, then by message.
   std::string report;
   for (const auto& cluster : machine.resident) {
     for (const Block& block : cluster->blocks) {

@@ -17,7 +17,8 @@
 
 namespace sim {
 
-// Where in the kernel a wrapper was called: every wrapper takes it as a last, defaulted argument.
+// The place in the kernel where a wrapper was called: every wrapper takes it as a last, defaulted
+// argument.
 using Source = std::source_location;
 #define SIM_SOURCE ::sim::Source source = ::sim::Source::current()
 
@@ -151,7 +152,7 @@ struct Block {
   int votes = 0;           // of __syncthreads_count
   uint32_t in_flight = 0;  // asynchronous operations that still touch this block's shared memory
 
-  // What the async proxy sees of shared memory: see shared_memory.cpp.
+  // The async proxy's view of shared memory: see shared_memory.cpp.
   std::vector<uint8_t> async_view;
   std::vector<uint64_t> page_fences;
   uint64_t fences = 1;
@@ -172,7 +173,7 @@ struct GridShape {
   uint32_t threads, shared_bytes, cluster_blocks;
 };
 
-// What a launch did, for tests that count traffic.
+// Counters of a launch, for tests that count traffic.
 struct Statistics {
   uint64_t switches = 0, rounds = 0;
   uint64_t bulk_bytes_read = 0, bulk_bytes_written = 0;  // global memory, by bulk copies and TMA
@@ -212,7 +213,7 @@ extern Machine* machine;
 
 inline Thread& self() { return *machine->current; }
 
-// Runs a grid to its end. Null, or what went wrong (valid until the next launch).
+// Runs a grid to its end. Null, or the error's text (valid until the next launch).
 const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context);
 
 // Stops the current thread until someone wakes `waiters`.
@@ -230,13 +231,13 @@ uint64_t later(std::function<void()> happen, uint64_t not_before = 0);
 std::string name_of(const Thread& thread);
 std::string name_of(const Block& block);
 std::string place_of(const Source& source);
-// What every thread waits for, threads with the same words together.
+// Tells what every thread waits for, threads with the same words together.
 std::string waiting_report(const Machine& machine);
 
 // The GPU that is played, see device/properties.h.
 extern int32_t compute_capability, multiprocessors;
 
-// What the parts of the machine do when a block begins and ends, and refuse when a thread ends.
+// The parts of the machine do this when a block begins and ends, and refuse when a thread ends.
 void begin_block(Block& block);
 void end_block(Block& block);
 void check_meetings(Thread& thread);

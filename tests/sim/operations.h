@@ -1,5 +1,4 @@
-// What the host forms of the device wrappers (device/*.h) are made of. Each wrapper is one call of
-// these.
+// The host forms of the device wrappers (device/*.h) are made of these: each wrapper is one call.
 #pragma once
 
 #include <array>
@@ -31,15 +30,15 @@ void fence_proxy_async();
 // visible.
 void check_visible_to_async(Block& block, uint32_t offset, uint32_t bytes, const char* what,
                             const Source& source);
-// What an asynchronous operation writes: seen by both proxies.
+// The writes of an asynchronous operation are seen by both proxies.
 void write_async(Block& block, uint32_t offset, const void* data, uint32_t bytes);
-// Until a copy lands, its destination holds nothing that may be used.
+// The destination of a copy holds nothing that may be used until it lands.
 void poison(Block& block, uint32_t offset, uint32_t bytes);
 
 // collective.cpp
 
-// All lanes of `mask` come with an argument each; `evaluate` sees them by lane, once, before anyone
-// goes on.
+// All lanes of `mask` call this with an argument each; `evaluate` sees them by lane, once, before
+// anyone goes on.
 void warp_collective(uint32_t mask, const char* what, void* argument,
                      void (*evaluate)(void* const* argument, uint32_t mask, void* context),
                      void* context, const Source& source);
@@ -59,7 +58,8 @@ void mbarrier_expect_bytes(uint64_t* state, uint32_t bytes, const Source& source
 bool mbarrier_try_wait(uint64_t* state, uint32_t parity, const Source& source);
 void mbarrier_wait(uint64_t* state, uint32_t parity, const Source& source);
 void fence_mbarrier_init();
-// For the copies: checks that the barrier may count bytes, and counts them when they come.
+// The copies call these: they check that the barrier may count bytes, and count them when they
+// come.
 void check_counts_bytes(Block& block, uint32_t offset, const Source& source);
 void mbarrier_arrive_in(Block& block, uint32_t offset, const Source& source);
 void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes, const Source& source);
@@ -99,9 +99,9 @@ void store_tiles(void* row, const uint32_t* tile, int count, bool transposed, co
 float multiply_add_to_odd(float a, float b, float c);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
 void mma_m16n8k32_e4m3(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
-// What a byte of e4m3 stands for, by its bits.
+// The value of a byte of e4m3, by its bits.
 extern const std::array<float, 256> e4m3_values;
-// What an accumulator keeps of sums of e4m3 products: 14 bits.
+// An accumulator keeps 14 bits of sums of e4m3 products.
 void cut_to_14_bits(float* sums, uint32_t count);
 
 // wgmma.cpp

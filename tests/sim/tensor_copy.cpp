@@ -1,4 +1,4 @@
-// The copy engine with a tensor map: boxes of a tensor, swizzled in shared memory.
+// TMA with a tensor map: boxes of a tensor, swizzled in shared memory.
 #include <algorithm>
 #include <cstring>
 #include <memory>

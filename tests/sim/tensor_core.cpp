@@ -1,4 +1,4 @@
-// What a warp does with matrices: ldmatrix, stmatrix, mma.sync.
+// The matrix operations of a warp: ldmatrix, stmatrix, mma.sync.
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -155,7 +155,7 @@ void store_tiles(void* row, const uint32_t* tile, int count, bool transposed,
 float multiply_add_to_odd(float a, float b, float c) {
   const double product = static_cast<double>(a) * b, sum = product + c;  // the product is exact
   if (!std::isfinite(sum)) return static_cast<float>(sum);
-  // What the sum lost (Knuth, "The Art of Computer Programming", 4.2.2).
+  // The rounding error of the sum (Knuth, "The Art of Computer Programming", 4.2.2).
   const double part = sum - product, lost = (product - (sum - part)) + (c - part);
   float out = static_cast<float>(sum);
   const double over = out - sum;

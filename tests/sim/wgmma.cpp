@@ -114,7 +114,7 @@ void check_tile(Block& block, const Tile& tile, uint32_t rows, const char* which
   });
 }
 
-// To floats, k by rows (`by_k`) or rows by k.
+// Converts to floats, k by rows (`by_k`) or rows by k.
 void read_tile(const Block& block, const Tile& tile, uint32_t rows, bool by_k, float* out) {
   const uint32_t row_step = by_k ? 1 : kDepth, k_step = by_k ? rows : 1;
   visit_pieces(tile, rows, [&](uint32_t row, uint32_t k, uint32_t address) {
@@ -307,7 +307,7 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
     check_tile(*thread.block, decode(what.a, what.a_row_major), kRows, "A", source);
   check_tile(*thread.block, decode(what.b, what.b_row_major), static_cast<uint32_t>(what.n), "B",
              source);
-  // In order: not before the one in front.
+  // Groups complete in order: none before the one in front of it.
   queue.last_time = later([&queue] { compute(queue); }, queue.last_time);
 }
 

@@ -18,7 +18,7 @@ struct Append {
     const int64_t b = index / tasks_per_request;
     const int64_t rows = op.length != nullptr ? op.length[b] : op.block_length;
     if (op.slot[b] < 0) return;
-    // Of a block longer than the ring the last rows stay.
+    // A block longer than the ring keeps its last rows.
     const int64_t oldest = rows > op.capacity ? rows - op.capacity : 0;
     const int64_t first = oldest + index % tasks_per_request * kRowsPerTask;
     const int64_t end = first + kRowsPerTask < rows ? first + kRowsPerTask : rows;

@@ -1,4 +1,4 @@
-// canvas_attention and causal_attention on the CPU: checks, units of work, scratch.
+// canvas_attention and causal_attention on the CPU: checks, work tiles, scratch.
 #include "block_attention/cpu/attention.h"
 
 #include <atomic>
@@ -12,19 +12,19 @@
 namespace dgemma {
 namespace {
 
-// A worker takes units until none is left, so that one that is held up does not hold up the call.
-// The number of workers, and with it the workspace, cannot depend on the host's threads, which the
-// interface does not know; workers that no thread runs touch no memory.
+// A worker takes work tiles until none is left, so that one that is held up does not hold up the
+// call. The number of workers, and with it the workspace, cannot depend on the host's threads,
+// which the interface does not know; workers that no thread runs touch no memory.
 constexpr int64_t kMaxWorkers = 64;
 
-int64_t units_of(const dgemma_block_attention& op, int64_t rows) {
-  return (rows * (op.query_heads / op.key_heads) + kUnitRows - 1) / kUnitRows;
+int64_t work_tiles_of(const dgemma_block_attention& op, int64_t rows) {
+  return (rows * (op.query_heads / op.key_heads) + kWorkTileRows - 1) / kWorkTileRows;
 }
 
 int64_t workers_of(const dgemma_block_attention& op) {
   // Batch and heads first: they alone may reach the limit, and the product of all may overflow.
   const int64_t heads = op.batch * op.key_heads;
-  const int64_t per_head = units_of(op, op.block_length);
+  const int64_t per_head = work_tiles_of(op, op.block_length);
   if (heads >= kMaxWorkers || per_head >= kMaxWorkers)
     return heads > 0 && per_head > 0 ? kMaxWorkers : 0;
   return heads * per_head < kMaxWorkers ? heads * per_head : kMaxWorkers;
@@ -33,44 +33,45 @@ int64_t workers_of(const dgemma_block_attention& op) {
 size_t carve(const dgemma_block_attention& op, char* base, AttentionScratch* scratch) {
   const int64_t columns = padded_head_dim(op.head_dim);
   Carver carver = {base};
-  scratch->query = carver.take<float>(kUnitRows * columns);
+  scratch->query = carver.take<float>(kWorkTileRows * columns);
   scratch->panels = carver.take<float>(kKeyTile * columns);
-  scratch->scores = carver.take<float>(kUnitRows * kKeyTile);
-  scratch->accumulator = carver.take<float>(kUnitRows * columns);
-  scratch->row_state = carver.take<float>(3 * kUnitRows);
-  scratch->ranges = carver.take<int64_t>(2 * kUnitRows);
+  scratch->scores = carver.take<float>(kWorkTileRows * kKeyTile);
+  scratch->accumulator = carver.take<float>(kWorkTileRows * columns);
+  scratch->row_state = carver.take<float>(3 * kWorkTileRows);
+  scratch->ranges = carver.take<int64_t>(2 * kWorkTileRows);
   return carver.used;
 }
 
 struct Attention {
   const dgemma_block_attention& op;
   bool causal;
-  void (*attend)(const dgemma_block_attention&, bool, const AttentionUnit&,
+  void (*attend)(const dgemma_block_attention&, bool, const AttentionWorkTile&,
                  const AttentionScratch&);
   char* workspace;
-  std::atomic<int64_t> next_unit{0};
+  std::atomic<int64_t> next_work_tile{0};
 
   void work(int64_t worker) {
     AttentionScratch scratch;
     const size_t bytes = carve(op, nullptr, &scratch);
     carve(op, workspace + static_cast<size_t>(worker) * bytes, &scratch);
-    AttentionUnit unit;
-    while (find(next_unit++, &unit)) attend(op, causal, unit, scratch);
+    AttentionWorkTile work_tile;
+    while (find(next_work_tile++, &work_tile)) attend(op, causal, work_tile, scratch);
   }
 
-  // The unit with this number, counted over requests, key heads and rows. How a request is cut
+  // The work tile with this number, counted over requests, key heads and rows. How a request is cut
   // depends on its own length alone.
-  bool find(int64_t index, AttentionUnit* unit) const {
+  bool find(int64_t index, AttentionWorkTile* work_tile) const {
     for (int64_t b = 0; b < op.batch; ++b) {
       if (op.slot[b] < 0) continue;
-      const int64_t per_head = units_of(op, block_rows(op, b));
+      const int64_t per_head = work_tiles_of(op, block_rows(op, b));
       if (index >= op.key_heads * per_head) {
         index -= op.key_heads * per_head;
         continue;
       }
       const int64_t rows = block_rows(op, b) * (op.query_heads / op.key_heads);
-      const int64_t first = index % per_head * kUnitRows;
-      *unit = {b, index / per_head, first, rows - first < kUnitRows ? rows - first : kUnitRows};
+      const int64_t first = index % per_head * kWorkTileRows;
+      *work_tile = {b, index / per_head, first,
+                    rows - first < kWorkTileRows ? rows - first : kWorkTileRows};
       return true;
     }
     return false;

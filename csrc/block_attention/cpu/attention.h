@@ -1,5 +1,5 @@
-// What the C entry points (cpu/attention.cpp) and the kernels compiled per instruction set agree
-// on.
+// The interface between the C entry points (cpu/attention.cpp) and the kernels, which are compiled
+// once per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -10,37 +10,38 @@
 
 namespace dgemma {
 
-// Keys per step of the online softmax, and rows (query positions x grouped heads) per unit of work.
+// Keys per step of the online softmax, and rows (query positions x grouped heads) per work tile.
 // Rearranging a tile of keys and values costs as much as a dozen rows of products, which many rows
-// share; NOTES.md has the sizes that were tried.
+// share; LOG.md has the sizes that were tried.
 constexpr int64_t kKeyTile = 128;
-constexpr int64_t kUnitRows = 256;
+constexpr int64_t kWorkTileRows = 256;
 
-// One unit of work: consecutive rows of one request that read the same key head. Row r is query
+// A work tile: consecutive rows of one request that read the same key head. Row r is query
 // position r / group, query head key_head * group + r % group.
-struct AttentionUnit {
+struct AttentionWorkTile {
   int64_t request;
   int64_t key_head;
   int64_t first_row;
   int64_t rows;
 };
 
-// Memory that one unit works in. Every array is 64-byte aligned and large enough for any variant.
+// Memory that one work tile works in. Every array is 64-byte aligned and large enough for any
+// variant.
 struct AttentionScratch {
-  void* query;         // the unit's queries
+  void* query;         // the work tile's queries
   void* panels;        // the keys, then the values, of one tile, rearranged for the products
-  float* scores;       // [kUnitRows, kKeyTile]
-  float* accumulator;  // [kUnitRows, padded head_dim]
-  float* row_state;    // [3, kUnitRows]: maximum, sum, factor
-  int64_t* ranges;     // [2, kUnitRows]: first and end of the positions a row sees
+  float* scores;       // [kWorkTileRows, kKeyTile]
+  float* accumulator;  // [kWorkTileRows, padded head_dim]
+  float* row_state;    // [3, kWorkTileRows]: maximum, sum, factor
+  int64_t* ranges;     // [2, kWorkTileRows]: first and end of the positions a row sees
 };
 
 struct AttentionKernels {
-  // Computes one unit and writes its rows of op.output.
-  void (*attend_float32)(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
-                         const AttentionScratch& scratch);
-  void (*attend_bfloat16)(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
-                          const AttentionScratch& scratch);
+  // Computes one work tile and writes its rows of op.output.
+  void (*attend_float32)(const dgemma_block_attention& op, bool causal,
+                         const AttentionWorkTile& work_tile, const AttentionScratch& scratch);
+  void (*attend_bfloat16)(const dgemma_block_attention& op, bool causal,
+                          const AttentionWorkTile& work_tile, const AttentionScratch& scratch);
 };
 
 DGEMMA_DECLARE_PER_VARIANT(AttentionKernels attention_kernels)

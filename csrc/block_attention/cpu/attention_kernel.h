@@ -1,5 +1,5 @@
-// Attention of one unit of work: a blocked online softmax (Milakov and Gimelshein 2018; Dao et al.
-// 2022). The keys that the unit's rows see are walked in tiles of kKeyTile; per tile
+// Attention of one work tile: a blocked online softmax (Milakov and Gimelshein 2018; Dao et al.
+// 2022). The keys that the work tile's rows see are walked in tiles of kKeyTile; per tile
 //
 //   scores = query x key     p = exp(scale * scores - maximum)     accumulator += p x value
 //
@@ -54,23 +54,24 @@ struct Positions {
 };
 
 template <typename T>
-Positions<T> positions_of(const dgemma_block_attention& op, const AttentionUnit& unit,
+Positions<T> positions_of(const dgemma_block_attention& op, const AttentionWorkTile& work_tile,
                           const void* prefix, const void* block) {
   const int64_t stride = op.key_heads * op.head_dim;
-  const int64_t head = unit.key_head * op.head_dim;
-  const int64_t slot = op.slot[unit.request];
+  const int64_t head = work_tile.key_head * op.head_dim;
+  const int64_t slot = op.slot[work_tile.request];
   return {static_cast<const T*>(prefix) + slot * op.capacity * stride + head,
-          static_cast<const T*>(block) + unit.request * op.block_length * stride + head,
-          op.prefix_length[unit.request], op.capacity, stride};
+          static_cast<const T*>(block) + work_tile.request * op.block_length * stride + head,
+          op.prefix_length[work_tile.request], op.capacity, stride};
 }
 
-// Element offset of a row of the unit in query and output.
-inline int64_t row_offset(const dgemma_block_attention& op, const AttentionUnit& unit,
+// Element offset of a row of the work tile in query and output.
+inline int64_t row_offset(const dgemma_block_attention& op, const AttentionWorkTile& work_tile,
                           int64_t row) {
   const int64_t group = op.query_heads / op.key_heads;
-  const int64_t index = unit.first_row + row;
-  const int64_t head = unit.key_head * group + index % group;
-  return ((unit.request * op.block_length + index / group) * op.query_heads + head) * op.head_dim;
+  const int64_t index = work_tile.first_row + row;
+  const int64_t head = work_tile.key_head * group + index % group;
+  return ((work_tile.request * op.block_length + index / group) * op.query_heads + head) *
+         op.head_dim;
 }
 
 // Scores of one row become probabilities relative to the new maximum, in place, as words. Only
@@ -110,12 +111,12 @@ float softmax_row(float* scores, int64_t begin, int64_t end, int64_t width, floa
 }
 
 template <typename T>
-void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& unit,
+void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTile& work_tile,
             const AttentionScratch& scratch) {
   using Word = typename WordOf<T>::Type;
   const int64_t head_dim = op.head_dim;
   const int64_t group = op.query_heads / op.key_heads;
-  const int64_t rows = unit.rows;
+  const int64_t rows = work_tile.rows;
   const int64_t padded_rows = round_up(rows, kTileRows);
   const int64_t query_steps = round_up(round_up(head_dim, Word::kValues) / Word::kValues, kLanes);
   const int64_t accumulator_stride = round_up(head_dim, kPanelColumns);
@@ -123,10 +124,10 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
   uint32_t* query_words = static_cast<uint32_t*>(scratch.query);
   uint32_t* panels = static_cast<uint32_t*>(scratch.panels);
   float* maximum = scratch.row_state;
-  float* sum = scratch.row_state + kUnitRows;
-  float* factor = scratch.row_state + 2 * kUnitRows;
+  float* sum = scratch.row_state + kWorkTileRows;
+  float* factor = scratch.row_state + 2 * kWorkTileRows;
   int64_t* begin = scratch.ranges;
-  int64_t* end = scratch.ranges + kUnitRows;
+  int64_t* end = scratch.ranges + kWorkTileRows;
 
   PositionRange seen = {INT64_MAX, 0};
   for (int64_t r = 0; r < padded_rows; ++r) {
@@ -138,14 +139,14 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
       std::memset(words, 0, static_cast<size_t>(query_steps) * sizeof *words);
       continue;
     }
-    const T* from = query + row_offset(op, unit, r);
+    const T* from = query + row_offset(op, work_tile, r);
     for (int64_t step = 0; step < query_steps; step += kLanes) {
       const int64_t left = head_dim - step * Word::kValues;
       const Words loaded = Word::load_row(from, step, left);
       std::memcpy(words + step, &loaded, sizeof loaded);
     }
     const PositionRange range =
-        visible_keys(op, causal, unit.request, (unit.first_row + r) / group);
+        visible_keys(op, causal, work_tile.request, (work_tile.first_row + r) / group);
     begin[r] = range.first;
     end[r] = range.end;
     if (range.first < seen.first) seen.first = range.first;
@@ -154,8 +155,8 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
   std::memset(scratch.accumulator, 0,
               static_cast<size_t>(padded_rows * accumulator_stride) * sizeof(float));
 
-  const Positions<T> keys = positions_of<T>(op, unit, op.prefix_key, op.key);
-  const Positions<T> values = positions_of<T>(op, unit, op.prefix_value, op.value);
+  const Positions<T> keys = positions_of<T>(op, work_tile, op.prefix_key, op.key);
+  const Positions<T> values = positions_of<T>(op, work_tile, op.prefix_value, op.value);
   const T* tile_rows[kKeyTile];
   for (int64_t tile = seen.first; tile < seen.end; tile += kKeyTile) {
     const int64_t count = seen.end - tile < kKeyTile ? seen.end - tile : kKeyTile;
@@ -183,7 +184,7 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionUnit& 
 
   T* output = static_cast<T*>(op.output);
   for (int64_t r = 0; r < rows; ++r) {
-    T* to = output + row_offset(op, unit, r);
+    T* to = output + row_offset(op, work_tile, r);
     const float* from = scratch.accumulator + r * accumulator_stride;
     for (int64_t j = 0; j < head_dim; j += kLanes) {
       const Floats result = load(from + j) / sum[r];

@@ -49,7 +49,7 @@ constexpr int64_t round_up(int64_t x, int64_t multiple) {
 constexpr int64_t kChain = 64;
 constexpr int64_t kChainOfFloat32 = 16;
 
-// What a word is, for values stored as T.
+// The word that values stored as T are multiplied in.
 template <typename T>
 struct Single {
   static constexpr int kValues = 1;
@@ -179,7 +179,7 @@ void pack_rows_as_steps(const T* const* rows, int64_t count, int64_t values, int
   }
 }
 
-// What a register tile does with what c holds.
+// A register tile starts from zero, or from what c holds.
 enum class Held { kDrop, kAdd, kTimesFactorAndAdd };
 
 // One register tile: c = held + a x panel, over `steps` steps. The sums begin at zero, so that

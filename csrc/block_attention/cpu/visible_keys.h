@@ -1,4 +1,4 @@
-// Which positions a query sees: always one contiguous range.
+// The positions that a query sees are always one contiguous range.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ inline int64_t first_in_window(const dgemma_block_attention& op, int64_t positio
   return first > 0 ? first : 0;
 }
 
-// What the query at row `row` of a request's block sees. Every span that holds the query also holds
-// its position, as the window does, so their union has no gap.
+// Gives the positions that the query at row `row` of a request's block sees. Every span that holds
+// the query also holds its position, as the window does, so their union has no gap.
 inline PositionRange visible_keys(const dgemma_block_attention& op, bool causal, int64_t request,
                                   int64_t row) {
   const int64_t prefix = op.prefix_length[request];

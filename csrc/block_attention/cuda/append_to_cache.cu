@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) append_to_cache(const Append p) {
   const int32_t piece = static_cast<int32_t>(index % p.pieces);
   const int32_t rows =
       p.length != nullptr ? min(p.length[request], p.block_length) : p.block_length;
-  // Of a block longer than the ring the last rows stay.
+  // A block longer than the ring keeps its last rows.
   if (row >= rows || row < rows - p.capacity) return;
   const int64_t from = (static_cast<int64_t>(request) * p.block_length + row) * p.pieces + piece;
   const int64_t stored = static_cast<int64_t>(slot) * p.capacity +

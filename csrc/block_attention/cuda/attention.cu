@@ -1,5 +1,5 @@
 // The C entry points for CUDA: checks of extents and pointers, then the launches. Slots, lengths
-// and spans are on the device and cannot be looked at; a slot out of range is skipped there.
+// and spans are on the device and cannot be checked; a slot out of range is skipped there.
 #include <algorithm>
 #include <cmath>
 
@@ -10,8 +10,8 @@ namespace dgemma {
 namespace {
 
 dgemma_status check_attention(const dgemma_block_attention& op, bool causal, dgemma_cuda* cuda) {
-  if (const char* problem = attention_cuda_problem(op))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = attention_cuda_error(op))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (!std::isfinite(op.scale))
     return fail(cuda, DGEMMA_INVALID_ARGUMENT, "scale: got %g, wants a finite number", op.scale);
   if (op.spans != nullptr && !causal)
@@ -63,8 +63,8 @@ dgemma_status attend(const dgemma_block_attention& op, bool causal, dgemma_cuda*
 }  // namespace dgemma
 
 size_t dgemma_cuda_block_attention_workspace(const dgemma_block_attention* op) {
-  if (dgemma::attention_cuda_problem(*op) != nullptr) return 0;
-  // For whichever GPU it will be.
+  if (dgemma::attention_cuda_error(*op) != nullptr) return 0;
+  // The workspace must serve whichever GPU the call will run on.
   return std::max(dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm80).workspace_bytes,
                   dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm90).workspace_bytes);
 }

@@ -1,5 +1,5 @@
-// What the CUDA kernels of this family share: their arguments, which keys a query sees, and how
-// each kernel is launched.
+// The CUDA kernels of this family share their arguments, the rule for which keys a query sees, and
+// the declarations of their launches.
 #pragma once
 
 #include "block_attention/cuda/plan.h"
@@ -54,7 +54,7 @@ inline Attention make_attention(const dgemma_block_attention& op, const Attentio
           .causal = causal};
 }
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_attention_sm80_bf16(const AttentionPlan& plan, const Attention& attention,
                                        int32_t batch, void* stream);
 const char* launch_attention_256_sm90_bf16(const AttentionPlan& plan, const Attention& attention,

@@ -1,5 +1,5 @@
-// From the parts of the splits to the output: brought to one maximum, added in order, divided. A
-// warp has a query of a head.
+// Combines the splits of a row into its output: they are brought to one maximum, added in order and
+// divided. A warp has a query of a head.
 #include <cmath>
 
 #include "block_attention/cuda/attention.h"

@@ -13,7 +13,7 @@ constexpr int32_t kHeadDims[] = {16, 32, 64, 128, 256, 512};
 
 }  // namespace
 
-const char* attention_cuda_problem(const dgemma_block_attention& op) {
+const char* attention_cuda_error(const dgemma_block_attention& op) {
   if (op.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
   if (std::find(std::begin(kHeadDims), std::end(kHeadDims), op.head_dim) == std::end(kHeadDims))
     return "head_dim: wants 16, 32, 64, 128, 256 or 512";

@@ -1,5 +1,5 @@
-// How the CUDA kernels run a call: what depends on its extents alone. How a request is split over
-// its keys is found on the device, from the request's own lengths (splits.h). Pure host code.
+// The launch plan of the CUDA kernels: everything that depends on the extents of a call alone. The
+// device finds the splits of a request from the request's own lengths (splits.h). Pure host code.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 namespace dgemma {
 
 constexpr int32_t kAttentionThreads = 128;
-// sm_90: two warpgroups that multiply and one that loads.
+// sm_90: two consumer warpgroups and one of producers.
 constexpr int32_t kAttentionThreads90 = 384;
 constexpr int32_t kCombineThreads = 128;
 
@@ -22,7 +22,7 @@ struct AttentionPlan {
   int32_t keys;           // of a tile of keys
   int32_t row_tiles;      // that a request has at most
   int32_t splits;         // likewise
-  int32_t blocks_wanted;  // that splits are to make of a request alone: see splits.h
+  int32_t blocks_wanted;  // the blocks that splits are to make of a request alone: see splits.h
   int64_t partial_tiles;  // likewise: row tiles times splits, where there is more than one split
   size_t partial;         // float [batch, partial_tiles, rows, head_dim], before the division
   size_t sums;            // float [batch, partial_tiles, rows, 2]: maximum and sum of a row
@@ -30,8 +30,8 @@ struct AttentionPlan {
 };
 
 // Null when the kernels take these extents and this dtype, else what they do not take and what they
-// want. Pointers are not looked at.
-const char* attention_cuda_problem(const dgemma_block_attention& op);
+// want. Pointers are not checked.
+const char* attention_cuda_error(const dgemma_block_attention& op);
 AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path);
 void print(const AttentionPlan& plan, std::ostream& out);
 

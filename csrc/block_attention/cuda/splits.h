@@ -1,4 +1,4 @@
-// Into how many parts a request's keys are split, on the host and on the device.
+// The number of splits of a request's keys, on the host and on the device.
 #pragma once
 
 #include <cstdint>

@@ -32,7 +32,7 @@ struct Tile {
   static constexpr int kRows = kHeadDim == 512 ? 32 : 64;
   static constexpr int kKeys = kHeadDim >= 256 ? 32 : 64;
   static constexpr int kDepth = kHeadDim / kHalves;  // of a warp: of the scores, and columns
-  // 16 bytes beyond a row, so that the eight rows that ldmatrix reads at once meet all banks once.
+  // 16 bytes beyond a row, so that ldmatrix reads eight rows without bank conflicts.
   static constexpr int kStride = kHeadDim + 8;
   static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, in a row
 };
@@ -46,12 +46,12 @@ struct Shared {
   int32_t first[T::kRows], end[T::kRows];  // what each row sees
 };
 
-// Where this block is.
-struct Place {
+// The coordinates of this block.
+struct BlockCoordinates {
   int32_t request, head, row_tile, split;
 };
 
-// What this block goes over: the positions from `first` to before `end`, by tiles of keys.
+// This block goes over the positions from `first` to before `end`, by tiles of keys.
 struct KeyRange {
   int32_t first, end, tiles;
 };
@@ -59,7 +59,7 @@ struct KeyRange {
 // Copies the query rows of the tile; rows past the last become zero.
 template <int kHeadDim>
 DGEMMA_DEVICE void copy_queries(const Attention& p, const AttentionRequest& request,
-                                const Place& at, Shared<kHeadDim>& shared) {
+                                const BlockCoordinates& at, Shared<kHeadDim>& shared) {
   using T = Tile<kHeadDim>;
   const int32_t group = p.query_heads / p.key_heads;
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < T::kRows * T::kPieces;
@@ -76,9 +76,9 @@ DGEMMA_DEVICE void copy_queries(const Attention& p, const AttentionRequest& requ
 
 // Copies a tile of keys or of values; positions past the end become zero, and are not read.
 template <int kHeadDim>
-DGEMMA_DEVICE void copy_keys(const Attention& p, const AttentionRequest& request, const Place& at,
-                             const bfloat16* prefix, const bfloat16* block, int32_t first,
-                             int32_t end,
+DGEMMA_DEVICE void copy_keys(const Attention& p, const AttentionRequest& request,
+                             const BlockCoordinates& at, const bfloat16* prefix,
+                             const bfloat16* block, int32_t first, int32_t end,
                              bfloat16 (&to)[Tile<kHeadDim>::kKeys][Tile<kHeadDim>::kStride]) {
   using T = Tile<kHeadDim>;
 #pragma unroll
@@ -144,7 +144,8 @@ class Warp {
     }
   }
 
-  // Both halves' scores, added in the same order by both warps. The block's keys are done with.
+  // Adds the other half's scores, in the same order in both warps. The block has done with its
+  // keys.
   DGEMMA_DEVICE void add_other_half() {
     float* const place = reinterpret_cast<float*>(shared_.key);
     constexpr int32_t kFragment = 32 * T::kKeys / 2;  // floats of a warp
@@ -160,8 +161,8 @@ class Warp {
     __syncthreads();
   }
 
-  // From scores to exp2 of what they are above the row's maximum so far; what was summed before is
-  // brought to it. `first` is the position of the tile's first key.
+  // Replaces the scores by exp2(score - the row's maximum so far), and rescales what was summed
+  // before to that maximum. `first` is the position of the tile's first key.
   DGEMMA_DEVICE void exponentiate(float scale, int32_t first) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
@@ -177,7 +178,7 @@ class Warp {
       largest = fmaxf(largest, __shfl_xor_sync(device::kAllLanes, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(device::kAllLanes, largest, 2));
       const float before = max_[which], now = fmaxf(before, largest);
-      // A row that has seen no key yet stays at nothing.
+      // A row that has seen no key yet keeps a sum of zero.
       const float reference = now > -INFINITY ? now : 0.0f;
       const float factor = device::exp2_approximate(before - reference);
       float sum = 0.0f;
@@ -240,10 +241,10 @@ class Warp {
   float sum_[2] = {};
 };
 
-// What every row of the tile sees, and what this block goes over of it.
+// Finds the keys that every row of the tile sees, and the part of them that this block goes over.
 template <int kHeadDim>
 DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& request,
-                                 const Place& at, Shared<kHeadDim>& shared) {
+                                 const BlockCoordinates& at, Shared<kHeadDim>& shared) {
   using T = Tile<kHeadDim>;
   const int32_t group = p.query_heads / p.key_heads;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
@@ -269,8 +270,8 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
 
 // Writes the tile's rows: the output itself, or this split's part of it.
 template <int kHeadDim>
-DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at,
-                         const Warp<kHeadDim>& warp) {
+DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request,
+                         const BlockCoordinates& at, const Warp<kHeadDim>& warp) {
   using T = Tile<kHeadDim>;
   const int32_t group = p.query_heads / p.key_heads;
   const int64_t tile =
@@ -306,10 +307,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   using T = Tile<kHeadDim>;
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  const Place at = {.request = static_cast<int32_t>(blockIdx.z),
-                    .head = static_cast<int32_t>(blockIdx.y) / p.most_splits,
-                    .row_tile = static_cast<int32_t>(blockIdx.x),
-                    .split = static_cast<int32_t>(blockIdx.y) % p.most_splits};
+  const BlockCoordinates at = {.request = static_cast<int32_t>(blockIdx.z),
+                               .head = static_cast<int32_t>(blockIdx.y) / p.most_splits,
+                               .row_tile = static_cast<int32_t>(blockIdx.x),
+                               .split = static_cast<int32_t>(blockIdx.y) % p.most_splits};
   const AttentionRequest request = find_request(p, at.request);
   if (at.row_tile >= request.row_tiles || at.split >= request.splits) return;
   Shared<kHeadDim>& shared = device::shared_memory<Shared<kHeadDim>>();
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   for (int32_t tile = 0; tile < keys.tiles; ++tile) {
     const int32_t first = keys.first + tile * T::kKeys;
     device::cp_async_wait<0>();
-    // The keys are there for all, and nobody uses the values before them any more.
+    // The keys are visible to all, and no warp still uses the previous values.
     __syncthreads();
     copy_keys<kHeadDim>(p, request, at, p.prefix_value, p.value, first, keys.end, shared.value);
     device::cp_async_commit();

@@ -17,7 +17,7 @@ using T = Tile<kHeadDim>;
 // The 64 rows of a warpgroup.
 class Rows {
  public:
-  DGEMMA_DEVICE Rows(const Attention& p, const Place& at, Shared<kHeadDim>& shared)
+  DGEMMA_DEVICE Rows(const Attention& p, const BlockCoordinates& at, Shared<kHeadDim>& shared)
       : shared_(shared),
         softmax_(&shared.seen[at.row_tile % kAttentionCluster * T::kRows + first_row()], p.scale),
         query_(device::k_major_descriptor(shared.query[0][first_row()], Swizzle::bytes_128)) {}
@@ -52,7 +52,8 @@ class Rows {
     release(shared_, at_);
   }
 
-  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at) {
+  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request,
+                           const BlockCoordinates& at) {
     softmax_.finish();
     const int32_t row = first_row() + static_cast<int32_t>(device::warp_index() % 4) * 16 +
                         static_cast<int32_t>(device::lane_index()) / 4;
@@ -75,7 +76,7 @@ class Rows {
 
   // scores = query . key
   DGEMMA_DEVICE void begin_scores(State<kHeadDim> at) {
-    const auto key = device::k_major_descriptor(wait_for_unit(shared_, at), Swizzle::bytes_128);
+    const auto key = device::k_major_descriptor(wait_for_stage(shared_, at), Swizzle::bytes_128);
     device::wgmma_fence(softmax_.scores);
 #pragma unroll
     for (uint32_t k = 0; k < kHeadDim; k += 16) {  // wgmma's K is 16
@@ -90,7 +91,7 @@ class Rows {
   // output += exponentials . values
   DGEMMA_DEVICE void begin_output(State<kHeadDim> at) {
     const auto value =
-        device::matrix_descriptor(wait_for_unit(shared_, at), Swizzle::bytes_128,
+        device::matrix_descriptor(wait_for_stage(shared_, at), Swizzle::bytes_128,
                                   T::kKeys * kGroupBytes, swizzle_period(Swizzle::bytes_128));
     device::wgmma_fence(output_, softmax_.exponentials);
 #pragma unroll
@@ -117,15 +118,15 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   const AttentionRequest request = find_request(p, static_cast<int32_t>(blockIdx.z));
-  const Place at = find_place(p, request);
+  const BlockCoordinates at = find_coordinates(p, request);
   if (at.row_tile < 0 || at.split >= request.splits) return;  // with the whole cluster
   const KeyRange keys = find_keys(p, request, at, shared);
   device::cluster_sync();  // the barriers of both blocks are there
 
   if (device::warp_index() >= kConsumerWarps) {
     device::decrease_registers<kProducerRegisters>();
-    Loader<kHeadDim> loader(p, request, at, keys, shared);
-    load_all(loader, maps, keys.tiles);
+    KeyProducer<kHeadDim> producer(p, request, at, keys, shared);
+    produce_all(producer, maps, keys.tiles);
     device::cluster_arrive();
   } else {
     device::increase_registers<kConsumerRegisters>();

@@ -16,8 +16,9 @@ using namespace attention_sm90;
 
 constexpr int kHeadDim = 512;
 using T = Tile<kHeadDim>;
-constexpr uint32_t kWarps = 4;                        // of a warpgroup
-constexpr int kUnits = Shared<kHeadDim>::kUnits / 2;  // of values, that a warpgroup uses
+constexpr uint32_t kWarps = 4;  // of a warpgroup
+constexpr int kStagesPerTile =
+    Shared<kHeadDim>::kStagesPerTile / 2;  // of values, that a warpgroup uses
 // Tiles of exponentials: the first warpgroup writes one while the second reads the other.
 constexpr uint32_t kBuffers = 2;
 constexpr uint32_t kSumsBarrier = 1;  // barrier 0 is __syncthreads
@@ -33,29 +34,29 @@ struct Layout {
 
 // A warpgroup's half of the columns.
 struct Columns {
-  float output[kUnits][T::kUnitColumns / 2] = {};
+  float output[kStagesPerTile][T::kStageColumns / 2] = {};
 
   DGEMMA_DEVICE void multiply(float factor0, float factor1) {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) multiply_rows(output[i], factor0, factor1);
+    for (int i = 0; i < kStagesPerTile; ++i) multiply_rows(output[i], factor0, factor1);
   }
 
-  // Adds the products of a tile of exponentials, in registers or in shared memory, and a unit of
+  // Adds the products of a tile of exponentials, in registers or in shared memory, and a stage of
   // values.
-  DGEMMA_DEVICE void begin(const void* unit, int i,
+  DGEMMA_DEVICE void begin(const void* stage, int i,
                            const uint32_t (&exponentials)[T::kKeys / 16][4]) {
-    const auto values = describe(unit);
+    const auto values = describe(stage);
 #pragma unroll
     for (uint32_t k = 0; k < T::kKeys; k += 16)  // wgmma's K is 16
-      device::wgmma<T::kUnitColumns, device::Major::mn>(output[i], exponentials[k / 16],
-                                                        device::advanced(values, k * kGroupBytes));
+      device::wgmma<T::kStageColumns, device::Major::mn>(output[i], exponentials[k / 16],
+                                                         device::advanced(values, k * kGroupBytes));
     device::wgmma_commit();
   }
-  DGEMMA_DEVICE void begin(const void* unit, int i, device::MatrixDescriptor exponentials) {
-    const auto values = describe(unit);
+  DGEMMA_DEVICE void begin(const void* stage, int i, device::MatrixDescriptor exponentials) {
+    const auto values = describe(stage);
 #pragma unroll
     for (uint32_t k = 0; k < T::kKeys; k += 16)
-      device::wgmma<T::kUnitColumns, device::Major::k, device::Major::mn>(
+      device::wgmma<T::kStageColumns, device::Major::k, device::Major::mn>(
           output[i], device::advanced(exponentials, k * sizeof(bfloat16)),
           device::advanced(values, k * kGroupBytes));
     device::wgmma_commit();
@@ -66,11 +67,12 @@ struct Columns {
                                      swizzle_period(Swizzle::bytes_128));
   }
 
-  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at,
-                           int32_t row, int which, int32_t column, float sum) const {
+  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request,
+                           const BlockCoordinates& at, int32_t row, int which, int32_t column,
+                           float sum) const {
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i)
-      store_row(p, request, at, row, column + i * T::kUnitColumns, output[i], which, sum);
+    for (int i = 0; i < kStagesPerTile; ++i)
+      store_row(p, request, at, row, column + i * T::kStageColumns, output[i], which, sum);
   }
 };
 
@@ -82,7 +84,7 @@ DGEMMA_DEVICE int32_t first_row() {
 // The first warpgroup: scores, exponentials and the first half of the columns.
 class Scores {
  public:
-  DGEMMA_DEVICE Scores(Layout& shared, const Attention& p, const Place& at)
+  DGEMMA_DEVICE Scores(Layout& shared, const Attention& p, const BlockCoordinates& at)
       : shared_(shared),
         softmax_(&shared.common.seen[at.row_tile % kAttentionCluster * T::kRows], p.scale) {}
 
@@ -98,7 +100,7 @@ class Scores {
     for (int32_t tile = 1; tile < keys.tiles; ++tile) {
       key = begin_scores();
       const State<kHeadDim> value = begin_output();
-      device::wgmma_wait<kUnits>(softmax_.scores);
+      device::wgmma_wait<kStagesPerTile>(softmax_.scores);
       release(shared_.common, key);
       exponentiate(keys, tile);
       end_output(value);
@@ -117,7 +119,8 @@ class Scores {
     device::named_barrier_arrive(kSumsBarrier, 2 * 32 * kWarps);
   }
 
-  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at) {
+  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request,
+                           const BlockCoordinates& at) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int32_t row = row_ + 8 * which;
@@ -128,19 +131,19 @@ class Scores {
   }
 
  private:
-  // scores = query . key, a unit of the depth after the other; gives the last, which is not yet
+  // scores = query . key, one stage of the depth after the other; gives the last, which is not yet
   // released.
   DGEMMA_DEVICE State<kHeadDim> begin_scores() {
     const auto query = device::k_major_descriptor(shared_.common.query, Swizzle::bytes_128);
     State<kHeadDim> before = at_;
 #pragma unroll 1  // four copies of it spill
-    for (uint32_t unit = 0; unit < Shared<kHeadDim>::kUnits; ++unit) {
+    for (uint32_t part = 0; part < Shared<kHeadDim>::kStagesPerTile; ++part) {
       const auto key =
-          device::k_major_descriptor(wait_for_unit(shared_.common, at_), Swizzle::bytes_128);
+          device::k_major_descriptor(wait_for_stage(shared_.common, at_), Swizzle::bytes_128);
       device::wgmma_fence(softmax_.scores);
 #pragma unroll
-      for (uint32_t k = 0; k < T::kUnitColumns; k += 16) {
-        const uint32_t depth = unit * T::kUnitColumns + k;
+      for (uint32_t k = 0; k < T::kStageColumns; k += 16) {
+        const uint32_t depth = part * T::kStageColumns + k;
         const uint32_t within = k % kGroup * sizeof(bfloat16);
         device::wgmma<T::kKeys>(
             softmax_.scores,
@@ -148,7 +151,7 @@ class Scores {
             device::advanced(key, k / kGroup * T::kKeys * kGroupBytes + within), depth > 0);
       }
       device::wgmma_commit();
-      if (unit > 0) {
+      if (part > 0) {
         device::wgmma_wait<1>();
         release(shared_.common, before);
       }
@@ -190,17 +193,17 @@ class Scores {
   DGEMMA_DEVICE State<kHeadDim> begin_output() {
     const State<kHeadDim> first = at_;
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i, at_.advance()) {
-      const void* const unit = wait_for_unit(shared_.common, at_);
+    for (int i = 0; i < kStagesPerTile; ++i, at_.advance()) {
+      const void* const stage = wait_for_stage(shared_.common, at_);
       device::wgmma_fence(columns_.output[i], softmax_.exponentials);
-      columns_.begin(unit, i, softmax_.exponentials);
+      columns_.begin(stage, i, softmax_.exponentials);
     }
-    at_.advance(kUnits);  // the other warpgroup's
+    at_.advance(kStagesPerTile);  // the other warpgroup's
     return first;
   }
 
   DGEMMA_DEVICE void end_output(State<kHeadDim> at) {
-    static_assert(kUnits == 2);
+    static_assert(kStagesPerTile == 2);
     device::wgmma_wait<1>();
     release(shared_.common, at);
     at.advance();
@@ -223,11 +226,12 @@ class Rest {
 
   DGEMMA_DEVICE void attend(const KeyRange& keys) {
     if (keys.tiles == 0) return;
-    at_.advance(Shared<kHeadDim>::kUnits);
+    at_.advance(Shared<kHeadDim>::kStagesPerTile);
 #pragma unroll 1
     for (int32_t tile = 0; tile < keys.tiles; ++tile) {
-      if (tile + 1 < keys.tiles) at_.advance(Shared<kHeadDim>::kUnits);  // the next tile's keys
-      at_.advance(kUnits);                                               // the other's values
+      if (tile + 1 < keys.tiles)
+        at_.advance(Shared<kHeadDim>::kStagesPerTile);  // the next tile's keys
+      at_.advance(kStagesPerTile);                      // the other's values
       const uint32_t buffer = buffer_.stage;
       shared_.exponentials_pipeline.consumer_wait(buffer_);
       columns_.multiply(shared_.factors[buffer][row_], shared_.factors[buffer][row_ + 8]);
@@ -235,10 +239,10 @@ class Rest {
           device::k_major_descriptor(shared_.exponentials[buffer], Swizzle::bytes_128);
       State<kHeadDim> value = at_;
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i, at_.advance()) {
-        const void* const unit = wait_for_unit(shared_.common, at_);
+      for (int i = 0; i < kStagesPerTile; ++i, at_.advance()) {
+        const void* const stage = wait_for_stage(shared_.common, at_);
         device::wgmma_fence(columns_.output[i]);
-        columns_.begin(unit, i, exponentials);
+        columns_.begin(stage, i, exponentials);
       }
       device::wgmma_wait<1>();
       release(shared_.common, value);
@@ -252,7 +256,8 @@ class Rest {
 
   DGEMMA_DEVICE void wait_for_sums() { device::named_barrier_sync(kSumsBarrier, 2 * 32 * kWarps); }
 
-  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request, const Place& at) {
+  DGEMMA_DEVICE void store(const Attention& p, const AttentionRequest& request,
+                           const BlockCoordinates& at) {
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       const int32_t row = row_ + 8 * which;
@@ -280,7 +285,7 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   const AttentionRequest request = find_request(p, static_cast<int32_t>(blockIdx.z));
-  const Place at = find_place(p, request);
+  const BlockCoordinates at = find_coordinates(p, request);
   if (at.row_tile < 0 || at.split >= request.splits) return;  // with the whole cluster
   const KeyRange keys = find_keys(p, request, at, shared.common);
   device::cluster_sync();  // the barriers of both blocks are there
@@ -302,8 +307,8 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
     rest.store(p, request, at);
   } else {
     device::decrease_registers<kProducerRegisters>();
-    Loader<kHeadDim> loader(p, request, at, keys, shared.common);
-    load_all(loader, maps, keys.tiles);
+    KeyProducer<kHeadDim> producer(p, request, at, keys, shared.common);
+    produce_all(producer, maps, keys.tiles);
     device::cluster_arrive();
   }
   device::cluster_wait();  // the other block arrives at this one's barriers until then

@@ -1,17 +1,18 @@
-// What the sm90 kernels have in common before they multiply: which rows and keys a block has, and
-// how queries, keys and values come into shared memory.
+// The producer side of the sm90 kernels: which rows and keys a block has, and how queries, keys and
+// values come into shared memory.
 //
 // Two blocks of a cluster have neighbouring tiles of rows and go over the same keys, those that any
-// row of the two sees. Keys and values come in units through a ring of stages. A tile of keys that
-// is one run of rows in memory is brought by the copy engine, half of each unit's columns by either
-// block, to both: L2 is read once for the two. Where a tile crosses the end of the cache's ring or
-// of the prefix, or reaches past the last key, each block copies its rows by itself with cp.async,
-// rows past the last as zeros. A stage is full when it has an arrival of each loading thread and
-// all bytes have come, and empty again when the warps that read it have released it in both blocks.
+// row of the two sees. Keys and values come through a ring of stages, each of which holds
+// kStageColumns columns of a tile. A tile of keys that is one run of rows in memory is brought by
+// TMA multicast: either block loads half of a stage's columns for both, so the L2 is read once for
+// the two. Where a tile crosses the end of the cache's ring or of the prefix, or reaches past the
+// last key, each block copies its rows by itself with cp.async, rows past the last as zeros. A
+// stage is full when it has an arrival of each producer thread and all bytes have come, and empty
+// again when the warps that read it have released it in both blocks.
 #pragma once
 
 #include "block_attention/cuda/attention.h"
-#include "block_attention/sm90/units.h"
+#include "block_attention/sm90/schedule.h"
 #include "common/ceil_divide.h"
 #include "cuda/sm90_pipeline.h"
 #include "device/cluster.h"
@@ -33,14 +34,14 @@ constexpr float kLog2E = 1.44269504088896341f;
 // Columns that lie together: 128 bytes, a row of the widest swizzle.
 constexpr int32_t kGroup = 64;
 constexpr uint32_t kGroupBytes = kGroup * sizeof(bfloat16);
-// Warps 0-7 multiply, two warpgroups; warps 8-11 load.
+// Warps 0-7 are the consumers, two warpgroups; warps 8-11 are the producers.
 using sm90::kConsumerRegisters;
 using sm90::kConsumerWarps;
 using sm90::kProducerRegisters;
-constexpr int32_t kLoadingWarps = 4;
-constexpr uint32_t kLoadingThreads = 32 * kLoadingWarps;
+constexpr int32_t kProducerWarps = 4;
+constexpr uint32_t kProducerThreads = 32 * kProducerWarps;
 
-// kUnitColumns: of the keys or values in one stage. kUsers: warps of a block that read a unit.
+// kStageColumns: of the keys or values in one stage. kUsers: warps of a block that read a stage.
 template <int kHeadDim>
 struct Tile;
 
@@ -48,15 +49,15 @@ struct Tile;
 // + 256 keys of a sliding layer are 16 such tiles less one key.
 template <>
 struct Tile<256> {
-  static constexpr int kRows = 128, kKeys = 80, kUnitColumns = 256, kStages = 4;
+  static constexpr int kRows = 128, kKeys = 80, kStageColumns = 256, kStages = 4;
   static constexpr uint32_t kUsers = 8;
 };
 
 // A row's output of 512 columns is 256 registers of a thread, so the two warpgroups share 64 rows.
-// Units of a quarter of the columns, so that a stage is free as soon as it has been multiplied.
+// A stage has a quarter of the columns, so that it is free as soon as it has been multiplied.
 template <>
 struct Tile<512> {
-  static constexpr int kRows = 64, kKeys = 64, kUnitColumns = 128, kStages = 9;
+  static constexpr int kRows = 64, kKeys = 64, kStageColumns = 128, kStages = 9;
   static constexpr uint32_t kUsers = 4;
 };
 
@@ -64,12 +65,13 @@ struct Tile<512> {
 template <int kHeadDim>
 struct Shared {
   using T = Tile<kHeadDim>;
-  static constexpr int kGroups = T::kUnitColumns / kGroup;   // of a unit
-  static constexpr int kUnits = kHeadDim / T::kUnitColumns;  // of a tile of keys, or of values
-  using Unit = bfloat16[kGroups][T::kKeys][kGroup];
+  static constexpr int kGroups = T::kStageColumns / kGroup;  // of a stage
+  static constexpr int kStagesPerTile =
+      kHeadDim / T::kStageColumns;  // of a tile of keys, or of values
+  using Stage = bfloat16[kGroups][T::kKeys][kGroup];
 
   alignas(1024) bfloat16 query[kHeadDim / kGroup][T::kRows][kGroup];
-  alignas(1024) Unit unit[T::kStages];
+  alignas(1024) Stage stage[T::kStages];
   VisibleKeys seen[kAttentionCluster * T::kRows];  // by each row of the cluster
   sm90::Pipeline<T::kStages> pipeline;
   device::Mbarrier query_full;
@@ -83,60 +85,62 @@ struct KeyMaps {
   device::TensorMap prefix_key, prefix_value, key, value;
 };
 
-// By one thread, before the kernel in front has ended; fence_mbarrier_init and a barrier of the
-// cluster follow.
+// One thread calls this, before the previous kernel has ended; fence_mbarrier_init and a barrier of
+// the cluster follow.
 template <int kHeadDim>
 DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
   for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
     device::prefetch_tensor_map(map);
-  shared.pipeline.initialise(kLoadingThreads, kAttentionCluster * Tile<kHeadDim>::kUsers);
-  device::mbarrier_init(&shared.query_full, kLoadingThreads);
+  shared.pipeline.initialise(kProducerThreads, kAttentionCluster * Tile<kHeadDim>::kUsers);
+  device::mbarrier_init(&shared.query_full, kProducerThreads);
 }
 
 // Keys or values are there, and seen by wgmma: cp.async may have written them.
 template <int kHeadDim>
-DGEMMA_DEVICE const void* wait_for_unit(Shared<kHeadDim>& shared, State<kHeadDim> at) {
+DGEMMA_DEVICE const void* wait_for_stage(Shared<kHeadDim>& shared, State<kHeadDim> at) {
   shared.pipeline.consumer_wait(at);
   device::fence_proxy_async();
-  return shared.unit[at.stage];
+  return shared.stage[at.stage];
 }
 
-// Likewise the queries, which cp.async wrote.
+// The same for the queries, which cp.async wrote.
 template <int kHeadDim>
 DGEMMA_DEVICE void wait_for_queries(Shared<kHeadDim>& shared) {
   device::mbarrier_wait(&shared.query_full, 0);
   device::fence_proxy_async();
 }
 
-// This warp has waited for its products of the unit. Both blocks fill the stage of either.
+// This warp has waited for its products of the stage. Both blocks fill the stage of either.
 template <int kHeadDim>
 DGEMMA_DEVICE void release(Shared<kHeadDim>& shared, State<kHeadDim> at) {
   shared.pipeline.template consumer_release_in_cluster<kAttentionCluster>(at);
 }
 
-// Where this block is. Splits come after heads: those that a request has not are the last to begin.
-struct Place {
+// The coordinates of this block. Splits come after heads in the grid, so that the splits that a
+// request does not have are the last blocks to begin.
+struct BlockCoordinates {
   int32_t request, head, split;
   int32_t row_tile;  // see row_tile_of_block
 };
 
-DGEMMA_DEVICE Place find_place(const Attention& p, const AttentionRequest& request) {
+DGEMMA_DEVICE BlockCoordinates find_coordinates(const Attention& p,
+                                                const AttentionRequest& request) {
   return {static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y) % p.key_heads,
           static_cast<int32_t>(blockIdx.y) / p.key_heads,
           row_tile_of_block(static_cast<int32_t>(blockIdx.x), request.row_tiles, p.causal)};
 }
 
-// What the cluster goes over: positions `first` .. `end` - 1 by tiles of keys. Every row of this
+// The cluster goes over the positions `first` .. `end` - 1 by tiles of keys. Every row of this
 // block sees those from `common_first` to before `common_end`.
 struct KeyRange {
   int32_t first, end, tiles;
   int32_t common_first, common_end;
 };
 
-// Also writes what each row sees; nothing past the request's last row.
+// This also writes the keys that each row sees; a row past the request's last one sees none.
 template <int kHeadDim>
 DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& request,
-                                 const Place& at, Shared<kHeadDim>& shared) {
+                                 const BlockCoordinates& at, Shared<kHeadDim>& shared) {
   constexpr int32_t kRows = Tile<kHeadDim>::kRows, kKeys = Tile<kHeadDim>::kKeys;
   constexpr int32_t kAll = kAttentionCluster * kRows;
   VisibleKeys* const seen = shared.seen;
@@ -168,16 +172,16 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
   return keys;
 }
 
-// The warps that load.
+// The producer warps.
 template <int kHeadDim>
-class Loader {
+class KeyProducer {
   using T = Tile<kHeadDim>;
   using S = Shared<kHeadDim>;
 
  public:
-  DGEMMA_DEVICE Loader(const Attention& p, const AttentionRequest& request, const Place& at,
-                       const KeyRange& keys, S& shared)
-      : p_(p), request_(request), place_(at), keys_(keys), shared_(shared) {
+  DGEMMA_DEVICE KeyProducer(const Attention& p, const AttentionRequest& request,
+                            const BlockCoordinates& at, const KeyRange& keys, S& shared)
+      : p_(p), request_(request), at_block_(at), keys_(keys), shared_(shared) {
     warp_ = static_cast<int32_t>(device::warp_index() - kConsumerWarps);
     lane_ = static_cast<int32_t>(device::lane_index());
     rank_ = static_cast<int32_t>(device::cluster_block_rank());
@@ -186,14 +190,16 @@ class Loader {
   // The block's rows of queries, those past the last as zeros: a row is query r / group of head r %
   // group.
   DGEMMA_DEVICE void load_queries() {
-    constexpr int32_t kRowsOfWarp = T::kRows / kLoadingWarps;
+    constexpr int32_t kRowsOfWarp = T::kRows / kProducerWarps;
     static_assert(kRowsOfWarp <= 32);
     const int32_t group = p_.query_heads / p_.key_heads;
-    const int32_t packed = place_.row_tile * T::kRows + row_of_warp(lane_);
-    const int64_t token = static_cast<int64_t>(place_.request) * p_.block_length + packed / group;
+    const int32_t packed = at_block_.row_tile * T::kRows + row_of_warp(lane_);
+    const int64_t token =
+        static_cast<int64_t>(at_block_.request) * p_.block_length + packed / group;
     const bfloat16* const from =
         packed < request_.rows * group
-            ? p_.query + (token * p_.query_heads + place_.head * group + packed % group) * kHeadDim
+            ? p_.query +
+                  (token * p_.query_heads + at_block_.head * group + packed % group) * kHeadDim
             : nullptr;
 #pragma unroll 4
     for (int32_t i = 0; i < kRowsOfWarp; ++i) {
@@ -214,7 +220,7 @@ class Loader {
 
  private:
   // The warps take rows in turn.
-  DGEMMA_DEVICE int32_t row_of_warp(int32_t i) const { return warp_ + kLoadingWarps * i; }
+  DGEMMA_DEVICE int32_t row_of_warp(int32_t i) const { return warp_ + kProducerWarps * i; }
 
   DGEMMA_DEVICE static const bfloat16* pointer_of_lane(const bfloat16* pointer, int32_t lane) {
     return reinterpret_cast<const bfloat16*>(
@@ -238,7 +244,7 @@ class Loader {
     if (run.source == KeySource::kPrefix)
       load_whole(prefix_map, request_.slot * p_.capacity + run.row);
     else if (run.source == KeySource::kBlock)
-      load_whole(block_map, place_.request * p_.block_length + run.row);
+      load_whole(block_map, at_block_.request * p_.block_length + run.row);
     else
       load_rows(prefix, block, first);
   }
@@ -248,16 +254,16 @@ class Loader {
     constexpr int32_t kShare = S::kGroups / kAttentionCluster;  // groups that a block brings
     constexpr uint16_t kBlocks = (1 << kAttentionCluster) - 1;
 #pragma unroll 1
-    for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
+    for (int32_t part = 0; part < S::kStagesPerTile; ++part, at_.advance()) {
       device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
       __syncwarp();  // no lane is left behind by two rounds
       if (lane_ != 0) continue;
       if (warp_ == 0) {
-        device::mbarrier_arrive_expect_bytes(full, sizeof(typename S::Unit));
+        device::mbarrier_arrive_expect_bytes(full, sizeof(typename S::Stage));
         const int32_t group = rank_ * kShare;
-        device::tma_load_multicast(shared_.unit[at_.stage][group], &map, full,
-                                   device::evict_normal(), kBlocks, 0, row,
-                                   place_.head * (kHeadDim / kGroup) + unit * S::kGroups + group);
+        device::tma_load_multicast(
+            shared_.stage[at_.stage][group], &map, full, device::evict_normal(), kBlocks, 0, row,
+            at_block_.head * (kHeadDim / kGroup) + part * S::kGroups + group);
       }
       device::mbarrier_arrive_times(full, warp_ == 0 ? 31 : 32);  // for the warp
     }
@@ -265,10 +271,10 @@ class Loader {
 
   // Row by row, a lane knowing where one of its warp's rows is.
   DGEMMA_DEVICE void load_rows(const bfloat16* prefix, const bfloat16* block, int32_t first) {
-    constexpr int32_t kRowsOfWarp = T::kKeys / kLoadingWarps;
-    static_assert(T::kKeys % kLoadingWarps == 0 && kRowsOfWarp <= 32);
-    constexpr int32_t kPieces = T::kUnitColumns / 8;  // of 16 bytes, in a row of a unit
-    constexpr int32_t kTogether = 32 / kPieces;       // rows that a warp copies at once
+    constexpr int32_t kRowsOfWarp = T::kKeys / kProducerWarps;
+    static_assert(T::kKeys % kProducerWarps == 0 && kRowsOfWarp <= 32);
+    constexpr int32_t kPieces = T::kStageColumns / 8;  // of 16 bytes, in a row of a stage
+    constexpr int32_t kTogether = 32 / kPieces;        // rows that a warp copies at once
     static_assert(kRowsOfWarp % kTogether == 0);
     const int32_t position = first + row_of_warp(lane_);
     const bfloat16* from = nullptr;
@@ -276,15 +282,15 @@ class Loader {
       from = prefix + (static_cast<int64_t>(request_.slot) * p_.capacity + position % p_.capacity) *
                           p_.key_heads * kHeadDim;
     else if (position < keys_.end)
-      from = block +
-             (static_cast<int64_t>(place_.request) * p_.block_length + position - request_.prefix) *
-                 p_.key_heads * kHeadDim;
+      from = block + (static_cast<int64_t>(at_block_.request) * p_.block_length + position -
+                      request_.prefix) *
+                         p_.key_heads * kHeadDim;
     const int32_t piece = lane_ % kPieces;
 #pragma unroll 1
-    for (int32_t unit = 0; unit < S::kUnits; ++unit, at_.advance()) {
+    for (int32_t part = 0; part < S::kStagesPerTile; ++part, at_.advance()) {
       device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
-      bfloat16* const group = shared_.unit[at_.stage][piece / 8][0];
-      const int32_t column = place_.head * kHeadDim + unit * T::kUnitColumns + 8 * piece;
+      bfloat16* const group = shared_.stage[at_.stage][piece / 8][0];
+      const int32_t column = at_block_.head * kHeadDim + part * T::kStageColumns + 8 * piece;
 #pragma unroll 4
       for (int32_t i = 0; i < kRowsOfWarp; i += kTogether) {
         const int32_t mine = i + lane_ / kPieces;
@@ -296,28 +302,29 @@ class Loader {
 
   const Attention& p_;
   const AttentionRequest& request_;
-  const Place& place_;
+  const BlockCoordinates& at_block_;
   const KeyRange& keys_;
   S& shared_;
   State<kHeadDim> at_;
   int32_t warp_, lane_, rank_;
 };
 
-// All keys and values of the block, in the order in which they are multiplied: the scores of a tile
-// are begun before the values of the tile in front of it are used.
+// Loads all keys and values of the block in the order in which they are multiplied: the scores of a
+// tile begin before the values of the previous tile are used.
 template <int kHeadDim>
-DGEMMA_DEVICE void load_all(Loader<kHeadDim>& loader, const KeyMaps& maps, int32_t tiles) {
+DGEMMA_DEVICE void produce_all(KeyProducer<kHeadDim>& producer, const KeyMaps& maps,
+                               int32_t tiles) {
   if (tiles == 0) return;
-  loader.load_keys(maps, 0);
-  loader.load_queries();
+  producer.load_keys(maps, 0);
+  producer.load_queries();
   for (int32_t tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) loader.load_keys(maps, tile + 1);
-    loader.load_values(maps, tile);
+    if (tile + 1 < tiles) producer.load_keys(maps, tile + 1);
+    producer.load_values(maps, tile);
   }
 }
 
 // Host: [rows, key_heads, head_dim] as (column of a group, row, group of columns), a copy being a
-// tile of keys by a block's share of a unit.
+// tile of keys by a block's share of a stage.
 template <int kHeadDim>
 const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat16* base,
                         int64_t rows) {
@@ -329,7 +336,7 @@ const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat
             .base = base,
             .size = {kGroup, static_cast<uint64_t>(rows), row_values / kGroup},
             .stride = {0, row_values * sizeof(bfloat16), kGroupBytes},
-            .box = {kGroup, T::kKeys, T::kUnitColumns / kGroup / kAttentionCluster},
+            .box = {kGroup, T::kKeys, T::kStageColumns / kGroup / kAttentionCluster},
             .swizzle = Swizzle::bytes_128});
 }
 
@@ -341,15 +348,15 @@ const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch,
   KeyMaps maps;
   const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
   const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
-  if (const char* problem = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return problem;
-  if (const char* problem = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return problem;
+  if (const char* error = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return error;
+  if (const char* error = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return error;
   maps.prefix_key = maps.key;  // where there is no cache: never copied from
   maps.prefix_value = maps.value;
   if (stored > 0) {
-    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
-      return problem;
-    if (const char* problem = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
-      return problem;
+    if (const char* error = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
+      return error;
+    if (const char* error = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
+      return error;
   }
   const int32_t clusters = ceil_divide(plan.row_tiles, kAttentionCluster);
   const device::LaunchShape shape = {

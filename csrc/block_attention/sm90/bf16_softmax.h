@@ -1,6 +1,6 @@
-// What a warpgroup of the sm90 kernels holds of its 64 rows while it goes over the keys: scores and
-// their exponentials, the row's maximum and sum, and how results are written. See device/wgmma.h
-// for what a thread has of a product.
+// The consumer side of the sm90 kernels: the softmax state that a warpgroup keeps of its 64 rows
+// while it goes over the keys, and how results are written. device/wgmma.h says which elements of a
+// product a thread has.
 #pragma once
 
 #include <cmath>
@@ -26,9 +26,9 @@ class Softmax {
     }
   }
 
-  // From scores to exp2 of what they are above the row's maximum so far. What was summed before is
-  // to be multiplied by factor(). `first` is the position of the tile's first key; all_seen: every
-  // row sees every key of the tile.
+  // Replaces the scores by exp2(score - the row's maximum so far). The caller multiplies what was
+  // summed before by factor(). `first` is the position of the tile's first key; all_seen: every row
+  // sees every key of the tile.
   DGEMMA_DEVICE void exponentiate(int32_t first, bool all_seen) {
     if (all_seen)
       exponentiate<false>(first);
@@ -81,7 +81,7 @@ class Softmax {
       largest = fmaxf(largest, __shfl_xor_sync(device::kAllLanes, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(device::kAllLanes, largest, 2));
       const float now = fmaxf(max_[which], largest);
-      // A row that has seen no key yet stays at nothing.
+      // A row that has seen no key yet keeps a sum of zero.
       const float reference = now > -INFINITY ? now : 0.0f;
       factor_[which] = device::exp2_approximate(max_[which] - reference);
       float sum = 0.0f;
@@ -124,13 +124,13 @@ struct RowPlace {
   bfloat16* output;
 };
 
-DGEMMA_DEVICE bool has_row(const Attention& p, const AttentionRequest& request, const Place& at,
-                           int32_t row) {
+DGEMMA_DEVICE bool has_row(const Attention& p, const AttentionRequest& request,
+                           const BlockCoordinates& at, int32_t row) {
   return at.row_tile * p.rows + row < request.rows * (p.query_heads / p.key_heads);
 }
 
 DGEMMA_DEVICE RowPlace find_row(const Attention& p, const AttentionRequest& request,
-                                const Place& at, int32_t row) {
+                                const BlockCoordinates& at, int32_t row) {
   const int32_t group = p.query_heads / p.key_heads;
   const int32_t packed = at.row_tile * p.rows + row;
   const int64_t tile =
@@ -144,9 +144,9 @@ DGEMMA_DEVICE RowPlace find_row(const Attention& p, const AttentionRequest& requ
 // A row's columns from `column` on, of which this thread has two of every eight: as a part, or
 // divided by the row's sum.
 template <int kCount>
-DGEMMA_DEVICE void store_row(const Attention& p, const AttentionRequest& request, const Place& at,
-                             int32_t row, int32_t column, const float (&output)[kCount], int which,
-                             float sum) {
+DGEMMA_DEVICE void store_row(const Attention& p, const AttentionRequest& request,
+                             const BlockCoordinates& at, int32_t row, int32_t column,
+                             const float (&output)[kCount], int which, float sum) {
   const RowPlace to = find_row(p, request, at, row);
   column += 2 * static_cast<int32_t>(device::lane_index() % 4);
   if (request.splits > 1) {
@@ -164,9 +164,9 @@ DGEMMA_DEVICE void store_row(const Attention& p, const AttentionRequest& request
         output[4 * i + 2 * which] * factor, output[4 * i + 2 * which + 1] * factor);
 }
 
-// Beside a part, by one thread of the row.
-DGEMMA_DEVICE void store_sums(const Attention& p, const AttentionRequest& request, const Place& at,
-                              int32_t row, float max, float sum) {
+// One thread of the row writes its maximum and sum beside the part.
+DGEMMA_DEVICE void store_sums(const Attention& p, const AttentionRequest& request,
+                              const BlockCoordinates& at, int32_t row, float max, float sum) {
   if (request.splits <= 1 || device::lane_index() % 4 != 0) return;
   *reinterpret_cast<float2*>(p.sums + 2 * find_row(p, request, at, row).partial) = {max, sum};
 }

@@ -1,5 +1,5 @@
-// What every entry point of the family asks of its arguments. Each function writes a message that
-// names the argument, what it got and what it wants.
+// The checks of arguments that the entry points of the family share. Each function writes a message
+// that names the argument, what it got and what it wants.
 #pragma once
 
 #include "cpu/entry.h"
@@ -12,7 +12,7 @@ namespace dgemma {
 dgemma_status check_allowed(const dgemma_allowed& allowed, int64_t batch, int64_t length,
                             int64_t vocabulary, const uint8_t* active, dgemma_cpu* cpu);
 
-// Of active requests: every uniform in [0, 1). NULL passes.
+// Every uniform of an active request is in [0, 1). NULL passes.
 dgemma_status check_uniforms(const double* uniforms, int64_t batch, int64_t length,
                              const uint8_t* active, dgemma_cpu* cpu);
 
@@ -23,9 +23,10 @@ dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu);
 // The logits and every output of the statistics.
 dgemma_status check_statistics(const dgemma_vocabulary_statistics& op, dgemma_cpu* cpu);
 
-// What statistics have left for the ops that come after them: all or none are there.
+// The softmax statistics that another operator has left: row_max, row_sum, tile_max and tile_sum
+// are all there or none is.
 template <typename Op>
-dgemma_status check_masses(const Op& op, dgemma_cpu* cpu) {
+dgemma_status check_softmax_statistics(const Op& op, dgemma_cpu* cpu) {
   if (op.logits.batch * op.logits.length == 0) return DGEMMA_OK;
   return check_buffers({{"row_max", op.row_max, sizeof(float)},
                         {"row_sum", op.row_sum, sizeof(double)},

@@ -34,7 +34,7 @@ size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* wor
 
 dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
   dgemma_status status = check_logits(op.logits, cpu);
-  if (status == DGEMMA_OK) status = check_masses(op, cpu);
+  if (status == DGEMMA_OK) status = check_softmax_statistics(op, cpu);
   if (status != DGEMMA_OK) return status;
   if (op.hidden_size < 1 || op.hidden_size > INT32_MAX)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "hidden_size: got %" PRId64 ", wants 1 to %d",
@@ -131,7 +131,7 @@ dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
   if (status != DGEMMA_OK) return status;
   const dgemma_logits& logits = op->logits;
   status = dgemma::check_logits(logits, cpu);
-  if (status == DGEMMA_OK) status = dgemma::check_masses(*op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_softmax_statistics(*op, cpu);
   if (status == DGEMMA_OK) status = dgemma::check_draws(*op, logits.batch, cpu);
   if (status == DGEMMA_OK)
     status = dgemma::check_buffers(

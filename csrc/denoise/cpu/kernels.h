@@ -1,4 +1,5 @@
-// What the C entry points and the kernels compiled per instruction set agree on.
+// The interface between the C entry points and the kernels, which are compiled once per instruction
+// set.
 #pragma once
 
 #include <cstddef>
@@ -10,18 +11,18 @@
 namespace dgemma {
 
 // Vocabulary entries of one block of probabilities: with 256 rows 4 MiB in bf16, two of which stay
-// in an L3 of 32 MiB. All threads wait for each other once per block (NOTES.md has what that costs
+// in an L3 of 32 MiB. All threads wait for each other once per block (LOG.md has what that costs
 // where a core is shared).
 constexpr int64_t kProbabilityBlock = 8192;
-// Between rows of probabilities: one cache line more, so that the six rows that a register tile
-// reads do not fall into one set of the L1.
+// The distance of two rows of probabilities: one cache line more than a row, so that the six rows
+// that a register tile reads do not fall into one set of the L1.
 constexpr int64_t kProbabilityStride = kProbabilityBlock + 32;
 // Dense rows that share one pass over the embedding.
 constexpr int64_t kDenseRows = 256;
 // Hidden columns of one task of the dense product.
 constexpr int64_t kStripColumns = 64;
 
-// What the first pass of the soft embedding finds out about a row.
+// The result of the soft embedding's first pass over a row.
 struct SoftEmbeddingRow {
   float row_max;        // dtype(row_max)
   float inverse_sum;    // 1 / sum over v of exp(dtype(z[v]) - row_max)

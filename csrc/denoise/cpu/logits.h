@@ -1,5 +1,5 @@
-// How every kernel of the family reads one vocabulary tile: from raw logits to z in fp32, and from
-// z to masses.
+// Every kernel of the family reads a vocabulary tile through this header: raw logits become z in
+// fp32, and z becomes mass, exp(z - a maximum), which is a probability before its division.
 #pragma once
 
 #include "cpu/vector.h"
@@ -91,7 +91,8 @@ inline Exponent split_exponent(Floats d) {
   // One constant for ln 2 is enough: k times its error stays below 3e-7.
   e.rest = fmadd(e.k, broadcast(-0.693147180559945309f), d);
 #else
-  // In two parts (Cody and Waite), the first so short that its product with k is exact.
+  // The constant is cut in two (Cody and Waite), the first part so short that its product with k is
+  // exact.
   e.rest = d - e.k * 0.693145751953125f - e.k * 1.428606765330187e-06f;
 #endif
   return e;
@@ -134,7 +135,7 @@ struct TileSum {
   static constexpr int kParts = 16 / kLanes;
   Floats part[kParts] = {};
 
-  // Of the values from index i on.
+  // The values begin at index i.
   void add(int i, Floats v) { part[i / kLanes % kParts] += v; }
   void add_product(int i, Floats a, Floats b) {
     part[i / kLanes % kParts] = fmadd(a, b, part[i / kLanes % kParts]);

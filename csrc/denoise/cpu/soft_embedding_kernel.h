@@ -14,16 +14,16 @@ namespace {
 // 23 million cycles when it shares the pass with others, an entry 300 from the cache and 1,800 from
 // memory.
 constexpr int kSparseEntries = 4096;
-// Thresholds on exp(z - row_max) below which entries may be left out: 2^-9, 2^-12, ... 2^-30. The
+// Thresholds on exp(z - row_max) below which entries may be skipped: 2^-9, 2^-12, ... 2^-30. The
 // largest that keeps within the budget is taken.
 constexpr int kThresholds = 8;
 constexpr float kLargestThreshold = 0x1p-9f;
 constexpr float kThresholdStep = 0x1p-3f;
-// Share of the tolerance that whole tiles may use up, and that entries may, of what is expected to
-// pass: the sum's norm is guessed from the probabilities, so a margin is left.
+// Fractions of the tolerance that are budgeted for whole tiles and for entries that are skipped.
+// The sum's norm is guessed from the probabilities, so a margin is left.
 constexpr float kTileShare = 0x1p-7f;
 constexpr float kEntryShare = 0.25f;
-// What is left out is counted before p is rounded to bf16, which adds up to 2^-9.
+// The skipped mass is counted before p is rounded to bf16, which adds up to 2^-9.
 constexpr double kRoundingMargin = 1.01;
 
 // exp(dtype(z) - dtype(row_max)) of a tile.
@@ -58,12 +58,12 @@ double weight_sum(const LogitRow<T>& row, float row_max) {
   return total;
 }
 
-// What a look at a row's tiles says about leaving entries out.
+// The result of one pass over a row's tiles: what skipping entries would cost.
 struct SparsePlan {
   float tile_limit;     // tiles are read when 128 * exp(dtype(tile_max) - row_max) is above it
   double tiles_left;    // bound on the mass of the tiles that are not read
   double sum;           // of the entries of the tiles that are
-  float threshold;      // entries with a weight below it are left out
+  float threshold;      // entries with a weight below it are skipped
   double entries_left;  // their mass
 };
 
@@ -171,8 +171,8 @@ inline double norm(const float* values, int64_t count) {
   return std::sqrt(squares);
 }
 
-// Fills the row's sum from the entries that matter. False when there are too many, or when what
-// was left out may be more than the tolerance of the result.
+// Fills the row's sum from the entries that matter. False when there are too many, or when the
+// skipped mass may change the result by more than the tolerance.
 template <typename T>
 bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t row_number,
                   float row_max) {
@@ -216,7 +216,7 @@ void write_row(const SoftEmbeddingWork& work, int64_t row) {
   }
 }
 
-// The first look at a row: pinned rows are written, rows that can be are summed sparsely and
+// The first pass over a row: pinned rows are written, rows that can be are summed sparsely and
 // written, for the others the dense product is prepared.
 template <typename T>
 void soft_row(const SoftEmbeddingWork& work, int64_t row_number) {

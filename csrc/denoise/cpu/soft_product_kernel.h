@@ -26,7 +26,7 @@ template <typename T>
 constexpr bool kPaired = false;
 #endif
 
-// What the panel and the probabilities are stored as.
+// The type in which the panel and the probabilities are stored.
 template <bool kPairs>
 struct Stored {
   typedef float Type;
@@ -153,7 +153,7 @@ inline void multiply_rows(int64_t rows, const P* p, const P* panel, int64_t dept
   }
 }
 
-// Asks for rows [first, end) of a strip of the embedding. A row of a strip is a few cache lines
+// Prefetches rows [first, end) of a strip of the embedding. A row of a strip is a few cache lines
 // in a page of its own, which no hardware prefetcher follows: +5 % at the model's width.
 template <typename T>
 inline void prefetch_strip(const T* embedding, int64_t hidden, int64_t first, int64_t end) {

@@ -66,7 +66,7 @@ void statistics_row(const dgemma_vocabulary_statistics& op, int64_t row_number) 
   ShiftedSums sums;
   Floats poison = broadcast(0.0f);
   float best = -INFINITY;
-  // Of a row of NaN: the lowest token that it allows.
+  // The argmax of a row of NaN is the lowest token that it allows.
   int32_t argmax = nth_allowed(row.allowed, row.vocabulary, 0);
   TileLogits tile;
   for (int64_t j = 0; j < tiles; ++j) {

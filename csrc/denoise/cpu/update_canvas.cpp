@@ -119,7 +119,7 @@ bool entropies_are_finite(const Request& request) {
   return true;
 }
 
-// Over the positions that are not pinned, in index order; 0 when all are.
+// The mean over the positions that are not pinned, summed in index order; 0 when all are pinned.
 float mean_entropy(const Request& request) {
   double total = 0.0;
   int64_t count = 0;

@@ -1,4 +1,4 @@
-// What the CUDA entry points of this family share: checks, and the workspace of the tiles' parts.
+// The CUDA entry points of this family share these checks, and the workspace of the tiles' parts.
 #pragma once
 
 #include "cuda/entry.h"
@@ -6,7 +6,7 @@
 
 namespace dgemma {
 
-// Sizes, dtype, softcap, pointers. Temperatures and rows are on the device and cannot be looked at.
+// Sizes, dtype, softcap, pointers. Temperatures and rows are on the device and cannot be checked.
 dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda);
 
 inline dgemma_status check_statistics_outputs(const dgemma_vocabulary_statistics& op,

@@ -1,4 +1,4 @@
-// From the statistics of a row's tiles to the row's: a block has a row, a thread a run of tiles.
+// Reduces the statistics of a row's tiles to the row's. A block has a row, a thread a run of tiles.
 #include "denoise/cuda/kernels.h"
 #include "denoise/cuda/logits.h"
 #include "denoise/cuda/row_scan.h"

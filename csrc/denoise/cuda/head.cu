@@ -22,7 +22,7 @@ dgemma_status check_head(const dgemma_vocabulary_head& op, dgemma_cuda* cuda) {
   return status != DGEMMA_OK ? status : check_statistics_outputs(op.statistics, cuda);
 }
 
-// Null, or CUDA's words.
+// Returns null or the error's text.
 const char* multiply(const Head& head, [[maybe_unused]] const Gpu& gpu, void* stream) {
 #if defined(DGEMMA_WITH_SM90)
   if (gpu.path == CudaPath::kSm90)

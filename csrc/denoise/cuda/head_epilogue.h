@@ -1,4 +1,4 @@
-// What the head does with a finished tile: every warp takes rows of it, stores them and makes their
+// The epilogue of the head: every warp takes rows of a finished tile, stores them and makes their
 // statistics.
 #pragma once
 

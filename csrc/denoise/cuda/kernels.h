@@ -1,5 +1,5 @@
-// What the CUDA kernels of this family share: the arguments they take and how each is launched.
-// All pointers are to the device's memory.
+// The arguments of this family's CUDA kernels, and the declarations of their launches. All pointers
+// are to the device's memory.
 #pragma once
 
 #include <cstdint>
@@ -39,20 +39,20 @@ inline Logits make_logits(const dgemma_logits& op) {
           static_cast<int32_t>(tiles)};
 }
 
-// What is known of the tiles of a row before the row is summed up, beside the tile_max and tile_sum
-// that are kept: [batch, length, tiles] each. See TileStatistics.
+// The statistics of a row's tiles that are kept only until the row is summed up, beside the
+// tile_max and tile_sum that stay: [batch, length, tiles] each. See TileStatistics.
 struct TileParts {
   float* shifted;
   float* best;
   int32_t* index;
 };
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 
 // Writes tile_max, tile_sum and the parts from stored logits.
 const char* launch_tile_statistics(const dgemma_vocabulary_statistics& op, const TileParts& parts,
                                    void* stream);
-// From those to the statistics of the rows.
+// Reduces those to the statistics of the rows.
 const char* launch_finish_statistics(const dgemma_vocabulary_statistics& op, const TileParts& parts,
                                      void* stream);
 const char* launch_sample(const dgemma_sample& op, void* stream);

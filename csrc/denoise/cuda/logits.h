@@ -1,5 +1,5 @@
-// How the kernels of this family read a vocabulary tile: a warp has it, every lane four entries
-// that follow one another, so that a row of the logits is read 256 bytes at a time.
+// The kernels of this family read a vocabulary tile by a warp, four consecutive entries a lane, so
+// that a row of the logits is read 256 bytes at a time.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct LogitScale {
     if (capped) a = tanhf(fmaf(a, inner, a * inner_low));
     return fmaf(a, outer, a * outer_low);
   }
-  // Several at once, with one look at whether there is a cap.
+  // Several at once, with one test of whether there is a cap.
   template <int kCount>
   DGEMMA_DEVICE void operator()(const float (&raw)[kCount], float (&z)[kCount]) const {
     if (capped) {
@@ -74,7 +74,7 @@ DGEMMA_DEVICE int32_t lowest_allowed(const uint32_t* bits, int32_t vocabulary) {
   return 0;
 }
 
-// Which of a lane's four entries from `first` on exist and are allowed, as four bits. `first` is a
+// Four bits: which of a lane's four entries from `first` on exist and are allowed. `first` is a
 // multiple of four, so they lie in one word.
 DGEMMA_DEVICE uint32_t usable_entries(const uint32_t* bits, int32_t vocabulary, int32_t first) {
   const int32_t left = vocabulary - first;
@@ -123,7 +123,7 @@ DGEMMA_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// What is kept of one tile of one row; the same in all lanes that have the row.
+// The statistics of one tile of one row, the same in all lanes that have the row.
 struct TileStatistics {
   float max;      // of z; -infinity where nothing is usable
   float sum;      // of exp(z - max)
@@ -139,7 +139,7 @@ struct RowOfTile {
   static constexpr int kQuads = 32 / kLanes;
   static constexpr int kEntries = kLaneEntries * kQuads;
 
-  // From a lane's first entry to its i-th.
+  // The distance from a lane's first entry to its i-th.
   static DGEMMA_DEVICE int32_t offset(int i) {
     return i / kLaneEntries * kLaneEntries * kLanes + i % kLaneEntries;
   }
@@ -195,9 +195,9 @@ struct RowOfTile {
   }
 };
 
-// All 32 lanes come, those of a row side by side. `first` is the lane's first entry, `usable` has a
-// bit for each of its entries. No branch within: the entries' chains of tanh and exp run side by
-// side.
+// The 32 lanes of a warp call this, those of a row side by side. `first` is the lane's first entry,
+// `usable` has a bit for each of its entries. There is no branch within, so that the entries'
+// chains of tanh and exp run side by side.
 template <int kEntries>
 DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint32_t usable,
                                              int32_t first, const LogitScale& scale) {
@@ -221,7 +221,7 @@ DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint3
   tile.best = Row::max(best);
   tile.index = Row::min(best == tile.best ? index : INT32_MAX);
   float sum[Row::kQuads] = {}, shifted[Row::kQuads] = {};
-  // Of a tile without usable entries all masses are exp(-infinity).
+  // Every mass of a tile without usable entries is exp(-infinity).
   const float top = tile.max > -INFINITY ? tile.max : 0.0f;
 #pragma unroll
   for (int i = 0; i < kEntries; ++i) {

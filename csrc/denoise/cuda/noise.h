@@ -24,7 +24,7 @@ DGEMMA_DEVICE int32_t sum_up_to_lane(int32_t value) {
 }
 
 // The allowed token number floor(u * count); u < 1, but the product may round to count. All lanes
-// come, with the same arguments, and get the same token.
+// call this with the same arguments and get the same token.
 DGEMMA_DEVICE int32_t uniform_token(const uint32_t* bits, int32_t vocabulary, double uniform) {
   const int32_t lane = static_cast<int32_t>(device::lane_index());
   const int32_t words = (vocabulary + 31) / 32;

@@ -17,9 +17,9 @@ HeadPlan make_head_plan(const Logits& logits, int32_t multiprocessors) {
   plan.row_tiles = ceil_divide(logits.length, plan.row_tile);
   plan.tile_pairs = (logits.tiles + 1) / 2;
   // A block fills a multiprocessor's shared memory. No more clusters than have work.
-  const int64_t units = count_units(plan, logits.batch);
+  const int64_t work_tiles = count_work_tiles(plan, logits.batch);
   plan.blocks =
-      2 * static_cast<int32_t>(std::min<int64_t>(std::max(multiprocessors / 2, 1), units));
+      2 * static_cast<int32_t>(std::min<int64_t>(std::max(multiprocessors / 2, 1), work_tiles));
   return plan;
 }
 

@@ -7,7 +7,7 @@
 
 namespace dgemma {
 
-const char* soft_embedding_problem(const dgemma_soft_embedding& op) {
+const char* soft_embedding_error(const dgemma_soft_embedding& op) {
   if (op.logits.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
   // A row is copied 16 bytes at a time.
   if (op.hidden_size < 8 || op.hidden_size > 65536 || op.hidden_size % 8 != 0)
@@ -26,8 +26,8 @@ SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path) {
   plan.splits = kSoftSplits;
   WorkspaceParts parts;
   plan.normaliser = parts.take<float>(rows);
-  plan.left_out = parts.take<float>(rows);
-  plan.wanted = parts.take<uint32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
+  plan.skipped_mass = parts.take<float>(rows);
+  plan.needed = parts.take<uint32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
   plan.list = parts.take<int32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
   plan.count = parts.take<int32_t>(logits.batch);
   plan.failed = parts.take<uint32_t>(logits.batch);
@@ -58,8 +58,8 @@ SoftPass make_soft_pass(const dgemma_soft_embedding& op, const SoftPlan& plan, b
   pass.embedding = static_cast<const device::bfloat16*>(op.embedding);
   pass.output = static_cast<device::bfloat16*>(op.output);
   pass.normaliser = floats(plan.normaliser);
-  pass.left_out = floats(plan.left_out);
-  pass.wanted = words(plan.wanted);
+  pass.skipped_mass = floats(plan.skipped_mass);
+  pass.needed = words(plan.needed);
   pass.list = integers(plan.list);
   pass.count = integers(plan.count);
   pass.failed = words(plan.failed);

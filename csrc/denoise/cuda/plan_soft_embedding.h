@@ -1,11 +1,13 @@
-// The soft embedding in CUDA: its plan, its workspace and its kernels.
+// The soft embedding in CUDA: its launch plan, its workspace and its kernels.
 //
-// Per request, one after the other: (1) weigh: which vocabulary tiles each row needs, their z in
-// bfloat16, and the row's normaliser; (2) list: the tiles that any row needs; (3) probabilities of
-// those tiles, in the place of their z; (4) their product with the embedding's rows, in splits; (5)
-// finish: splits summed in order, the tolerance checked, scaled and rounded. Where the check fails
-// for a row, its request is done again with all tiles by the same five kernels, which otherwise end
-// at once: the host decides nothing.
+// A round is six kernels, one after the other: (1) soft_clear zeros the tables of the next; (2)
+// soft_select_tiles finds which vocabulary tiles each row needs, their z in bfloat16 and the row's
+// normaliser; (3) soft_compact_tiles lists the tiles that any row needs; (4) soft_probabilities
+// turns the listed tiles' z into probabilities in place; (5) soft_product multiplies them by the
+// embedding's rows, in splits; (6) soft_finish sums the splits in order, checks the tolerance,
+// scales and rounds. Where the check fails for a row, a second round of the same six kernels does
+// its request again with all tiles; for the other requests they end at once. The host decides
+// nothing.
 #pragma once
 
 #include <cstddef>
@@ -36,8 +38,8 @@ struct SoftPlan {
   int32_t row_tile;  // rows of a block of the product
   int32_t row_tiles, column_tiles, splits;
   size_t normaliser;     // float [rows]
-  size_t left_out;       // float [rows]: bound on the mass that the row's tiles leave out
-  size_t wanted;         // uint32 [batch, tiles]: not zero where a row needs the tile
+  size_t skipped_mass;   // float [rows]: bound on the mass of the tiles that the row skips
+  size_t needed;         // uint32 [batch, tiles]: not zero where any row needs the tile
   size_t list;           // int32 [batch, tiles]
   size_t count;          // int32 [batch]
   size_t failed;         // uint32 [batch]: the tolerance was not kept
@@ -47,12 +49,12 @@ struct SoftPlan {
 };
 
 // Null when the kernels take these sizes, else what they do not take and what they want.
-const char* soft_embedding_problem(const dgemma_soft_embedding& op);
+const char* soft_embedding_error(const dgemma_soft_embedding& op);
 // The workspace is the same for every GPU.
 SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path);
 void print(const SoftPlan& plan, std::ostream& out);
 
-// Arguments of the five kernels. `dense`: the second round, of requests that failed the first.
+// Arguments of the six kernels. `dense`: the second round, of requests that failed the first.
 struct SoftPass {
   Logits logits;
   const float* row_max;
@@ -61,8 +63,8 @@ struct SoftPass {
   const uint8_t* pinned;
   const device::bfloat16* embedding;
   device::bfloat16* output;
-  float *normaliser, *left_out;
-  uint32_t* wanted;
+  float *normaliser, *skipped_mass;
+  uint32_t* needed;
   int32_t *list, *count;
   uint32_t* failed;
   device::bfloat16* probabilities;
@@ -73,8 +75,8 @@ struct SoftPass {
 };
 SoftPass make_soft_pass(const dgemma_soft_embedding& op, const SoftPlan& plan, bool dense);
 
-const char* launch_soft_weigh(const SoftPlan& plan, const SoftPass& pass, void* stream);
-const char* launch_soft_list(const SoftPlan& plan, const SoftPass& pass, void* stream);
+const char* launch_soft_select_tiles(const SoftPlan& plan, const SoftPass& pass, void* stream);
+const char* launch_soft_compact_tiles(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_probabilities(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_product_sm80_bf16(const SoftPlan& plan, const SoftPass& pass, void* stream);
 const char* launch_soft_product_sm90_bf16(const SoftPlan& plan, const SoftPass& pass, void* stream);

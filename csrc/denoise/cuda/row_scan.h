@@ -1,6 +1,6 @@
-// How a block goes over the tiles of a row: every thread has a run of tiles that follow one
-// another, and running totals go from thread to thread in order. The statistics and the sampling do
-// it alike, so that both come to the same double.
+// A block goes over the tiles of a row like this: every thread has a run of consecutive tiles, and
+// running totals go from thread to thread in order. The statistics and the sampling both use it, so
+// that they come to the same double.
 #pragma once
 
 #include "common/ceil_divide.h"
@@ -32,7 +32,7 @@ struct RunningTotal {
   double total;   // of all
 };
 
-// All threads of the block come; `warps` is theirs to write.
+// The whole block calls this; `warps` is scratch memory.
 DGEMMA_DEVICE RunningTotal running_total(double value, double (&warps)[kRowWarps]) {
   const uint32_t lane = device::lane_index(), warp = device::warp_index();
   double up_to = value;

@@ -1,4 +1,4 @@
-// The C entry points for CUDA of the soft embedding: checks, and the rounds of five launches.
+// The C entry points for CUDA of the soft embedding: checks, and the rounds of six launches.
 #include <cmath>
 
 #include "denoise/cuda/entry_points.h"
@@ -12,9 +12,9 @@ const char* run_round(const SoftPlan& plan, const SoftPass& pass, void* stream) 
 #if defined(DGEMMA_WITH_SM90)
   if (plan.path == CudaPath::kSm90) product = launch_soft_product_sm90_bf16;
 #endif
-  for (const auto launch : {launch_soft_weigh, launch_soft_list, launch_soft_probabilities, product,
-                            launch_soft_finish})
-    if (const char* problem = launch(plan, pass, stream)) return problem;
+  for (const auto launch : {launch_soft_select_tiles, launch_soft_compact_tiles,
+                            launch_soft_probabilities, product, launch_soft_finish})
+    if (const char* error = launch(plan, pass, stream)) return error;
   return nullptr;
 }
 
@@ -44,7 +44,7 @@ dgemma_status check_soft_embedding(const dgemma_soft_embedding& op, dgemma_cuda*
 }  // namespace dgemma
 
 size_t dgemma_cuda_soft_embedding_workspace(const dgemma_soft_embedding* op) {
-  if (dgemma::soft_embedding_problem(*op) != nullptr) return 0;
+  if (dgemma::soft_embedding_error(*op) != nullptr) return 0;
   return dgemma::make_soft_plan(*op, dgemma::CudaPath::kSm80).workspace_bytes;
 }
 
@@ -52,8 +52,8 @@ dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op, dgemma
   using namespace dgemma;
   dgemma_status status = check_cuda_logits(op->logits, cuda);
   if (status != DGEMMA_OK) return status;
-  if (const char* problem = soft_embedding_problem(*op))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = soft_embedding_error(*op))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->logits.batch == 0 || op->logits.length == 0) return DGEMMA_OK;
   status = check_soft_embedding(*op, cuda);
   if (status != DGEMMA_OK) return status;
@@ -64,7 +64,7 @@ dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op, dgemma
   status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   status = launched(run_round(plan, make_soft_pass(*op, plan, false), cuda->stream), cuda);
-  // Without a tolerance the first round left nothing out.
+  // Without a tolerance the first round skipped nothing.
   if (status != DGEMMA_OK || op->tolerance == 0.0f) return status;
   return launched(run_round(plan, make_soft_pass(*op, plan, true), cuda->stream), cuda);
 }

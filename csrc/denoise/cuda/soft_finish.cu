@@ -1,8 +1,8 @@
-// From the splits' sums to the soft embedding: summed in order, checked against the tolerance,
-// scaled and rounded. A block has a row.
+// Reduces the splits to the soft embedding: they are summed in order, checked against the
+// tolerance, scaled and rounded. A block has a row.
 #include "common/ceil_divide.h"
 #include "denoise/cuda/row_scan.h"
-#include "denoise/cuda/soft_weights.h"
+#include "denoise/cuda/soft_tiles.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
 
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kRowThreads) soft_finish(const SoftPass p, int
   device::let_next_kernel_begin();
   const Logits& logits = p.logits;
   const int64_t row = blockIdx.x, request = row / logits.length;
-  if (!takes_part(p, request)) return;
+  if (!is_in_round(p, request)) return;
   Shared& shared = device::shared_memory<Shared>();
   device::bfloat16* const output = p.output + row * p.hidden_size;
   if (!has_sum(p, row)) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRowThreads) soft_finish(const SoftPass p, int
   float total = 0.0f;
   for (int32_t w = 0; w < kRowWarps; ++w) total += shared.squares[w];
   const float norm = sqrtf(total);
-  const float mass = kRoundingMargin * p.left_out[row] / p.normaliser[row];
+  const float mass = kRoundingMargin * p.skipped_mass[row] / p.normaliser[row];
   if (!(mass * (p.max_embedding_norm + norm) <= p.tolerance * norm)) p.failed[request] = 1;
 }
 

@@ -1,6 +1,6 @@
 // The probabilities of the listed tiles, rounded to bfloat16, in the place of their z: a warp has
 // four tiles of a row at a time. A row that does not need a tile of the list has zeros there.
-#include "denoise/cuda/soft_weights.h"
+#include "denoise/cuda/soft_tiles.h"
 #include "device/launch.h"
 
 namespace dgemma {
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   device::let_next_kernel_begin();
   const Logits& logits = p.logits;
   const int64_t row = blockIdx.x / kBlocksPerRow, request = row / logits.length;
-  if (!takes_part(p, request)) return;
+  if (!is_in_round(p, request)) return;
   const bool summed = has_sum(p, row);
   const int32_t group = static_cast<int32_t>(device::lane_index()) / kSoftLanes;
   // A row without a sum, or a tile that it does not read: z is minus infinity, so all are zero.
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
        at += kBlocksPerRow * kWarps * kTilesAtOnce) {
     const int32_t tile = list[at];
     const bool reads =
-        summed && reads_tile(p, tile_bound(p.tile_max[row * logits.tiles + tile], row_max));
+        summed && needs_tile(p, tile_bound(p.tile_max[row * logits.tiles + tile], row_max));
     device::bfloat16* const entries = soft_entries(p, row, tile);
     uint2 z[SoftTile::kQuads];
 #pragma unroll

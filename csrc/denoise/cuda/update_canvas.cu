@@ -44,7 +44,7 @@ struct Shared {
   float mean;
 };
 
-// Over the positions that are not pinned, in index order; 0 when all are.
+// The mean over the positions that are not pinned, summed in index order; 0 when all are pinned.
 DGEMMA_DEVICE float mean_of(const Update& p, const Shared& shared) {
   double total = 0.0;
   for (int32_t i = 0; i < p.length; ++i)
@@ -52,7 +52,8 @@ DGEMMA_DEVICE float mean_of(const Update& p, const Shared& shared) {
   return shared.free_positions > 0 ? static_cast<float>(total / shared.free_positions) : 0.0f;
 }
 
-// How many of the order are taken while the entropies of those before are within the bound.
+// Counts the positions, in the order, that are accepted: the sum of the entropies before each is
+// within the bound.
 DGEMMA_DEVICE int32_t count_accepted(const Shared& shared, float bound) {
   double taken = 0.0;
   int32_t count = 0;

@@ -2,7 +2,7 @@
 // block has 128 rows of the canvas, 128 columns and a split of the list: see plan_soft_embedding.h.
 #include "common/ceil_divide.h"
 #include "cuda/sm80_tile.h"
-#include "denoise/cuda/soft_weights.h"
+#include "denoise/cuda/soft_tiles.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(sm80::kThreads) soft_product(const SoftPass p,
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   const int64_t request = blockIdx.z;
-  if (!takes_part(p, request)) return;
+  if (!is_in_round(p, request)) return;
   const int32_t count = p.count[request], each = ceil_divide(count, b.splits);
   const int32_t split = static_cast<int32_t>(blockIdx.y);
   const int32_t begin = split * each, end = min(begin + each, count);

@@ -52,27 +52,27 @@ DGEMMA_DEVICE int32_t nth_active(const Logits& logits, int32_t n) {
     if (logits.active[request] != 0 && n-- == 0) return request;
 }
 
-struct Unit {
+struct WorkTile {
   int32_t request, first_row;
   int32_t tile;  // of a cluster's second block perhaps one past the last
   bool last;     // of this block
 };
 
-// Calls visit(unit) for every unit of this block.
+// Calls visit(work_tile) for every work tile of this block.
 template <int kRows, typename Visit>
-DGEMMA_DEVICE void for_each_unit(const Head& p, const HeadPlan& plan, Visit visit) {
+DGEMMA_DEVICE void for_each_work_tile(const Head& p, const HeadPlan& plan, Visit visit) {
   const int32_t active = count_active(p.logits);
-  const int64_t units = count_units(plan, active), stride = gridDim.x / kClusterBlocks;
+  const int64_t work_tiles = count_work_tiles(plan, active), stride = gridDim.x / kClusterBlocks;
   const int32_t rank = static_cast<int32_t>(device::cluster_block_rank());
-  for (int64_t index = blockIdx.x / kClusterBlocks; index < units; index += stride) {
-    const HeadUnit unit = find_unit(plan, active, index);
-    visit(Unit{nth_active(p.logits, unit.request), unit.row_tile * kRows,
-               static_cast<int32_t>(kClusterBlocks) * unit.tile_pair + rank,
-               index + stride >= units});
+  for (int64_t index = blockIdx.x / kClusterBlocks; index < work_tiles; index += stride) {
+    const HeadWorkTile work_tile = find_work_tile(plan, active, index);
+    visit(WorkTile{nth_active(p.logits, work_tile.request), work_tile.row_tile * kRows,
+                   static_cast<int32_t>(kClusterBlocks) * work_tile.tile_pair + rank,
+                   index + stride >= work_tiles});
   }
 }
 
-// One thread.
+// One thread calls this.
 template <int kRows>
 DGEMMA_DEVICE void load(Shared<kRows>& shared, const device::TensorMap* embedding,
                         const device::TensorMap* hidden, const Head& p, const HeadPlan& plan,
@@ -81,12 +81,12 @@ DGEMMA_DEVICE void load(Shared<kRows>& shared, const device::TensorMap* embeddin
       plan.row_tiles * p.logits.batch == 1 ? device::evict_first() : device::evict_normal();
   const auto row_policy = device::evict_last();
   typename Shared<kRows>::State at;
-  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+  for_each_work_tile<kRows>(p, plan, [&](const WorkTile& work_tile) {
     for (int32_t step = 0; step < steps; ++step)
-      fill(shared, at, hidden, step * kStageDepth, unit.first_row, unit.request, row_policy,
-           [&](auto& stage, device::Mbarrier* full) {
+      fill(shared, at, hidden, step * kStageDepth, work_tile.first_row, work_tile.request,
+           row_policy, [&](auto& stage, device::Mbarrier* full) {
              device::tma_load(stage.embedding, embedding, full, embedding_policy,
-                              step * kStageDepth, unit.tile * kTile);
+                              step * kStageDepth, work_tile.tile * kTile);
            });
   });
 }
@@ -111,14 +111,16 @@ DGEMMA_DEVICE void round_into(HeadTile<kRows>& tile, const float (&sum)[kRows / 
 
 // A warp's share of a finished tile, as one of `workers` warps.
 template <int kRows>
-DGEMMA_DEVICE void finish(const HeadTile<kRows>& tile, const Head& p, const Unit& unit,
+DGEMMA_DEVICE void finish(const HeadTile<kRows>& tile, const Head& p, const WorkTile& work_tile,
                           int32_t worker, int32_t workers) {
-  if (unit.tile >= p.logits.tiles) return;
-  const LogitScale scale = make_scale(p.logits.softcap, p.logits.temperature[unit.request]);
-  const int32_t rows = min(kRows, p.logits.length - unit.first_row);
-  const int64_t first = static_cast<int64_t>(unit.request) * p.logits.length + unit.first_row;
+  if (work_tile.tile >= p.logits.tiles) return;
+  const LogitScale scale = make_scale(p.logits.softcap, p.logits.temperature[work_tile.request]);
+  const int32_t rows = min(kRows, p.logits.length - work_tile.first_row);
+  const int64_t first =
+      static_cast<int64_t>(work_tile.request) * p.logits.length + work_tile.first_row;
   for (int32_t row = worker * kRowsAtOnce; row < rows; row += workers * kRowsAtOnce)
-    finish_rows<kRowLanes, kRows>(p, scale, first + row, rows - row, unit.tile, &tile.value[row]);
+    finish_rows<kRowLanes, kRows>(p, scale, first + row, rows - row, work_tile.tile,
+                                  &tile.value[row]);
 }
 
 template <int kRows>
@@ -127,17 +129,18 @@ DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const He
   Finished<kRows>& finished = shared.beside;
   typename Shared<kRows>::State at;
   sm90::PipelineState<1> tile_at;
-  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+  for_each_work_tile<kRows>(p, plan, [&](const WorkTile& work_tile) {
     float sum[kRows / 2] = {};  // or the last ones would be kept while tiles are finished
     multiply<Major::k>(shared, at, steps, sum);
     device::Mbarrier* const full =
-        finished.pipeline.producer_acquire(tile_at);  // the tile before is stored
+        finished.pipeline.producer_acquire(tile_at);  // the previous tile is stored
     round_into(finished.tile, sum);
     __syncwarp();
     if (device::lane_index() == 0) device::mbarrier_arrive(full);
-    if (unit.last) {
+    if (work_tile.last) {
       finished.pipeline.consumer_wait(tile_at);
-      finish(finished.tile, p, unit, static_cast<int32_t>(kFinishingWarps + device::warp_index()),
+      finish(finished.tile, p, work_tile,
+             static_cast<int32_t>(kFinishingWarps + device::warp_index()),
              kFinishingWarps + kConsumerWarps);
     }
     tile_at.advance();
@@ -148,10 +151,11 @@ template <int kRows>
 DGEMMA_DEVICE void finish_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan) {
   Finished<kRows>& finished = shared.beside;
   sm90::PipelineState<1> tile_at;
-  for_each_unit<kRows>(p, plan, [&](const Unit& unit) {
+  for_each_work_tile<kRows>(p, plan, [&](const WorkTile& work_tile) {
     finished.pipeline.consumer_wait(tile_at);
-    finish(finished.tile, p, unit, static_cast<int32_t>(device::warp_index() - kConsumerWarps - 1),
-           kFinishingWarps + (unit.last ? kConsumerWarps : 0));
+    finish(finished.tile, p, work_tile,
+           static_cast<int32_t>(device::warp_index() - kConsumerWarps - 1),
+           kFinishingWarps + (work_tile.last ? kConsumerWarps : 0));
     __syncwarp();
     finished.pipeline.consumer_release(tile_at);
     tile_at.advance();
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     device::increase_registers<kHeadConsumerRegisters>();
     multiply_tiles(shared, p, plan, steps);
   }
-  device::cluster_sync();  // the other block tells this one of its stages until it ends
+  device::cluster_sync();  // the other block arrives at this one's barriers until it ends
 }
 
 // [vocabulary, hidden_size]. What lies past either end is zero.
@@ -221,10 +225,10 @@ template <int kRows>
 const char* launch(const HeadPlan& plan, const Head& head, void* stream) {
   static_assert(sizeof(Shared<kRows>) <= kSharedLimit90);
   device::TensorMap embedding, hidden;
-  if (const char* problem = device::encode_tensor_map(&embedding, embedding_layout(head)))
-    return problem;
-  if (const char* problem = device::encode_tensor_map(&hidden, hidden_layout(head, kRows)))
-    return problem;
+  if (const char* error = device::encode_tensor_map(&embedding, embedding_layout(head)))
+    return error;
+  if (const char* error = device::encode_tensor_map(&hidden, hidden_layout(head, kRows)))
+    return error;
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kHeadThreads,
                                      .shared_bytes = sizeof(Shared<kRows>),

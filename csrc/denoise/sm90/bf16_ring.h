@@ -1,15 +1,15 @@
-// What the two products of the vocabulary have in common on sm_90: a ring of stages in shared
-// memory, filled by the copy engine for two blocks at a time and multiplied by two warpgroups.
+// The pipeline of the two products of the vocabulary on sm_90: a ring of stages in shared memory,
+// filled by TMA for two blocks at a time and multiplied by two warpgroups.
 //
 // The embedding is wgmma's A, 128 of its rows or columns to a tile and 64 to a warpgroup; the
 // canvas's rows are its B, so that all of them meet a tile of the embedding that is read once, and
 // a short canvas costs less. The two blocks of a cluster have tiles side by side and the same
-// canvas rows: each loads its own tile and a half of the rows, which the copy engine writes to
-// both. Without that the rows, larger than the tile, would be most of what comes out of the L2.
+// canvas rows: each loads its own tile and a half of the rows, which TMA writes to both. Without
+// that the rows, larger than the tile, would be most of what comes out of the L2.
 //
 // A stage is 64 deep. It is full when all its bytes have landed, of the other block's copy too, and
-// empty when the multiplying warps of both blocks have done with it, since either block's copy
-// writes to both.
+// empty when the consumer warps of both blocks have done with it, since either block's copy writes
+// to both.
 #pragma once
 
 #include "cuda/sm90_pipeline.h"
@@ -38,20 +38,20 @@ using sm90::kConsumerWarps;
 constexpr uint32_t stage_bytes(int32_t rows) {
   return static_cast<uint32_t>((kTileRows + rows) * kStageDepth) * sizeof(bfloat16);
 }
-// As many as there is room for beside `other` bytes and 256 of barriers, all rounded up to the
-// alignment of 1 KB.
+// Counts the stages that there is room for beside `other` bytes and 256 of barriers, all rounded up
+// to the alignment of 1 KB.
 constexpr uint32_t stages_beside(uint32_t other, int32_t rows) {
   return (kSharedLimit90 - 256 - other) / stage_bytes(rows);
 }
 
-// For kRows canvas rows; `beside` is what else a kernel keeps.
+// The stages for kRows canvas rows; `beside` is what else a kernel keeps.
 template <int kRows, typename Beside>
 struct Ring {
   static constexpr uint32_t kStages = stages_beside(sizeof(Beside), kRows);
   using State = sm90::PipelineState<kStages>;
   struct Stage {
-    // By warpgroup. k-major: a line is 64 of depth, one for each row; m-major: a line is the 64
-    // rows, one for each of depth. Swizzled, as the rows are.
+    // One tile for each warpgroup. k-major: a line is 64 of depth, one for each row; m-major: a
+    // line is the 64 rows, one for each of depth. Swizzled, as the rows are.
     alignas(1024) bfloat16 embedding[2][kWarpgroupRows][kStageDepth];
     alignas(1024) bfloat16 rows[kRows][kStageDepth];
   };
@@ -62,14 +62,14 @@ struct Ring {
   Beside beside;
 };
 
-// By one thread; a fence_mbarrier_init and a cluster_sync follow.
+// One thread calls this; a fence_mbarrier_init and a cluster_sync follow.
 template <typename Ring>
 DGEMMA_DEVICE void initialise(Ring& ring) {
   ring.pipeline.initialise(1, kClusterBlocks * kConsumerWarps);
 }
 
-// One thread. Fills the next stage: load(stage, full barrier) starts the copies of this block's
-// embedding tile; the rows come from (depth, row, request) of their map.
+// One thread calls this. It fills the next stage: load(stage, full barrier) starts the copies of
+// this block's embedding tile; the rows come from (depth, row, request) of their map.
 template <int kRows, typename Beside, typename Load>
 DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>::State& at,
                         const device::TensorMap* rows, int32_t depth, int32_t row, int32_t request,

@@ -5,7 +5,7 @@
 // The embedding is read as it lies, vocabulary entry by entry: columns run along its lines, which
 // wgmma takes as an m-major A. All that runs through a block is one product, stored at its end.
 #include "common/ceil_divide.h"
-#include "denoise/cuda/soft_weights.h"
+#include "denoise/cuda/soft_tiles.h"
 #include "denoise/sm90/bf16_ring.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
@@ -16,7 +16,7 @@ namespace {
 using namespace vocabulary_sm90;
 
 static_assert(kTile % kStageDepth == 0 && kSoftColumns == kTileRows);
-// Two warpgroups that multiply, one of which a warp loads.
+// Two consumer warpgroups, and one of which a single warp loads.
 constexpr uint32_t kThreads = 384;
 using sm90::kConsumerRegisters;
 using sm90::kProducerRegisters;
@@ -27,7 +27,7 @@ struct Blocks {
   int32_t row_tiles, splits;
 };
 
-// What a block works on; the same for both of a cluster but for the column.
+// A block's part of the product; the same for both blocks of a cluster but for the column.
 struct Part {
   int32_t request, split;
   int32_t begin, end;  // of the list
@@ -51,7 +51,7 @@ DGEMMA_DEVICE Part find_part(const SoftPass& p, const Blocks& b) {
   return part;
 }
 
-// One thread.
+// One thread calls this.
 template <int kRows>
 DGEMMA_DEVICE void load(Ring<kRows, Nothing>& ring, const device::TensorMap* embedding,
                         const device::TensorMap* probabilities, const SoftPass& p, const Blocks& b,
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::cluster_sync();
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  if (!takes_part(p, blockIdx.z)) return;
+  if (!is_in_round(p, blockIdx.z)) return;
   const Part part = find_part<kRows>(p, b);
   if (part.begin >= part.end) return;  // soft_finish leaves such a split out
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     multiply<Major::mn>(ring, at, (part.end - part.begin) * (kTile / kStageDepth), sum);
     store<kRows>(p, b, part, sum);
   }
-  device::cluster_sync();  // the other block tells this one of its stages until it ends
+  device::cluster_sync();  // the other block arrives at this one's barriers until it ends
 }
 
 // [vocabulary, hidden_size], 64 columns of 64 entries at a time. What lies past either end is zero.
@@ -161,11 +161,11 @@ const char* launch(const SoftPlan& plan, const SoftPass& pass, void* stream) {
   using Shared = Ring<kRows, Nothing>;
   static_assert(sizeof(Shared) <= kSharedLimit90);
   device::TensorMap embedding, probabilities;
-  if (const char* problem = device::encode_tensor_map(&embedding, embedding_layout(pass)))
-    return problem;
-  if (const char* problem =
+  if (const char* error = device::encode_tensor_map(&embedding, embedding_layout(pass)))
+    return error;
+  if (const char* error =
           device::encode_tensor_map(&probabilities, probabilities_layout(pass, kRows)))
-    return problem;
+    return error;
   const int32_t pairs = (plan.column_tiles + 1) / 2;
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(pairs * plan.row_tiles) * kClusterBlocks,

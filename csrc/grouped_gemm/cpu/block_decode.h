@@ -21,7 +21,7 @@ constexpr int64_t kBlockColumns = 32;
 // odd columns, since the halves of a byte are told apart for a whole register at a time.
 constexpr int kHalfRegisters = 4;
 
-// Where column i of a block lies in the order of its registers.
+// The place of a block's column i in the order of its registers.
 template <dgemma_weight_format kFormat>
 constexpr int block_place(int i) {
   switch (kFormat) {
@@ -35,7 +35,7 @@ constexpr int block_place(int i) {
   __builtin_unreachable();
 }
 
-// Below, the forms of instructions that take a mask, as in cpu/decode.h.
+// The functions below use the masked forms of instructions, as cpu/decode.h does.
 typedef uint8_t Bytes __attribute__((vector_size(64)));
 typedef uint64_t Quads __attribute__((vector_size(64)));
 
@@ -46,11 +46,11 @@ inline Vector load_as(const T* from) {
   return v;
 }
 
-// In each 128-bit part: table[index], or 0 where the index is 0x80.
+// In each 128-bit part, gives table[index], or 0 where the index is 0x80.
 inline Bytes look_up(Bytes table, Bytes index) {
   return (Bytes)_mm512_maskz_shuffle_epi8(~0ull, (__m512i)table, (__m512i)index);
 }
-// In each 128-bit part: words of the low (high) eight bytes of both.
+// In each 128-bit part, gives words of the low (high) eight bytes of both.
 inline Words interleave_low(Bytes low, Bytes high) {
   return (Words)_mm512_maskz_unpacklo_epi8(~0ull, (__m512i)low, (__m512i)high);
 }
@@ -163,8 +163,8 @@ inline FourRows e4m3_bytes(Bytes codes) {
           look_up(load_as<Bytes>(kE4m3Tables.high), high) + small_high};
 }
 
-// What scales of rows q, q + 4, q + 8 and q + 12 are kept as until their blocks come, eight words
-// of each row to a 128-bit part. INT4: 8 times each as floats, cut in two (of bfloat16 the lower
+// The form in which scales of rows q, q + 4, q + 8 and q + 12 wait for their blocks: eight words of
+// each row to a 128-bit part. INT4: 8 times each as floats, cut in two (of bfloat16 the lower
 // halves are zeros). NVFP4: 4 and 6 times each in bfloat16, which holds them exactly.
 struct ScaleWords {
   Words32 first, second;
@@ -189,8 +189,8 @@ inline ScaleWords float16_scales(Bytes float16) {
   };
   return {scale_up(low_words(low >> 16, high >> 16), 3), low_words(low, high)};
 }
-// What 1.5 times a bfloat16 with three bits of mantissa has more than it, by those: half of it
-// where the exponent stays, else less and an exponent.
+// The difference of 1.5 times a bfloat16 with three bits of mantissa from that bfloat16, by those
+// bits: half of the mantissa where the exponent stays, else less and an exponent.
 struct HalfMore {
   alignas(64) uint8_t bytes[64];
   constexpr HalfMore() : bytes() {
@@ -216,12 +216,12 @@ constexpr int64_t kScalesPerWords = 8;
 
 // to[4 * i + q]: scales 8 i to 8 i + 7 of the rows from q. A row's scales take `row_bytes` bytes.
 template <dgemma_weight_format kFormat>
-constexpr int64_t arranged_scales(int64_t row_bytes) {
+constexpr int64_t packed_scales(int64_t row_bytes) {
   return (row_bytes + 15) / 16 * 4 * (16 / kScaleBytes<kFormat> / kScalesPerWords);
 }
 template <dgemma_weight_format kFormat>
-inline void arrange_scales(const uint8_t* from, int64_t row_bytes, dgemma_dtype dtype,
-                           ScaleWords* to) {
+inline void pack_scales(const uint8_t* from, int64_t row_bytes, dgemma_dtype dtype,
+                        ScaleWords* to) {
   for (int64_t first = 0; first < row_bytes; first += 16) {
     const int64_t left = row_bytes - first;
     for (int q = 0; q < 4; ++q) {
@@ -235,12 +235,12 @@ inline void arrange_scales(const uint8_t* from, int64_t row_bytes, dgemma_dtype 
         to[q] = float16_scales(stored);
       }
     }
-    to += arranged_scales<kFormat>(16);
+    to += packed_scales<kFormat>(16);
   }
 }
 
-// Where words of scale number `which` go, in each 128-bit part: a word of `first` is numbered by
-// its place, one of `second` from 32.
+// The places of the words of scale number `which`, in each 128-bit part: a word of `first` is
+// numbered by its place, one of `second` from 32.
 struct SpreadScale {
   typedef uint16_t Places[kScalesPerWords][32];
   alignas(64) Places floats;     // INT4: four times
@@ -289,7 +289,7 @@ class BlockDecoder {
  public:
   static constexpr int64_t kRunBytes = row_bytes(kFormat, kBlockColumns);
 
-  // `row` of the matrix is the first; `scales` as arrange_scales leaves them.
+  // `row` of the matrix is the first; `scales` as pack_scales leaves them.
   BlockDecoder(const dgemma_quantized& matrix, int64_t row, int64_t columns,
                const ScaleWords* scales)
       : row_bytes_(columns / kBlockColumns * kRunBytes),
@@ -314,8 +314,8 @@ class BlockDecoder {
     return i % 2 == 0 ? (Words)__builtin_shufflevector(first, second, 0, 8, 2, 10, 4, 12, 6, 14)
                       : (Words)__builtin_shufflevector(first, second, 1, 9, 3, 11, 5, 13, 7, 15);
   }
-  // What is to be done after the products of register i of a half: together, to decode the half
-  // that follows and to prepare the one after it, in block number `next`.
+  // Runs after the products of register i of a half. All calls together decode the half that
+  // follows and prepare the one after it, in block number `next`.
   __attribute__((always_inline)) void advance(int half, int i, int64_t next) {
     const int q = i / 2;
     if (i % 2 == 0)
@@ -353,7 +353,7 @@ class BlockDecoder {
     words_[half][q][0] = interleave_low(bytes.low, bytes.high);
     words_[half][q][1] = interleave_high(bytes.low, bytes.high);
   }
-  // In each part: the low halves of its first (second) eight bytes, then the high ones.
+  // In each part, gives the low halves of its first (second) eight bytes, then the high ones.
   static Bytes halves_of_eight(Bytes codes, int which) {
     const Quads eights = (Quads)codes;
     const Quads twice = which == 0
@@ -372,8 +372,8 @@ class BlockDecoder {
   const ScaleWords* const scales_;
   const int group_shift_;  // blocks that share a scale of INT4: 1 << group_shift_
   int first_row_;
-  // By q: a run of codes of four rows and their magnitudes. Tables of the magnitudes would take
-  // twice the registers, which the sums need.
+  // A run of codes of four rows and their magnitudes, for each q. Tables of the magnitudes would
+  // take twice the registers, which the sums need.
   Bytes run_[2], magnitudes_[2];
   Words words_[2][2][2];  // of four rows: by half of the block, by q, eight columns to a register
 };

@@ -12,7 +12,7 @@
 namespace dgemma {
 namespace {
 
-// Whether a matrix of so many rows and columns is multiplied by blocks, with tokens of type T.
+// True when a matrix of so many rows and columns is multiplied by blocks, with tokens of type T.
 template <typename T>
 inline bool takes_blocks(int64_t rows, int64_t columns) {
   return sizeof(T) == sizeof(bfloat16) && rows % kTileRows == 0 && columns % kBlockColumns == 0;
@@ -24,7 +24,7 @@ inline int64_t tokens_per_tile(int64_t tokens) {
   return (tokens + tiles - 1) / tiles;
 }
 
-// Where column i of a token's block lies.
+// The place of column i of a token's block.
 template <dgemma_weight_format kFormat>
 constexpr int token_place(int i) {
   const int place = block_place<kFormat>(i);
@@ -61,7 +61,7 @@ inline void pack_tokens(int64_t tokens, int64_t columns, TokenValue* to, Token t
 // Memory for a task: packed tokens, and a tile's scales.
 constexpr int64_t block_scratch_bytes(int64_t columns) {
   return kMostTileTokens * columns * static_cast<int64_t>(sizeof(TokenValue)) +
-         arranged_scales<DGEMMA_WEIGHTS_NVFP4>(columns / kNvfp4Group) *
+         packed_scales<DGEMMA_WEIGHTS_NVFP4>(columns / kNvfp4Group) *
              static_cast<int64_t>(sizeof(ScaleWords));
 }
 #define DGEMMA_BLOCK_SCRATCH(columns) \
@@ -82,7 +82,7 @@ class BlockRows {
 
   TokenValue* tokens() const { return tokens_; }
 
-  // Asks for a task's first tile, which no tile before it did.
+  // Prefetches a task's first tile, which no tile before it did.
   void ask(int64_t row) const {
     for (int64_t i = 0; i < kTileRows * row_bytes(); i += kLineBytes)
       __builtin_prefetch(codes(row) + i, 0, 2);
@@ -90,10 +90,10 @@ class BlockRows {
       __builtin_prefetch(scales(row) + i, 0, 2);
   }
 
-  // sums[t]: rows row to row + 15 times token t, with their factors.
+  // sums[t]: rows row to row + 15 times token t, with their row scales.
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {
     if constexpr (kScaleBytes<kFormat> > 0) {
-      arrange_scales<kFormat>(scales(row), scale_bytes_, matrix_.scale_dtype, scales_);
+      pack_scales<kFormat>(scales(row), scale_bytes_, matrix_.scale_dtype, scales_);
       for (int64_t i = 0; i < kTileRows * scale_bytes_; i += kLineBytes)
         __builtin_prefetch(scales(row + kTileRows) + i, 0, 2);
     }
@@ -102,7 +102,7 @@ class BlockRows {
                            reinterpret_cast<const char*>(codes(row + kTileRows)), sums);
     if (matrix_.factors == nullptr) return;
     float factors[kTileRows];
-    load_factors(matrix_, first_row_ + row, kTileRows, factors);
+    load_row_scales(matrix_, first_row_ + row, kTileRows, factors);
     for (int64_t t = 0; t < tokens; ++t) sums[t] *= load(factors);
   }
 
@@ -159,8 +159,8 @@ inline void gate_up_blocks(const MoePass& pass, int64_t group, int64_t first_row
   });
 }
 
-// What down and a dense projection share: result(t) + row .. row + 15 = rows times token t, both
-// numbered from 0 to `end_token`.
+// The loop that down and a dense projection share: result(t) + row .. row + 15 = rows times token
+// t, for the tokens 0 to `end_token`.
 template <typename Token, typename Result>
 inline void multiply_blocks(const dgemma_quantized& matrix, int64_t row_of_matrix, int64_t columns,
                             int64_t first_row, int64_t end_row, int64_t end_token, Token token,

@@ -53,12 +53,12 @@ inline Floats add_pairs(Floats x, Floats y) {
          __builtin_shufflevector(x, y, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 
-// to[t]: 16 rows times token t. `tokens` as pack_tokens leaves them, kTokens of them; `ahead` is
-// asked for meanwhile, as much memory as the tile's codes.
+// to[t]: 16 rows times token t. `tokens` as pack_tokens leaves them, kTokens of them; `prefetcher`
+// runs meanwhile, over as much memory as the tile's codes.
 template <dgemma_weight_format kFormat, int kTokens>
 __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
                                              const TokenValue* tokens, int64_t blocks,
-                                             const char* ahead, Floats* to) {
+                                             const char* prefetcher, Floats* to) {
   constexpr int64_t kBlockBytes = 8 * BlockDecoder<kFormat>::kRunBytes;
 #pragma GCC unroll 2
   for (int eight = 0; eight < 2; ++eight) {
@@ -66,12 +66,12 @@ __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
     const TokenValue* token = tokens;
     decoder.begin(eight);
     for (int64_t block = 0; block < blocks; ++block) {
-      // After the last block it is decoded once more: a branch would not be cheaper.
+      // The last block is decoded once more after its end: a branch would not be cheaper.
       const int64_t next = block + 1 < blocks ? block + 1 : block;
 #pragma GCC unroll 4
       for (int64_t line = 0; line < kBlockBytes; line += kLineBytes)
-        __builtin_prefetch(ahead + line, 0, 2);
-      ahead += kBlockBytes;
+        __builtin_prefetch(prefetcher + line, 0, 2);
+      prefetcher += kBlockBytes;
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
@@ -90,11 +90,11 @@ __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
 // The same for a number of tokens that is not known before.
 template <dgemma_weight_format kFormat, int kTokens = kMostTileTokens>
 inline void multiply_tile(const BlockDecoder<kFormat>& decoder, const TokenValue* tokens,
-                          int64_t count, int64_t blocks, const char* ahead, Floats* to) {
+                          int64_t count, int64_t blocks, const char* prefetcher, Floats* to) {
   if constexpr (kTokens > 0) {
     if (count == kTokens)
-      return multiply_tile<kFormat, kTokens>(decoder, tokens, blocks, ahead, to);
-    multiply_tile<kFormat, kTokens - 1>(decoder, tokens, count, blocks, ahead, to);
+      return multiply_tile<kFormat, kTokens>(decoder, tokens, blocks, prefetcher, to);
+    multiply_tile<kFormat, kTokens - 1>(decoder, tokens, count, blocks, prefetcher, to);
   }
 }
 

@@ -84,7 +84,7 @@ inline Words widen_bytes(const uint8_t* bytes) {
 }
 #endif
 
-// What the sixteen codes stand for before their scale.
+// The values of the sixteen codes before their scale.
 constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr float kE2m1Values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                    -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
@@ -99,7 +99,7 @@ constexpr int64_t kCodes = 16;
 #if defined(__AVX512BW__)
 typedef uint16_t Words32 __attribute__((vector_size(64)));
 
-// Below, the forms of instructions that take a mask: GCC 12 warns of its own header in those
+// The functions below use the masked forms of instructions: GCC 12 warns of its own header in those
 // without (bug 105593).
 
 // table[index % 32] and table[index % 16], lane by lane.
@@ -110,7 +110,7 @@ inline Floats permute(Words index, Floats table) {
   return (Floats)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, (__m512)table);
 }
 
-// Both rounded to bfloat16, low first. In registers throughout: a load that reads across two stores
+// Rounds both to bfloat16, low first, in registers throughout: a load that reads across two stores
 // just made waits for both.
 inline Words32 round_pair(Floats low, Floats high) {
 #if defined(__AVX512BF16__)
@@ -211,8 +211,8 @@ inline void look_up_some(const Table<T>& table, const uint8_t* codes, int64_t co
   std::memcpy(to, values, static_cast<size_t>(columns) * sizeof(T));
 }
 
-// kCodes codes. Exact in every type. Of fp8 weights the row's factor is multiplied into the
-// finished sums.
+// kCodes codes. Exact in every type. The row scale of fp8 weights is multiplied into the finished
+// sums.
 template <typename T>
 inline void decode_e4m3(const uint8_t* codes, T* to) {
 #if defined(__AVX2__)

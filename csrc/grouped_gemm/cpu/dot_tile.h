@@ -23,8 +23,8 @@ constexpr int kTileTokens = 2;
 constexpr int kHalfRows = 2;
 #endif
 
-// How many values along k a step takes, how they are loaded, and the product-sum. `load_partial`
-// takes the first n values and zeros, and reads nothing beyond.
+// A step along k: how many values it takes, how they are loaded, and the product-sum.
+// `load_partial` takes the first n values and zeros, and reads nothing beyond.
 template <typename T>
 struct Step;
 
@@ -77,10 +77,10 @@ struct Step<bfloat16> {
 // register would take all products in turn, and lose several times what a sum by blocks loses.
 [[maybe_unused]] constexpr int64_t kStepsPerSum = 32;
 
-// Memory to ask for while a tile computes: `lines` cache lines of two streams at every step.
-// The processor's own prefetcher stops at each 4 KiB page and at short rows; see NOTES.md.
+// Prefetches memory while a tile computes: `lines` cache lines of two streams at every step. The
+// processor's own prefetcher stops at each 4 KiB page and at short rows; see LOG.md.
 constexpr int64_t kLineBytes = 64;
-struct Ahead {
+struct Prefetcher {
   const char* first;
   const char* second;
   int64_t lines;
@@ -168,11 +168,11 @@ constexpr int registers_for(int sums) { return (sums + kLanes - 1) / kLanes; }
 
 // Dot products of kTokens tokens with rows first, first + stride, ... and second, second + stride,
 // ... (kHalfRows each), all of length k. Sum t * kHalfRows + r goes to lane folded_lane(i % kLanes)
-// of register i / kLanes. `ahead` is asked for meanwhile.
+// of register i / kLanes. `prefetcher` runs meanwhile.
 template <typename T, int kTokens>
 __attribute__((always_inline)) inline void dot_tile(const T* const* tokens, const T* first,
                                                     const T* second, int64_t stride, int64_t k,
-                                                    Ahead& ahead, Floats* first_sums,
+                                                    Prefetcher& prefetcher, Floats* first_sums,
                                                     Floats* second_sums) {
   typedef typename Step<T>::Values Values;
   constexpr int kSums = kTokens * kHalfRows;
@@ -208,14 +208,14 @@ __attribute__((always_inline)) inline void dot_tile(const T* const* tokens, cons
       }
   };
   const int64_t whole = k - k % Step<T>::kValues;
-  Ahead next = ahead;  // in registers
+  Prefetcher next = prefetcher;  // in registers
   for (int64_t i = 0; i < whole; i += Step<T>::kValues) {
     next.step();
     step([](const T* p) __attribute__((always_inline)) { return Step<T>::load(p); }, i);
     if constexpr (kLanes == 1)
       if (i / Step<T>::kValues % kStepsPerSum == kStepsPerSum - 1) put_aside();
   }
-  ahead = next;
+  prefetcher = next;
   if (whole < k) {
     const int64_t rest = k - whole;
     step([rest](const T* p)

@@ -1,4 +1,4 @@
-// What cpu/moe.cpp asks of the kernels that are compiled once per instruction set.
+// The interface between cpu/moe.cpp and its kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cstdint>

@@ -30,22 +30,22 @@ inline void gate_up_rows(const MoePass& pass, int64_t group, int64_t first_row, 
       const RowTile tile = row_tile(row, end_row, size, kHalfRows);
       const HalfRows<T> gates_of = gate.take(tile.start, tile.repeat);
       const HalfRows<T> ups_of = up.take(tile.start, tile.repeat);
-      // The rows after this tile, asked for while this one is computed. Beyond the first block of
-      // tokens the weights are in the cache.
+      // The rows after this tile are prefetched while this one is computed. Beyond the first block
+      // of tokens the weights are in the cache.
       const RowTile next = row_tile(tile.end, end_row, size, kHalfRows);
       const int64_t steps = count_steps<T>(tokens, k);
       const int64_t lines =
           block == begin_pair ? lines_per_step(kHalfRows * gate.row_bytes(), steps) : 0;
-      Ahead ahead = {gate.stored(next.start), up.stored(next.start), lines};
+      Prefetcher prefetcher = {gate.stored(next.start), up.stored(next.start), lines};
       for (int64_t t = 0; t < tokens; t += kTileTokens) {
         with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
           constexpr int kTokens = decltype(count)::value;
           constexpr int kRegisters = registers_for(kTokens * kHalfRows);
           Floats gates[kRegisters], ups[kRegisters];
-          dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, ahead, gates,
-                               ups);
-          gate.multiply_factors(gates, kRegisters);
-          up.multiply_factors(ups, kRegisters);
+          dot_tile<T, kTokens>(x + t, gates_of.rows, ups_of.rows, gates_of.stride, k, prefetcher,
+                               gates, ups);
+          gate.multiply_row_scales(gates, kRegisters);
+          up.multiply_row_scales(ups, kRegisters);
           HalfResults<T, kTokens> h;
 #pragma GCC unroll 8
           for (int i = 0; i < kRegisters; ++i)

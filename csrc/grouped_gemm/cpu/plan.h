@@ -1,4 +1,5 @@
-// Which experts run, and for which tokens: the router's choice sorted by expert.
+// The plan of a pass: the router's choice sorted by expert, which says which experts run and for
+// which tokens.
 //
 // A pair is one slot of one token, token * top_k + slot. Pairs of one expert keep that order, so
 // the plan is a function of the ids alone. Pure host code that allocates nothing.

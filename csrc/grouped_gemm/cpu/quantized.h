@@ -20,7 +20,7 @@ inline int64_t stored_row_bytes(const dgemma_quantized& matrix, int64_t columns)
 }
 
 // A status and a message for what is wrong with a matrix of so many rows, named `name`; `run` is
-// the number of rows that factors must not straddle.
+// the number of rows that row scales (the C interface's factors) must not straddle.
 dgemma_status check_quantized(const char* name, const dgemma_quantized& matrix, int64_t run,
                               int64_t columns, dgemma_cpu* cpu);
 

@@ -85,7 +85,7 @@ int64_t best_of(const float* probabilities, int64_t count) {
   return best;
 }
 
-// From a token's scores to its experts and their weights.
+// Chooses a token's experts and their weights from its scores.
 void choose(const dgemma_route& op, const RouteBuffers& buffers, int64_t token) {
   float* p = buffers.probabilities + token * op.experts;
   for (int64_t e = 0; e < op.experts; ++e)

@@ -1,4 +1,4 @@
-// What cpu/route.cpp asks of the kernels that are compiled once per instruction set.
+// The interface between cpu/route.cpp and its kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What the products of the experts and of a dense projection share: tiles of weight rows, their
-// prefetch, and how results are written. Compiled once per instruction set; see cpu/vector.h for
+// The products of the experts and of a dense projection share these: tiles of weight rows, their
+// prefetch, and the writing of results. Compiled once per instruction set; see cpu/vector.h for
 // what that forbids.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kTokensPerBlock = 64;
 
 // Rows start .. start + kHalfRows - 1 of a tile's half are computed (all the same row where
-// `repeat`, because there are fewer than that), those in [begin, end) are wanted.
+// `repeat`, because there are fewer than that), those in [begin, end) are needed.
 struct RowTile {
   int64_t start;
   int64_t begin;
@@ -38,19 +38,19 @@ inline int64_t count_steps(int64_t tokens, int64_t k) {
   return (tokens + kTileTokens - 1) / kTileTokens * (k / Step<T>::kValues);
 }
 
-// Cache lines per step so that `bytes` are asked for within so many steps.
+// Cache lines to prefetch per step, so that `bytes` are prefetched within so many steps.
 inline int64_t lines_per_step(int64_t bytes, int64_t steps) {
   const int64_t lines = (bytes + kLineBytes - 1) / kLineBytes;
   return steps > 0 ? (lines + steps - 1) / steps : 0;
 }
 
-// Asks for the first tile of a task, which no tile before it did.
+// Prefetches the first tile of a task, which no tile before it did.
 template <typename Rows>
 inline void prefetch_first_tile(const Rows& first, int64_t first_row, const Rows& second,
                                 int64_t second_row) {
-  Ahead ahead = {first.stored(first_row), second.stored(second_row),
-                 (kHalfRows * first.row_bytes() + kLineBytes - 1) / kLineBytes};
-  ahead.step();
+  Prefetcher prefetcher = {first.stored(first_row), second.stored(second_row),
+                           (kHalfRows * first.row_bytes() + kLineBytes - 1) / kLineBytes};
+  prefetcher.step();
 }
 
 // Calls run(std::integral_constant of count) for a count in [1, kTileTokens].
@@ -74,7 +74,7 @@ struct HalfResults {
     const int i = token * kHalfRows + row;
     return lanes[i / kLanes * kLanes + folded_lane(i % kLanes)];
   }
-  // to[r - begin] = row r of one token for r in [begin, end). A tile whose rows are all wanted, as
+  // to[r - begin] = row r of one token for r in [begin, end). A tile whose rows are all needed, as
   // nearly every tile's are, takes loops of constant length.
   __attribute__((always_inline)) void write(int token, int64_t begin, int64_t end, T* to) const {
     if (begin == 0 && end >= kHalfRows) {
@@ -90,7 +90,7 @@ struct HalfResults {
 // result_row(t)[row] = the product of token t and of one weight row, for the rows [first_row,
 // end_row) of the matrix's `matrix_rows` and up to kTokensPerBlock tokens. `first` and `second`
 // give the rows of a tile's halves, both of the one matrix. `cold`: the weights are not in a cache
-// yet, so the rows after each tile are asked for while it is computed.
+// yet, so the rows after each tile are prefetched while it is computed.
 template <typename T, typename Result, typename Rows, typename ResultRow>
 inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows second,
                           int64_t matrix_rows, int64_t k, int64_t first_row, int64_t end_row,
@@ -103,15 +103,15 @@ inline void multiply_rows(const T* const* x, int64_t tokens, Rows first, Rows se
     const RowTile next = row_tile(tile.end, end_row, matrix_rows, 2 * kHalfRows);
     const int64_t steps = count_steps<T>(tokens, k);
     const int64_t lines = cold ? lines_per_step(half * first.row_bytes(), steps) : 0;
-    Ahead ahead = {first.stored(next.start), first.stored(next.start + half), lines};
+    Prefetcher prefetcher = {first.stored(next.start), first.stored(next.start + half), lines};
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
       with_count(tokens - t < kTileTokens ? tokens - t : kTileTokens, [&](auto count) {
         constexpr int kTokens = decltype(count)::value;
         constexpr int kRegisters = registers_for(kTokens * kHalfRows);
         Floats sums[2][kRegisters];
-        dot_tile<T, kTokens>(x + t, a.rows, b.rows, a.stride, k, ahead, sums[0], sums[1]);
-        first.multiply_factors(sums[0], kRegisters);
-        second.multiply_factors(sums[1], kRegisters);
+        dot_tile<T, kTokens>(x + t, a.rows, b.rows, a.stride, k, prefetcher, sums[0], sums[1]);
+        first.multiply_row_scales(sums[0], kRegisters);
+        second.multiply_row_scales(sums[1], kRegisters);
         HalfResults<Result, kTokens> y[2];
 #pragma GCC unroll 8
         for (int i = 0; i < kRegisters; ++i) {

@@ -1,5 +1,5 @@
-// Where the weight rows of a tile come from: memory as it is, or codes that are decoded. Compiled
-// once per instruction set; see cpu/vector.h for what that forbids.
+// The sources of a tile's weight rows: memory as it is, or codes that are decoded. Compiled once
+// per instruction set; see cpu/vector.h for what that forbids.
 //
 // A tile's rows are taken when it is computed. Where registers allow it quantized weights are
 // decoded by blocks instead, beside the products: see cpu/block_kernel.h.
@@ -30,7 +30,7 @@ struct PlainRows {
   HalfRows<T> take(int64_t first, bool repeat) {
     return {matrix + first * columns, repeat ? 0 : columns};
   }
-  void multiply_factors(Floats* /*sums*/, int /*registers*/) const {}
+  void multiply_row_scales(Floats* /*sums*/, int /*registers*/) const {}
   const char* stored(int64_t row) const {
     return reinterpret_cast<const char*>(matrix + row * columns);
   }
@@ -48,9 +48,9 @@ constexpr int64_t decoded_bytes(int64_t columns) {
                       decoded_stride(columns) / kNvfp4Group * static_cast<int64_t>(sizeof(float)));
 }
 
-// The factors of rows row, row + 1, ... Neighbours share one, or have one each: a division for
-// every row would be felt.
-inline void load_factors(const dgemma_quantized& matrix, int64_t row, int64_t rows, float* to) {
+// Loads the row scales (the C interface's `factors`) of rows row, row + 1, ... Neighbours share
+// one, or have one each: a division for every row would be felt.
+inline void load_row_scales(const dgemma_quantized& matrix, int64_t row, int64_t rows, float* to) {
   int64_t index = row / matrix.rows_per_factor;
   int64_t end = (index + 1) * matrix.rows_per_factor;
   for (int64_t r = 0; r < rows; ++r, ++row) {
@@ -81,13 +81,13 @@ class DecodedRows {
     for (int r = 0; r < rows; ++r)
       decode_row<kFormat>(codes(first + r), scales + r * scales_per_row_, matrix_.group, columns_,
                           values_ + r * stride);
-    take_factors(first, repeat);
+    take_row_scales(first, repeat);
     return {values_, repeat ? 0 : stride};
   }
 
-  void multiply_factors(Floats* sums, int registers) const {
+  void multiply_row_scales(Floats* sums, int registers) const {
     if (matrix_.factors == nullptr) return;
-    for (int i = 0; i < registers; ++i) sums[i] *= factors_[i];
+    for (int i = 0; i < registers; ++i) sums[i] *= row_scales_[i];
   }
   const char* stored(int64_t row) const { return reinterpret_cast<const char*>(codes(row)); }
   int64_t row_bytes() const { return dgemma::row_bytes(kFormat, columns_); }
@@ -104,13 +104,13 @@ class DecodedRows {
     return scales_;
   }
 
-  void take_factors(int64_t first, bool repeat) {
+  void take_row_scales(int64_t first, bool repeat) {
     if (matrix_.factors == nullptr) return;
     float factor[kHalfRows] = {};
-    load_factors(matrix_, first_row_ + first, repeat ? 1 : kHalfRows, factor);
+    load_row_scales(matrix_, first_row_ + first, repeat ? 1 : kHalfRows, factor);
     for (int r = 1; repeat && r < kHalfRows; ++r) factor[r] = factor[0];
     for (int i = 0; i < kTileTokens * kHalfRows; ++i)
-      factors_[i / kLanes][folded_lane(i % kLanes)] = factor[i % kHalfRows];
+      row_scales_[i / kLanes][folded_lane(i % kLanes)] = factor[i % kHalfRows];
   }
 
   const dgemma_quantized matrix_;
@@ -119,7 +119,7 @@ class DecodedRows {
   const int64_t scales_per_row_;
   T* const values_;
   float* const scales_;
-  Floats factors_[registers_for(kTileTokens * kHalfRows)] = {};
+  Floats row_scales_[registers_for(kTileTokens * kHalfRows)] = {};
 };
 
 // Calls run(std::integral_constant of the format).

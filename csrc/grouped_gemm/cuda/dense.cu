@@ -6,25 +6,25 @@
 namespace dgemma {
 namespace {
 
-// Null, or CUDA's words.
+// Returns null or the error's text.
 const char* run(const DensePlan& plan, const DenseCall& call, void* stream) {
   auto product = launch_dense_sm80_bf16;
 #if defined(DGEMMA_WITH_SM90)
   if (plan.path == CudaPath::kSm90) product = launch_dense_sm90_bf16;
 #endif
-  if (const char* problem = product(plan, call, stream)) return problem;
+  if (const char* error = product(plan, call, stream)) return error;
   return plan.apart ? launch_sum_segments(plan, call, stream) : nullptr;
 }
 
 }  // namespace
 
 DenseCall make_dense_call(const dgemma_dense& op, const DensePlan& plan) {
-  return {.work = {.rows = static_cast<int32_t>(op.rows),
-                   .weight_tiles = plan.weight_tiles,
-                   .token_tiles = plan.token_tiles,
-                   .k_steps = plan.k_steps,
-                   .segments = plan.segments,
-                   .apart = plan.apart},
+  return {.scheduler = {.rows = static_cast<int32_t>(op.rows),
+                        .weight_tiles = plan.weight_tiles,
+                        .token_tiles = plan.token_tiles,
+                        .k_steps = plan.k_steps,
+                        .segments = plan.segments,
+                        .apart = plan.apart},
           .in_features = static_cast<int32_t>(op.in_features),
           .out_features = static_cast<int32_t>(op.out_features),
           .input = static_cast<const device::bfloat16*>(op.input),
@@ -36,14 +36,13 @@ DenseCall make_dense_call(const dgemma_dense& op, const DensePlan& plan) {
 }  // namespace dgemma
 
 size_t dgemma_cuda_dense_workspace(const dgemma_dense* op) {
-  if (dgemma::dense_problem(*op) != nullptr) return 0;
+  if (dgemma::dense_error(*op) != nullptr) return 0;
   return dgemma::make_dense_plan(*op, {dgemma::CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* cuda) {
   using namespace dgemma;
-  if (const char* problem = dense_problem(*op))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = dense_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->rows == 0) return DGEMMA_OK;
   dgemma_status status = check_pointers(
       {{"input", op->input, 16}, {"weight", op->weight, 16}, {"output", op->output, 16}}, cuda);

@@ -13,12 +13,12 @@ struct Kernels {
   Launch gate_up, down;
 };
 
-// What this build has for a GPU (cmake/Cuda.cmake), or null twice.
+// The kernels that this build has for a GPU (cmake/Cuda.cmake), or null twice.
 Kernels find_kernels([[maybe_unused]] const Gpu& gpu) {
 #if defined(DGEMMA_WITH_SM90)
   if (gpu.path == CudaPath::kSm90) return {launch_gate_up_sm90_fp8, launch_down_sm90_fp8};
 #endif
-  // 9.0 and 10.0 take mma.sync of e4m3 too, and make float16 products of it.
+  // 9.0 and 10.0 take mma.sync of e4m3 too, but nvcc makes float16 products of it there.
 #if defined(DGEMMA_WITH_SM89)
   if (gpu.compute_capability == 89) return {launch_gate_up_sm89_fp8, launch_down_sm89_fp8};
 #endif
@@ -40,7 +40,7 @@ MoeFp8Pass make_pass(const dgemma_moe_ffn_quantized& op, const MoeFp8Plan& plan,
           .activation_scales = floats(plan.activation_scales)};
 }
 
-// Null, or CUDA's words.
+// Returns null or the error's text.
 const char* run_pass(const Kernels& kernels, const MoeFp8Plan& plan, const MoeFp8Pass& pass,
                      void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
@@ -56,12 +56,12 @@ const char* run_pass(const Kernels& kernels, const MoeFp8Plan& plan, const MoeFp
                                     .rows = ffn.tokens * ffn.top_k,
                                     .width = ffn.expert_size,
                                     .filled = ffn.tables.first + ffn.tables.experts};
-  if (const char* problem = launch_sort_pairs(plan.ffn, ffn, stream)) return problem;
+  if (const char* error = launch_sort_pairs(plan.ffn, ffn, stream)) return error;
   const bool overlap = plan.ffn.overlap;
-  if (const char* problem = launch_quantize_rows(input, overlap, stream)) return problem;
-  if (const char* problem = kernels.gate_up(plan, pass, stream)) return problem;
-  if (const char* problem = launch_quantize_rows(activations, overlap, stream)) return problem;
-  if (const char* problem = kernels.down(plan, pass, stream)) return problem;
+  if (const char* error = launch_quantize_rows(input, overlap, stream)) return error;
+  if (const char* error = kernels.gate_up(plan, pass, stream)) return error;
+  if (const char* error = launch_quantize_rows(activations, overlap, stream)) return error;
+  if (const char* error = kernels.down(plan, pass, stream)) return error;
   return launch_combine(plan.ffn, ffn, stream);
 }
 
@@ -71,7 +71,7 @@ const char* run_pass(const Kernels& kernels, const MoeFp8Plan& plan, const MoeFp
 size_t dgemma_cuda_moe_ffn_fp8_workspace(const dgemma_moe_ffn_quantized* op) {
   using namespace dgemma;
   char text[sizeof(dgemma_cuda::message)];
-  if (moe_fp8_problem(*op, text, sizeof text) != nullptr) return 0;
+  if (moe_fp8_error(*op, text, sizeof text) != nullptr) return 0;
   return make_moe_fp8_plan(*op, {CudaPath::kSm80, 89, 1}).workspace_bytes;
 }
 
@@ -79,8 +79,8 @@ dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma
   using namespace dgemma;
   const dgemma_moe_ffn& ffn = op->ffn;
   char text[sizeof(dgemma_cuda::message)];
-  if (const char* problem = moe_fp8_problem(*op, text, sizeof text))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = moe_fp8_error(*op, text, sizeof text))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (ffn.tokens == 0) return DGEMMA_OK;
   dgemma_status status = check_pointers({{"input", ffn.input, 16},
                                          {"expert_ids", ffn.expert_ids, alignof(int32_t)},
@@ -107,7 +107,7 @@ dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma
   status = check_workspace(ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < ffn.tokens; token += plan.ffn.tokens_per_pass)
-    if (const char* problem = run_pass(kernels, plan, make_pass(*op, plan, token), cuda->stream))
-      return launched(problem, cuda);
+    if (const char* error = run_pass(kernels, plan, make_pass(*op, plan, token), cuda->stream))
+      return launched(error, cuda);
   return DGEMMA_OK;
 }

@@ -1,4 +1,5 @@
-// What the CUDA kernels with weights and activations in FP8 share.
+// The arguments of the CUDA kernels with weights and activations in FP8, and the declarations of
+// their launches.
 #pragma once
 
 #include "grouped_gemm/cuda/plan_fp8.h"
@@ -15,7 +16,7 @@ struct MoeFp8Pass {
   float* activation_scales;  // [pairs]
 };
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_gate_up_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
 const char* launch_down_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);
 const char* launch_gate_up_sm89_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream);

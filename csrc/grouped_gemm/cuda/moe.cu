@@ -6,7 +6,7 @@
 namespace dgemma {
 namespace {
 
-// Null, or CUDA's words.
+// Returns null or the error's text.
 const char* run_pass(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   auto gate_up = launch_gate_up_sm80_bf16;
   auto down = launch_down_sm80_bf16;
@@ -17,7 +17,7 @@ const char* run_pass(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* str
   }
 #endif
   for (const auto launch : {launch_sort_pairs, gate_up, down, launch_combine})
-    if (const char* problem = launch(plan, pass, stream)) return problem;
+    if (const char* error = launch(plan, pass, stream)) return error;
   return nullptr;
 }
 
@@ -42,20 +42,19 @@ MoeCudaPass make_moe_cuda_pass(const dgemma_moe_ffn& op, const MoeCudaPlan& plan
                      static_cast<int32_t>(op.experts)},
           .activations = reinterpret_cast<device::bfloat16*>(workspace + plan.activations),
           .products = reinterpret_cast<float*>(workspace + plan.products),
-          .arranged_input = reinterpret_cast<device::bfloat16*>(workspace + plan.arranged_input)};
+          .permuted_input = reinterpret_cast<device::bfloat16*>(workspace + plan.permuted_input)};
 }
 
 }  // namespace dgemma
 
 size_t dgemma_cuda_moe_ffn_workspace(const dgemma_moe_ffn* op) {
-  if (dgemma::moe_cuda_problem(*op) != nullptr) return 0;
+  if (dgemma::moe_cuda_error(*op) != nullptr) return 0;
   return dgemma::make_moe_cuda_plan(*op, {dgemma::CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
   using namespace dgemma;
-  if (const char* problem = moe_cuda_problem(*op))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = moe_cuda_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->tokens == 0) return DGEMMA_OK;
   dgemma_status status = check_pointers({{"input", op->input, 16},
                                          {"expert_ids", op->expert_ids, alignof(int32_t)},
@@ -73,7 +72,7 @@ dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
   status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < op->tokens; token += plan.tokens_per_pass)
-    if (const char* problem = run_pass(plan, make_moe_cuda_pass(*op, plan, token), cuda->stream))
-      return launched(problem, cuda);
+    if (const char* error = run_pass(plan, make_moe_cuda_pass(*op, plan, token), cuda->stream))
+      return launched(error, cuda);
   return DGEMMA_OK;
 }

@@ -1,11 +1,11 @@
-// What the CUDA kernels of this family share: one pass, and how each of them is launched.
+// The arguments of the experts' CUDA kernels for one pass, and the declarations of their launches.
 #pragma once
 
 #include <cstdint>
 
 #include "device/bfloat16.h"
+#include "grouped_gemm/cuda/moe_work_tiles.h"
 #include "grouped_gemm/cuda/plan_moe.h"
-#include "grouped_gemm/cuda/units.h"
 
 namespace dgemma {
 
@@ -21,16 +21,16 @@ struct MoeCudaPass {
   MoeTables tables;
   device::bfloat16* activations;  // [pairs, expert_size], in sorted order
   float* products;                // [pairs, hidden_size], row token * top_k + slot
-  // [tokens, arranged width] where the plan has blocks that arrange the input; then rows of
-  // `activations` have an arranged width too.
-  device::bfloat16* arranged_input;
+  // [tokens, permuted width] where the plan has blocks that permute the input; then rows of
+  // `activations` have a permuted width too.
+  device::bfloat16* permuted_input;
 };
 
 // The pass that begins with this token.
 MoeCudaPass make_moe_cuda_pass(const dgemma_moe_ffn& op, const MoeCudaPlan& plan,
                                int64_t first_token);
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_sort_pairs(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream);
 const char* launch_gate_up_sm90_bf16(const MoeCudaPlan& plan, const MoeCudaPass& pass,
                                      void* stream);

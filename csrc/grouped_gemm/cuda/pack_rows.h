@@ -8,7 +8,7 @@ namespace dgemma {
 
 // A lane has results of row lane / 4 for the tokens 2 (lane % 4) and the next. Of two lanes with
 // neighbouring rows, the one with the even row gets both rows of the first token, the other both of
-// the second. All lanes of the warp come.
+// the second. All lanes of the warp call this.
 DGEMMA_DEVICE uint32_t pack_rows(float first_token, float second_token) {
   const bool second = device::lane_index() / 4 % 2 != 0;
   const float other = __shfl_xor_sync(device::kAllLanes, second ? first_token : second_token, 4);
@@ -16,8 +16,8 @@ DGEMMA_DEVICE uint32_t pack_rows(float first_token, float second_token) {
                 : device::pack_bfloat16(first_token, other);
 }
 
-// What pack_rows gives to this lane, within 8 rows by 8 tokens: the first of the two rows, and the
-// token.
+// The result that pack_rows gives to this lane, within 8 rows by 8 tokens: the first of the two
+// rows, and the token.
 DGEMMA_DEVICE int32_t packed_row() { return static_cast<int32_t>(device::lane_index() / 8 * 2); }
 DGEMMA_DEVICE int32_t packed_token() {
   const uint32_t lane = device::lane_index();

@@ -32,7 +32,7 @@ int32_t choose_token_tile(CudaPath path, int64_t rows) {
 
 }  // namespace
 
-const char* dense_problem(const dgemma_dense& op) {
+const char* dense_error(const dgemma_dense& op) {
   const auto outside = [](int64_t value, int64_t least, int64_t most) {
     return value < least || value > most;
   };
@@ -43,7 +43,7 @@ const char* dense_problem(const dgemma_dense& op) {
     return "in_features: wants a multiple of 8 up to 65536";
   if (outside(op.out_features, 8, 65536) || op.out_features % 8 != 0)
     return "out_features: wants a multiple of 8 up to 65536";
-  // Units are counted in 32 bits: 2^22 tiles of 128 rows by 2^9 of 128 features at most.
+  // Work tiles are counted in 32 bits: 2^22 tiles of 128 rows by 2^9 of 128 features at most.
   if (ceil_divide(op.rows, kTile) * ceil_divide(op.out_features, kTile) > INT32_MAX / 8)
     return "rows: wants fewer tiles of 128 rows by 128 out_features than 268435456";
   return nullptr;
@@ -66,12 +66,12 @@ DensePlan make_dense_plan(const dgemma_dense& op, const Gpu& gpu) {
   plan.apart = plan.segments > 1 &&
                ceil_divide(op.rows, kTile) * ceil_divide(op.out_features, kTile) < kFill;
 
-  const int64_t units =
+  const int64_t work_tiles =
       static_cast<int64_t>(plan.weight_tiles) * plan.token_tiles * (plan.apart ? plan.segments : 1);
   const int64_t most_blocks =
       int64_t{gpu.multiprocessors} *
       (sm90 ? 1 : moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability));
-  plan.blocks = static_cast<int32_t>(std::min(units, most_blocks));
+  plan.blocks = static_cast<int32_t>(std::min(work_tiles, most_blocks));
   if (plan.apart) {
     plan.sum_blocks =
         static_cast<int32_t>(ceil_divide(op.rows * op.out_features / 8, kSumSegmentsThreads));

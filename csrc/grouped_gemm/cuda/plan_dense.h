@@ -1,10 +1,10 @@
-// How the CUDA kernels run a dense projection: a weight matrix by rows of input, cut along k into
+// The launch plan of a dense projection in CUDA: a weight matrix by rows of input, cut along k into
 // segments whose number depends on the matrix alone.
 //
 // A row's result is the sum of its segments in their order. A few rows do not fill a GPU, so there
-// every segment of a tile is a unit of its own, and another kernel adds them; with many rows a unit
-// takes all segments of its tile in turn. Both add the same numbers in the same order: a row's bits
-// do not depend on how many rows there are. Pure host code that allocates nothing.
+// every segment of a tile is a work tile of its own, and another kernel adds them; with many rows a
+// work tile takes all segments of its tile in turn. Both add the same numbers in the same order: a
+// row's bits do not depend on how many rows there are. Pure host code that allocates nothing.
 #pragma once
 
 #include <cstddef>
@@ -20,21 +20,21 @@ constexpr int32_t kSumSegmentsThreads = 128;
 
 struct DensePlan {
   CudaPath path;
-  bool overlap;         // whether a kernel may begin while the one in front of it ends
-  int32_t token_tile;   // rows of input in a unit
+  bool overlap;         // whether a kernel may begin while the previous one ends
+  int32_t token_tile;   // rows of input in a work tile
   int32_t weight_rows;  // of a weight tile
   int32_t threads;
   int32_t stages, stage_bytes;
   int32_t weight_tiles, token_tiles, k_steps, segments;
-  bool apart;  // a unit for every segment, and a kernel that adds them
+  bool apart;  // a work tile for every segment, and a kernel that adds them
   int32_t blocks, sum_blocks;
   size_t workspace_bytes;  // float32 [segments, rows, out_features] when apart, else none
 };
 
 // Null when the CUDA kernels take these sizes and this dtype, else what they want instead.
-const char* dense_problem(const dgemma_dense& op);
+const char* dense_error(const dgemma_dense& op);
 
-// For sizes without a problem and at least one row. The workspace is the same for every GPU.
+// Plans sizes that have no error and at least one row. The workspace is the same for every GPU.
 DensePlan make_dense_plan(const dgemma_dense& op, const Gpu& gpu);
 
 // A line for each kernel and one for the workspace.

@@ -40,13 +40,13 @@ MoeCudaPlan make_mma_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {
 
 }  // namespace
 
-const char* moe_fp8_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes) {
+const char* moe_fp8_error(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes) {
   for (const auto& [name, matrix] : {std::pair("gate_up", &op.gate_up), {"down", &op.down}})
     if (matrix->format != DGEMMA_WEIGHTS_FP8) {
       std::snprintf(text, bytes, "%s.format: got %d, wants FP8", name, matrix->format);
       return text;
     }
-  return moe_quantized_problem(op, text, bytes);
+  return moe_quantized_error(op, text, bytes);
 }
 
 MoeFp8Plan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {

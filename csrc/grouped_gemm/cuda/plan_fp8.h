@@ -1,7 +1,7 @@
-// How the feed-forward runs with weights and activations in FP8. On Hopper by the tiles of
-// cuda/plan_moe.h, a stage holding 128 columns of e4m3 where it held 64 of bfloat16; on 8.9
-// and 12.0 by those of plan_quantized.h, with tokens of half the bytes. Pure host code that
-// allocates nothing.
+// The launch plan of the feed-forward with weights and activations in FP8. Hopper takes the tiles
+// of cuda/plan_moe.h, a stage holding 128 columns of e4m3 where it held 64 of bfloat16; 8.9 and
+// 12.0 take those of plan_quantized.h, with tokens of half the bytes. Pure host code that allocates
+// nothing.
 #pragma once
 
 #include "dgemma/grouped_gemm.h"
@@ -14,7 +14,7 @@ namespace dgemma {
 // is added in fp32 (device/wgmma.h).
 constexpr int32_t kFp8Depth = 128;
 
-// Of a stage on 8.9 and 12.0, which is kMoeDepth columns deep.
+// The bytes of a stage on 8.9 and 12.0, which is kMoeDepth columns deep.
 constexpr int32_t fp8_stage_bytes_89(int32_t token_tile) {
   return (kQuantizedWeightRows + token_tile) * kMoeDepth;
 }
@@ -33,11 +33,11 @@ struct MoeFp8Plan {
   size_t workspace_bytes;
 };
 
-// As moe_quantized_problem; both matrices must be FP8.
-const char* moe_fp8_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
+// The same as moe_quantized_error, and both matrices must be FP8.
+const char* moe_fp8_error(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
 
-// For a GPU whose tensor cores multiply e4m3: of path kSm90 by wgmma, of the other by mma.sync. The
-// workspace is the same for every one.
+// Plans for a GPU whose tensor cores multiply e4m3: by wgmma on path kSm90, by mma.sync on the
+// other. The workspace is the same for every GPU.
 MoeFp8Plan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
 
 }  // namespace dgemma

@@ -37,7 +37,7 @@ MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles,
 
 }  // namespace
 
-const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
+const char* moe_cuda_error(const dgemma_moe_ffn& op) {
   const auto outside = [](int64_t value, int64_t least, int64_t most) {
     return value < least || value > most;
   };
@@ -46,8 +46,8 @@ const char* moe_cuda_problem(const dgemma_moe_ffn& op) {
   if (outside(op.top_k, 1, kMoePairsPerPass)) return "top_k: wants 1 to 32768";
   if (outside(op.experts, 1, kMoeMostExperts)) return "experts: wants 1 to 1024";
   if (op.dtype != DGEMMA_BFLOAT16) return "dtype: wants bfloat16";
-  // The copy engine's strides are multiples of 16 bytes (device/tensor_layout.h), and 2^16 keeps
-  // every product of two extents and of a pass's pairs in 32 and 64 bits.
+  // TMA's strides are multiples of 16 bytes (device/tensor_layout.h), and 2^16 keeps every product
+  // of two extents and of a pass's pairs in 32 and 64 bits.
   if (outside(op.hidden_size, 8, 65536) || op.hidden_size % 8 != 0)
     return "hidden_size: wants a multiple of 8 up to 65536";
   if (outside(op.expert_size, 8, 65536) || op.expert_size % 8 != 0)
@@ -70,7 +70,7 @@ int32_t shared_bytes_of_multiprocessor(int32_t compute_capability) {
   }
 }
 
-// At most: every expert that has pairs may have one tile that is not full.
+// An upper bound: every expert that has pairs may have one tile that is not full.
 int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
   return std::min(pairs, experts + pairs / token_tile);
 }

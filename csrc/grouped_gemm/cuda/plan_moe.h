@@ -1,6 +1,6 @@
-// How the CUDA kernels run a call: everything that depends on its sizes and not on its routing.
-// Pure host code that allocates nothing. Which pairs an expert gets is found on the device
-// (sort_pairs.cu).
+// The launch plan of the experts' CUDA kernels: everything that depends on the sizes of a call and
+// not on its routing. Pure host code that allocates nothing. The device finds which pairs an expert
+// gets (sort_pairs.cu).
 #pragma once
 
 #include <cstddef>
@@ -23,11 +23,11 @@ constexpr int64_t kMoePairsPerPass = 32768;
 constexpr int32_t kMoeWeightRows = 128;
 // Depth of a stage: 64 bfloat16 are 128 bytes, a row of the widest swizzle.
 constexpr int32_t kMoeDepth = 64;
-// Two warpgroups that multiply, and one that loads: a warp for weights, three for token rows.
+// Two consumer warpgroups and one of producers: a warp for weights, three for token rows.
 constexpr int32_t kMoeThreads = 384;
 
-// sm_80 and what is served like it: four warps, two by two, each with 32 weight rows (two of mma's
-// 16) by a half of the tokens.
+// A block of the sm_80 path: four warps, two by two, each with 32 weight rows (two of mma's 16) by
+// a half of the tokens.
 constexpr int32_t kMoeWeightRows80 = 64;
 constexpr int32_t kMoeThreads80 = 128;
 // Blocks that registers must leave room for on a multiprocessor: 65,536 for three of 128 threads
@@ -43,16 +43,16 @@ constexpr int32_t kMoeCombineThreads = 128;
 constexpr int32_t moe_stage_bytes(int32_t token_tile) {
   return (kMoeWeightRows + token_tile) * kMoeDepth * 2;
 }
-// What gate and up need beside the stages: the tile of results, and at most 2 KB of barriers and
-// row numbers. Down's list of targets is smaller than the results.
+// Gate and up need, beside the stages, the tile of results and at most 2 KB of barriers and row
+// numbers. Down's list of targets is smaller than the results.
 constexpr int32_t moe_stages(int32_t token_tile) {
   const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
   return (kSharedLimit90 - results - 2048) / moe_stage_bytes(token_tile);
 }
 
-// On sm_80: as many stages as let two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or
-// 12.0 (the same table), 1 KB of which each block loses to the system; with the largest token tile
-// one block there, two on 8.0.
+// The sm_80 path takes as many stages as let two blocks share the 100 KB of a multiprocessor of
+// 8.6, 8.9 or 12.0 (the same table), 1 KB of which each block loses to the system; with the largest
+// token tile one block there, two on 8.0.
 constexpr int32_t moe_stage_bytes_80(int32_t token_tile) {
   return (kMoeWeightRows80 + token_tile) * kMoeDepth * 2;
 }
@@ -60,14 +60,14 @@ constexpr int32_t moe_stages_80(int32_t token_tile) { return token_tile == 32 ? 
 
 struct MoeCudaPart {
   int32_t weight_tiles;  // per expert
-  int32_t k_steps;       // stages that a unit takes
-  int32_t blocks;        // of the grid; each takes every blocks-th unit
+  int32_t k_steps;       // stages that a work tile takes
+  int32_t blocks;        // of the grid; each takes every blocks-th work tile
 };
 
 struct MoeCudaPlan {
   int64_t tokens_per_pass;
   CudaPath path;
-  bool overlap;         // whether a kernel may begin while the one in front of it ends
+  bool overlap;         // whether a kernel may begin while the previous one ends
   int32_t token_tile;   // 64, 128 or 256; on sm_80 32, 64 or 128
   int32_t weight_rows;  // of a weight tile
   int32_t threads;      // of a block that multiplies
@@ -75,32 +75,33 @@ struct MoeCudaPlan {
   int32_t depth;  // columns in a stage
   MoeCudaPart gate_up, down;
   int32_t combine_blocks;  // of a full pass
-  // Blocks beside the one that sorts, which bring the input into the order of arranged_columns.h;
+  // Blocks beside the one that sorts, which bring the input into the order of permuted_k.h;
   // mostly none.
-  int32_t arranging_blocks;
+  int32_t permuting_blocks;
 
   // The workspace: where its parts begin, in bytes, and its size.
   size_t first, tiles_before, pair;  // int32: see MoeTables
   size_t activations;                // bfloat16 [pairs, expert_size], in sorted order
   size_t products;                   // float32 [pairs, hidden_size], in the order of the slots
-  size_t arranged_input;             // bfloat16 [tokens, arranged width], where blocks arrange it
+  size_t permuted_input;             // bfloat16 [tokens, permuted width], where blocks permute it
   size_t workspace_bytes;
 };
 
-// Null when the CUDA kernels take these sizes and this dtype, else the name of what they do not
-// take, with what they want ("hidden_size: wants a multiple of 8"). Pointers are not looked at.
-const char* moe_cuda_problem(const dgemma_moe_ffn& op);
+// Null when the CUDA kernels take these sizes and this dtype, else the name of the argument that
+// they do not take, with what they want ("hidden_size: wants a multiple of 8"). Pointers are not
+// checked.
+const char* moe_cuda_error(const dgemma_moe_ffn& op);
 
-// For sizes without a problem. The workspace is the same for every GPU.
+// Plans sizes that have no error. The workspace is the same for every GPU.
 MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu);
 
 // Blocks of the sm_80 kernels that a multiprocessor surely holds at once, by its shared memory and
-// its registers. A block takes its share of the units from the start, so one that had to wait for
-// another to end would double the time.
+// its registers. A block takes its share of the work tiles from the start, so one that had to wait
+// for another to end would double the time.
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability);
 
-// What the plans of this family have in common. The shared memory of a multiprocessor, in bytes;
-// and the most token tiles that so many pairs make.
+// The plans of this family share these: the shared memory of a multiprocessor, in bytes, and the
+// most token tiles that so many pairs make.
 int32_t shared_bytes_of_multiprocessor(int32_t compute_capability);
 int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile);
 

@@ -4,15 +4,16 @@
 #include <cstdio>
 
 #include "common/ceil_divide.h"
-#include "grouped_gemm/cuda/arranged_columns.h"
+#include "grouped_gemm/cuda/permuted_k.h"
 
 namespace dgemma {
 namespace {
 
-// What the interface allows, on the CPU too.
+// The C interface allows so many, on the CPU too.
 constexpr int32_t kMostColumns = 16384;
 
-// As in cuda/plan_moe.cpp: twice the mean number of an expert's tokens, up to the larger tile.
+// The tile is twice the mean number of an expert's tokens, up to the larger one, as in
+// cuda/plan_moe.cpp.
 int32_t choose_token_tile(int64_t pairs, int64_t experts) {
   return 2 * pairs <= 32 * experts ? 32 : 64;
 }
@@ -56,15 +57,15 @@ void plan_sm90(const dgemma_moe_ffn& ffn, int64_t pairs, int32_t multiprocessors
   plan->gate_up = part(ceil_divide(ffn.expert_size, kMoeWeightRows / 2), ffn.hidden_size);
   plan->down = part(ceil_divide(ffn.hidden_size, kMoeWeightRows), ffn.expert_size);
   const int64_t values =
-      plan->tokens_per_pass * arranged_width(static_cast<int32_t>(ffn.hidden_size));
-  plan->arranging_blocks =
-      static_cast<int32_t>(ceil_divide(values, kArrangedPerThread * kMoeSortThreads));
+      plan->tokens_per_pass * permuted_width(static_cast<int32_t>(ffn.hidden_size));
+  plan->permuting_blocks =
+      static_cast<int32_t>(ceil_divide(values, kPermutedPerThread * kMoeSortThreads));
 }
 
 // Null, or what is wrong with a matrix of so many columns; `rows` is what rows_per_factor divides.
-const char* quantized_problem(const char* name, const dgemma_quantized& matrix,
-                              const char* columns_name, int64_t columns, int64_t rows, char* text,
-                              size_t bytes) {
+const char* quantized_error(const char* name, const dgemma_quantized& matrix,
+                            const char* columns_name, int64_t columns, int64_t rows, char* text,
+                            size_t bytes) {
   const auto say = [&](const char* field, int64_t got, const char* wants) {
     std::snprintf(text, bytes, "%s.%s: got %lld, wants %s", name, field,
                   static_cast<long long>(got), wants);
@@ -103,21 +104,21 @@ const char* quantized_problem(const char* name, const dgemma_quantized& matrix,
 
 }  // namespace
 
-const char* moe_quantized_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes) {
+const char* moe_quantized_error(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes) {
   const dgemma_moe_ffn& ffn = op.ffn;
-  if (const char* problem = moe_cuda_problem(ffn)) return problem;
-  if (const char* problem = quantized_problem("gate_up", op.gate_up, "hidden_size", ffn.hidden_size,
-                                              ffn.expert_size, text, bytes))
-    return problem;
-  return quantized_problem("down", op.down, "expert_size", ffn.expert_size, ffn.hidden_size, text,
-                           bytes);
+  if (const char* error = moe_cuda_error(ffn)) return error;
+  if (const char* error = quantized_error("gate_up", op.gate_up, "hidden_size", ffn.hidden_size,
+                                          ffn.expert_size, text, bytes))
+    return error;
+  return quantized_error("down", op.down, "expert_size", ffn.expert_size, ffn.hidden_size, text,
+                         bytes);
 }
 
-const char* dense_quantized_problem(const dgemma_dense_quantized& op, char* text, size_t bytes) {
+const char* dense_quantized_error(const dgemma_dense_quantized& op, char* text, size_t bytes) {
   const dgemma_dense& dense = op.dense;
-  if (const char* problem = dense_problem(dense)) return problem;
-  return quantized_problem("weight", op.weight, "in_features", dense.in_features,
-                           dense.out_features, text, bytes);
+  if (const char* error = dense_error(dense)) return error;
+  return quantized_error("weight", op.weight, "in_features", dense.in_features, dense.out_features,
+                         text, bytes);
 }
 
 MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {
@@ -127,12 +128,12 @@ MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gp
   const int64_t pairs = plan.tokens_per_pass * ffn.top_k;
   if (describe(op.gate_up.format).bits == 4 && describe(op.down.format).bits == 4) {
     const auto width = [](int64_t columns) {
-      return arranged_width(static_cast<int32_t>(columns));
+      return permuted_width(static_cast<int32_t>(columns));
     };
     WorkspaceParts parts = {plan.activations};
     plan.activations = parts.take<uint16_t>(pairs * width(ffn.expert_size));
     plan.products = parts.take<float>(pairs * ffn.hidden_size);
-    plan.arranged_input = parts.take<uint16_t>(plan.tokens_per_pass * width(ffn.hidden_size));
+    plan.permuted_input = parts.take<uint16_t>(plan.tokens_per_pass * width(ffn.hidden_size));
     plan.workspace_bytes = parts.bytes;
     if (gpu.path == CudaPath::kSm90) {
       plan_sm90(ffn, pairs, gpu.multiprocessors, &plan);
@@ -163,12 +164,12 @@ DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu&
   plan.stage_bytes = quantized_stage_bytes(op.weight.format, plan.token_tile);
   plan.weight_tiles = static_cast<int32_t>(ceil_divide(dense.out_features, kQuantizedWeightRows));
   plan.token_tiles = static_cast<int32_t>(ceil_divide(dense.rows, plan.token_tile));
-  const int64_t units =
+  const int64_t work_tiles =
       int64_t{plan.weight_tiles} * plan.token_tiles * (plan.apart ? plan.segments : 1);
   const int64_t most_blocks =
       int64_t{gpu.multiprocessors} *
       blocks_per_multiprocessor(plan.token_tile, plan.stage_bytes, true, gpu.compute_capability);
-  plan.blocks = static_cast<int32_t>(std::min(units, most_blocks));
+  plan.blocks = static_cast<int32_t>(std::min(work_tiles, most_blocks));
   return plan;
 }
 

@@ -1,6 +1,6 @@
-// How the CUDA kernels run a feed-forward or a dense projection over quantized weights. The passes,
-// the tables and the workspace are those of cuda/plan_moe.h, segments those of plan_dense.h; what
-// differs is the tile. Pure host code that allocates nothing.
+// The launch plans of a feed-forward and of a dense projection over quantized weights in CUDA. The
+// passes, the tables and the workspace are those of cuda/plan_moe.h, segments those of
+// plan_dense.h; what differs is the tile. Pure host code that allocates nothing.
 #pragma once
 
 #include "dgemma/grouped_gemm.h"
@@ -15,7 +15,7 @@ namespace dgemma {
 constexpr int32_t kQuantizedWeightRows = 128;
 constexpr int32_t kQuantizedThreads = 128;
 
-// Of a row of weights in a stage of kMoeDepth columns: 8 or 4 bits each.
+// The bytes of a row of weights in a stage of kMoeDepth columns: 8 or 4 bits each.
 constexpr int32_t quantized_row_bytes(dgemma_weight_format format) {
   return static_cast<int32_t>(row_bytes(format, kMoeDepth));
 }
@@ -26,7 +26,8 @@ constexpr int32_t quantized_stage_bytes(dgemma_weight_format format, int32_t tok
   const int32_t scales = describe(format).scale_bytes > 0 ? kQuantizedScaleBytes : 0;
   return kQuantizedWeightRows * (quantized_row_bytes(format) + scales) + token_tile * kMoeDepth * 2;
 }
-// At most 49,152 bytes: two blocks share the 100 KB of a multiprocessor of 8.6, 8.9 or 12.0.
+// So many stages take at most 49,152 bytes, and two blocks share the 100 KB of a multiprocessor of
+// 8.6, 8.9 or 12.0.
 constexpr int32_t quantized_stages(int32_t token_tile) { return token_tile == 32 ? 4 : 3; }
 
 // Blocks that registers must leave room for on a multiprocessor: four of 128 threads have 128 each,
@@ -36,8 +37,8 @@ constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false)
   return token_tile == 64 ? 2 : dense ? 3 : 4;
 }
 
-// On sm_90, where both matrices have 4 bits: the tiles and roles of the bfloat16 path, steps of
-// arranged_columns.h's 128 columns.
+// The sm_90 path, for two matrices of 4 bits, has the tiles and roles of the bfloat16 path and
+// steps of permuted_k.h's 128 columns.
 constexpr int32_t kQuantizedDepth90 = 128;
 // Steps in a stage. With the small token tile, where waiting and copying count beside the products,
 // two.
@@ -49,16 +50,16 @@ constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {
          (kMoeWeightRows * (kQuantizedDepth90 / 2 + kQuantizedScaleBytes90) +
           token_tile * kQuantizedDepth90 * 2);
 }
-// As moe_stages.
+// Counts stages as moe_stages does.
 constexpr int32_t quantized_stages_90(int32_t token_tile) {
   const int32_t results = token_tile * kMoeWeightRows / 2 * 2;
   return (kSharedLimit90 - results - 2048) / quantized_stage_bytes_90(token_tile);
 }
 
 // Null, or what is wrong with the sizes and formats of a call ("gate_up.group: got 48, wants ..."),
-// perhaps in `text`, which has room for `bytes`. Pointers are not looked at.
-const char* moe_quantized_problem(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
-const char* dense_quantized_problem(const dgemma_dense_quantized& op, char* text, size_t bytes);
+// perhaps in `text`, which has room for `bytes`. Pointers are not checked.
+const char* moe_quantized_error(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
+const char* dense_quantized_error(const dgemma_dense_quantized& op, char* text, size_t bytes);
 
 // A plan of the sm_80 path, which serves every GPU here, or of the sm_90 path for matrices of 4
 // bits on it. `stage_bytes` is of gate_up; the formats of gate_up and down may differ. The

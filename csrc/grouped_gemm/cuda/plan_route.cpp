@@ -9,17 +9,17 @@
 namespace dgemma {
 namespace {
 
-// With tiles of 16 tokens a canvas of 256 gives 16 x 8 = 128 blocks, which fill the 132
+// A canvas of 256 in tiles of 16 tokens gives 16 x 8 = 128 blocks, which fill the 132
 // multiprocessors of an H100 or H200. Every block reads its tokens' whole rows, for their norm, so
 // more segments would read more than they save.
 constexpr int64_t kSegments = 8;
-// From here on tiles of 64 fill a GPU as well, and read the projection a quarter as often.
+// So many tokens fill a GPU in tiles of 64 as well, and read the projection a quarter as often.
 constexpr int64_t kManyTokens = 512;
 constexpr int64_t kMostTokens = 1 << 24;  // keeps the number of blocks in 31 bits
 
 }  // namespace
 
-const char* route_problem(const dgemma_route& op) {
+const char* route_error(const dgemma_route& op) {
   const auto outside = [](int64_t value, int64_t least, int64_t most) {
     return value < least || value > most;
   };

@@ -1,4 +1,4 @@
-// How the CUDA kernels run the router. Pure host code that allocates nothing.
+// The launch plan of the router in CUDA. Pure host code that allocates nothing.
 //
 // The scores of 256 tokens are little work, 185 MFLOP, but all of the chip must take part in it to
 // be done within some microseconds. So k is cut into segments, as many as the hidden size asks for
@@ -29,7 +29,7 @@ constexpr int32_t kRouterMostExperts = 1024;
 constexpr int32_t kRouterMostChoices = 32;
 
 struct RoutePlan {
-  bool overlap;        // whether a kernel may begin while the one in front of it ends
+  bool overlap;        // whether a kernel may begin while the previous one ends
   int32_t token_tile;  // 16 or 64
   int32_t k_steps, segments;
   int32_t token_tiles, expert_tiles;
@@ -38,10 +38,10 @@ struct RoutePlan {
 };
 
 // Null when the CUDA kernels take these sizes, this epsilon and this dtype, else what they want
-// instead. Pointers are not looked at.
-const char* route_problem(const dgemma_route& op);
+// instead. Pointers are not checked.
+const char* route_error(const dgemma_route& op);
 
-// For sizes without a problem and at least one token. The workspace is the same for every GPU.
+// Plans sizes that have no error and at least one token. The workspace is the same for every GPU.
 RoutePlan make_route_plan(const dgemma_route& op, const Gpu& gpu);
 
 // A line for each kernel and one for the workspace.

@@ -11,7 +11,8 @@ namespace {
 constexpr int32_t kThreads = 128;
 constexpr float kLargest = 448.0f;  // of e4m3
 
-// To the nearest e4m3, ties to even, |x| up to 448 and what rounds to it; the sign bit goes along.
+// Rounds to the nearest e4m3, ties to even, |x| up to 448 and what rounds to it; the sign bit goes
+// along.
 DGEMMA_DEVICE uint32_t to_e4m3(float x) {
   const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
   const float magnitude = min(__uint_as_float(bits & 0x7fffffffu), kLargest);
@@ -26,7 +27,7 @@ DGEMMA_DEVICE uint32_t to_e4m3(float x) {
 }
 
 DGEMMA_DEVICE uint32_t four_to_e4m3(uint32_t first, uint32_t second, float inverse) {
-  // Products rounded by themselves, whatever stands behind them.
+  // __fmul_rn keeps the product from being fused with what follows.
   return to_e4m3(__fmul_rn(device::low_to_float(first), inverse)) |
          to_e4m3(__fmul_rn(device::high_to_float(first), inverse)) << 8 |
          to_e4m3(__fmul_rn(device::low_to_float(second), inverse)) << 16 |

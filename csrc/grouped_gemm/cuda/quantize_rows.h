@@ -15,7 +15,7 @@ struct QuantizeRows {
   const int32_t* filled;          // null, or where it stands how many of the rows hold anything
 };
 
-// Enqueues the kernel on `stream`. Null, or CUDA's words.
+// Enqueues the kernel on `stream`. Returns null or the error's text.
 const char* launch_quantize_rows(const QuantizeRows& call, bool overlap, void* stream);
 
 }  // namespace dgemma

@@ -10,7 +10,7 @@ namespace {
 
 constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
 
-// Null, or CUDA's words.
+// Returns null or the error's text.
 const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   auto gate_up = launch_gate_up_sm80_quantized;
   auto down = launch_down_sm80_quantized;
@@ -20,9 +20,9 @@ const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void
     down = launch_down_sm90_quantized;
   }
 #endif
-  if (const char* problem = launch_sort_pairs(plan, pass.ffn, stream)) return problem;
-  if (const char* problem = gate_up(plan, pass, stream)) return problem;
-  if (const char* problem = down(plan, pass, stream)) return problem;
+  if (const char* error = launch_sort_pairs(plan, pass.ffn, stream)) return error;
+  if (const char* error = gate_up(plan, pass, stream)) return error;
+  if (const char* error = down(plan, pass, stream)) return error;
   return launch_combine(plan, pass.ffn, stream);
 }
 
@@ -37,8 +37,8 @@ QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t co
   const int64_t scale_bytes = ceil_divide(columns, group) * format.scale_bytes;
   return {.values = static_cast<const uint8_t*>(matrix.values),
           .scales = static_cast<const uint8_t*>(matrix.scales),
-          .factors = matrix.factors,
-          .rows_per_factor = static_cast<int32_t>(matrix.rows_per_factor),
+          .row_scales = matrix.factors,
+          .rows_per_scale = static_cast<int32_t>(matrix.rows_per_factor),
           .columns = static_cast<int32_t>(columns),
           .value_bytes = static_cast<int32_t>(row_bytes(matrix.format, columns)),
           .scale_bytes = static_cast<int32_t>(scale_bytes),
@@ -58,7 +58,7 @@ dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values
 size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
   using namespace dgemma;
   char text[kMessageBytes];
-  if (moe_quantized_problem(*op, text, sizeof text) != nullptr) return 0;
+  if (moe_quantized_error(*op, text, sizeof text) != nullptr) return 0;
   return make_moe_quantized_plan(*op, {CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
@@ -66,8 +66,8 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
   using namespace dgemma;
   const dgemma_moe_ffn& ffn = op->ffn;
   char text[kMessageBytes];
-  if (const char* problem = moe_quantized_problem(*op, text, sizeof text))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = moe_quantized_error(*op, text, sizeof text))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (ffn.tokens == 0) return DGEMMA_OK;
   dgemma_status status = check_pointers({{"input", ffn.input, 16},
                                          {"expert_ids", ffn.expert_ids, alignof(int32_t)},
@@ -93,7 +93,7 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
                                    .down = make_quantized_matrix(op->down, ffn.expert_size),
                                    .gate_up_encoding = encoding_of(op->gate_up),
                                    .down_encoding = encoding_of(op->down)};
-    if (const char* problem = run_pass(plan, pass, cuda->stream)) return launched(problem, cuda);
+    if (const char* error = run_pass(plan, pass, cuda->stream)) return launched(error, cuda);
   }
   return DGEMMA_OK;
 }
@@ -101,7 +101,7 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
 size_t dgemma_cuda_dense_quantized_workspace(const dgemma_dense_quantized* op) {
   using namespace dgemma;
   char text[kMessageBytes];
-  if (dense_quantized_problem(*op, text, sizeof text) != nullptr) return 0;
+  if (dense_quantized_error(*op, text, sizeof text) != nullptr) return 0;
   return make_dense_quantized_plan(*op, {CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
@@ -109,8 +109,8 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   using namespace dgemma;
   const dgemma_dense& dense = op->dense;
   char text[kMessageBytes];
-  if (const char* problem = dense_quantized_problem(*op, text, sizeof text))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = dense_quantized_error(*op, text, sizeof text))
+    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (dense.rows == 0) return DGEMMA_OK;
   dgemma_status status =
       check_pointers({{"input", dense.input, 16}, {"output", dense.output, 16}}, cuda);
@@ -127,7 +127,7 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   const DenseQuantizedCall call = {.dense = make_dense_call(dense, plan),
                                    .weight = make_quantized_matrix(op->weight, dense.in_features),
                                    .encoding = encoding_of(op->weight)};
-  if (const char* problem = launch_dense_sm80_quantized(plan, call, cuda->stream))
-    return launched(problem, cuda);
+  if (const char* error = launch_dense_sm80_quantized(plan, call, cuda->stream))
+    return launched(error, cuda);
   return launched(plan.apart ? launch_sum_segments(plan, call.dense, cuda->stream) : nullptr, cuda);
 }

@@ -1,4 +1,4 @@
-// What the CUDA kernels over quantized weights share: a matrix as they see it, and their launches.
+// A quantized matrix as the CUDA kernels see it, and the declarations of their launches.
 #pragma once
 
 #include "grouped_gemm/cuda/dense.h"
@@ -10,10 +10,11 @@ namespace dgemma {
 
 // Pointers are to the device's memory. Rows are counted over all experts.
 struct QuantizedMatrix {
-  const uint8_t* values;  // [rows, value_bytes]
-  const uint8_t* scales;  // [rows, scale_bytes]; not used for FP8
-  const float* factors;   // [rows / rows_per_factor]; null stands for 1
-  int32_t rows_per_factor;
+  const uint8_t* values;    // [rows, value_bytes]
+  const uint8_t* scales;    // [rows, scale_bytes]; not used for FP8
+  const float* row_scales;  // [rows / rows_per_scale]: dgemma_quantized's factors, each of a row,
+                            // of an expert's matrix or of the whole tensor; null stands for 1
+  int32_t rows_per_scale;
   int32_t columns;
   int32_t value_bytes, scale_bytes;  // of a row
   int32_t group_bits;                // a group is 1 << group_bits columns
@@ -28,11 +29,11 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
     case DGEMMA_WEIGHTS_NVFP4:
       return Encoding::kNvfp4;
   }
-  __builtin_unreachable();  // quantized_problem has refused what is no format
+  __builtin_unreachable();  // quantized_error has refused what is no format
 }
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
-// The three are the names to give in a message: "gate_up.values" and so on.
+// The three names are for messages: "gate_up.values" and so on.
 dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
                               const char* scales, const char* factors, dgemma_cuda* cuda);
 
@@ -48,7 +49,7 @@ struct DenseQuantizedCall {
   Encoding encoding;
 };
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_gate_up_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
                                           void* stream);
 const char* launch_down_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,

@@ -2,9 +2,9 @@
 //
 // A pair's halves are two columns that follow each other, the lower one low, so that activations
 // meet them in the order in which they lie. Every value comes out exactly; times its scale it is
-// rounded once (INT4) or not at all (NVFP4: one bit of fraction by three). What is left, the factor
-// of the row, belongs to the sum, and so does the power of two kUnit, which keeps the exponents of
-// the steps below within those of bfloat16.
+// rounded once (INT4) or not at all (NVFP4: one bit of fraction by three). The row scale (the C
+// interface's factor) is applied to the sum, and so is the power of two kUnit, which keeps the
+// exponents of the steps below within those of bfloat16.
 #pragma once
 
 #include "device/bfloat16.h"
@@ -61,7 +61,7 @@ namespace decode {
 using device::multiply_add_bfloat16;
 using device::permute_bytes;
 
-// Both halves of a register are this power of two.
+// A register whose two halves are this power of two.
 template <int kExponent>
 constexpr uint32_t kTwicePower = static_cast<uint32_t>(kExponent + 127) * 0x00800080u;
 // Added to a product: x + -0 is x, of either zero too.

@@ -31,14 +31,13 @@ RouteCall make_route_call(const dgemma_route& op, const RoutePlan& plan) {
 }  // namespace dgemma
 
 size_t dgemma_cuda_route_workspace(const dgemma_route* op) {
-  if (dgemma::route_problem(*op) != nullptr) return 0;
+  if (dgemma::route_error(*op) != nullptr) return 0;
   return dgemma::make_route_plan(*op, {dgemma::CudaPath::kSm80, 80, 1}).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda) {
   using namespace dgemma;
-  if (const char* problem = route_problem(*op))
-    return fail(cuda, DGEMMA_UNSUPPORTED, "%s", problem);
+  if (const char* error = route_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->tokens == 0) return DGEMMA_OK;
   dgemma_status status =
       check_pointers({{"input", op->input, 16},
@@ -58,6 +57,6 @@ dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda) {
   if (status != DGEMMA_OK) return status;
   const RouteCall call = make_route_call(*op, plan);
   for (const auto launch : {launch_router_scores_sm80_bf16, launch_router_choice})
-    if (const char* problem = launch(plan, call, cuda->stream)) return launched(problem, cuda);
+    if (const char* error = launch(plan, call, cuda->stream)) return launched(error, cuda);
   return DGEMMA_OK;
 }

@@ -1,4 +1,4 @@
-// What the two kernels of the router share.
+// The arguments of the router's two kernels, and the declarations of their launches.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct RouteCall {
   float* expert_weights;                     // [tokens, top_k]
 };
 
-// Each enqueues one kernel on `stream`, a cudaStream_t. Null, or CUDA's words.
+// Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_router_scores_sm80_bf16(const RoutePlan& plan, const RouteCall& call,
                                            void* stream);
 const char* launch_router_choice(const RoutePlan& plan, const RouteCall& call, void* stream);

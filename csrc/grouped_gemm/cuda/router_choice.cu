@@ -1,5 +1,5 @@
-// From scores to experts: softmax, the top k, their weights. A warp has a token; lane l has the
-// experts l, l + 32, ...
+// Chooses experts by their scores: softmax, the top k, their weights. A warp has a token; lane l
+// has the experts l, l + 32, ...
 #include "device/launch.h"
 #include "device/warp.h"
 #include "grouped_gemm/cuda/route.h"

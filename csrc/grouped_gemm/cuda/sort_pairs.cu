@@ -1,15 +1,15 @@
-// Which pairs go to which expert: a counting sort by one block, in front of the other kernels.
-// Other blocks of the same launch may arrange the input's columns at the same time.
+// Sorts the pairs by expert: a counting sort by one block, before the other kernels. Other blocks
+// of the same launch may permute the input's columns at the same time.
 //
 // The pairs are cut into 32 runs, one for each warp. Every warp counts its run's pairs by expert,
-// the counts become positions, and every warp goes over its run again and places it. No atomics:
-// pairs of one expert keep their order, so the tables are a function of the ids alone.
+// the counts become positions, and every warp goes over its run again and places it. Without
+// atomics the pairs of one expert keep their order, so the tables are a function of the ids alone.
 #include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
 #include "device/warp.h"
-#include "grouped_gemm/cuda/arrange_rows.h"
 #include "grouped_gemm/cuda/moe.h"
+#include "grouped_gemm/cuda/permute_rows.h"
 
 namespace dgemma {
 namespace {
@@ -58,7 +58,7 @@ DGEMMA_DEVICE int32_t scan_lanes(int32_t value) {
 }
 
 __global__ void __launch_bounds__(kMoeSortThreads, 1)
-    sort_pairs(const Sort sort, const ArrangeRows rows) {
+    sort_pairs(const Sort sort, const PermuteRows rows) {
   if (blockIdx.x > 0) {
     arrange(rows, static_cast<int64_t>(blockIdx.x - 1) * kMoeSortThreads + threadIdx.x);
     return;
@@ -130,12 +130,12 @@ const char* launch_sort_pairs(const MoeCudaPlan& plan, const MoeCudaPass& pass, 
                      .first = const_cast<int32_t*>(tables.first),
                      .tiles_before = const_cast<int32_t*>(tables.tiles_before),
                      .pair = const_cast<int32_t*>(tables.pair)};
-  const ArrangeRows rows = {.from = pass.input,
-                            .to = pass.arranged_input,
+  const PermuteRows rows = {.from = pass.input,
+                            .to = pass.permuted_input,
                             .rows = pass.tokens,
                             .columns = pass.hidden_size};
-  // It does not begin before the kernel in front ends: that one may still read this workspace.
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(1 + plan.arranging_blocks)),
+  // This kernel does not begin before the previous one ends, which may still read this workspace.
+  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(1 + plan.permuting_blocks)),
                                      .threads = kMoeSortThreads,
                                      .shared_bytes = sizeof(Shared)};
   return device::launch(shape, stream, sort_pairs, sort, rows);

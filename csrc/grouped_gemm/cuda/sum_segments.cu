@@ -1,5 +1,5 @@
-// A dense projection's output where its segments were units of their own: their sum in their order,
-// in fp32, rounded once. A thread has 8 values, which are 16 bytes of the output.
+// A dense projection's output where its segments were work tiles of their own: their sum in their
+// order, in fp32, rounded once. A thread has 8 values, which are 16 bytes of the output.
 #include "device/launch.h"
 #include "device/memory.h"
 #include "grouped_gemm/cuda/dense.h"
@@ -10,14 +10,14 @@ namespace {
 __global__ void __launch_bounds__(kSumSegmentsThreads) sum_segments(const DenseCall p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  const int64_t values = static_cast<int64_t>(p.work.rows) * p.out_features;
+  const int64_t values = static_cast<int64_t>(p.scheduler.rows) * p.out_features;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kSumSegmentsThreads + threadIdx.x) * 8;
   if (at >= values) return;
 
   float sum[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] = kNothing;
-  for (int32_t segment = 0; segment < p.work.segments; ++segment) {
+  for (int32_t segment = 0; segment < p.scheduler.segments; ++segment) {
     const float* from = p.partial + segment * values + at;
     const uint4 low = device::load_once(from), high = device::load_once(from + 4);
     const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};

@@ -14,23 +14,25 @@ struct Rows {
   int32_t width;            // in_features
   int32_t out_features;
 
-  DGEMMA_DEVICE int32_t weight_row(const DenseUnit& unit, int32_t row) const {
-    const int32_t feature = unit.weight_tile * kMoeWeightRows80 + row;
+  DGEMMA_DEVICE int32_t weight_row(const DenseWorkTile& work_tile, int32_t row) const {
+    const int32_t feature = work_tile.weight_tile * kMoeWeightRows80 + row;
     return feature < out_features ? feature : -1;
   }
-  DGEMMA_DEVICE int32_t token_row(const DenseUnit& unit, int32_t row) const {
-    return unit.first + row;
+  DGEMMA_DEVICE int32_t token_row(const DenseWorkTile& work_tile, int32_t row) const {
+    return work_tile.first + row;
   }
 };
 
 template <int kColumns>
-DGEMMA_DEVICE void store(const DenseCall& p, const DenseUnit& unit, const Sum<kColumns>& total) {
+DGEMMA_DEVICE void store(const DenseCall& p, const DenseWorkTile& work_tile,
+                         const Sum<kColumns>& total) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
     for (int i = 0; i < 2 * kColumns; ++i)
-      store_dense(p, unit, total[tile][i / 2][i % 2],
-                  unit.weight_tile * kMoeWeightRows80 + first_row(tile), first_token(i / 2, i % 2));
+      store_dense(p, work_tile, total[tile][i / 2][i % 2],
+                  work_tile.weight_tile * kMoeWeightRows80 + first_row(tile),
+                  first_token(i / 2, i % 2));
 }
 
 template <int kColumns>
@@ -54,18 +56,19 @@ template <int kTokens>
 __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
     dense(const DenseCall p, const Rows rows) {
   device::let_next_kernel_begin();
-  Pipeline<kTokens, DenseWork, Rows> pipeline(device::shared_memory<Ring<kTokens>>(), p.work, rows);
-  pipeline.for_each_unit([&](auto columns, const DenseUnit& unit) {
+  Pipeline<kTokens, DenseTileScheduler, Rows> pipeline(device::shared_memory<Ring<kTokens>>(),
+                                                       p.scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const DenseWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
     Sum<kColumns> total;
     fill<kColumns>(total, kNothing);
 #pragma unroll 1
-    for (int32_t i = 0; i < unit.segments; ++i) {
+    for (int32_t i = 0; i < work_tile.segments; ++i) {
       Sum<kColumns> sum = {};
-      pipeline.template multiply<kColumns>(p.work.steps(unit.segment + i), sum);
+      pipeline.template multiply<kColumns>(p.scheduler.steps(work_tile.segment + i), sum);
       add<kColumns>(total, sum);
     }
-    store<kColumns>(p, unit, total);
+    store<kColumns>(p, work_tile, total);
   });
 }
 
@@ -75,7 +78,7 @@ const char* launch(const DensePlan& plan, const DenseCall& call, void* stream) {
                      .tokens = call.input,
                      .width = call.in_features,
                      .out_features = call.out_features};
-  // It does not begin before the kernel in front ends: that one may write what it reads.
+  // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>)};

@@ -15,12 +15,12 @@ struct Rows {
   int32_t width;            // expert_size
   int32_t hidden_size;
 
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t at = unit.weight_tile * kMoeWeightRows80 + row;
-    return at < hidden_size ? unit.expert * hidden_size + at : -1;
+  DGEMMA_DEVICE int32_t weight_row(const MoeWorkTile& work_tile, int32_t row) const {
+    const int32_t at = work_tile.weight_tile * kMoeWeightRows80 + row;
+    return at < hidden_size ? work_tile.expert * hidden_size + at : -1;
   }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return unit.first + row;
+  DGEMMA_DEVICE int32_t token_row(const MoeWorkTile& work_tile, int32_t row) const {
+    return work_tile.first + row;
   }
 };
 
@@ -30,7 +30,7 @@ struct Down {
   int32_t hidden_size;
 };
 
-// Where a column of the product goes, and what it is multiplied by.
+// The place of a column of the product, and the weight that it is multiplied by.
 struct Target {
   int32_t pair;  // -1: nowhere
   float weight;
@@ -39,26 +39,26 @@ struct Target {
 // A thread's two tokens of every eight. Before the products, so that these loads take no time of
 // their own.
 template <int kColumns>
-DGEMMA_DEVICE void load_targets(const Down& p, const MoeTables& tables, const MoeUnit& unit,
-                                Target (&target)[kColumns][2][2]) {
+DGEMMA_DEVICE void load_targets(const Down& p, const MoeTables& tables,
+                                const MoeWorkTile& work_tile, Target (&target)[kColumns][2][2]) {
 #pragma unroll
   for (int i = 0; i < 4 * kColumns; ++i) {
     const int group = i / 4, half = i / 2 % 2;
     const int32_t token =
         first_token(group, half) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
     Target& to = target[group][half][i % 2];
-    to.pair = token < unit.rows ? tables.pair[unit.first + token] : -1;
+    to.pair = token < work_tile.rows ? tables.pair[work_tile.first + token] : -1;
     to.weight = to.pair >= 0 ? p.expert_weights[to.pair] : 0.0f;
   }
 }
 
 // Eight lanes write 32 bytes of a row, a sector of the L2.
 template <int kColumns>
-DGEMMA_DEVICE void store(const Down& p, const MoeUnit& unit, const Sum<kColumns>& sum,
+DGEMMA_DEVICE void store(const Down& p, const MoeWorkTile& work_tile, const Sum<kColumns>& sum,
                          const Target (&target)[kColumns][2][2]) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
-    const int32_t row = unit.weight_tile * kMoeWeightRows80 + first_row(tile) +
+    const int32_t row = work_tile.weight_tile * kMoeWeightRows80 + first_row(tile) +
                         static_cast<int32_t>(device::lane_index() / 4);
 #pragma unroll
     for (int i = 0; i < 4 * kColumns; ++i) {
@@ -75,23 +75,24 @@ DGEMMA_DEVICE void store(const Down& p, const MoeUnit& unit, const Sum<kColumns>
 
 template <int kTokens>
 __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
-    down(const MoeWork work, const Rows rows, const Down p) {
+    down(const MoeTileScheduler scheduler, const Rows rows, const Down p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  Pipeline<kTokens, MoeWork, Rows> pipeline(device::shared_memory<Ring<kTokens>>(), work, rows);
-  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+  Pipeline<kTokens, MoeTileScheduler, Rows> pipeline(device::shared_memory<Ring<kTokens>>(),
+                                                     scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
     Target target[kColumns][2][2];
-    load_targets<kColumns>(p, work.tables, unit, target);
+    load_targets<kColumns>(p, scheduler.tables, work_tile, target);
     Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(work.k_steps, sum);
-    store<kColumns>(p, unit, sum, target);
+    pipeline.template multiply<kColumns>(scheduler.k_steps, sum);
+    store<kColumns>(p, work_tile, sum, target);
   });
 }
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeWork work = {
+  const MoeTileScheduler scheduler = {
       .tables = pass.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
   const Rows rows = {.weights = pass.down,
                      .tokens = pass.activations,
@@ -104,7 +105,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, down<kTokens>, work, rows, p);
+  return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 
 }  // namespace

@@ -21,54 +21,55 @@ struct Rows {
   int32_t expert_size, top_k;
   const int32_t* pair;
 
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
+  DGEMMA_DEVICE int32_t weight_row(const MoeWorkTile& work_tile, int32_t row) const {
+    const int32_t result = work_tile.weight_tile * kResults + row / 16 * 8 + row % 8;
     const int32_t up = row % 16 / 8;
-    return result < expert_size ? (2 * unit.expert + up) * expert_size + result : -1;
+    return result < expert_size ? (2 * work_tile.expert + up) * expert_size + result : -1;
   }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return pair[unit.first + row] / top_k;
+  DGEMMA_DEVICE int32_t token_row(const MoeWorkTile& work_tile, int32_t row) const {
+    return pair[work_tile.first + row] / top_k;
   }
 };
 
 // Four lanes write 16 bytes of a row.
 template <int kColumns>
-DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const MoeUnit& unit, int32_t expert_size,
-                         bfloat16* activations) {
+DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const MoeWorkTile& work_tile,
+                         int32_t expert_size, bfloat16* activations) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
-    const int32_t column = unit.weight_tile * kResults + first_row(tile) / 2 + packed_row();
+    const int32_t column = work_tile.weight_tile * kResults + first_row(tile) / 2 + packed_row();
 #pragma unroll
     for (int i = 0; i < 2 * kColumns; ++i) {
       const float (&d)[4] = sum[tile][i / 2][i % 2];
       const uint32_t h = pack_rows(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
       const int32_t token = first_token(i / 2, i % 2) + packed_token();
-      if (token < unit.rows && column < expert_size)
+      if (token < work_tile.rows && column < expert_size)
         *reinterpret_cast<uint32_t*>(
-            activations + static_cast<int64_t>(unit.first + token) * expert_size + column) = h;
+            activations + static_cast<int64_t>(work_tile.first + token) * expert_size + column) = h;
     }
   }
 }
 
 template <int kTokens>
 __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
-    gate_up(const MoeWork work, const Rows rows, bfloat16* activations) {
+    gate_up(const MoeTileScheduler scheduler, const Rows rows, bfloat16* activations) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  Pipeline<kTokens, MoeWork, Rows> pipeline(device::shared_memory<Ring<kTokens>>(), work, rows);
-  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+  Pipeline<kTokens, MoeTileScheduler, Rows> pipeline(device::shared_memory<Ring<kTokens>>(),
+                                                     scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
     Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(work.k_steps, sum);
-    store<kColumns>(sum, unit, rows.expert_size, activations);
+    pipeline.template multiply<kColumns>(scheduler.k_steps, sum);
+    store<kColumns>(sum, work_tile, rows.expert_size, activations);
   });
 }
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeWork work = {.tables = pass.tables,
-                        .weight_tiles = plan.gate_up.weight_tiles,
-                        .k_steps = plan.gate_up.k_steps};
+  const MoeTileScheduler scheduler = {.tables = pass.tables,
+                                      .weight_tiles = plan.gate_up.weight_tiles,
+                                      .k_steps = plan.gate_up.k_steps};
   const Rows rows = {.weights = pass.gate_up,
                      .tokens = pass.input,
                      .width = pass.hidden_size,
@@ -79,7 +80,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, gate_up<kTokens>, work, rows, pass.activations);
+  return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.activations);
 }
 
 }  // namespace

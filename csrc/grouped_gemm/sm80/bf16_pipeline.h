@@ -1,14 +1,14 @@
-// What the sm80 kernels have in common: a ring of stages in shared memory, filled by cp.async and
+// The pipeline of the sm80 kernels: a ring of stages in shared memory, filled by cp.async and
 // multiplied by mma.sync, by the same four warps.
 //
-// Weights are mma's A (16 rows), tokens its B (8 columns): a unit is 64 weight rows by up to
+// Weights are mma's A (16 rows), tokens its B (8 columns): a work tile is 64 weight rows by up to
 // kTokens tokens, so an expert's weights are read once however few its tokens are. A stage is 64
-// deep. Blocks are persistent: block b takes the units b, b + gridDim.x, ..., and the copies run
-// ahead from one unit into the next, so that the ring never drains.
+// deep. Blocks are persistent: block b takes the work tiles b, b + gridDim.x, ..., and the copies
+// run ahead from one work tile into the next, so that the ring never drains.
 //
-// A kernel says what its units are (Work: count, find, first_step, steps) and which rows they take
-// of two matrices of one width (Rows: weights, tokens, width, weight_row(unit, row) or -1 where
-// there is none, token_row(unit, row)).
+// A kernel says what its work tiles are (Scheduler: count, find, first_step, steps) and which rows
+// they take of two matrices of one width (Rows: weights, tokens, width, weight_row(work_tile, row)
+// or -1 where there is none, token_row(work_tile, row)).
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,7 @@
 #include "device/swizzle.h"
 #include "device/warp.h"
 #include "grouped_gemm/cuda/moe.h"
-#include "grouped_gemm/cuda/work.h"
+#include "grouped_gemm/cuda/moe_scheduler.h"
 
 namespace dgemma::moe_sm80 {
 
@@ -48,58 +48,60 @@ struct Ring {
 };
 static_assert(sizeof(Ring<128>) <= kSharedLimit80);
 
-// Where a piece of a row lies in a tile.
+// The address of a piece of a row in a tile.
 DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {
   const uint32_t offset = static_cast<uint32_t>(row * kPieces + piece) * 16;
   return static_cast<char*>(const_cast<void*>(tile)) +
          device::swizzled(offset, device::Swizzle::bytes_128);
 }
 
-// A thread's share of the copies: one piece of every 16th row, stage after stage, unit after unit.
-template <int kTokens, typename Work, typename Rows>
+// A thread's share of the copies: one piece of every 16th row, stage after stage, work tile after
+// work tile.
+template <int kTokens, typename Scheduler, typename Rows>
 struct Loader {
-  using Unit = decltype(Work().find(kTokens, 0));
+  using Unit = decltype(Scheduler().find(kTokens, 0));
 
   Ring<kTokens>& ring;
-  const Work& work;
+  const Scheduler& scheduler;
   const Rows& rows;
-  const int32_t units;
-  int32_t index;           // of the unit
-  int32_t step, end_step;  // of the unit
+  const int32_t work_tiles;
+  int32_t index;           // of the work tile
+  int32_t step, end_step;  // of the work tile
   int32_t stage = 0;
   int32_t weight_row[kMoeWeightRows80 / kRowsAtOnce];  // -1: none
   int32_t token_row[kTokens / kRowsAtOnce];
 
-  DGEMMA_DEVICE Loader(Ring<kTokens>& ring, const Work& work, const Rows& rows)
+  DGEMMA_DEVICE Loader(Ring<kTokens>& ring, const Scheduler& scheduler, const Rows& rows)
       : ring(ring),
-        work(work),
+        scheduler(scheduler),
         rows(rows),
-        units(work.count()),
+        work_tiles(scheduler.count()),
         index(static_cast<int32_t>(blockIdx.x)) {
-    begin_unit();
+    begin_work_tile();
   }
 
-  DGEMMA_DEVICE void begin_unit() {
-    if (index >= units) return;
-    const Unit unit = work.find(kTokens, index);
+  DGEMMA_DEVICE void begin_work_tile() {
+    if (index >= work_tiles) return;
+    const Unit work_tile = scheduler.find(kTokens, index);
     const int32_t row = static_cast<int32_t>(threadIdx.x) / kPieces;
-    step = work.first_step(unit);
-    end_step = step + work.steps(unit);
+    step = scheduler.first_step(work_tile);
+    end_step = step + scheduler.steps(work_tile);
 #pragma unroll
     for (int i = 0; i < kMoeWeightRows80 / kRowsAtOnce; ++i)
-      weight_row[i] = rows.weight_row(unit, row + i * kRowsAtOnce);
+      weight_row[i] = rows.weight_row(work_tile, row + i * kRowsAtOnce);
 #pragma unroll
     for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
       const int32_t at = row + i * kRowsAtOnce;
-      token_row[i] = at < unit.rows ? rows.token_row(unit, at) : -1;
+      token_row[i] = at < work_tile.rows ? rows.token_row(work_tile, at) : -1;
     }
   }
 
   // Starts the copies of the next stage. What lies past the last column or weight row becomes zero.
-  // Rows past the unit's tokens are left as they are: a product's columns do not mix, and those are
-  // not stored. Without work left the group is empty, so that groups stay as many as stages.
+  // Rows past the work tile's tokens are left as they are: a product's columns do not mix, and
+  // those are not stored. When no work is left the group is empty, so that there are as many groups
+  // as stages.
   DGEMMA_DEVICE void start() {
-    if (index < units) {
+    if (index < work_tiles) {
       const int32_t row = static_cast<int32_t>(threadIdx.x) / kPieces;
       const int32_t piece = static_cast<int32_t>(threadIdx.x) % kPieces;
       const int32_t column = step * kMoeDepth + piece * 8;
@@ -122,7 +124,7 @@ struct Loader {
       stage = stage + 1 < Ring<kTokens>::kStages ? stage + 1 : 0;
       if (++step == end_step) {
         index += static_cast<int32_t>(gridDim.x);
-        begin_unit();
+        begin_work_tile();
       }
     }
     device::cp_async_commit();
@@ -135,7 +137,7 @@ using Sum = float[kRowTiles][kColumns][2][4];
 
 DGEMMA_DEVICE int32_t warp_row() { return static_cast<int32_t>(device::warp_index() / 2); }
 DGEMMA_DEVICE int32_t warp_column() { return static_cast<int32_t>(device::warp_index() % 2); }
-// The first of a unit's weight rows in a row tile, and of its tokens in 8 of a group.
+// The first of a work tile's weight rows in a row tile, and of its tokens in 8 of a group.
 DGEMMA_DEVICE int32_t first_row(int tile) { return 32 * warp_row() + 16 * tile; }
 DGEMMA_DEVICE int32_t first_token(int group, int half) {
   return 16 * (warp_column() + 2 * group) + 8 * half;
@@ -153,7 +155,7 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kTokens>& stage, Sum<kColumns>& su
                          piece_of(stage.weights, first_row(tile) + lane % 16, k + lane / 16));
 #pragma unroll
     for (int group = 0; group < kColumns; ++group) {
-      // Both halves of k for the first eight tokens, then for the next.
+      // The four tiles are both halves of k for the first eight tokens, then for the next eight.
       uint32_t b[4];
       device::load_tiles(
           b, piece_of(stage.tokens, first_token(group, lane / 16) + lane % 8, k + lane / 8 % 2));
@@ -167,15 +169,15 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kTokens>& stage, Sum<kColumns>& su
   }
 }
 
-template <int kTokens, typename Work, typename Rows>
+template <int kTokens, typename Scheduler, typename Rows>
 struct Pipeline {
   static constexpr int32_t kStages = Ring<kTokens>::kStages;
 
-  Loader<kTokens, Work, Rows> loader;
+  Loader<kTokens, Scheduler, Rows> loader;
   int32_t stage = 0;
 
-  DGEMMA_DEVICE Pipeline(Ring<kTokens>& ring, const Work& work, const Rows& rows)
-      : loader(ring, work, rows) {
+  DGEMMA_DEVICE Pipeline(Ring<kTokens>& ring, const Scheduler& scheduler, const Rows& rows)
+      : loader(ring, scheduler, rows) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) loader.start();
   }
@@ -185,7 +187,7 @@ struct Pipeline {
   DGEMMA_DEVICE void multiply(int32_t steps, Sum<kColumns>& sum) {
     for (int32_t i = 0; i < steps; ++i) {
       device::cp_async_wait<kStages - 2>();
-      // This step's copies are there for all, and nobody reads the stage any more that is filled
+      // This step's copies are visible to all, and no warp still reads the stage that is filled
       // next.
       __syncthreads();
       loader.start();
@@ -194,22 +196,22 @@ struct Pipeline {
     }
   }
 
-  // Calls consume(integral constant, unit) for every unit of this block: how many groups of 16
-  // tokens each warp multiplies, enough for the unit's rows.
+  // Calls consume(integral constant, work_tile) for every work tile of this block: how many groups
+  // of 16 tokens each warp multiplies, enough for the work tile's rows.
   template <typename Consume>
-  DGEMMA_DEVICE void for_each_unit(Consume consume) {
-    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.units;
+  DGEMMA_DEVICE void for_each_work_tile(Consume consume) {
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.work_tiles;
          index += static_cast<int32_t>(gridDim.x)) {
-      const auto unit = loader.work.find(kTokens, index);
-      const int32_t columns = (unit.rows + 31) / 32;
+      const auto work_tile = loader.scheduler.find(kTokens, index);
+      const int32_t columns = (work_tile.rows + 31) / 32;
       if (columns <= 1)
-        consume(std::integral_constant<int, 1>(), unit);
+        consume(std::integral_constant<int, 1>(), work_tile);
       else if (kGroups<kTokens> >= 2 && columns == 2)
-        consume(std::integral_constant<int, at_most<2, kTokens>>(), unit);
+        consume(std::integral_constant<int, at_most<2, kTokens>>(), work_tile);
       else if (kGroups<kTokens> >= 4 && columns == 3)
-        consume(std::integral_constant<int, at_most<3, kTokens>>(), unit);
+        consume(std::integral_constant<int, at_most<3, kTokens>>(), work_tile);
       else
-        consume(std::integral_constant<int, kGroups<kTokens>>(), unit);
+        consume(std::integral_constant<int, kGroups<kTokens>>(), work_tile);
     }
   }
 };

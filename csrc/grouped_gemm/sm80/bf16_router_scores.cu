@@ -32,7 +32,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared<64>) <= kSharedLimit80);
 
-// What a block does.
+// The work tile of a block.
 struct Part {
   int32_t first_token, tokens;  // 1 to kTokens
   int32_t first_expert;
@@ -53,7 +53,7 @@ DGEMMA_DEVICE Part find_part(const RouteCall& p) {
           (segment + 1) * p.k_steps / p.segments - first_step};
 }
 
-// Where a piece of a row lies in a tile.
+// The address of a piece of a row in a tile.
 DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {
   const uint32_t offset = static_cast<uint32_t>(row * kPieces + piece) * 16;
   return static_cast<char*>(const_cast<void*>(tile)) +
@@ -72,8 +72,8 @@ DGEMMA_DEVICE void unpack(uint4 piece, float (&value)[8]) {
   }
 }
 
-// Starts the copies of one step's projection; what there is not becomes zero. Past the segment's
-// last step the group is empty.
+// Starts the copies of one step's projection; rows and columns that do not exist become zero. Past
+// the segment's last step the group is empty.
 DGEMMA_DEVICE void start_copies(const RouteCall& p, const Part& part, int32_t step,
                                 bfloat16 (*stage)[kRouterDepth]) {
   if (step < part.steps) {
@@ -178,11 +178,11 @@ __global__ void __launch_bounds__(kRouterThreads, 2) router_scores(const RouteCa
   float sum[kRowTiles][kTokens / 8][4] = {};
   for (int32_t step = 0; step < part.steps; ++step) {
     device::cp_async_wait<kRouterStages - 2>();
-    // This step's copies, and in the first the scaled tokens, are there for all, and nobody reads
-    // the stage any more that is filled next.
+    // This step's copies, and in the first the scaled tokens, are visible to all, and no warp still
+    // reads the stage that is filled next.
     __syncthreads();
-    const int32_t ahead = step + kRouterStages - 1;
-    start_copies(p, part, ahead, shared.projection[ahead % kRouterStages]);
+    const int32_t prefetcher = step + kRouterStages - 1;
+    start_copies(p, part, prefetcher, shared.projection[prefetcher % kRouterStages]);
 #pragma unroll
     for (int k = 0; k < kPieces; k += 2) {
       uint32_t a[kRowTiles][4];
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kRouterThreads, 2) router_scores(const RouteCa
 
 template <int kTokens>
 const char* launch(const RoutePlan& plan, const RouteCall& call, void* stream) {
-  // It does not begin before the kernel in front ends: that one may write what it reads.
+  // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.score_blocks)),
                                      .threads = kRouterThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>)};

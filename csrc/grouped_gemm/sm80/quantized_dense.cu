@@ -13,23 +13,26 @@ struct Rows {
   const bfloat16* tokens;  // [rows, in_features]: the input
   int32_t out_features;
 
-  DGEMMA_DEVICE int32_t first_weight_row(const DenseUnit&) const { return 0; }
-  DGEMMA_DEVICE int32_t weight_row(const DenseUnit& unit, int32_t row) const {
-    const int32_t at = unit.weight_tile * kQuantizedWeightRows + row;
+  DGEMMA_DEVICE int32_t first_weight_row(const DenseWorkTile&) const { return 0; }
+  DGEMMA_DEVICE int32_t weight_row(const DenseWorkTile& work_tile, int32_t row) const {
+    const int32_t at = work_tile.weight_tile * kQuantizedWeightRows + row;
     return at < out_features ? at : -1;
   }
-  DGEMMA_DEVICE int64_t first_token_row(const DenseUnit& unit) const { return unit.first; }
-  DGEMMA_DEVICE int32_t token_row(const DenseUnit&, int32_t row) const { return row; }
+  DGEMMA_DEVICE int64_t first_token_row(const DenseWorkTile& work_tile) const {
+    return work_tile.first;
+  }
+  DGEMMA_DEVICE int32_t token_row(const DenseWorkTile&, int32_t row) const { return row; }
 };
 
 template <int kColumns>
-DGEMMA_DEVICE void store(const DenseCall& p, const DenseUnit& unit, const Sum<kColumns>& total) {
+DGEMMA_DEVICE void store(const DenseCall& p, const DenseWorkTile& work_tile,
+                         const Sum<kColumns>& total) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
     for (int group = 0; group < kColumns; ++group)
-      store_dense(p, unit, total[tile][group],
-                  unit.weight_tile * kQuantizedWeightRows + first_row(tile), 8 * group);
+      store_dense(p, work_tile, total[tile][group],
+                  work_tile.weight_tile * kQuantizedWeightRows + first_row(tile), 8 * group);
 }
 
 template <int kColumns>
@@ -38,8 +41,8 @@ DGEMMA_DEVICE void fill(Sum<kColumns>& sum, float value) {
   for (int i = 0; i < kRowTiles * kColumns * 4; ++i)
     sum[i / 4 / kColumns][i / 4 % kColumns][i % 4] = value;
 }
-// A segment's factor is applied by itself: its product is the same number whether it is stored or
-// added here.
+// The row scale is applied to each segment by itself: its product is the same number whether it is
+// stored or added here.
 template <int kColumns>
 DGEMMA_DEVICE void add(Sum<kColumns>& total, const Sum<kColumns>& sum, const OwnRows& own) {
 #pragma unroll
@@ -55,21 +58,23 @@ template <Encoding kEncoding, int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens, true))
     dense(const DenseCall p, const Rows rows) {
   device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, DenseWork, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), p.work, rows);
-  pipeline.for_each_unit([&](auto columns, const DenseUnit& unit) {
+  Pipeline<kEncoding, kTokens, DenseTileScheduler, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), p.scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const DenseWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> total;
     fill<kColumns>(total, kNothing);
 #pragma unroll 1
-    for (int32_t segment = unit.segment; segment < unit.segment + unit.segments; ++segment) {
+    for (int32_t segment = work_tile.segment; segment < work_tile.segment + work_tile.segments;
+         ++segment) {
       Sum<kColumns> sum = {};
-      pipeline.template multiply<kColumns>(own, p.work.begin(segment), p.work.steps(segment), sum);
-      // Found again: kept, the factors would take registers that there are not.
-      add<kColumns>(total, sum, find_own_rows<kEncoding>(rows, unit));
+      pipeline.template multiply<kColumns>(own, p.scheduler.begin(segment),
+                                           p.scheduler.steps(segment), sum);
+      // Found again: kept, the row scales would take registers that there are not.
+      add<kColumns>(total, sum, find_own_rows<kEncoding>(rows, work_tile));
     }
-    store<kColumns>(p, unit, total);
+    store<kColumns>(p, work_tile, total);
   });
 }
 
@@ -77,7 +82,7 @@ template <Encoding kEncoding, int kTokens>
 const char* launch(const DensePlan& plan, const DenseQuantizedCall& call, void* stream) {
   const Rows rows = {
       .matrix = call.weight, .tokens = call.dense.input, .out_features = call.dense.out_features};
-  // It does not begin before the kernel in front ends: that one may write what it reads.
+  // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>)};

@@ -14,11 +14,11 @@ using Rows = GateUpRows<bfloat16>;
 
 // Four lanes write 16 bytes of a row.
 template <int kColumns>
-DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeUnit& unit,
+DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeWorkTile& work_tile,
                          int32_t expert_size, bfloat16* activations) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
-    const int32_t column = unit.weight_tile * kResults + first_row(tile) / 2 + packed_row();
+    const int32_t column = work_tile.weight_tile * kResults + first_row(tile) / 2 + packed_row();
     const float gate = own.factor[tile][0], up = own.factor[tile][1];
 #pragma unroll
     for (int group = 0; group < kColumns; ++group) {
@@ -26,41 +26,42 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
       const uint32_t h =
           pack_rows(gelu_tanh(gate * d[0]) * (up * d[2]), gelu_tanh(gate * d[1]) * (up * d[3]));
       const int32_t token = 8 * group + packed_token();
-      if (token < unit.rows && column < expert_size)
+      if (token < work_tile.rows && column < expert_size)
         *reinterpret_cast<uint32_t*>(
-            activations + static_cast<int64_t>(unit.first + token) * expert_size + column) = h;
+            activations + static_cast<int64_t>(work_tile.first + token) * expert_size + column) = h;
     }
   }
 }
 
 template <Encoding kEncoding, int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens))
-    gate_up(const MoeWork work, const Rows rows, bfloat16* activations) {
+    gate_up(const MoeTileScheduler scheduler, const Rows rows, bfloat16* activations) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), work, rows);
-  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
-    store<kColumns>(sum, own, unit, rows.expert_size, activations);
+    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
+    store<kColumns>(sum, own, work_tile, rows.expert_size, activations);
   });
 }
 
 template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {.tables = ffn.tables,
-                        .weight_tiles = plan.gate_up.weight_tiles,
-                        .k_steps = plan.gate_up.k_steps};
+  const MoeTileScheduler scheduler = {.tables = ffn.tables,
+                                      .weight_tiles = plan.gate_up.weight_tiles,
+                                      .k_steps = plan.gate_up.k_steps};
   const Rows rows = {pass.gate_up, ffn.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, gate_up<kEncoding, kTokens>, work, rows, ffn.activations);
+  return device::launch(shape, stream, gate_up<kEncoding, kTokens>, scheduler, rows,
+                        ffn.activations);
 }
 
 }  // namespace

@@ -1,19 +1,20 @@
-// What the kernels over quantized weights have in common, on every GPU from sm_80: a ring of stages
-// in shared memory, filled by cp.async as the checkpoint's bytes lie, weights decoded to bfloat16
-// in registers and multiplied by mma.sync; and, where mma.sync multiplies e4m3 (sm89/fp8_*.cu),
+// The pipeline of the kernels over quantized weights, on every GPU from sm_80: a ring of stages in
+// shared memory, filled by cp.async as the checkpoint's bytes lie, weights decoded to bfloat16 in
+// registers and multiplied by mma.sync; and, where mma.sync multiplies e4m3 (sm89/fp8_*.cu),
 // weights and tokens of FP8 multiplied as they are.
 //
-// Weights are mma's A (16 rows), tokens its B (8 columns): a unit is 128 weight rows, 32 for each
-// of four warps, by up to kTokens tokens. A stage is 64 deep. The order of the columns within a
-// stage is free, since a sum does not ask for it: thread lane % 4 = j of mma's four takes the
-// sixteen columns 16 j and on, for four steps of 16. They lie side by side: 8 or 16 bytes of a
-// weight row, which a thread loads at once, 32 bytes of a token row, and one scale, whatever the
-// group. So nothing is repacked, neither weights nor activations.
+// Weights are mma's A (16 rows), tokens its B (8 columns): a work tile is 128 weight rows, 32 for
+// each of four warps, by up to kTokens tokens. A stage is 64 deep. The columns of a stage may be
+// taken in any order, since their sum does not depend on it: thread lane % 4 = j of mma's four
+// takes the sixteen columns 16 j and on, for four steps of 16. They lie side by side: 8 or 16 bytes
+// of a weight row, which a thread loads at once, 32 bytes of a token row, and one scale, whatever
+// the group. So nothing is repacked, neither weights nor activations.
 //
-// Blocks are persistent, and the copies run ahead from one unit into the next, as in
-// sm80/bf16_pipeline.h. What a kernel says of its units is the same too (Work), and of its rows:
-// Rows has `matrix`, `tokens`, first_weight_row(unit) and, from there, weight_row(unit, row) or -1;
-// first_token_row(unit) and token_row(unit, row) likewise.
+// Blocks are persistent, and the copies run ahead from one work tile into the next, as in
+// sm80/bf16_pipeline.h. What a kernel says of its work tiles is the same too (Scheduler), and of
+// its rows: Rows has `matrix`, `tokens`, first_weight_row(work_tile) and, from there,
+// weight_row(work_tile, row) or -1; first_token_row(work_tile) and token_row(work_tile, row)
+// likewise.
 #pragma once
 
 #include <type_traits>
@@ -22,8 +23,8 @@
 #include "device/mma.h"
 #include "device/shared_memory.h"
 #include "device/warp.h"
+#include "grouped_gemm/cuda/moe_scheduler.h"
 #include "grouped_gemm/cuda/quantized.h"
-#include "grouped_gemm/cuda/work.h"
 
 namespace dgemma::moe_quantized {
 
@@ -64,82 +65,84 @@ struct Ring {
 };
 static_assert(sizeof(Ring<Encoding::kFp8, 64>) <= 49152);
 
-// Where a piece of a token row lies. The four threads that share a row read the pieces 2 j, then
+// The place of a piece of a token row. The four threads that share a row read the pieces 2 j, then
 // the pieces 2 j + 1: those side by side, and two rows that follow each other in different banks.
-// Of FP8 they read the piece j, and two rows lie in different banks as they are.
+// With tokens in FP8 they read the piece j, and two rows lie in different banks as they are.
 template <Encoding kEncoding>
 DGEMMA_DEVICE int32_t place_of(int32_t row, int32_t piece) {
   return kTokensAreFp8<kEncoding> ? piece : (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
 }
 
-// Where a step's scales begin in their row, in bytes.
+// The offset of a step's scales in their row, in bytes.
 template <Encoding kEncoding>
 DGEMMA_DEVICE int32_t scales_of(const QuantizedMatrix& matrix, int32_t step) {
   return ((step * kMoeDepth) >> matrix.group_bits) * kScaleBytes<kEncoding>;
 }
 
-// A thread's share of the copies, stage after stage, unit after unit. Where they begin is kept as
-// one address for the unit and offsets in 32 bits: an expert has at most 2^31 bytes of weights, its
-// tokens less. An address of its own for every copy would take registers that there are not.
-template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
+// A thread's share of the copies, stage after stage, work tile after work tile. Where they begin is
+// kept as one address for the work tile and offsets in 32 bits: an expert has at most 2^31 bytes of
+// weights, its tokens less. An address of its own for every copy would take registers that there
+// are not.
+template <Encoding kEncoding, int kTokens, typename Scheduler, typename Rows>
 struct Loader {
-  using Unit = decltype(Work().find(kTokens, 0));
+  using Unit = decltype(Scheduler().find(kTokens, 0));
   static constexpr int kWeightCopies = kQuantizedWeightRows / kRowsAtOnce<kEncoding>;
   static constexpr int kTokenCopies = kTokens / kTokensAtOnce<kEncoding>;
   static constexpr uint32_t kNone = UINT32_MAX;
 
   Ring<kEncoding, kTokens>& ring;
-  const Work& work;
+  const Scheduler& scheduler;
   const Rows& rows;
-  const int32_t units;
-  int32_t index;           // of the unit
-  int32_t step, end_step;  // of the unit
+  const int32_t work_tiles;
+  int32_t index;           // of the work tile
+  int32_t step, end_step;  // of the work tile
   int32_t stage = 0;
-  const uint8_t* weights;  // of the unit's matrix, at this step
+  const uint8_t* weights;  // of the work tile's matrix, at this step
   const uint8_t* scales;   // likewise, at the first step
-  const char* tokens;      // of the unit's first row, at this step
+  const char* tokens;      // of the work tile's first row, at this step
   uint32_t weight_offset[kWeightCopies], token_offset[kTokenCopies], scale_offset;  // or kNone
 
-  DGEMMA_DEVICE Loader(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
+  DGEMMA_DEVICE Loader(Ring<kEncoding, kTokens>& ring, const Scheduler& scheduler, const Rows& rows)
       : ring(ring),
-        work(work),
+        scheduler(scheduler),
         rows(rows),
-        units(work.count()),
+        work_tiles(scheduler.count()),
         index(static_cast<int32_t>(blockIdx.x)) {
-    begin_unit();
+    begin_work_tile();
   }
 
-  DGEMMA_DEVICE void begin_unit() {
-    if (index >= units) return;
-    const Unit unit = work.find(kTokens, index);
+  DGEMMA_DEVICE void begin_work_tile() {
+    if (index >= work_tiles) return;
+    const Unit work_tile = scheduler.find(kTokens, index);
     const QuantizedMatrix& matrix = rows.matrix;
     const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    step = work.first_step(unit);
-    end_step = step + work.steps(unit);
-    const int64_t first = rows.first_weight_row(unit);
+    step = scheduler.first_step(work_tile);
+    end_step = step + scheduler.steps(work_tile);
+    const int64_t first = rows.first_weight_row(work_tile);
     weights = matrix.values + first * matrix.value_bytes + step * kRowBytes<kEncoding>;
 #pragma unroll
     for (int i = 0; i < kWeightCopies; ++i) {
       const int32_t row =
-          rows.weight_row(unit, thread / kPieces<kEncoding> + i * kRowsAtOnce<kEncoding>);
+          rows.weight_row(work_tile, thread / kPieces<kEncoding> + i * kRowsAtOnce<kEncoding>);
       weight_offset[i] =
           row < 0 ? kNone
                   : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.value_bytes) +
                         static_cast<uint32_t>(thread % kPieces<kEncoding> * 16);
     }
     tokens = reinterpret_cast<const char*>(
-        rows.tokens + rows.first_token_row(unit) * matrix.columns + step * kMoeDepth);
+        rows.tokens + rows.first_token_row(work_tile) * matrix.columns + step * kMoeDepth);
 #pragma unroll
     for (int i = 0; i < kTokenCopies; ++i) {
       const int32_t at = thread / kTokenPieces<kEncoding> + i * kTokensAtOnce<kEncoding>;
       token_offset[i] =
-          at >= unit.rows ? kNone
-                          : static_cast<uint32_t>(rows.token_row(unit, at)) *
-                                    static_cast<uint32_t>(kTokenBytes<kEncoding> * matrix.columns) +
-                                static_cast<uint32_t>(thread % kTokenPieces<kEncoding> * 16);
+          at >= work_tile.rows
+              ? kNone
+              : static_cast<uint32_t>(rows.token_row(work_tile, at)) *
+                        static_cast<uint32_t>(kTokenBytes<kEncoding> * matrix.columns) +
+                    static_cast<uint32_t>(thread % kTokenPieces<kEncoding> * 16);
     }
     if constexpr (!kIsFp8<kEncoding>) {
-      const int32_t row = rows.weight_row(unit, thread);
+      const int32_t row = rows.weight_row(work_tile, thread);
       scales = matrix.scales + first * matrix.scale_bytes;
       scale_offset =
           row < 0 ? kNone : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes);
@@ -147,11 +150,11 @@ struct Loader {
   }
 
   // Starts the copies of the next stage. Weights and tokens past the last column or weight row
-  // become zero; rows past the unit's tokens are left as they are: a product's columns do not mix,
-  // and those are not stored. Without work left the group is empty, so that groups stay as many as
-  // stages.
+  // become zero; rows past the work tile's tokens are left as they are: a product's columns do not
+  // mix, and those are not stored. When no work is left the group is empty, so that there are as
+  // many groups as stages.
   DGEMMA_DEVICE void start() {
-    if (index < units) {
+    if (index < work_tiles) {
       const int32_t thread = static_cast<int32_t>(threadIdx.x);
       const QuantizedMatrix& matrix = rows.matrix;
       Stage<kEncoding, kTokens>& to = ring.stage[stage];
@@ -182,7 +185,7 @@ struct Loader {
       stage = stage + 1 < Ring<kEncoding, kTokens>::kStages ? stage + 1 : 0;
       if (++step == end_step) {
         index += static_cast<int32_t>(gridDim.x);
-        begin_unit();
+        begin_work_tile();
       }
     }
     device::cp_async_commit();
@@ -223,7 +226,7 @@ constexpr int32_t kRowTiles = kQuantizedWeightRows / 4 / 16;
 template <int kColumns>
 using Sum = float[kRowTiles][kColumns][4];
 
-// The first of a unit's weight rows in a row tile of this warp.
+// The first of a work tile's weight rows in a row tile of this warp.
 DGEMMA_DEVICE int32_t first_row(int tile) {
   return 32 * static_cast<int32_t>(device::warp_index()) + 16 * tile;
 }
@@ -232,22 +235,22 @@ DGEMMA_DEVICE int32_t own_row(int tile, int half) {
   return first_row(tile) + 8 * half + static_cast<int32_t>(device::lane_index() / 4);
 }
 
-// What a thread must know of its rows of the unit under work.
+// A thread's rows of the current work tile.
 struct OwnRows {
-  float factor[kRowTiles][2];    // what the sums are multiplied by
+  float factor[kRowTiles][2];    // the sums are multiplied by this
   uint32_t shift[kRowTiles][2];  // where a row's scales begin in a word
 };
 
 template <Encoding kEncoding, typename Rows, typename Unit>
-DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& unit) {
+DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& work_tile) {
   OwnRows own;
   const QuantizedMatrix& matrix = rows.matrix;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int32_t row =
-        rows.first_weight_row(unit) + max(0, rows.weight_row(unit, own_row(i / 2, i % 2)));
+    const int32_t row = rows.first_weight_row(work_tile) +
+                        max(0, rows.weight_row(work_tile, own_row(i / 2, i % 2)));
     const float factor =
-        matrix.factors != nullptr ? matrix.factors[row / matrix.rows_per_factor] : 1.0f;
+        matrix.row_scales != nullptr ? matrix.row_scales[row / matrix.rows_per_scale] : 1.0f;
     own.factor[i / 2][i % 2] = kUnit<kEncoding> * factor;
     own.shift[i / 2][i % 2] =
         static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes) % 4;
@@ -255,7 +258,7 @@ DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& unit) {
   return own;
 }
 
-// Where a thread's operands lie in every stage: offsets, so that nothing of them is computed twice.
+// The offsets of a thread's operands in every stage, so that nothing of them is computed twice.
 template <Encoding kEncoding>
 struct Places {
   int32_t weights;                         // of its first row
@@ -379,18 +382,19 @@ DGEMMA_DEVICE void multiply_stage_e4m3(const Stage<Encoding::kFp8Activations, kT
   }
 }
 
-template <Encoding kEncoding, int kTokens, typename Work, typename Rows>
+template <Encoding kEncoding, int kTokens, typename Scheduler, typename Rows>
 struct Pipeline {
   static constexpr int32_t kStages = Ring<kEncoding, kTokens>::kStages;
   // Groups of 8 tokens in a quarter of the tile.
   static constexpr int32_t kQuarter = kTokens / 8 / 4;
 
-  Loader<kEncoding, kTokens, Work, Rows> loader;
+  Loader<kEncoding, kTokens, Scheduler, Rows> loader;
   const Places<kEncoding> places;
   int32_t stage = 0;
 
-  DGEMMA_DEVICE Pipeline(Ring<kEncoding, kTokens>& ring, const Work& work, const Rows& rows)
-      : loader(ring, work, rows), places(rows.matrix.group_bits) {
+  DGEMMA_DEVICE Pipeline(Ring<kEncoding, kTokens>& ring, const Scheduler& scheduler,
+                         const Rows& rows)
+      : loader(ring, scheduler, rows), places(rows.matrix.group_bits) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) loader.start();
   }
@@ -400,7 +404,7 @@ struct Pipeline {
   DGEMMA_DEVICE void multiply(const OwnRows& own, int32_t step, int32_t steps, Sum<kColumns>& sum) {
     for (const int32_t end = step + steps; step < end; ++step) {
       device::cp_async_wait<kStages - 2>();
-      // This step's copies are there for all, and nobody reads the stage any more that is filled
+      // This step's copies are visible to all, and no warp still reads the stage that is filled
       // next.
       __syncthreads();
       loader.start();
@@ -418,22 +422,22 @@ struct Pipeline {
     }
   }
 
-  // Calls consume(integral constant, unit) for every unit of this block: how many groups of 8
-  // tokens are multiplied, enough for the unit's rows.
+  // Calls consume(integral constant, work_tile) for every work tile of this block: how many groups
+  // of 8 tokens are multiplied, enough for the work tile's rows.
   template <typename Consume>
-  DGEMMA_DEVICE void for_each_unit(Consume consume) {
-    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.units;
+  DGEMMA_DEVICE void for_each_work_tile(Consume consume) {
+    for (int32_t index = static_cast<int32_t>(blockIdx.x); index < loader.work_tiles;
          index += static_cast<int32_t>(gridDim.x)) {
-      const auto unit = loader.work.find(kTokens, index);
-      const int32_t quarters = (unit.rows + kTokens / 4 - 1) / (kTokens / 4);
+      const auto work_tile = loader.scheduler.find(kTokens, index);
+      const int32_t quarters = (work_tile.rows + kTokens / 4 - 1) / (kTokens / 4);
       if (quarters <= 1)
-        consume(std::integral_constant<int, kQuarter>(), unit);
+        consume(std::integral_constant<int, kQuarter>(), work_tile);
       else if (quarters == 2)
-        consume(std::integral_constant<int, 2 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 2 * kQuarter>(), work_tile);
       else if (quarters == 3)
-        consume(std::integral_constant<int, 3 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 3 * kQuarter>(), work_tile);
       else
-        consume(std::integral_constant<int, 4 * kQuarter>(), unit);
+        consume(std::integral_constant<int, 4 * kQuarter>(), work_tile);
     }
   }
 };

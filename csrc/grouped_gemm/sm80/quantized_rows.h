@@ -1,5 +1,6 @@
-// Which rows of weights and tokens the experts' units take, and where products go: what
-// sm80/quantized_* and sm89/fp8_* share beside their pipeline. Token is what a token row lies in.
+// The rows of weights and tokens that the experts' work tiles take, and the epilogue of down:
+// sm80/quantized_* and sm89/fp8_* share these beside their pipeline. Token is the element type of a
+// token row.
 #pragma once
 
 #include "grouped_gemm/sm80/quantized_pipeline.h"
@@ -17,17 +18,17 @@ struct GateUpRows {
   int32_t expert_size, top_k;
   const int32_t* pair;
 
-  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
-    return 2 * unit.expert * expert_size;
+  DGEMMA_DEVICE int32_t first_weight_row(const MoeWorkTile& work_tile) const {
+    return 2 * work_tile.expert * expert_size;
   }
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t result = unit.weight_tile * kResults + row / 16 * 8 + row % 8;
+  DGEMMA_DEVICE int32_t weight_row(const MoeWorkTile& work_tile, int32_t row) const {
+    const int32_t result = work_tile.weight_tile * kResults + row / 16 * 8 + row % 8;
     const int32_t up = row % 16 / 8;
     return result < expert_size ? up * expert_size + result : -1;
   }
-  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit&) const { return 0; }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit& unit, int32_t row) const {
-    return pair[unit.first + row] / top_k;
+  DGEMMA_DEVICE int64_t first_token_row(const MoeWorkTile&) const { return 0; }
+  DGEMMA_DEVICE int32_t token_row(const MoeWorkTile& work_tile, int32_t row) const {
+    return pair[work_tile.first + row] / top_k;
   }
 };
 
@@ -37,38 +38,40 @@ struct DownRows {
   const Token* tokens;     // [pairs, expert_size], in sorted order: the activations
   int32_t hidden_size;
 
-  DGEMMA_DEVICE int32_t first_weight_row(const MoeUnit& unit) const {
-    return unit.expert * hidden_size;
+  DGEMMA_DEVICE int32_t first_weight_row(const MoeWorkTile& work_tile) const {
+    return work_tile.expert * hidden_size;
   }
-  DGEMMA_DEVICE int32_t weight_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t at = unit.weight_tile * kQuantizedWeightRows + row;
+  DGEMMA_DEVICE int32_t weight_row(const MoeWorkTile& work_tile, int32_t row) const {
+    const int32_t at = work_tile.weight_tile * kQuantizedWeightRows + row;
     return at < hidden_size ? at : -1;
   }
-  DGEMMA_DEVICE int64_t first_token_row(const MoeUnit& unit) const { return unit.first; }
-  DGEMMA_DEVICE int32_t token_row(const MoeUnit&, int32_t row) const { return row; }
+  DGEMMA_DEVICE int64_t first_token_row(const MoeWorkTile& work_tile) const {
+    return work_tile.first;
+  }
+  DGEMMA_DEVICE int32_t token_row(const MoeWorkTile&, int32_t row) const { return row; }
 };
 
 // products [pairs, hidden_size], in the order of the slots: where a thread's two tokens of every
 // eight go, times weight_of(pair, position in sorted order). Eight lanes write 32 bytes of a row, a
 // sector of the L2.
 template <int kColumns, typename WeightOf>
-DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeUnit& unit, const OwnRows& own,
-                                  const Sum<kColumns>& sum, int32_t hidden_size, float* products,
-                                  const WeightOf& weight_of) {
+DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& work_tile,
+                                  const OwnRows& own, const Sum<kColumns>& sum, int32_t hidden_size,
+                                  float* products, const WeightOf& weight_of) {
 #pragma unroll
   for (int i = 0; i < 2 * kColumns; ++i) {
     const int32_t token = 8 * (i / 2) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
-    if (token >= unit.rows) continue;
-    const int32_t pair = tables.pair[unit.first + token];
-    const float weight = weight_of(pair, unit.first + token);
+    if (token >= work_tile.rows) continue;
+    const int32_t pair = tables.pair[work_tile.first + token];
+    const float weight = weight_of(pair, work_tile.first + token);
     float* out = products + static_cast<int64_t>(pair) * hidden_size +
-                 unit.weight_tile * kQuantizedWeightRows;
+                 work_tile.weight_tile * kQuantizedWeightRows;
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int32_t row = own_row(tile, half);
-        if (unit.weight_tile * kQuantizedWeightRows + row < hidden_size)
+        if (work_tile.weight_tile * kQuantizedWeightRows + row < hidden_size)
           out[row] = weight * (own.factor[tile][half] * sum[tile][i / 2][2 * half + i % 2]);
       }
   }

@@ -22,17 +22,17 @@ struct Down {
 
 template <int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
-    down(const MoeWork work, const Rows rows, const Down p) {
+    down(const MoeTileScheduler scheduler, const Rows rows, const Down p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), work, rows);
-  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
-    store_products<kColumns>(work.tables, unit, own, sum, rows.hidden_size, p.products,
+    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
+    store_products<kColumns>(scheduler.tables, work_tile, own, sum, rows.hidden_size, p.products,
                              [&](int32_t pair, int32_t position) {
                                return p.expert_weights[pair] * p.activation_scales[position];
                              });
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {
+  const MoeTileScheduler scheduler = {
       .tables = ffn.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
   const Rows rows = {pass.down, pass.activations, ffn.hidden_size};
   const Down p = {.activation_scales = pass.activation_scales,
@@ -52,7 +52,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, down<kTokens>, work, rows, p);
+  return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ using Rows = GateUpRows<uint8_t>;  // of e4m3
 
 // Four lanes write 16 bytes of a row. scales: [tokens].
 template <int kColumns>
-DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeUnit& unit,
+DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeWorkTile& work_tile,
                          const Rows& rows, const float* scales, bfloat16* activations) {
 #pragma unroll
   for (int group = 0; group < kColumns; ++group) {
@@ -26,12 +26,12 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int32_t token = 8 * group + 2 * static_cast<int32_t>(device::lane_index() % 4) + i;
-      scale[i] = token < unit.rows ? scales[rows.token_row(unit, token)] : 0.0f;
+      scale[i] = token < work_tile.rows ? scales[rows.token_row(work_tile, token)] : 0.0f;
     }
     const int32_t token = 8 * group + packed_token();
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
-      const int32_t column = unit.weight_tile * kResults + first_row(tile) / 2 + packed_row();
+      const int32_t column = work_tile.weight_tile * kResults + first_row(tile) / 2 + packed_row();
       const float gate = own.factor[tile][0], up = own.factor[tile][1];
       const float (&d)[4] = sum[tile][group];
       float h[2];
@@ -39,42 +39,43 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
       for (int i = 0; i < 2; ++i)
         h[i] = gelu_tanh(gate * d[i] * scale[i]) * (up * d[i + 2] * scale[i]);
       const uint32_t both = pack_rows(h[0], h[1]);
-      if (token < unit.rows && column < rows.expert_size)
+      if (token < work_tile.rows && column < rows.expert_size)
         *reinterpret_cast<uint32_t*>(
-            activations + static_cast<int64_t>(unit.first + token) * rows.expert_size + column) =
-            both;
+            activations + static_cast<int64_t>(work_tile.first + token) * rows.expert_size +
+            column) = both;
     }
   }
 }
 
 template <int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
-    gate_up(const MoeWork work, const Rows rows, const float* scales, bfloat16* activations) {
+    gate_up(const MoeTileScheduler scheduler, const Rows rows, const float* scales,
+            bfloat16* activations) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, MoeWork, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), work, rows);
-  pipeline.for_each_unit([&](auto columns, const MoeUnit& unit) {
+  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, unit);
+    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(own, 0, work.k_steps, sum);
-    store<kColumns>(sum, own, unit, rows, scales, activations);
+    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
+    store<kColumns>(sum, own, work_tile, rows, scales, activations);
   });
 }
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeWork work = {.tables = ffn.tables,
-                        .weight_tiles = plan.gate_up.weight_tiles,
-                        .k_steps = plan.gate_up.k_steps};
+  const MoeTileScheduler scheduler = {.tables = ffn.tables,
+                                      .weight_tiles = plan.gate_up.weight_tiles,
+                                      .k_steps = plan.gate_up.k_steps};
   const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
                                      .overlaps_previous_kernel = plan.overlap};
-  return device::launch(shape, stream, gate_up<kTokens>, work, rows, pass.input_scales,
+  return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.input_scales,
                         ffn.activations);
 }
 

@@ -10,11 +10,12 @@ namespace {
 using namespace moe_sm90;
 
 template <int kN>
-DGEMMA_DEVICE void store(const DenseCall& p, const DenseUnit& unit, const float (&total)[kN / 2]) {
+DGEMMA_DEVICE void store(const DenseCall& p, const DenseWorkTile& work_tile,
+                         const float (&total)[kN / 2]) {
   const int32_t feature =
-      unit.weight_tile * kMoeWeightRows + static_cast<int32_t>(device::warp_index()) * 16;
+      work_tile.weight_tile * kMoeWeightRows + static_cast<int32_t>(device::warp_index()) * 16;
 #pragma unroll
-  for (int j = 0; j < kN / 8; ++j) store_dense(p, unit, total + 4 * j, feature, 8 * j);
+  for (int j = 0; j < kN / 8; ++j) store_dense(p, work_tile, total + 4 * j, feature, 8 * j);
 }
 
 template <int kTokens>
@@ -34,32 +35,34 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto policy =
-            p.work.token_tiles == 1 ? device::evict_first() : device::evict_normal();
-        load_weights(ring, p.work,
-                     [&](void* to, device::Mbarrier* full, const DenseUnit& unit, int32_t step) {
-                       device::tma_load(to, &weights, full, policy, step * kMoeDepth,
-                                        unit.weight_tile * kMoeWeightRows);
-                     });
+            p.scheduler.token_tiles == 1 ? device::evict_first() : device::evict_normal();
+        load_weights(
+            ring, p.scheduler,
+            [&](void* to, device::Mbarrier* full, const DenseWorkTile& work_tile, int32_t step) {
+              device::tma_load(to, &weights, full, policy, step * kMoeDepth,
+                               work_tile.weight_tile * kMoeWeightRows);
+            });
       }
     } else {
-      gather_rows(ring, p.work, p.input, bytes_of(p.in_features), [](int32_t row) { return row; });
+      gather_rows(ring, p.scheduler, p.input, bytes_of(p.in_features),
+                  [](int32_t row) { return row; });
     }
   } else {
     device::increase_registers<kConsumerRegisters>();
     typename Ring<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const DenseUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const DenseWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
       float total[kN / 2];
 #pragma unroll
       for (int j = 0; j < kN / 2; ++j) total[j] = kNothing;
 #pragma unroll 1
-      for (int32_t i = 0; i < unit.segments; ++i) {
+      for (int32_t i = 0; i < work_tile.segments; ++i) {
         float sum[kN / 2] = {};
-        multiply<kN>(ring, at, p.work.steps(unit.segment + i), sum);
+        multiply<kN>(ring, at, p.scheduler.steps(work_tile.segment + i), sum);
 #pragma unroll
         for (int j = 0; j < kN / 2; ++j) total[j] += sum[j];
       }
-      store<kN>(p, unit, total);
+      store<kN>(p, work_tile, total);
     });
   }
 }
@@ -81,8 +84,8 @@ template <int kTokens>
 const char* launch(const DensePlan& plan, const DenseCall& call, void* stream) {
   static_assert(sizeof(Ring<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(call))) return problem;
-  // It does not begin before the kernel in front ends: that one may write what it reads.
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(call))) return error;
+  // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Ring<kTokens>)};

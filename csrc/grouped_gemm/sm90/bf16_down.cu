@@ -11,7 +11,7 @@ namespace {
 using namespace moe_sm90;
 
 struct Down {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   const bfloat16* activations;  // [pairs, expert_size], in sorted order
   const float* expert_weights;  // [pairs], in the order of the slots
   float* products;              // [pairs, hidden_size], in the order of the slots
@@ -35,36 +35,37 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   __syncthreads();
   device::let_next_kernel_begin();
 
-  // The kernel in front waited for the tables before it let this one begin, so they are there, and
-  // weights are on their way while it ends. Only its activations must be waited for.
+  // The previous kernel waited for the tables before it let this one begin, so they are complete,
+  // and weights are on their way while it ends. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
     device::decrease_registers<kProducerRegisters>();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
-        load_weights(shared.ring, p.work,
-                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
-                       device::tma_load(to, &weights, full, once, step * kMoeDepth,
-                                        unit.weight_tile * kMoeWeightRows, unit.expert);
-                     });
+        load_weights(
+            shared.ring, p.scheduler,
+            [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
+              device::tma_load(to, &weights, full, once, step * kMoeDepth,
+                               work_tile.weight_tile * kMoeWeightRows, work_tile.expert);
+            });
       }
     } else {
       device::wait_for_previous_kernel();
-      gather_rows(shared.ring, p.work, p.activations, bytes_of(p.expert_size),
+      gather_rows(shared.ring, p.scheduler, p.activations, bytes_of(p.expert_size),
                   [](int32_t position) { return position; });
     }
   } else {
     device::increase_registers<kConsumerRegisters>();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p.work.tables, unit, target,
+      load_targets(p.scheduler.tables, work_tile, target,
                    [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       float sum[kN / 2] = {};
-      multiply<kN>(shared.ring, at, p.work.k_steps, sum);
-      store_products<kN>(unit, sum, target, p.hidden_size, p.products);
+      multiply<kN>(shared.ring, at, p.scheduler.k_steps, sum);
+      store_products<kN>(work_tile, sum, target, p.hidden_size, p.products);
     });
   }
 }
@@ -87,10 +88,10 @@ template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const Down p = {.work = {.tables = pass.tables,
-                           .weight_tiles = plan.down.weight_tiles,
-                           .k_steps = plan.down.k_steps},
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
+  const Down p = {.scheduler = {.tables = pass.tables,
+                                .weight_tiles = plan.down.weight_tiles,
+                                .k_steps = plan.down.k_steps},
                   .activations = pass.activations,
                   .expert_weights = pass.expert_weights,
                   .products = pass.products,

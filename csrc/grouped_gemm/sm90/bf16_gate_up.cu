@@ -1,7 +1,6 @@
 // h = gelu_tanh(gate x) * (up x) for every pair, bfloat16 on sm_90: see sm90/bf16_pipeline.h.
 //
-// The copy engine brings gate's and up's rows in the order of sm90/gate_up_store.h out of the
-// checkpoint's.
+// TMA brings gate's and up's rows in the order of sm90/gate_up_store.h out of the checkpoint's.
 #include "device/launch.h"
 #include "device/shared_memory.h"
 #include "grouped_gemm/sm90/gate_up_store.h"
@@ -12,7 +11,7 @@ namespace {
 using namespace moe_sm90;
 
 struct GateUp {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   const bfloat16* input;  // [tokens, hidden_size]
   bfloat16* activations;  // [pairs, expert_size]
   int32_t hidden_size, expert_size, top_k;
@@ -42,27 +41,28 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
-        load_weights(shared.ring, p.work,
-                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
-                       // Eight rows to a group: see make_layout.
-                       const int32_t group =
-                           (unit.expert * 2 * p.expert_size + unit.weight_tile * kColumns) / 8;
-                       device::tma_load(to, &weights, full, once, step * kMoeDepth, 0, 0, group);
-                     });
+        load_weights(
+            shared.ring, p.scheduler,
+            [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
+              // Eight rows to a group: see make_layout.
+              const int32_t group =
+                  (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
+              device::tma_load(to, &weights, full, once, step * kMoeDepth, 0, 0, group);
+            });
       }
     } else {
-      gather_rows(shared.ring, p.work, p.input, bytes_of(p.hidden_size),
-                  [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+      gather_rows(shared.ring, p.scheduler, p.input, bytes_of(p.hidden_size),
+                  [&](int32_t position) { return p.scheduler.tables.pair[position] / p.top_k; });
     }
   } else {
     device::increase_registers<kConsumerRegisters>();
     typename Ring<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
       float sum[kN / 2] = {};
-      multiply<kN>(shared.ring, at, p.work.k_steps, sum);
-      store_results<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.expert_size,
-                        p.activations);
+      multiply<kN>(shared.ring, at, p.scheduler.k_steps, sum);
+      store_results<kN>(work_tile, sum, shared.results.tile[device::warpgroup_index()],
+                        p.expert_size, p.activations);
     });
   }
 }
@@ -87,10 +87,10 @@ template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const GateUp p = {.work = {.tables = pass.tables,
-                             .weight_tiles = plan.gate_up.weight_tiles,
-                             .k_steps = plan.gate_up.k_steps},
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
+  const GateUp p = {.scheduler = {.tables = pass.tables,
+                                  .weight_tiles = plan.gate_up.weight_tiles,
+                                  .k_steps = plan.gate_up.k_steps},
                     .input = pass.input,
                     .activations = pass.activations,
                     .hidden_size = pass.hidden_size,

@@ -1,12 +1,12 @@
-// What the two sm90 kernels have in common: a ring of stages in shared memory, filled by one
-// warpgroup and multiplied by two.
+// The pipeline of the sm90 kernels: a ring of stages in shared memory, filled by one warpgroup and
+// multiplied by two.
 //
-// Weights are wgmma's A, tokens its B: a unit is 128 weight rows by up to kTokens pairs, so an
-// expert with few tokens wastes nothing of the tensor core's M, and its weights are read once.
-// A stage is 64 deep. It is full when the copy engine's bytes and every gathering thread's copies
-// have landed, and empty again when both multiplying warpgroups have waited for their products.
-// Blocks are persistent: block b takes the units b, b + gridDim.x, ..., and the ring runs on from
-// one unit to the next.
+// Weights are wgmma's A, tokens its B: a work tile is 128 weight rows by up to kTokens pairs, so an
+// expert with few tokens wastes nothing of the tensor core's M, and its weights are read once. A
+// stage is 64 deep. It is full when TMA's bytes and every gathering thread's copies have landed,
+// and empty again when both consumer warpgroups have waited for their products. Blocks are
+// persistent: block b takes the work tiles b, b + gridDim.x, ..., and the ring runs on from one
+// work tile to the next.
 #pragma once
 
 #include <type_traits>
@@ -21,7 +21,7 @@
 #include "device/warp.h"
 #include "device/wgmma.h"
 #include "grouped_gemm/cuda/moe.h"
-#include "grouped_gemm/cuda/work.h"
+#include "grouped_gemm/cuda/moe_scheduler.h"
 
 namespace dgemma::moe_sm90 {
 
@@ -42,13 +42,13 @@ DGEMMA_DEVICE void sync_warpgroup() {
   device::named_barrier_sync(kWarpgroup0 + device::warpgroup_index(), 128);
 }
 
-// Calls visit(unit) for every unit of this block.
-template <int kTokens, typename Work, typename Visit>
-DGEMMA_DEVICE void for_each_unit(const Work& work, Visit visit) {
-  const int32_t units = work.count();
-  for (int32_t index = static_cast<int32_t>(blockIdx.x); index < units;
+// Calls visit(work_tile) for every work tile of this block.
+template <int kTokens, typename Scheduler, typename Visit>
+DGEMMA_DEVICE void for_each_work_tile(const Scheduler& scheduler, Visit visit) {
+  const int32_t work_tiles = scheduler.count();
+  for (int32_t index = static_cast<int32_t>(blockIdx.x); index < work_tiles;
        index += static_cast<int32_t>(gridDim.x))
-    visit(work.find(kTokens, index));
+    visit(scheduler.find(kTokens, index));
 }
 
 DGEMMA_DEVICE int32_t bytes_of(int32_t columns) {
@@ -67,49 +67,51 @@ struct Ring {
 
   Stage stage[kStages];
   sm90::Pipeline<kStages> pipeline;
-  int32_t source_row[kTokens];  // of the unit that is being gathered
+  int32_t source_row[kTokens];  // of the work tile that is being gathered
 };
 
-// By one thread; __syncthreads follows.
+// One thread calls this; __syncthreads follows.
 template <int kTokens>
 DGEMMA_DEVICE void initialise(Ring<kTokens>& ring) {
   ring.pipeline.initialise(1 + kGatheringThreads, kConsumerWarps);
   device::fence_mbarrier_init();
 }
 
-// One thread. load(destination, barrier, unit, step) starts the copy of a whole weight tile.
-template <int kTokens, typename Work, typename Load>
-DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Work& work, Load load) {
+// One thread calls this. load(destination, barrier, work_tile, step) starts the copy of a whole
+// weight tile.
+template <int kTokens, typename Scheduler, typename Load>
+DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Scheduler& scheduler, Load load) {
   typename Ring<kTokens>::State at;
-  for_each_unit<kTokens>(work, [&](const auto& unit) {
-    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+    const int32_t first = scheduler.first_step(work_tile), end = first + scheduler.steps(work_tile);
     for (int32_t step = first; step < end; ++step, at.advance()) {
       auto& weights = ring.stage[at.stage].weights;
       device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       device::mbarrier_arrive_expect_bytes(full, sizeof weights);
-      load(weights, full, unit, step);
+      load(weights, full, work_tile, step);
     }
   });
 }
 
-// Three warps. Brings the rows row_of(position) of a matrix with rows of `row_bytes`, for the
-// unit's sorted positions. Rows of the tile past the unit's are left as they are: a product's
-// columns do not mix, and those are not stored. Columns past the last are zero, as the weights'
-// are.
-template <int kTokens, typename Work, typename RowOf>
-DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void* matrix,
+// Three warps call this. It brings the rows row_of(position) of a matrix with rows of `row_bytes`,
+// for the work tile's sorted positions. Rows of the tile past the work tile's are left as they are:
+// a product's columns do not mix, and those are not stored. Columns past the last are zero, as the
+// weights' are.
+template <int kTokens, typename Scheduler, typename RowOf>
+DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Scheduler& scheduler, const void* matrix,
                                int32_t row_bytes, RowOf row_of) {
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t piece = thread % kPiecesPerRow;
   typename Ring<kTokens>::State at;
-  for_each_unit<kTokens>(work, [&](const auto& unit) {
-    const uint32_t rows = static_cast<uint32_t>(unit.rows);
-    device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+    const uint32_t rows = static_cast<uint32_t>(work_tile.rows);
+    device::named_barrier_sync(kGathering,
+                               kGatheringThreads);  // the last work tile's rows are no longer read
     for (uint32_t row = thread; row < rows; row += kGatheringThreads)
-      ring.source_row[row] = row_of(unit.first + static_cast<int32_t>(row));
+      ring.source_row[row] = row_of(work_tile.first + static_cast<int32_t>(row));
     device::named_barrier_sync(kGathering, kGatheringThreads);
 
-    const int32_t first = work.first_step(unit), end = first + work.steps(unit);
+    const int32_t first = scheduler.first_step(work_tile), end = first + scheduler.steps(work_tile);
     for (int32_t step = first; step < end; ++step, at.advance()) {
       const int32_t byte =
           (step * static_cast<int32_t>(kPiecesPerRow) + static_cast<int32_t>(piece)) * 16;
@@ -130,7 +132,7 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Work& work, const void
   });
 }
 
-// A warpgroup's 64 rows of a unit, times its first kN pairs: sum holds the product (see
+// A warpgroup's 64 rows of a work tile, times its first kN pairs: sum holds the product (see
 // device/wgmma.h for what a thread has of it).
 template <int kN, int kTokens>
 DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& at, int32_t k_steps,
@@ -161,19 +163,19 @@ DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& 
   ring.pipeline.consumer_release(behind);
 }
 
-// Calls consume(integral constant N, unit) for every unit, N being its rows rounded up to a quarter
-// of the token tile: an instruction's N is part of the code.
-template <int kTokens, typename Work, typename Consume>
-DGEMMA_DEVICE void consume_units(const Work& work, Consume consume) {
-  for_each_unit<kTokens>(work, [&](const auto& unit) {
-    if (unit.rows <= kTokens / 4)
-      consume(std::integral_constant<int, kTokens / 4>(), unit);
-    else if (unit.rows <= kTokens / 2)
-      consume(std::integral_constant<int, kTokens / 2>(), unit);
-    else if (unit.rows <= kTokens * 3 / 4)
-      consume(std::integral_constant<int, kTokens * 3 / 4>(), unit);
+// Calls consume(integral constant N, work_tile) for every work tile, N being its rows rounded up to
+// a quarter of the token tile: an instruction's N is part of the code.
+template <int kTokens, typename Scheduler, typename Consume>
+DGEMMA_DEVICE void consume_work_tiles(const Scheduler& scheduler, Consume consume) {
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+    if (work_tile.rows <= kTokens / 4)
+      consume(std::integral_constant<int, kTokens / 4>(), work_tile);
+    else if (work_tile.rows <= kTokens / 2)
+      consume(std::integral_constant<int, kTokens / 2>(), work_tile);
+    else if (work_tile.rows <= kTokens * 3 / 4)
+      consume(std::integral_constant<int, kTokens * 3 / 4>(), work_tile);
     else
-      consume(std::integral_constant<int, kTokens>(), unit);
+      consume(std::integral_constant<int, kTokens>(), work_tile);
   });
 }
 

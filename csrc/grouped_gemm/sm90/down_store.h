@@ -1,40 +1,40 @@
-// Where down's products go: the epilogue of the sm90 kernels.
+// The epilogue of down in the sm90 kernels.
 #pragma once
 
 #include "grouped_gemm/sm90/bf16_pipeline.h"
 
 namespace dgemma::moe_sm90 {
 
-// Where a column of the product goes, and what it is multiplied by.
+// The place of a column of the product, and the weight that it is multiplied by.
 struct Target {
   int32_t pair;
   float weight;
 };
 
-// Before the products are waited for, so that these loads take no time of their own.
-// weight_of(pair, its sorted position).
+// Called before the products are waited for, so that these loads take no time of their own.
+// weight_of(pair, its sorted position) gives the weight of a pair.
 template <typename WeightOf>
-DGEMMA_DEVICE void load_targets(const MoeTables& tables, const MoeUnit& unit, Target* target,
-                                WeightOf weight_of) {
-  sync_warpgroup();  // the last unit's are used
-  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < unit.rows; i += 128) {
-    const int32_t pair = tables.pair[unit.first + i];
-    target[i] = {pair, weight_of(pair, unit.first + i)};
+DGEMMA_DEVICE void load_targets(const MoeTables& tables, const MoeWorkTile& work_tile,
+                                Target* target, WeightOf weight_of) {
+  sync_warpgroup();  // the last work tile's have been used
+  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < work_tile.rows; i += 128) {
+    const int32_t pair = tables.pair[work_tile.first + i];
+    target[i] = {pair, weight_of(pair, work_tile.first + i)};
   }
   sync_warpgroup();
 }
 
 // Eight lanes write 32 bytes of a row, a sector of the L2; a lane has two tokens of each eight.
 template <int kN>
-DGEMMA_DEVICE void store_products(const MoeUnit& unit, const float (&sum)[kN / 2],
+DGEMMA_DEVICE void store_products(const MoeWorkTile& work_tile, const float (&sum)[kN / 2],
                                   const Target* target, int32_t hidden_size, float* products) {
   const int32_t lane = static_cast<int32_t>(device::lane_index());
-  const int32_t row = unit.weight_tile * kMoeWeightRows +
+  const int32_t row = work_tile.weight_tile * kMoeWeightRows +
                       static_cast<int32_t>(device::warp_index()) * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i) {
     const int32_t token = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-    if (token >= unit.rows) continue;
+    if (token >= work_tile.rows) continue;
     const Target to = target[token];
     float* out = products + static_cast<int64_t>(to.pair) * hidden_size + row;
     const int d = 4 * (i / 2) + i % 2;

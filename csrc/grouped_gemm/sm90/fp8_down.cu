@@ -11,7 +11,7 @@ namespace {
 using namespace moe_sm90;
 
 struct Down {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   QuantizedMatrix matrix;
   const uint8_t* activations;      // e4m3 [pairs, expert_size], in sorted order
   const float* activation_scales;  // [pairs], likewise
@@ -37,24 +37,25 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   __syncthreads();
   device::let_next_kernel_begin();
 
-  // Every kernel in front waits for the one before it and then lets the next begin, so the tables
-  // are there, and weights are on their way while the last one ends. Only what that one writes must
-  // be waited for: activations and their scales.
+  // Every earlier kernel waits for its predecessor before it lets its successor begin, so the
+  // tables are complete, and weights are on their way while the previous kernel ends. Only its
+  // output must be waited for: activations and their scales.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
     device::decrease_registers<kProducerRegisters>();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
-        load_weights(shared.ring, p.work,
-                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
-                       device::tma_load(to, &weights, full, once, step * kFp8Depth,
-                                        unit.weight_tile * kMoeWeightRows, unit.expert);
-                     });
+        load_weights(
+            shared.ring, p.scheduler,
+            [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
+              device::tma_load(to, &weights, full, once, step * kFp8Depth,
+                               work_tile.weight_tile * kMoeWeightRows, work_tile.expert);
+            });
       }
     } else {
       device::wait_for_previous_kernel();
-      gather_rows(shared.ring, p.work, p.activations, p.expert_size,
+      gather_rows(shared.ring, p.scheduler, p.activations, p.expert_size,
                   [](int32_t position) { return position; });
     }
   } else {
@@ -62,20 +63,20 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     device::wait_for_previous_kernel();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p.work.tables, unit, target, [&](int32_t pair, int32_t position) {
+      load_targets(p.scheduler.tables, work_tile, target, [&](int32_t pair, int32_t position) {
         return p.expert_weights[pair] * p.activation_scales[position];
       });
-      const int32_t row = unit.weight_tile * kMoeWeightRows + static_cast<int32_t>(warp) * 16 +
+      const int32_t row = work_tile.weight_tile * kMoeWeightRows + static_cast<int32_t>(warp) * 16 +
                           static_cast<int32_t>(device::lane_index() / 4);
-      const int32_t first = unit.expert * p.hidden_size, last = p.hidden_size - 1;
-      const float upper = factor_of(p.matrix, first + min(row, last));
-      const float lower = factor_of(p.matrix, first + min(row + 8, last));
+      const int32_t first = work_tile.expert * p.hidden_size, last = p.hidden_size - 1;
+      const float upper = row_scale_of(p.matrix, first + min(row, last));
+      const float lower = row_scale_of(p.matrix, first + min(row + 8, last));
       float sum[kN / 2] = {};
-      multiply_e4m3<kN>(shared.ring, at, p.work.k_steps, sum);
+      multiply_e4m3<kN>(shared.ring, at, p.scheduler.k_steps, sum);
       multiply_rows(sum, upper, lower);
-      store_products<kN>(unit, sum, target, p.hidden_size, p.products);
+      store_products<kN>(work_tile, sum, target, p.hidden_size, p.products);
     });
   }
 }
@@ -97,10 +98,10 @@ template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const Down p = {.work = {.tables = pass.ffn.tables,
-                           .weight_tiles = plan.down.weight_tiles,
-                           .k_steps = plan.down.k_steps},
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
+  const Down p = {.scheduler = {.tables = pass.ffn.tables,
+                                .weight_tiles = plan.down.weight_tiles,
+                                .k_steps = plan.down.k_steps},
                   .matrix = pass.down,
                   .activations = pass.activations,
                   .activation_scales = pass.activation_scales,

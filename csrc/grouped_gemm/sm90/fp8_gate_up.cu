@@ -12,7 +12,7 @@ namespace {
 using namespace moe_sm90;
 
 struct GateUp {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   QuantizedMatrix matrix;
   const uint8_t* input;       // e4m3 [tokens, hidden_size]
   const float* input_scales;  // [tokens]
@@ -24,25 +24,26 @@ template <int kTokens>
 struct Shared {
   Ring<kTokens> ring;
   Results<kTokens> results;
-  float scale[2][kTokens];  // of the unit's tokens, by warpgroup
+  float scale[2][kTokens];  // of the work tile's tokens, by warpgroup
 };
 
-// Before the products are waited for, so that these loads take no time of their own.
-DGEMMA_DEVICE void load_scales(const GateUp& p, const MoeUnit& unit, float* scale) {
-  sync_warpgroup();  // the last unit's are used
-  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < unit.rows; i += 128)
-    scale[i] = p.input_scales[p.work.tables.pair[unit.first + i] / p.top_k];
+// Called before the products are waited for, so that these loads take no time of their own.
+DGEMMA_DEVICE void load_scales(const GateUp& p, const MoeWorkTile& work_tile, float* scale) {
+  sync_warpgroup();  // the last work tile's have been used
+  for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < work_tile.rows; i += 128)
+    scale[i] = p.input_scales[p.scheduler.tables.pair[work_tile.first + i] / p.top_k];
   sync_warpgroup();
 }
 
 // A lane has two tokens of each eight.
 template <int kCount>
-DGEMMA_DEVICE void multiply_tokens(float (&sum)[kCount], const MoeUnit& unit, const float* scale) {
+DGEMMA_DEVICE void multiply_tokens(float (&sum)[kCount], const MoeWorkTile& work_tile,
+                                   const float* scale) {
   const int32_t lane = static_cast<int32_t>(device::lane_index());
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
     const int32_t token = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
-    const float by = token < unit.rows ? scale[token] : 0.0f;
+    const float by = token < work_tile.rows ? scale[token] : 0.0f;
     sum[4 * (i / 2) + i % 2] *= by;
     sum[4 * (i / 2) + i % 2 + 2] *= by;
   }
@@ -66,35 +67,37 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
-        load_weights(shared.ring, p.work,
-                     [&](void* to, device::Mbarrier* full, const MoeUnit& unit, int32_t step) {
-                       // Eight rows to a group: see make_layout.
-                       const int32_t group =
-                           (unit.expert * 2 * p.expert_size + unit.weight_tile * kColumns) / 8;
-                       device::tma_load(to, &weights, full, once, step * kFp8Depth, 0, 0, group);
-                     });
+        load_weights(
+            shared.ring, p.scheduler,
+            [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
+              // Eight rows to a group: see make_layout.
+              const int32_t group =
+                  (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
+              device::tma_load(to, &weights, full, once, step * kFp8Depth, 0, 0, group);
+            });
       }
     } else {
-      gather_rows(shared.ring, p.work, p.input, p.hidden_size,
-                  [&](int32_t position) { return p.work.tables.pair[position] / p.top_k; });
+      gather_rows(shared.ring, p.scheduler, p.input, p.hidden_size,
+                  [&](int32_t position) { return p.scheduler.tables.pair[position] / p.top_k; });
     }
   } else {
     device::increase_registers<kConsumerRegisters>();
     float* scale = shared.scale[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
-      load_scales(p, unit, scale);
-      const int32_t result = unit.weight_tile * kColumns + static_cast<int32_t>(warp) * 8 +
+      load_scales(p, work_tile, scale);
+      const int32_t result = work_tile.weight_tile * kColumns + static_cast<int32_t>(warp) * 8 +
                              static_cast<int32_t>(device::lane_index() / 4);
-      const int32_t row = 2 * unit.expert * p.expert_size + min(result, p.expert_size - 1);
-      const float gate = factor_of(p.matrix, row), up = factor_of(p.matrix, row + p.expert_size);
+      const int32_t row = 2 * work_tile.expert * p.expert_size + min(result, p.expert_size - 1);
+      const float gate = row_scale_of(p.matrix, row),
+                  up = row_scale_of(p.matrix, row + p.expert_size);
       float sum[kN / 2] = {};
-      multiply_e4m3<kN>(shared.ring, at, p.work.k_steps, sum);
+      multiply_e4m3<kN>(shared.ring, at, p.scheduler.k_steps, sum);
       multiply_rows(sum, gate, up);
-      multiply_tokens(sum, unit, scale);
-      store_results<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.expert_size,
-                        p.activations);
+      multiply_tokens(sum, work_tile, scale);
+      store_results<kN>(work_tile, sum, shared.results.tile[device::warpgroup_index()],
+                        p.expert_size, p.activations);
     });
   }
 }
@@ -118,10 +121,10 @@ template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
-  const GateUp p = {.work = {.tables = pass.ffn.tables,
-                             .weight_tiles = plan.gate_up.weight_tiles,
-                             .k_steps = plan.gate_up.k_steps},
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
+  const GateUp p = {.scheduler = {.tables = pass.ffn.tables,
+                                  .weight_tiles = plan.gate_up.weight_tiles,
+                                  .k_steps = plan.gate_up.k_steps},
                     .matrix = pass.gate_up,
                     .input = pass.input,
                     .input_scales = pass.input_scales,

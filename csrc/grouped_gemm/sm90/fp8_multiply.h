@@ -9,7 +9,7 @@ namespace dgemma::moe_sm90 {
 
 static_assert(kFp8Depth == kMoeDepth * sizeof(bfloat16));
 
-// A warpgroup's 64 rows of a unit, times its first kN pairs: adds the products to `total`. The
+// A warpgroup's 64 rows of a work tile, times its first kN pairs: adds the products to `total`. The
 // tensor core sums one stage; over stages the sum runs in fp32.
 template <int kN, int kTokens>
 DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, typename Ring<kTokens>::State& at,
@@ -35,9 +35,10 @@ DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, typename Ring<kTokens>::St
   }
 }
 
-// What a row's sums are multiplied by.
-DGEMMA_DEVICE float factor_of(const QuantizedMatrix& matrix, int32_t row) {
-  return matrix.factors != nullptr ? matrix.factors[row / matrix.rows_per_factor] : 1.0f;
+// The scale of a row, by which its sums are multiplied: dgemma_quantized calls it a factor, since
+// one may serve a row, an expert's matrix or the whole tensor.
+DGEMMA_DEVICE float row_scale_of(const QuantizedMatrix& matrix, int32_t row) {
+  return matrix.row_scales != nullptr ? matrix.row_scales[row / matrix.rows_per_scale] : 1.0f;
 }
 // A thread's sums of row lane / 4 of its warp's 16, and of the row 8 further.
 template <int kCount>

@@ -1,4 +1,4 @@
-// What a block has of gate and up, as rows of h: the epilogue of the sm90 kernels.
+// The epilogue of gate and up in the sm90 kernels: their products become rows of h.
 //
 // A weight tile is 64 gate rows and the 64 up rows that belong to them, eight of the one and eight
 // of the other in turn, so that both products of a result are in one thread: row l / 4 of a warp's
@@ -15,26 +15,26 @@ constexpr int32_t kColumns = kMoeWeightRows / 2;      // of h, per weight tile
 constexpr uint32_t kWarpgroupColumns = kColumns / 2;  // 32: 64 bytes, four pieces of 16
 constexpr uint32_t kPiecesOfResult = kWarpgroupColumns / 8;
 
-// By warpgroup; swizzled.
+// One tile for each warpgroup, swizzled.
 template <int kTokens>
 struct Results {
   alignas(1024) bfloat16 tile[2][kTokens][kWarpgroupColumns];
 };
 
-// Where a piece of a token's results lies in the tile.
+// The address of a piece of a token's results in the tile.
 DGEMMA_DEVICE char* result_piece(bfloat16 (*tile)[kWarpgroupColumns], uint32_t token,
                                  uint32_t piece) {
   const uint32_t offset = (token * kPiecesOfResult + piece) * 16;
   return reinterpret_cast<char*>(tile) + device::swizzled(offset, Swizzle::bytes_64);
 }
 
-// Through shared memory, so that four threads write 64 bytes of a row together.
+// The results go through shared memory, so that four threads write 64 bytes of a row together.
 template <int kN>
-DGEMMA_DEVICE void store_results(const MoeUnit& unit, const float (&sum)[kN / 2],
+DGEMMA_DEVICE void store_results(const MoeWorkTile& work_tile, const float (&sum)[kN / 2],
                                  bfloat16 (*tile)[kWarpgroupColumns], int32_t expert_size,
                                  bfloat16* activations) {
   const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
-  sync_warpgroup();  // the last unit's results are read
+  sync_warpgroup();  // the last work tile's results have been read
 #pragma unroll
   for (int j = 0; j < kN / 8; j += 2) {
     uint32_t h[2];  // 16 tokens of the warp's eight columns
@@ -48,12 +48,12 @@ DGEMMA_DEVICE void store_results(const MoeUnit& unit, const float (&sum)[kN / 2]
   sync_warpgroup();
   const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
   const int32_t column =
-      unit.weight_tile * kColumns +
+      work_tile.weight_tile * kColumns +
       static_cast<int32_t>(device::warpgroup_index() * kWarpgroupColumns + piece * 8);
   if (column >= expert_size) return;
-  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(unit.rows);
+  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(work_tile.rows);
        token += 128 / kPiecesOfResult) {
-    bfloat16* row = activations + (unit.first + static_cast<int64_t>(token)) * expert_size;
+    bfloat16* row = activations + (work_tile.first + static_cast<int64_t>(token)) * expert_size;
     *reinterpret_cast<uint4*>(row + column) =
         *reinterpret_cast<const uint4*>(result_piece(tile, token, piece));
   }

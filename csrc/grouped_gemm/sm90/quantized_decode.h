@@ -1,4 +1,4 @@
-// 4-bit weights as A of wgmma, decoded in the order of arranged_columns.h: a word's eight values
+// 4-bit weights as A of wgmma, decoded in the order of permuted_k.h: a word's eight values
 // are the four of two steps.
 //
 // As in quantized_decode.h every value comes out exactly and times its scale is rounded once, to
@@ -32,7 +32,7 @@ constexpr float sum_unit_sm90(Encoding encoding) {
 template <Encoding kEncoding>
 constexpr float kSumUnit = sum_unit_sm90(kEncoding);
 
-// What one group's scale becomes for one row: each in both halves.
+// One group's scale for one row, ready for use: each value in both halves.
 template <Encoding kEncoding>
 struct GroupScale;
 
@@ -56,7 +56,7 @@ struct GroupScale<Encoding::kNvfp4> {
 template <Encoding kEncoding>
 constexpr int kGroups = kEncoding == Encoding::kNvfp4 ? 2 : 1;
 
-// From the 16 bits of each of two rows: a scale, or two of NVFP4.
+// Decodes the 16 bits of each of two rows: a scale, or two of NVFP4.
 template <Encoding kEncoding>
 DGEMMA_DEVICE void decode_scales(uint32_t first, uint32_t second,
                                  GroupScale<kEncoding> (&to)[2][kGroups<kEncoding>]) {

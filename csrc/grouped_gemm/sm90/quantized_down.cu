@@ -15,16 +15,16 @@ struct Rows {
   QuantizedMatrix matrix;  // [experts, hidden_size, expert_size]
   int32_t hidden_size;
 
-  DGEMMA_DEVICE int64_t matrix_row(const MoeUnit& unit, int32_t row) const {
-    return unit.expert * hidden_size +
-           min(unit.weight_tile * kMoeWeightRows + row, hidden_size - 1);
+  DGEMMA_DEVICE int64_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
+    return work_tile.expert * hidden_size +
+           min(work_tile.weight_tile * kMoeWeightRows + row, hidden_size - 1);
   }
 };
 
 struct Down {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   Rows rows;
-  const bfloat16* activations;  // [pairs, arranged expert_size], in sorted order
+  const bfloat16* activations;  // [pairs, permuted expert_size], in sorted order
   const float* expert_weights;  // [pairs], in the order of the slots
   float* products;              // [pairs, hidden_size], in the order of the slots
 };
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   __syncthreads();
   device::let_next_kernel_begin();
 
-  // The tables are there and weights may come while the kernel in front ends, as in
+  // The tables are there and weights may come while the previous kernel ends, as in
   // sm90/bf16_down.cu. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
@@ -54,16 +54,16 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
-          shared.ring, p.work, p.rows,
-          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
-            const int32_t row = unit.weight_tile * kMoeWeightRows;
+          shared.ring, p.scheduler, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t byte) {
+            const int32_t row = work_tile.weight_tile * kMoeWeightRows;
             for (int32_t box = 0; box < 2; ++box)
               device::tma_load(to + box * kBoxRows, &weights, full, once, byte,
-                               row + box * static_cast<int32_t>(kBoxRows), unit.expert);
+                               row + box * static_cast<int32_t>(kBoxRows), work_tile.expert);
           });
     } else {
       device::wait_for_previous_kernel();
-      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.activations,
+      gather_tokens<kEncoding>(shared.ring, p.scheduler, p.rows, p.activations,
                                [](int32_t position) { return position; });
     }
   } else {
@@ -72,17 +72,17 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     const uint32_t row = 16 * warp + device::lane_index() / 4;
     const DecodeTable table = make_decode_table();
     typename WeightRing<kTokens>::State at;
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p.work.tables, unit, target,
+      load_targets(p.scheduler.tables, work_tile, target,
                    [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       OwnRows own;
-      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, row, static_cast<int32_t>(row));
-      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, row + 8,
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, work_tile, row, static_cast<int32_t>(row));
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, work_tile, row + 8,
                                               static_cast<int32_t>(row + 8));
       float sum[kN / 2] = {};
-      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
-      store_products<kN>(unit, sum, target, p.rows.hidden_size, p.products);
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.scheduler.k_steps, sum);
+      store_products<kN>(work_tile, sum, target, p.rows.hidden_size, p.products);
     });
   }
 }
@@ -103,11 +103,11 @@ template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const MoeCudaPass& ffn = pass.ffn;
-  const Down p = {.work = {.tables = ffn.tables,
-                           .weight_tiles = plan.down.weight_tiles,
-                           .k_steps = plan.down.k_steps},
+  const Down p = {.scheduler = {.tables = ffn.tables,
+                                .weight_tiles = plan.down.weight_tiles,
+                                .k_steps = plan.down.k_steps},
                   .rows = {pass.down, ffn.hidden_size},
                   .activations = ffn.activations,
                   .expert_weights = ffn.expert_weights,

@@ -20,17 +20,17 @@ struct Rows {
   int32_t expert_size;
 
   // Rows of the tile: 64 of gate, then of up.
-  DGEMMA_DEVICE int64_t matrix_row(const MoeUnit& unit, int32_t row) const {
-    const int32_t result = min(unit.weight_tile * kColumns + row % kColumns, expert_size - 1);
-    return 2 * unit.expert * expert_size + row / kColumns * expert_size + result;
+  DGEMMA_DEVICE int64_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
+    const int32_t result = min(work_tile.weight_tile * kColumns + row % kColumns, expert_size - 1);
+    return 2 * work_tile.expert * expert_size + row / kColumns * expert_size + result;
   }
 };
 
 struct GateUp {
-  MoeWork work;
+  MoeTileScheduler scheduler;
   Rows rows;
-  const bfloat16* input;  // [tokens, arranged hidden_size]
-  bfloat16* activations;  // [pairs, arranged expert_size]
+  const bfloat16* input;  // [tokens, permuted hidden_size]
+  bfloat16* activations;  // [pairs, permuted expert_size]
   int32_t top_k;
 };
 
@@ -45,19 +45,19 @@ struct Shared {
 DGEMMA_DEVICE int32_t own_result() {
   const int32_t warp = static_cast<int32_t>(device::warp_index());
   const int32_t row = static_cast<int32_t>(device::lane_index() / 4);
-  return arranged_column(16 * warp + row / 4 * 8 + row % 4);
+  return permuted_column(16 * warp + row / 4 * 8 + row % 4);
 }
 
-// Through shared memory, so that four threads write the 16 runs of four results that a token has of
-// a warpgroup. A block of h is two tiles: threads j = 0, 1 of `down` have the first, 2 and 3 the
-// second; where there is no second, zeros.
+// The results go through shared memory, so that four threads write the 16 runs of four results that
+// a token has of a warpgroup. A block of h is two tiles: threads j = 0, 1 of `down` have the first,
+// 2 and 3 the second; where there is no second, zeros.
 template <int kN>
-DGEMMA_DEVICE void store(const MoeUnit& unit, const float (&sum)[kN / 2],
+DGEMMA_DEVICE void store(const MoeWorkTile& work_tile, const float (&sum)[kN / 2],
                          bfloat16 (*tile)[kWarpgroupColumns], int32_t expert_size,
                          bfloat16* activations) {
   const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
-  const bool there = unit.weight_tile * kColumns + own_result() < expert_size;
-  sync_warpgroup();  // the last unit's results are read
+  const bool there = work_tile.weight_tile * kColumns + own_result() < expert_size;
+  sync_warpgroup();  // the last work tile's results have been read
 #pragma unroll
   for (int j = 0; j < kN / 8; j += 2) {
     uint32_t h[2];  // 16 tokens of the warp's eight results
@@ -72,15 +72,15 @@ DGEMMA_DEVICE void store(const MoeUnit& unit, const float (&sum)[kN / 2],
   }
   sync_warpgroup();
   const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
-  const int64_t width = arranged_width(expert_size);
-  const int32_t second = unit.weight_tile % 2;
-  const bool alone = second == 0 && (unit.weight_tile + 1) * kColumns >= expert_size;
+  const int64_t width = permuted_width(expert_size);
+  const int32_t second = work_tile.weight_tile % 2;
+  const bool alone = second == 0 && (work_tile.weight_tile + 1) * kColumns >= expert_size;
   const int64_t column =
-      unit.weight_tile / 2 * kArrangedBlock +
+      work_tile.weight_tile / 2 * kPermutedBlock +
       static_cast<int64_t>(device::warpgroup_index() * kPiecesOfResult + piece) * 16;
-  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(unit.rows);
+  for (uint32_t token = thread / kPiecesOfResult; token < static_cast<uint32_t>(work_tile.rows);
        token += 128 / kPiecesOfResult) {
-    bfloat16* row = activations + (unit.first + static_cast<int64_t>(token)) * width + column;
+    bfloat16* row = activations + (work_tile.first + static_cast<int64_t>(token)) * width + column;
     const uint4 eight = *reinterpret_cast<const uint4*>(result_piece(tile, token, piece));
     if (alone) {
       *reinterpret_cast<uint4*>(row) = {eight.x, eight.y, 0, 0};
@@ -110,17 +110,18 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
-          shared.ring, p.work, p.rows,
-          [&](auto& to, device::Mbarrier* full, const MoeUnit& unit, int32_t byte) {
+          shared.ring, p.scheduler, p.rows,
+          [&](auto& to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t byte) {
             // Pairs of rows: see make_layout.
-            const int32_t gate = unit.expert * p.rows.expert_size + unit.weight_tile * kColumns / 2;
+            const int32_t gate =
+                work_tile.expert * p.rows.expert_size + work_tile.weight_tile * kColumns / 2;
             device::tma_load(to, &weights, full, once, byte, gate, 0);
             device::tma_load(to + kBoxRows, &weights, full, once, byte,
                              gate + p.rows.expert_size / 2, 0);
           });
     } else {
-      gather_tokens<kEncoding>(shared.ring, p.work, p.rows, p.input, [&](int32_t position) {
-        return p.work.tables.pair[position] / p.top_k;
+      gather_tokens<kEncoding>(shared.ring, p.scheduler, p.rows, p.input, [&](int32_t position) {
+        return p.scheduler.tables.pair[position] / p.top_k;
       });
     }
   } else {
@@ -129,14 +130,15 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     typename WeightRing<kTokens>::State at;
     const int32_t result = own_result();
     const uint32_t place = static_cast<uint32_t>(result % 2 * (kColumns / 2) + result / 2);
-    consume_units<kTokens>(p.work, [&](auto columns, const MoeUnit& unit) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;
       OwnRows own;
-      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, unit, place, result);
-      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, unit, place + kBoxRows, result + kColumns);
+      own.find<kEncoding, shared.ring.kSteps>(0, p.rows, work_tile, place, result);
+      own.find<kEncoding, shared.ring.kSteps>(1, p.rows, work_tile, place + kBoxRows,
+                                              result + kColumns);
       float sum[kN / 2] = {};
-      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.work.k_steps, sum);
-      store<kN>(unit, sum, shared.results.tile[device::warpgroup_index()], p.rows.expert_size,
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.scheduler.k_steps, sum);
+      store<kN>(work_tile, sum, shared.results.tile[device::warpgroup_index()], p.rows.expert_size,
                 p.activations);
     });
   }
@@ -161,13 +163,13 @@ template <Encoding kEncoding, int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
-  if (const char* problem = device::encode_tensor_map(&weights, make_layout(pass))) return problem;
+  if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const MoeCudaPass& ffn = pass.ffn;
-  const GateUp p = {.work = {.tables = ffn.tables,
-                             .weight_tiles = plan.gate_up.weight_tiles,
-                             .k_steps = plan.gate_up.k_steps},
+  const GateUp p = {.scheduler = {.tables = ffn.tables,
+                                  .weight_tiles = plan.gate_up.weight_tiles,
+                                  .k_steps = plan.gate_up.k_steps},
                     .rows = {pass.gate_up, ffn.expert_size},
-                    .input = ffn.arranged_input,
+                    .input = ffn.permuted_input,
                     .activations = ffn.activations,
                     .top_k = ffn.top_k};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),

@@ -1,16 +1,16 @@
-// What the two sm90 kernels over 4-bit weights have in common: a ring of stages in shared memory,
-// filled by one warpgroup; two warpgroups decode its weights into registers and multiply.
+// The pipeline of the sm90 kernels over 4-bit weights: a ring of stages in shared memory, filled by
+// one warpgroup; two warpgroups decode its weights into registers and multiply.
 //
-// Roles, units and the ring's barriers are those of sm90/bf16_pipeline.h. A step is 128 columns
-// deep, and a stage one or two of them. Weights come as the checkpoint's bytes lie, by the copy
-// engine, scales by cp.async, and tokens in the order of arranged_columns.h, gathered by cp.async.
-// A thread's weights of a row are 16 bytes, one load without a swizzle and without a bank met
-// twice. They become A of eight steps in two sets of registers: while the products of one set run,
-// the other is decoded. What a kernel says of its matrix is Rows: `matrix`, and matrix_row(unit,
-// row) of the tile's row, any row of the same expert where there is none.
+// Roles, work tiles and the ring's barriers are those of sm90/bf16_pipeline.h. A step is 128
+// columns deep, and a stage one or two of them. Weights come as the checkpoint's bytes lie, by TMA,
+// scales by cp.async, and tokens in the order of permuted_k.h, gathered by cp.async. A thread's
+// weights of a row are 16 bytes: one load, without a swizzle and without bank conflicts. They
+// become A of eight steps in two sets of registers: while the products of one set run, the other is
+// decoded. What a kernel says of its matrix is Rows: `matrix`, and matrix_row(work_tile, row) of
+// the tile's row, any row of the same expert where there is none.
 #pragma once
 
-#include "grouped_gemm/cuda/arranged_columns.h"
+#include "grouped_gemm/cuda/permuted_k.h"
 #include "grouped_gemm/cuda/quantized.h"
 #include "grouped_gemm/sm90/bf16_pipeline.h"
 #include "grouped_gemm/sm90/quantized_decode.h"
@@ -21,7 +21,7 @@ using namespace moe_sm90;  // the roles; the stages are this file's
 using device::bfloat16;
 using device::Swizzle;
 
-constexpr uint32_t kValueBytes = kArrangedBlock / 2;  // of a row in a step
+constexpr uint32_t kValueBytes = kPermutedBlock / 2;  // of a row in a step
 constexpr uint32_t kBoxRows = kMoeWeightRows / 2;     // one copy's
 
 template <int kTokens>
@@ -42,11 +42,12 @@ struct WeightRing {
 
   Stage<kTokens> stage[kStages];
   sm90::Pipeline<kStages> pipeline;
-  // Where the token rows of the unit that is being gathered begin, in pieces of 16 bytes.
+  // The first pieces, of 16 bytes, of the token rows of the work tile that is being gathered.
   uint32_t source[kTokens];
 };
 
-// By one thread; __syncthreads follows. The weights' bytes and every copying thread fill a stage.
+// One thread calls this; __syncthreads follows. The weights' bytes and every copying thread fill a
+// stage.
 template <int kTokens>
 DGEMMA_DEVICE void initialise(WeightRing<kTokens>& ring) {
   ring.pipeline.initialise(1 + 32 + kGatheringThreads, kConsumerWarps);
@@ -59,10 +60,10 @@ DGEMMA_DEVICE int32_t scale_bytes_of(const QuantizedMatrix& matrix, int32_t colu
   return (columns >> matrix.group_bits) * kScaleBytes<kEncoding>;
 }
 
-// What a lane of the four loading warps copies of the scales: those of one row.
+// The scales that a lane of the four producer warps copies: those of one row.
 template <Encoding kEncoding, int kTokens, typename Rows>
 struct ScaleCopies {
-  static constexpr int kColumns = Stage<kTokens>::kSteps * kArrangedBlock;  // of a stage
+  static constexpr int kColumns = Stage<kTokens>::kSteps * kPermutedBlock;  // of a stage
 
   const Rows& rows;
   const int32_t tile_row, bytes;  // of a row in a stage, 2 to 16
@@ -80,16 +81,16 @@ struct ScaleCopies {
     if (rows.matrix.scale_bytes % 4 == 0 && bytes < 4) together = 4;
   }
 
-  DGEMMA_DEVICE void begin(const MoeUnit& unit) {
+  DGEMMA_DEVICE void begin(const MoeWorkTile& work_tile) {
     const QuantizedMatrix& matrix = rows.matrix;
-    row = matrix.scales + rows.matrix_row(unit, tile_row) * matrix.scale_bytes;
+    row = matrix.scales + rows.matrix_row(work_tile, tile_row) * matrix.scale_bytes;
   }
 
-  // Of the stage that begins with this step.
+  // Starts the copies for the stage that begins with this step.
   DGEMMA_DEVICE void start(Stage<kTokens>& stage, int32_t step) const {
     const QuantizedMatrix& matrix = rows.matrix;
     uint8_t* to = stage.scales[tile_row];
-    const int32_t before = scale_bytes_of<kEncoding>(matrix, step * kArrangedBlock);
+    const int32_t before = scale_bytes_of<kEncoding>(matrix, step * kPermutedBlock);
     const int32_t word = before & ~3;
     const uint8_t* from = row + word;
     if (matrix.scale_bytes % 4 != 0 || word + max(bytes, 4) > matrix.scale_bytes) {
@@ -105,7 +106,8 @@ struct ScaleCopies {
     }
   }
 
-  // Where the row ends, or begins within a word: with what lies in front, and zero past the end.
+  // Copies scales that begin within a word, or lie at the end of the row: with the bytes in front
+  // of them, and zeros past the end.
   DGEMMA_DEVICE void start_words(uint8_t* to, int32_t before) const {
     const uint8_t* first = row + before;
     const int32_t in_front = static_cast<int32_t>(reinterpret_cast<uintptr_t>(first) % 4);
@@ -117,24 +119,24 @@ struct ScaleCopies {
   }
 };
 
-// One warp. Brings weight tiles and a quarter of their scales: nothing that the kernel in front
-// writes. load(destination, barrier, unit, first byte of the rows) starts the copies of a step's
-// values.
+// One warp calls this. It brings weight tiles and a quarter of their scales: nothing that the
+// previous kernel writes. load(destination, barrier, work_tile, first byte of the rows) starts the
+// copies of a step's values.
 template <Encoding kEncoding, int kTokens, typename Rows, typename Load>
-DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
-                                Load load) {
+DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeTileScheduler& scheduler,
+                                const Rows& rows, Load load) {
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   typename WeightRing<kTokens>::State at;
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
-    scales.begin(unit);
-    for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
+  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile) {
+    scales.begin(work_tile);
+    for (int32_t step = 0; step < scheduler.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
       device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       if (device::elect_one()) {  // here, where it also brings the lanes together again
         device::mbarrier_arrive_expect_bytes(full, sizeof stage.weights);
         // A step past the last is zero.
         for (int32_t i = 0; i < ring.kSteps; ++i)
-          load(stage.weights[i], full, unit, (step + i) * static_cast<int32_t>(kValueBytes));
+          load(stage.weights[i], full, work_tile, (step + i) * static_cast<int32_t>(kValueBytes));
       }
       scales.start(stage, step);
       device::cp_async_mbarrier_arrive(full);
@@ -142,17 +144,17 @@ DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeWork& work, 
   });
 }
 
-// Three warps. Brings token rows row_of(position) for the unit's sorted positions, out of a matrix
-// of arranged columns, and the other scales. A warp brings eight rows at a time: every lane a piece
-// of 16 bytes out of every 64 columns of two rows. Rows of the tile past the unit's are left as
-// they are: a product's columns do not mix, and those are not stored.
+// Three warps call this. It brings token rows row_of(position) for the work tile's sorted
+// positions, out of a matrix of permuted columns, and the other scales. A warp brings eight rows at
+// a time: every lane a piece of 16 bytes out of every 64 columns of two rows. Rows of the tile past
+// the work tile's are left as they are: a product's columns do not mix, and those are not stored.
 template <Encoding kEncoding, int kTokens, typename Rows, typename RowOf>
-DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work, const Rows& rows,
-                                 const bfloat16* tokens, RowOf row_of) {
+DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeTileScheduler& scheduler,
+                                 const Rows& rows, const bfloat16* tokens, RowOf row_of) {
   constexpr uint32_t kHalf = sizeof ring.stage[0].tokens[0][0];
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t lane = device::lane_index(), warp = thread / 32;
-  const int32_t row_pieces = bytes_of(arranged_width(rows.matrix.columns)) / 16;
+  const int32_t row_pieces = bytes_of(permuted_width(rows.matrix.columns)) / 16;
   const uint32_t first_row = lane / kPiecesPerRow, piece = lane % kPiecesPerRow;
   uint32_t place[2];
 #pragma unroll
@@ -161,20 +163,21 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
         device::swizzled(((first_row + 4 * i) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   typename WeightRing<kTokens>::State at;
-  for_each_unit<kTokens>(work, [&](const MoeUnit& unit) {
-    const uint32_t count = static_cast<uint32_t>(unit.rows);
-    device::named_barrier_sync(kGathering, kGatheringThreads);  // the last unit's are done with
+  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile) {
+    const uint32_t count = static_cast<uint32_t>(work_tile.rows);
+    device::named_barrier_sync(kGathering,
+                               kGatheringThreads);  // the last work tile's rows are no longer read
     for (uint32_t row = thread; row < count; row += kGatheringThreads)
       ring.source[row] =
-          static_cast<uint32_t>(row_of(unit.first + static_cast<int32_t>(row)) * row_pieces);
+          static_cast<uint32_t>(row_of(work_tile.first + static_cast<int32_t>(row)) * row_pieces);
     device::named_barrier_sync(kGathering, kGatheringThreads);
 
-    scales.begin(unit);
+    scales.begin(work_tile);
     const uint4* from = reinterpret_cast<const uint4*>(tokens) + piece;
-    for (int32_t step = 0; step < work.k_steps; step += ring.kSteps, at.advance()) {
+    for (int32_t step = 0; step < scheduler.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
       char* tile = reinterpret_cast<char*>(stage.tokens);
-      const bool whole = step + ring.kSteps <= work.k_steps;
+      const bool whole = step + ring.kSteps <= scheduler.k_steps;
       device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
       scales.start(stage, step);
       for (uint32_t eight = 8 * warp; eight < count; eight += 8 * kGatheringThreads / 32) {
@@ -197,38 +200,38 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeWork& work,
   });
 }
 
-// A thread's two rows of its warp's 16: where they lie in a stage, and where they belong.
+// A thread's two rows of its warp's 16: their offsets in a stage, and their scales.
 struct OwnRows {
   uint32_t weights[2], scales[2];  // offsets in bytes
   uint32_t shift[2];               // where the row's scales begin in a word
-  float factor[2];                 // what the sums are multiplied by
+  float factor[2];                 // the sums are multiplied by this
 
   // place: of the row in a stage's weights; row: in the tile.
   template <Encoding kEncoding, int kSteps, typename Rows>
-  DGEMMA_DEVICE void find(int which, const Rows& rows, const MoeUnit& unit, uint32_t place,
+  DGEMMA_DEVICE void find(int which, const Rows& rows, const MoeWorkTile& work_tile, uint32_t place,
                           int32_t row) {
     const QuantizedMatrix& matrix = rows.matrix;
     const int32_t quad = static_cast<int32_t>(device::lane_index() % 4);
-    const int64_t matrix_row = rows.matrix_row(unit, row);
+    const int64_t matrix_row = rows.matrix_row(work_tile, row);
     weights[which] = place * kValueBytes + static_cast<uint32_t>(quad) * 16;
     scales[which] =
         static_cast<uint32_t>(row * kSteps * kQuantizedScaleBytes90 +
-                              scale_bytes_of<kEncoding>(matrix, quad * kArrangedBlock / 4));
+                              scale_bytes_of<kEncoding>(matrix, quad * kPermutedBlock / 4));
     shift[which] = static_cast<uint32_t>(matrix_row * matrix.scale_bytes % 4);
     const float by =
-        matrix.factors != nullptr ? matrix.factors[matrix_row / matrix.rows_per_factor] : 1.0f;
+        matrix.row_scales != nullptr ? matrix.row_scales[matrix_row / matrix.rows_per_scale] : 1.0f;
     factor[which] = kSumUnit<kEncoding> * by;
   }
 };
 
-// A warpgroup's 64 rows of a unit, times its first kN pairs.
+// A warpgroup's 64 rows of a work tile, times its first kN pairs.
 template <Encoding kEncoding, int kN, int kTokens>
 DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kTokens>::State& at,
                             const OwnRows& own, const QuantizedMatrix& matrix,
                             const DecodeTable& table, int32_t k_steps, float (&sum)[kN / 2]) {
   uint32_t a[2][4][4] = {};  // four steps of 16 columns in each set
   const auto first_b = device::k_major_descriptor(ring.stage[0].tokens, Swizzle::bytes_128);
-  const int32_t step_bytes = scale_bytes_of<kEncoding>(matrix, kArrangedBlock);
+  const int32_t step_bytes = scale_bytes_of<kEncoding>(matrix, kPermutedBlock);
   typename WeightRing<kTokens>::State behind = at;
   for (int32_t first = 0; first < k_steps; first += ring.kSteps) {
     const Stage<kTokens>& stage = ring.stage[at.stage];

@@ -1,4 +1,5 @@
-// What cpu/entry_points.cpp asks of the kernels that are compiled once per instruction set.
+// The interface between cpu/entry_points.cpp and its kernels, which are compiled once per
+// instruction set.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// How the kernels between a layer's products are launched. Null, or CUDA's words.
+// The launches of the kernels between a layer's products. Each returns null or the error's text.
 #pragma once
 
 #include "dgemma/layer.h"

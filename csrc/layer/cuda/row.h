@@ -52,7 +52,7 @@ struct Row {
   }
 };
 
-// The sum over the block, the same tree whatever else runs; all threads come.
+// The sum over the block, the same tree whatever else runs; all threads call this.
 DGEMMA_DEVICE float block_sum(float value, RowShared& shared) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
@@ -65,7 +65,7 @@ DGEMMA_DEVICE float block_sum(float value, RowShared& shared) {
   return total;
 }
 
-// 1 / sqrt(mean(x^2) + epsilon). All threads come.
+// 1 / sqrt(mean(x^2) + epsilon). All threads call this.
 DGEMMA_DEVICE float norm_factor(const Row& x, int32_t width, float epsilon, RowShared& shared) {
   float squares = 0.0f;
 #pragma unroll
@@ -74,7 +74,7 @@ DGEMMA_DEVICE float norm_factor(const Row& x, int32_t width, float epsilon, RowS
   return 1.0f / sqrtf(mean + epsilon);
 }
 
-// The norm without a weight, rounded once. All threads come.
+// The norm without a weight, rounded once. All threads call this.
 DGEMMA_DEVICE Row norm(const Row& x, int32_t width, float epsilon, RowShared& shared) {
   const float factor = norm_factor(x, width, epsilon, shared);
   Row result;
@@ -83,7 +83,7 @@ DGEMMA_DEVICE Row norm(const Row& x, int32_t width, float epsilon, RowShared& sh
   return result;
 }
 
-// x / sqrt(mean(x^2) + epsilon) * weight, rounded once. All threads come.
+// x / sqrt(mean(x^2) + epsilon) * weight, rounded once. All threads call this.
 DGEMMA_DEVICE Row norm(const Row& x, const bfloat16* weight, int32_t width, float epsilon,
                        RowShared& shared) {
   const float factor = norm_factor(x, width, epsilon, shared);

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMostThreads) token_embedding(const Embedding 
   const int32_t id = p.ids[blockIdx.x];
   const bool known = id >= 0 && id < p.vocabulary;
   Row row = Row::load(p.embedding + static_cast<int64_t>(known ? id : 0) * p.width, p.width);
-  // The host cannot look at the ids: a wrong one shows as NaN.
+  // The host cannot check the ids: a wrong one shows as NaN.
   const float scale = known ? rounded(p.scale) : NAN;
 #pragma unroll
   for (int i = 0; i < 8; ++i) row.value[i] = rounded(row.value[i] * scale);

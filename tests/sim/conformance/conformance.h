@@ -91,7 +91,7 @@ std::vector<T>& Buffer<T>::fetch() {
 }
 #endif
 
-// Runs a kernel on one block, or one cluster, and waits. Empty, or what went wrong.
+// Runs a kernel on one block, or one cluster, and waits. Empty, or the error's text.
 template <typename... Parameters, typename... Arguments>
 std::string run(uint32_t threads, uint32_t shared_bytes, uint32_t cluster_blocks,
                 void (*kernel)(Parameters...), const Arguments&... arguments) {

@@ -140,7 +140,8 @@ std::string cp_async_arrive() {
   return compare("cp_async_mbarrier_arrive", out.fetch(), values);
 }
 
-// In and out in two bulk stores of a group each; the source is overwritten as soon as it may be.
+// Copies in, and out in two bulk stores of a group each; the source is overwritten as soon as it
+// may be.
 __global__ void bulk_kernel(const uint32_t* in, uint32_t* out) {
   auto& shared = shared_memory<Shared>();
   if (threadIdx.x == 0) {

@@ -41,7 +41,7 @@ int main() {
 #endif
   int failures = 0, skipped = 0;
   for (const conformance::Case& one : all_cases()) {
-    // What needs 9.0 here is Hopper's own (wgmma) or compiled for 90a.
+    // A case that needs 9.0 is Hopper's own (wgmma) or compiled for 90a.
     if (one.architecture > architecture || (one.architecture == 90 && architecture != 90)) {
       ++skipped;
       continue;

@@ -1,5 +1,5 @@
-// What a warp does together: votes and shuffles, elect, ldmatrix and stmatrix, mma, rounding, the
-// special functions.
+// The operations of a whole warp: votes and shuffles, elect, ldmatrix and stmatrix, mma, rounding,
+// the special functions.
 #include <cmath>
 
 #include "conformance.h"
@@ -351,11 +351,15 @@ std::string barriers() {
 }  // namespace
 
 std::vector<Case> warp_cases() {
-  return {{"shuffles and votes", 90, exchange},   {"load_tiles", 80, tiles<false>},
-          {"store_tiles", 90, tiles<true>},       {"mma_m16n8k16", 80, mma},
+  return {{"shuffles and votes", 90, exchange},
+          {"load_tiles", 80, tiles<false>},
+          {"store_tiles", 90, tiles<true>},
+          {"mma_m16n8k16", 80, mma},
           {"mma_m16n8k32_e4m3", 89, mma_e4m3},
-          {"rounding to bfloat16", 80, rounding}, {"multiply-add of bfloat16", 80, multiply_add},
-          {"permuted bytes", 80, permute},        {"special functions", 80, functions},
+          {"rounding to bfloat16", 80, rounding},
+          {"multiply-add of bfloat16", 80, multiply_add},
+          {"permuted bytes", 80, permute},
+          {"special functions", 80, functions},
           {"named barriers", 80, barriers}};
 }
 

@@ -15,7 +15,7 @@ constexpr uint32_t kSteps = 2;  // two products of 16 k, the second added to the
 constexpr uint32_t kK = 16 * kSteps;
 constexpr uint32_t kRows = 64;
 
-// Where a tile lies and how to describe it.
+// The place of a tile and its descriptor.
 struct Layout {
   Major major;
   Swizzle swizzle;
@@ -36,7 +36,7 @@ struct Layout {
   uint32_t bytes() const {
     return major == Major::k && line() > kK * 2 ? rows * line() : rows * kK * 2;
   }
-  // From one product's operand to the next, 16 k further.
+  // The distance from one product's operand to the next, 16 k further.
   uint32_t step() const {
     if (major == Major::k && swizzle != Swizzle::none) return line() < kK * 2 ? rows * line() : 32;
     return 2 * (swizzle == Swizzle::none ? leading() : stride());

@@ -22,7 +22,7 @@ inline int32_t driver_release() { return kLoopsFrom; }
 
 class WhileGraph {
  public:
-  // What stands for a cudaGraph_t.
+  // The stand-in for a cudaGraph_t.
   struct Step {
     void (*run)(void* context);
     void* context;

@@ -13,7 +13,7 @@ struct LaunchShape {
   bool overlaps_previous_kernel = false;
 };
 
-// Runs the kernel to its end. Null, or what went wrong.
+// Runs the kernel to its end. Null, or the error's text.
 template <typename... Parameters, typename... Arguments>
 const char* launch(const LaunchShape& shape, void*, void (*kernel)(Parameters...),
                    const Arguments&... arguments) {

@@ -1,5 +1,6 @@
 // The GPU that the host plays: by default a Hopper with three multiprocessors, so that a block has
-// several units even of little work; sim_set_gpu chooses another. See csrc/device/properties.h.
+// several work tiles even of little work; sim_set_gpu chooses another. See
+// csrc/device/properties.h.
 #pragma once
 
 #include <cstdint>

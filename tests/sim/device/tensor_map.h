@@ -11,7 +11,7 @@ struct TensorMap {
 
 inline const char* encode_tensor_map(TensorMap* map, const TensorLayout& layout) {
   map->layout = layout;
-  return tensor_layout_problem(layout);
+  return tensor_layout_error(layout);
 }
 
 }  // namespace dgemma::device

@@ -3,7 +3,7 @@
 #include <sstream>
 
 #include "block_attention/cuda/attention.h"
-#include "block_attention/sm90/units.h"
+#include "block_attention/sm90/schedule.h"
 #include "entry.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
@@ -12,7 +12,7 @@ extern "C" void sim_statistics(uint64_t (&out)[6]);
 SIM_ENTRY attention_plan(const dgemma_block_attention* op, int32_t compute_capability,
                          int64_t (&out)[9], char* text, size_t bytes) {
   using dgemma::CudaPath;
-  if (const char* problem = dgemma::attention_cuda_problem(*op)) return problem;
+  if (const char* error = dgemma::attention_cuda_error(*op)) return error;
   const CudaPath path = compute_capability == 90 ? CudaPath::kSm90 : CudaPath::kSm80;
   const dgemma::AttentionPlan plan = dgemma::make_attention_plan(*op, path);
   const int64_t numbers[9] = {plan.path == CudaPath::kSm90 ? 90 : 80,
@@ -60,9 +60,9 @@ SIM_ENTRY attention_units(const dgemma_block_attention* op, bool causal, int32_t
         const KeyTiles keys = keys_of_split(first, end, plan.keys, request.splits, split);
         const int32_t part = static_cast<int32_t>(index * plan.partial_tiles) +
                              (head * request.row_tiles + tile) * request.splits + split;
-        const int32_t unit[8] = {index, head, tile, split, keys.first, end, keys.tiles, part};
+        const int32_t work_tile[8] = {index, head, tile, split, keys.first, end, keys.tiles, part};
         if (*count < room)
-          for (int i = 0; i < 8; ++i) out[*count][i] = unit[i];
+          for (int i = 0; i < 8; ++i) out[*count][i] = work_tile[i];
         ++*count;
       }
     }
@@ -70,8 +70,8 @@ SIM_ENTRY attention_units(const dgemma_block_attention* op, bool causal, int32_t
   return nullptr;
 }
 
-// Where the tile of keys from position `first` on lies: 0 and the row in the slot, 1 and the row in
-// the block, or 2.
+// The place of the tile of keys from position `first` on: 0 and the row in the slot, 1 and the row
+// in the block, or 2.
 SIM_ENTRY attention_run(int32_t first, int32_t keys, int32_t end, int32_t prefix, int32_t capacity,
                         int32_t (&out)[2]) {
   const dgemma::KeyRun run = dgemma::find_run(first, keys, end, prefix, capacity);
@@ -87,8 +87,7 @@ SIM_ENTRY attention_traffic(const dgemma_block_attention* op, bool causal, uint6
   const Attention p = make_attention(*op, plan, causal);
   const auto launch =
       op->head_dim == 512 ? launch_attention_512_sm90_bf16 : launch_attention_256_sm90_bf16;
-  if (const char* problem = launch(plan, p, static_cast<int32_t>(op->batch), nullptr))
-    return problem;
+  if (const char* error = launch(plan, p, static_cast<int32_t>(op->batch), nullptr)) return error;
   sim_statistics(out);
   return nullptr;
 }

@@ -1,4 +1,4 @@
-// The plan of the CUDA vocabulary head and its units, callable from Python.
+// The plan of the CUDA vocabulary head and its work tiles, callable from Python.
 #include <cstdio>
 #include <sstream>
 
@@ -17,14 +17,14 @@ SIM_ENTRY head_plan(const dgemma_logits* op, int32_t multiprocessors, int64_t (&
   return nullptr;
 }
 
-// Writes (pair of tiles, active request, row tile) of every unit; how many there are stands in
+// Writes (pair of tiles, active request, row tile) of every work tile; how many there are stands in
 // `count`.
 SIM_ENTRY head_units(const dgemma_logits* op, int32_t active, int32_t (*out)[3], int64_t* count) {
   const dgemma::HeadPlan plan = dgemma::make_head_plan(dgemma::make_logits(*op), 132);
-  *count = dgemma::count_units(plan, active);
+  *count = dgemma::count_work_tiles(plan, active);
   for (int64_t i = 0; out != nullptr && i < *count; ++i) {
-    const dgemma::HeadUnit unit = dgemma::find_unit(plan, active, i);
-    const int32_t numbers[3] = {unit.tile_pair, unit.request, unit.row_tile};
+    const dgemma::HeadWorkTile work_tile = dgemma::find_work_tile(plan, active, i);
+    const int32_t numbers[3] = {work_tile.tile_pair, work_tile.request, work_tile.row_tile};
     for (int n = 0; n < 3; ++n) out[i][n] = numbers[n];
   }
   return nullptr;

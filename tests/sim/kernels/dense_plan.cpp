@@ -1,4 +1,4 @@
-// The plan of the CUDA dense projection and its units, callable from Python.
+// The plan of the CUDA dense projection and its work tiles, callable from Python.
 #include <cstdio>
 #include <sstream>
 
@@ -17,7 +17,7 @@ dgemma::DensePlan make(const dgemma_dense& op, int32_t compute_capability,
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
 SIM_ENTRY dense_plan(const dgemma_dense* op, int32_t compute_capability, int32_t multiprocessors,
                      int64_t (&out)[10], char* text, size_t bytes) {
-  if (const char* problem = dgemma::dense_problem(*op)) return problem;
+  if (const char* error = dgemma::dense_error(*op)) return error;
   const dgemma::DensePlan plan = make(*op, compute_capability, multiprocessors);
   const int64_t numbers[10] = {plan.token_tile,    plan.weight_rows,
                                plan.weight_tiles,  plan.token_tiles,
@@ -31,22 +31,22 @@ SIM_ENTRY dense_plan(const dgemma_dense* op, int32_t compute_capability, int32_t
   return nullptr;
 }
 
-// Writes (weight tile, first row, rows, first step, steps) of every unit; how many there are stands
-// in `count`.
+// Writes (weight tile, first row, rows, first step, steps) of every work tile; how many there are
+// stands in `count`.
 SIM_ENTRY dense_units(const dgemma_dense* op, int32_t compute_capability, int32_t (*out)[5],
                       int32_t* count) {
   const dgemma::DensePlan plan = make(*op, compute_capability, 132);
-  const dgemma::DenseWork work = {static_cast<int32_t>(op->rows),
-                                  plan.weight_tiles,
-                                  plan.token_tiles,
-                                  plan.k_steps,
-                                  plan.segments,
-                                  plan.apart};
-  *count = work.count();
+  const dgemma::DenseTileScheduler scheduler = {static_cast<int32_t>(op->rows),
+                                                plan.weight_tiles,
+                                                plan.token_tiles,
+                                                plan.k_steps,
+                                                plan.segments,
+                                                plan.apart};
+  *count = scheduler.count();
   for (int32_t i = 0; out != nullptr && i < *count; ++i) {
-    const dgemma::DenseUnit unit = work.find(plan.token_tile, i);
-    const int32_t numbers[5] = {unit.weight_tile, unit.first, unit.rows, work.first_step(unit),
-                                work.steps(unit)};
+    const dgemma::DenseWorkTile work_tile = scheduler.find(plan.token_tile, i);
+    const int32_t numbers[5] = {work_tile.weight_tile, work_tile.first, work_tile.rows,
+                                scheduler.first_step(work_tile), scheduler.steps(work_tile)};
     for (int n = 0; n < 5; ++n) out[i][n] = numbers[n];
   }
   return nullptr;

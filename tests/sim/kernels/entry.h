@@ -1,5 +1,5 @@
-// How the kernels of this folder are called from Python: plain C functions that give null or what
-// went wrong.
+// The kernels of this folder are called from Python by plain C functions that return null or the
+// error's text.
 #pragma once
 
 #define SIM_ENTRY extern "C" __attribute__((visibility("default"))) const char*

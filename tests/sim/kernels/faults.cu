@@ -262,10 +262,10 @@ SIM_ENTRY run_fault(int fault) {
   arguments.global = global;
   TensorLayout layout{ElementType::bfloat16, 2, global, {64, 64}, {0, 128}, {64, 8},
                       Swizzle::bytes_128};
-  if (const char* problem = encode_tensor_map(&arguments.map, layout)) return problem;
+  if (const char* error = encode_tensor_map(&arguments.map, layout)) return error;
   layout.box[0] = 8;
   layout.swizzle = Swizzle::none;
-  if (const char* problem = encode_tensor_map(&arguments.plain, layout)) return problem;
+  if (const char* error = encode_tensor_map(&arguments.plain, layout)) return error;
   LaunchShape shape;
   shape.threads = 128;
   shape.shared_bytes = sizeof(Shared);

@@ -4,8 +4,8 @@
 
 #include "entry.h"
 #include "grouped_gemm/cuda/moe.h"
+#include "grouped_gemm/cuda/moe_work_tiles.h"
 #include "grouped_gemm/cuda/plan_moe.h"
-#include "grouped_gemm/cuda/units.h"
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 
@@ -20,7 +20,7 @@ dgemma::Gpu gpu_of(int32_t compute_capability, int32_t multiprocessors) {
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
 SIM_ENTRY moe_plan(const dgemma_moe_ffn* op, int32_t compute_capability, int32_t multiprocessors,
                    int64_t (&out)[13], char* text, size_t bytes) {
-  if (const char* problem = dgemma::moe_cuda_problem(*op)) return problem;
+  if (const char* error = dgemma::moe_cuda_error(*op)) return error;
   const dgemma::MoeCudaPlan plan =
       dgemma::make_moe_cuda_plan(*op, gpu_of(compute_capability, multiprocessors));
   const int64_t numbers[13] = {plan.tokens_per_pass,
@@ -43,17 +43,18 @@ SIM_ENTRY moe_plan(const dgemma_moe_ffn* op, int32_t compute_capability, int32_t
   return nullptr;
 }
 
-// Writes (expert, weight tile, first, rows) of every unit; how many there are stands in `count`.
+// Writes (expert, weight tile, first, rows) of every work tile; how many there are stands in
+// `count`.
 SIM_ENTRY moe_units(const int32_t* first, const int32_t* tiles_before, int32_t experts,
                     int32_t weight_tiles, int32_t token_tile, int32_t (*out)[4], int32_t* count) {
   const dgemma::MoeTables tables = {first, tiles_before, nullptr, experts};
-  *count = count_units(tables, weight_tiles);
+  *count = count_work_tiles(tables, weight_tiles);
   for (int32_t i = 0; i < *count; ++i) {
-    const dgemma::MoeUnit unit = find_unit(tables, weight_tiles, token_tile, i);
-    out[i][0] = unit.expert;
-    out[i][1] = unit.weight_tile;
-    out[i][2] = unit.first;
-    out[i][3] = unit.rows;
+    const dgemma::MoeWorkTile work_tile = find_work_tile(tables, weight_tiles, token_tile, i);
+    out[i][0] = work_tile.expert;
+    out[i][1] = work_tile.weight_tile;
+    out[i][2] = work_tile.first;
+    out[i][3] = work_tile.rows;
   }
   return nullptr;
 }
@@ -70,7 +71,7 @@ SIM_ENTRY moe_traffic(const dgemma_moe_ffn* op, int32_t compute_capability, uint
         sm90 ? dgemma::launch_gate_up_sm90_bf16 : dgemma::launch_gate_up_sm80_bf16,
         sm90 ? dgemma::launch_down_sm90_bf16 : dgemma::launch_down_sm80_bf16,
         dgemma::launch_combine}) {
-    if (const char* problem = launch(plan, pass, nullptr)) return problem;
+    if (const char* error = launch(plan, pass, nullptr)) return error;
     sim_statistics(out[kernel++]);
   }
   return nullptr;

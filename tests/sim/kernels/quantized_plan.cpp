@@ -31,7 +31,7 @@ void decode(uint32_t word, uint32_t first, uint32_t second, float* out) {
       sm90::decode_word<kEncoding>(word, scale[row][group], {0x03020100}, pair);
       for (int i = 0; i < 8; ++i) {
         // A step's pairs are positions 0 and 8 on of its 16.
-        const int column = dgemma::arranged_column(i / 4 * 16 + i / 2 % 2 * 8 + i % 2);
+        const int column = dgemma::permuted_column(i / 4 * 16 + i / 2 % 2 * 8 + i % 2);
         const uint32_t bits = i % 2 == 0 ? pair[i / 2] << 16 : pair[i / 2] & 0xffff0000u;
         out[column] = sm90::kSumUnit<kEncoding> * dgemma::device::high_to_float(bits);
       }
@@ -50,7 +50,7 @@ void write(const Plan& plan, char* text, size_t bytes) {
 // `text` has room for `bytes`; the plan, or what is wrong with the sizes.
 SIM_ENTRY moe_quantized_plan(const dgemma_moe_ffn_quantized* op, int32_t compute_capability,
                              int32_t multiprocessors, char* text, size_t bytes) {
-  if (const char* problem = dgemma::moe_quantized_problem(*op, text, bytes)) return problem;
+  if (const char* error = dgemma::moe_quantized_error(*op, text, bytes)) return error;
   const dgemma::Gpu gpu = gpu_of(compute_capability, multiprocessors);
   write(dgemma::make_moe_quantized_plan(*op, gpu), text, bytes);
   return nullptr;
@@ -58,7 +58,7 @@ SIM_ENTRY moe_quantized_plan(const dgemma_moe_ffn_quantized* op, int32_t compute
 
 SIM_ENTRY dense_quantized_plan(const dgemma_dense_quantized* op, int32_t compute_capability,
                                int32_t multiprocessors, char* text, size_t bytes) {
-  if (const char* problem = dgemma::dense_quantized_problem(*op, text, bytes)) return problem;
+  if (const char* error = dgemma::dense_quantized_error(*op, text, bytes)) return error;
   const dgemma::Gpu gpu = gpu_of(compute_capability, multiprocessors);
   write(dgemma::make_dense_quantized_plan(*op, gpu), text, bytes);
   return nullptr;
@@ -66,7 +66,7 @@ SIM_ENTRY dense_quantized_plan(const dgemma_dense_quantized* op, int32_t compute
 
 SIM_ENTRY moe_fp8_plan(const dgemma_moe_ffn_quantized* op, int32_t compute_capability,
                        int32_t multiprocessors, char* text, size_t bytes) {
-  if (const char* problem = dgemma::moe_fp8_problem(*op, text, bytes)) return problem;
+  if (const char* error = dgemma::moe_fp8_error(*op, text, bytes)) return error;
   write(dgemma::make_moe_fp8_plan(*op, gpu_of(compute_capability, multiprocessors)).ffn, text,
         bytes);
   return nullptr;

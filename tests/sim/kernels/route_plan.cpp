@@ -8,7 +8,7 @@
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
 SIM_ENTRY route_plan(const dgemma_route* op, int32_t compute_capability, int64_t (&out)[8],
                      char* text, size_t bytes) {
-  if (const char* problem = dgemma::route_problem(*op)) return problem;
+  if (const char* error = dgemma::route_error(*op)) return error;
   const dgemma::RoutePlan plan =
       dgemma::make_route_plan(*op, {dgemma::CudaPath::kSm80, compute_capability, 132});
   const int64_t numbers[8] = {plan.token_tile,    plan.k_steps,

@@ -3,7 +3,7 @@
 // mma, tokens its 8 columns.
 //
 // Four warps, each with 16 of a block's 64 rows. The 16-byte pieces of a stage are swizzled as TMA
-// would do it, so that ldmatrix meets no bank twice.
+// would do it, so that ldmatrix has no bank conflicts.
 #include "device/bfloat16.h"
 #include "device/cp_async.h"
 #include "device/launch.h"
@@ -30,7 +30,7 @@ struct Shared {
   alignas(1024) bfloat16 tokens[kStages][kTokens * kDepth];
 };
 
-// Where piece `piece` of row `row` lies in a stage.
+// The place of piece `piece` of row `row` in a stage.
 DGEMMA_DEVICE void* piece_of(bfloat16* stage, int row, int piece) {
   const auto offset = static_cast<uint32_t>((row * kPieces + piece) * 16);
   return reinterpret_cast<char*>(stage) + swizzled(offset, Swizzle::bytes_128);
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum[2][4] = {};  // tokens 0-7 and 8-15
   for (int step = 0; step < steps; ++step) {
     if (kMistake != Mistake::no_copy_wait) cp_async_wait<kStages - 2>();
-    // This step's copies are there for all, and nobody reads the stage any more that is filled
-    // next.
+    // This step's copies are visible to all, and no warp still reads the stage that is filled next.
     if (kMistake != Mistake::no_block_barrier) __syncthreads();
     start(step + kStages - 1);
     bfloat16* const a_stage = shared.weights[step % kStages];
@@ -116,7 +115,8 @@ const char* run(const bfloat16* weights, const bfloat16* tokens, float* out, int
 
 }  // namespace
 
-// At most 16 tokens; depth a multiple of 8. `mistake` is a Mistake, and only none under nvcc.
+// Takes at most 16 tokens, and a depth that is a multiple of 8. `mistake` is a Mistake, and only
+// none under nvcc.
 SIM_ENTRY sm80_bf16_tile_product(const uint16_t* weights, const uint16_t* tokens, float* out,
                                  int rows, int token_count, int depth, int mistake, void* stream) {
   const auto* w = reinterpret_cast<const bfloat16*>(weights);

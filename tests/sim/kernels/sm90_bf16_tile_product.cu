@@ -55,7 +55,7 @@ DGEMMA_DEVICE void produce(Shared<kTokens>& shared, const TensorMap* weights,
   for (int tile = static_cast<int>(blockIdx.x); tile < row_tiles;
        tile += static_cast<int>(gridDim.x)) {
     for (int k = 0; k < depth; k += kDepth, ring.advance()) {
-      // On the first way round the stages are empty: the phase before the first counts as over.
+      // The stages are empty in the first round: the phase before the first counts as over.
       mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
       Mbarrier* full = &shared.full[ring.stage];
       mbarrier_arrive_expect_bytes(full, sizeof shared.weights[0] + sizeof shared.tokens[0]);
@@ -83,7 +83,7 @@ DGEMMA_DEVICE void consume(Shared<kTokens>& shared, float* out, int rows, int to
       for (int step = 0; step < kDepth / 16; ++step)
         wgmma<kTokens>(sum, advanced(a, step * 32), advanced(b, step * 32), k + step > 0);
       wgmma_commit();
-      // With these two all threads have issued their products: what is missing is the wait alone.
+      // All threads have issued their products with these two mistakes: only the wait is missing.
       if (kMistake == Mistake::early_release || kMistake == Mistake::early_read)
         named_barrier_sync(1, kConsumers);
       if (kMistake == Mistake::early_release && lane == 0)
@@ -141,10 +141,10 @@ const char* run(const bfloat16* weights, const bfloat16* tokens, float* out, int
     return layout;
   };
   TensorMap weight_map, token_map;
-  if (const char* problem = encode_tensor_map(&weight_map, matrix(weights, rows, kRows)))
-    return problem;
-  if (const char* problem = encode_tensor_map(&token_map, matrix(tokens, token_count, kTokens)))
-    return problem;
+  if (const char* error = encode_tensor_map(&weight_map, matrix(weights, rows, kRows)))
+    return error;
+  if (const char* error = encode_tensor_map(&token_map, matrix(tokens, token_count, kTokens)))
+    return error;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(blocks));
   shape.threads = kThreads;
@@ -155,7 +155,8 @@ const char* run(const bfloat16* weights, const bfloat16* tokens, float* out, int
 
 }  // namespace
 
-// At most 32 tokens; depth a multiple of 8. `mistake` is a Mistake, and only none under nvcc.
+// Takes at most 32 tokens, and a depth that is a multiple of 8. `mistake` is a Mistake, and only
+// none under nvcc.
 SIM_ENTRY sm90_bf16_tile_product(const uint16_t* weights, const uint16_t* tokens, float* out,
                                  int rows, int token_count, int depth, int blocks, int mistake,
                                  void* stream) {

@@ -47,13 +47,12 @@ int main(int count, char** arguments) {
   for (int i = 0; i < kTokens * kDepth; ++i) tokens.get()[i] = bfloat16_of(value(3 * i + 1));
   for (int kernel = 0; kernel < 2; ++kernel) {
     for (int i = 0; i < kTokens * kRows - short_output; ++i) out.get()[i] = NAN;
-    const char* problem = kernel == 0
-                              ? sm90_bf16_tile_product(weights.get(), tokens.get(), out.get(),
-                                                       kRows, kTokens, kDepth, 1, 0, nullptr)
-                              : sm80_bf16_tile_product(weights.get(), tokens.get(), out.get(),
-                                                       kRows, kTokens, kDepth, 0, nullptr);
-    if (problem) {
-      std::printf("%s\n", problem);
+    const char* error = kernel == 0 ? sm90_bf16_tile_product(weights.get(), tokens.get(), out.get(),
+                                                             kRows, kTokens, kDepth, 1, 0, nullptr)
+                                    : sm80_bf16_tile_product(weights.get(), tokens.get(), out.get(),
+                                                             kRows, kTokens, kDepth, 0, nullptr);
+    if (error) {
+      std::printf("%s\n", error);
       return 2;
     }
     for (int token = 0; token < kTokens; ++token) {

@@ -1,10 +1,10 @@
-// A unit of work of the CUDA kernels, and how its number leads to it. The same code on device and
-// host, so that a test can walk every unit.
+// A work tile of the experts' CUDA kernels, and how it is found by its number. The same code runs
+// on device and host, so that a test can walk every work tile.
 //
 // An expert with n pairs has ceil(n / token_tile) token tiles, and each of its weight tiles meets
-// each of them once. Units are numbered expert by expert, then weight tile by weight tile, the
+// each of them once. Work tiles are numbered expert by expert, then weight tile by weight tile, the
 // token tiles of one weight tile side by side: blocks that run at the same time then share a weight
-// tile in L2. An expert without pairs has no unit.
+// tile in L2. An expert without pairs has no work tile.
 #pragma once
 
 #include <cstdint>
@@ -16,26 +16,27 @@ namespace dgemma {
 // Written by sort_pairs.cu. A pair is one slot of one token, token * top_k + slot.
 struct MoeTables {
   const int32_t* first;         // [experts + 1]: expert e has the sorted pairs first[e] and on
-  const int32_t* tiles_before;  // [experts + 1]: token tiles of the experts in front of e
+  const int32_t* tiles_before;  // [experts + 1]: token tiles of the experts before e
   const int32_t* pair;          // [first[experts]]: pairs by expert, ascending within one
   int32_t experts;
 };
 
-struct MoeUnit {
+struct MoeWorkTile {
   int32_t expert;
   int32_t weight_tile;
   int32_t first;  // sorted position of the tile's first pair
   int32_t rows;   // pairs in the tile, 1 to token_tile
 };
 
-DGEMMA_HOST_DEVICE int32_t count_units(const MoeTables& tables, int32_t weight_tiles) {
+DGEMMA_HOST_DEVICE int32_t count_work_tiles(const MoeTables& tables, int32_t weight_tiles) {
   return tables.tiles_before[tables.experts] * weight_tiles;
 }
 
-// Unit number `index`, below count_units.
-DGEMMA_HOST_DEVICE MoeUnit find_unit(const MoeTables& tables, int32_t weight_tiles,
-                                     int32_t token_tile, int32_t index) {
-  // The last expert with no more token tiles before it than this; experts without any lie in front.
+// Work tile number `index`, below count_work_tiles.
+DGEMMA_HOST_DEVICE MoeWorkTile find_work_tile(const MoeTables& tables, int32_t weight_tiles,
+                                              int32_t token_tile, int32_t index) {
+  // The last expert with no more token tiles before it than this; experts without any come before
+  // it.
   const int32_t tile = index / weight_tiles;
   int32_t expert = 0;
   for (int32_t end = tables.experts; end - expert > 1;) {

@@ -1,4 +1,5 @@
-// What the kernels of the soft embedding have in common: who takes part, and what a tile may weigh.
+// The kernels of the soft embedding share these: which requests are in a round, and which tiles a
+// row needs.
 #pragma once
 
 #include "denoise/cuda/logits.h"
@@ -7,15 +8,14 @@
 namespace dgemma {
 namespace {
 
-// Share of the tolerance that tiles left out may use up, of what is expected to pass. The same as
-// on the CPU (cpu/soft_embedding_kernel.h).
+// Fraction of the tolerance that is budgeted for skipped tiles. The same as on the CPU
+// (cpu/soft_embedding_kernel.h).
 constexpr float kTileShare = 0x1p-7f;
-// What is left out is counted before p is rounded to bfloat16, which adds up to 2^-9.
+// The skipped mass is counted before p is rounded to bfloat16, which adds up to 2^-9.
 constexpr float kRoundingMargin = 1.01f;
 
-// Whether a request has work in this round: all active ones in the first, failed ones in the
-// second.
-DGEMMA_DEVICE bool takes_part(const SoftPass& p, int64_t request) {
+// True when a request has work in this round: active ones in the first, failed ones in the second.
+DGEMMA_DEVICE bool is_in_round(const SoftPass& p, int64_t request) {
   return is_active(p.logits.active, request) && (!p.dense || p.failed[request] != 0);
 }
 
@@ -32,8 +32,8 @@ DGEMMA_DEVICE float tile_bound(float tile_max, float row_max) {
   return tile_max > -INFINITY ? kTile * expf(rounded(tile_max) - row_max) : 0.0f;
 }
 
-// Whether a row reads a tile. Dense rows leave out those alone that hold nothing.
-DGEMMA_DEVICE bool reads_tile(const SoftPass& p, float bound) {
+// True when a row needs a tile. A dense row skips only tiles without any mass.
+DGEMMA_DEVICE bool needs_tile(const SoftPass& p, float bound) {
   const float limit =
       p.dense ? 0.0f : p.tolerance * kTileShare / static_cast<float>(p.logits.tiles);
   return bound > limit;
@@ -76,7 +76,7 @@ DGEMMA_DEVICE void read_tile(const device::bfloat16* row, int32_t width, int32_t
   }
 }
 
-// Where a lane's first entry of a row's tile lies among z and probabilities.
+// The address of a lane's first entry of a row's tile, among z and probabilities.
 DGEMMA_DEVICE device::bfloat16* soft_entries(const SoftPass& p, int64_t row, int32_t tile) {
   return p.probabilities + (row * p.logits.tiles + tile) * kTile +
          static_cast<int32_t>(device::lane_index()) % kSoftLanes * kLaneEntries;

@@ -1,25 +1,25 @@
-// Rows of bfloat16 to the order of arranged_columns.h. A thread has eight values of each parity:
-// four that follow each other for each of the four threads j.
+// Permutes rows of bfloat16 as permuted_k.h says. A thread has eight values of each parity: four
+// that follow each other for each of the four threads j.
 #pragma once
 
 #include "device/bfloat16.h"
 #include "device/bytes.h"
-#include "grouped_gemm/cuda/arranged_columns.h"
+#include "grouped_gemm/cuda/permuted_k.h"
 
 namespace dgemma {
 
-struct ArrangeRows {
+struct PermuteRows {
   const device::bfloat16* from;  // [rows, columns], columns a multiple of 32
-  device::bfloat16* to;          // [rows, arranged_width(columns)]
+  device::bfloat16* to;          // [rows, permuted_width(columns)]
   int32_t rows, columns;
 };
 
-DGEMMA_DEVICE void arrange(const ArrangeRows& p, int64_t thread) {
-  const int32_t width = arranged_width(p.columns), per_row = width / kArrangedPerThread;
+DGEMMA_DEVICE void arrange(const PermuteRows& p, int64_t thread) {
+  const int32_t width = permuted_width(p.columns), per_row = width / kPermutedPerThread;
   const int64_t row = thread / per_row;
   if (row >= p.rows) return;
   const int32_t part = static_cast<int32_t>(thread % per_row);
-  const int32_t block = part / 8 * kArrangedBlock;
+  const int32_t block = part / 8 * kPermutedBlock;
   const int32_t word = part % 8 / 2, half = part % 2;
   uint32_t even[4] = {}, odd[4] = {};
 #pragma unroll

@@ -1,19 +1,19 @@
-// A unit of work of a dense projection: a weight tile by a token tile, and one segment of k or all
-// of them. The same code on device and host, so that a test can walk every unit.
+// A work tile of a dense projection: a weight tile by a token tile, and one segment of k or all of
+// them. The same code runs on device and host, so that a test can walk every work tile.
 #pragma once
 
-#include "grouped_gemm/cuda/units.h"
+#include "grouped_gemm/cuda/moe_work_tiles.h"
 
 namespace dgemma {
 
-struct DenseUnit {
+struct DenseWorkTile {
   int32_t weight_tile;
   int32_t first;  // row of input
   int32_t rows;   // 1 to token_tile
   int32_t segment, segments;
 };
 
-struct DenseWork {
+struct DenseTileScheduler {
   int32_t rows, weight_tiles, token_tiles, k_steps, segments;
   bool apart;
 
@@ -22,7 +22,7 @@ struct DenseWork {
     return weight_tiles * token_tiles * (segments / segments_at_once());
   }
   // Token tiles of one weight tile side by side, so that they share it in L2.
-  DGEMMA_HOST_DEVICE DenseUnit find(int32_t token_tile, int32_t index) const {
+  DGEMMA_HOST_DEVICE DenseWorkTile find(int32_t token_tile, int32_t index) const {
     const int32_t first = index % token_tiles * token_tile, rest = index / token_tiles;
     const int32_t left = rows - first;
     return {rest % weight_tiles, first, left < token_tile ? left : token_tile, rest / weight_tiles,
@@ -33,9 +33,11 @@ struct DenseWork {
   DGEMMA_HOST_DEVICE int32_t steps(int32_t segment) const {
     return begin(segment + 1) - begin(segment);
   }
-  DGEMMA_HOST_DEVICE int32_t first_step(const DenseUnit& unit) const { return begin(unit.segment); }
-  DGEMMA_HOST_DEVICE int32_t steps(const DenseUnit& unit) const {
-    return begin(unit.segment + unit.segments) - begin(unit.segment);
+  DGEMMA_HOST_DEVICE int32_t first_step(const DenseWorkTile& work_tile) const {
+    return begin(work_tile.segment);
+  }
+  DGEMMA_HOST_DEVICE int32_t steps(const DenseWorkTile& work_tile) const {
+    return begin(work_tile.segment + work_tile.segments) - begin(work_tile.segment);
   }
 };
 

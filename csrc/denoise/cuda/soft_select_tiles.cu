@@ -1,8 +1,8 @@
-// Which vocabulary tiles each row needs, their z rounded to bfloat16, its normaliser, and what the
-// other tiles may weigh: a block has a row, a warp four tiles at a time. Tiles that a row does not
-// need are not read.
+// Selects the vocabulary tiles that each row needs, writes their z rounded to bfloat16 and the
+// row's normaliser, and bounds the mass of the tiles that are skipped. A block has a row, a warp
+// four tiles at a time. Skipped tiles are not read.
 #include "denoise/cuda/row_scan.h"
-#include "denoise/cuda/soft_weights.h"
+#include "denoise/cuda/soft_tiles.h"
 #include "device/launch.h"
 #include "device/shared_memory.h"
 
@@ -13,15 +13,15 @@ constexpr int32_t kWorkers = kRowWarps * kTilesAtOnce;
 
 struct Shared {
   double sum[kWorkers];
-  float left_out[kWorkers];
+  float skipped_mass[kWorkers];
 };
 
-__global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
+__global__ void __launch_bounds__(kRowThreads) soft_select_tiles(const SoftPass p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   const Logits& logits = p.logits;
   const int64_t row = blockIdx.x, request = row / logits.length;
-  if (!takes_part(p, request) || !has_sum(p, row)) return;
+  if (!is_in_round(p, request) || !has_sum(p, row)) return;
   Shared& shared = device::shared_memory<Shared>();
   const int32_t lane = static_cast<int32_t>(device::lane_index()) % kSoftLanes;
   const int32_t worker = static_cast<int32_t>(device::warp_index()) * kTilesAtOnce +
@@ -33,12 +33,12 @@ __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
   const float row_max = rounded(p.row_max[row]);
 
   double sum = 0.0;
-  float left_out = 0.0f;
+  float skipped_mass = 0.0f;
   for (int32_t tile = worker; tile - worker % kTilesAtOnce < logits.tiles; tile += kWorkers) {
     const bool there = tile < logits.tiles;
     const float bound = there ? tile_bound(p.tile_max[row * logits.tiles + tile], row_max) : 0.0f;
-    const bool reads = there && reads_tile(p, bound);
-    if (!reads) left_out += bound;
+    const bool reads = there && needs_tile(p, bound);
+    if (!reads) skipped_mass += bound;
     if (!__any_sync(device::kAllLanes, reads)) continue;
     const int32_t first = tile * kTile + lane * kLaneEntries;
     const uint32_t usable = reads ? SoftTile::usable(bits, logits.vocabulary, first) : 0;
@@ -64,48 +64,48 @@ __global__ void __launch_bounds__(kRowThreads) soft_weigh(const SoftPass p) {
     }
     sum += SoftTile::sum(weight);
     // Every row that needs the tile stores the same.
-    if (reads && lane == 0) p.wanted[request * logits.tiles + tile] = 1;
+    if (reads && lane == 0) p.needed[request * logits.tiles + tile] = 1;
   }
   if (lane == 0) {
     shared.sum[worker] = sum;
-    shared.left_out[worker] = left_out;
+    shared.skipped_mass[worker] = skipped_mass;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int32_t w = 1; w < kWorkers; ++w) {
     sum += shared.sum[w];
-    left_out += shared.left_out[w];
+    skipped_mass += shared.skipped_mass[w];
   }
   p.normaliser[row] = static_cast<float>(sum);
-  p.left_out[row] = left_out;
+  p.skipped_mass[row] = skipped_mass;
 }
 
-// The tables that soft_weigh adds to.
+// Clears the tables that soft_select_tiles adds to.
 __global__ void __launch_bounds__(kRowThreads) soft_clear(const SoftPass p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
   const int64_t request = blockIdx.x;
-  const bool part = takes_part(p, request);
+  const bool part = is_in_round(p, request);
   if (!part) return;
   for (int32_t tile = static_cast<int32_t>(threadIdx.x); tile < p.logits.tiles; tile += kRowThreads)
-    p.wanted[request * p.logits.tiles + tile] = 0;
+    p.needed[request * p.logits.tiles + tile] = 0;
   if (threadIdx.x == 0 && !p.dense) p.failed[request] = 0;
 }
 
 }  // namespace
 
-const char* launch_soft_weigh(const SoftPlan& /*plan*/, const SoftPass& pass, void* stream) {
+const char* launch_soft_select_tiles(const SoftPlan& /*plan*/, const SoftPass& pass, void* stream) {
   const Logits& logits = pass.logits;
   const device::LaunchShape clear = {.grid = dim3(static_cast<unsigned>(logits.batch)),
                                      .threads = kRowThreads,
                                      .overlaps_previous_kernel = true};
-  if (const char* problem = device::launch(clear, stream, soft_clear, pass)) return problem;
+  if (const char* error = device::launch(clear, stream, soft_clear, pass)) return error;
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(logits.batch * logits.length)),
       .threads = kRowThreads,
       .shared_bytes = sizeof(Shared),
       .overlaps_previous_kernel = true};
-  return device::launch(shape, stream, soft_weigh, pass);
+  return device::launch(shape, stream, soft_select_tiles, pass);
 }
 
 }  // namespace dgemma

@@ -1,5 +1,5 @@
-// Which rows and keys a block of the sm90 kernels has, and where a tile of keys lies: on the
-// device, and on the host where a test walks over all of them.
+// The schedule of the sm90 kernels: which rows and keys a block has, and where a tile of keys lies.
+// The same code runs on the device, and on the host where a test walks over all blocks.
 #pragma once
 
 #include "block_attention/cuda/splits.h"
@@ -21,8 +21,8 @@ DGEMMA_HOST_DEVICE int32_t row_tile_of_block(int32_t block, int32_t row_tiles, b
          block % kAttentionCluster;
 }
 
-// Of the positions first .. end - 1 the tiles of `keys` that a split has. There may be none, and
-// the last may reach past the end.
+// The tiles of `keys` positions that a split has of first .. end - 1. There may be none, and the
+// last may reach past the end.
 struct KeyTiles {
   int32_t first, tiles;
 };
