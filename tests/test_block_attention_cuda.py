@@ -210,7 +210,7 @@ def test_bits_alone_and_in_a_batch(causal: bool, head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_a_cluster_reads_keys_once(head_dim: int) -> None:
-    """Whole tiles come by the copy engine, once for two tiles of rows; cp.async brings the queries alone."""
+    """Whole tiles come by TMA, once for two tiles of rows; cp.async brings the queries alone."""
     keys, rows = {256: (80, 128), 512: (64, 64)}[head_dim]
     # Two or three tiles of rows for each of two key heads; five tiles of keys.
     case = Case([Request(2 * keys, 3 * keys)], query_heads=2, key_heads=2, head_dim=head_dim, capacity=2 * keys)

@@ -59,7 +59,7 @@ def test_compiles_without_spills_or_local_memory(source: Path) -> None:
 
 @needs_disassembler
 @pytest.mark.parametrize("source", HOPPER, ids=name_of)
-def test_hopper_kernels_use_its_tensor_cores_and_copy_engine(source: Path) -> None:
+def test_hopper_kernels_use_wgmma_and_asynchronous_copies(source: Path) -> None:
     code = machine_code(nvcc_report(source, "90a"))
     product = r"\bQGMMA\.64x\d+x32\.F32\.E4M3\.E4M3\b" if "fp8" in source.name else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
     assert re.search(product, code)

@@ -230,8 +230,8 @@ def test_ids_out_of_range_are_skipped() -> None:
 
 @pytest.mark.parametrize("capability", PATHS)
 def test_weights_are_read_once(capability: int) -> None:
-    """Once for every expert that is hit, on Hopper by the copy engine; token rows once per weight tile."""
-    # On sm_80 with tails, of which nothing is read; the copy engine counts whole tiles.
+    """Once for every expert that is hit, on Hopper by TMA; token rows once per weight tile."""
+    # On sm_80 with tails, of which nothing is read; TMA counts whole tiles.
     hidden_size, expert_size = (256, 192) if capability == 90 else (264, 200)
     made = make_case(40, hidden_size, expert_size, 16, 2, dtype=torch.bfloat16, routing="holes")
     pairs = int((made.expert_ids >= 0).sum())

@@ -45,15 +45,16 @@ DGEMMA_DEVICE char* piece_of(const void* tile, int32_t row, int32_t piece) {
 }
 
 // Starts the copy of a tile of 128 rows, or of two of 64, by the whole block: `source(row, piece)`
-// gives the address of 16 bytes, or null for zeros; `anywhere` is an address that may be named.
+// gives the address of 16 bytes, or null for zeros, where cp.async names `valid_address` and reads
+// nothing of it.
 template <typename Source>
-DGEMMA_DEVICE void start_copy(void* tile, const void* anywhere, Source source) {
+DGEMMA_DEVICE void start_copy(void* tile, const void* valid_address, Source source) {
 #pragma unroll
   for (int32_t i = 0; i < kRows * kPieces / kThreads; ++i) {
     const int32_t index = static_cast<int32_t>(threadIdx.x) + i * kThreads;
     const int32_t row = index / kPieces, piece = index % kPieces;
     const bfloat16* from = source(row, piece);
-    device::cp_async_16(piece_of(tile, row, piece), from != nullptr ? from : anywhere,
+    device::cp_async_16(piece_of(tile, row, piece), from != nullptr ? from : valid_address,
                         from != nullptr ? 16 : 0);
   }
 }

@@ -82,9 +82,9 @@ DGEMMA_DEVICE int32_t first_row() {
 }
 
 // The first warpgroup: scores, exponentials and the first half of the columns.
-class Scores {
+class FirstWarpgroup {
  public:
-  DGEMMA_DEVICE Scores(Layout& shared, const Attention& p, const BlockCoordinates& at)
+  DGEMMA_DEVICE FirstWarpgroup(Layout& shared, const Attention& p, const BlockCoordinates& at)
       : shared_(shared),
         softmax_(&shared.common.seen[at.row_tile % kAttentionCluster * T::kRows], p.scale) {}
 
@@ -220,9 +220,9 @@ class Scores {
 };
 
 // The second warpgroup: the second half of the columns.
-class Rest {
+class SecondWarpgroup {
  public:
-  DGEMMA_DEVICE explicit Rest(Layout& shared) : shared_(shared) {}
+  DGEMMA_DEVICE explicit SecondWarpgroup(Layout& shared) : shared_(shared) {}
 
   DGEMMA_DEVICE void attend(const KeyRange& keys) {
     if (keys.tiles == 0) return;
@@ -293,18 +293,18 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   const uint32_t warpgroup = device::warpgroup_index();
   if (warpgroup == 0) {
     device::increase_registers<kConsumerRegisters>();
-    Scores scores(shared, p, at);
-    scores.attend(keys);
-    scores.finish();
+    FirstWarpgroup first(shared, p, at);
+    first.attend(keys);
+    first.finish();
     device::cluster_arrive();
-    scores.store(p, request, at);
+    first.store(p, request, at);
   } else if (warpgroup == 1) {
     device::increase_registers<kConsumerRegisters>();
-    Rest rest(shared);
-    rest.attend(keys);
-    rest.wait_for_sums();
+    SecondWarpgroup second(shared);
+    second.attend(keys);
+    second.wait_for_sums();
     device::cluster_arrive();
-    rest.store(p, request, at);
+    second.store(p, request, at);
   } else {
     device::decrease_registers<kProducerRegisters>();
     KeyProducer<kHeadDim> producer(p, request, at, keys, shared.common);

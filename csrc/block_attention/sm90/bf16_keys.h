@@ -181,7 +181,7 @@ class KeyProducer {
  public:
   DGEMMA_DEVICE KeyProducer(const Attention& p, const AttentionRequest& request,
                             const BlockCoordinates& at, const KeyRange& keys, S& shared)
-      : p_(p), request_(request), at_block_(at), keys_(keys), shared_(shared) {
+      : p_(p), request_(request), block_(at), keys_(keys), shared_(shared) {
     warp_ = static_cast<int32_t>(device::warp_index() - kConsumerWarps);
     lane_ = static_cast<int32_t>(device::lane_index());
     rank_ = static_cast<int32_t>(device::cluster_block_rank());
@@ -193,13 +193,11 @@ class KeyProducer {
     constexpr int32_t kRowsOfWarp = T::kRows / kProducerWarps;
     static_assert(kRowsOfWarp <= 32);
     const int32_t group = p_.query_heads / p_.key_heads;
-    const int32_t packed = at_block_.row_tile * T::kRows + row_of_warp(lane_);
-    const int64_t token =
-        static_cast<int64_t>(at_block_.request) * p_.block_length + packed / group;
+    const int32_t packed = block_.row_tile * T::kRows + row_of_warp(lane_);
+    const int64_t token = static_cast<int64_t>(block_.request) * p_.block_length + packed / group;
     const bfloat16* const from =
         packed < request_.rows * group
-            ? p_.query +
-                  (token * p_.query_heads + at_block_.head * group + packed % group) * kHeadDim
+            ? p_.query + (token * p_.query_heads + block_.head * group + packed % group) * kHeadDim
             : nullptr;
 #pragma unroll 4
     for (int32_t i = 0; i < kRowsOfWarp; ++i) {
@@ -244,7 +242,7 @@ class KeyProducer {
     if (run.source == KeySource::kPrefix)
       load_whole(prefix_map, request_.slot * p_.capacity + run.row);
     else if (run.source == KeySource::kBlock)
-      load_whole(block_map, at_block_.request * p_.block_length + run.row);
+      load_whole(block_map, block_.request * p_.block_length + run.row);
     else
       load_rows(prefix, block, first);
   }
@@ -261,9 +259,9 @@ class KeyProducer {
       if (warp_ == 0) {
         device::mbarrier_arrive_expect_bytes(full, sizeof(typename S::Stage));
         const int32_t group = rank_ * kShare;
-        device::tma_load_multicast(
-            shared_.stage[at_.stage][group], &map, full, device::evict_normal(), kBlocks, 0, row,
-            at_block_.head * (kHeadDim / kGroup) + part * S::kGroups + group);
+        device::tma_load_multicast(shared_.stage[at_.stage][group], &map, full,
+                                   device::evict_normal(), kBlocks, 0, row,
+                                   block_.head * (kHeadDim / kGroup) + part * S::kGroups + group);
       }
       device::mbarrier_arrive_times(full, warp_ == 0 ? 31 : 32);  // for the warp
     }
@@ -282,15 +280,15 @@ class KeyProducer {
       from = prefix + (static_cast<int64_t>(request_.slot) * p_.capacity + position % p_.capacity) *
                           p_.key_heads * kHeadDim;
     else if (position < keys_.end)
-      from = block + (static_cast<int64_t>(at_block_.request) * p_.block_length + position -
-                      request_.prefix) *
-                         p_.key_heads * kHeadDim;
+      from = block +
+             (static_cast<int64_t>(block_.request) * p_.block_length + position - request_.prefix) *
+                 p_.key_heads * kHeadDim;
     const int32_t piece = lane_ % kPieces;
 #pragma unroll 1
     for (int32_t part = 0; part < S::kStagesPerTile; ++part, at_.advance()) {
       device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
       bfloat16* const group = shared_.stage[at_.stage][piece / 8][0];
-      const int32_t column = at_block_.head * kHeadDim + part * T::kStageColumns + 8 * piece;
+      const int32_t column = block_.head * kHeadDim + part * T::kStageColumns + 8 * piece;
 #pragma unroll 4
       for (int32_t i = 0; i < kRowsOfWarp; i += kTogether) {
         const int32_t mine = i + lane_ / kPieces;
@@ -302,7 +300,7 @@ class KeyProducer {
 
   const Attention& p_;
   const AttentionRequest& request_;
-  const BlockCoordinates& at_block_;
+  const BlockCoordinates& block_;
   const KeyRange& keys_;
   S& shared_;
   State<kHeadDim> at_;

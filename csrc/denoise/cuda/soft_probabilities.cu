@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   const bool summed = has_sum(p, row);
   const int32_t group = static_cast<int32_t>(device::lane_index()) / kSoftLanes;
   // A row without a sum, or a tile that it does not read: z is minus infinity, so all are zero.
-  constexpr uint32_t kNothing = 0xff80ff80;
+  constexpr uint32_t kMinusInfinities = 0xff80ff80;
   const float row_max = summed ? rounded(p.row_max[row]) : 0.0f;
   const float share = summed ? 1.0f / p.normaliser[row] : 0.0f;
   const int32_t* const list = p.list + request * logits.tiles;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
     for (int quad = 0; quad < SoftTile::kQuads; ++quad)
       z[quad] =
           reads ? *reinterpret_cast<const uint2*>(entries + SoftTile::offset(quad * kLaneEntries))
-                : uint2{kNothing, kNothing};
+                : uint2{kMinusInfinities, kMinusInfinities};
     const auto probability = [&](float of) { return expf(of - row_max) * share; };
 #pragma unroll
     for (int quad = 0; quad < SoftTile::kQuads; ++quad)

@@ -126,7 +126,7 @@ DGEMMA_DEVICE void finish(const HeadTile<kRows>& tile, const Head& p, const Work
 template <int kRows>
 DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan,
                                   int32_t steps) {
-  Finished<kRows>& finished = shared.beside;
+  Finished<kRows>& finished = shared.extra;
   typename Shared<kRows>::State at;
   sm90::PipelineState<1> tile_at;
   for_each_work_tile<kRows>(p, plan, [&](const WorkTile& work_tile) {
@@ -149,7 +149,7 @@ DGEMMA_DEVICE void multiply_tiles(Shared<kRows>& shared, const Head& p, const He
 
 template <int kRows>
 DGEMMA_DEVICE void finish_tiles(Shared<kRows>& shared, const Head& p, const HeadPlan& plan) {
-  Finished<kRows>& finished = shared.beside;
+  Finished<kRows>& finished = shared.extra;
   sm90::PipelineState<1> tile_at;
   for_each_work_tile<kRows>(p, plan, [&](const WorkTile& work_tile) {
     finished.pipeline.consumer_wait(tile_at);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
     device::prefetch_tensor_map(&embedding);
     device::prefetch_tensor_map(&hidden);
     initialise(shared);
-    shared.beside.pipeline.initialise(kConsumerWarps, kFinishingWarps);
+    shared.extra.pipeline.initialise(kConsumerWarps, kFinishingWarps);
     device::fence_mbarrier_init();
   }
   device::cluster_sync();

@@ -44,10 +44,10 @@ constexpr uint32_t stages_beside(uint32_t other, int32_t rows) {
   return (kSharedLimit90 - 256 - other) / stage_bytes(rows);
 }
 
-// The stages for kRows canvas rows; `beside` is what else a kernel keeps.
-template <int kRows, typename Beside>
+// The stages for kRows canvas rows; `extra` is what else a kernel keeps.
+template <int kRows, typename Extra>
 struct Ring {
-  static constexpr uint32_t kStages = stages_beside(sizeof(Beside), kRows);
+  static constexpr uint32_t kStages = stages_beside(sizeof(Extra), kRows);
   using State = sm90::PipelineState<kStages>;
   struct Stage {
     // One tile for each warpgroup. k-major: a line is 64 of depth, one for each row; m-major: a
@@ -59,7 +59,7 @@ struct Ring {
 
   Stage stage[kStages];
   sm90::Pipeline<kStages> pipeline;
-  Beside beside;
+  Extra extra;
 };
 
 // One thread calls this; a fence_mbarrier_init and a cluster_sync follow.
@@ -70,8 +70,8 @@ DGEMMA_DEVICE void initialise(Ring& ring) {
 
 // One thread calls this. It fills the next stage: load(stage, full barrier) starts the copies of
 // this block's embedding tile; the rows come from (depth, row, request) of their map.
-template <int kRows, typename Beside, typename Load>
-DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>::State& at,
+template <int kRows, typename Extra, typename Load>
+DGEMMA_DEVICE void fill(Ring<kRows, Extra>& ring, typename Ring<kRows, Extra>::State& at,
                         const device::TensorMap* rows, int32_t depth, int32_t row, int32_t request,
                         device::CachePolicy row_policy, Load load) {
   constexpr int32_t kHalf = kRows / static_cast<int32_t>(kClusterBlocks);
@@ -88,13 +88,13 @@ DGEMMA_DEVICE void fill(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>:
 // The product of `steps` stages, at least one: of the warpgroup's 64 embedding rows and the canvas
 // rows (see device/wgmma.h for what a thread has of it). `sum` need not be set: where it was, ptxas
 // put the zeros between the instructions of the first group, and a wait behind each of them.
-template <Major kMajor, int kRows, typename Beside>
-DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, typename Ring<kRows, Beside>::State& at,
+template <Major kMajor, int kRows, typename Extra>
+DGEMMA_DEVICE void multiply(Ring<kRows, Extra>& ring, typename Ring<kRows, Extra>::State& at,
                             int32_t steps, float (&sum)[kRows / 2]) {
   // 16 of depth, wgmma's K: within a line, or as many lines.
   constexpr uint32_t kAlongLine = 16 * sizeof(bfloat16);
   constexpr uint32_t kNext = kMajor == Major::k ? kAlongLine : 16 * kStageDepth * sizeof(bfloat16);
-  typename Ring<kRows, Beside>::State behind = at;
+  typename Ring<kRows, Extra>::State previous = at;
   for (int32_t step = 0; step < steps; ++step) {
     const auto& stage = ring.stage[at.stage];
     ring.pipeline.consumer_wait(at);
@@ -112,13 +112,13 @@ DGEMMA_DEVICE void multiply(Ring<kRows, Beside>& ring, typename Ring<kRows, Besi
     // The products of the step before are done; this step's run on.
     if (step > 0) {
       device::wgmma_wait<1>();
-      ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(behind);
+      ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(previous);
     }
-    behind = at;
+    previous = at;
     at.advance();
   }
   device::wgmma_wait<0>(sum);
-  ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(behind);
+  ring.pipeline.template consumer_release_in_cluster<kClusterBlocks>(previous);
 }
 
 }  // namespace dgemma::vocabulary_sm90

@@ -21,7 +21,7 @@ constexpr uint32_t kThreads = 384;
 using sm90::kConsumerRegisters;
 using sm90::kProducerRegisters;
 
-struct Nothing {};
+struct NoExtra {};
 
 struct Blocks {
   int32_t row_tiles, splits;
@@ -53,19 +53,19 @@ DGEMMA_DEVICE Part find_part(const SoftPass& p, const Blocks& b) {
 
 // One thread calls this.
 template <int kRows>
-DGEMMA_DEVICE void load(Ring<kRows, Nothing>& ring, const device::TensorMap* embedding,
+DGEMMA_DEVICE void load(Ring<kRows, NoExtra>& ring, const device::TensorMap* embedding,
                         const device::TensorMap* probabilities, const SoftPass& p, const Blocks& b,
                         const Part& part) {
   const auto embedding_policy =
       b.row_tiles * p.logits.batch == 1 ? device::evict_first() : device::evict_normal();
   const auto row_policy = device::evict_normal();  // eleven clusters of the model's 22 column tiles
   const int32_t* const list = p.list + static_cast<int64_t>(part.request) * p.logits.tiles;
-  typename Ring<kRows, Nothing>::State position;
+  typename Ring<kRows, NoExtra>::State state;
   for (int32_t at = part.begin; at < part.end; ++at) {
     const int32_t token = list[at] * kTile;
 #pragma unroll 1
     for (int32_t depth = 0; depth < kTile; depth += kStageDepth)
-      fill(ring, position, probabilities, token + depth, part.first_row, part.request, row_policy,
+      fill(ring, state, probabilities, token + depth, part.first_row, part.request, row_policy,
            [&](auto& stage, device::Mbarrier* full) {
 #pragma unroll
              for (int32_t half = 0; half < 2; ++half)
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     soft_product(const __grid_constant__ device::TensorMap embedding,
                  const __grid_constant__ device::TensorMap probabilities, const SoftPass p,
                  const Blocks b) {
-  auto& ring = device::shared_memory<Ring<kRows, Nothing>>();
+  auto& ring = device::shared_memory<Ring<kRows, NoExtra>>();
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&embedding);
     device::prefetch_tensor_map(&probabilities);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     device::increase_registers<kConsumerRegisters>();
     float sum[kRows / 2];
-    typename Ring<kRows, Nothing>::State at;
+    typename Ring<kRows, NoExtra>::State at;
     multiply<Major::mn>(ring, at, (part.end - part.begin) * (kTile / kStageDepth), sum);
     store<kRows>(p, b, part, sum);
   }
@@ -158,7 +158,7 @@ device::TensorLayout probabilities_layout(const SoftPass& pass, int32_t row_tile
 
 template <int kRows>
 const char* launch(const SoftPlan& plan, const SoftPass& pass, void* stream) {
-  using Shared = Ring<kRows, Nothing>;
+  using Shared = Ring<kRows, NoExtra>;
   static_assert(sizeof(Shared) <= kSharedLimit90);
   device::TensorMap embedding, probabilities;
   if (const char* error = device::encode_tensor_map(&embedding, embedding_layout(pass)))

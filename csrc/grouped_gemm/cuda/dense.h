@@ -10,7 +10,7 @@
 namespace dgemma {
 
 // Sums of segments begin with this: x + -0 is x, for either zero too.
-constexpr float kNothing = -0.0f;
+constexpr float kNegativeZero = -0.0f;
 
 // Pointers are to the device's memory.
 struct DenseCall {

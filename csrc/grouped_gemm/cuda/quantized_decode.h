@@ -65,10 +65,10 @@ using device::permute_bytes;
 template <int kExponent>
 constexpr uint32_t kTwicePower = static_cast<uint32_t>(kExponent + 127) * 0x00800080u;
 // Added to a product: x + -0 is x, of either zero too.
-constexpr uint32_t kNothingTwice = 0x80008000;
+constexpr uint32_t kNegativeZeros = 0x80008000;
 
 DGEMMA_DEVICE uint32_t multiply(uint32_t a, uint32_t b) {
-  return multiply_add_bfloat16(a, b, kNothingTwice);
+  return multiply_add_bfloat16(a, b, kNegativeZeros);
 }
 DGEMMA_DEVICE uint32_t low_twice(uint32_t pair) { return permute_bytes(pair, 0, 0x1010); }
 DGEMMA_DEVICE uint32_t high_twice(uint32_t pair) { return permute_bytes(pair, 0, 0x3232); }
@@ -172,7 +172,7 @@ DGEMMA_DEVICE void decode_weights(uint32_t word, uint32_t next, const Scale<kEnc
       // q times the rest has seven bits, so only the sum is rounded.
       const uint32_t rest = kEncoding == Encoding::kInt4Float16
                                 ? decode::multiply(pair[i], scale.low)
-                                : decode::kNothingTwice;
+                                : decode::kNegativeZeros;
       pair[i] = device::multiply_add_bfloat16(pair[i], scale.high, rest);
     }
   }

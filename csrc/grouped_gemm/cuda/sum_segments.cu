@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kSumSegmentsThreads) sum_segments(const DenseC
 
   float sum[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum[i] = kNothing;
+  for (int i = 0; i < 8; ++i) sum[i] = kNegativeZero;
   for (int32_t segment = 0; segment < p.scheduler.segments; ++segment) {
     const float* from = p.partial + segment * values + at;
     const uint4 low = device::load_once(from), high = device::load_once(from + 4);

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
   pipeline.for_each_work_tile([&](auto columns, const DenseWorkTile& work_tile) {
     constexpr int kColumns = decltype(columns)::value;
     Sum<kColumns> total;
-    fill<kColumns>(total, kNothing);
+    fill<kColumns>(total, kNegativeZero);
 #pragma unroll 1
     for (int32_t i = 0; i < work_tile.segments; ++i) {
       Sum<kColumns> sum = {};

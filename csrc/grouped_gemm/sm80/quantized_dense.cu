@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
     constexpr int kColumns = decltype(columns)::value;
     const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> total;
-    fill<kColumns>(total, kNothing);
+    fill<kColumns>(total, kNegativeZero);
 #pragma unroll 1
     for (int32_t segment = work_tile.segment; segment < work_tile.segment + work_tile.segments;
          ++segment) {

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       constexpr int kN = decltype(columns)::value;
       float total[kN / 2];
 #pragma unroll
-      for (int j = 0; j < kN / 2; ++j) total[j] = kNothing;
+      for (int j = 0; j < kN / 2; ++j) total[j] = kNegativeZero;
 #pragma unroll 1
       for (int32_t i = 0; i < work_tile.segments; ++i) {
         float sum[kN / 2] = {};

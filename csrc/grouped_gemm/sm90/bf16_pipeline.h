@@ -138,7 +138,7 @@ template <int kN, int kTokens>
 DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& at, int32_t k_steps,
                             float (&sum)[kN / 2]) {
   const uint32_t first_row = 64 * device::warpgroup_index();
-  typename Ring<kTokens>::State behind = at;
+  typename Ring<kTokens>::State previous = at;
   for (int32_t step = 0; step < k_steps; ++step) {
     const auto& stage = ring.stage[at.stage];
     ring.pipeline.consumer_wait(at);
@@ -154,13 +154,13 @@ DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& 
     // The products of the step before are done; this step's run on.
     if (step > 0) {
       device::wgmma_wait<1>();
-      ring.pipeline.consumer_release(behind);
+      ring.pipeline.consumer_release(previous);
     }
-    behind = at;
+    previous = at;
     at.advance();
   }
   device::wgmma_wait<0>(sum);
-  ring.pipeline.consumer_release(behind);
+  ring.pipeline.consumer_release(previous);
 }
 
 // Calls consume(integral constant N, work_tile) for every work tile, N being its rows rounded up to

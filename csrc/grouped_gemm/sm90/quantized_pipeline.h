@@ -232,7 +232,7 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
   uint32_t a[2][4][4] = {};  // four steps of 16 columns in each set
   const auto first_b = device::k_major_descriptor(ring.stage[0].tokens, Swizzle::bytes_128);
   const int32_t step_bytes = scale_bytes_of<kEncoding>(matrix, kPermutedBlock);
-  typename WeightRing<kTokens>::State behind = at;
+  typename WeightRing<kTokens>::State previous = at;
   for (int32_t first = 0; first < k_steps; first += ring.kSteps) {
     const Stage<kTokens>& stage = ring.stage[at.stage];
     ring.pipeline.consumer_wait(at);
@@ -259,7 +259,7 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
       for (int half = 0; half < 2; ++half) {
         // The products of the half before run on; those before it, whose set this is, are done.
         device::wgmma_wait<1>(a[half]);
-        if (i == 0 && half == 1 && first > 0) ring.pipeline.consumer_release(behind);
+        if (i == 0 && half == 1 && first > 0) ring.pipeline.consumer_release(previous);
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
 #pragma unroll
@@ -280,11 +280,11 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
         device::wgmma_commit();
       }
     }
-    behind = at;
+    previous = at;
     at.advance();
   }
   device::wgmma_wait<0>(sum, a);
-  ring.pipeline.consumer_release(behind);
+  ring.pipeline.consumer_release(previous);
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) sum[i] *= own.factor[i / 2 % 2];
 }
