@@ -1,5 +1,5 @@
-// The kernel at the end of a denoising step that says whether there is another, and the graph that
-// it stands in.
+// The kernel at the end of a denoising step that decides whether another follows, and the graph
+// that it is part of.
 #include "cuda/graph_loop.h"
 #include "device/graph.h"
 #include "device/launch.h"

@@ -10,14 +10,14 @@ struct CachePolicy {
   uint64_t bits;
 };
 
-// The first to go: what is read once, weights.
+// Lines that go first: what is read once, such as weights.
 DGEMMA_DEVICE CachePolicy evict_first() {
   CachePolicy policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy.bits));
   return policy;
 }
 
-// The last to go: what every block reads again, activations.
+// Lines that stay longest: what every block reads again, such as activations.
 DGEMMA_DEVICE CachePolicy evict_last() {
   CachePolicy policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy.bits));

@@ -39,8 +39,8 @@ class WhileGraph {
   }
 
   // step: a cudaGraph_t, which is copied; what it works on must stay where it is. end(condition,
-  // stream) launches the kernel that sets the condition and gives what the launch said. Returns
-  // null or the error's text.
+  // stream) launches the kernel that sets the condition and returns the launch's error, if any.
+  // Returns null or the error's text.
   template <typename End>
   const char* build(void* step, End end) {
     const char* launch_error = nullptr;
@@ -74,7 +74,7 @@ class WhileGraph {
     const cudaGraph_t body = loop.conditional.phGraph_out[0];
     error = cudaGraphAddChildGraphNode(&body_step, body, nullptr, 0, step);
     if (error != cudaSuccess) return error;
-    // A stream of its own: nothing but the kernel at the end is to be captured.
+    // A separate stream, so that nothing but the kernel at the end is captured.
     error = cudaStreamCreateWithFlags(&capture_, cudaStreamNonBlocking);
     if (error != cudaSuccess) return error;
     error = cudaStreamBeginCaptureToGraph(capture_, body, &body_step, nullptr, 1,

@@ -39,7 +39,7 @@ struct Append {
 
 dgemma_status check(const dgemma_append_to_cache& op, dgemma_cpu* cpu) {
   if (const auto status = check_requests(op, cpu)) return status;
-  // Two requests that write the same rows would leave whichever came last.
+  // Two requests that wrote the same rows would keep whichever came last.
   for (int64_t b = 0; b < op.batch; ++b)
     for (int64_t other = 0; other < b; ++other)
       if (op.slot[b] >= 0 && op.slot[b] == op.slot[other])

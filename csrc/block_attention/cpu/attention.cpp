@@ -154,7 +154,8 @@ size_t dgemma_cpu_block_attention_workspace(const dgemma_block_attention* op) {
   const int64_t extents[] = {op->batch, op->block_length, op->query_heads, op->key_heads,
                              op->head_dim};
   for (const int64_t extent : extents)
-    if (extent <= 0 || extent > dgemma::kMaxExtent) return 0;  // the call itself says what is wrong
+    if (extent <= 0 || extent > dgemma::kMaxExtent)
+      return 0;  // the call itself reports what is wrong
   dgemma::AttentionScratch scratch;
   const size_t each = dgemma::carve(*op, nullptr, &scratch);
   return static_cast<size_t>(dgemma::workers_of(*op)) * each + dgemma::kAlignment;

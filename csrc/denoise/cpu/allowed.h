@@ -1,4 +1,4 @@
-// Reading the bit rows that say which tokens a position may hold.
+// The bit rows that say which tokens a position may hold.
 #pragma once
 
 #include <cstdint>

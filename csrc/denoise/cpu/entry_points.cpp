@@ -57,8 +57,8 @@ dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
                          cpu);
 }
 
-// Turns to the block after the present one; its probabilities go where those of the block before
-// the present one were.
+// Moves on to the next block; its probabilities overwrite those of the block before the current
+// one.
 SoftEmbeddingWork next_block(const SoftEmbeddingWork& work) {
   SoftEmbeddingWork next = work;
   next.first_token = work.first_token + work.tokens;
@@ -147,7 +147,7 @@ dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
 }
 
 size_t dgemma_cpu_soft_embedding_workspace(const dgemma_soft_embedding* op) {
-  if (op == nullptr) return 0;  // the call itself says what is wrong
+  if (op == nullptr) return 0;  // the call itself reports what is wrong
   dgemma::SoftEmbeddingWork work = {};
   return dgemma::carve(*op, nullptr, &work);
 }

@@ -57,7 +57,7 @@ dgemma_status dgemma_cpu_vocabulary_head(const dgemma_vocabulary_head* op, dgemm
   if (const auto status = check_call(op, cpu)) return status;
   dgemma_vocabulary_statistics statistics = op->statistics;
   statistics.logits.raw = op->raw;
-  // Everything is checked before anything is written.
+  // All arguments are checked before anything is written.
   if (const auto status = check_statistics(statistics, cpu)) return status;
   if (const auto status = check_head(*op, cpu)) return status;
   const dgemma_logits& logits = statistics.logits;

@@ -26,7 +26,8 @@ constexpr int64_t kStripColumns = 64;
 struct SoftEmbeddingRow {
   float row_max;        // dtype(row_max)
   float inverse_sum;    // 1 / sum over v of exp(dtype(z[v]) - row_max)
-  uint8_t needs_dense;  // 1 when the row cannot be done, or did not pass the bound, sparsely
+  uint8_t needs_dense;  // 1 when the sparse way cannot serve the row, or its result did not keep
+                        // the bound
 };
 
 // One call of the soft embedding, with its workspace laid out.

@@ -1,4 +1,4 @@
-// One uniform token among the allowed.
+// Draws one uniform token among the allowed.
 #pragma once
 
 #include "denoise/cpu/allowed.h"

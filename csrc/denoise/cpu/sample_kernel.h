@@ -10,7 +10,7 @@ namespace {
 struct TileChoice {
   int64_t tile;  // -1 when no tile has mass
   float factor;  // exp(tile_max - row_max)
-  double left;   // what of the target lies in the tile
+  double left;   // the part of the target that is inside the tile
 };
 
 // The first tile whose cumulative mass exceeds the target. Rounding may leave the target at or

@@ -1,6 +1,5 @@
-// The C entry points for CUDA of what works on logits that are there: statistics, sampling, noise,
-// the end of a step. Sizes and pointers are checked before a launch; values on the device cannot
-// be.
+// The C entry points for CUDA of the operators on stored logits: statistics, sampling, noise, the
+// end of a step. Sizes and pointers are checked before a launch; values on the device cannot be.
 #include <cinttypes>
 
 #include "denoise/cuda/entry_points.h"

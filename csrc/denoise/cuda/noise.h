@@ -1,4 +1,4 @@
-// One uniform token among the allowed, by a warp.
+// Draws one uniform token among the allowed, by a warp.
 #pragma once
 
 #include "denoise/cuda/logits.h"

@@ -16,7 +16,7 @@ HeadPlan make_head_plan(const Logits& logits, int32_t multiprocessors) {
   plan.row_tile = vocabulary_row_tile(logits.length);
   plan.row_tiles = ceil_divide(logits.length, plan.row_tile);
   plan.tile_pairs = (logits.tiles + 1) / 2;
-  // A block fills a multiprocessor's shared memory. No more clusters than have work.
+  // A block fills a multiprocessor's shared memory. There are no more clusters than have work.
   const int64_t work_tiles = count_work_tiles(plan, logits.batch);
   plan.blocks =
       2 * static_cast<int32_t>(std::min<int64_t>(std::max(multiprocessors / 2, 1), work_tiles));

@@ -1,13 +1,13 @@
 // The soft embedding in CUDA: its launch plan, its workspace and its kernels.
 //
-// A round is six kernels, one after the other: (1) soft_clear zeros the tables of the next; (2)
-// soft_select_tiles finds which vocabulary tiles each row needs, their z in bfloat16 and the row's
-// normaliser; (3) soft_compact_tiles lists the tiles that any row needs; (4) soft_probabilities
-// turns the listed tiles' z into probabilities in place; (5) soft_product multiplies them by the
-// embedding's rows, in splits; (6) soft_finish sums the splits in order, checks the tolerance,
-// scales and rounds. Where the check fails for a row, a second round of the same six kernels does
-// its request again with all tiles; for the other requests they end at once. The host decides
-// nothing.
+// A round is six kernels, one after the other: (1) soft_clear zeros the tables of the next kernel;
+// (2) soft_select_tiles finds which vocabulary tiles each row needs, their z in bfloat16 and the
+// row's normaliser; (3) soft_compact_tiles lists the tiles that any row needs; (4)
+// soft_probabilities turns the listed tiles' z into probabilities in place; (5) soft_product
+// multiplies them by the embedding's rows, in splits; (6) soft_finish sums the splits in order,
+// checks the tolerance, scales and rounds. Where the check fails for a row, a second round of the
+// same six kernels does its request again with all tiles; for the other requests they end at once.
+// The host decides nothing.
 #pragma once
 
 #include <cstddef>

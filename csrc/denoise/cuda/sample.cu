@@ -22,7 +22,7 @@ struct Sample {
 
 struct Shared {
   double total[kRowWarps];
-  double left;   // what of the target lies in the tile
+  double left;   // the part of the target that is inside the tile
   int32_t tile;  // -1 when no tile has mass
   int32_t last;  // the last tile that has any
 };

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(sm80::kThreads) soft_product(const SoftPass p,
   const int32_t count = p.count[request], each = ceil_divide(count, b.splits);
   const int32_t split = static_cast<int32_t>(blockIdx.y);
   const int32_t begin = split * each, end = min(begin + each, count);
-  if (begin >= end) return;  // soft_finish leaves such a split out
+  if (begin >= end) return;  // soft_finish skips such a split
 
   // Row tiles of the same columns side by side, so that they find the embedding in the L2.
   const int32_t length = p.logits.length, vocabulary = p.logits.vocabulary, width = p.hidden_size;

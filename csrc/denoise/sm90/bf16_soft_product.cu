@@ -16,7 +16,7 @@ namespace {
 using namespace vocabulary_sm90;
 
 static_assert(kTile % kStageDepth == 0 && kSoftColumns == kTileRows);
-// Two consumer warpgroups, and one of which a single warp loads.
+// Two consumer warpgroups and a third, of which one warp loads.
 constexpr uint32_t kThreads = 384;
 using sm90::kConsumerRegisters;
 using sm90::kProducerRegisters;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::let_next_kernel_begin();
   if (!is_in_round(p, blockIdx.z)) return;
   const Part part = find_part<kRows>(p, b);
-  if (part.begin >= part.end) return;  // soft_finish leaves such a split out
+  if (part.begin >= part.end) return;  // soft_finish skips such a split
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {

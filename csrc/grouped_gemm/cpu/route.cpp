@@ -108,7 +108,7 @@ void choose(const dgemma_route& op, const RouteBuffers& buffers, int64_t token) 
 }  // namespace dgemma
 
 size_t dgemma_cpu_route_workspace(const dgemma_route* op) {
-  if (op == nullptr || !dgemma::sizes_fit(*op)) return 0;  // the call itself says what is wrong
+  if (op == nullptr || !dgemma::sizes_fit(*op)) return 0;  // the call itself reports what is wrong
   dgemma::RouteBuffers buffers;
   return dgemma::carve(*op, nullptr, &buffers);
 }

@@ -2,9 +2,9 @@
 //
 // wgmma reads B in the order of memory, and a thread of A's four, j, has the columns 2 j, 2 j + 1,
 // 2 j + 8 and 2 j + 9 of every step of 16. K may be permuted, since a sum does not depend on its
-// order; we permute it within every 128: thread j takes 32 of them that lie side by side in the
-// checkpoint, 16 bytes, and of a word's eight values those at even places in one step, those at odd
-// places in the next, two and two. Tokens and h are stored so that their columns meet them:
+// order. It is permuted within every 128 columns: thread j takes 32 of them that lie side by side
+// in the checkpoint, 16 bytes, and of a word's eight values those at even places in one step, those
+// at odd places in the next, two and two. Tokens and h are stored so that their columns meet them:
 //
 //   column    j j w w h i o     thread, word, half of the word, value of two, odd
 //   position  w w o h j j i     (from the upper bit down)

@@ -75,8 +75,7 @@ struct MoeCudaPlan {
   int32_t depth;  // columns in a stage
   MoeCudaPart gate_up, down;
   int32_t combine_blocks;  // of a full pass
-  // Blocks beside the one that sorts, which bring the input into the order of permuted_k.h;
-  // mostly none.
+  // Blocks, beside the one that sorts, that permute the input as permuted_k.h says; mostly none.
   int32_t permuting_blocks;
 
   // The workspace: where its parts begin, in bytes, and its size.

@@ -1,9 +1,9 @@
 // The launch plan of the router in CUDA. Pure host code that allocates nothing.
 //
 // The scores of 256 tokens are little work, 185 MFLOP, but all of the chip must take part in it to
-// be done within some microseconds. So k is cut into segments, as many as the hidden size asks for
-// and not the tokens, and a second kernel adds them in their order: a token's bits do not depend on
-// the others.
+// be done within some microseconds. So k is cut into segments, as many as the hidden size needs,
+// whatever the number of tokens, and a second kernel adds them in their order: a token's bits do
+// not depend on the others.
 #pragma once
 
 #include <cstddef>

@@ -122,7 +122,7 @@ DGEMMA_DEVICE float float16_to_float(uint32_t bits) {
 template <Encoding kEncoding>
 struct Scale {
   uint32_t high;  // FP8: not used; NVFP4: by 2^116, which takes back all of 2^-126 but kUnit
-  uint32_t low;   // INT4 with float16 scales: what bfloat16 leaves of them
+  uint32_t low;   // INT4 with float16 scales: the rest that bfloat16 leaves of them
 };
 
 // The scales of two rows, from the bits of each.

@@ -32,7 +32,7 @@ struct Down {
 
 // The place of a column of the product, and the weight that it is multiplied by.
 struct Target {
-  int32_t pair;  // -1: nowhere
+  int32_t pair;  // -1: no pair
   float weight;
 };
 

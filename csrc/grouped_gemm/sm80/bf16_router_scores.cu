@@ -1,9 +1,9 @@
 // The router's scores, one segment of k at a time: projection . scaled, where scaled is the token's
 // normed row times the router's scale times hidden_size^-1/2, rounded to bfloat16 after each step.
 //
-// A block has up to 128 experts, 16 or 64 tokens and a segment of k. It asks for the projection
-// first; while that comes, it reads its tokens' whole rows for their norm, then their segment again
-// (out of the L1 or L2) and leaves it scaled in shared memory. The projection is mma's A, the
+// A block has up to 128 experts, 16 or 64 tokens and a segment of k. It starts the copies of the
+// projection first; meanwhile it reads its tokens' whole rows for their norm, then their segment
+// again (out of the L1 or L2) and leaves it scaled in shared memory. The projection is mma's A, the
 // tokens its B.
 #include "cuda/limits.h"
 #include "device/cp_async.h"

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
       Sum<kColumns> sum = {};
       pipeline.template multiply<kColumns>(own, p.scheduler.begin(segment),
                                            p.scheduler.steps(segment), sum);
-      // Found again: kept, the row scales would take registers that there are not.
+      // They are found again: to keep the row scales would take more registers than there are.
       add<kColumns>(total, sum, find_own_rows<kEncoding>(rows, work_tile));
     }
     store<kColumns>(p, work_tile, total);

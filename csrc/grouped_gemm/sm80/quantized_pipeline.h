@@ -81,8 +81,7 @@ DGEMMA_DEVICE int32_t scales_of(const QuantizedMatrix& matrix, int32_t step) {
 
 // A thread's share of the copies, stage after stage, work tile after work tile. Where they begin is
 // kept as one address for the work tile and offsets in 32 bits: an expert has at most 2^31 bytes of
-// weights, its tokens less. An address of its own for every copy would take registers that there
-// are not.
+// weights, its tokens less. An address for every copy would take more registers than there are.
 template <Encoding kEncoding, int kTokens, typename Scheduler, typename Rows>
 struct Loader {
   using Unit = decltype(Scheduler().find(kTokens, 0));
@@ -191,10 +190,10 @@ struct Loader {
     device::cp_async_commit();
   }
 
-  // Words of four bytes from the one on in which the row's scales begin; zero where there is no
-  // row. Where rows are whole words, as the model's nearly all are, one word holds them. Elsewhere
-  // they may reach into a second one, of which nothing past the row is read, and the first may
-  // begin with what lies in front of them.
+  // Words of four bytes, beginning with the one in which the row's scales begin; zero where there
+  // is no row. Where rows are whole words, as the model's nearly all are, one word holds them.
+  // Elsewhere they may reach into a second one, of which nothing past the row is read, and the
+  // first may begin with what lies in front of them.
   DGEMMA_DEVICE void start_scales(Stage<kEncoding, kTokens>& to) {
     const QuantizedMatrix& matrix = rows.matrix;
     const bool there = scale_offset != kNone;
@@ -279,8 +278,8 @@ struct Places {
   }
 };
 
-// Adds a stage's products. kColumns: the groups of 8 tokens. `offset`: of the step's scales in
-// their row, in bytes.
+// Adds a stage's products. kColumns: the groups of 8 tokens. `offset` is that of the step's scales
+// in their row, in bytes.
 template <Encoding kEncoding, int kColumns, int kTokens>
 DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
                                   const Places<kEncoding>& places, const OwnRows& own,

@@ -1,11 +1,11 @@
-// 4-bit weights as A of wgmma, decoded in the order of permuted_k.h: a word's eight values
-// are the four of two steps.
+// 4-bit weights as A of wgmma, decoded in the order of permuted_k.h: a word's eight values are the
+// four of two steps.
 //
 // As in quantized_decode.h every value comes out exactly and times its scale is rounded once, to
-// the same bits; only the power of two that is left for the sum is another. A value is made a whole
+// the same bits; only the power of two that is left for the sum differs. A value is made a whole
 // number in the low byte of each half, which bfloat16 reads as so many times 2^-133: that is linear
-// up to 255, since the first normal numbers lie as close as the subnormal ones. What counts here is
-// what integer instructions there are, which run at half the rate of multiply-adds.
+// up to 255, since the first normal numbers lie as close as the subnormal ones. The number of
+// integer instructions matters here: they run at half the rate of multiply-adds.
 #pragma once
 
 #include "grouped_gemm/cuda/quantized_decode.h"
@@ -45,7 +45,7 @@ struct GroupScale<Encoding::kInt4> {
 };
 template <>
 struct GroupScale<Encoding::kInt4Float16> {
-  uint32_t high, low;  // bfloat16 and what it leaves of the scale
+  uint32_t high, low;  // bfloat16 and the rest that it leaves of the scale
 };
 template <>
 struct GroupScale<Encoding::kNvfp4> {

@@ -2,7 +2,7 @@
 // sm90/quantized_pipeline.h.
 //
 // A weight tile is 64 gate rows and the 64 up rows that belong to them, as two boxes in which even
-// rows come first. Which of them a warp takes as its 8 and 8 is free, and chosen so that eight
+// rows come first. A warp may take any of them as its 8 and 8; they are chosen so that eight
 // results of a token that one store of the warp puts side by side are side by side in the order of
 // columns that `down` takes.
 #include "device/launch.h"

@@ -29,7 +29,7 @@ struct Stage {
   static constexpr int kSteps = quantized_steps_90(kTokens);
   alignas(1024) bfloat16 tokens[kSteps][2][kTokens][kMoeDepth];  // by 64 columns; swizzled
   alignas(128) uint8_t weights[kSteps][kMoeWeightRows][kValueBytes];
-  // Words of four bytes from the one on in which the row's scales of this stage begin.
+  // Words of four bytes, beginning with the one in which the row's scales of this stage begin.
   alignas(16) uint8_t scales[kMoeWeightRows][kSteps * kQuantizedScaleBytes90];
 };
 
@@ -206,7 +206,7 @@ struct OwnRows {
   uint32_t shift[2];               // where the row's scales begin in a word
   float factor[2];                 // the sums are multiplied by this
 
-  // place: of the row in a stage's weights; row: in the tile.
+  // `place` is the row's place in a stage's weights, `row` its number in the tile.
   template <Encoding kEncoding, int kSteps, typename Rows>
   DGEMMA_DEVICE void find(int which, const Rows& rows, const MoeWorkTile& work_tile, uint32_t place,
                           int32_t row) {
