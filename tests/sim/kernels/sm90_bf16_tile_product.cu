@@ -5,6 +5,7 @@
 // A producer thread fills a ring of stages by TMA; a warpgroup multiplies. A stage is `full` when
 // its bytes are there and `empty` when the warpgroup has finished reading it. A block walks over
 // row tiles with one ring throughout.
+#include "cuda/sm90_pipeline.h"
 #include "device/barrier.h"
 #include "device/bfloat16.h"
 #include "device/fence.h"
@@ -35,32 +36,22 @@ struct Shared {
   Mbarrier full[kStages], empty[kStages];
 };
 
-// Walks round the ring: the stage, and the parity of the phase that is waited for there.
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  DGEMMA_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+using State = dgemma::sm90::PipelineState<kStages>;
 
 template <int kTokens>
 DGEMMA_DEVICE void produce(Shared<kTokens>& shared, const TensorMap* weights,
                            const TensorMap* tokens, int row_tiles, int depth) {
   const CachePolicy once = evict_first(), again = evict_last();
-  Ring ring;
+  State at;
   for (int tile = static_cast<int>(blockIdx.x); tile < row_tiles;
        tile += static_cast<int>(gridDim.x)) {
-    for (int k = 0; k < depth; k += kDepth, ring.advance()) {
+    for (int k = 0; k < depth; k += kDepth, at.advance()) {
       // The stages are empty in the first round: the phase before the first counts as over.
-      mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-      Mbarrier* full = &shared.full[ring.stage];
+      mbarrier_wait(&shared.empty[at.stage], at.phase ^ 1);
+      Mbarrier* full = &shared.full[at.stage];
       mbarrier_arrive_expect_bytes(full, sizeof shared.weights[0] + sizeof shared.tokens[0]);
-      tma_load(shared.weights[ring.stage], weights, full, once, k, tile * kRows);
-      tma_load(shared.tokens[ring.stage], tokens, full, again, k, 0);
+      tma_load(shared.weights[at.stage], weights, full, once, k, tile * kRows);
+      tma_load(shared.tokens[at.stage], tokens, full, again, k, 0);
     }
   }
 }
@@ -70,14 +61,14 @@ DGEMMA_DEVICE void consume(Shared<kTokens>& shared, float* out, int rows, int to
                            int depth) {
   const int lane = static_cast<int>(lane_index()), warp = static_cast<int>(warp_index());
   const int row_tiles = (rows + kRows - 1) / kRows;
-  Ring ring;
+  State at;
   for (int tile = static_cast<int>(blockIdx.x); tile < row_tiles;
        tile += static_cast<int>(gridDim.x)) {
     float sum[kTokens / 2];
-    for (int k = 0; k < depth; k += kDepth, ring.advance()) {
-      mbarrier_wait(&shared.full[ring.stage], ring.parity);
-      const MatrixDescriptor a = k_major_descriptor(shared.weights[ring.stage], Swizzle::bytes_128);
-      const MatrixDescriptor b = k_major_descriptor(shared.tokens[ring.stage], Swizzle::bytes_128);
+    for (int k = 0; k < depth; k += kDepth, at.advance()) {
+      mbarrier_wait(&shared.full[at.stage], at.phase);
+      const MatrixDescriptor a = k_major_descriptor(shared.weights[at.stage], Swizzle::bytes_128);
+      const MatrixDescriptor b = k_major_descriptor(shared.tokens[at.stage], Swizzle::bytes_128);
       wgmma_fence(sum);
 #pragma unroll
       for (int step = 0; step < kDepth / 16; ++step)
@@ -86,11 +77,10 @@ DGEMMA_DEVICE void consume(Shared<kTokens>& shared, float* out, int rows, int to
       // All threads have issued their products with these two mistakes: only the wait is missing.
       if (kMistake == Mistake::early_release || kMistake == Mistake::early_read)
         named_barrier_sync(1, kConsumers);
-      if (kMistake == Mistake::early_release && lane == 0)
-        mbarrier_arrive(&shared.empty[ring.stage]);
+      if (kMistake == Mistake::early_release && lane == 0) mbarrier_arrive(&shared.empty[at.stage]);
       if (kMistake != Mistake::early_read) wgmma_wait<0>(sum);
       if (kMistake != Mistake::early_release && kMistake != Mistake::no_release && lane == 0)
-        mbarrier_arrive(&shared.empty[ring.stage]);
+        mbarrier_arrive(&shared.empty[at.stage]);
     }
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
