@@ -238,7 +238,7 @@ def test_names_of_the_package_exist(page: Path) -> None:
 PATH = re.compile(r"(?P<path>[\w.*-]+(?:/[\w.*-]+)*/?)(?::(?P<name>[\w.]+))?")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", every_page(), ids=name_of)
 def test_paths_exist_and_hold_the_names_that_are_said_to_be_there(page: Path) -> None:
     wrong = []
     for code in inline_code(page):
