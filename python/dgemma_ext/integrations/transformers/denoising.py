@@ -88,8 +88,21 @@ class Step:
 
 
 @torch.no_grad()
-def denoising_step(
-    self: Any,
+def denoising_step(self: Any, **arguments: Any) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """Replaces transformers' `_denoising_step`. `self` is the model; `generate` passes all arguments by keyword."""
+    asked = ("decoder_forward", "sampler", "logits_processor", "diffusion_stopping_criteria")
+    reason = _refused(self, *(arguments[name] for name in asked))
+    if reason is None:
+        return _step_on_kernels(self, **arguments)
+    acceleration_of(self).fall_back("sampler", reason)
+    carried = arguments["self_conditioning_logits"]
+    if isinstance(carried, Step):
+        arguments["self_conditioning_logits"] = carried.logits()
+    return type(self)._denoising_step(self, **arguments)
+
+
+def _step_on_kernels(
+    model: Any,
     decoder_forward: Callable[..., Any],
     current_canvas: Tensor,
     argmax_canvas: Tensor,
@@ -105,34 +118,13 @@ def denoising_step(
     diffusion_stopping_criteria: Any,
     **model_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Any, Tensor]:
-    """Replaces transformers' `_denoising_step`. `self` is the model; cur_step counts down to 1."""
-    reason = _refused(self, decoder_forward, sampler, logits_processor, diffusion_stopping_criteria)
-    if reason is not None:
-        acceleration_of(self).fall_back("sampler", reason)
-        carried = self_conditioning_logits
-        return type(self)._denoising_step(
-            self,
-            decoder_forward=decoder_forward,
-            current_canvas=current_canvas,
-            argmax_canvas=argmax_canvas,
-            input_ids=input_ids,
-            decoder_position_ids=decoder_position_ids,
-            self_conditioning_logits=carried.logits() if isinstance(carried, Step) else carried,
-            mask_mapping=mask_mapping,
-            past_key_values=past_key_values,
-            finished_denoising=finished_denoising,
-            cur_step=cur_step,
-            sampler=sampler,
-            logits_processor=logits_processor,
-            diffusion_stopping_criteria=diffusion_stopping_criteria,
-            **model_kwargs,
-        )
+    """A step on the kernels. cur_step counts down to 1."""
     step, given = self_conditioning_logits, None
     if not isinstance(step, Step):
-        step, given = begin(current_canvas, finished_denoising, cur_step, self.final_logit_softcapping), step
-    decoder = self.model.decoder
+        step, given = begin(current_canvas, finished_denoising, cur_step, model.final_logit_softcapping), step
+    decoder = model.model.decoder
     with _soft_embedding(decoder, None if not isinstance(self_conditioning_logits, Step) else step.soft_embedding):
-        hidden = self.model(
+        hidden = model.model(
             decoder_input_ids=current_canvas,
             self_conditioning_logits=given,
             decoder_attention_mask=mask_mapping,
@@ -140,7 +132,7 @@ def denoising_step(
             decoder_position_ids=decoder_position_ids,
             **model_kwargs,
         ).last_hidden_state
-    raw = self.lm_head(hidden).contiguous()
+    raw = model.lm_head(hidden).contiguous()
     advance(
         step,
         raw,
