@@ -21,13 +21,13 @@ struct LogitsParams {
   using Struct = dgemma_logits;
   static constexpr std::array kRaw = {
       tensor("logits", AT(raw), {AT(batch), AT(length), positive(AT(vocabulary))})};
-  static constexpr auto kReading =
+  static constexpr auto kParams =
       join(std::array{number("softcap", AT(softcap)),
                       tensor("temperature", AT(temperature), {AT(batch)}),
                       optional("active", AT(active), {AT(batch)})},
            allowed_ids(AT(allowed.mask), AT(allowed.rows), AT(allowed.row_index), AT(batch),
                        AT(length), AT(vocabulary)));
-  static constexpr auto kAll = join(kRaw, kReading);
+  static constexpr auto kAll = join(kRaw, kParams);
 };
 
 // Of every row and of every tile of its vocabulary: the greatest value and the sum of exponentials.

@@ -1,9 +1,13 @@
 // An operator, described once: its arguments in the schema's order, and which field of the C
-// interface's struct each one fills. The schema (schema.cpp), the checks and the call (call.cpp),
-// and what Python needs for its form without data (module.cpp) are all read from here.
+// interface's struct each one fills. The schema (schema.cpp), the checks and the words of a refusal
+// (operands.cpp), the call (registration.h), the size of its workspace (workspace.cpp) and the form
+// without data (description.cpp, ops/description.py) are all read from here.
 //
 // The struct is the description's other half: what a tensor holds, whether it is written, and what
 // type an extent or a number has follow from the field's type, so none of them stands here again.
+// That is why a description is a table of constants in C++ and not the input of a generator: the
+// compiler knows the struct, refuses a field that is not there or a function that takes another
+// struct, and one loop reads all tables at run time.
 #pragma once
 
 #include <array>
@@ -32,7 +36,7 @@ enum class Content : uint8_t {
   kBytes,    // torch.uint8: codes of quantized weights, or a workspace
   kScales,   // of groups of columns: what the weights' format stores (quantized.h)
   kInteger,  // not a tensor: int64_t
-  kChoice,   // not a tensor: an enumerator
+  kChoice,   // not a tensor: an enumerator or int32_t
   kReal,     // not a tensor: float
   kStruct,
 };
@@ -40,18 +44,19 @@ enum class Content : uint8_t {
 template <typename T>
 consteval Content content_of() {
   using Value = std::remove_cv_t<std::remove_pointer_t<T>>;
-  if constexpr (!std::is_pointer_v<T>) {
+  if constexpr (std::is_pointer_v<T>) {
+    if constexpr (std::is_void_v<Value>) return Content::kNumbers;
+    if constexpr (std::same_as<Value, float>) return Content::kFloat32;
+    if constexpr (std::same_as<Value, double>) return Content::kFloat64;
+    if constexpr (std::same_as<Value, int32_t>) return Content::kInt32;
+    if constexpr (std::same_as<Value, int64_t>) return Content::kInt64;
+    if constexpr (std::same_as<Value, uint8_t>) return Content::kBool;
+  } else {
     if constexpr (std::is_class_v<T>) return Content::kStruct;
-    if constexpr (std::is_enum_v<T>) return Content::kChoice;
+    if constexpr (std::is_enum_v<T> || std::same_as<T, int32_t>) return Content::kChoice;
     if constexpr (std::same_as<T, float>) return Content::kReal;
     if constexpr (std::same_as<T, int64_t> || std::same_as<T, size_t>) return Content::kInteger;
   }
-  if constexpr (std::is_void_v<Value>) return Content::kNumbers;
-  if constexpr (std::same_as<Value, float>) return Content::kFloat32;
-  if constexpr (std::same_as<Value, double>) return Content::kFloat64;
-  if constexpr (std::same_as<Value, int32_t>) return Content::kInt32;
-  if constexpr (std::same_as<Value, int64_t>) return Content::kInt64;
-  if constexpr (std::same_as<Value, uint8_t>) return Content::kBool;
 }
 
 struct Field {

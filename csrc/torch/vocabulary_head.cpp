@@ -16,7 +16,7 @@ struct VocabularyHead {
           tensor("hidden", AT(hidden),
                  {AT(statistics.logits.batch), AT(statistics.logits.length), AT(hidden_size)}),
           tensor("embedding", AT(embedding), {AT(statistics.logits.vocabulary), AT(hidden_size)})},
-      within(AT(statistics.logits), LogitsParams::kReading),
+      within(AT(statistics.logits), LogitsParams::kParams),
       std::array{tensor("logits", AT(raw),
                         {AT(statistics.logits.batch), AT(statistics.logits.length),
                          AT(statistics.logits.vocabulary)})},
