@@ -21,7 +21,6 @@ from dgemma_ext.engine import Commit, Draft, Output, Request
 
 def load_model(arguments: Arguments) -> DiffusionGemma:
     """Loads the model of a command line. The sampler is checked first, because loading weights can take a minute."""
-    assert arguments.model is not None
     path = resolve_checkpoint(arguments.model)
     config = ModelConfig.from_file(path)
     arguments.sampler.resolve(GenerationDefaults.from_file(path, config), config.canvas_length)

@@ -34,43 +34,7 @@ DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. 
 
 
 class Arguments(argparse.Namespace):
-    """A parsed command line. `command` determines which of the fields exist."""
-
-    command: str
-    model: str | None
-    device: str
-    dtype: str
-    watch: bool
-    json: bool
-    prompt: str
-    system: str | None
-    seed: int | None
-    max_new_tokens: int | None
-    steps: int | None
-    entropy_bound: float | None
-    t_min: float | None
-    t_max: float | None
-    stability_threshold: int | None
-    confidence_threshold: float | None
-    canvas_length: int | None
-    trim_canvas: bool
-    context: int | None
-    size: int | None
-    count: int
-    pin: bool
-    pause: float
-    weights: str
-    activations: str | None
-    out: str
-    to: str
-    parts: str | None
-    prefix: int
-    batch: int
-    layers: int | None
-    experts_hit: int | None
-    flat: bool
-    chart: str | None
-    trace: str | None
+    """A parsed command line; `build_parser` defines the attributes of each command."""
 
     @property
     def sampler(self) -> SamplerConfig:

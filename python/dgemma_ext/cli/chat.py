@@ -47,7 +47,7 @@ class _Session:
     def __init__(self, model: DiffusionGemma, arguments: Arguments) -> None:
         self._model = model
         self._arguments = arguments
-        self._seed = arguments.seed or 0
+        self._seed = arguments.seed
         self._turn = 0
         self._chat = self._begin()
 

@@ -17,6 +17,5 @@ def run(arguments: Arguments) -> None:
     if arguments.system is not None:
         prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
     model = load_model(arguments)
-    assert arguments.seed is not None
     events = model.stream(prompt, arguments.max_new_tokens, arguments.sampler, arguments.seed)
     write_answer(events, tokenizer_of(model), arguments)

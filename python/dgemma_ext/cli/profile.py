@@ -24,8 +24,6 @@ _FLAT = 0.05
 def run(arguments: Arguments) -> None:
     _check_files(arguments)
     model = _model(arguments)
-    assert arguments.steps is not None
-    assert arguments.seed is not None
     found = profile(
         model, arguments.steps, arguments.prefix, arguments.batch, context=arguments.context, seed=arguments.seed
     )
@@ -72,13 +70,12 @@ def _model(arguments: Arguments) -> DiffusionGemma:
             target if isinstance(target, Target) else None,
             arguments.experts_hit,
             final_norm=_FLAT if arguments.flat else 1.0,
-            seed=arguments.seed or 0,
+            seed=arguments.seed,
             activations=activations,
         )
     for name, value in (("layers", arguments.layers), ("experts-hit", arguments.experts_hit), ("flat", arguments.flat)):
         if value:
             raise ValueError(f"--{name} is for MODEL {RANDOM}, got {arguments.model}")
-    assert arguments.model is not None
     folder = demo.checkpoint() if arguments.model == DEMO else Path(resolve_checkpoint(arguments.model))
     check_sizes(ModelConfig.from_file(folder), arguments.prefix, arguments.context)
     return load_checkpoint(folder, arguments)

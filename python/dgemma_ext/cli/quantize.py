@@ -20,7 +20,6 @@ from dgemma_ext.units import format_bytes
 
 
 def run(arguments: Arguments) -> None:
-    assert arguments.model is not None, "the command line asks for it"
     target = parse_target(arguments.to, tuple(arguments.parts.split(",")) if arguments.parts else None)
     source, destination = Path(resolve_checkpoint(arguments.model)), Path(arguments.out).expanduser()
     before = plan_conversion(source, target).info.total_bytes
