@@ -52,7 +52,7 @@ KERNELS = {
 
 
 @functools.cache
-def plain(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+def unaccelerated(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
     """Transformers' model without acceleration; the same object for the same arguments, which tests must not change."""
     with tempfile.TemporaryDirectory() as folder:
         # Drawn as float64, which neither side loads: every tensor is a copy, so the folder may be deleted.

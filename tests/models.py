@@ -87,7 +87,7 @@ def step_alone(
     return batch.state
 
 
-def last_hidden(
+def head_input(
     model: dg.DiffusionGemma,
     canvas: torch.Tensor,
     cache: dg.Cache,

@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 import dgemma_ext as dg
 import transformers_oracle as oracle
-from accelerated import CHECKPOINTS, all_on_kernels, caught_fallbacks, plain, random_ids, twin
+from accelerated import CHECKPOINTS, all_on_kernels, caught_fallbacks, random_ids, twin, unaccelerated
 from bounds import relative_distance
 from dgemma_ext.integrations.transformers import IMPLEMENTATION, releases
 from older_transformers import run_under_5_17
@@ -73,7 +73,7 @@ def passes(model: Any, ids: list[torch.Tensor], mask: torch.Tensor, canvas: torc
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_fp32_passes(name: str, count: int, padding: str) -> None:
     """A prompt around the window (12 or 16) and two committed canvases, in a batch of three."""
-    model = plain(name)
+    model = unaccelerated(name)
     accelerated = twin(model)
     ids = [random_ids(model, ROWS, length, 10 + length) for length in (count, 8, 8)]
     canvas, mask = random_ids(model, ROWS, 8, 20), torch.cat([padded(padding, count), torch.ones(ROWS, 16).long()], 1)
@@ -91,7 +91,7 @@ def test_fp32_passes(name: str, count: int, padding: str) -> None:
 
 def test_padding_matters() -> None:
     """The padded cases do test the mask: another mask gives other logits."""
-    model, count = plain("flat"), 17
+    model, count = unaccelerated("flat"), 17
     ids, canvas = [random_ids(model, ROWS, count, 11)], random_ids(model, ROWS, 8, 20)
     for padding in ("left", "right"):
         found = passes(model, ids, padded(padding, count), canvas)[0]
@@ -101,7 +101,7 @@ def test_padding_matters() -> None:
 
 def test_static_cache() -> None:
     """A static cache has unused keys at its end, and the canvas in the middle."""
-    model = plain("flat")
+    model = unaccelerated("flat")
     accelerated, ids, canvas = twin(model), random_ids(model, ROWS, 6, 30), random_ids(model, ROWS, 8, 31)
     mask = padded("left", 6)
     logits = []
@@ -122,7 +122,7 @@ def test_static_cache() -> None:
 
 def test_spans() -> None:
     """The tokens of an image all see each other, on layers of both kinds."""
-    model = plain("flat")
+    model = unaccelerated("flat")
     prompt, spans = random_ids(model, 1, 47, 50), [(3, 9), (20, 28)]
     wanted, causal = oracle.encode(model, prompt, spans=spans), oracle.encode(model, prompt)
     with all_on_kernels():
@@ -154,7 +154,7 @@ def accelerated_layer(layer: Any, call: oracle.LayerCall, cache: Any) -> torch.T
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_bf16_layers(name: str, count: int, padding: str) -> None:
     """Layers of both passes over a prefix: close to the exact result, with at most twice transformers' own error."""
-    model = plain(name, torch.bfloat16, "eager")
+    model = unaccelerated(name, torch.bfloat16, "eager")
     accelerated = twin(model)
     mask, length = padded(padding, count), 8
     if padding == "right":
@@ -191,7 +191,7 @@ def test_bf16_layers(name: str, count: int, padding: str) -> None:
 
 def test_bf16_is_not_fp32() -> None:
     """The bf16 models differ from the fp32 ones, so the bounds above do limit something."""
-    model, rounded = plain("flat"), plain("flat", torch.bfloat16)
+    model, rounded = unaccelerated("flat"), unaccelerated("flat", torch.bfloat16)
     ids, canvas = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20)
     exact, found = (passes(one, ids, padded("none", 17), canvas)[0] for one in (model, rounded))
     assert relative_distance(exact.double(), found.double()) > 1e-5
@@ -202,7 +202,7 @@ def test_bf16_is_not_fp32() -> None:
 
 def test_undo(tmp_path: Path) -> None:
     """After accelerate(enabled=False) bits, configuration, files and tensors are the same, and no attribute is left."""
-    model = twin(plain("flat"), enabled=False)
+    model = twin(unaccelerated("flat"), enabled=False)
     ids, canvas, mask = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20), padded("left", 17)
     before = passes(model, ids, mask, canvas)
     tensors = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
@@ -230,7 +230,7 @@ def test_undo(tmp_path: Path) -> None:
 
 def test_copies_and_hooks() -> None:
     """A copy of an accelerated model is accelerated too; hooks see the same values as before."""
-    model = plain("flat")
+    model = unaccelerated("flat")
     accelerated = copy.deepcopy(twin(model))
     assert accelerated._denoising_step.__self__ is accelerated
     ids, canvas, mask = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20), padded("none", 17)
@@ -260,8 +260,8 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"model: got Linear, wants transformers' DiffusionGemmaForBlockDiffusion"):
         dg.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"model: got DiffusionGemmaModel, wants"):
-        dg.accelerate(plain("flat").model)
-    model = twin(plain("flat"), enabled=False)
+        dg.accelerate(unaccelerated("flat").model)
+    model = twin(unaccelerated("flat"), enabled=False)
     model.quantization_method = "bitsandbytes"
     with pytest.raises(ValueError, match=r"got weights quantised by bitsandbytes, wants plain ones"):
         dg.accelerate(model)
@@ -274,7 +274,7 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.config._attn_implementation == "sdpa"  # nothing is half replaced
     monkeypatch.setattr(releases.transformers, "__version__", "5.16.2")
     with pytest.raises(ValueError, match=r"transformers: got 5.16.2, wants 5.17 or later"):
-        dg.accelerate(plain("flat"))
+        dg.accelerate(unaccelerated("flat"))
 
 
 # Other releases -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
 import dgemma_ext as dg
-from accelerated import all_on_kernels, caught_fallbacks, counted_kernels, plain, random_ids, twin
+from accelerated import all_on_kernels, caught_fallbacks, counted_kernels, random_ids, twin, unaccelerated
 from dgemma_ext.integrations.transformers import attention, denoising, releases
 from dgemma_ext.integrations.transformers.fallback import Acceleration
 from dgemma_ext.integrations.transformers.visibility import of_mask
@@ -152,7 +152,7 @@ def inputs(model: Any, rows: int = ROWS, count: int = 17) -> dict[str, torch.Ten
 
 def test_gradients() -> None:
     """A training step gives the same gradients as before, and warns that it runs on transformers' code."""
-    model = twin(plain("flat"), enabled=False).train()
+    model = twin(unaccelerated("flat"), enabled=False).train()
     accelerated = twin(model)
     model.set_experts_implementation("eager")
     grads = []
@@ -176,7 +176,7 @@ def test_gradients() -> None:
 
 
 def test_float16() -> None:
-    model = plain("flat", torch.float16)
+    model = unaccelerated("flat", torch.float16)
     accelerated = twin(model)
     with torch.no_grad(), caught_fallbacks() as fallbacks, counted_kernels() as counts:
         for _ in range(2):
@@ -188,8 +188,8 @@ def test_float16() -> None:
 
 def test_output_attentions() -> None:
     """The weights come from transformers' eager attention, with its additive mask."""
-    eager = plain("flat", attention="eager")
-    accelerated, mask = twin(plain("flat")), padded("left", 17)
+    eager = unaccelerated("flat", attention="eager")
+    accelerated, mask = twin(unaccelerated("flat")), padded("left", 17)
     given: dict[str, Any] = inputs(eager) | {"attention_mask": mask, "output_attentions": True}
     given["decoder_attention_mask"] = torch.nn.functional.pad(mask, (0, 8), value=1)
     with torch.no_grad(), caught_fallbacks() as fallbacks:
@@ -205,7 +205,7 @@ def test_output_attentions() -> None:
 
 def test_mask_of_its_own() -> None:
     """A mask that no kernel supports gives the same logits and one warning."""
-    model = plain("flat")
+    model = unaccelerated("flat")
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad():
         model.model.encoder(input_ids=random_ids(model, 1, 17, 11), past_key_values=cache)
@@ -228,7 +228,7 @@ def test_tensors_of_other_kinds() -> None:
     class Packed(torch.Tensor):
         pass
 
-    model = plain("flat")
+    model = unaccelerated("flat")
     accelerated = twin(model)
     experts = accelerated.model.decoder.layers[0].experts
     del experts.gate_up_proj
@@ -241,7 +241,7 @@ def test_tensors_of_other_kinds() -> None:
 
 def test_inference_mode() -> None:
     """Inference tensors have no version counter, and no gradients."""
-    model, mask = plain("flat"), padded("left", 17)
+    model, mask = unaccelerated("flat"), padded("left", 17)
     accelerated = twin(model)
     given: dict[str, Any] = inputs(model) | {"attention_mask": mask}
     given["decoder_attention_mask"] = torch.nn.functional.pad(mask, (0, 8), value=1)
@@ -252,7 +252,7 @@ def test_inference_mode() -> None:
 
 def test_each_model_warns_for_itself() -> None:
     for _ in range(2):
-        accelerated = twin(plain("flat", torch.float16))
+        accelerated = twin(unaccelerated("flat", torch.float16))
         with torch.no_grad(), caught_fallbacks() as fallbacks:
             accelerated(**inputs(accelerated))
         assert len(fallbacks) == 2
@@ -315,7 +315,7 @@ SAMPLER_FALLBACKS: dict[str, tuple[Any, str]] = {
 def test_sampler_fallbacks(name: str) -> None:
     """The user's own part is called, by transformers' own step with torch's generator; the passes stay accelerated."""
     prepare, reason = SAMPLER_FALLBACKS[name]
-    model = twin(plain("flat"), enabled=False)
+    model = twin(unaccelerated("flat"), enabled=False)
     accelerated = twin(model)
     wanted = generate(model, **prepare(model))
     with caught_fallbacks() as fallbacks, counted_kernels() as counts:
@@ -330,7 +330,7 @@ def test_sampler_fallbacks(name: str) -> None:
 
 def test_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A static cache compiles the loop; with disable_compile it runs on the kernels, without on transformers."""
-    accelerated = twin(plain("flat"))
+    accelerated = twin(unaccelerated("flat"))
     with all_on_kernels() as counts:
         generate(accelerated, cache_implementation="static", disable_compile=True)
     assert counts["update_canvas_"] > 0
@@ -345,7 +345,7 @@ def test_compiled_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_by_the_user() -> None:
     """One graph and the same logits, as without acceleration."""
-    model = twin(plain("flat"), enabled=False)
+    model = twin(unaccelerated("flat"), enabled=False)
     model.set_experts_implementation("grouped_mm")  # the eager experts cannot be compiled to one graph
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad(), caught_fallbacks() as fallbacks:
@@ -358,7 +358,7 @@ def test_compiled_by_the_user() -> None:
 
 def test_repeatable_and_seeded() -> None:
     """torch.manual_seed decides all draws; every row, canvas and run has different ones."""
-    accelerated = twin(plain("flat"))
+    accelerated = twin(unaccelerated("flat"))
     assert torch.equal(generate(accelerated), generate(accelerated))
     first, second = (accelerated.generate(random_ids(accelerated, 2, 12, 3), max_new_tokens=16) for _ in range(2))
     assert not torch.equal(first.sequences, second.sequences)
@@ -372,7 +372,7 @@ def test_repeatable_and_seeded() -> None:
 def test_a_later_release_keeps_its_sampler(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases.transformers, "__version__", version)
     with caught_fallbacks() as fallbacks:
-        accelerated = twin(plain("flat"))
+        accelerated = twin(unaccelerated("flat"))
     assert len(fallbacks) == 1
     assert f"that of transformers {version} (after 5.23) is not known" in fallbacks[0]
     with caught_fallbacks() as fallbacks, counted_kernels() as counts:
@@ -383,9 +383,9 @@ def test_a_later_release_keeps_its_sampler(version: str, monkeypatch: pytest.Mon
 
 
 def test_another_signature_keeps_its_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(plain("flat")), "_denoising_step", lambda self, canvas: None)
+    monkeypatch.setattr(type(unaccelerated("flat")), "_denoising_step", lambda self, canvas: None)
     with caught_fallbacks() as fallbacks:
-        accelerated = twin(plain("flat"))
+        accelerated = twin(unaccelerated("flat"))
     assert len(fallbacks) == 1
     assert "takes other arguments than known (self, canvas)" in fallbacks[0]
     assert "_denoising_step" not in vars(accelerated)
@@ -406,7 +406,7 @@ LORA_TARGETS: dict[str, dict[str, Any]] = {
 def test_lora(targets: str, order: str) -> None:
     """A LoRA adapter of PEFT changes both models in the same way; without it both are as before."""
     peft = pytest.importorskip("peft", reason="peft is not installed (requirements/dev.txt)")
-    model, accelerated = (twin(plain("flat"), enabled=False) for _ in range(2))
+    model, accelerated = (twin(unaccelerated("flat"), enabled=False) for _ in range(2))
     config = peft.LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **LORA_TARGETS[targets])
     if order == "acceleration first":
         dg.accelerate(accelerated)
@@ -422,7 +422,7 @@ def test_lora(targets: str, order: str) -> None:
         got = passes(wrapped[1], ids, mask, canvas)
     assert counts["canvas_attention"] > 0
     assert counts["moe_ffn"] > 0
-    base = passes(plain("flat"), ids, mask, canvas)
+    base = passes(unaccelerated("flat"), ids, mask, canvas)
     assert float((wanted[0] - base[0]).abs().max() / base[0].abs().max()) > 100 * FP32_BOUND
     for index, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         assert_within(mine, theirs, f"output {index}")

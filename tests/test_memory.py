@@ -48,7 +48,7 @@ def test_the_plan_is_what_is_loaded(weights: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["fp8", "int4", "nvfp4"])
 def test_a_stored_format_takes_as_much_as_one_made_while_loading(to: str, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "plain", with_tokenizer=False)
+    folder = make_checkpoint(tmp_path / "unquantized", with_tokenizer=False)
     convert(folder, tmp_path / "out", parse_target(to))
     assert plan_of(tmp_path / "out", "auto") == plan_of(folder, to)
     assert plan_of(tmp_path / "out", "unquantized") == plan_of(folder, "auto")
@@ -78,11 +78,11 @@ def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
     def workspace(weights: str, activations: str | None = None) -> int:
         return memory_plan(config, info, resolve_weights(weights), torch.bfloat16, CUDA, 8192, activations).workspace
 
-    plain = workspace("auto")
-    assert workspace("fp8") == plain
-    assert 0 < workspace("int4") - plain < 2 * 4096 * (8 * 768 + 2816) * 2
+    unquantized = workspace("auto")
+    assert workspace("fp8") == unquantized
+    assert 0 < workspace("int4") - unquantized < 2 * 4096 * (8 * 768 + 2816) * 2
     copies = 4096 * (2816 + 8 * 704) + 4 * 4096 * 9
-    assert copies <= workspace("fp8", "fp8") - plain < copies + 4096
+    assert copies <= workspace("fp8", "fp8") - unquantized < copies + 4096
 
 
 def test_activations_are_planned_for_fp8_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.model import MatmulMode, PrefillChunk, resolve_matmul
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.sampling import begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
-from models import last_hidden, random_model
+from models import head_input, random_model
 
 # The default model of the tests has windows of 16 and canvases of 8.
 WINDOW, LENGTH = 16, 8
@@ -42,14 +42,14 @@ def test_one_pass_gives_what_two_give(prefix: int, count: int, dtype: torch.dtyp
         for slot in range(2):
             model.encode(ids(prefix, 4), cache, slots=[slot])
     model.encode(more, cache, slots=[0])
-    expected = last_hidden(model, canvas, cache, 0, soft)
-    actual = last_hidden(model, canvas, cache, 1, soft, appended=more)
+    expected = head_input(model, canvas, cache, 0, soft)
+    actual = head_input(model, canvas, cache, 1, soft, appended=more)
     assert torch.equal(actual, expected)
     assert cache.length(1) == cache.length(0) == prefix + count
     for one, other in zip(slot_of(cache, 1), slot_of(cache, 0), strict=True):
         assert torch.equal(one, other)
     # The next pass sees the appended positions.
-    assert torch.equal(last_hidden(model, canvas, cache, 1, soft), expected)
+    assert torch.equal(head_input(model, canvas, cache, 1, soft), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

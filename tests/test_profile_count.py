@@ -241,13 +241,13 @@ def test_flops_of_an_encode_are_of_the_pairs_that_see_each_other() -> None:
     seen: list[tuple[Any, ...]] = []
     plain = block_attention_plain.causal_attention
 
-    class Look(TorchDispatchMode):
+    class RecordAttention(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func._schema.name == "dgemma::causal_attention":
                 seen.append(args)
             return func(*args, **(kwargs or {}))
 
-    with Look():
+    with RecordAttention():
         watched.encode(torch.arange(5, 5 + PREFIX)[None], cache)
     hits = [float(watched.config.num_experts)] * 3
     found = encode_operations(watched.config, sizes_of(watched.weights), watched.dtype, PREFIX, hits)

@@ -31,7 +31,7 @@ FORMATS = ["fp8", "int4", "int4-64", "nvfp4"]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "plain", shards=2)
+    return make_checkpoint(tmp_path / "unquantized", shards=2)
 
 
 def load(folder: Path, weights: Any = "auto") -> ModelWeights:
@@ -78,14 +78,14 @@ def test_the_defining_package_reads_the_same_weights(to: str, source: Path, tmp_
 
     convert(source, tmp_path / "out", parse_target(to, ("experts", "attention", "mlp")))
     stored = all_tensors(tmp_path / "out")
-    plain = unfuse(all_tensors(source))
+    unquantized = unfuse(all_tensors(source))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     read = QuantizationConfig.model_validate(config["quantization_config"])
     assert read.format == {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}[to]
     scheme, compressor = schemes()[to]
     ours = load(tmp_path / "out", "unquantized")
     seen = 0
-    for name in plain:
+    for name in unquantized:
         if not re.search(r"layers\.\d+\.(self_attn\.\w_proj|mlp\.\w+_proj|experts\.\d+\.\w+)\.weight", name):
             continue
         base = name.removesuffix("weight")
@@ -95,7 +95,7 @@ def test_the_defining_package_reads_the_same_weights(to: str, source: Path, tmp_
         assert any(re.match(target.removeprefix("re:"), module) for target in targets), module
         back = compressor.decompress(parts, scheme)["weight"].bfloat16()
         assert torch.equal(loaded_plain(ours, name), back), name
-        assert float((back.float() - plain[name].float()).norm() / plain[name].float().norm()) < 0.12
+        assert float((back.float() - unquantized[name].float()).norm() / unquantized[name].float().norm()) < 0.12
         seen += 1
     assert seen == 3 * (3 + 3 + 8 * 3) + 2  # three projections where values come from keys, four elsewhere
 
@@ -222,7 +222,7 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "plain", with_tokenizer=False)
+    source = make_checkpoint(tmp_path / "unquantized", with_tokenizer=False)
     file = source / "model.safetensors"
     stored = load_file(file)
     stored["model.decoder.layers.1.experts.down_proj"][3, 2, 1] = float("nan")

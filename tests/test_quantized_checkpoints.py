@@ -78,8 +78,8 @@ def test_weights_are_the_packages_to_the_last_bit(layout: str, dtype: torch.dtyp
         assert isinstance(weight, Tensor) == stored_plain, name
         if isinstance(weight, QuantizedWeight):
             assert weight.name == FORMAT_OF.get(layout, layout)
-    plain = load(folder, weights="unquantized")
-    for name, weight in matrices_of(plain).items():
+    unquantized = load(folder, weights="unquantized")
+    for name, weight in matrices_of(unquantized).items():
         assert isinstance(weight, Tensor)
         original = matrices_of(weights)[name]
         if isinstance(original, QuantizedWeight):
@@ -97,8 +97,8 @@ def test_a_checkpoint_that_mixes_formats_by_layer(folder: Path) -> None:
     assert isinstance(weights.layers[0].q_proj, QuantizedWeight)
     assert isinstance(weights.layers[1].q_proj, Tensor)
     logits = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu"))
-    plain = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="unquantized"))
-    assert cosine(logits, plain) > 0.999
+    unquantized = denoised(dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="unquantized"))
+    assert cosine(logits, unquantized) > 0.999
 
 
 def test_experts_of_several_formats_are_read_unquantized(folder: Path) -> None:
@@ -137,17 +137,17 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize(("asked", "least"), [("fp8", 0.98), ("int4", 0.7), ("nvfp4", 0.7)])
 def test_quantizing_while_loading(asked: str, least: float, folder: Path) -> None:
-    plain = dg.DiffusionGemma.from_pretrained(folder, device="cpu")
+    unquantized = dg.DiffusionGemma.from_pretrained(folder, device="cpu")
     model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=asked)
     target = parse_target(asked)
     for number, layer in enumerate(model.weights.layers):
-        for attribute, original in vars(plain.weights.layers[number]).items():
+        for attribute, original in vars(unquantized.weights.layers[number]).items():
             weight = getattr(layer, attribute)
             assert isinstance(weight, QuantizedWeight) == (original is not None and target.wants(attribute)), attribute
             if isinstance(weight, QuantizedWeight):
                 error = (weight.dequantized(torch.float32) - original.float()).norm() / original.float().norm()
                 assert 0.01 < float(error) < (0.04 if asked == "fp8" else 0.12)
-    logits, wanted = denoised(model), denoised(plain)
+    logits, wanted = denoised(model), denoised(unquantized)
     agreement = float((logits.argmax(-1) == wanted.argmax(-1)).float().mean())
     print(f"{asked}: cosine {cosine(logits, wanted):.4f}, top-1 agreement {agreement:.3f}")
     assert cosine(logits, wanted) > least

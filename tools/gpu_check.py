@@ -45,8 +45,8 @@ SANITIZED += " or formats_mix or moe_ffn_fp8_is_right"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
-def fail(problem: str) -> int:
-    print(f"gpu-check: {problem}", file=sys.stderr)
+def fail(message: str) -> int:
+    print(f"gpu-check: {message}", file=sys.stderr)
     return 1
 
 
