@@ -48,7 +48,10 @@ def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
     """The same in the model's dtype, as transformers computes it."""
     nothing = [torch.zeros(0)] * 3
     row_sum = torch.ones(case.logits.shape[:2])
-    return denoise_plain.soft_embedding(*case.logits_params.values(), nothing[0], row_sum, *nothing[1:], **how)
+    out = case.logits.new_zeros((*case.logits.shape[:2], how["embedding"].shape[1]))
+    params = case.logits_params.values()
+    denoise_plain.soft_embedding_out(*params, nothing[0], row_sum, *nothing[1:], **how, out=out)
+    return out
 
 
 def peaked(

@@ -202,18 +202,25 @@ def _dtype(operand: Operand, call: Call) -> torch.dtype | None:
     return found
 
 
+def new_outputs(name: str, call: Call, zeroed: bool = False) -> dict[str, Tensor]:
+    """The outputs of a call that was checked."""
+    made = {}
+    for output in OPERATORS[name].outputs:
+        any_shape = call.any_shape if output.any_shape else None
+        shape = [extent.value(call.sizes) for extent in output.shape] if any_shape is None else list(any_shape)
+        new = call.first.new_zeros if zeroed else call.first.new_empty
+        made[output.name] = new(shape, dtype=_dtype(output, call))
+    return made
+
+
 def _without_data(name: str, *arguments: Any, **keywords: Any) -> Any:
     """What the operator returns, without its values."""
     call = check(name, arguments, keywords)
     outputs = OPERATORS[name].outputs
     if not outputs or outputs[0].name in keywords:
         return None
-    made = []
-    for output in outputs:
-        any_shape = call.any_shape if output.any_shape else None
-        shape = [extent.value(call.sizes) for extent in output.shape] if any_shape is None else list(any_shape)
-        made.append(call.first.new_empty(shape, dtype=_dtype(output, call)))
-    return made[0] if len(made) == 1 else tuple(made)
+    made = tuple(new_outputs(name, call).values())
+    return made[0] if len(made) == 1 else made
 
 
 def workspace_bytes(name: str, *, bfloat16: bool, cuda: bool, **sizes: int) -> int:

@@ -6,6 +6,8 @@ is computed from the tensors as masks, so attention does not wait for the device
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dgemma_ext.ops.plain.registration import register_on_gpu
@@ -144,47 +146,14 @@ def _into(out: torch.Tensor, result: torch.Tensor, slot: torch.Tensor, length: t
     out.copy_(torch.where(used[..., None, None], result, out))
 
 
-def canvas_attention_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    slot: torch.Tensor,
-    prefix_length: torch.Tensor,
-    length: torch.Tensor | None,
-    window: int,
-    scale: float,
-    *,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None = None,
-) -> None:
+def canvas_attention_out(*operands: Any, out: torch.Tensor, workspace: torch.Tensor | None = None) -> None:
     """`canvas_attention` into `out`; the workspace is not used."""
-    result = canvas_attention(query, key, value, prefix_key, prefix_value, slot, prefix_length, length, window, scale)
-    _into(out, result, slot, length)
+    _into(out, canvas_attention(*operands), slot=operands[5], length=operands[7])
 
 
-def causal_attention_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    slot: torch.Tensor,
-    prefix_length: torch.Tensor,
-    length: torch.Tensor | None,
-    spans: torch.Tensor | None,
-    window: int,
-    scale: float,
-    *,
-    out: torch.Tensor,
-    workspace: torch.Tensor | None = None,
-) -> None:
+def causal_attention_out(*operands: Any, out: torch.Tensor, workspace: torch.Tensor | None = None) -> None:
     """`causal_attention` into `out`; the workspace is not used."""
-    result = causal_attention(
-        query, key, value, prefix_key, prefix_value, slot, prefix_length, length, spans, window, scale
-    )
-    _into(out, result, slot, length)
+    _into(out, causal_attention(*operands), slot=operands[5], length=operands[7])
 
 
 for _name, _function in (

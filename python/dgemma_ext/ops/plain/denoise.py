@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgemma_ext import _C
-from dgemma_ext.ops.plain.registration import register_on_gpu
+from dgemma_ext.ops.plain.registration import register_on_gpu, register_with_out
 
 VOCABULARY_TILE = _C.VOCABULARY_TILE
 _WORD = 0xFFFFFFFF
@@ -81,32 +81,6 @@ def _tiles(values: Tensor, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, padding), value=fill).view(values.shape[0], -1, VOCABULARY_TILE)
 
 
-def vocabulary_statistics(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, vocabulary = logits.shape
-    tiles = -(-vocabulary // VOCABULARY_TILE)
-    argmax = logits.new_zeros((batch, length), dtype=torch.int32)
-    entropy, row_max = (logits.new_zeros((batch, length), dtype=torch.float32) for _ in range(2))
-    row_sum = logits.new_zeros((batch, length), dtype=torch.float64)
-    tile_max, tile_sum = (logits.new_zeros((batch, length, tiles), dtype=torch.float32) for _ in range(2))
-    vocabulary_statistics_out(
-        *(logits, softcap, temperature, active, allowed, allowed_row),
-        argmax=argmax,
-        entropy=entropy,
-        row_max=row_max,
-        row_sum=row_sum,
-        tile_max=tile_max,
-        tile_sum=tile_sum,
-    )
-    return argmax, entropy, row_max, row_sum, tile_max, tile_sum
-
-
 def vocabulary_statistics_out(
     logits: Tensor,
     softcap: float,
@@ -165,31 +139,6 @@ def _row_statistics(raw: Tensor, softcap: float, temperature: Tensor, mask: Tens
     argmax = torch.where(finite, largest, torch.where(mask, ids, raw.shape[1]).amin(-1))
     nan = torch.full_like(entropy, math.nan)
     return argmax, torch.where(finite, entropy, nan), row_max, torch.where(finite, row_sum, nan), tile_max, tile_sum
-
-
-def sample(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    seed: Tensor,
-    canvas_index: Tensor,
-    step: Tensor,
-    uniforms: Tensor | None,
-) -> Tensor:
-    out = logits.new_zeros(logits.shape[:2], dtype=torch.int32)
-    sample_out(
-        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
-        *(seed, canvas_index, step, uniforms),
-        out=out,
-    )
-    return out
 
 
 def sample_out(
@@ -349,32 +298,6 @@ def update_canvas_(
     active.copy_(going & ~stable & ~last)
 
 
-def soft_embedding(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    pinned: Tensor | None,
-    embedding: Tensor,
-    embedding_scale: float,
-    tolerance: float,
-    max_embedding_norm: float,
-) -> Tensor:
-    out = logits.new_zeros((*logits.shape[:2], embedding.shape[1]))
-    soft_embedding_out(
-        *(logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum),
-        *(pinned, embedding, embedding_scale, tolerance, max_embedding_norm),
-        out=out,
-    )
-    return out
-
-
 def soft_embedding_out(
     logits: Tensor,
     softcap: float,
@@ -411,14 +334,13 @@ def soft_embedding_out(
         out[b] = torch.where(running[b], soft, out[b])
 
 
-for _name, _function in (
-    ("vocabulary_statistics", vocabulary_statistics),
-    ("vocabulary_statistics.out", vocabulary_statistics_out),
-    ("sample", sample),
-    ("sample.out", sample_out),
-    ("noise_", noise_),
-    ("update_canvas_", update_canvas_),
-    ("soft_embedding", soft_embedding),
-    ("soft_embedding.out", soft_embedding_out),
-):
-    register_on_gpu(f"dgemma::{_name}", _function)
+vocabulary_statistics, sample, soft_embedding = (
+    register_with_out(name, out_form)
+    for name, out_form in (
+        ("vocabulary_statistics", vocabulary_statistics_out),
+        ("sample", sample_out),
+        ("soft_embedding", soft_embedding_out),
+    )
+)
+register_on_gpu("dgemma::noise_", noise_)
+register_on_gpu("dgemma::update_canvas_", update_canvas_)

@@ -28,6 +28,25 @@ def register(name: str, function: Callable[..., Any]) -> None:
     register_on_gpu(name, function)
 
 
+def register_with_out(name: str, out_form: Callable[..., None]) -> Callable[..., Any]:
+    """Makes `out_form`, which writes into given outputs, the GPU's `name.out`, and with outputs of its own `name`.
+
+    Returns the latter. Its outputs are zero where nothing is written.
+    """
+    names = [argument.name for argument in description.OPERATORS[name].arguments]
+
+    def new_form(*arguments: Any, **keywords: Any) -> Any:
+        arguments = (*arguments, *(keywords.get(argument) for argument in names[len(arguments) :]))
+        outputs = description.new_outputs(name, description.check(name, arguments, {}), zeroed=True)
+        out_form(*arguments, **outputs)
+        made = tuple(outputs.values())
+        return made[0] if len(made) == 1 else made
+
+    register_on_gpu(f"dgemma::{name}.out", out_form)
+    register_on_gpu(f"dgemma::{name}", new_form)
+    return new_form
+
+
 def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The form behind the checks, which look at layouts alone: those that passed once pass again in a fifth of the time
     (20 microseconds, which a small model would feel)."""
