@@ -172,7 +172,7 @@ class ModelConfig:
             vocab_size=text.integer("vocab_size", 262_144),
             num_attention_heads=text.integer("num_attention_heads", 8),
             max_position_embeddings=text.integer("max_position_embeddings", 131_072),
-            rms_norm_eps=text.number("rms_norm_eps", 1e-6, open_minimum=False),
+            rms_norm_eps=text.number("rms_norm_eps", 1e-6, zero=True),
             final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
             canvas_length=top.integer("canvas_length", 256),
             hidden_activation="gelu_pytorch_tanh",
@@ -321,7 +321,7 @@ def _rope(rope: Section) -> RopeConfig:
     config = RopeConfig(
         rope_type=kind,
         theta=rope.number("rope_theta"),
-        partial_rotary_factor=rope.number("partial_rotary_factor", 1.0, open_minimum=False),
+        partial_rotary_factor=rope.number("partial_rotary_factor", 1.0, zero=True),
         factor=rope.number("factor", 1.0),
     )
     if config.partial_rotary_factor > 1.0 or (kind == "default" and config.partial_rotary_factor != 1.0):

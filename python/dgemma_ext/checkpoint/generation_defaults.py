@@ -70,8 +70,8 @@ class GenerationDefaults:
                 raise sampler.error(field, "entropy_bound only")
         defaults = cls(
             max_denoising_steps=fields.integer("max_denoising_steps", cls.max_denoising_steps),
-            entropy_bound=sampler.number("entropy_bound", cls.entropy_bound, open_minimum=False),
-            t_min=fields.number("t_min", cls.t_min, open_minimum=False),
+            entropy_bound=sampler.number("entropy_bound", cls.entropy_bound, zero=True),
+            t_min=fields.number("t_min", cls.t_min, zero=True),
             t_max=fields.number("t_max", cls.t_max),
             stability_threshold=fields.integer("stability_threshold", cls.stability_threshold, minimum=0),
             confidence_threshold=fields.number("confidence_threshold", cls.confidence_threshold),

@@ -50,19 +50,12 @@ class Section:
             raise self.error(field, f"an integer of at least {minimum}")
         return value
 
-    def number(
-        self, field: str, default: float | None = None, minimum: float = 0.0, open_minimum: bool = True
-    ) -> float:
+    def number(self, field: str, default: float | None = None, zero: bool = False) -> float:
+        """A positive number, or one that may be zero as well."""
         value = self._present(field, default)
-        bound = "above" if open_minimum else "of at least"
-        in_range = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and (value > minimum if open_minimum else value >= minimum)
-            and value < float("inf")
-        )
-        if not in_range:
-            raise self.error(field, f"a finite number {bound} {minimum}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and (value >= 0 if zero else value > 0) and value < float("inf")):
+            raise self.error(field, f"a finite number {'of at least' if zero else 'above'} 0.0")
         return float(value)
 
     def token_id(self, field: str, default: int | None = None) -> int | None:

@@ -50,14 +50,13 @@ def grid_size(canvas_length: int) -> int | None:
     return next((size for size in BOX_SHAPES if size * size + 1 == canvas_length), None)
 
 
-def draw(size: int, seed: int, index: int = 0, clues: int | None = None) -> Puzzle:
+def draw(size: int, seed: int, index: int = 0) -> Puzzle:
     """Puzzle number `index` of a seed, with one solution, from random streams that training never uses.
 
-    clues: the number of given digits, default random in the range that the checkpoints are evaluated on.
+    The number of clues is random in the range that the checkpoints are evaluated on.
     """
     rng = random.Random(f"demo {size} {seed} {index}")
-    given = size * size - rng.randint(*BLANKS[size]) if clues is None else clues
-    return generate(size, given, rng)
+    return generate(size, size * size - rng.randint(*BLANKS[size]), rng)
 
 
 def pinned_clues(puzzle: Puzzle, model: DiffusionGemma) -> Canvas:

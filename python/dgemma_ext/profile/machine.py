@@ -98,10 +98,10 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
     return Machine(torch.cuda.get_device_name(device), bandwidth, peaks)
 
 
-def _best_seconds(call: Callable[[], object], rounds: int = _ROUNDS) -> float:
+def _best_seconds(call: Callable[[], object]) -> float:
     call()
     found = []
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         began = time.perf_counter()
         call()
         found.append(time.perf_counter() - began)
