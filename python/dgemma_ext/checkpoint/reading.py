@@ -195,7 +195,6 @@ class LoadProgress:
 
     def __init__(self, title: str, total_bytes: int, wanted: bool | None) -> None:
         self._bar: Progress | None = None
-        self._total = total_bytes
         self._done = 0
         self._started = False
         shown = sys.stderr.isatty() if wanted is None else wanted
