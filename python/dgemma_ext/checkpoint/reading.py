@@ -180,11 +180,7 @@ def stack_weights(experts: Iterable[list[QuantizedWeight]], count: int) -> Quant
 
 def _indices(position: int, shape: torch.Size) -> list[int]:
     """A position in row-major order as one index per dimension."""
-    indices = []
-    for size in reversed(shape):
-        position, index = divmod(position, size)
-        indices.append(index)
-    return indices[::-1]
+    return [int(index) for index in torch.unravel_index(torch.tensor(position), shape)]
 
 
 class LoadProgress:
@@ -195,7 +191,6 @@ class LoadProgress:
 
     def __init__(self, title: str, total_bytes: int, wanted: bool | None) -> None:
         self._bar: Progress | None = None
-        self._done = 0
         self._started = False
         shown = sys.stderr.isatty() if wanted is None else wanted
         self._start_at = time.monotonic() + _PROGRESS_AFTER_SECONDS if wanted is None else 0.0
@@ -212,10 +207,9 @@ class LoadProgress:
             self._bar.stop()
 
     def advance(self, nbytes: int) -> None:
-        self._done += nbytes
         if self._bar is None:
             return
         if not self._started and time.monotonic() >= self._start_at:
             self._bar.start()
             self._started = True
-        self._bar.update(self._task, completed=self._done)
+        self._bar.update(self._task, advance=nbytes)
