@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from sim.build import INCLUDE, SIM, SUPPORTED, find_nvcc, sim_library
+from cuda_tools import find_nvcc
+from gpu_build import conformance_command
+from sim.build import SIM, SUPPORTED, sim_library, sim_program
 
 SOURCES = sorted((SIM / "conformance").glob("*.cu"))
 CASES = [
@@ -43,6 +46,9 @@ CASES = [
     "wgmma A in registers, B n-major",
 ]
 
+# Starting a process on a GPU takes one or two of them.
+CASE_SECONDS = 20
+
 on_host = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
 
@@ -68,18 +74,47 @@ def test_host_does_what_the_table_claims(library: ctypes.CDLL, case: str) -> Non
         assert message is None, f"seed {seed}: {message.decode()}"
 
 
-@pytest.mark.gpu
-def test_gpu_does_what_the_table_claims(tmp_path: Path) -> None:
+@on_host
+def test_the_program_runs_one_case_or_lists_them() -> None:
+    program = sim_program("conformance", SOURCES)
+
+    def said(*words: str) -> tuple[int, list[str]]:
+        done = subprocess.run([program, *words], capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout.splitlines()
+
+    assert said("list") == (0, [f"{number} {name}" for number, name in enumerate(CASES)])
+    number = CASES.index("permuted bytes")
+    status, (line,) = said(str(number))
+    assert (status, line.split()) == (0, [str(number), "permuted", "bytes", "ok"])
+    for word in (str(len(CASES)), "-1", "cp_async", "99999999999999999999"):
+        assert said(word) == (2, [f"got {word}, wants list or a number from 0 to {len(CASES) - 1}"])
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program for this machine's GPU."""
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) != (9, 0):
+    if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the table is compiled for 9.0a: it holds wgmma")
-    program = tmp_path / "conformance"
-    code = "arch=compute_90a,code=sm_90a"
+    built = os.environ.get("DGEMMA_CONFORMANCE")  # what tools/gpu_build.py made before
+    if built:
+        return Path(built)
+    program = tmp_path_factory.mktemp("conformance") / "conformance"
     nvcc = find_nvcc()
     assert nvcc is not None, "a GPU run needs nvcc"
-    command = [nvcc, "-std=c++20", "-O3", "-gencode", code, *INCLUDE[1:], "--threads", "0", "-o", str(program)]
-    subprocess.run([*command, *map(str, SOURCES)], check=True)
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    subprocess.run(conformance_command(nvcc, "90a", program), check=True)
+    return program
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_does_what_the_table_claims(on_gpu: Path, case: str) -> None:
+    """Each case in a process of its own: one that hangs or faults fails alone."""
+    command = [on_gpu, str(CASES.index(case))]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CASE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the case has not ended after {CASE_SECONDS} s")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].endswith(" ok")

@@ -116,7 +116,7 @@ def sim_library(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -
 def sim_program(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
     """The same as a program of its own; one of the sources has `main`."""
     flags = SANITIZE if sanitize else ["-O2"]
-    objects = [_object(source, flags) for source in [TEST_BED, *sources]]
+    objects = [_object(TEST_BED, SANITIZE if sanitize else ["-O3"]), *(_object(source, flags) for source in sources)]
     return _linked(name, objects, flags[:1] if sanitize else [], "")
 
 

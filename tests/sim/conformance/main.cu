@@ -1,4 +1,8 @@
-// Runs the whole table, or serves it case by case to the suite.
+// Runs the table, or one case of it, and serves it case by case to the suite.
+//
+//   conformance         every case, a line each
+//   conformance 12      the case of that number alone: one that hangs or faults costs its own process
+//   conformance list    numbers and names; needs no GPU
 #include "conformance.h"
 
 namespace {
@@ -28,28 +32,68 @@ ENTRY const char* conformance_run(int number) {
   return last_message.empty() ? nullptr : last_message.c_str();
 }
 
-int main() {
-  int architecture = 90;
-#ifndef DGEMMA_SIM
+namespace {
+
+int print_list() {
+  for (size_t number = 0; number < all_cases().size(); ++number)
+    std::printf("%zu %s\n", number, all_cases()[number].name);
+  return 0;
+}
+
+// The GPU's compute capability, 90 for 9.0; 0 without a GPU.
+int architecture_of_gpu() {
+#ifdef DGEMMA_SIM
+  return 90;
+#else
   cudaDeviceProp properties;
-  if (cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
-    std::puts("no GPU");
-    return 2;
+  const cudaError_t error = cudaGetDeviceProperties(&properties, 0);
+  if (error != cudaSuccess) {
+    std::printf("no GPU: %s\n", cudaGetErrorString(error));
+    return 0;
   }
-  architecture = properties.major * 10 + properties.minor;
-  std::printf("%s, compute capability %d\n", properties.name, architecture);
+  std::printf("%s, compute capability %d.%d\n", properties.name, properties.major,
+              properties.minor);
+  return properties.major * 10 + properties.minor;
 #endif
+}
+
+// What needs 9.0 here is Hopper's own (wgmma) or compiled for 90a.
+bool serves(int architecture, const conformance::Case& one) {
+  return one.architecture <= architecture && (one.architecture != 90 || architecture == 90);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  // A line is out before the next case begins, whatever that case does.
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const std::string word = count > 1 ? words[1] : "";
+  if (word == "list") return print_list();
+  const size_t cases = all_cases().size();
+  size_t first = 0, last = cases;
+  if (!word.empty()) {
+    if (word.size() > 4 || word.find_first_not_of("0123456789") != std::string::npos ||
+        (first = std::stoul(word)) >= cases) {
+      std::printf("got %s, wants list or a number from 0 to %zu\n", word.c_str(), cases - 1);
+      return 2;
+    }
+    last = first + 1;
+  }
+  const int architecture = architecture_of_gpu();
+  if (architecture == 0) return 2;
   int failures = 0, skipped = 0;
-  for (const conformance::Case& one : all_cases()) {
-    // A case that needs 9.0 is Hopper's own (wgmma) or compiled for 90a.
-    if (one.architecture > architecture || (one.architecture == 90 && architecture != 90)) {
+  for (size_t number = first; number < last; ++number) {
+    const conformance::Case& one = all_cases()[number];
+    if (!serves(architecture, one)) {
+      std::printf("%2zu %-32s skipped\n", number, one.name);
       ++skipped;
       continue;
     }
     const std::string problem = one.run();
     failures += !problem.empty();
-    std::printf("%-32s %s\n", one.name, problem.empty() ? "ok" : problem.c_str());
+    std::printf("%2zu %-32s %s\n", number, one.name, problem.empty() ? "ok" : problem.c_str());
   }
-  std::printf("%zu cases, %d failed, %d skipped\n", all_cases().size(), failures, skipped);
+  if (last - first > 1)
+    std::printf("%zu cases, %d failed, %d skipped\n", last - first, failures, skipped);
   return failures != 0;
 }
