@@ -5,7 +5,7 @@
     python tools/gpu_build.py FOLDER --carried build/carry    takes what was built there, if it fits, else builds
 
 FOLDER/site holds the package, FOLDER/probe and FOLDER/conformance the programs, FOLDER/cmake the objects. A build fits
-when it is of the same C++ and CUDA sources and its module loads in this Python; Python files always come from this tree.
+when it is of the same C++ and CUDA sources and its module loads in this Python; Python files come from this tree.
 
 It needs nothing from the network: the Python that runs it must hold torch and what builds the package
 (scikit-build-core, pybind11, cmake, ninja); nvcc 13 must be on the PATH, under CUDA_HOME or in /usr/local/cuda.
