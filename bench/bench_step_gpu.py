@@ -76,7 +76,7 @@ def bench_step(benchmark: BenchmarkFixture, weights: str, experts_hit: int, pref
     dense = sum(weight.nbytes for weight in kept if weight is not None)
     work = Work(bytes=experts * experts_hit / 128 + dense + 2 * HEAD_BYTES)
     benchmark.extra_info["gigabytes_allocated"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-    record(benchmark, step, work, GOALS[weights][experts_hit], rounds=10)
+    record(benchmark, step, work, GOALS[weights][experts_hit], rounds=10, with_host=True)
 
 
 @pytest.mark.parametrize("prefix", [128, 8192])

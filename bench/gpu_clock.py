@@ -1,25 +1,34 @@
 """Times work on a GPU by its own clock, for the benchmarks of every family.
 
-A round flushes the L2 cache (the next call finds none of its inputs there), then runs the call between two events.
-Rounds are enqueued without waiting, so that the host's time to launch hides behind the flush; the median of them is
-reported. `floor` is the time that bytes and operations take at best on this device: by the read bandwidth that is
-measured here in the same process, not by the data sheet, and by the data sheet's tensor-core peak.
+A round flushes the L2 cache (the next call finds none of its inputs there), keeps the GPU busy for longer than the host
+takes to queue the call, then runs the call between two events: what is measured is the GPU's time and never the host's.
+The median of the rounds is reported. `floor` is the time that bytes and operations take at best on this device: by the
+read bandwidth that is measured here in the same process, not by the data sheet, and by the data sheet's tensor-core
+peak.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 30
 WARM_UP = 3
 # Twice the largest L2 cache of the supported GPUs (96 MB on an RTX 5090).
 FLUSH_BYTES = 192 * 2**20
+# For how long the GPU is kept busy: so many times what the host took to queue a call, and so much more, at most MOST.
+HOST_FACTOR = 3.0
+HOST_MARGIN_MICROSECONDS = 100.0
+MOST_BUSY_MICROSECONDS = 50_000.0
 # The read bandwidth is measured on this many bytes: enough that launch costs do not count.
 STREAM_BYTES = 4 * 2**30
 # Dense bf16 peak by data sheet, TFLOP/s, by compute capability: H100 and H200 SXM, A100, RTX 4090, RTX 5090.
@@ -36,21 +45,82 @@ class Work:
 
 @cache
 def _flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    return torch.zeros(FLUSH_BYTES // 4, device="cuda")
+
+
+def _flush() -> None:
+    """Reads, so that the L2 cache has nothing to write back while the call runs."""
+    _flush_buffer().sum()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of a call. hidden: in every round all of it was queued before the GPU came to it."""
+
+    microseconds: float
+    host_microseconds: float
+    hidden: bool
+
+
+def timed(call: Callable[[], object], rounds: int = ROUNDS) -> Timing:
+    """The GPU's time of one call, with a cold L2 cache. A call that waits for the GPU by itself is never hidden."""
+    host = max(_queued(call) for _ in range(WARM_UP))
+    busy = min(HOST_FACTOR * host + HOST_MARGIN_MICROSECONDS, MOST_BUSY_MICROSECONDS)
+    cycles = round(busy * _cycles_per_microsecond())
+    found, queued = [], []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        _flush()
+        torch.cuda._sleep(cycles)
+        began = time.perf_counter()
+        begin.record()
+        call()
+        end.record()
+        queued.append((time.perf_counter() - began) * 1e6)
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) * 1e3)
+    return Timing(statistics.median(found), statistics.median(queued), max(queued) < busy)
 
 
 def microseconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
     """The median GPU time of one call with a cold L2 cache."""
+    return timed(call, rounds).microseconds
+
+
+def microseconds_with_host(call: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """The same with nothing to hide behind but the flush: where the host queues more slowly than the GPU works, the
+    host's time."""
     for _ in range(WARM_UP):
         call()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
     for begin, end in events:
-        _flush_buffer().zero_()
+        _flush()
         begin.record()
         call()
         end.record()
     torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events)
+
+
+def _queued(call: Callable[[], object]) -> float:
+    """Microseconds that the host takes to queue a call while the GPU has nothing to do."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e6
+
+
+@cache
+def _cycles_per_microsecond() -> float:
+    cycles = 10_000_000
+    for _ in range(2):  # the first one wakes the clocks
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize()
+    return cycles / (begin.elapsed_time(end) * 1e3)
 
 
 @cache
@@ -66,6 +136,17 @@ def floor_microseconds(work: Work) -> float:
     return max(work.bytes / read_bandwidth() * 1e6, by_operations)
 
 
+def figures_of(microseconds: float, work: Work) -> dict[str, float]:
+    floor = floor_microseconds(work)
+    return {
+        "microseconds": microseconds,
+        "floor": floor,
+        "floor_share": floor / microseconds,
+        "gigabytes_per_second": work.bytes / microseconds * 1e-3,
+        "teraflops": work.operations / microseconds * 1e-6,
+    }
+
+
 def record(
     benchmark: BenchmarkFixture,
     call: Callable[[], object],
@@ -73,22 +154,16 @@ def record(
     goal: float | None = None,
     peer: Callable[[], object] | None = None,
     rounds: int = ROUNDS,
+    with_host: bool = False,
 ) -> None:
-    """Measures a call, and its peer in the same run, and writes the figures to the benchmark's extra_info."""
-    time = microseconds(call, rounds)
-    floor = floor_microseconds(work)
-    figures = {
-        "microseconds": time,
-        "floor": floor,
-        "floor_share": floor / time,
-        "gigabytes_per_second": work.bytes / time * 1e-3,
-        "teraflops": work.operations / time * 1e-6,
-    }
+    """Measures a call, and its peer in the same run, and leaves the figures in the benchmark's extra_info."""
+    clock = microseconds_with_host if with_host else microseconds
+    figures = figures_of(clock(call, rounds), work)
     if goal is not None:
         figures["goal"] = goal
     if peer is not None:
         figures["peer"] = microseconds(peer, rounds)
-        figures["ratio"] = time / figures["peer"]
+        figures["ratio"] = figures["microseconds"] / figures["peer"]
     benchmark.extra_info.update(figures)
 
     def once() -> None:

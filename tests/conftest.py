@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+import gpu_session
 from backend import BACKEND, VARIANTS
 from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
 
@@ -23,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
     if (GPU_RUN or BACKEND == "cuda") and not torch.cuda.is_available():
         raise pytest.UsageError("a run on the GPU was asked for, but none is visible to torch")
+    if GPU_RUN:
+        config.pluginmanager.register(gpu_session)
     if BACKEND == "cuda":
         from on_gpu import run_operators_on
 

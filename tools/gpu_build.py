@@ -57,7 +57,9 @@ def _compiler(nvcc: str, architecture: str) -> list[str]:
 def build(nvcc: str, architecture: str, folder: Path, programs: bool = True) -> list[str]:
     """Builds all at once; what failed. programs: not the package alone."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Nothing of an earlier build may stand in where this one fails.
     (folder / DIGEST).unlink(missing_ok=True)
+    shutil.rmtree(folder / "site" / "dgemma_ext", ignore_errors=True)
     commands = {"package": package_command(nvcc, architecture, folder)}
     if programs:
         commands["probe"] = probe_command(nvcc, architecture, folder / "probe")
