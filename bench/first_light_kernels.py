@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def moe(sizes: Sizes, device: str, weights: str, hit: int, activations: str | No
     work = Work(
         bytes=found * kept + 4.0 * sizes.tokens * config.hidden_size, operations=2.0 * sizes.tokens * top_k * values
     )
-    calls: list[Callable[[], object]] = [lambda given=given: call(given) for given in sets]  # type: ignore[misc]
+    calls: list[Callable[[], object]] = [partial(call, given) for given in sets]
     about = {"experts_hit": found}
     if device == "cpu" or weights != "bfloat16":
         return Kernel(calls, work, about=about)
@@ -150,7 +150,7 @@ def route(sizes: Sizes, device: str) -> Kernel:
     sets = [normal(device, sizes.tokens, config.hidden_size) for _ in range(SETS)]
     weights = config.num_experts * config.hidden_size
     work = Work(bytes=2.0 * (weights + sets[0].numel()), operations=2.0 * sizes.tokens * weights)
-    return Kernel([lambda x=x: router.route(x, *given) for x in sets], work)  # type: ignore[misc]
+    return Kernel([partial(router.route, x, *given) for x in sets], work)
 
 
 # Vocabulary -----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def attention(sizes: Sizes, device: str, full: bool, prefix: int) -> Kernel:
         bytes=2.0 * head_dim * (2 * sizes.tokens * heads + 2 * positions * key_heads),
         operations=4.0 * sizes.tokens * heads * positions * head_dim,
     )
-    calls: list[Callable[[], object]] = [lambda given=given: call(given) for given in sets]  # type: ignore[misc]
+    calls: list[Callable[[], object]] = [partial(call, given) for given in sets]
     return Kernel(calls, work, peer, lambda: relative(call(sets[0]).transpose(1, 2), peer()), {"prefix": prefix})
 
 
@@ -271,7 +271,7 @@ def dense(sizes: Sizes, device: str, name: str) -> Kernel:
         return F.linear(sets[0], weight)
 
     return Kernel(
-        [lambda x=x: grouped_gemm.dense(x, weight) for x in sets],  # type: ignore[misc]
+        [partial(grouped_gemm.dense, x, weight) for x in sets],
         work,
         peer,
         lambda: relative(grouped_gemm.dense(sets[0], weight), peer()),
@@ -304,7 +304,7 @@ def between(sizes: Sizes, device: str, name: str) -> Kernel:
     # normalise_heads writes what it reads, but the cosines and sines.
     work = Work(bytes=read + written[name] * size if name in written else 2.0 * read)
     function = getattr(layer, name)
-    return Kernel([lambda given=given: function(*given) for given in sets], work)  # type: ignore[misc]
+    return Kernel([partial(function, *given) for given in sets], work)
 
 
 add("experts_bf16_128", moe, "bfloat16", 128)

@@ -1,6 +1,8 @@
 """Times kernels one after the other in this process, a JSON line each: for first_light.py, which starts it.
 
 python bench/first_light_worker.py full|small list|NAME...
+
+For tests: FIRST_LIGHT_KERNEL_DIES and FIRST_LIGHT_KERNEL_HANGS name a kernel before which the process does that.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Measures the random model of the true size beside transformers and the published figures: `make report`.
 
     make report                                     on a GPU: all points; a second run goes on
-    make report ARGS="--minutes 8"                  begins no point after so long
+    make report ARGS="--minutes 8"                  begins no point after so long, and ends transformers then
     make report ARGS="--only profile --only fp8"    points whose names hold all of these words
     make report ARGS="--small"                      small sizes, on a CPU in a minute: proves the code, not a speed
     make report ARGS="--draw"                       measures nothing, draws what there is
 
 Each point is saved when it is measured (bench/results/<device>-report.json), a failure with its words, which the next
-run tries again. Then come the goals with what was met, and the plots: of a GPU at full size in docs/report, of
-anything else in build/report and marked as such.
+run tries again. The most telling points come first, those of transformers last. Then come the goals with what was met,
+and the plots: of a GPU at full size in docs/report, of anything else in build/report and marked as such.
 """
 
 from __future__ import annotations
@@ -101,7 +101,11 @@ def save(report: dict[str, Any], file: Path) -> None:
 
 def _commit() -> str:
     version = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(version, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    try:
+        said = subprocess.run(version, capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a folder without history
+        said = ""
+    return said.strip() or "unknown"
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -113,8 +117,8 @@ def run(
     """Measures the points that are missing or failed, and saves after every point."""
     from report_measure import Measurer
 
-    measurer = Measurer(scale, device)
     began = time.monotonic()
+    measurer = Measurer(scale, device, began + 60 * minutes if minutes is not None else float("inf"))
     left = [point for point in wanted if "error" in report["points"].get(point.name, {"error": "not measured"})]
     print(f"{len(wanted)} points, {len(wanted) - len(left)} of them measured before")
     for number, point in enumerate(left, start=1):

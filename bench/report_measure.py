@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -22,13 +24,19 @@ from dgemma_ext.profile.true_size import config_dict, random_model, true_config
 
 FLAT = 0.05  # final norm
 _PROFILED_STEPS = 4
+# What a point of transformers may take, compilation included.
+TRANSFORMERS_SECONDS = 900.0
 
 
 class Measurer:
-    """Keeps the last point's random model, so that points of a model need it made once."""
+    """Keeps the random model of the last point, so that points of one model need it made once.
 
-    def __init__(self, scale: Scale, device: str) -> None:
+    deadline: of time.monotonic(), when what runs in another process is ended.
+    """
+
+    def __init__(self, scale: Scale, device: str, deadline: float = float("inf")) -> None:
         self.scale = scale
+        self.deadline = deadline
         self.device = torch.device(device)
         self._model: dg.DiffusionGemma | None = None
         self._made: tuple[str, int] | None = None
@@ -36,8 +44,9 @@ class Measurer:
     def measure(self, point: Point) -> dict[str, Any]:
         """The figures of a point. Raises the exceptions of its run."""
         if point.kind == "transformers":
-            self._forget()  # both models do not fit in memory
-            return measure_transformers(self.scale, point, self.device)
+            self._forget()  # both do not fit beside each other
+            limit = min(TRANSFORMERS_SECONDS, max(self.deadline - time.monotonic(), 1.0))
+            return measure_transformers(self.scale, point, self.device, limit)
         model = self._model_of(point)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -58,6 +67,7 @@ class Measurer:
 
     def _forget(self) -> None:
         self._model = self._made = None
+        gc.collect()  # requests that are not finished refer to themselves and to the model
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -175,8 +185,9 @@ class Batch:
                 self._committed[event.request.number] += 1
 
 
-def measure_transformers(scale: Scale, point: Point, device: torch.device) -> dict[str, Any]:
-    """Runs transformers in another process. Raises RuntimeError with the end of its output where it fails."""
+def measure_transformers(scale: Scale, point: Point, device: torch.device, limit: float) -> dict[str, Any]:
+    """The last figures of transformers, in a process of its own that ends after so many seconds. Raises RuntimeError
+    with its last words where it gave none."""
     order = {
         "config": config_dict(scale.layers, **scale.changes),
         "device": str(device),
@@ -185,8 +196,18 @@ def measure_transformers(scale: Scale, point: Point, device: torch.device) -> di
         **point.fields(),
     }
     worker = [sys.executable, str(Path(__file__).with_name("report_transformers.py")), json.dumps(order)]
-    done = subprocess.run(worker, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"transformers' process ended with status {done.returncode}: {done.stderr[-300:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            status = subprocess.run(worker, stdout=out, stderr=err, timeout=limit, check=False).returncode
+            end = f"ended with status {status}"
+        except subprocess.TimeoutExpired:
+            end = f"was ended after {limit:.0f} s"
+        out.seek(0)
+        err.seek(0)
+        lines, said = [line for line in out.read().splitlines() if line.startswith("{")], err.read()
+    if not lines:
+        raise RuntimeError(f"transformers' process {end}: {said[-300:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    if order["compile"] and not found["compiled"]:
+        found["note"] = f"not compiled: the process {end}"
     return found

@@ -121,21 +121,35 @@ SMALL = Scale(
 
 
 def points(scale: Scale) -> list[Point]:
-    """Every point once, model by model, the most important first, in case a run is cut short."""
-    found = dict.fromkeys(point for model in scale.models for point in _of_model(scale, *model))
-    return list(found)
+    """Every point once, the most telling first: of each model a step by batch and its parts; then the rest, model by
+    model, because one of 52 GB takes a while to make; transformers last, whose runs are the longest."""
+    models = scale.models
+    telling = [point for model in models for point in _telling(scale, *model)]
+    rest = [point for model in models for point in _rest(scale, *model)]
+    peers = [
+        Point("transformers", weights, experts, batch, scale.prefix, steps=scale.steps[0])
+        for weights, experts in models
+        if weights == "bfloat16"
+        for batch in scale.transformers_batches
+    ]
+    return list(dict.fromkeys((*telling, *rest, *peers)))
 
 
-def _of_model(scale: Scale, weights: str, experts: int) -> Iterator[Point]:
+def _telling(scale: Scale, weights: str, experts: int) -> Iterator[Point]:
+    yield Point("fixed", weights, experts, 1, scale.prefix, steps=scale.steps[0])
+    yield Point("profile", weights, experts, 1, scale.profiled[0])
+    for batch in (4, 8):
+        if batch in scale.batches:
+            yield Point("fixed", weights, experts, batch, scale.prefix, steps=scale.steps[0])
+
+
+def _rest(scale: Scale, weights: str, experts: int) -> Iterator[Point]:
     short, long = scale.steps
-    plain = weights == "bfloat16"
     for prefix in scale.profiled:
         yield Point("profile", weights, experts, 1, prefix)
     for batch in scale.batches:
         yield Point("fixed", weights, experts, batch, scale.prefix, steps=short)
     yield from (point for point in scale.extra if point.model == (weights, experts))
-    for batch in scale.transformers_batches if plain else ():
-        yield Point("transformers", weights, experts, batch, scale.prefix, steps=short)
     for prefix in scale.prefixes:
         yield Point("fixed", weights, experts, 1, prefix, steps=short)
         yield Point("prefill", weights, experts, 1, prefix)

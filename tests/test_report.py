@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,22 @@ def test_the_axes() -> None:
             assert {p.batch for p in mine if p.kind == "adaptive"} == {1, 8}
             assert {p.prefix for p in mine if p.kind == "profile"} >= {4096, 8192}
     assert {p.batch for p in found if p.kind == "transformers"} == {1, 4, 8}
-    # A model of 52 GB is made once, so the points of a model follow each other.
-    models = [point.model for point in found]
-    assert sum(a != b for a, b in pairwise(models)) == len(set(models)) - 1
+
+
+def test_the_most_telling_points_come_first() -> None:
+    found = points(FULL)
+    assert [point.name for point in found[:4]] == [
+        "fixed bfloat16 experts-128 batch-1 prefix-128 steps-16",
+        "profile bfloat16 experts-128 batch-1 prefix-128",
+        "fixed bfloat16 experts-128 batch-4 prefix-128 steps-16",
+        "fixed bfloat16 experts-128 batch-8 prefix-128 steps-16",
+    ]
+    # Every model has its first points before any has its second ones; each is made twice at most.
+    assert {point.model for point in found[:24]} == set(FULL.models)
+    mine = [point for point in found if point.kind != "transformers"]
+    assert sum(a.model != b.model for a, b in pairwise(mine)) == 2 * len(FULL.models) - 1
+    # Those of transformers, which may compile for minutes, are last.
+    assert found[len(mine) :] == [point for point in found if point.kind == "transformers"]
 
 
 def test_small_has_every_kind() -> None:
@@ -137,6 +151,34 @@ def test_a_second_run_goes_on(
     assert report("--only", "fixed", folder=tmp_path) == 0
     assert asked == []
     assert not any("error" in entry for entry in entries(tmp_path).values())
+
+
+TRANSFORMERS = Point("transformers", "bfloat16", 16, 1, 32, steps=2)
+
+
+def as_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> None:
+    """Puts a program in the place of transformers' process."""
+    (folder / "report_transformers.py").write_text(f"import os, sys, time\n{program}\n")
+    monkeypatch.setattr(report_measure, "__file__", str(folder / "report_measure.py"))
+
+
+def test_transformers_process_is_ended_at_its_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    as_worker(monkeypatch, tmp_path, "print('compiling', file=sys.stderr, flush=True); time.sleep(600)")
+    measurer = report_measure.Measurer(SMALL, "cpu", deadline=0.0)
+    with pytest.raises(RuntimeError, match="was ended after 1 s: "):
+        measurer.measure(TRANSFORMERS)
+    as_worker(monkeypatch, tmp_path, "sys.exit('no such class')")
+    with pytest.raises(RuntimeError, match="ended with status 1: no such class"):
+        report_measure.Measurer(SMALL, "cpu").measure(TRANSFORMERS)
+
+
+def test_what_transformers_gave_before_it_was_ended_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The uncompiled run comes first."""
+    line = '{"tokens_per_second": 7.0, "compiled": false}'
+    as_worker(monkeypatch, tmp_path, f"print('words'); print('{line}', flush=True); os.kill(os.getpid(), 9)")
+    found = report_measure.Measurer(replace(SMALL, compile_transformers=True), "cpu").measure(TRANSFORMERS)
+    assert found["tokens_per_second"] == 7.0
+    assert found["note"] == "not compiled: the process ended with status -9"
 
 
 def test_minutes_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
