@@ -15,8 +15,9 @@ from torch import Tensor
 import dgemma_ext as dg
 from dgemma_ext.checkpoint import LayerConfig, ModelConfig, parse_target
 from dgemma_ext.ops import block_attention, grouped_gemm, layer, router
-from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8, experts
+from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
+from dgemma_ext.ops.weights import experts
 from dgemma_ext.profile.true_size import random_model, true_config
 from dgemma_ext.sampling import begin_canvas, make_canvas_batch, make_step_buffers
 from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding

@@ -29,7 +29,7 @@ TRANSFORMERS_SECONDS = 900.0
 
 
 class Measurer:
-    """Keeps the random model of the last point, so that points of one model need it made once.
+    """Keeps the last point's random model, so that points of a model need it made once.
 
     deadline: of time.monotonic(), when what runs in another process is ended.
     """
@@ -44,7 +44,7 @@ class Measurer:
     def measure(self, point: Point) -> dict[str, Any]:
         """The figures of a point. Raises the exceptions of its run."""
         if point.kind == "transformers":
-            self._forget()  # both do not fit beside each other
+            self._forget()  # both models do not fit in memory
             limit = min(TRANSFORMERS_SECONDS, max(self.deadline - time.monotonic(), 1.0))
             return measure_transformers(self.scale, point, self.device, limit)
         model = self._model_of(point)

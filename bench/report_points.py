@@ -121,8 +121,8 @@ SMALL = Scale(
 
 
 def points(scale: Scale) -> list[Point]:
-    """Every point once, the most telling first: of each model a step by batch and its parts; then the rest, model by
-    model, because one of 52 GB takes a while to make; transformers last, whose runs are the longest."""
+    """Every point once, the most important first, in case a run is cut short: each model's step by batch and its parts;
+    then the rest, model by model, because a model takes a while to make; last transformers, whose runs are longest."""
     models = scale.models
     telling = [point for model in models for point in _telling(scale, *model)]
     rest = [point for model in models for point in _rest(scale, *model)]

@@ -2,8 +2,8 @@
 
     python bench/report_transformers.py JSON
 
-A process of its own, because two models of the true size do not fit beside each other. Prints a JSON line; where it is
-to be compiled, which may take longer than there is time, one of the uncompiled run before.
+It runs in its own process, because two models of the true size do not fit in memory. Prints a JSON line; before a
+compiled run, whose compilation may take longer than there is time, one of an uncompiled run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_model(order: dict[str, Any]) -> Any:
 
 
 def generation_settings(order: dict[str, Any], compiled: bool) -> dict[str, Any]:
-    """Every canvas takes all its steps: a draft would have to stay the same for longer than there are steps."""
+    """Every canvas takes all its steps: its draft would have to stay the same for longer than there are steps."""
     settings: dict[str, Any] = {
         "max_new_tokens": order["canvases"] * order["config"]["canvas_length"],
         "max_denoising_steps": order["steps"],
@@ -77,7 +77,7 @@ def main() -> None:
         for _ in range(2 if compiled else 1):  # the first compiles
             streamer = CanvasTimes()
             model.generate(ids.to(order["device"]), streamer=streamer, **generation_settings(order, compiled))
-        # From a canvas to the next: one encode and all steps, as for this package.
+        # Each interval between canvases has one encode and all steps, as for this package.
         seconds = median(end - begin for begin, end in pairwise(streamer.times[1:]))
         figures = {
             "canvas_seconds": seconds,

@@ -19,7 +19,8 @@ import host_probe
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
-import first_light
+import first_light  # noqa: E402
+import gpu_clock  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
 
@@ -152,6 +153,12 @@ def test_every_piece_of_the_host_probe_says_what_it_tries() -> None:
 
 def lines_of(file: Path) -> dict[str, dict[str, Any]]:
     return {line["kernel"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
+def test_rounds_in_which_the_host_was_late_do_not_count() -> None:
+    late, hidden = (60.0, 500.0), (10.0, 40.0)
+    assert gpu_clock.of_rounds([late, hidden, hidden], busy=100.0) == gpu_clock.Timing(10.0, 40.0, True)
+    assert gpu_clock.of_rounds([late, late, hidden], busy=100.0) == gpu_clock.Timing(60.0, 500.0, False)
 
 
 def test_every_kernel_has_a_line(tmp_path: Path) -> None:
