@@ -126,7 +126,7 @@ def test_a_process_for_each_case(planted: Run) -> None:
     assert len(of_part["families"]) == len(OPERATOR_TESTS)
     assert len(of_part["loop"]) == len(LOOP)
     listed = subprocess.run([sys.executable, "tools/host_probe.py", "--list"], cwd=ROOT, capture_output=True, text=True)
-    assert {name.removeprefix("probe.") for name in of_part["probe"]} == {"gpu", *listed.stdout.split()}
+    assert {name.removeprefix("probe.") for name in of_part["probe"]} == {"gpu", "pdl_off", *listed.stdout.split()}
 
 
 def test_commands_name_files_and_tests_that_exist(planted: Run) -> None:

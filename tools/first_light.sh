@@ -130,6 +130,7 @@ if wanted probe; then
     for piece in $("$PY" tools/host_probe.py --list); do
       [[ $piece == times ]] || add "$piece" 30 "$PY tools/host_probe.py $piece"
     done
+    add pdl_off 30 "DGEMMA_PDL=0 $PY tools/host_probe.py pdl_in_while"
     part probe 45 16
     add times 20 "$PY tools/host_probe.py times" # by itself
     part probe 20 1

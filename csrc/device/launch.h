@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "device/language.h"
 
 namespace dgemma::device {
@@ -16,10 +19,15 @@ struct LaunchShape {
 };
 
 // Programmatic dependent launch begins with compute capability 9.0; before, a kernel that asks for
-// it begins when the previous one has ended.
+// it begins when the previous one has ended. DGEMMA_PDL=0 in the environment takes it out: an error
+// that goes away with it is a missing wait.
 inline bool can_overlap() {
+  static const bool wanted = [] {
+    const char* value = std::getenv("DGEMMA_PDL");
+    return value == nullptr || std::strcmp(value, "0") != 0;
+  }();
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
+  return wanted && cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          major >= 9;
 }

@@ -1,7 +1,7 @@
 // Runs the table, or one case of it, and serves it case by case to the suite.
 //
 //   conformance         every case, a line each
-//   conformance 12      the case of that number alone: one that hangs or faults costs its own process
+//   conformance 12      case 12 alone, because one that hangs or faults ends its process
 //   conformance list    numbers and names; needs no GPU
 #include "conformance.h"
 
