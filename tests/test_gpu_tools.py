@@ -118,7 +118,7 @@ def test_a_session_that_dies_goes_on_behind_that_test(
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     arguments = ["-p", "gpu_session", "-c", os.devnull, "--rootdir", str(tmp_path), "-q"]
     monkeypatch.setenv("PYTHONPATH", path)
-    assert not gpu_check.run_tests("four", "test_four.py", 240, arguments)
+    assert not gpu_check.run_tests("four", "test_four.py", 240, arguments, {})
     said = capfd.readouterr().out
     assert "== four: status 3" in said
     assert "a wrong number" in said

@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gpu_build
@@ -69,12 +69,18 @@ def fail(message: str) -> int:
     return 1
 
 
-def run(title: str, command: Sequence[str], limit: float, good: Sequence[int] = (0,), **environment: str) -> bool:
+def run(
+    title: str,
+    command: Sequence[str],
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    good: Sequence[int] = (0,),
+) -> bool:
     """Whether the command ended within the limit, in seconds, with a good status; says how long it took. A command that
     does not is ended with all that it started."""
     print(f"\n== {title}", flush=True)
     began = time.monotonic()
-    settings = {**gpu_build.environment(FOLDER), "DGEMMA_GPU": "1", **environment}
+    settings = {**gpu_build.environment(FOLDER), "DGEMMA_GPU": "1", **(environment or {})}
     process = subprocess.Popen(command, cwd=ROOT, env=settings, start_new_session=True)
     try:
         status = process.wait(limit)
@@ -101,7 +107,7 @@ def _end(process: subprocess.Popen[bytes], first: signal.Signals = signal.SIGTER
             continue
 
 
-def run_tests(title: str, file: str, limit: float, arguments: Sequence[str], **environment: str) -> bool:
+def run_tests(title: str, file: str, limit: float, arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
     """pytest over a file of tests, again behind the test that ended the process where one did."""
     begun = FOLDER / "tests_begun"
     begun.unlink(missing_ok=True)
@@ -112,7 +118,7 @@ def run_tests(title: str, file: str, limit: float, arguments: Sequence[str], **e
         left = max(end - time.monotonic(), 1.0)
         # A file may hold none of the tests that -k names.
         settings = {**environment, "DGEMMA_TESTS_BEGUN": str(begun)}
-        passed = run(title + again, command, left, good=(0, NO_TESTS), **settings) and passed
+        passed = run(title + again, command, left, settings, good=(0, NO_TESTS)) and passed
         if begun.exists() and "finished" in begun.read_text().splitlines():
             return passed
     return False
@@ -143,19 +149,19 @@ def conformance(arguments: list[str]) -> bool:
     program = FOLDER / "conformance"
     settings = {"DGEMMA_CONFORMANCE": str(program)} if program.exists() else {}
     command = [*PYTEST, "tests/test_sim_conformance.py", "-m", ON_GPU, *arguments]
-    return run("conformance", command, LIMITS["conformance"], **settings)
+    return run("conformance", command, LIMITS["conformance"], settings)
 
 
 def operators(arguments: list[str]) -> bool:
     settings = {"DGEMMA_TEST_BACKEND": "cuda"}
     limit = LIMITS["operators"]
-    return all_of([run_tests(f"{file} on the GPU", file, limit, arguments, **settings) for file in OPERATOR_TESTS])
+    return all_of([run_tests(f"{file} on the GPU", file, limit, arguments, settings) for file in OPERATOR_TESTS])
 
 
 def loop(arguments: list[str]) -> bool:
     files = [f"test_gpu_{name}.py" for name in ("loop", "model", "profile", "embed_c")]
     arguments = ["--durations=5", *arguments]
-    return all_of([run_tests(f"{file} on the GPU", file, LIMITS["loop"], arguments) for file in files])
+    return all_of([run_tests(f"{file} on the GPU", file, LIMITS["loop"], arguments, {}) for file in files])
 
 
 def suite(arguments: list[str]) -> bool:
@@ -172,7 +178,7 @@ def sanitizer(arguments: list[str]) -> bool:
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DGEMMA_TEST_BACKEND": "cuda"}
     options = ["--error-exitcode", "66", "--kernel-name", "kns=dgemma"]
     return all_of(
-        [run(tool, [sanitize, "--tool", tool, *options, *tests], LIMITS["sanitizer"], **settings) for tool in TOOLS]
+        [run(tool, [sanitize, "--tool", tool, *options, *tests], LIMITS["sanitizer"], settings) for tool in TOOLS]
     )
 
 
