@@ -41,16 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true")
     chosen = parser.parse_args(arguments)
     size = "small" if chosen.small else "full"
-    listed = subprocess.run(_worker(size, ["list"]), capture_output=True, text=True, check=False)
-    if listed.returncode != 0:
-        print((listed.stderr.strip().splitlines() or ["no worker"])[-1], file=sys.stderr)
-        return 2
-    names = [name for name in listed.stdout.split() if all(word in name for word in chosen.only)]
     if chosen.list:
-        print("\n".join(names))
-        return 0
+        listed = subprocess.run(_worker(size, "list", chosen.only), stdout=subprocess.PIPE, text=True, check=False)
+        print("\n".join(_parsed(listed.stdout, "kernels")["kernels"]))
+        return listed.returncode
     failed = 0
-    for line in measured(names, chosen.seconds, size):
+    for line in measured(chosen.only, chosen.seconds, size):
         failed += "error" in line
         print(told(line), flush=True)
         if chosen.out is not None:
@@ -59,39 +55,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _worker(size: str, words: Sequence[str]) -> list[str]:
-    return [sys.executable, str(FOLDER / "first_light_worker.py"), size, *words]
+def _worker(size: str, mode: str, words: Sequence[str]) -> list[str]:
+    return [sys.executable, str(FOLDER / "first_light_worker.py"), size, mode, *words]
 
 
-def measured(names: Sequence[str], seconds: float, size: str) -> Iterator[dict[str, Any]]:
-    """A line for each kernel, whatever becomes of it."""
-    left = list(names)
-    while left:
+def measured(words: Sequence[str], seconds: float, size: str) -> Iterator[dict[str, Any]]:
+    """A line for each kernel whose name holds all words, whatever becomes of it."""
+    left: list[str] | None = None  # not known before the first worker says so
+    while left is None or left:
+        command = _worker(size, "all", words) if left is None else _worker(size, "named", left)
         worker = subprocess.Popen(
-            _worker(size, left), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(worker, lines), daemon=True).start()
-        last, limit = "", seconds + STARTING_SECONDS
+        last, limit, problem = "", seconds + STARTING_SECONDS, ""
         try:
-            while left:
-                try:
-                    text = lines.get(timeout=limit)
-                except queue.Empty:
-                    yield {"kernel": left.pop(0), "error": f"not ended after {limit:g} s"}
-                    break
+            while left is None or left:
+                text = lines.get(timeout=limit)
                 if text is None:
-                    yield {"kernel": left.pop(0), "error": f"its process ended with {worker.wait()}: {last}"[:300]}
+                    problem = f"its process ended with {worker.wait()}: {last}"[:300]
                     break
-                line = _parsed(text)
-                if line is None:
+                if named := _parsed(text, "kernels"):
+                    left, limit = list(named["kernels"]), seconds
+                elif left is not None and (line := _parsed(text, "kernel")):
+                    left.remove(line["kernel"])
+                    yield line
+                else:
                     last = text.strip() or last
-                    continue
-                limit = seconds
-                left.remove(line["kernel"])
-                yield line
+        except queue.Empty:
+            problem = f"not ended after {limit:g} s"
         finally:
             worker.kill()
+        if problem:
+            yield {"kernel": left.pop(0) if left else "all", "error": problem}
+            left = left or []
 
 
 def _read(worker: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
@@ -101,13 +99,13 @@ def _read(worker: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None
     lines.put(None)
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
-    """A kernel's line, or None of what libraries say."""
+def _parsed(text: str, key: str) -> dict[str, Any]:
+    """A line of the worker that has this key; empty for anything else, such as a library's words."""
     try:
         line = json.loads(text)
     except ValueError:
-        return None
-    return line if isinstance(line, dict) and "kernel" in line else None
+        return {}
+    return line if isinstance(line, dict) and key in line else {}
 
 
 def told(line: dict[str, Any]) -> str:

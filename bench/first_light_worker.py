@@ -1,6 +1,10 @@
 """Times kernels one after the other in this process, a JSON line each: for first_light.py, which starts it.
 
-python bench/first_light_worker.py full|small list|NAME...
+python bench/first_light_worker.py full|small all WORD...      those whose names hold all words
+python bench/first_light_worker.py full|small named NAME...    these
+python bench/first_light_worker.py full|small list WORD...     only says which
+
+The first line says which kernels it goes through.
 
 For tests: FIRST_LIGHT_KERNEL_DIES and FIRST_LIGHT_KERNEL_HANGS name a kernel before which the process does that.
 """
@@ -24,9 +28,11 @@ IN_A_ROW = 8
 
 
 def main() -> int:
-    size, *names = sys.argv[1:]
-    if names == ["list"]:
-        print("\n".join(KERNELS))
+    size, mode, *names = sys.argv[1:]
+    if mode != "named":
+        names = [name for name in KERNELS if all(word in name for word in names)]
+    print(json.dumps({"kernels": names}), flush=True)
+    if mode == "list":
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and size != "small":

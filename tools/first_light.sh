@@ -111,7 +111,7 @@ if wanted facts; then
   fields=name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,power.limit
   add gpu 10 "nvidia-smi --query-gpu=$fields --format=csv,noheader"
   add torch 30 "$PY -c 'import sys, torch; print(sys.version.split()[0], torch.__version__, torch.version.cuda, torch.cuda.get_device_properties(0))'"
-  add machine 10 'nvcc --version | tail -n 1; gcc --version | head -n 1; nproc; free -g | sed -n 2p; git describe --always --dirty'
+  add machine 10 'nvcc --version | tail -n 1; gcc --version | head -n 1; nproc; free -g | sed -n 2p; git describe --always --dirty || true'
   part facts 30 3
   show "$LOGS"/facts.machine.log
 fi
@@ -214,6 +214,7 @@ fi
 
 for file in "$LOGS"/*.cuda; do [[ -s $file ]] && echo "== ${file##*/}" && tail -n 40 "$file"; done >"$OUT/cuda.log"
 for core in $(find "$CORES" -name '*.nvcudmp' -size +0 | head -n 4); do
+  (($(left) < 6)) && break
   echo "== ${core##*/}"
   timeout 6 cuda-gdb -batch -ex "target cudacore $core" -ex "info cuda kernels" -ex "info cuda warps" -ex bt 2>/dev/null |
     head -n 60
