@@ -30,6 +30,8 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 # What a new process takes before its first kernel, beyond the limit for one.
 STARTING_SECONDS = 20.0
+# The status of a process that can measure no kernel.
+CANNOT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +76,10 @@ def measured(words: Sequence[str], seconds: float, size: str) -> Iterator[dict[s
             while left is None or left:
                 text = lines.get(timeout=limit)
                 if text is None:
-                    problem = f"its process ended with {worker.wait()}: {last}"[:300]
+                    status = worker.wait()
+                    problem = f"its process ended with {status}: {last}"[:300]
+                    if status == CANNOT:
+                        left = []
                     break
                 if named := _parsed(text, "kernels"):
                     left, limit = list(named["kernels"]), seconds

@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from first_light import CANNOT
 from first_light_kernels import FULL, KERNELS, SMALL, Kernel
 from gpu_clock import Timing, floor_microseconds, timed
 
@@ -37,7 +38,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and size != "small":
         print("first_light: no GPU is visible to torch; --small runs small sizes on the CPU")
-        return 2
+        return CANNOT
     planted = os.environ.get("FIRST_LIGHT_KERNEL_DIES", ""), os.environ.get("FIRST_LIGHT_KERNEL_HANGS", "")
     for name in names:
         if name == planted[0]:

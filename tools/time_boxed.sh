@@ -61,9 +61,9 @@ words_of() {
   tail -c 4000 "$LOGS/$1.log" 2>/dev/null | grep -av '^[[:space:]]*$' | tail -n 1 | cut -c1-160
 }
 
-# What was wrong: pytest's lines of errors, or the last lines.
+# What was wrong, where a log says more than its last words: pytest's lines of errors, or the last lines.
 reasons_of() {
-  [[ -s $LOGS/$1.log ]] || return
+  [[ -e $LOGS/$1.log ]] && (($(wc -l <"$LOGS/$1.log") > 1)) || return
   grep -aE '^(E  |FAILED|ERROR|Fatal|dgemma::|========= [A-Z])' "$LOGS/$1.log" | head -n 4 | cut -c1-200 | grep . ||
     tail -n 3 "$LOGS/$1.log" | cut -c1-200
 }
