@@ -69,7 +69,7 @@ class Run:
 
 def environment(out: Path, **settings: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FIRST_LIGHT", "DGEMMA"))}
-    dry = {"FIRST_LIGHT_DRY": "1", "FIRST_LIGHT_LIMIT": "5", "OUT": str(out), "PYTHON": sys.executable}
+    dry = {"FIRST_LIGHT_DRY": "1", "FIRST_LIGHT_LIMIT": "5", "GRACE": "2", "OUT": str(out), "PYTHON": sys.executable}
     return {**inherited, **dry, **settings}
 
 

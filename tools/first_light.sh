@@ -55,7 +55,7 @@ stand_in() {
   local name=$1
   echo "[dry] $2"
   if [[ " $FIRST_LIGHT_HANG " == *" $name "* ]]; then
-    trap '' TERM
+    trap '' TERM INT
     while :; do sleep 0.2; done
   fi
   [[ " $FIRST_LIGHT_FAULT " == *" $name "* ]] && kill -SEGV $$

@@ -14,7 +14,7 @@
 # Before a case is ended at its limit, what its kernels are doing is written to $CORES, where $DUMPS is set.
 # The caller sets OUT, LOGS, STATES, CORES, TOTAL and DUMPS, and defines command_of CASE COMMAND, which sets `command`.
 
-GRACE=3                # seconds from the signal to end to the one to kill
+GRACE=${GRACE:-8}      # seconds from the signal to end to the one to kill
 RESERVE=${RESERVE:-12} # seconds that are kept for the last part
 DUMP_BEFORE=6          # seconds before the limit at which a hanging kernel is asked where it is
 
@@ -48,7 +48,8 @@ begin() {
   (
     export CUDA_LOG_FILE="$LOGS/$name.cuda" # the driver's reasons for what it refuses
     [[ -n $DUMPS ]] && export_dump_settings "$name"
-    timeout -k "$GRACE" "$limit" bash -c "$command" >"$LOGS/$name.log" 2>&1 </dev/null &
+    # As by Ctrl-C, so that pytest still says what failed.
+    timeout -s INT -k "$GRACE" "$limit" bash -c "$command" >"$LOGS/$name.log" 2>&1 </dev/null &
     echo $! >"$STATES/$name.pid"
     wait $!
     echo $? >"$STATES/$name.partial"
