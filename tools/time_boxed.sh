@@ -25,7 +25,7 @@ say() { printf '%s\n' "$*" | tee -a "$OUT/summary.txt"; }
 left() { echo $((TOTAL - SECONDS)); }
 
 # The archive is replaced whole: a run that is killed meanwhile still has the one before.
-pack() { tar -C "$LOGS" -czf "$STATES/logs.tar.gz" . 2>/dev/null && mv "$STATES/logs.tar.gz" "$OUT/logs.tar.gz"; }
+pack() { tar -C "$LOGS" -czf "$OUT/logs.partial" . 2>/dev/null && mv "$OUT/logs.partial" "$OUT/logs.tar.gz"; }
 
 add() {
   CASES+=("$1")
