@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgemma_ext import _C
+from dgemma_ext.model import MatmulMode
 from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
 from models import random_model
 
@@ -56,6 +57,7 @@ def main() -> None:
     found = {}
     sampler = SamplerConfig(confidence_threshold=0.0).resolve(model.defaults, 16)
     network = model.network
+    network.options.matmul = MatmulMode.BATCHED  # a GPU's
     for rows in (1, 4):
         cache, batch = model.new_cache(rows, 64), make_canvas_batch(network, rows, 16)
         buffers = make_step_buffers(network, rows, 16)
