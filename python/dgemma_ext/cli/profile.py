@@ -151,20 +151,11 @@ def _ms(seconds: float) -> str:
 
 def fields(found: Profile) -> dict[str, Any]:
     """A profile as JSON types. Times are in seconds for one pass."""
+    sizes = ("device", "dtype", "layers", "canvas", "prefix", "batch", "context", "experts")
+    results = ("experts_hit", "vocabulary_tiles", "soft_tiles", "driven_seconds")
     return {
-        "device": found.device,
-        "dtype": found.dtype,
-        "layers": found.layers,
-        "canvas": found.canvas,
-        "prefix": found.prefix,
-        "batch": found.batch,
-        "context": found.context,
+        **{name: getattr(found, name) for name in (*sizes, *results)},
         "machine": {"bytes_per_second": found.machine.bandwidth, "flops_per_second": dict(found.machine.peaks)},
-        "experts": found.experts,
-        "experts_hit": list(found.experts_hit),
-        "vocabulary_tiles": found.vocabulary_tiles,
-        "soft_tiles": None if found.soft_tiles is None else list(found.soft_tiles),
-        "driven_seconds": found.driven_seconds,
         "step": _pass_fields(found.step),
         "encode": _pass_fields(found.encode),
     }
