@@ -43,4 +43,4 @@ def test_a_step_of_a_batch_reads_no_value_and_launches_as_many_kernels() -> None
     one, four = (counts[f"rows {rows}, step 2"] for rows in (1, 4))
     assert (one["waits"], four["waits"]) == (0, 0)
     assert four["kernels"] == one["kernels"]
-    assert four["torch"] == one["torch"]
+    assert four["torch"] <= one["torch"] + 1  # the flags of the rows, copied out to their positions
