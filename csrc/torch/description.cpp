@@ -64,7 +64,8 @@ py::dict describe(const Argument& argument) {
   if (by_format || argument.kind == Kind::kGroupScales)
     shape[shape.size() - 1] = describe(Extent(kAnyExtent));
   made["shape"] = shape;
-  made["counts_rows"] = argument.kind == Kind::kRowScales;
+  // Of scales of rows the name of their matrix.
+  made["scales_rows_of"] = argument.kind == Kind::kRowScales ? argument.matrix : "";
   return made;
 }
 

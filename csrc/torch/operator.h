@@ -147,6 +147,9 @@ struct Argument {
   bool with_previous = false;  // given where the argument before is, and only there
   bool any_shape = false;  // one shape for all such tensors; extents[0] is its number of elements
   dgemma_weight_format format = {};  // of codes that are always in this one
+  // How a refusal names a part of a quantized matrix, which is one argument in Python: as its
+  // codes.
+  const char* matrix = "";
   Range range = {};
 
   constexpr bool is_tensor() const { return kind != Kind::kNumber && kind != Kind::kFormat; }
@@ -190,6 +193,7 @@ constexpr std::array<Argument, 4> matrix(std::array<const char*, 4> names, Field
   Argument codes = tensor(names[1], field, shape);
   codes.kind = Kind::kCodes;
   codes.content = Content::kBytes;
+  codes.matrix = names[1];
   Argument format = {
       .name = names[0], .kind = Kind::kFormat, .content = Content::kChoice, .field = field};
   Argument groups = codes, rows = codes;

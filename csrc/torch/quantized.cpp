@@ -5,18 +5,6 @@
 #include "torch/operands.h"
 
 namespace dgemma {
-namespace {
-
-// The name that the matrix has in Python, where its parts are one argument: that of its codes.
-const char* matrix_name(const Operator& op, const Argument& part) {
-  for (const Argument& argument : op.arguments)
-    if (argument.kind == Kind::kCodes && argument.field.offset == part.field.offset)
-      return argument.name;
-  return part.name;
-}
-
-}  // namespace
-
 dgemma_quantized& Operands::matrix(const Argument& argument) {
   return at<dgemma_quantized>(argument.field);
 }
@@ -51,7 +39,7 @@ void Operands::check_codes(const Argument& argument, const Tensor& tensor) {
 }
 
 void Operands::check_group_scales(const Argument& argument, const Tensor& tensor) {
-  const char* name = matrix_name(op_, argument);
+  const char* name = argument.matrix;
   dgemma_quantized& codes = matrix(argument);
   Shape wanted = wanted_shape(argument);
   const int64_t columns = wanted.back();
@@ -82,7 +70,7 @@ void Operands::check_row_scales(const Argument& argument, const Tensor& tensor) 
   for (const int64_t extent : leading) rows *= extent;
   const int64_t count = tensor.numel();
   if (count < 1 || rows % count != 0)
-    refuse(matrix_name(op_, argument), std::to_string(count) + " scales of rows",
+    refuse(argument.matrix, std::to_string(count) + " scales of rows",
            "a divisor of its " + std::to_string(rows) + " rows");
   matrix(argument).factors = static_cast<const float*>(tensor.const_data_ptr());
   matrix(argument).rows_per_factor = rows / count;

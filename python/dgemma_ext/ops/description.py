@@ -49,7 +49,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor. `dtype`: "number" is float32 or bfloat16, one for all of a call; "" is not known here."""
+    """A tensor. `dtype`: "number" is float32 or bfloat16, one for all of a call; "" is unknown here. `scales_rows_of`:
+    the quantized matrix whose rows these scales are of; any number that divides them will do."""
 
     name: str
     dtype: str
@@ -57,7 +58,7 @@ class Operand:
     optional: bool
     with_previous: bool
     any_shape: bool
-    counts_rows: bool
+    scales_rows_of: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _find_extents(
 ) -> None:
     """Extents that no argument has told: where a dimension is one, and then where it is a multiple of one."""
     for operand, tensor in tensors:
-        if operand.counts_rows or operand.dtype == "":
+        if operand.scales_rows_of or operand.dtype == "":
             continue
         if operand.any_shape:
             call.any_shape = tensor.shape if call.any_shape is None else call.any_shape
@@ -163,10 +164,10 @@ def _check_tensor(operand: Operand, tensor: Tensor, call: Call, refuse: Callable
     if operand.any_shape:
         if tensor.shape != call.any_shape:
             refuse(operand.name, f"shape {list(tensor.shape)}", list(call.any_shape or ()))
-    elif operand.counts_rows:
+    elif operand.scales_rows_of:
         rows = math.prod(extent.value(call.sizes) for extent in operand.shape[:-1])
         if tensor.numel() < 1 or rows % tensor.numel() != 0:
-            refuse(operand.name, f"{tensor.numel()} scales of rows", f"a divisor of its {rows} rows")
+            refuse(operand.scales_rows_of, f"{tensor.numel()} scales of rows", f"a divisor of its {rows} rows")
     elif operand.dtype:
         _check_shape(operand, tensor, call, refuse)
     if not tensor.is_contiguous():
