@@ -14,6 +14,7 @@ from backend import not_on_test_bed, skip_if_on_device
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, softmax_statistics, use
 from dgemma_ext import _C
 from dgemma_ext.ops import denoise
+from dgemma_ext.ops.description import OPERATORS
 from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
@@ -172,7 +173,10 @@ def test_inactive_and_not_finite(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     uniforms[1] = NAN
     out = torch.full((3, 24), -9, dtype=torch.int32)
     arguments = {**case.logits_params, **given, **draws(3), "uniforms": uniforms}
-    (module.sample_out if form == "plain" else module.sample)(**arguments, out=out)
+    if form == "plain":
+        module.sample_out(*(arguments[argument.name] for argument in OPERATORS["sample"].arguments), out=out)
+    else:
+        module.sample(**arguments, out=out)
     assert bool((out[1] == -9).all())
     assert out[2, 1] == 0, "the lowest allowed token of a row that is not finite"
     whole = module.sample(**arguments)

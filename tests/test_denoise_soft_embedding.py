@@ -13,6 +13,7 @@ from backend import BACKEND
 from bounds import assert_close
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, bits, make_case, softmax_statistics, use
 from dgemma_ext.ops import denoise
+from dgemma_ext.ops.description import OPERATORS
 from dgemma_ext.ops.plain import denoise as denoise_plain
 from reference import denoise as reference
 
@@ -46,12 +47,17 @@ def exact(case: Case, how: dict[str, Any]) -> Tensor:
 
 def in_low_precision(case: Case, how: dict[str, Any]) -> Tensor:
     """The same in the model's dtype, as transformers computes it."""
-    nothing = [torch.zeros(0)] * 3
+    nothing = torch.zeros(0)
     row_sum = torch.ones(case.logits.shape[:2])
     out = case.logits.new_zeros((*case.logits.shape[:2], how["embedding"].shape[1]))
-    params = case.logits_params.values()
-    denoise_plain.soft_embedding_out(*params, nothing[0], row_sum, *nothing[1:], **how, out=out)
+    statistics = {"row_max": nothing, "row_sum": row_sum, "tile_max": nothing, "tile_sum": nothing}
+    denoise_plain.soft_embedding_out(*in_order({**case.logits_params, **statistics, **how}), out=out)
     return out
+
+
+def in_order(arguments: dict[str, Any]) -> list[Any]:
+    """The arguments of the soft embedding as its form without names takes them."""
+    return [arguments[argument.name] for argument in OPERATORS["soft_embedding"].arguments]
 
 
 def peaked(
@@ -170,7 +176,7 @@ def test_pinned_inactive_and_not_finite(tolerance: float, form: str, monkeypatch
     arguments = {**case.logits_params, **softmax_statistics(module.vocabulary_statistics(**case.logits_params)), **how}
     out = torch.full((3, 4, 96), 77.0, dtype=torch.bfloat16)
     if form == "plain":
-        module.soft_embedding_out(**arguments, out=out, workspace=None)
+        module.soft_embedding_out(*in_order(arguments), out=out, workspace=None)
     else:
         workspace = torch.full(
             (denoise.soft_embedding_workspace(*case.logits.shape, 96, case.logits.device),), 255, dtype=torch.uint8

@@ -141,7 +141,7 @@ def test_inactive_requests_are_neither_read_nor_written(form: str, monkeypatch: 
         assert bits(c[2]) == bits(b[0])
     out = denoise.VocabularyStatistics(*(torch.full_like(t, 77) for t in got))
     if form == "plain":
-        module.vocabulary_statistics_out(**case.logits_params, **out._asdict())
+        module.vocabulary_statistics_out(*case.logits_params.values(), **out._asdict())
     else:
         module.vocabulary_statistics(**case.logits_params, out=out)
     for written, returned in zip(out, got, strict=True):

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,11 +14,13 @@ import torch
 import dgemma_ext as dg
 from backend import BACKEND
 from dgemma_ext import SamplerConfig, demo
+from dgemma_ext.engine import generation
 from dgemma_ext.engine import memory as memory_module
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.engine.runner import AsyncOutput, EagerRunner
 from dgemma_ext.model import Network, PrefillChunk
+from dgemma_ext.model import forward as forward_module
 from dgemma_ext.sampling import (
     CanvasBatch,
     CanvasState,
@@ -31,10 +32,6 @@ from dgemma_ext.sampling import (
     make_step_buffers,
 )
 from models import begun, random_model, smallest_model, step_alone
-
-# The face of the room hands out a function of this name.
-generate_module = import_module("dgemma_ext.engine.generate")
-forward_module = import_module("dgemma_ext.model.forward")
 
 DTYPES = [torch.float32, torch.bfloat16] if BACKEND == "cpu" else [torch.bfloat16]
 SAMPLER = SamplerConfig(max_denoising_steps=6, confidence_threshold=4.0, entropy_bound=6.0, t_max=0.1, t_min=0.01)
@@ -467,7 +464,7 @@ def test_an_unknown_driver() -> None:
 def test_generate_keeps_a_scheduler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     wanted = [plain(3)[i] for i in range(3)]
-    monkeypatch.setattr(generate_module, "_keeps_schedulers", lambda model: True)
+    monkeypatch.setattr(generation, "_keeps_schedulers", lambda model: True)
     monkeypatch.setattr(model, "kept_scheduler", None)
 
     def answer(i: int) -> dg.Output:
@@ -503,7 +500,7 @@ def test_generate_keeps_a_scheduler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_kept_scheduler_does_not_keep_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     base = random_model()
-    monkeypatch.setattr(generate_module, "_keeps_schedulers", lambda model: True)
+    monkeypatch.setattr(generation, "_keeps_schedulers", lambda model: True)
     model = dg.DiffusionGemma(base.network, base.defaults, base.tokenizer)
     drafts = list(model.stream(prompts(1)[0], 20, SAMPLER))
     assert model.kept_scheduler is not None

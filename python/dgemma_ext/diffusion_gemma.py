@@ -21,13 +21,12 @@ from dgemma_ext.engine import (
     Chat,
     Commit,
     Draft,
+    Generation,
     Prompt,
     Scheduler,
     check_memory,
-    generate,
     mapped_bytes,
     memory_plan,
-    stream,
 )
 from dgemma_ext.model import (
     ENCODE_CHUNK,
@@ -148,8 +147,20 @@ class DiffusionGemma:
         canvas: Canvas | Sequence[Canvas | None] | None = None,
         on_draft: Callable[[Draft], None] | None = None,
     ) -> Any:
-        """Answers a prompt (an Output) or a list of prompts (a list of them); see engine.generate."""
-        return generate(self, prompt, max_new_tokens, sampler, seed, canvas, on_draft)
+        """Answers a prompt, or each of a list of prompts.
+
+        prompt: a string, a chat (role/content dicts), token ids, or a list of any of these. max_new_tokens: default the
+        checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
+        batch. canvas: what the first canvases begin with, one for all prompts or one per prompt. on_draft: called after
+        every denoising step, which makes the host wait for each.
+
+        On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
+        frees their memory.
+
+        Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
+        dg.NonFiniteError naming the request and the step.
+        """
+        return Generation(self, prompt, max_new_tokens, sampler, seed, canvas).outputs(on_draft)
 
     def stream(
         self,
@@ -159,8 +170,11 @@ class DiffusionGemma:
         seed: int | Sequence[int] = 0,
         canvas: Canvas | Sequence[Canvas | None] | None = None,
     ) -> Iterator[Draft | Commit]:
-        """Yields a Draft at every denoising step and a Commit for every finished canvas."""
-        return stream(self, prompt, max_new_tokens, sampler, seed, canvas)
+        """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
+
+        In a batch `event.request.number` is the index of the prompt.
+        """
+        yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas).events()
 
     def chat(self, system: str | None = None, max_length: int | None = None) -> Chat:
         """A conversation that keeps its cache from turn to turn."""

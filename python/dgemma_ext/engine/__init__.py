@@ -2,14 +2,14 @@
 
 `scheduler` admits requests and turns steps into events; `group` keeps the rows of requests that are stepped together;
 `runner` and `cuda_graphs` run the steps, and `loop` drives the steps of a whole canvas; `memory` counts the memory of
-all this. `generate` and `chat` are built on the scheduler.
+all this. `generation` and `chat` are built on the scheduler.
 """
 
 from __future__ import annotations
 
 from dgemma_ext.engine.chat import Chat
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure
-from dgemma_ext.engine.generate import generate, stream
+from dgemma_ext.engine.generation import Generation
 from dgemma_ext.engine.memory import (
     USUAL_CONTEXT,
     MemoryPlan,

@@ -15,14 +15,9 @@ Prompt = str | Sequence[dict[str, object]] | Sequence[int]
 class ServedModel(Protocol):
     """A network with its checkpoint's tokenizer and sampler defaults."""
 
-    @property
-    def network(self) -> Network: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-
-    @property
-    def defaults(self) -> GenerationDefaults: ...
+    network: Network
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
 
 
 def prompt_to_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:

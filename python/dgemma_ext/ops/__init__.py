@@ -6,9 +6,9 @@ called); plain, the forms in torch's operators; a module for each family; weight
 
 from __future__ import annotations
 
-import torch  # noqa: F401  the extension module needs torch's libraries loaded
+import torch
 
-from dgemma_ext import _C  # noqa: F401  registers the schemas and the kernels
+from dgemma_ext import _C
 from dgemma_ext.ops import (
     block_attention,
     denoise,
@@ -21,16 +21,3 @@ from dgemma_ext.ops import (
     vocabulary_head,
     weights,
 )
-
-__all__ = [
-    "block_attention",
-    "denoise",
-    "description",
-    "grouped_gemm",
-    "layer",
-    "plain",
-    "quantized_gemm",
-    "router",
-    "vocabulary_head",
-    "weights",
-]

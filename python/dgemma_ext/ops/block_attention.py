@@ -20,14 +20,6 @@ import torch
 from dgemma_ext.ops.description import workspace_bytes
 from dgemma_ext.ops.operators import operator
 
-__all__ = [
-    "append_to_cache",
-    "attention_workspace",
-    "attention_workspace_bytes",
-    "canvas_attention",
-    "causal_attention",
-]
-
 _canvas_attention, _canvas_attention_out = operator("canvas_attention"), operator("canvas_attention.out")
 _causal_attention, _causal_attention_out = operator("causal_attention"), operator("causal_attention.out")
 _append_to_cache = operator("append_to_cache")

@@ -22,26 +22,13 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dgemma_ext import _C
 from dgemma_ext.ops.description import workspace_bytes
 from dgemma_ext.ops.operators import operator
-
-__all__ = [
-    "VOCABULARY_TILE",
-    "CanvasStatus",
-    "Purpose",
-    "VocabularyStatistics",
-    "noise_",
-    "pack_allowed",
-    "sample",
-    "soft_embedding",
-    "soft_embedding_workspace",
-    "update_canvas_",
-    "vocabulary_statistics",
-]
 
 VOCABULARY_TILE = _C.VOCABULARY_TILE
 
@@ -284,9 +271,5 @@ def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tenso
             outside = next(i for i in ids if not 0 <= i < vocabulary)
             raise ValueError(f"allowed_ids[{row}]: got id {outside}, wants 0 to {vocabulary - 1}")
         bits[row, torch.tensor(list(ids))] = True
-    powers = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    packed = torch.zeros(len(allowed_ids), words, dtype=torch.int64)
-    for bit in range(32):
-        packed += bits.view(len(allowed_ids), words, 32)[:, :, bit] * powers[bit]
-    # Bit 31 is the sign of an int32.
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    packed = np.packbits(bits.numpy(), axis=1, bitorder="little").view("<i4")
+    return torch.from_numpy(packed.astype(np.int32, copy=False))

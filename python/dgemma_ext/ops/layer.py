@@ -12,10 +12,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from dgemma_ext.ops.operators import operator
-from dgemma_ext.ops.plain.layer import rms_norm
+from dgemma_ext.ops.plain import layer as plain_layer
 
-__all__ = ["attention_residual", "gelu_product", "layer_output", "normalise_heads", "rms_norm"]
-
+rms_norm = plain_layer.rms_norm
 _normalise_heads, _attention_residual = operator("normalise_heads"), operator("attention_residual")
 _gelu_product, _layer_output = operator("gelu_product"), operator("layer_output")
 

@@ -241,17 +241,15 @@ def make_canvas_batch(
     # Not initialised: on the CPU, pages that are never written take no memory.
     parts["allowed"] = torch.empty(rows * length, words, dtype=torch.int32, device=device)
     parts["allowed_row"].fill_(-1)
+
+    def table(head_dim: int) -> Tensor:
+        return torch.zeros(rows * length, head_dim, dtype=dtype, device=device)
+
     return CanvasBatch(
         state=CanvasState(**parts),
         slot=torch.full((rows,), -1, dtype=torch.int32, device=device),
         prefix_length=torch.zeros(rows, dtype=torch.int32, device=device),
-        rotary={
-            kind: (
-                torch.zeros(rows * length, kind[1], dtype=dtype, device=device),
-                torch.zeros(rows * length, kind[1], dtype=dtype, device=device),
-            )
-            for kind in rotary_kinds(config)
-        },
+        rotary={kind: (table(kind[1]), table(kind[1])) for kind in rotary_kinds(config)},
         output=output,
     )
 

@@ -62,8 +62,8 @@ def begin_canvas(
     masks = _set_allowed(state, row, content, window, network.config.vocab_size)
 
     # Filled on the device, or copied asynchronously, so that the host does not wait for steps that are queued there.
-    _copy(state.canvas, _padded([token or 0 for token in tokens], length, torch.int32))
-    _copy(state.pinned, _padded(pinned, length, torch.bool))
+    state.canvas.copy_(_padded([token or 0 for token in tokens], length, torch.int32), non_blocking=True)
+    state.pinned.copy_(_padded(pinned, length, torch.bool), non_blocking=True)
     for tensor, value in (
         (state.draft, -1),
         (state.accepted, False),
@@ -103,10 +103,6 @@ def _padded(values: Sequence[int | bool], length: int, dtype: torch.dtype) -> Te
     return torch.tensor([[*values, *[0] * (length - len(values))]], dtype=dtype)
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source, non_blocking=True)
-
-
 def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, vocabulary: int) -> int:
     """Writes a mask for each different allowed set of a canvas, and each position's mask index; returns their count."""
     length, sets = state.length, dict[tuple[int, ...], int]()
@@ -118,8 +114,8 @@ def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, v
         state.allowed_row.fill_(-1)
         return 0
     masks = state.allowed[row * length : row * length + len(sets)]
-    _copy(masks, denoise.pack_allowed(list(sets), vocabulary))
-    _copy(state.allowed_row, torch.tensor([rows], dtype=torch.int32))
+    masks.copy_(denoise.pack_allowed(list(sets), vocabulary), non_blocking=True)
+    state.allowed_row.copy_(torch.tensor([rows], dtype=torch.int32), non_blocking=True)
     return len(sets)
 
 

@@ -13,14 +13,4 @@ Importing this registers them all (registration.py).
 
 from __future__ import annotations
 
-from dgemma_ext.ops.plain import (
-    block_attention,
-    denoise,
-    grouped_gemm,
-    layer,
-    quantized_gemm,
-    router,
-    vocabulary_head,
-)
-
-__all__ = ["block_attention", "denoise", "grouped_gemm", "layer", "quantized_gemm", "router", "vocabulary_head"]
+from dgemma_ext.ops.plain import block_attention, denoise, grouped_gemm, layer, quantized_gemm, router, vocabulary_head

@@ -7,6 +7,7 @@ float64 oracle. The functions run on any device and look at no value on the host
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dgemma_ext import _C
 from dgemma_ext.ops.plain.registration import register_on_gpu, register_with_out
 
 VOCABULARY_TILE = _C.VOCABULARY_TILE
+_STATISTICS = ("argmax", "entropy", "row_max", "row_sum", "tile_max", "tile_sum")
 _WORD = 0xFFFFFFFF
 _RENOISE = 2
 _SAMPLE = 1
@@ -81,32 +83,18 @@ def _tiles(values: Tensor, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (0, padding), value=fill).view(values.shape[0], -1, VOCABULARY_TILE)
 
 
-def vocabulary_statistics_out(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-    *,
-    argmax: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    workspace: Tensor | None = None,
-) -> None:
+def vocabulary_statistics_out(*operands: Any, workspace: Tensor | None = None, **outputs: Tensor) -> None:
     """Into the given tensors; the workspace is not used."""
+    logits, softcap, temperature, active, allowed, allowed_row = operands
     batch, length, vocabulary = logits.shape
     running = _active(active, batch, logits.device)
-    outputs = (argmax, entropy, row_max, row_sum, tile_max, tile_sum)
     for b in range(batch):
         for first in range(0, length, _ROWS):
             rows = slice(first, min(first + _ROWS, length))
             mask = _rows_allowed(logits, vocabulary, allowed, allowed_row, b, rows)
             results = _row_statistics(logits[b, rows], softcap, temperature[b], mask)
-            for output, result in zip(outputs, results, strict=True):
+            for name, result in zip(_STATISTICS, results, strict=True):
+                output = outputs[name]
                 output[b, rows] = torch.where(running[b], result.to(output.dtype), output[b, rows])
 
 
@@ -141,24 +129,9 @@ def _row_statistics(raw: Tensor, softcap: float, temperature: Tensor, mask: Tens
     return argmax, torch.where(finite, entropy, nan), row_max, torch.where(finite, row_sum, nan), tile_max, tile_sum
 
 
-def sample_out(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    seed: Tensor,
-    canvas_index: Tensor,
-    step: Tensor,
-    uniforms: Tensor | None,
-    *,
-    out: Tensor,
-) -> None:
+def sample_out(*operands: Any, out: Tensor) -> None:
+    logits, softcap, temperature, active, allowed, allowed_row, row_max, row_sum, tile_max, tile_sum = operands[:10]
+    seed, canvas_index, step, uniforms = operands[10:]
     batch, length, vocabulary = logits.shape
     if uniforms is None:
         uniforms = philox_uniforms(seed, canvas_index, step, length, _SAMPLE)
@@ -298,27 +271,10 @@ def update_canvas_(
     active.copy_(going & ~stable & ~last)
 
 
-def soft_embedding_out(
-    logits: Tensor,
-    softcap: float,
-    temperature: Tensor,
-    active: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
-    row_max: Tensor,
-    row_sum: Tensor,
-    tile_max: Tensor,
-    tile_sum: Tensor,
-    pinned: Tensor | None,
-    embedding: Tensor,
-    embedding_scale: float,
-    tolerance: float,
-    max_embedding_norm: float,
-    *,
-    out: Tensor,
-    workspace: Tensor | None = None,
-) -> None:
+def soft_embedding_out(*operands: Any, out: Tensor, workspace: Tensor | None = None) -> None:
     """Always dense; one request at a time, so that a request's result does not depend on its batch."""
+    logits, softcap, temperature, active, allowed, allowed_row, _, row_sum, _, _ = operands[:10]
+    pinned, embedding, embedding_scale, _, _ = operands[10:]
     batch, length, vocabulary = logits.shape
     running = _active(active, batch, logits.device)
     scale = torch.tensor(embedding_scale, dtype=logits.dtype, device=logits.device)

@@ -1,4 +1,4 @@
-"""`generate` and `stream`: prompts to answers, on the scheduler."""
+"""From prompts to answers on the scheduler: what `generate` and `stream` of a model do."""
 
 from __future__ import annotations
 
@@ -24,65 +24,19 @@ class GeneratingModel(ServedModel, Protocol):
     kept_scheduler: Scheduler | None
 
 
-def generate(
-    model: GeneratingModel,
-    prompt: Prompt | Sequence[Prompt],
-    max_new_tokens: int | None = None,
-    sampler: SamplerConfig | None = None,
-    seed: int | Sequence[int] = 0,
-    canvas: Canvas | Sequence[Canvas | None] | None = None,
-    on_draft: Callable[[Draft], None] | None = None,
-) -> Output | list[Output]:
-    """Answers a prompt, or each of a list of prompts.
-
-    prompt: a string, a chat (role/content dicts), token ids, or a list of any of these. max_new_tokens: default the
-    checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
-    batch.
-    canvas: the content of the first canvases, one for all prompts or one per prompt. on_draft: called after every
-    denoising step, which makes the host wait for each; without it a GPU runs a canvas's steps by itself.
-
-    On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `model.kept_scheduler = None`
-    frees their memory.
-
-    Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
-    dg.NonFiniteError naming the request and the step.
-    """
-    prompts, is_batch = _as_batch(prompt)
-    answers = _Run(model, prompts, max_new_tokens, sampler, seed, canvas)
-    for event in answers.events(drafts=on_draft is not None):
-        if on_draft is not None and isinstance(event, Draft):
-            on_draft(event)
-    outputs = [request.output for request in answers.requests]
-    return outputs if is_batch else outputs[0]
-
-
-def stream(
-    model: GeneratingModel,
-    prompt: Prompt | Sequence[Prompt],
-    max_new_tokens: int | None = None,
-    sampler: SamplerConfig | None = None,
-    seed: int | Sequence[int] = 0,
-    canvas: Canvas | Sequence[Canvas | None] | None = None,
-) -> Iterator[Draft | Commit]:
-    """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
-
-    In a batch `event.request.number` is the index of the prompt.
-    """
-    yield from _Run(model, _as_batch(prompt)[0], max_new_tokens, sampler, seed, canvas).events()
-
-
-class _Run:
-    """A fixed set of prompts on a scheduler."""
+class Generation:
+    """Prompts on their way to answers. The arguments are those of DiffusionGemma.generate."""
 
     def __init__(
         self,
         model: GeneratingModel,
-        prompts: Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int | None,
         sampler: SamplerConfig | None,
         seed: int | Sequence[int],
         canvas: Canvas | Sequence[Canvas | None] | None,
     ) -> None:
+        prompts, self._is_batch = _as_batch(prompt)
         seeds = _one_per_prompt("seed", seed, isinstance(seed, int), len(prompts))
         canvases = _one_per_prompt("canvas", canvas, canvas is None or isinstance(canvas, Canvas), len(prompts))
         config = model.network.config
@@ -97,7 +51,16 @@ class _Run:
             for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True)
         ]
 
+    def outputs(self, on_draft: Callable[[Draft], None] | None = None) -> Output | list[Output]:
+        """Runs to the end. Without `on_draft` a GPU runs a canvas's steps by itself."""
+        for event in self.events(drafts=on_draft is not None):
+            if on_draft is not None and isinstance(event, Draft):
+                on_draft(event)
+        outputs = [request.output for request in self.requests]
+        return outputs if self._is_batch else outputs[0]
+
     def events(self, drafts: bool = True) -> Iterator[Draft | Commit]:
+        """A Draft at every denoising step, where they are wanted, and a Commit for every finished canvas."""
         advance = self.scheduler.step if drafts else self.scheduler.finish_canvas
         try:
             while not self.scheduler.idle:
