@@ -30,6 +30,8 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 # What a new process takes before its first kernel, beyond the limit for one.
 STARTING_SECONDS = 20.0
+# A relative distance from the peer's result that rounding does not explain.
+FAR = 0.02
 # The status of a process that can measure no kernel.
 CANNOT = 2
 
@@ -128,6 +130,8 @@ def told(line: dict[str, Any]) -> str:
         words.append(f"{line['operations'] / line['us'] * 1e-6:6.0f} TFLOP/s")
     if line.get("peer_us") is not None:
         words.append(f"peer {line['peer_us']:.1f} us, distance {line['distance']:.1e}")
+        if not line["distance"] < FAR:
+            words.append("WRONG")
     if not line.get("hidden", True):
         words.append("NOT HIDDEN: the host's time")
     return " ".join(words)

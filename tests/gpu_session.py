@@ -2,16 +2,23 @@
 
 After a fault every later call in the process fails, so the session ends there. With DGEMMA_TESTS_BEGUN=FILE a session
 leaves out the tests that FILE names and adds those that it begins, so that the next one goes on behind the test that
-ended this one (tools/first_light.sh); the line "finished" says that there is nothing left.
+ended this one (tools/first_light.sh); the line "finished" says that there is nothing left. A test that takes long is
+taken to hang: where CUDA_COREDUMP_PIPE is set, the driver is asked to write down where its kernels are.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+# Below tools/first_light.sh's limit for a test, 40 s.
+HANGS_AFTER_SECONDS = 33.0
+_timer: threading.Timer | None = None
 
 
 def _begun() -> Path | None:
@@ -34,12 +41,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item.nodeid not in before]
 
 
+def _ask_for_dump(pipe: str) -> None:
+    """A byte through the pipe asks for it; nobody may be there to read it."""
+    with suppress(OSError):
+        file = os.open(pipe.replace("%p", str(os.getpid())), os.O_WRONLY | os.O_NONBLOCK)
+        os.write(file, b"0")
+        os.close(file)
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
+    global _timer
     _add(nodeid)
+    if pipe := os.environ.get("CUDA_COREDUMP_PIPE"):
+        _timer = threading.Timer(HANGS_AFTER_SECONDS, _ask_for_dump, (pipe,))
+        _timer.daemon = True
+        _timer.start()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str) -> None:
+    if _timer is not None:
+        _timer.cancel()
     if not torch.cuda.is_initialized():
         return
     try:

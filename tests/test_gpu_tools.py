@@ -14,6 +14,7 @@ import torch
 
 import gpu_build
 import gpu_check
+import gpu_session
 import host_probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +128,23 @@ def test_a_session_that_dies_goes_on_behind_that_test(
     assert "1 passed, 3 deselected" in said
     begun = (tmp_path / "tests_begun").read_text().splitlines()
     assert [line.split("::")[-1] for line in begun] == ["test_one", "test_two", "test_three", "test_four", "finished"]
+
+
+def test_a_test_that_hangs_is_asked_where_its_kernels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_COREDUMP_PIPE", str(tmp_path / "pipe.%p"))
+    monkeypatch.delenv("DGEMMA_TESTS_BEGUN", raising=False)
+    monkeypatch.setattr(gpu_session, "HANGS_AFTER_SECONDS", 0.01)
+    pipe = tmp_path / f"pipe.{os.getpid()}"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        gpu_session.pytest_runtest_logstart("tests/test_that_hangs.py")
+        assert gpu_session._timer is not None
+        gpu_session._timer.join(60)
+        assert os.read(reader, 10) == b"0"
+    finally:
+        os.close(reader)
+    gpu_session._ask_for_dump(str(tmp_path / "no_pipe"))  # without a driver that reads
 
 
 def test_gpu_check_wants_a_gpu() -> None:

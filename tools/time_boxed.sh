@@ -33,9 +33,12 @@ add() {
   COMMANDS+=("$3")
 }
 
-# A kernel's state is written when it faults, and when a byte comes through its process's pipe.
+# A kernel's state is written when it faults, and when a byte comes through its process's pipe; memory is left out, and
+# the process goes on, to say what it was doing.
 export_dump_settings() {
-  export CUDA_ENABLE_COREDUMP_ON_EXCEPTION=1 CUDA_ENABLE_LIGHTWEIGHT_COREDUMP=1
+  export CUDA_ENABLE_COREDUMP_ON_EXCEPTION=1
+  CUDA_COREDUMP_GENERATION_FLAGS=skip_nonrelocated_elf_images,skip_global_memory,skip_shared_memory
+  export CUDA_COREDUMP_GENERATION_FLAGS+=,skip_local_memory,skip_constbank_memory,skip_abort
   export CUDA_COREDUMP_FILE="$CORES/$1.%p.nvcudmp"
   export CUDA_ENABLE_USER_TRIGGERED_COREDUMP=1 CUDA_COREDUMP_PIPE="$CORES/$1.pipe.%p"
 }
