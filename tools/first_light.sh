@@ -99,6 +99,7 @@ resumed() {
     status=$?
     ((status != 0 && status != 5)) && worst=$status
     grep -qs '^finished' "$DGEMMA_TESTS_BEGUN" && break
+    echo "ENDED with $status in $(tail -n 1 "$DGEMMA_TESTS_BEGUN" 2>/dev/null || echo 'no test')"
   done
   return "$worst"
 }

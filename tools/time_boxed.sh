@@ -68,7 +68,7 @@ words_of() {
 # What was wrong, where a log says more than its last words: pytest's lines of errors, or the last lines.
 reasons_of() {
   [[ -e $LOGS/$1.log ]] && (($(wc -l <"$LOGS/$1.log") > 1)) || return
-  grep -aE '^(E  |FAILED|ERROR|Fatal|dgemma::|========= [A-Z])' "$LOGS/$1.log" | head -n 4 | cut -c1-200 | grep . ||
+  grep -aE '^(E  |ENDED|FAILED|ERROR|Fatal|dgemma::|========= [A-Z])' "$LOGS/$1.log" | head -n 4 | cut -c1-200 | grep . ||
     tail -n 3 "$LOGS/$1.log" | cut -c1-200
 }
 
