@@ -47,6 +47,7 @@ lint: .venv/.installed
 	$(venv_python) -m mypy
 	.venv/bin/lint-imports --no-logo
 	find csrc tools examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format --dry-run -Werror
+	if command -v shellcheck >/dev/null; then shellcheck -x tools/*.sh; fi
 
 format: .venv/.installed
 	$(venv_python) -m ruff check --fix .
