@@ -3,8 +3,8 @@
     python bench/bench_ops.py                                                           a table
     python -m pytest -q -o python_files='bench_*.py' bench/bench_ops.py [-k attention]  as benchmarks
 
-Rows of the table: microseconds of the raw operator (torch.ops.dgemma.NAME), of the function, and their difference, each
-the median of ROUNDS rounds in which both take turns. One thread, so that no other is woken.
+Rows of the table: microseconds of the raw operator (torch.ops.dgemma.NAME), of the function, and their difference, by
+the medians of CALLS calls in turn. One thread, so that no other is woken.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from operator_calls import OperatorCall, calls
 
-ROUNDS = 41
-CALLS = 100
+CALLS = 3000
 # Microseconds that a function may take above its operator.
 MOST = 3.0
 
 CASES = calls(torch.float32)
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return (time.perf_counter() - begin) / CALLS * 1e6
-
-
 def measure(case: OperatorCall) -> tuple[float, float, float]:
-    """Medians of the raw operator, of the function, and of the differences between turns."""
+    """Medians of the raw operator and of the function, and their difference.
 
-    def raw() -> None:
+    Both are called by turns, one call each: on a machine that others use whole rounds drift apart by more than the
+    function costs.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(CALLS):
+        begin = time.perf_counter()
         case.operator(*case.arguments, **case.keywords)
-
-    def function() -> None:
+        between = time.perf_counter()
         case.function(*case.given, **case.function_keywords)
-
-    times = [(microseconds(raw), microseconds(function)) for _ in range(ROUNDS)]
-    differences = [above - below for below, above in times]
-    raws, functions = zip(*times, strict=True)
-    return statistics.median(raws), statistics.median(functions), statistics.median(differences)
+        times[0].append(between - begin)
+        times[1].append(time.perf_counter() - between)
+    raw, function = (1e6 * statistics.median(each) for each in times)
+    return raw, function, function - raw
 
 
 @pytest.mark.parametrize("name", CASES)
