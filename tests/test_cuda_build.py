@@ -67,6 +67,32 @@ def test_hopper_kernels_use_wgmma_and_asynchronous_copies(source: Path) -> None:
 
 
 @needs_disassembler
+@pytest.mark.parametrize("source", HOPPER, ids=name_of)
+def test_roles_divide_the_registers_that_the_block_owns(source: Path) -> None:
+    """What ptxas gives a thread at entry, not the multiprocessor's 65,536: setmaxnreg waits forever for the rest."""
+    report = nvcc_report(source, "90a")
+    code = machine_code(report)
+    more, less = (
+        {int(count, 16) for count in re.findall(rf"USETMAXREG\.{what}\.CTAPOOL (?:UP\d+, )?0x([0-9a-f]+)", code)}
+        for what in ("TRY_ALLOC", "DEALLOC")
+    )
+    assert len(more) == len(less) == 1
+    assert report.registers == 65536 // 384 // 8 * 8
+    assert 256 * more.pop() + 128 * less.pop() <= 384 * report.registers
+
+
+def test_registers_are_divided_by_a_plan() -> None:
+    """RegisterPlan, which refuses a division that waits forever."""
+    callers = [
+        path
+        for pattern in ("*.cu", "*.h")
+        for path in CSRC.rglob(pattern)
+        if re.search(r"\b(in|de)crease_registers<", path.read_text())
+    ]
+    assert [path.relative_to(CSRC).as_posix() for path in callers] == ["device/registers.h"]
+
+
+@needs_disassembler
 @pytest.mark.parametrize("source", TENSOR_CORE_80, ids=name_of)
 def test_sm80_kernels_use_tensor_cores_and_asynchronous_copies(source: Path) -> None:
     per_architecture = re.split(r"^\s*Fatbin elf code", machine_code(nvcc_report(source, PORTABLE)), flags=re.MULTILINE)

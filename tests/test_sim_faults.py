@@ -11,6 +11,8 @@ from sim.build import SIM, SUPPORTED, sim_library
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
+PARTED, OTHERS = r"deadlock: lanes part: this one is in ", r"of the same mask in \w+(, barrier)?, at faults\.cu:\d+"
+
 # Misuses by the kernel's name in tests/sim/kernels/faults.cu.
 REPORTS = {
     "part_at_syncthreads": r"ends while others wait at __syncthreads|only \d+ of the block have not ended",
@@ -18,6 +20,28 @@ REPORTS = {
     "lanes_part": r"lanes part: this one is in __(ballot|any)_sync, lanes 0x[0-9a-f]+ of the same mask in __",
     "lane_outside_its_mask": r"lane \d+ is not in its own mask 0x0000ffff",
     "shuffle_from_outside_the_mask": r"lane \d+ reads lane \d+, which is not in the mask",
+    # Patterns that kernels once had: a deadlock on a GPU.
+    "warp_index_of_one_lane": rf"{PARTED}__(shfl_sync|syncthreads, barrier), lanes 0x[0-9a-f]+ {OTHERS}",
+    "warpgroup_index_of_one_lane": rf"{PARTED}__(shfl_sync|syncthreads, barrier), lanes 0x[0-9a-f]+ {OTHERS}",
+    "elect_in_a_branch": rf"{PARTED}(elect_one|__syncthreads, barrier), lanes 0x[0-9a-f]+ {OTHERS}",
+    "same_shuffle_in_two_places": rf"{PARTED}__shfl_xor_sync, lanes 0x[0-9a-f]+ {OTHERS}",
+    "load_tiles_in_two_places": rf"{PARTED}load_tiles, lanes 0x[0-9a-f]+ {OTHERS}",
+    "mma_of_some_lanes": rf"{PARTED}(mma_m16n8k16|__syncwarp), lanes 0x[0-9a-f]+ {OTHERS}",
+    "barrier_of_some_lanes": rf"{PARTED}(named_barrier_sync|__syncwarp), lanes 0x[0-9a-f]+ {OTHERS}",
+    "barriers_of_two_numbers": r"named_barrier_sync [12] of 64 threads: lane \d+ of the warp calls barrier [12] of 64",
+    "syncthreads_in_two_places": rf"{PARTED}__syncthreads, barrier, lanes 0x[0-9a-f]+ {OTHERS}",
+    "cluster_arrive_of_some_lanes": rf"{PARTED}cluster_(arrive|wait), lanes 0x[0-9a-f]+ {OTHERS}",
+    "wgmma_fence_of_some_lanes": r"wgmma without wgmma_fence\(\)",
+    "wgmma_in_two_places": r"wgmma: threads of the warpgroup issue different ones \(the other at faults\.cu:\d+\)",
+    "wgmma_commit_of_one_lane": rf"{PARTED}wgmma_(commit|wait), lanes 0x[0-9a-f]+ {OTHERS}",
+    "wgmma_wait_of_some_lanes": r"ends (before wgmma_wait|while other lanes .* wgmma_wait)|lanes 0x00000080 .* ended",
+    # What the head once asked for: a block of 384 threads owns 384 x 168, not 65,536.
+    "more_registers_than_the_block_has": r"deadlock: (.|\n)*waits in setmaxnreg for 768 registers of its warp; "
+    r"of the block's 64512, 512 are free, at faults\.cu:\d+",
+    "registers_of_some_lanes": r"while other lanes .* setmaxnreg\.dec, at f|setmaxnreg\.dec: lanes 0x80000000 .* ended",
+    "registers_of_some_warps": r"without the setmaxnreg that warp \d+ |setmaxnreg\.dec: warp (2|6|10) .* has ended",
+    "registers_of_two_counts": r"setmaxnreg\.dec: (40|48) registers, but warp \d+ of the warpgroup asks for (40|48)",
+    "increase_to_fewer_registers": r"setmaxnreg\.inc: from 168 registers to 160",
     "arrive_too_often": r"mbarrier at offset 4096: one arrival more than the 1 .* still waits for 16 bytes",
     "too_many_bytes": r"mbarrier at offset 4096: 16 bytes more have come than were expected in phase 0",
     "too_few_bytes": r"thread 0: waits for .* phase 0: 0 of 1 arrivals and 16 bytes are missing",
@@ -44,8 +68,9 @@ REPORTS = {
     "wgmma_no_proxy_fence": r"wgmma reads shared memory at offset \d+, written by ordinary stores",
     "wgmma_differs_by_thread": r"wgmma: threads of the warpgroup issue different ones",
     "wgmma_registers_changed": r"wgmma_wait: registers of A were changed before it \(the product at .*faults\.cu:\d+\)",
-    "barrier_counts_differ": r"named_barrier_sync 1: expects \d+ threads, but others of this round expect \d+",
-    "barrier_twice": r"named_barrier_arrive 1: this thread has already come in this round",
+    "barrier_counts_differ": r"named_barrier_sync 1: expects \d+ threads, but others of this round expect \d+|"
+    r"waits at named barrier 1: 64 of 96 threads have come, at f",
+    "barrier_twice": r"named_barrier_arrive 1: this warp has already come in this round",
     "barrier_of_odd_count": r"named_barrier_sync 1: 100 threads; must be a multiple of 32",
     "wait_for_a_flag": r"deadlock: threads look again .*\n.*\n.*threads 0-127: looks at a flag in global memory, at f",
     "cluster_arrive_twice": r"cluster_arrive twice without cluster_wait",

@@ -9,18 +9,16 @@
 
 #include "cuda/limits.h"
 #include "device/mbarrier.h"
+#include "device/registers.h"
 #include "device/warp.h"
 
 namespace dgemma::sm90 {
 
 // Two warpgroups consume: warps 0 to 7.
 constexpr uint32_t kConsumerWarps = 8;
-// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
-// multiples of 8): 256 consumers x 232 + 128 producers x 40 = 64,512. A consumer keeps 128
-// accumulators of the largest tile. The head's other warps do more than load, so the head has
-// numbers of its own.
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
+// The registers of a kernel whose other warpgroup does no more than load: a consumer keeps 128
+// accumulators of the largest tile.
+using Registers = device::RegisterPlan<32 * kConsumerWarps, 232, 128, 40>;
 
 template <uint32_t kStages>
 struct PipelineState {

@@ -10,6 +10,8 @@
 #include <map>
 #include <mutex>
 
+#include "device/registers.h"
+
 namespace sim {
 
 int32_t compute_capability = 90, multiprocessors = 3;
@@ -107,6 +109,9 @@ void begin_cluster(uint32_t number) {
     block.live = shape.threads;
     block.threads.resize(shape.threads);
     block.warps.resize(shape.threads / 32);
+    block.registers.at_entry =
+        static_cast<uint32_t>(dgemma::device::registers_at_entry(static_cast<int>(shape.threads)));
+    block.registers.all = shape.threads * block.registers.at_entry;
     begin_block(block);
     for (uint32_t i = 0; i < shape.threads; ++i) {
       Thread& thread = block.threads[i];

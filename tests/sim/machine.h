@@ -105,6 +105,7 @@ struct Thread {
 struct Rendezvous {
   uint32_t mask = 0, arrived = 0;
   const char* what = nullptr;
+  Source source;  // of the first to come
   void* argument[32];
   Thread* lane[32];
 };
@@ -113,13 +114,15 @@ struct Warp {
   static constexpr int kAtOnce = 8;  // groups of lanes that may be under way side by side
   Rendezvous rendezvous[kAtOnce];
   uint32_t exited = 0;
+  // setmaxnreg: what a thread has since (0: as at entry), how often, what the warp waits for.
+  uint32_t registers = 0, register_calls = 0, registers_wanted = 0;
   uint64_t slow_until = 0;  // the epoch for which `slow` was drawn
   bool slow = false;
 };
 
 struct NamedBarrier {
-  uint32_t expected = 0, arrived = 0;
-  std::vector<bool> who;
+  uint32_t expected = 0, arrived = 0;  // threads
+  std::vector<bool> who;               // warps
   Waiters waiters;
 };
 
@@ -128,6 +131,13 @@ struct MbarrierState {
   int64_t bytes = 0;  // expected and not yet come
   uint64_t phase = 0;
   bool alive = false, fenced = false;
+  Waiters waiters;
+};
+
+// The registers of a block, as a kernel with setmaxnreg begins: ptxas gives each thread as many as
+// the launch bounds allow, and what no thread of the block had then is never the block's.
+struct RegisterPool {
+  uint32_t at_entry = 0, all = 0, free = 0;
   Waiters waiters;
 };
 
@@ -146,6 +156,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   NamedBarrier barriers[16];
+  RegisterPool registers;
   std::vector<MbarrierState> mbarriers;
   std::vector<std::unique_ptr<WgmmaQueue>> warpgroups;
   uint32_t live = 0;

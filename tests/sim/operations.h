@@ -42,11 +42,15 @@ void poison(Block& block, uint32_t offset, uint32_t bytes);
 void warp_collective(uint32_t mask, const char* what, void* argument,
                      void (*evaluate)(void* const* argument, uint32_t mask, void* context),
                      void* context, const Source& source);
+// The whole warp executes one instruction (.sync.aligned): nobody goes on before all are here.
+void warp_together(const char* what, const Source& source);
 void barrier_sync(uint32_t barrier, uint32_t threads, const Source& source);
 void barrier_arrive(uint32_t barrier, uint32_t threads, const Source& source);
 void cluster_arrive(const Source& source);
 void cluster_wait(const Source& source);
 uint32_t elected_lane();
+// setmaxnreg of a warp: counts the block's registers, and waits while there are too few.
+void set_registers(uint32_t count, bool increase, const Source& source);
 
 // mbarrier.cpp
 

@@ -283,7 +283,8 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
   const Wgmma& first = operation.what;
   if (first.n != what.n || first.a_in_registers != what.a_in_registers || first.a != what.a ||
       first.b != what.b || first.accumulate != what.accumulate || first.e4m3 != what.e4m3 ||
-      first.a_row_major != what.a_row_major || first.b_row_major != what.b_row_major)
+      first.a_row_major != what.a_row_major || first.b_row_major != what.b_row_major ||
+      operation.source.line() != source.line() || operation.source.column() != source.column())
     fail(source, "wgmma: threads of the warpgroup issue different ones (the other at %s)",
          place_of(operation.source).c_str());
   WgmmaAccumulators& accumulators = *operation.accumulators;
@@ -314,12 +315,12 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
 void wgmma_fence(const Source& source) {
   // The instructions of a group are the warp's, not the lane's: no lane runs ahead of another over
   // this line.
-  warp_collective(
-      0xffffffffu, "wgmma_fence", nullptr, [](void* const*, uint32_t, void*) {}, nullptr, source);
+  warp_together("wgmma_fence", source);
   self().wgmma_fenced = true;
 }
 
 void wgmma_commit(const Source& source) {
+  warp_together("wgmma_commit", source);
   Thread& thread = self();
   queue_of(thread, source);
   thread.wgmma_fenced = false;
@@ -327,6 +328,7 @@ void wgmma_commit(const Source& source) {
 }
 
 void wgmma_wait(uint32_t pending, const Source& source) {
+  warp_together("wgmma_wait", source);
   Thread& thread = self();
   WgmmaQueue& queue = queue_of(thread, source);
   if (thread.wgmma_groups.size() <= pending) return;

@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
   device::cluster_sync();  // the barriers of both blocks are there
 
   if (device::warp_index() >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     KeyProducer<kHeadDim> producer(p, request, at, keys, shared);
     produce_all(producer, maps, keys.tiles);
     device::cluster_arrive();
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     Rows rows(p, at, shared);
     rows.attend(keys);
     device::cluster_arrive();

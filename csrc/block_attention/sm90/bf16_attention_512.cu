@@ -292,21 +292,21 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
 
   const uint32_t warpgroup = device::warpgroup_index();
   if (warpgroup == 0) {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     FirstWarpgroup first(shared, p, at);
     first.attend(keys);
     first.finish();
     device::cluster_arrive();
     first.store(p, request, at);
   } else if (warpgroup == 1) {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     SecondWarpgroup second(shared);
     second.attend(keys);
     second.wait_for_sums();
     device::cluster_arrive();
     second.store(p, request, at);
   } else {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     KeyProducer<kHeadDim> producer(p, request, at, keys, shared.common);
     produce_all(producer, maps, keys.tiles);
     device::cluster_arrive();

@@ -35,9 +35,9 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int32_t kGroup = 64;
 constexpr uint32_t kGroupBytes = kGroup * sizeof(bfloat16);
 // Warps 0-7 are the consumers, two warpgroups; warps 8-11 are the producers.
-using sm90::kConsumerRegisters;
 using sm90::kConsumerWarps;
-using sm90::kProducerRegisters;
+using sm90::Registers;
+static_assert(Registers::kThreads == kAttentionThreads90);
 constexpr int32_t kProducerWarps = 4;
 constexpr uint32_t kProducerThreads = 32 * kProducerWarps;
 

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kRowThreads) soft_finish(const SoftPass p, int
   if (p.dense) return;
 
   squares = warp_sum(squares);
-  if (device::lane_index() == 0) shared.squares[device::warp_index()] = squares;
+  const uint32_t warp = device::warp_index();  // of all lanes together, so not inside the if
+  if (device::lane_index() == 0) shared.squares[warp] = squares;
   __syncthreads();
   if (threadIdx.x != 0) return;
   float total = 0.0f;

@@ -19,11 +19,10 @@ using namespace vocabulary_sm90;
 
 static_assert(kTileRows == kTile);
 constexpr int32_t kFinishingWarps = kHeadThreads / 32 - kConsumerWarps - 1;
-// Registers of a thread once the roles part, of 65,536 per multiprocessor (setmaxnreg takes
-// multiples of 8): 256 x 192 + 128 x 128 = 65,536. 128 of the 192 are accumulators where kRows is
-// 256.
-constexpr int kHeadConsumerRegisters = 192;
-constexpr int kHeadOtherRegisters = 128;
+// The warps that do not multiply finish tiles: they need more than loaders do. 128 of the 192 are
+// accumulators where kRows is 256.
+using Registers = device::RegisterPlan<32 * kConsumerWarps, 192, 128, 120>;
+static_assert(Registers::kThreads == kHeadThreads);
 // Lanes that share a row of a finished tile: with four rows at a time a warp has enough to do while
 // it waits for tanh, exp and its neighbours' sums.
 constexpr int kRowLanes = 8;
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
   const int32_t steps = ceil_divide(p.hidden_size, kStageDepth);
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kHeadOtherRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) load(shared, &embedding, &hidden, p, plan, steps);
       __syncwarp();
@@ -190,7 +189,7 @@ __global__ void __launch_bounds__(kHeadThreads, 1)
       finish_tiles(shared, p, plan);
     }
   } else {
-    device::increase_registers<kHeadConsumerRegisters>();
+    Registers::take();
     multiply_tiles(shared, p, plan, steps);
   }
   device::cluster_sync();  // the other block arrives at this one's barriers until it ends

@@ -18,8 +18,8 @@ using namespace vocabulary_sm90;
 static_assert(kTile % kStageDepth == 0 && kSoftColumns == kTileRows);
 // Two consumer warpgroups and a third, of which one warp loads.
 constexpr uint32_t kThreads = 384;
-using sm90::kConsumerRegisters;
-using sm90::kProducerRegisters;
+using sm90::Registers;
+static_assert(Registers::kThreads == kThreads);
 
 struct NoExtra {};
 
@@ -116,13 +116,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) load(ring, &embedding, &probabilities, p, b, part);
       __syncwarp();
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     float sum[kRows / 2];
     typename Ring<kRows, NoExtra>::State at;
     multiply<Major::mn>(ring, at, (part.end - part.begin) * (kTile / kStageDepth), sum);

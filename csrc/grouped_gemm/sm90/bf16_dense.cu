@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto policy =
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [](int32_t row) { return row; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     typename Ring<kTokens>::State at;
     consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const DenseWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // and weights are on their way while it ends. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
     consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {

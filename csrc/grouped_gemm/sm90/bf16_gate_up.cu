@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [&](int32_t position) { return p.scheduler.tables.pair[position] / p.top_k; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     typename Ring<kTokens>::State at;
     consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
       constexpr int kN = decltype(columns)::value;

@@ -29,9 +29,9 @@ using device::bfloat16;
 using device::Swizzle;
 
 // Warps 0-7 are the consumers, warp 8 loads weights, warps 9-11 gather token rows.
-using sm90::kConsumerRegisters;
 using sm90::kConsumerWarps;
-using sm90::kProducerRegisters;
+using sm90::Registers;
+static_assert(Registers::kThreads == kMoeThreads);
 constexpr uint32_t kGatheringThreads = 96;
 constexpr uint32_t kPiecesPerRow = kMoeDepth * sizeof(bfloat16) / 16;
 

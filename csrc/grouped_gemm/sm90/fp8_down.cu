@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // output must be waited for: activations and their scales.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     device::wait_for_previous_kernel();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;

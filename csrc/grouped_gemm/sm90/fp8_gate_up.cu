@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       if (device::elect_one()) {
         const auto once = device::evict_first();
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                   [&](int32_t position) { return p.scheduler.tables.pair[position] / p.top_k; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     float* scale = shared.scale[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
     consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   // sm90/bf16_down.cu. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
                                [](int32_t position) { return position; });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     Target* target = shared.target[device::warpgroup_index()];
     const uint32_t row = 16 * warp + device::lane_index() / 4;
     const DecodeTable table = make_decode_table();

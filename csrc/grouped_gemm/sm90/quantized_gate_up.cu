@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
-    device::decrease_registers<kProducerRegisters>();
+    Registers::give_back();
     if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       });
     }
   } else {
-    device::increase_registers<kConsumerRegisters>();
+    Registers::take();
     const DecodeTable table = make_decode_table();
     typename WeightRing<kTokens>::State at;
     const int32_t result = own_result();

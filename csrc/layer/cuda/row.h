@@ -57,7 +57,8 @@ DGEMMA_DEVICE float block_sum(float value, RowShared& shared) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     value += __shfl_xor_sync(device::kAllLanes, value, lanes);
-  if (device::lane_index() == 0) shared.sum[device::warp_index()] = value;
+  const uint32_t own_warp = device::warp_index();  // of all lanes together, so not inside the if
+  if (device::lane_index() == 0) shared.sum[own_warp] = value;
   __syncthreads();
   float total = 0.0f;
   for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) total += shared.sum[warp];

@@ -8,24 +8,29 @@ namespace dgemma::device {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 inline uint32_t lane_index() { return threadIdx.x % 32; }
-inline uint32_t warp_index() { return threadIdx.x / 32; }
-inline uint32_t warpgroup_index() { return threadIdx.x / 128; }
-
-inline bool elect_one(SIM_SOURCE) {
-  return static_cast<uint32_t>(__shfl_sync(kAllLanes, static_cast<int>(sim::elected_lane()), 0, 32,
-                                           source)) == lane_index();
+// Collectives, as on the device.
+inline uint32_t warp_index(SIM_SOURCE) {
+  return __shfl_sync(kAllLanes, threadIdx.x / 32, 0, 32, source);
+}
+inline uint32_t warpgroup_index(SIM_SOURCE) {
+  return __shfl_sync(kAllLanes, threadIdx.x / 128, 0, 32, source);
 }
 
-// Registers are not counted here; only the rules of the numbers hold.
+inline bool elect_one(SIM_SOURCE) {
+  sim::warp_together("elect_one", source);
+  return sim::elected_lane() == lane_index();
+}
+
+// Registers are counted: see collective.cpp.
 template <int kRegisters>
 void decrease_registers(SIM_SOURCE) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
-  __syncwarp(kAllLanes, source);
+  sim::set_registers(kRegisters, false, source);
 }
 template <int kRegisters>
 void increase_registers(SIM_SOURCE) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
-  __syncwarp(kAllLanes, source);
+  sim::set_registers(kRegisters, true, source);
 }
 
 }  // namespace dgemma::device

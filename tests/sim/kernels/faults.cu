@@ -13,6 +13,7 @@
 #include "device/ldmatrix.h"
 #include "device/mbarrier.h"
 #include "device/memory.h"
+#include "device/mma.h"
 #include "device/shared_memory.h"
 #include "device/tma.h"
 #include "device/warp.h"
@@ -56,6 +57,95 @@ void lane_outside_its_mask(Arguments) { __shfl_sync(0xffffu, 1, 0); }
 void shuffle_from_outside_the_mask(Arguments) {
   if (lane_index() < 16) __shfl_xor_sync(0xffffu, 1, 16);
 }
+// The sum of a row as csrc/layer once had it, and the last lines of csrc/denoise's soft_finish.cu:
+// warp_index() is a shuffle of all lanes, which only one of them reaches.
+void warp_index_of_one_lane(Arguments a) {
+  auto* sum = reinterpret_cast<float*>(a.global);
+  float value = 1.0f;
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+  if (lane_index() == 0) sum[warp_index()] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (uint32_t warp = 0; warp < blockDim.x / 32; ++warp) total += sum[warp];
+  __syncthreads();
+}
+void warpgroup_index_of_one_lane(Arguments a) {
+  if (lane_index() == 0) a.global[warpgroup_index()] = 1;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+}
+void elect_in_a_branch(Arguments) {
+  if (lane_index() < 16 && elect_one()) mbarrier_init(&shared().barrier, 1);
+  __syncthreads();
+}
+// Two instructions: a lane waits at the one for lanes that wait at the other.
+void same_shuffle_in_two_places(Arguments) {
+  if (lane_index() < 16)
+    __shfl_xor_sync(kAllLanes, 1, 1);
+  else
+    __shfl_xor_sync(kAllLanes, 1, 1);
+}
+void load_tiles_in_two_places(Arguments) {
+  uint32_t tile[1];
+  const void* row = shared().tile + 16 * lane_index();
+  if (lane_index() < 16)
+    load_tiles(tile, row);
+  else
+    load_tiles(tile, row);
+}
+void mma_of_some_lanes(Arguments) {
+  float d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (lane_index() < 31) mma_m16n8k16(d, a, b);
+  __syncwarp();
+}
+void barrier_of_some_lanes(Arguments) {
+  if (lane_index() < 16) named_barrier_sync(1, 64);
+  __syncwarp();
+}
+void barriers_of_two_numbers(Arguments) { named_barrier_sync(1 + lane_index() / 16, 64); }
+void syncthreads_in_two_places(Arguments) {
+  if (lane_index() < 16)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+void cluster_arrive_of_some_lanes(Arguments) {
+  if (lane_index() != 3) cluster_arrive();
+  cluster_wait();
+}
+template <int kFault>
+void lanes_of_wgmma(Arguments) {
+  float d[4] = {};
+  const MatrixDescriptor tile = k_major_descriptor(shared().tile, Swizzle::none);
+  if (kFault != 0 || lane_index() != 7) wgmma_fence(d);
+  if (kFault != 1 || lane_index() < 16)
+    wgmma<8>(d, tile, tile);
+  else
+    wgmma<8>(d, tile, tile);
+  if (kFault != 2 || lane_index() == 0) wgmma_commit();
+  if (kFault != 3 || lane_index() != 7) wgmma_wait<0>(d);
+}
+// The head once asked for 65,536 registers with a block of 384 threads, which owns 384 x 168.
+void more_registers_than_the_block_has(Arguments) {
+  if (warpgroup_index() < 2)
+    increase_registers<192>();
+  else
+    decrease_registers<128>();
+}
+void registers_of_some_lanes(Arguments) {
+  if (lane_index() < 31) decrease_registers<40>();
+}
+void registers_of_some_warps(Arguments) {
+  if (warp_index() != 2) decrease_registers<40>();
+}
+void registers_of_two_counts(Arguments) {
+  if (warp_index() != 2)
+    decrease_registers<40>();
+  else
+    decrease_registers<48>();
+}
+void increase_to_fewer_registers(Arguments) { increase_registers<160>(); }
 void arrive_too_often(Arguments) {
   if (!first()) return;
   mbarrier_init(&shared().barrier, 1);
@@ -181,8 +271,10 @@ void wgmma_registers_changed(Arguments) {
 }
 void barrier_counts_differ(Arguments) { named_barrier_sync(1, threadIdx.x < 64 ? 64 : 96); }
 void barrier_twice(Arguments) {
-  named_barrier_arrive(1, 128);
-  named_barrier_arrive(1, 128);
+  if (threadIdx.x < 32) named_barrier_arrive(1, 128);
+  if (threadIdx.x < 32) named_barrier_arrive(1, 128);
+  named_barrier_sync(2, 128);
+  named_barrier_sync(1, 128);
 }
 void barrier_of_odd_count(Arguments) { named_barrier_sync(1, 100); }
 void wait_for_a_flag(Arguments a) {
@@ -207,6 +299,7 @@ void struct_too_large(Arguments) { shared_memory<TooLarge>().bytes[0] = 0; }
 struct Fault {
   const char* name;
   Kernel kernel;
+  uint32_t threads = 128;
 };
 #define FAULT(name) {#name, name}
 constexpr Fault kFaults[] = {
@@ -215,6 +308,25 @@ constexpr Fault kFaults[] = {
     FAULT(lanes_part),
     FAULT(lane_outside_its_mask),
     FAULT(shuffle_from_outside_the_mask),
+    FAULT(warp_index_of_one_lane),
+    FAULT(warpgroup_index_of_one_lane),
+    FAULT(elect_in_a_branch),
+    FAULT(same_shuffle_in_two_places),
+    FAULT(load_tiles_in_two_places),
+    FAULT(mma_of_some_lanes),
+    FAULT(barrier_of_some_lanes),
+    FAULT(barriers_of_two_numbers),
+    FAULT(syncthreads_in_two_places),
+    FAULT(cluster_arrive_of_some_lanes),
+    {"wgmma_fence_of_some_lanes", lanes_of_wgmma<0>},
+    {"wgmma_in_two_places", lanes_of_wgmma<1>},
+    {"wgmma_commit_of_one_lane", lanes_of_wgmma<2>},
+    {"wgmma_wait_of_some_lanes", lanes_of_wgmma<3>},
+    {"more_registers_than_the_block_has", more_registers_than_the_block_has, 384},
+    {"registers_of_some_lanes", registers_of_some_lanes, 384},
+    {"registers_of_some_warps", registers_of_some_warps, 384},
+    {"registers_of_two_counts", registers_of_two_counts, 384},
+    {"increase_to_fewer_registers", increase_to_fewer_registers, 384},
     FAULT(arrive_too_often),
     FAULT(too_many_bytes),
     FAULT(too_few_bytes),
@@ -267,7 +379,7 @@ SIM_ENTRY run_fault(int fault) {
   layout.swizzle = Swizzle::none;
   if (const char* error = encode_tensor_map(&arguments.plain, layout)) return error;
   LaunchShape shape;
-  shape.threads = 128;
+  shape.threads = kFaults[fault].threads;
   shape.shared_bytes = sizeof(Shared);
   return launch(shape, nullptr, kFaults[fault].kernel, arguments);
 }

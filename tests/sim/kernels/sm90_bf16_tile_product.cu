@@ -11,6 +11,7 @@
 #include "device/fence.h"
 #include "device/launch.h"
 #include "device/mbarrier.h"
+#include "device/registers.h"
 #include "device/shared_memory.h"
 #include "device/tma.h"
 #include "device/warp.h"
@@ -28,6 +29,7 @@ constexpr int kStages = 4;
 constexpr int kConsumers = 128;
 constexpr int kThreads =
     2 * kConsumers;  // the second warpgroup produces; setmaxnreg acts on whole warpgroups
+using Registers = RegisterPlan<kConsumers, 256, kConsumers, 40>;
 
 template <int kTokens>
 struct Shared {
@@ -109,11 +111,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (warpgroup_index() == 1) {
-    decrease_registers<40>();
+    Registers::give_back();
     if (warp_index() == kConsumers / 32 && elect_one())
       produce<kTokens>(shared, &weights, &tokens, (rows + kRows - 1) / kRows, depth);
   } else {
-    increase_registers<232>();
+    Registers::take();
     consume<kTokens, kMistake>(shared, out, rows, token_count, depth);
   }
 }
