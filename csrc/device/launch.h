@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -18,18 +19,31 @@ struct LaunchShape {
   bool overlaps_previous_kernel = false;  // may begin before the previous kernel ends: see below
 };
 
-// Programmatic dependent launch begins with compute capability 9.0; before, a kernel that asks for
-// it begins when the previous one has ended. DGEMMA_PDL=0 in the environment takes it out: an error
-// that goes away with it is a missing wait.
-inline bool can_overlap() {
+// Whether a kernel that asks for it may begin before the previous one ends: only where the code
+// that runs holds griddepcontrol.wait, that is where it comes from PTX for 9.0 or later. Not the
+// GPU decides: what was compiled for older ones alone runs on a newer one without any wait, and
+// would read what is not yet written. ptxVersion is the code's, binaryVersion that of the driver's
+// compiler. All files are compiled for the same architectures, so one kernel answers for its GPU.
+// DGEMMA_PDL=0 in the environment takes overlap out: an error that goes away with it is a missing
+// wait.
+inline bool can_overlap(const void* kernel) {
   static const bool wanted = [] {
     const char* value = std::getenv("DGEMMA_PDL");
     return value == nullptr || std::strcmp(value, "0") != 0;
   }();
-  int device = 0, major = 0;
-  return wanted && cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major >= 9;
+  constexpr int kMostGpus = 64;
+  enum Answer : int8_t { kNotAsked, kNo, kYes };
+  static std::atomic<Answer> answers[kMostGpus];
+  int gpu = 0;
+  if (!wanted || cudaGetDevice(&gpu) != cudaSuccess || gpu >= kMostGpus) return false;
+  Answer answer = answers[gpu].load(std::memory_order_relaxed);
+  if (answer == kNotAsked) {
+    cudaFuncAttributes code;
+    if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess) return false;
+    answer = code.ptxVersion >= 90 ? kYes : kNo;
+    answers[gpu].store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
 }
 
 // Null on success, else the error's text. Enqueues on `stream` (a cudaStream_t) and does not wait.
@@ -52,7 +66,7 @@ const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parame
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (shape.overlaps_previous_kernel && can_overlap()) {
+  if (shape.overlaps_previous_kernel && can_overlap(reinterpret_cast<const void*>(kernel))) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

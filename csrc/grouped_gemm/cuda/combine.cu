@@ -52,7 +52,7 @@ const char* launch_combine(const MoeCudaPlan& plan, const MoeCudaPass& pass, voi
                      .experts = pass.tables.experts};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.combine_blocks)),
                                      .threads = kMoeCombineThreads,
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, combine, p);
 }
 

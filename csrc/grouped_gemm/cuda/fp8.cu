@@ -57,10 +57,9 @@ const char* run_pass(const Kernels& kernels, const MoeFp8Plan& plan, const MoeFp
                                     .width = ffn.expert_size,
                                     .filled = ffn.tables.first + ffn.tables.experts};
   if (const char* error = launch_sort_pairs(plan.ffn, ffn, stream)) return error;
-  const bool overlap = plan.ffn.overlap;
-  if (const char* error = launch_quantize_rows(input, overlap, stream)) return error;
+  if (const char* error = launch_quantize_rows(input, stream)) return error;
   if (const char* error = kernels.gate_up(plan, pass, stream)) return error;
-  if (const char* error = launch_quantize_rows(activations, overlap, stream)) return error;
+  if (const char* error = launch_quantize_rows(activations, stream)) return error;
   if (const char* error = kernels.down(plan, pass, stream)) return error;
   return launch_combine(plan.ffn, ffn, stream);
 }

@@ -53,7 +53,6 @@ DensePlan make_dense_plan(const dgemma_dense& op, const Gpu& gpu) {
   DensePlan plan = {};
   const bool sm90 = gpu.path == CudaPath::kSm90;
   plan.path = gpu.path;
-  plan.overlap = gpu.compute_capability >= 90;  // griddepcontrol
   plan.token_tile = choose_token_tile(gpu.path, op.rows);
   plan.weight_rows = sm90 ? kMoeWeightRows : kMoeWeightRows80;
   plan.threads = sm90 ? kMoeThreads : kMoeThreads80;

@@ -20,7 +20,6 @@ constexpr int32_t kSumSegmentsThreads = 128;
 
 struct DensePlan {
   CudaPath path;
-  bool overlap;         // whether a kernel may begin while the previous one ends
   int32_t token_tile;   // rows of input in a work tile
   int32_t weight_rows;  // of a weight tile
   int32_t threads;

@@ -85,7 +85,6 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   MoeCudaPlan plan = {};
   plan.tokens_per_pass = tokens_per_pass(op);
   plan.path = gpu.path;
-  plan.overlap = gpu.compute_capability >= 90;  // griddepcontrol
   const int64_t pairs = plan.tokens_per_pass * op.top_k;
   plan.token_tile = choose_token_tile(gpu.path, pairs, op.experts);
   plan.depth = kMoeDepth;

@@ -67,7 +67,6 @@ struct MoeCudaPart {
 struct MoeCudaPlan {
   int64_t tokens_per_pass;
   CudaPath path;
-  bool overlap;         // whether a kernel may begin while the previous one ends
   int32_t token_tile;   // 64, 128 or 256; on sm_80 32, 64 or 128
   int32_t weight_rows;  // of a weight tile
   int32_t threads;      // of a block that multiplies

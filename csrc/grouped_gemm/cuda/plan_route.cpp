@@ -36,7 +36,6 @@ const char* route_error(const dgemma_route& op) {
 
 RoutePlan make_route_plan(const dgemma_route& op, const Gpu& gpu) {
   RoutePlan plan = {};
-  plan.overlap = gpu.compute_capability >= 90;  // griddepcontrol
   const int64_t k_steps = ceil_divide(op.hidden_size, kRouterDepth);
   const int64_t segments =
       std::max(std::min(kSegments, k_steps), ceil_divide(k_steps, kRouterSteps));

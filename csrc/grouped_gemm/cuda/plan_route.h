@@ -29,7 +29,6 @@ constexpr int32_t kRouterMostExperts = 1024;
 constexpr int32_t kRouterMostChoices = 32;
 
 struct RoutePlan {
-  bool overlap;        // whether a kernel may begin while the previous one ends
   int32_t token_tile;  // 16 or 64
   int32_t k_steps, segments;
   int32_t token_tiles, expert_tiles;

@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const QuantizeRows p) 
 
 }  // namespace
 
-const char* launch_quantize_rows(const QuantizeRows& call, bool overlap, void* stream) {
+const char* launch_quantize_rows(const QuantizeRows& call, void* stream) {
   const int32_t rows_of_block = kThreads / 32;
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(ceil_divide(call.rows, rows_of_block))),
       .threads = kThreads,
-      .overlaps_previous_kernel = overlap};
+      .overlaps_previous_kernel = true};
   return device::launch(shape, stream, quantize_rows, call);
 }
 

@@ -16,6 +16,6 @@ struct QuantizeRows {
 };
 
 // Enqueues the kernel on `stream`. Returns null or the error's text.
-const char* launch_quantize_rows(const QuantizeRows& call, bool overlap, void* stream);
+const char* launch_quantize_rows(const QuantizeRows& call, void* stream);
 
 }  // namespace dgemma

@@ -115,7 +115,7 @@ template <int kPerLane>
 const char* launch(const RoutePlan& plan, const RouteCall& call, void* stream) {
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.choice_blocks)),
                                      .threads = kRouterThreads,
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, router_choice<kPerLane>, call);
 }
 

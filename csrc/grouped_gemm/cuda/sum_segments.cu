@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kSumSegmentsThreads) sum_segments(const DenseC
 const char* launch_sum_segments(const DensePlan& plan, const DenseCall& call, void* stream) {
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.sum_blocks)),
                                      .threads = kSumSegmentsThreads,
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, sum_segments, call);
 }
 

@@ -104,7 +104,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 

@@ -79,7 +79,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads80,
                                      .shared_bytes = sizeof(Ring<kTokens>),
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.activations);
 }
 

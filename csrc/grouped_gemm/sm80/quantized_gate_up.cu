@@ -59,7 +59,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, gate_up<kEncoding, kTokens>, scheduler, rows,
                         ffn.activations);
 }

@@ -58,6 +58,7 @@ template <int kColumns, typename WeightOf>
 DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& work_tile,
                                   const OwnRows& own, const Sum<kColumns>& sum, int32_t hidden_size,
                                   float* products, const WeightOf& weight_of) {
+  const int32_t first = own_row(0, 0);  // all lanes ask together, before they part
 #pragma unroll
   for (int i = 0; i < 2 * kColumns; ++i) {
     const int32_t token = 8 * (i / 2) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
@@ -70,7 +71,7 @@ DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& wo
     for (int tile = 0; tile < kRowTiles; ++tile)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t row = own_row(tile, half);
+        const int32_t row = first + 16 * tile + 8 * half;
         if (work_tile.weight_tile * kQuantizedWeightRows + row < hidden_size)
           out[row] = weight * (own.factor[tile][half] * sum[tile][i / 2][2 * half + i % 2]);
       }

@@ -74,7 +74,7 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kQuantizedThreads,
                                      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-                                     .overlaps_previous_kernel = plan.overlap};
+                                     .overlaps_previous_kernel = true};
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.input_scales,
                         ffn.activations);
 }

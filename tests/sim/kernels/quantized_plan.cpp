@@ -80,7 +80,7 @@ SIM_ENTRY quantize_rows(const void* input, uint8_t* output, float* scales, int32
                                        .rows = rows,
                                        .width = width,
                                        .filled = nullptr},
-                                      true, nullptr);
+                                      nullptr);
 }
 
 // `out` has room for 8 values of each row, and for NVFP4 of each of two groups.
