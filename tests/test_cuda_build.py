@@ -84,6 +84,22 @@ def test_roles_divide_the_registers_that_the_block_owns(source: Path) -> None:
     assert 256 * more.pop() + 128 * less.pop() <= 384 * report.registers
 
 
+@needs_disassembler
+def test_conformance_tries_the_multiplication_that_decoding_uses() -> None:
+    """A known addend of -0 makes HMUL2 of fma; whether subnormal numbers count is asked of that instruction."""
+    for source in (SIM / "conformance" / "warp.cu", CSRC / "grouped_gemm/sm90/quantized_gate_up.cu"):
+        assert re.search(r"\bHMUL2\.BF16", machine_code(nvcc_report(source, "90a"))), source
+
+
+@needs_disassembler
+@pytest.mark.parametrize("name", ["combine", "sum_segments"])
+def test_what_the_kernel_in_front_wrote_is_not_read_as_constant(name: str) -> None:
+    """ld.global.nc is for memory that nobody writes; the wait for that kernel does not order it."""
+    code = machine_code(nvcc_report(CSRC / f"grouped_gemm/cuda/{name}.cu", PORTABLE))
+    assert re.search(r"\bLDG\.E\b.*\.128\b", code)
+    assert not re.search(r"\bLDG\b.*\.CONSTANT\b", code)
+
+
 def test_registers_are_divided_by_a_plan() -> None:
     """RegisterPlan, which refuses a division that waits forever."""
     callers = [

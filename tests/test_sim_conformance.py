@@ -22,6 +22,7 @@ CASES = [
     "mma_m16n8k32_e4m3",
     "rounding to bfloat16",
     "multiply-add of bfloat16",
+    "multiplication of bfloat16",
     "permuted bytes",
     "special functions",
     "named barriers",

@@ -1,7 +1,7 @@
 // Global memory: loads and stores with a say in caching, and the pair that hands data from block to
 // block.
 //
-// PTX ISA, "Data Movement and Conversion Instructions: ld, ld.global.nc, st, prefetch" and "Memory
+// PTX ISA, "Data Movement and Conversion Instructions: ld, st, prefetch" and "Memory
 // Consistency Model".
 #pragma once
 
@@ -9,12 +9,15 @@
 
 namespace dgemma::device {
 
-// 16 bytes that no one writes while the kernel runs and that this SM reads once: past L1.
+// 16 bytes that this SM reads once: past L1. Also of what the kernel in front wrote, after
+// wait_for_previous_kernel(); a load of ld.global.nc would not be ordered behind that, since the
+// memory model leaves such loads out.
 DGEMMA_DEVICE uint4 load_once(const void* global) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(global));
+               : "l"(global)
+               : "memory");
   return v;
 }
 

@@ -284,6 +284,9 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
     at.advance();
   }
   device::wgmma_wait<0>(sum, a);
+  // Ordinary loads read the stage, bulk copies overwrite it. Of the stages before, the next one's
+  // fence stood in front of their release.
+  device::fence_proxy_async();
   ring.pipeline.consumer_release(previous);
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) sum[i] *= own.factor[i / 2 % 2];

@@ -243,6 +243,43 @@ __global__ void multiply_add_kernel(const uint32_t* in, uint32_t* out) {
   out[lane] = multiply_add_bfloat16(in[lane], in[32 + lane], in[64 + lane]);
 }
 
+// With an addend of -0 that the compiler knows, as in decoding: HMUL2, another instruction than
+// HFMA2; once with a factor out of memory and once with one that the compiler knows, 2^120.
+__global__ void multiply_kernel(const uint32_t* in, uint32_t* out) {
+  const uint32_t lane = lane_index();
+  out[lane] = multiply_add_bfloat16(in[lane], in[32 + lane], 0x80008000u);
+  out[32 + lane] = multiply_add_bfloat16(in[lane], 0x7b807b80u, 0x80008000u);
+}
+
+std::string multiply() {
+  // a, b, a b and a 2^120, as bits: normal numbers of subnormal ones; subnormal results, exact, tied
+  // both ways and rounded to nothing; signs of zeros.
+  const uint16_t rows[16][4] = {
+      {0x0001, 0x7b80, 0x3900, 0x3900}, {0x0002, 0x7b80, 0x3980, 0x3980},
+      {0x0003, 0x7b80, 0x39c0, 0x39c0}, {0x0008, 0x7b80, 0x3a80, 0x3a80},
+      {0x0010, 0x7b80, 0x3b00, 0x3b00}, {0x0020, 0x7b80, 0x3b80, 0x3b80},
+      {0x0070, 0x7b80, 0x3c60, 0x3c60}, {0x807f, 0x7b80, 0xbc7e, 0xbc7e},
+      {0x0004, 0x3f80, 0x0004, 0x3a00}, {0x0080, 0x3f00, 0x0040, 0x3c80},
+      {0x0081, 0x3f00, 0x0040, 0x3c81}, {0x0083, 0x3f00, 0x0042, 0x3c83},
+      {0x0001, 0x3e80, 0x0000, 0x3900}, {0x8001, 0x3f80, 0x8001, 0xb900},
+      {0x0000, 0xc000, 0x8000, 0x0000}, {0x8000, 0xc000, 0x0000, 0x8000}};
+  std::vector<uint32_t> in(64), wanted(64);
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const uint16_t* low = rows[lane % 16];
+    const uint16_t* high = rows[(lane * 5 + lane / 16 + 3) % 16];
+    const auto both = [&](int i) {
+      return static_cast<uint32_t>(low[i]) | static_cast<uint32_t>(high[i]) << 16;
+    };
+    in[lane] = both(0), in[32 + lane] = both(1);
+    wanted[lane] = both(2), wanted[32 + lane] = both(3);
+  }
+  Buffer<uint32_t> device(in), out(64);
+  if (std::string problem = run(32, 0, 1, multiply_kernel, device.device(), out.device());
+      !problem.empty())
+    return problem;
+  return compare("multiply_add_bfloat16 with -0", out.fetch(), wanted);
+}
+
 std::string multiply_add() {
   // a, b, c and the sum rounded once, as bits: a power of two that makes a normal number of a
   // subnormal one, alone and with a constant taken away; subnormal results, also from normal
@@ -358,6 +395,7 @@ std::vector<Case> warp_cases() {
           {"mma_m16n8k32_e4m3", 89, mma_e4m3},
           {"rounding to bfloat16", 80, rounding},
           {"multiply-add of bfloat16", 80, multiply_add},
+          {"multiplication of bfloat16", 80, multiply},
           {"permuted bytes", 80, permute},
           {"special functions", 80, functions},
           {"named barriers", 80, barriers}};
