@@ -19,7 +19,7 @@ from dgemma_ext.integrations.transformers.fallback import acceleration_of, tenso
 from dgemma_ext.integrations.transformers.visibility import Keys, Row, Visibility, of_mask, without_mask
 from dgemma_ext.ops import block_attention
 
-# Head dimensions of the CUDA kernels; csrc/block_attention/plan_cuda.cpp.
+# Head dimensions of the CUDA kernels; csrc/block_attention/cuda/plan.cpp.
 _CUDA_HEAD_DIMS = (16, 32, 64, 128, 256, 512)
 # Arguments of other models' attention, which the kernels do not support.
 _UNKNOWN_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")

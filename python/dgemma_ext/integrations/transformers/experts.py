@@ -14,7 +14,7 @@ from dgemma_ext.ops import grouped_gemm
 
 # The activation of the published configuration, and the only one of the kernels.
 _ACTIVATION = "gelu_pytorch_tanh"
-# Hidden and expert size must be multiples of this for the CUDA kernels; csrc/grouped_gemm/plan_cuda.cpp.
+# Hidden and expert size must be multiples of this for the CUDA kernels; csrc/grouped_gemm/cuda/plan_moe.cpp.
 _CUDA_MULTIPLE = 8
 
 
