@@ -78,7 +78,7 @@ def _product_of_rows(rows: Tensor, values: Tensor, row_scales: Tensor | None, ex
 
 def rows_to_e4m3(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows divided by their largest magnitude / 448, to the nearest e4m3, and that quotient: [n, columns] as
-    float8_e4m3fn and float32 [n, 1]. As csrc/grouped_gemm/cuda/quantize_rows.cu, in float32; a row of zeros has the scale 0.
+    float8_e4m3fn and float32 [n, 1], as csrc/grouped_gemm/cuda/quantize_rows.cu, in fp32. A row of zeros has scale 0.
     """
     greatest = torch.finfo(torch.float8_e4m3fn).max
     largest = rows.float().abs().amax(-1, keepdim=True)
