@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dgemma_ext import _C, demo
+import dgemma_ext._C as _C
+from dgemma_ext import demo
 from dgemma_ext.checkpoint import (
     TOKENIZER_FILE,
     CheckpointInfo,

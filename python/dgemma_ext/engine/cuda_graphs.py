@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.engine.runner import AsyncOutput, EagerRunner, StepRunner
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.model.matmul import MatmulMode
 from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.ops import (
     block_attention,
     denoise,

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.ops.description import workspace_bytes
 from dgemma_ext.ops.operators import operator
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, library
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 
 _NUMBERS = (torch.float32, torch.bfloat16)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dgemma_ext import _C  # noqa: F401  registers the operators
+import dgemma_ext._C  # noqa: F401  registers the operators
 
 # What an operator refuses begins so, and nothing else does: a call that failed is "dgemma::name failed: ...".
 _REFUSAL = re.compile(r"dgemma::\w+: (.*)")

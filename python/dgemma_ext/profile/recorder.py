@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.plain.vocabulary_head import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 
 
 class AccelerationWarning(UserWarning):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext import _C
+import dgemma_ext._C as _C
 from dgemma_ext.ops.plain.registration import register_on_gpu, register_with_out
 
 VOCABULARY_TILE = _C.VOCABULARY_TILE
