@@ -217,7 +217,7 @@ def test_a_token_that_is_not_finite_leaves_the_others_alone() -> None:
 
 def plan_text(op: Route) -> str:
     numbers, text = (ctypes.c_int64 * 8)(), ctypes.create_string_buffer(2000)
-    assert library().route_plan(ctypes.byref(op), 90, numbers, text, ctypes.c_size_t(2000)) is None
+    assert library().route_plan(ctypes.byref(op), numbers, text, ctypes.c_size_t(2000)) is None
     return text.value.decode()
 
 
@@ -238,7 +238,7 @@ def test_segments_fit_shared_memory(hidden_size: int) -> None:
     for tokens in (1, 256, 4096):
         numbers, text = (ctypes.c_int64 * 8)(), ctypes.create_string_buffer(2000)
         op = describe(tokens, hidden_size, 128, 8)
-        assert library().route_plan(ctypes.byref(op), 90, numbers, text, ctypes.c_size_t(2000)) is None
+        assert library().route_plan(ctypes.byref(op), numbers, text, ctypes.c_size_t(2000)) is None
         k_steps, segments = numbers[1], numbers[2]
         assert k_steps == -(-hidden_size // 64)
         begins = [s * k_steps // segments for s in range(segments + 1)]

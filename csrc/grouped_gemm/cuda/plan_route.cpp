@@ -34,7 +34,7 @@ const char* route_error(const dgemma_route& op) {
   return nullptr;
 }
 
-RoutePlan make_route_plan(const dgemma_route& op, const Gpu& gpu) {
+RoutePlan make_route_plan(const dgemma_route& op) {
   RoutePlan plan = {};
   const int64_t k_steps = ceil_divide(op.hidden_size, kRouterDepth);
   const int64_t segments =

@@ -40,8 +40,8 @@ struct RoutePlan {
 // instead. Pointers are not checked.
 const char* route_error(const dgemma_route& op);
 
-// Plans sizes that have no error and at least one token. The workspace is the same for every GPU.
-RoutePlan make_route_plan(const dgemma_route& op, const Gpu& gpu);
+// Plans sizes that have no error and at least one token, alike for every GPU.
+RoutePlan make_route_plan(const dgemma_route& op);
 
 // A line for each kernel and one for the workspace.
 void print(const RoutePlan& plan, std::ostream& out);

@@ -32,7 +32,7 @@ RouteCall make_route_call(const dgemma_route& op, const RoutePlan& plan) {
 
 size_t dgemma_cuda_route_workspace(const dgemma_route* op) {
   if (dgemma::route_error(*op) != nullptr) return 0;
-  return dgemma::make_route_plan(*op, {dgemma::CudaPath::kSm80, 80, 1}).workspace_bytes;
+  return dgemma::make_route_plan(*op).workspace_bytes;
 }
 
 dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda) {
@@ -52,7 +52,7 @@ dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda) {
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
-  const RoutePlan plan = make_route_plan(*op, gpu);
+  const RoutePlan plan = make_route_plan(*op);
   status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   const RouteCall call = make_route_call(*op, plan);

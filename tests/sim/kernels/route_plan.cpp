@@ -6,11 +6,9 @@
 #include "grouped_gemm/cuda/plan_route.h"
 
 // Null, or what is wrong with the sizes. `text` has room for `bytes`.
-SIM_ENTRY route_plan(const dgemma_route* op, int32_t compute_capability, int64_t (&out)[8],
-                     char* text, size_t bytes) {
+SIM_ENTRY route_plan(const dgemma_route* op, int64_t (&out)[8], char* text, size_t bytes) {
   if (const char* error = dgemma::route_error(*op)) return error;
-  const dgemma::RoutePlan plan =
-      dgemma::make_route_plan(*op, {dgemma::CudaPath::kSm80, compute_capability, 132});
+  const dgemma::RoutePlan plan = dgemma::make_route_plan(*op);
   const int64_t numbers[8] = {plan.token_tile,    plan.k_steps,
                               plan.segments,      plan.token_tiles,
                               plan.expert_tiles,  plan.score_blocks,
