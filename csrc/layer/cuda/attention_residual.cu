@@ -16,14 +16,18 @@ struct Residual {
 __global__ void __launch_bounds__(kMostThreads) attention_residual(const Residual p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  RowShared& shared = device::shared_memory<RowShared>();
+  RowSums sums = {device::shared_memory<RowShared>()};
   const int64_t at = static_cast<int64_t>(blockIdx.x) * p.width;
-  const Row attended =
-      norm(Row::load(p.attended + at, p.width), p.attended_norm, p.width, p.epsilon, shared);
-  const Row residual = add(Row::load(p.hidden + at, p.width), attended);
+  const auto load = [&](const bfloat16* row) { return PackedRow::load(row, p.width); };
+  const PackedRow attended_in = load(p.attended + at), hidden = load(p.hidden + at);
+  const PackedRow attended_norm = load(p.attended_norm), dense_norm = load(p.dense_norm);
+  const PackedRow sparse_norm = load(p.sparse_norm);
+
+  const Row attended = norm(attended_in.unpacked(), attended_norm, p.width, p.epsilon, sums);
+  const Row residual = add(hidden.unpacked(), attended);
   residual.store(p.residual + at, p.width);
-  norm(residual, p.dense_norm, p.width, p.epsilon, shared).store(p.dense_input + at, p.width);
-  norm(residual, p.sparse_norm, p.width, p.epsilon, shared).store(p.sparse_input + at, p.width);
+  norm(residual, dense_norm, p.width, p.epsilon, sums).store(p.dense_input + at, p.width);
+  norm(residual, sparse_norm, p.width, p.epsilon, sums).store(p.sparse_input + at, p.width);
 }
 
 }  // namespace

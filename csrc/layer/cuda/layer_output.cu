@@ -16,19 +16,24 @@ struct Output {
 __global__ void __launch_bounds__(kMostThreads) layer_output(const Output p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  RowShared& shared = device::shared_memory<RowShared>();
+  RowSums sums = {device::shared_memory<RowShared>()};
   const int64_t at = static_cast<int64_t>(blockIdx.x) * p.width;
-  const Row dense =
-      norm(Row::load(p.dense + at, p.width), p.dense_norm, p.width, p.epsilon, shared);
-  const Row sparse =
-      norm(Row::load(p.sparse + at, p.width), p.sparse_norm, p.width, p.epsilon, shared);
-  const Row combined = norm(add(dense, sparse), p.norm, p.width, p.epsilon, shared);
-  Row output = add(Row::load(p.residual + at, p.width), combined);
+  const auto load = [&](const bfloat16* row) { return PackedRow::load(row, p.width); };
+  const PackedRow dense_in = load(p.dense + at), sparse_in = load(p.sparse + at);
+  const PackedRow residual = load(p.residual + at);
+  const PackedRow dense_norm = load(p.dense_norm), sparse_norm = load(p.sparse_norm);
+  const PackedRow last_norm = load(p.norm);
+  const PackedRow next_norm = p.next_norm != nullptr ? load(p.next_norm) : PackedRow{};
+
+  const Row dense = norm(dense_in.unpacked(), dense_norm, p.width, p.epsilon, sums);
+  const Row sparse = norm(sparse_in.unpacked(), sparse_norm, p.width, p.epsilon, sums);
+  const Row combined = norm(add(dense, sparse), last_norm, p.width, p.epsilon, sums);
+  Row output = add(residual.unpacked(), combined);
 #pragma unroll
   for (int i = 0; i < 8; ++i) output.value[i] = rounded(output.value[i] * p.scalar);
   output.store(p.output + at, p.width);
   if (p.next_norm != nullptr)
-    norm(output, p.next_norm, p.width, p.epsilon, shared).store(p.next_input + at, p.width);
+    norm(output, next_norm, p.width, p.epsilon, sums).store(p.next_input + at, p.width);
 }
 
 }  // namespace

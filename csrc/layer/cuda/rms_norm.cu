@@ -16,11 +16,12 @@ struct Norm {
 __global__ void __launch_bounds__(kMostThreads) rms_norm(const Norm p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  RowShared& shared = device::shared_memory<RowShared>();
+  RowSums sums = {device::shared_memory<RowShared>()};
   const int64_t at = static_cast<int64_t>(blockIdx.x) * p.width;
   const Row x = Row::load(p.input + at, p.width);
-  const Row y = p.weight != nullptr ? norm(x, p.weight, p.width, p.epsilon, shared)
-                                    : norm(x, p.width, p.epsilon, shared);
+  const PackedRow weight = p.weight != nullptr ? PackedRow::load(p.weight, p.width) : PackedRow{};
+  const Row y = p.weight != nullptr ? norm(x, weight, p.width, p.epsilon, sums)
+                                    : norm(x, p.width, p.epsilon, sums);
   y.store(p.output + at, p.width);
 }
 

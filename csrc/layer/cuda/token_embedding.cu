@@ -19,7 +19,7 @@ struct Embedding {
 __global__ void __launch_bounds__(kMostThreads) token_embedding(const Embedding p) {
   device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
-  RowShared& shared = device::shared_memory<RowShared>();
+  RowSums sums = {device::shared_memory<RowShared>()};
   const int64_t at = static_cast<int64_t>(blockIdx.x) * p.width;
   const int32_t id = p.ids[blockIdx.x];
   const bool known = id >= 0 && id < p.vocabulary;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMostThreads) token_embedding(const Embedding 
 #pragma unroll
   for (int i = 0; i < 8; ++i) row.value[i] = rounded(row.value[i] * scale);
   if (p.conditioning != nullptr) row = add(row, Row::load(p.conditioning + at, p.width));
-  if (p.normalise) row = norm(row, p.width, p.epsilon, shared);
+  if (p.normalise) row = norm(row, p.width, p.epsilon, sums);
   row.store(p.output + at, p.width);
 }
 
