@@ -125,3 +125,21 @@ def test_devices_that_are_not_there_are_refused(device: str, tmp_path: object) -
 
     with pytest.raises(ValueError, match="device"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_a_driver_that_is_too_old_for_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dgemma_ext import _C
+    from dgemma_ext.model import resolve_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_C, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    with pytest.raises(ValueError, match=r"driver 580 or later \(CUDA 13.0\); this one has CUDA 12.8"):
+        resolve_device(device)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    assert resolve_device(device).type == "cuda"
+    # A build without kernels runs on torch's operators, which have a runtime of their own.
+    monkeypatch.setattr(_C, "has_cuda", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    assert resolve_device(device).type == "cuda"

@@ -51,9 +51,10 @@ def resolve_activations(
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to use; "auto" is a GPU where torch sees one. Raises ValueError for a device that is not there."""
+    """The device to use; "auto" is a GPU where torch sees one. Raises ValueError for a device that is not there and
+    for a driver older than the CUDA release of this build (13.0, from cmake/Cuda.cmake, needs driver 580)."""
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -62,6 +63,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, and torch sees no CUDA GPU here")
+    if resolved.type == "cuda" and _C.has_cuda():
+        major, minor = divmod(torch._C._cuda_getDriverVersion(), 1000)  # type: ignore[attr-defined]
+        if major < 13:
+            had = f"{major}.{minor // 10}"
+            raise ValueError(f"this build needs NVIDIA driver 580 or later (CUDA 13.0); this one has CUDA {had}")
     return resolved
 
 

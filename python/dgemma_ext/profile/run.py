@@ -83,14 +83,16 @@ def profile(
     for name, value in (("steps", steps), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    measure(model.device, model.dtype)
-    began = time.perf_counter()
-    ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
-    shared = model.device.type == "cuda" if batched is None else batched
-    driven = _driven_seconds(model, ids, context, seed) if shared else None
-    watched_steps, drafts = _watched_steps(model, ids, steps, context, seed, batched)
-    watched_encode = _watched_encode(model, ids[:1], context)
-    machine = measure_after(time.perf_counter() - began, model.device, model.dtype)
+    # The device whose streams are synchronised and timed; -1 is none.
+    with torch.cuda.device(model.device if model.device.type == "cuda" else -1):
+        measure(model.device, model.dtype)
+        began = time.perf_counter()
+        ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
+        shared = model.device.type == "cuda" if batched is None else batched
+        driven = _driven_seconds(model, ids, context, seed) if shared else None
+        watched_steps, drafts = _watched_steps(model, ids, steps, context, seed, batched)
+        watched_encode = _watched_encode(model, ids[:1], context)
+        machine = measure_after(time.perf_counter() - began, model.device, model.dtype)
 
     config, weights, dtype = model.config, sizes_of(model.weights), model.dtype
     expected = [expected_experts_hit(config, batch * config.canvas_length)] * len(config.layers)

@@ -110,9 +110,6 @@ def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, v
     for position in range(window.start, window.stop):
         ids = content.allowed_at(position)
         rows.append(-1 if ids is None else row * length + sets.setdefault(ids, len(sets)))
-    if not sets:
-        state.allowed_row.fill_(-1)
-        return 0
     masks = state.allowed[row * length : row * length + len(sets)]
     masks.copy_(denoise.pack_allowed(list(sets), vocabulary), non_blocking=True)
     state.allowed_row.copy_(torch.tensor([rows], dtype=torch.int32), non_blocking=True)
