@@ -36,6 +36,7 @@ CASES = [
     "last block",
     "TMA, two dimensions",
     "TMA, three and four dimensions",
+    "TMA, strides that shrink",
     "TMA, multicast",
     "wgmma shapes, A shared",
     "wgmma shapes, A in registers",
