@@ -76,11 +76,14 @@ DGEMMA_DEVICE int32_t first_in_window(const Attention& p, int32_t position) {
 }
 
 DGEMMA_DEVICE AttentionRequest find_request(const Attention& p, int32_t index) {
+  // All three are loaded before any is used: one wait for memory.
+  const int32_t slot = p.slot[index], prefix = p.prefix_length[index];
+  const int32_t length = p.length != nullptr ? p.length[index] : p.block_length;
   AttentionRequest request = {};
-  request.slot = p.slot[index];
-  if (request.slot < 0 || request.slot >= p.slots) return request;
-  request.prefix = p.prefix_length[index];
-  request.rows = p.length != nullptr ? min(p.length[index], p.block_length) : p.block_length;
+  request.slot = slot;
+  if (slot < 0 || slot >= p.slots) return request;
+  request.prefix = prefix;
+  request.rows = min(length, p.block_length);
   const int32_t packed = request.rows * (p.query_heads / p.key_heads);
   request.row_tiles = ceil_divide(packed, p.rows);
   if (request.row_tiles > 0)

@@ -14,6 +14,9 @@ namespace {
 
 // A position's renoising takes a warp: 32 of them where the canvas is long enough.
 constexpr int32_t kMostThreads = 1024;
+// One thread adds up entropies: it loads and converts so many in front of a run of additions, so
+// that only those wait for each other.
+constexpr int32_t kAtOnce = 8;
 
 struct Update {
   int32_t length, vocabulary;
@@ -37,28 +40,50 @@ struct Update {
 };
 
 struct Shared {
-  float entropy[kLongestCanvas];  // infinite where a position is pinned: it comes after all
-  float sorted[kLongestCanvas];   // the entropies in (entropy, index) order
-  int32_t free_positions;         // that are not pinned
-  int32_t accepted;               // how many of the order
+  float entropy[kLongestCanvas];   // infinite where a position is pinned: it comes after all
+  float sorted[kLongestCanvas];    // the entropies in (entropy, index) order
+  uint16_t place[kLongestCanvas];  // of each position in that order; past all where it is pinned
+  int32_t free_positions;          // that are not pinned
+  int32_t accepted;                // how many of the order
   float mean;
 };
 
 // The mean over the positions that are not pinned, summed in index order; 0 when all are pinned.
 DGEMMA_DEVICE float mean_of(const Update& p, const Shared& shared) {
   double total = 0.0;
-  for (int32_t i = 0; i < p.length; ++i)
-    if (shared.entropy[i] < INFINITY) total += shared.entropy[i];
+  for (int32_t first = 0; first < p.length; first += kAtOnce) {
+    double entropy[kAtOnce];
+#pragma unroll
+    for (int32_t i = 0; i < kAtOnce; ++i) {
+      const float next = first + i < p.length ? shared.entropy[first + i] : INFINITY;
+      entropy[i] = next < INFINITY ? next : 0.0f;  // a zero leaves a sum as it is
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kAtOnce; ++i) total += entropy[i];
+  }
   return shared.free_positions > 0 ? static_cast<float>(total / shared.free_positions) : 0.0f;
 }
 
-// Counts the positions, in the order, that are accepted: the sum of the entropies before each is
-// within the bound.
+// Counts the positions, in the order, that are accepted: the sum of the entropies before each, and
+// before all in front of it, is within the bound.
 DGEMMA_DEVICE int32_t count_accepted(const Shared& shared, float bound) {
+  const int32_t end = shared.free_positions;
+  const double limit = bound;
   double taken = 0.0;
   int32_t count = 0;
-  while (count < shared.free_positions && taken <= static_cast<double>(bound))
-    taken += shared.sorted[count++];
+  bool within = true;
+  for (int32_t first = 0; first < end && within; first += kAtOnce) {
+    double entropy[kAtOnce];
+#pragma unroll
+    for (int32_t i = 0; i < kAtOnce; ++i)
+      entropy[i] = first + i < end ? shared.sorted[first + i] : 0.0f;
+#pragma unroll
+    for (int32_t i = 0; i < kAtOnce; ++i) {
+      within = within && first + i < end && taken <= limit;
+      count += within;
+      taken += entropy[i];
+    }
+  }
   return count;
 }
 
@@ -102,12 +127,14 @@ __global__ void __launch_bounds__(kMostThreads) update_canvas_kernel(const Updat
   // Places in (entropy, index) order. A canvas of 256 has a thread for every position here.
   for (int32_t i = thread; i < p.length; i += threads) {
     const float mine = shared.entropy[i];
+    shared.place[i] = static_cast<uint16_t>(p.length);
     if (!(mine < INFINITY)) continue;
     int32_t place = 0;
     for (int32_t j = 0; j < p.length; ++j) {
       const float other = shared.entropy[j];
       place += other < mine || (other == mine && j < i);
     }
+    shared.place[i] = static_cast<uint16_t>(place);
     shared.sorted[place] = mine;
   }
   __syncthreads();
@@ -115,22 +142,13 @@ __global__ void __launch_bounds__(kMostThreads) update_canvas_kernel(const Updat
   if (thread == 32) shared.mean = mean_of(p, shared);
   __syncthreads();
 
-  // Accepted are those whose place is below the count: whose entropy is less than the last one's
-  // taken, or equal to it and early enough among its equals.
+  // Accepted are those whose place is below the count.
   const int32_t accepted = shared.accepted;
   bool unchanged = true;
   for (int32_t i = static_cast<int32_t>(device::warp_index()); i < p.length; i += threads / 32) {
     const int64_t at = first + i;
-    const float mine = shared.entropy[i];
-    const bool pinned = !(mine < INFINITY);
-    int32_t place = 0;
-    if (!pinned)
-      for (int32_t j = static_cast<int32_t>(device::lane_index()); j < p.length; j += 32) {
-        const float other = shared.entropy[j];
-        place += other < mine || (other == mine && j < i);
-      }
-    place = __reduce_add_sync(device::kAllLanes, place);
-    const bool takes_sample = !pinned && place < accepted;
+    const bool pinned = !(shared.entropy[i] < INFINITY);
+    const bool takes_sample = shared.place[i] < accepted;
     int32_t token = 0;
     if (!pinned && !takes_sample) {
       const double uniform = p.uniforms != nullptr

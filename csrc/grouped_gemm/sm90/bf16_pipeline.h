@@ -34,6 +34,8 @@ using sm90::Registers;
 static_assert(Registers::kThreads == kMoeThreads);
 constexpr uint32_t kGatheringThreads = 96;
 constexpr uint32_t kPiecesPerRow = kMoeDepth * sizeof(bfloat16) / 16;
+// Rows that the gathering threads bring at a time, of which each brings kRowsAtOnce.
+constexpr uint32_t kRowStep = kGatheringThreads / kPiecesPerRow, kRowsAtOnce = 4;
 
 // Barrier 0 is __syncthreads.
 enum NamedBarrier : uint32_t { kGathering = 1, kWarpgroup0 = 2, kWarpgroup1 = 3 };
@@ -119,13 +121,20 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Scheduler& scheduler, 
       const char* from = static_cast<const char*>(matrix) + (inside ? byte : 0);
       char* tile = reinterpret_cast<char*>(ring.stage[at.stage].tokens);
       device::Mbarrier* const full = ring.pipeline.producer_acquire(at);
-      for (uint32_t row = thread / kPiecesPerRow; row < rows;
-           row += kGatheringThreads / kPiecesPerRow) {
-        const uint32_t place =
-            device::swizzled((row * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
-        device::cp_async_16(tile + place,
-                            from + static_cast<int64_t>(ring.source_row[row]) * row_bytes,
-                            inside ? 16 : 0);
+      // Four rows at a time: their numbers out of shared memory first, then four copies.
+      for (uint32_t row = thread / kPiecesPerRow; row < rows; row += kRowsAtOnce * kRowStep) {
+        int32_t source[kRowsAtOnce];
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsAtOnce; ++i)
+          source[i] = ring.source_row[min(row + i * kRowStep, rows - 1)];
+#pragma unroll
+        for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
+          if (row + i * kRowStep >= rows) break;
+          const uint32_t place = device::swizzled(
+              ((row + i * kRowStep) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
+          device::cp_async_16(tile + place, from + static_cast<int64_t>(source[i]) * row_bytes,
+                              inside ? 16 : 0);
+        }
       }
       device::cp_async_mbarrier_arrive(full);
     }
