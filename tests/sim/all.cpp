@@ -1,9 +1,13 @@
 // The whole test bed in one translation unit: quicker to build than its parts.
+#include "clocks.cpp"
 #include "collective.cpp"
 #include "copy.cpp"
 #include "fiber.cpp"
+#include "kernel_order.cpp"
 #include "machine.cpp"
 #include "mbarrier.cpp"
+#include "plain_access.cpp"
+#include "shadow.cpp"
 #include "shared_memory.cpp"
 #include "tensor_copy.cpp"
 #include "tensor_core.cpp"

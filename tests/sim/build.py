@@ -37,6 +37,8 @@ INCLUDE = [f"-I{SIM}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
 # vectors are passed otherwise than by GCC 4.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-restrict", "-Wno-psabi"]
 COMMON = ["-std=c++20", "-DDGEMMA_SIM", "-fPIC", "-fvisibility=hidden", "-g1", *WARNINGS, *INCLUDE]
+# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there.
+WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
 
 
@@ -109,7 +111,8 @@ def _linked(name: str, objects: Sequence[Path], flags: Sequence[str], suffix: st
 def sim_library(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
     """The kernels and the test bed as one shared library; every function of it gives its message as bytes or None."""
     # The test bed is what the time goes to, so it is optimised more than the kernels.
-    objects = [_object(TEST_BED, ["-O3"]), *(_object(source, ["-O2", *flags]) for source in sources)]
+    objects = [_object(TEST_BED, ["-O3"])]
+    objects += [_object(source, ["-O2", *(WATCHED if source.suffix == ".cu" else []), *flags]) for source in sources]
     return ctypes.CDLL(str(_linked(name, objects, ["-shared"], ".so")))
 
 

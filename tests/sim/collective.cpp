@@ -107,6 +107,7 @@ void come_to_barrier(uint32_t number, uint32_t threads, bool waits, const char* 
   Rendezvous& meeting = join(0xffffffffu, what, &mine, source);
   if (meeting.arrived != meeting.mask) return wait_for_lanes(meeting, source);
   meeting.arrived = 0;
+  meet(meeting.lane, meeting.mask);
   visit_other_lanes(meeting, [&](int lane) {
     const auto& other = *static_cast<const BarrierCall*>(meeting.argument[lane]);
     if (other.number != number || other.threads != threads)
@@ -126,6 +127,7 @@ void come_to_barrier(uint32_t number, uint32_t threads, bool waits, const char* 
     fail(source, "%s %u: this warp has already come in this round", what, number);
   barrier.who[thread.index / 32] = true;
   barrier.arrived += 32;
+  release(thread, barrier.gathered);  // the warp's lanes know the same by now
   // Only __syncthreads counts all threads; a named barrier among those that are left is in order.
   uint32_t may_come = barrier.arrived;
   for (uint32_t warp = 0; warp < block.warps.size(); ++warp)
@@ -136,6 +138,10 @@ void come_to_barrier(uint32_t number, uint32_t threads, bool waits, const char* 
   const bool complete = barrier.arrived == barrier.expected;
   if (complete) {
     barrier.arrived = 0;
+    const ClockRef all = publish(barrier.gathered);
+    for (Thread* waiter : barrier.waiters) acquire(*waiter, all, true);
+    if (waits)
+      for (Thread* lane : meeting.lane) acquire(*lane, all, true);
     wake(barrier.waiters);
   }
   const Wait wait{describe_barrier, &barrier, number, source};
@@ -200,6 +206,7 @@ void warp_collective(uint32_t mask, const char* what, void* argument,
   Rendezvous& meeting = join(mask, what, argument, source);
   if (meeting.arrived != mask) return wait_for_lanes(meeting, source);
   meeting.arrived = 0;
+  meet(meeting.lane, mask);
   evaluate(meeting.argument, mask, context);
   visit_other_lanes(meeting, [&](int lane) { wake(*meeting.lane[lane]); });
 }
@@ -239,9 +246,11 @@ void cluster_arrive(const Source& source) {
     fail(source, "cluster_arrive: %u threads of the cluster have ended", all - cluster.live);
   thread.cluster_arrived = true;
   thread.cluster_generation = cluster.generation;
+  release(thread, cluster.gathered);
   ++machine->progress;
   if (++cluster.arrived < all) return;
   cluster.arrived = 0;
+  cluster.met[cluster.generation % 2] = publish(cluster.gathered);
   ++cluster.generation;
   wake(cluster.waiters);
 }
@@ -255,6 +264,7 @@ void cluster_wait(const Source& source) {
   if (cluster.generation == thread.cluster_generation)
     block_on(cluster.waiters, {describe_cluster, nullptr, 0, source});
   thread.cluster_arrived = false;
+  acquire(thread, cluster.met[thread.cluster_generation % 2], false);
 }
 
 void check_meetings(Thread& thread) {

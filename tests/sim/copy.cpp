@@ -2,7 +2,9 @@
 #include <cstdio>
 #include <cstring>
 
+#include "kernel_order.h"
 #include "operations.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -34,6 +36,11 @@ void finish_groups(Thread& thread, uint64_t number) {
   wake_if_waiting(thread);
 }
 
+void settle(Thread& thread, const std::vector<SmallCopy>& copies, uint32_t slot, uint32_t epoch) {
+  for (const SmallCopy& copy : copies)
+    settle_in_flight(*thread.block, copy.shared_offset, copy.bytes, slot, epoch);
+}
+
 std::string describe_small_copies(const Thread& thread) {
   return "waits for cp.async: " + std::to_string(thread.copy_groups.size()) +
          " groups are under way, at most " + std::to_string(thread.wait.value) + " may be";
@@ -52,6 +59,7 @@ void wait_alone(std::string (*describe)(const Thread&), uint64_t value, const So
 }
 
 void check_bulk(const void* global, uint32_t bytes, const char* what, const Source& source) {
+  check_capability(90, what, source);
   if (bytes == 0 || bytes % 16 != 0)
     fail(source, "%s: %u bytes; must be a multiple of 16", what, bytes);
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
@@ -60,20 +68,37 @@ void check_bulk(const void* global, uint32_t bytes, const char* what, const Sour
 
 }  // namespace
 
+void begin_write(Block& block, uint32_t offset, uint32_t bytes, const PhaseTime& phase,
+                 const char* what, const Source& source) {
+  touch_or_fail(block, offset, bytes, kWrite | kAsync, actor(self(), phase.slot, phase.epoch),
+                source, what);
+  visit(block, phase.slot, phase.epoch);
+  self().touched = true;
+}
+
 void small_copy(void* shared, const void* global, uint32_t bytes, uint32_t bytes_read,
                 const Source& source) {
   const SharedPlace place = shared_place(shared, bytes, bytes, "cp.async", source);
   if (bytes_read > bytes) fail(source, "cp.async: reads %u of %u bytes", bytes_read, bytes);
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0)
     fail(source, "cp.async: the address in global memory is not a multiple of %u", bytes);
+  Thread& thread = self();
+  if (place.block != thread.block) fail(source, "cp.async to another block's shared memory");
+  touch_or_fail(*place.block, place.offset, bytes, kWrite, actor(thread, kInFlightSlot, kInFlight),
+                source, "cp.async");
+  touch_global(global, bytes_read, false, source);
   std::memset(place.block->shared + place.offset, 0xff, bytes);
   ++place.block->in_flight;
-  self().open_copies.push_back(
-      {place.offset, global, static_cast<uint8_t>(bytes), static_cast<uint8_t>(bytes_read)});
+  thread.touched = true;
+  thread.open_copies.push_back({place.offset, global, static_cast<uint8_t>(bytes),
+                                static_cast<uint8_t>(bytes_read), source, 0, 0});
+  thread.open_unknown.push_back(thread.open_copies.back());
 }
 
 void small_copy_commit() {
   Thread& thread = self();
+  thread.unknown_groups.push_back(std::move(thread.open_unknown));
+  thread.open_unknown.clear();
   thread.copy_groups.push_back(std::move(thread.open_copies));
   thread.open_copies.clear();
   if (thread.copy_groups.back().empty()) {
@@ -88,21 +113,43 @@ void small_copy_commit() {
 }
 
 void small_copy_wait(uint32_t pending, const Source& source) {
-  while (self().copy_groups.size() > pending) wait_alone(describe_small_copies, pending, source);
+  Thread& thread = self();
+  while (thread.copy_groups.size() > pending) wait_alone(describe_small_copies, pending, source);
+  while (pending == 0 && thread.arriving_copies > 0)
+    wait_alone(describe_small_copies, pending, source);
+  for (; thread.unknown_groups.size() > pending; thread.unknown_groups.pop_front())
+    settle(thread, thread.unknown_groups.front(), slot_of(thread), thread.epoch);
+  thread.touched = true;
 }
 
 void small_copy_mbarrier_arrive(uint64_t* state, const Source& source) {
   Thread& thread = self();
   const SharedPlace place = shared_place(state, 8, 8, "cp_async_mbarrier_arrive", source);
+  check_use(*place.block, place.offset, "cp_async_mbarrier_arrive", source);
   // Open copies still belong to the next group, which is then empty: they do land before the
   // arrival.
   const auto open = std::make_shared<std::vector<SmallCopy>>(std::move(thread.open_copies));
   thread.open_copies.clear();
   const uint64_t number = thread.copy_groups_done + thread.copy_groups.size();
   ++place.block->in_flight;
+  const PhaseTime phase = running_phase(*place.block, place.offset, source);
+  // Who waits for the phase knows of them from then on.
+  const auto count = [&](std::vector<SmallCopy>& copies) {
+    for (SmallCopy& copy : copies) {
+      if (copy.epoch != 0) continue;
+      copy.slot = phase.slot;
+      copy.epoch = phase.epoch;
+      settle_in_flight(*thread.block, copy.shared_offset, copy.bytes, copy.slot, copy.epoch);
+    }
+  };
+  count(thread.open_unknown);
+  for (auto& group : thread.unknown_groups) count(group);
+  ++thread.arriving_copies;
   later([&thread, number, open, place, source] {
+    --thread.arriving_copies;
     finish_groups(thread, number);
     perform(*thread.block, *open);
+    wake_if_waiting(thread);
     --place.block->in_flight;
     mbarrier_arrive_in(*place.block, place.offset, source);
   });
@@ -114,6 +161,9 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   const SharedPlace place = shared_place(shared, bytes, 16, "bulk_load", source);
   const SharedPlace counter = shared_place(barrier, 8, 8, "bulk_load's mbarrier", source);
   check_counts_bytes(*counter.block, counter.offset, source);
+  begin_write(*place.block, place.offset, bytes,
+              running_phase(*counter.block, counter.offset, source), "bulk_load", source);
+  touch_global(global, bytes, false, source);
   poison(*place.block, place.offset, bytes);
   ++place.block->in_flight;
   later([=] {
@@ -134,6 +184,11 @@ void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t
                                            "bulk_copy_to_block's mbarrier", source);
   check_counts_bytes(*counter.block, counter.offset, source);
   check_visible_to_async(*here.block, here.offset, bytes, "bulk_copy_to_block", source);
+  const PhaseTime phase = running_phase(*counter.block, counter.offset, source);
+  touch_or_fail(*here.block, here.offset, bytes, kAsync, actor(self(), phase.slot, phase.epoch),
+                source, "bulk_copy_to_block");
+  visit(*here.block, phase.slot, phase.epoch);
+  begin_write(*there.block, there.offset, bytes, phase, "bulk_copy_to_block", source);
   poison(*there.block, there.offset, bytes);
   ++here.block->in_flight;
   ++there.block->in_flight;
@@ -145,10 +200,16 @@ void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t
   });
 }
 
-void later_store(Block& block, std::function<std::function<void()>()> read) {
+void later_store(Block& block, const BulkGroup::Range& range, const Source& source,
+                 std::function<std::function<void()>()> read) {
   Thread& thread = self();
+  touch_or_fail(block, range.offset, range.bytes, kAsync, actor(thread, kInFlightSlot, kInFlight),
+                source, "a bulk store");
+  thread.touched = true;
   if (!thread.open_bulk_group) thread.open_bulk_group = std::make_shared<BulkGroup>();
   const std::shared_ptr<BulkGroup> group = thread.open_bulk_group;
+  group->unknown.push_back(range);
+  group->source = source;
   ++group->unread;
   ++group->unwritten;
   ++block.in_flight;
@@ -170,7 +231,8 @@ void bulk_store(void* global, const void* shared, uint32_t bytes, const Source& 
   check_bulk(global, bytes, "bulk_store", source);
   const SharedPlace place = shared_place(shared, bytes, 16, "bulk_store", source);
   check_visible_to_async(*place.block, place.offset, bytes, "bulk_store", source);
-  later_store(*place.block, [=] {
+  touch_global(global, bytes, true, source);
+  later_store(*place.block, {place.block, place.offset, bytes}, source, [=] {
     const uint8_t* from = place.block->shared + place.offset;
     const std::vector<uint8_t> data(from, from + bytes);
     return [=] {
@@ -196,7 +258,26 @@ void bulk_wait(uint32_t pending, bool only_read, const Source& source) {
     while (group.unread > 0 || (!only_read && group.unwritten > 0))
       wait_alone(describe_bulk, pending, source);
     group.waiting = false;
+    for (const BulkGroup::Range& range : group.unknown)
+      settle_in_flight(*range.block, range.offset, range.bytes, slot_of(thread), thread.epoch);
+    group.unknown.clear();
+    thread.touched = true;
   }
+}
+
+void check_unfinished_copies(Thread& thread) {
+  const std::string who = name_of(thread);
+  if (!thread.open_unknown.empty()) thread.unknown_groups.push_back(std::move(thread.open_unknown));
+  for (const auto& group : thread.unknown_groups)
+    for (const SmallCopy& copy : group)
+      if (copy.epoch == 0 || thread.clock->known[copy.slot] < copy.epoch)
+        throw Failure{who + " ends without cp_async_wait for a copy that it started (" +
+                      place_of(copy.source) + ")"};
+  if (thread.open_bulk_group) thread.bulk_groups.push_back(thread.open_bulk_group);
+  for (const auto& group : thread.bulk_groups)
+    if (!group->unknown.empty())
+      throw Failure{who + " ends without bulk_wait_read for a store that it started (" +
+                    place_of(group->source) + ")"};
 }
 
 }  // namespace sim

@@ -48,6 +48,10 @@ namespace {
 // fit several times.
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;
+// All lie side by side, so that it is quickly said whether an address belongs to one.
+constexpr size_t kMostStacks = 32768;
+uint8_t* stacks_begin = nullptr;
+size_t stacks_made = 0;
 }  // namespace
 
 Stack StackPool::take() {
@@ -56,17 +60,26 @@ Stack StackPool::take() {
     free_.pop_back();
     return stack;
   }
-  void* memory = mmap(nullptr, kPageBytes + kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
+  if (stacks_begin == nullptr) {
+    void* region = mmap(nullptr, kMostStacks * (kPageBytes + kStackBytes), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (region != MAP_FAILED) stacks_begin = static_cast<uint8_t*>(region);
+  }
+  if (stacks_begin == nullptr || stacks_made == kMostStacks) {
     std::perror("sim: no memory for a fiber's stack");
     std::abort();
   }
+  uint8_t* memory = stacks_begin + stacks_made++ * (kPageBytes + kStackBytes);
   mprotect(memory, kPageBytes, PROT_NONE);
   // The stacks begin at different places within a page: at the same place, their hottest lines
   // would share one set of the cache. 320 bytes go round a page in 64 steps.
   const size_t shift = made_++ * 320 % kPageBytes;
-  return {static_cast<uint8_t*>(memory) + kPageBytes, kStackBytes - shift};
+  return {memory + kPageBytes, kStackBytes - shift};
+}
+
+bool is_in_a_stack(const void* address) {
+  const auto offset = static_cast<size_t>(static_cast<const uint8_t*>(address) - stacks_begin);
+  return offset < stacks_made * (kPageBytes + kStackBytes);
 }
 
 void prepare(Fiber& fiber, void (*entry)()) {

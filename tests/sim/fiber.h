@@ -29,6 +29,9 @@ void switch_fiber(Fiber& from, Fiber& to, bool leaving_for_good = false);
 // A fiber calls this first: it tells where the stack is that it was switched from.
 void entered(Fiber& from);
 
+// Whether an address lies in some fiber's stack.
+bool is_in_a_stack(const void* address);
+
 // Stacks are reused: making one is a system call.
 class StackPool {
  public:

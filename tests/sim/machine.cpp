@@ -11,6 +11,8 @@
 #include <mutex>
 
 #include "device/registers.h"
+#include "kernel_order.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -87,6 +89,8 @@ void run_thread() {
   try {
     machine->run(machine->context);
     check_unfinished_products(thread);
+    check_unfinished_copies(thread);
+    check_visits(thread);
     check_meetings(thread);
   } catch (const Failure& failure) {
     machine->error = failure.text;
@@ -122,12 +126,14 @@ void begin_cluster(uint32_t number) {
       machine->runnable.push_back(&thread);
     }
   }
+  begin_clocks(*cluster);
   cluster->live = shape.threads * shape.cluster_blocks;
   machine->resident.push_back(std::move(cluster));
 }
 
 void end_cluster(Cluster& cluster) {
   *cluster.alive = false;
+  end_clocks(cluster);
   for (Block& block : cluster.blocks) {
     end_block(block);
     for (Thread& thread : block.threads) stacks.give_back(thread.fiber.stack);
@@ -257,6 +263,7 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   here.random = Random(next_seed++);
   here.patience = here.random.below(3);
   machine = &here;
+  begin_kernel();
 #if !defined(__SANITIZE_ADDRESS__)
   const SegmentFaultHandler handler;
   if (sigsetjmp(out_of_range, 1) == 0)
@@ -273,6 +280,8 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   here.statistics.rounds = here.round;
   last_statistics = here.statistics;
   last_error = here.error;
+  end_kernel();
+  if (!last_error.empty()) forget_shadows();
   machine = nullptr;
   return last_error.empty() ? nullptr : last_error.c_str();
 }
@@ -381,6 +390,7 @@ extern "C" {
   sim::compute_capability = compute_capability;
   sim::multiprocessors = multiprocessors;
 }
+[[gnu::visibility("default")]] void sim_set_checks(int on) { sim::checking = on != 0; }
 [[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) { sim::next_seed = seed; }
 // A launch takes one seed: the difference of two calls is how many there were between them.
 [[gnu::visibility("default")]] uint64_t sim_next_seed() { return sim::next_seed; }

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "clocks.h"
 #include "cuda_types.h"
 #include "fiber.h"
 
@@ -64,11 +65,19 @@ struct SmallCopy {
   uint32_t shared_offset;
   const void* global;
   uint8_t bytes, bytes_read;
+  Source source;
+  uint32_t slot = 0, epoch = 0;  // of the mbarrier that it arrives at, if any
 };
 
 // Bulk stores of one thread between two commits.
 struct BulkGroup {
   uint32_t unread = 0, unwritten = 0;
+  struct Range {
+    Block* block;
+    uint32_t offset, bytes;
+  };
+  std::vector<Range> unknown;  // sources of which the thread does not know that they were read
+  Source source;
   bool waiting = false;  // the thread waits for this group
 };
 
@@ -90,6 +99,10 @@ struct Thread {
   std::vector<SmallCopy> open_copies;  // since the last commit
   std::deque<std::vector<SmallCopy>> copy_groups;
   uint64_t copy_groups_done = 0;
+  // Of cp.async, those of which the thread does not know that they have landed: in groups as above.
+  std::vector<SmallCopy> open_unknown;
+  std::deque<std::vector<SmallCopy>> unknown_groups;
+  uint32_t arriving_copies = 0;  // lots of copies that an arrival at an mbarrier waits for
   std::vector<std::shared_ptr<BulkGroup>> bulk_groups;
   std::shared_ptr<BulkGroup> open_bulk_group;
 
@@ -99,6 +112,10 @@ struct Thread {
   bool wgmma_fenced = false;
   bool cluster_arrived = false;
   uint64_t cluster_generation = 0;
+
+  ClockRef clock;
+  uint32_t epoch = 0, own_fenced = 0;
+  bool touched = false;  // since others last got to know of it
 };
 
 // Lanes of a warp that do one thing together.
@@ -124,6 +141,7 @@ struct NamedBarrier {
   uint32_t expected = 0, arrived = 0;  // threads
   std::vector<bool> who;               // warps
   Waiters waiters;
+  Gathering gathered;
 };
 
 struct MbarrierState {
@@ -132,6 +150,14 @@ struct MbarrierState {
   uint64_t phase = 0;
   bool alive = false, fenced = false;
   Waiters waiters;
+
+  uint32_t slot = 0, epoch = 0;  // of the running phase
+  Gathering gathered;
+  struct Phase {
+    ClockRef known;
+    uint32_t epoch = 0;
+  };
+  Phase ended[2];  // the last phases, by parity
 };
 
 // The registers of a block, as a kernel with setmaxnreg begins: ptxas gives each thread as many as
@@ -167,6 +193,13 @@ struct Block {
   std::vector<uint8_t> async_view;
   std::vector<uint64_t> page_fences;
   uint64_t fences = 1;
+
+  void* shadow = nullptr;  // see shadow.cpp
+  uint32_t mbarrier_epochs[kMbarrierSlots] = {};
+  // What others do to this block's shared memory, up to which epoch by each slot: some thread of
+  // the block must know of it before the last one ends.
+  std::vector<std::pair<uint32_t, uint32_t>> visits;
+  Gathering ended;
 };
 
 struct Cluster {
@@ -175,6 +208,9 @@ struct Cluster {
   uint32_t arrived = 0;
   uint64_t generation = 0;
   Waiters waiters;
+  uint32_t first_epoch = 0;
+  Gathering gathered;
+  ClockRef met[2];  // by generation
   std::shared_ptr<bool> alive =
       std::make_shared<bool>(true);  // for events that may come after its end
 };
@@ -182,6 +218,7 @@ struct Cluster {
 struct GridShape {
   dim3 blocks;
   uint32_t threads, shared_bytes, cluster_blocks;
+  bool overlaps = false;  // may begin before the kernel in front has ended
 };
 
 // Counters of a launch, for tests that count traffic.
@@ -222,7 +259,7 @@ struct Machine {
 
 extern Machine* machine;
 
-inline Thread& self() { return *machine->current; }
+[[gnu::no_sanitize("thread")]] inline Thread& self() { return *machine->current; }
 
 // Runs a grid to its end. Null, or the error's text (valid until the next launch).
 const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context);
@@ -253,5 +290,7 @@ void begin_block(Block& block);
 void end_block(Block& block);
 void check_meetings(Thread& thread);
 void check_unfinished_products(Thread& thread);
+void check_unfinished_copies(Thread& thread);
+void check_visits(Thread& thread);
 
 }  // namespace sim

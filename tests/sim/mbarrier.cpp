@@ -1,9 +1,11 @@
 // mbarriers. The eight bytes in shared memory hold a mark and a number; what a barrier counts
 // stands in the block's table, so that a barrier which is overwritten, or was never initialised, is
 // told apart.
+#include <algorithm>
 #include <cstdio>
 
 #include "operations.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -36,6 +38,8 @@ void settle(Block& block, MbarrierState& barrier, const Source& source) {
          name_of(block).c_str(), barrier.offset, static_cast<long long>(-barrier.bytes),
          static_cast<unsigned long long>(barrier.phase));
   if (barrier.bytes > 0) return;
+  barrier.ended[barrier.phase & 1] = {publish(barrier.gathered), barrier.epoch};
+  barrier.epoch = ++block.mbarrier_epochs[barrier.slot];
   ++barrier.phase;
   barrier.pending = barrier.count;
   wake(barrier.waiters);
@@ -51,6 +55,7 @@ void arrive(Block& block, MbarrierState& barrier, const Source& source) {
          static_cast<unsigned long long>(barrier.phase), static_cast<long long>(barrier.bytes));
   --barrier.pending;
   ++machine->progress;
+  if (machine->current) release(self(), barrier.gathered);
   settle(block, barrier, source);
 }
 
@@ -70,7 +75,36 @@ std::string describe_wait(const Thread& thread) {
   return "waits for an mbarrier that is gone";
 }
 
+// A wait names a phase by its parity alone: where the one that is meant ended so long ago that the
+// next of the other parity has ended too, it takes that one for it, or waits for a third. What is
+// meant is the phase after the last that the thread knows to have ended.
+void check_not_behind(MbarrierState& barrier, uint32_t parity, const Source& source) {
+  Thread& thread = self();
+  if (thread.block->mbarriers.size() > kMbarrierSlots) return;  // two share a slot
+  const auto running = static_cast<int64_t>(barrier.phase);
+  const uint32_t known = thread.clock->known[mbarrier_slot(*thread.block, barrier.slot)];
+  const int64_t last = std::max<int64_t>(-1, running - (int64_t{barrier.epoch} - known));
+  if (last >= 0 && (last & 1) != static_cast<int64_t>(parity) && running >= last + 3)
+    fail(source,
+         "waits two phases behind: for the end of phase %lld of the mbarrier at offset %u, where "
+         "phase %lld runs",
+         static_cast<long long>(last + 1), barrier.offset, static_cast<long long>(running));
+}
+
+void see_end(Block& block, MbarrierState& barrier, uint32_t parity) {
+  Thread& thread = self();
+  const MbarrierState::Phase& phase = barrier.ended[parity];
+  acquire(thread, phase.known, false);
+  if (phase.epoch != 0) learn(thread, mbarrier_slot(block, barrier.slot), phase.epoch);
+}
+
 }  // namespace
+
+void check_use(Block& block, uint32_t offset, const char* what, const Source& source) {
+  if (machine->current == nullptr) return;
+  touch_or_fail(block, offset, 8, kWrite | kAtomic, actor(self()), source, what, false);
+  if (&block != self().block) visit(block, slot_of(self()), self().epoch);
+}
 
 void mbarrier_init(uint64_t* state, uint32_t arrivals, const Source& source) {
   const SharedPlace place = shared_place(state, 8, 8, "mbarrier_init", source);
@@ -85,6 +119,10 @@ void mbarrier_init(uint64_t* state, uint32_t arrivals, const Source& source) {
   barrier.offset = place.offset;
   barrier.count = barrier.pending = arrivals;
   barrier.alive = true;
+  barrier.slot = static_cast<uint32_t>(all.size() % kMbarrierSlots);
+  barrier.epoch = ++place.block->mbarrier_epochs[barrier.slot];
+  touch_or_fail(*place.block, place.offset, 8, kWrite, actor(self()), source, "mbarrier_init");
+  self().touched = true;
   *state = kMark | all.size();
   all.push_back(std::move(barrier));
 }
@@ -98,6 +136,8 @@ void mbarrier_invalidate(uint64_t* state, const Source& source) {
 
 void mbarrier_arrive(uint64_t* state, const Source& source) {
   const SharedPlace place = shared_place(state, 8, 8, "mbarrier_arrive", source);
+  find(*place.block, place.offset, "mbarrier_arrive", source);
+  check_use(*place.block, place.offset, "mbarrier_arrive", source);
   mbarrier_arrive_in(*place.block, place.offset, source);
 }
 
@@ -107,6 +147,7 @@ void mbarrier_arrive_at_block(uint64_t* state, uint32_t rank, const Source& sour
 
 void mbarrier_expect_bytes(uint64_t* state, uint32_t bytes, const Source& source) {
   MbarrierState& barrier = find(state, "mbarrier_expect_bytes", source);
+  check_use(*self().block, barrier.offset, "mbarrier_expect_bytes", source);
   if (bytes > kMaxCount || barrier.bytes + bytes > kMaxCount)
     fail(source, "mbarrier at offset %u: more than %u bytes expected", barrier.offset, kMaxCount);
   barrier.bytes += bytes;
@@ -116,8 +157,13 @@ void mbarrier_expect_bytes(uint64_t* state, uint32_t bytes, const Source& source
 bool mbarrier_try_wait(uint64_t* state, uint32_t parity, const Source& source) {
   const SharedPlace place = shared_place(state, 8, 8, "mbarrier_try_wait", source);
   if (place.block != self().block) fail(source, "waits for an mbarrier of another block");
-  const MbarrierState& barrier = find(*place.block, place.offset, "mbarrier_try_wait", source);
-  if ((barrier.phase & 1) != parity) return true;
+  MbarrierState& barrier = find(*place.block, place.offset, "mbarrier_try_wait", source);
+  check_use(*place.block, place.offset, "mbarrier_try_wait", source);
+  check_not_behind(barrier, parity, source);
+  if ((barrier.phase & 1) != parity) {
+    see_end(*place.block, barrier, parity);
+    return true;
+  }
   yield([](const Thread&) -> std::string { return "looks at an mbarrier again and again"; },
         source);
   return false;
@@ -127,20 +173,31 @@ void mbarrier_wait(uint64_t* state, uint32_t parity, const Source& source) {
   if (parity > 1) fail(source, "mbarrier_wait: parity %u", parity);
   const SharedPlace place = shared_place(state, 8, 8, "mbarrier_wait", source);
   if (place.block != self().block) fail(source, "waits for an mbarrier of another block");
+  MbarrierState& first = find(*place.block, place.offset, "mbarrier_wait", source);
+  check_use(*place.block, place.offset, "mbarrier_wait", source);
+  check_not_behind(first, parity, source);
   // Looked up again after every wake: the table may have grown. And the parity may have turned
   // twice.
   while ((find(*place.block, place.offset, "mbarrier_wait", source).phase & 1) == parity) {
     MbarrierState& barrier = find(*place.block, place.offset, "mbarrier_wait", source);
     block_on(barrier.waiters, {describe_wait, nullptr, place.offset * 2ull + parity, source});
   }
+  see_end(*place.block, find(*place.block, place.offset, "mbarrier_wait", source), parity);
 }
 
 void fence_mbarrier_init() {
   for (MbarrierState& barrier : self().block->mbarriers) barrier.fenced = true;
 }
 
+PhaseTime running_phase(Block& block, uint32_t offset, const Source& source) {
+  const MbarrierState& barrier = find(block, offset, "a copy's mbarrier", source);
+  return {mbarrier_slot(block, barrier.slot), barrier.epoch};
+}
+
 void check_counts_bytes(Block& block, uint32_t offset, const Source& source) {
-  if (!find(block, offset, "a copy's mbarrier", source).fenced)
+  const MbarrierState& barrier = find(block, offset, "a copy's mbarrier", source);
+  check_use(block, offset, "a copy's mbarrier", source);
+  if (!barrier.fenced)
     fail(source,
          "the mbarrier at offset %u is used by a copy without fence_mbarrier_init() since its "
          "mbarrier_init",
@@ -154,6 +211,9 @@ void mbarrier_arrive_in(Block& block, uint32_t offset, const Source& source) {
 void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes, const Source& source) {
   MbarrierState& barrier = find(block, offset, "a copy's mbarrier", source);
   barrier.bytes -= bytes;
+  if (barrier.bytes < -static_cast<int64_t>(kMaxCount))
+    fail(source, "mbarrier at offset %u: more than %u bytes have come that were not expected",
+         barrier.offset, kMaxCount);
   settle(block, barrier, source);
 }
 

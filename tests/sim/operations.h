@@ -22,8 +22,16 @@ struct SharedPlace {
 // `alignment`.
 SharedPlace shared_place(const void* pointer, uint32_t bytes, uint32_t alignment, const char* what,
                          const Source& source);
+// The instruction is there from this compute capability on.
+void check_capability(int32_t first, const char* what, const Source& source);
 void check_aligned(const void* pointer, uint32_t alignment, const char* what, const Source& source);
 void* shared_of_block(void* pointer, uint32_t rank, const Source& source);
+// An atomic operation on shared or global memory.
+void touch_atomic(const void* address, uint32_t bytes, const Source& source);
+
+// Someone else does something to this block's shared memory, known under this slot and epoch: a
+// thread of the block must know of it before the block's last one ends.
+void visit(Block& block, uint32_t slot, uint32_t epoch);
 
 void fence_proxy_async();
 // An error where the async proxy reads bytes that ordinary stores wrote and no fence has made
@@ -64,12 +72,22 @@ void mbarrier_wait(uint64_t* state, uint32_t parity, const Source& source);
 void fence_mbarrier_init();
 // The copies call these: they check that the barrier may count bytes, and count them when they
 // come.
+// Whoever uses an mbarrier comes after its initialisation.
+void check_use(Block& block, uint32_t offset, const char* what, const Source& source);
 void check_counts_bytes(Block& block, uint32_t offset, const Source& source);
+// The phase that runs, as others get to know of its end: see clocks.h.
+struct PhaseTime {
+  uint32_t slot, epoch;
+};
+PhaseTime running_phase(Block& block, uint32_t offset, const Source& source);
 void mbarrier_arrive_in(Block& block, uint32_t offset, const Source& source);
 void mbarrier_complete_bytes(Block& block, uint32_t offset, uint32_t bytes, const Source& source);
 
 // copy.cpp
 
+// An asynchronous copy, counted in this phase of an mbarrier, writes there from now on.
+void begin_write(Block& block, uint32_t offset, uint32_t bytes, const PhaseTime& phase,
+                 const char* what, const Source& source);
 void small_copy(void* shared, const void* global, uint32_t bytes, uint32_t bytes_read,
                 const Source& source);
 void small_copy_commit();
@@ -92,7 +110,9 @@ void tensor_store(const void* layout, const void* shared, const int32_t* coordin
                   const Source& source);
 // A bulk store of the current thread: `read` happens later, and what it gives is written later
 // still.
-void later_store(Block& block, std::function<std::function<void()>()> read);
+// `range` is what it reads of the block's shared memory.
+void later_store(Block& block, const BulkGroup::Range& range, const Source& source,
+                 std::function<std::function<void()>()> read);
 
 // tensor_core.cpp
 

@@ -9,12 +9,14 @@
 // not where only one of several writers forgets it.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 
 #include "operations.h"
+#include "shadow.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -57,6 +59,7 @@ uint8_t* take_memory(uint32_t bytes) {
 void begin_block(Block& block) {
   const uint32_t room = round_up(block.shared_bytes, kViewPage);
   block.shared = take_memory(block.shared_bytes);
+  begin_shadow(block);
   std::memset(block.shared, kPoison, room);
   block.async_view.assign(room, kPoison);
   block.page_fences.assign(room / kViewPage, block.fences);
@@ -95,6 +98,12 @@ SharedPlace shared_place(const void* pointer, uint32_t bytes, uint32_t alignment
   return {block, offset};
 }
 
+void check_capability(int32_t first, const char* what, const Source& source) {
+  if (compute_capability < first)
+    fail(source, "%s: needs compute capability %d.%d, this GPU has %d.%d", what, first / 10,
+         first % 10, compute_capability / 10, compute_capability % 10);
+}
+
 void check_aligned(const void* pointer, uint32_t alignment, const char* what,
                    const Source& source) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
@@ -110,7 +119,37 @@ void* shared_of_block(void* pointer, uint32_t rank, const Source& source) {
   return blocks[rank].shared + place.offset;
 }
 
+void visit(Block& block, uint32_t slot, uint32_t epoch) {
+  for (auto& [known_slot, last] : block.visits)
+    if (known_slot == slot) {
+      last = std::max(last, epoch);
+      return;
+    }
+  block.visits.emplace_back(slot, epoch);
+}
+
+void check_visits(Thread& thread) {
+  Block& block = *thread.block;
+  release(thread, block.ended);
+  if (block.live > 1 || !checking) return;
+  const ClockRef all = publish(block.ended);
+  const auto threads = static_cast<uint32_t>(block.threads.size());
+  for (const auto& [slot, epoch] : block.visits) {
+    if (all->known[slot] >= epoch) continue;
+    const uint32_t index = slot - kFirstThreadSlot;
+    if (index < threads * block.cluster->blocks.size())
+      throw Failure{name_of(thread) + " ends as the last of its block, not knowing that thread " +
+                    std::to_string(index % threads) + " of block " +
+                    std::to_string(index / threads) +
+                    " of the cluster is done with the block's shared memory"};
+    throw Failure{name_of(thread) + " ends as the last of its block, while copies to or from the " +
+                  "block's shared memory may be under way: nobody in it has waited for the " +
+                  "mbarrier that counts them"};
+  }
+}
+
 void fence_proxy_async() {
+  fence(self());
   Block& block = *self().block;
   ++block.fences;
   for (MbarrierState& barrier : block.mbarriers) barrier.fenced = true;

@@ -4,7 +4,9 @@
 #include <memory>
 
 #include "device/tensor_layout.h"
+#include "kernel_order.h"
 #include "operations.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -80,10 +82,17 @@ uint64_t bytes_inside(const Box& box) {
   return bytes;
 }
 
+void touch_tensor(const Box& box, bool write, const Source& source) {
+  visit_rows(box, [&](uint32_t, const uint8_t* global, int64_t begin, int64_t end) {
+    if (global) touch_global(global + begin, static_cast<size_t>(end - begin), write, source);
+  });
+}
+
 }  // namespace
 
 void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t blocks,
                  const int32_t* coordinates, int rank, const Source& source) {
+  check_capability(90, "tma_load", source);
   const Box box = make_box(layout, coordinates, rank, "tma_load", source);
   const auto bytes = static_cast<uint32_t>(box_bytes(box.layout));
   const SharedPlace place = shared_place(shared, bytes, alignment_of(box), "tma_load", source);
@@ -92,10 +101,13 @@ void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t b
   if (blocks == 0 || blocks >> cluster.size() != 0)
     fail(source, "tma_load_multicast: blocks 0x%x of a cluster of %zu", blocks, cluster.size());
   machine->statistics.bulk_bytes_read += bytes_inside(box);
+  touch_tensor(box, false, source);
   for (Block& block : cluster) {
     if (!(blocks >> block.rank & 1)) continue;
     if (block.live == 0) fail(source, "tma_load_multicast: block %u has ended", block.rank);
     check_counts_bytes(block, counter.offset, source);
+    begin_write(block, place.offset, bytes, running_phase(block, counter.offset, source),
+                "tma_load", source);
     poison(block, place.offset, bytes);
     ++block.in_flight;
     later([&block, box, bytes, offset = place.offset, counted = counter.offset, source] {
@@ -108,11 +120,13 @@ void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t b
 
 void tensor_store(const void* layout, const void* shared, const int32_t* coordinates, int rank,
                   const Source& source) {
+  check_capability(90, "tma_store", source);
   const Box box = make_box(layout, coordinates, rank, "tma_store", source);
   const auto bytes = static_cast<uint32_t>(box_bytes(box.layout));
   const SharedPlace place = shared_place(shared, bytes, alignment_of(box), "tma_store", source);
   check_visible_to_async(*place.block, place.offset, bytes, "tma_store", source);
-  later_store(*place.block, [=] {
+  touch_tensor(box, true, source);
+  later_store(*place.block, {place.block, place.offset, bytes}, source, [=] {
     std::vector<uint8_t> dense(bytes);
     for (uint32_t piece = 0; piece < bytes; piece += 16)
       std::memcpy(dense.data() + piece,

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "operations.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -50,9 +51,13 @@ void move_tiles(void* const* argument, uint32_t, void* context) {
   }
 }
 
-void check_rows(const void* row, int count, const char* what, const Source& source) {
-  if (self().index % 32 < 8u * static_cast<uint32_t>(count))
-    shared_place(row, 16, 16, what, source);
+void check_rows(const void* row, int count, bool write, const char* what, const Source& source) {
+  if (self().index % 32 >= 8u * static_cast<uint32_t>(count)) return;
+  const SharedPlace place = shared_place(row, 16, 16, what, source);
+  if (place.block != self().block) fail(source, "%s: a row in another block's shared memory", what);
+  self().touched = true;
+  touch_or_fail(*place.block, place.offset, 16, write ? kWrite : kRead, actor(self()), source,
+                what);
 }
 
 struct Fragments {
@@ -138,7 +143,7 @@ void cut_to_14_bits(float* sums, uint32_t count) {
 }
 
 void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, const Source& source) {
-  check_rows(row, count, "load_tiles", source);
+  check_rows(row, count, false, "load_tiles", source);
   Tiles tiles{tile, static_cast<const uint8_t*>(row)};
   TileRequest request{count, transposed, false};
   warp_collective(0xffffffffu, "load_tiles", &tiles, move_tiles, &request, source);
@@ -146,7 +151,7 @@ void load_tiles(uint32_t* tile, int count, const void* row, bool transposed, con
 
 void store_tiles(void* row, const uint32_t* tile, int count, bool transposed,
                  const Source& source) {
-  check_rows(row, count, "store_tiles", source);
+  check_rows(row, count, true, "store_tiles", source);
   Tiles tiles{const_cast<uint32_t*>(tile), static_cast<const uint8_t*>(row)};
   TileRequest request{count, transposed, true};
   warp_collective(0xffffffffu, "store_tiles", &tiles, move_tiles, &request, source);

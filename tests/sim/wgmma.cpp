@@ -10,6 +10,7 @@
 
 #include "device/swizzle.h"
 #include "operations.h"
+#include "shadow.h"
 
 namespace sim {
 
@@ -29,6 +30,12 @@ struct WgmmaOperation {
   uint32_t issued = 0;
   std::shared_ptr<WgmmaAccumulators> accumulators;
   const uint32_t* a_registers[kWarpgroupThreads] = {};  // four each, where A is in registers
+  // What each warp knew when it issued this.
+  struct View {
+    ClockRef clock;
+    uint32_t slot, own_fenced;
+  };
+  View views[kWarpgroupThreads / 32] = {};
 };
 
 namespace {
@@ -97,8 +104,13 @@ void visit_pieces(const Tile& tile, uint32_t rows, Visit visit) {
   }
 }
 
+// Start, leading and stride offset, base offset (no tile here begins within a swizzle period) and
+// swizzle; every other bit is zero.
+constexpr uint64_t kDescriptorBits = 0xc000'3fff'3fff'3fffull;
+
 void check_tile(Block& block, const Tile& tile, uint32_t rows, const char* which,
-                const Source& source) {
+                const WgmmaOperation& operation, uint32_t slot, uint32_t epoch) {
+  const Source& source = operation.source;
   const uint32_t period = swizzle_period(tile.swizzle);
   if (tile.swizzle != Swizzle::none && tile.start % period >= swizzle_row_bytes(tile.swizzle))
     fail(source,
@@ -110,6 +122,10 @@ void check_tile(Block& block, const Tile& tile, uint32_t rows, const char* which
       fail(source,
            "wgmma: row %u, k %u of %s lies at shared address %u, outside the block's %u bytes", row,
            k, which, address, block.shared_bytes);
+    for (const WgmmaOperation::View& view : operation.views)
+      touch_or_fail(block, address - kSharedWindow, 16, kAsync,
+                    {view.clock.get(), view.slot, view.own_fenced, slot, epoch}, source, "wgmma",
+                    &view == &operation.views[0]);
     check_visible_to_async(block, address - kSharedWindow, 16, "wgmma", source);
   });
 }
@@ -249,6 +265,12 @@ std::string describe_products(const Thread& thread) {
 
 void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source) {
   Thread& thread = self();
+  if (compute_capability != 90)
+    fail(source, "wgmma: only a GPU of compute capability 9.0 has it, this one has %d.%d",
+         compute_capability / 10, compute_capability % 10);
+  if ((what.a | what.b) & ~kDescriptorBits)
+    fail(source, "wgmma: a matrix descriptor (%016llx) has bits where none may be",
+         static_cast<unsigned long long>(what.a & ~kDescriptorBits ? what.a : what.b));
   WgmmaQueue& queue = queue_of(thread, source);
   const uint32_t t = thread.index % kWarpgroupThreads;
   if (!thread.wgmma_fenced)
@@ -303,11 +325,16 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
     thread.wgmma_lent.push_back({number, a, {a[0], a[1], a[2], a[3]}, source});
   }
 
+  WgmmaOperation::View& view = operation.views[t / 32];
+  if (!view.clock) view = {thread.clock, slot_of(thread), thread.own_fenced};
   if (++operation.issued < kWarpgroupThreads) return;
+  Block& block = *thread.block;
+  const uint32_t slot = warpgroup_slot(block, thread.index / kWarpgroupThreads);
+  const uint32_t epoch = block.cluster->first_epoch + static_cast<uint32_t>(number) + 1;
   if (!what.a_in_registers)
-    check_tile(*thread.block, decode(what.a, what.a_row_major), kRows, "A", source);
-  check_tile(*thread.block, decode(what.b, what.b_row_major), static_cast<uint32_t>(what.n), "B",
-             source);
+    check_tile(block, decode(what.a, what.a_row_major), kRows, "A", operation, slot, epoch);
+  check_tile(block, decode(what.b, what.b_row_major), static_cast<uint32_t>(what.n), "B", operation,
+             slot, epoch);
   // Groups complete in order: none before the one in front of it.
   queue.last_time = later([&queue] { compute(queue); }, queue.last_time);
 }
@@ -341,6 +368,9 @@ void wgmma_wait(uint32_t pending, const Source& source) {
            place_of(lent.source).c_str());
   }
   while (queue.done < needed) block_on(queue.waiters, {describe_products, &queue, pending, source});
+  if (needed == 0) return;
+  learn(thread, warpgroup_slot(*thread.block, thread.index / kWarpgroupThreads),
+        thread.block->cluster->first_epoch + static_cast<uint32_t>(needed));
 }
 
 void check_unfinished_products(Thread& thread) {

@@ -319,6 +319,8 @@ DGEMMA_DEVICE void produce_all(KeyProducer<kHeadDim>& producer, const KeyMaps& m
     if (tile + 1 < tiles) producer.load_keys(maps, tile + 1);
     producer.load_values(maps, tile);
   }
+  device::cp_async_commit();  // a thread may not end while its copies are under way
+  device::cp_async_wait<0>();
 }
 
 // Host: [rows, key_heads, head_dim] as (column of a group, row, group of columns), a copy being a

@@ -139,6 +139,8 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Scheduler& scheduler, 
       device::cp_async_mbarrier_arrive(full);
     }
   });
+  device::cp_async_commit();  // a thread may not end while its copies are under way
+  device::cp_async_wait<0>();
 }
 
 // A warpgroup's 64 rows of a work tile, times its first kN pairs: sum holds the product (see

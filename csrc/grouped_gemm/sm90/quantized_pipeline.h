@@ -142,6 +142,8 @@ DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeTileSchedule
       device::cp_async_mbarrier_arrive(full);
     }
   });
+  device::cp_async_commit();  // a thread may not end while its copies are under way
+  device::cp_async_wait<0>();
 }
 
 // Three warps call this. It brings token rows row_of(position) for the work tile's sorted
@@ -198,6 +200,8 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeTileSchedul
       from += ring.kSteps * 2 * kPiecesPerRow;
     }
   });
+  device::cp_async_commit();  // a thread may not end while its copies are under way
+  device::cp_async_wait<0>();
 }
 
 // A thread's two rows of its warp's 16: their offsets in a stage, and their scales.

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../cuda_types.h"
+#include "../kernel_order.h"
 #include "../operations.h"
 
 #define DGEMMA_DEVICE inline
@@ -27,8 +28,8 @@
 
 namespace sim {
 
-inline uint3 thread_position() { return {self().index, 0, 0}; }
-inline dim3 block_extent() { return {machine->shape.threads}; }
+[[gnu::no_sanitize("thread")]] inline uint3 thread_position() { return {self().index, 0, 0}; }
+[[gnu::no_sanitize("thread")]] inline dim3 block_extent() { return {machine->shape.threads}; }
 
 // Lanes exchange values of 4 or 8 bytes: `choose` says from which lane each takes its own.
 template <typename T>
@@ -84,10 +85,11 @@ T reduce(uint32_t mask, const char* what, T value, const Source& source, Combine
 
 // Atomic operations on global memory are where blocks meet: another thread may come first.
 template <typename T, typename Update>
-T atomically(T* address, const Source& source, Update update) {
+[[gnu::no_sanitize("thread")]] T atomically(T* address, const Source& source, Update update) {
   if (machine->random.below(4) == 0)
     yield([](const Thread&) -> std::string { return "is about to do an atomic operation"; },
           source);
+  touch_atomic(address, sizeof(T), source);
   const T old = *address;
   *address = update(old);
   ++machine->progress;
@@ -168,7 +170,8 @@ T __reduce_min_sync(uint32_t mask, T value, SIM_SOURCE) {
                      [](T a, T b) { return a < b ? a : b; });
 }
 
-inline int __syncthreads_count(int predicate, SIM_SOURCE) {
+// Not watched: the votes are the machine's.
+[[gnu::no_sanitize("thread")]] inline int __syncthreads_count(int predicate, SIM_SOURCE) {
   int& votes = sim::self().block->votes;
   __syncthreads(source);
   if (threadIdx.x == 0) votes = 0;
@@ -216,7 +219,8 @@ inline void __nanosleep(unsigned, SIM_SOURCE) {
   sim::yield([](const sim::Thread&) -> std::string { return "sleeps for a moment"; }, source);
 }
 template <typename T>
-T __ldg(const T* address) {
+T __ldg(const T* address, SIM_SOURCE) {
+  sim::check_noncoherent(address, sizeof(T), source);
   return *address;
 }
 

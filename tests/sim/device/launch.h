@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/language.h"
+#include "kernel_order.h"
 
 namespace dgemma::device {
 
@@ -19,12 +20,12 @@ const char* launch(const LaunchShape& shape, void*, void (*kernel)(Parameters...
                    const Arguments&... arguments) {
   auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
   return sim::run_grid(
-      {shape.grid, shape.threads, shape.shared_bytes, shape.cluster_blocks},
+      {shape.grid, shape.threads, shape.shared_bytes, shape.cluster_blocks,
+       shape.overlaps_previous_kernel && sim::compute_capability >= 90},
       [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
 
-// Kernels run one after another here: what one reads too early of another is not seen.
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_begin() {}
+inline void wait_for_previous_kernel() { sim::wait_for_previous_kernel(); }
+inline void let_next_kernel_begin() { sim::let_next_kernel_begin(); }
 
 }  // namespace dgemma::device

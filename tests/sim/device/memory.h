@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/language.h"
+#include "kernel_order.h"
 
 namespace dgemma::device {
 
@@ -20,7 +21,9 @@ inline uint32_t load_acquire(const uint32_t* flag, SIM_SOURCE) {
              source);
   return *flag;
 }
-inline void store_release(uint32_t* flag, uint32_t value) {
+[[gnu::no_sanitize("thread")]] inline void store_release(uint32_t* flag, uint32_t value,
+                                                         SIM_SOURCE) {
+  sim::touch_global(flag, 4, true, source);
   *flag = value;
   ++sim::machine->progress;
 }

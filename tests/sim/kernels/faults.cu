@@ -1,7 +1,9 @@
 // One small kernel per mistake that the test bed must report: tests/test_sim_faults.py names them
 // and what is said.
+#include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <string_view>
 
 #include "device/barrier.h"
 #include "device/bfloat16.h"
@@ -249,7 +251,11 @@ void faulty_wgmma(Arguments) {
   MatrixDescriptor b = k_major_descriptor(shared().tile + offset, Swizzle::bytes_128);
   if (kFault == 1) b = advanced(b, 1024);
   if (kFault == 5 && threadIdx.x == 77) b = advanced(b, 32);
-  if (kFault == 4) shared().tile[threadIdx.x] = 0;
+  if (kFault == 6) b.bits |= uint64_t{1} << 49;
+  if (kFault == 4) {
+    shared().tile[threadIdx.x] = 0;
+    __syncthreads();
+  }
   wgmma<8>(d, a, b);
   wgmma_commit();
   if (kFault != 3) wgmma_wait<0>(d);
@@ -295,6 +301,147 @@ struct TooLarge {
   uint8_t bytes[100000];
 };
 void struct_too_large(Arguments) { shared_memory<TooLarge>().bytes[0] = 0; }
+
+// Faults of memory and of copies.
+void begin_barrier(uint32_t arrivals = 1) {
+  if (first()) {
+    mbarrier_init(&shared().barrier, arrivals);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+// Every lane of a warp but the first copies with the ordinary instruction, and nobody waits.
+void end_before_own_cp_async(Arguments a) {
+  begin_barrier(128);
+  cp_async_16(shared().tile + 16 * threadIdx.x, a.global);
+  cp_async_mbarrier_arrive(&shared().barrier);
+  if (threadIdx.x >= 32) return;
+  mbarrier_wait(&shared().barrier, 0);
+}
+void two_phases_behind(Arguments a) {
+  begin_barrier();
+  auto* flag = reinterpret_cast<uint32_t*>(a.global);
+  if (first()) {
+    mbarrier_arrive(&shared().barrier);
+    while (load_acquire(flag) != 1) {
+    }
+    mbarrier_wait(&shared().barrier, 0);
+    for (uint32_t phase = 1; phase < 3; ++phase) {
+      mbarrier_arrive(&shared().barrier);
+      mbarrier_wait(&shared().barrier, phase % 2);
+    }
+    store_release(flag, 2);
+  } else if (threadIdx.x == 32) {
+    mbarrier_wait(&shared().barrier, 0);
+    store_release(flag, 1);
+    while (load_acquire(flag) != 2) {
+    }
+    mbarrier_wait(&shared().barrier, 1);
+  }
+}
+void initialise_unseen(Arguments) {
+  if (first()) mbarrier_init(&shared().barrier, 1);
+  if (threadIdx.x == 32) {
+    while (shared().barrier.state == ~uint64_t{0}) __nanosleep(1);
+    mbarrier_arrive(&shared().barrier);
+  }
+}
+// Each warp writes its part, but only the first warp's lanes call the fence.
+void some_forget_the_proxy_fence(Arguments a) {
+  shared().tile[threadIdx.x] = 1;
+  if (threadIdx.x < 32) fence_proxy_async();
+  __syncthreads();
+  if (!first()) return;
+  bulk_store(a.global, shared().tile, 128);
+  bulk_commit();
+  bulk_wait<0>();
+}
+void copy_over_what_was_read(Arguments a) {
+  begin_barrier();
+  volatile uint8_t* tile = shared().tile;
+  const uint8_t seen = tile[threadIdx.x];
+  __syncthreads();
+  if (first()) {
+    mbarrier_arrive_expect_bytes(&shared().barrier, 128 + 0 * seen);
+    bulk_load(shared().tile, a.global, 128, &shared().barrier, evict_first());
+  }
+  mbarrier_wait(&shared().barrier, 0);
+}
+void write_without_barrier(Arguments a) {
+  volatile uint8_t* tile = shared().tile;
+  tile[threadIdx.x] = 1;
+  a.global[threadIdx.x] = tile[(threadIdx.x + 64) % 128];
+}
+void write_within_a_warp(Arguments a) {
+  volatile uint8_t* tile = shared().tile;
+  tile[threadIdx.x] = 1;
+  a.global[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+void write_what_others_read(Arguments) {
+  volatile uint8_t* tile = shared().tile;
+  if (first()) tile[0] = 1;
+  __syncthreads();
+  const uint8_t seen = tile[0];
+  if (threadIdx.x == 64) tile[0] = seen + 1;
+}
+void read_before_the_copy(Arguments a) {
+  begin_barrier();
+  if (first()) {
+    mbarrier_arrive_expect_bytes(&shared().barrier, 128);
+    bulk_load(shared().tile, a.global, 128, &shared().barrier, evict_first());
+  }
+  volatile uint8_t* tile = shared().tile;
+  if (threadIdx.x == 32) a.global[200] = tile[5];
+  mbarrier_wait(&shared().barrier, 0);
+}
+void write_before_the_store_is_read(Arguments a) {
+  if (!first()) return;
+  fence_proxy_async();
+  bulk_store(a.global, shared().tile, 128);
+  bulk_commit();
+  volatile uint8_t* tile = shared().tile;
+  tile[3] = 1;
+  bulk_wait<0>();
+}
+void read_anothers_cp_async(Arguments a) {
+  volatile uint8_t* tile = shared().tile;
+  cp_async_16(shared().tile + 16 * threadIdx.x, a.global);
+  cp_async_commit();
+  __syncthreads();
+  cp_async_wait<0>();
+  a.global[threadIdx.x] = tile[16 * (threadIdx.x ^ 1)];
+}
+void atomic_beside_ordinary(Arguments) {
+  auto* counter = reinterpret_cast<uint32_t*>(shared().tile);
+  if (threadIdx.x < 32) atomicAdd(counter, 1);
+  if (threadIdx.x == 64) *static_cast<volatile uint32_t*>(counter) = 0;
+}
+void wgmma_tile_rewritten(Arguments) {
+  float d[4] = {};
+  const MatrixDescriptor a = k_major_descriptor(shared().tile, Swizzle::none);
+  wgmma_fence(d);
+  wgmma<8>(d, a, a);
+  wgmma_commit();
+  volatile uint8_t* tile = shared().tile;
+  tile[threadIdx.x] = 0;
+  wgmma_wait<0>(d);
+}
+void read_before_the_wait(Arguments a) {
+  volatile uint8_t* global = a.global + 4096;
+  if (global[threadIdx.x] == 77) global[threadIdx.x] = 1;
+  wait_for_previous_kernel();
+}
+void noncoherent_after_the_wait(Arguments a) {
+  wait_for_previous_kernel();
+  if (__ldg(a.global + 4096) == 77) shared().tile[0] = 1;
+}
+void copy_before_the_wait(Arguments a) {
+  cp_async_16(shared().tile + 16 * threadIdx.x, a.global + 4096);
+  cp_async_wait<0>();
+  wait_for_previous_kernel();
+}
+// Runs in front of each of these.
+void front_kernel(Arguments a) { a.global[4096 + threadIdx.x] = 1; }
 
 struct Fault {
   const char* name;
@@ -352,6 +499,7 @@ constexpr Fault kFaults[] = {
     {"end_before_wgmma", faulty_wgmma<3>},
     {"wgmma_no_proxy_fence", faulty_wgmma<4>},
     {"wgmma_differs_by_thread", faulty_wgmma<5>},
+    {"wgmma_descriptor_bits", faulty_wgmma<6>},
     FAULT(wgmma_registers_changed),
     FAULT(barrier_counts_differ),
     FAULT(barrier_twice),
@@ -360,6 +508,22 @@ constexpr Fault kFaults[] = {
     FAULT(cluster_arrive_twice),
     FAULT(fill_the_stack),
     FAULT(struct_too_large),
+    FAULT(end_before_own_cp_async),
+    FAULT(two_phases_behind),
+    FAULT(initialise_unseen),
+    FAULT(some_forget_the_proxy_fence),
+    FAULT(copy_over_what_was_read),
+    FAULT(write_without_barrier),
+    FAULT(write_within_a_warp),
+    FAULT(write_what_others_read),
+    FAULT(read_before_the_copy),
+    FAULT(write_before_the_store_is_read),
+    FAULT(read_anothers_cp_async),
+    FAULT(atomic_beside_ordinary),
+    FAULT(wgmma_tile_rewritten),
+    FAULT(read_before_the_wait),
+    FAULT(noncoherent_after_the_wait),
+    FAULT(copy_before_the_wait),
 };
 
 }  // namespace
@@ -381,5 +545,41 @@ SIM_ENTRY run_fault(int fault) {
   LaunchShape shape;
   shape.threads = kFaults[fault].threads;
   shape.shared_bytes = sizeof(Shared);
+  if (const char* error = launch(shape, nullptr, front_kernel, arguments)) return error;
+  shape.overlaps_previous_kernel = true;
   return launch(shape, nullptr, kFaults[fault].kernel, arguments);
+}
+
+// A launch with so much shared memory.
+SIM_ENTRY launch_with(uint32_t shared_bytes) {
+  LaunchShape shape;
+  shape.threads = 32;
+  shape.shared_bytes = shared_bytes;
+  return launch(shape, nullptr, +[](Arguments) {}, Arguments{});
+}
+
+// A TMA load on the GPU that is played.
+SIM_ENTRY load_by_tma() {
+  const int number = static_cast<int>(
+      std::find_if(std::begin(kFaults), std::end(kFaults),
+                   [](const Fault& fault) { return !std::strcmp(fault.name, "misaligned_tile"); }) -
+      std::begin(kFaults));
+  return run_fault(number);
+}
+
+// One tensor map out of the ordinary: which number of a layout is changed, and to what.
+SIM_ENTRY encode(const char* what, uint64_t value) {
+  alignas(128) static uint8_t global[1024];
+  TensorLayout layout{ElementType::bfloat16, 2, global, {64, 64}, {0, 128}, {64, 8},
+                      Swizzle::bytes_128};
+  const std::string_view name = what;
+  if (name == "base") layout.base = global + value;
+  if (name == "rank") layout.rank = static_cast<int>(value);
+  if (name == "size") layout.size[1] = value;
+  if (name == "stride") layout.stride[1] = value;
+  if (name == "box") layout.box[1] = static_cast<uint32_t>(value);
+  if (name == "inner box") layout.box[0] = static_cast<uint32_t>(value);
+  if (name == "swizzle") layout.swizzle = static_cast<Swizzle>(value);
+  TensorMap map;
+  return encode_tensor_map(&map, layout);
 }

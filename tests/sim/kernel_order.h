@@ -1,0 +1,29 @@
+// Kernels that may begin before the kernel in front has ended (programmatic dependent launch).
+// Here they run one after the other, so what one does too early is found by what the one in front
+// wrote: a kernel that overlaps it may not touch that before wait_for_previous_kernel(), and may at
+// no time read it past the coherent caches (ld.global.nc).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "machine.h"
+
+namespace sim {
+
+void begin_kernel();
+void end_kernel();
+
+// Null, or what is wrong with this access to global memory; writes are remembered for the next
+// kernel.
+const char* global_problem(const Thread& thread, const void* address, size_t bytes, bool write);
+// The same for the wrappers.
+void touch_global(const void* address, size_t bytes, bool write, const Source& source);
+// What an asynchronous store writes when it comes.
+void remember_global_write(const void* address, size_t bytes);
+void check_noncoherent(const void* address, size_t bytes, const Source& source);
+
+void wait_for_previous_kernel();
+void let_next_kernel_begin();
+
+}  // namespace sim

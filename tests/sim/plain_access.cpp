@@ -1,0 +1,113 @@
+// Ordinary loads and stores of the kernels. g++ -fsanitize=thread puts a call in front of each; the
+// functions that it calls stand here in place of ThreadSanitizer's own.
+#include <cstddef>
+
+#include "kernel_order.h"
+#include "operations.h"
+#include "shadow.h"
+
+namespace sim {
+
+namespace {
+
+// g++ takes these calls for ones that throw nothing: the fiber stops here for good instead.
+[[gnu::cold, gnu::noinline]] void stop(Thread& thread, uint32_t place, const std::string& problem) {
+  machine->error = name_of(thread) + ", " + place_text(place) + ": " + problem;
+  thread.state = State::exited;
+  switch_fiber(thread.fiber, machine->scheduler, true);
+}
+
+void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uint8_t manner,
+                  const void* instruction) {
+  if (offset + bytes > block.shared_bytes) return;  // the page behind it tells
+  const uint32_t place = place_number(instruction);
+  thread.touched = true;
+  const std::string problem =
+      touch(block, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), manner,
+            actor(thread), place, "this thread");
+  if (!problem.empty()) stop(thread, place, problem);
+  if (&block != thread.block) visit(block, slot_of(thread), thread.epoch);
+}
+
+inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void* instruction) {
+  if (machine == nullptr || machine->current == nullptr || !checking) return;
+  Thread& thread = *machine->current;
+  const auto* address = static_cast<const uint8_t*>(pointer);
+  Block& own = *thread.block;
+  const auto offset = static_cast<size_t>(address - own.shared);
+  if (offset < own.shared_bytes) {
+    touch_shared(thread, own, offset, bytes, manner, instruction);
+    return;
+  }
+  if (is_in_a_stack(address)) return;
+  for (Block& block : own.cluster->blocks) {
+    const auto there = static_cast<size_t>(address - block.shared);
+    if (there < block.shared_bytes) {
+      touch_shared(thread, block, there, bytes, manner, instruction);
+      return;
+    }
+  }
+  if (const char* problem = global_problem(thread, address, bytes, manner & kWrite))
+    stop(thread, place_number(instruction), problem);
+}
+
+}  // namespace
+
+void touch_atomic(const void* address, uint32_t bytes, const Source& source) {
+  if (!checking) return;
+  Thread& thread = self();
+  for (Block& block : thread.block->cluster->blocks) {
+    const auto offset = static_cast<size_t>(static_cast<const uint8_t*>(address) - block.shared);
+    if (offset >= block.shared_bytes) continue;
+    thread.touched = true;
+    touch_or_fail(block, static_cast<uint32_t>(offset), bytes, kWrite | kAtomic, actor(thread),
+                  source, "an atomic operation");
+    return;
+  }
+  touch_global(address, bytes, true, source);
+}
+
+}  // namespace sim
+
+// NOLINTBEGIN: the names are the compiler's.
+extern "C" {
+#define SIM_ACCESS(bytes)                                            \
+  void __tsan_read##bytes(void* at) {                                \
+    sim::plain(at, bytes, sim::kRead, __builtin_return_address(0));  \
+  }                                                                  \
+  void __tsan_write##bytes(void* at) {                               \
+    sim::plain(at, bytes, sim::kWrite, __builtin_return_address(0)); \
+  }
+SIM_ACCESS(1)
+SIM_ACCESS(2)
+SIM_ACCESS(4)
+SIM_ACCESS(8)
+SIM_ACCESS(16)
+#undef SIM_ACCESS
+#define SIM_UNALIGNED(bytes)                                         \
+  void __tsan_unaligned_read##bytes(void* at) {                      \
+    sim::plain(at, bytes, sim::kRead, __builtin_return_address(0));  \
+  }                                                                  \
+  void __tsan_unaligned_write##bytes(void* at) {                     \
+    sim::plain(at, bytes, sim::kWrite, __builtin_return_address(0)); \
+  }
+SIM_UNALIGNED(2)
+SIM_UNALIGNED(4)
+SIM_UNALIGNED(8)
+SIM_UNALIGNED(16)
+#undef SIM_UNALIGNED
+void __tsan_read_range(void* at, size_t bytes) {
+  sim::plain(at, bytes, sim::kRead, __builtin_return_address(0));
+}
+void __tsan_write_range(void* at, size_t bytes) {
+  sim::plain(at, bytes, sim::kWrite, __builtin_return_address(0));
+}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+// Once-only initialisation of a function's static variable, the one atomic access of such code.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* at, int) { return *at; }
+}
+// NOLINTEND

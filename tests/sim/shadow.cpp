@@ -1,0 +1,295 @@
+#include "shadow.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "operations.h"
+
+namespace sim {
+
+bool checking = true;
+
+namespace {
+
+struct Record {
+  uint32_t epoch, place;
+  uint16_t slot;
+  uint8_t bytes;  // of the word, a bit each
+  uint8_t manner;
+};
+
+// One for every four bytes. Most words have one writer and one reader at a time; what there is
+// more of stands in a list.
+struct Word {
+  Record write, read;
+  uint32_t others;
+};
+
+constexpr size_t kMostOthers = 32;
+// Forgotten when the last block that uses them ends, with their memory.
+std::vector<std::vector<Record>> lists(1);
+std::map<const uint8_t*, std::pair<Word*, size_t>> shadows;  // by the memory that they stand for
+
+struct Access {
+  Block& block;
+  const Actor& who;
+  uint32_t place;
+  uint8_t manner;
+  const char* what;
+  std::string problem;
+};
+
+std::string describe(const Block& block, const Record& record) {
+  const Cluster& cluster = *block.cluster;
+  const auto threads = static_cast<uint32_t>(block.threads.size());
+  const uint32_t all = kFirstThreadSlot + static_cast<uint32_t>(cluster.blocks.size()) * threads;
+  const char* verb = record.manner & kWrite ? "wrote" : "read";
+  std::string who = "a copy still under way";
+  if (record.slot >= kFirstThreadSlot && record.slot < all) {
+    const uint32_t index = record.slot - kFirstThreadSlot;
+    who = "thread " + std::to_string(index % threads);
+    if (cluster.blocks.size() > 1) who += " of block " + std::to_string(index / threads);
+  } else if (record.slot >= all) {
+    const bool copy = record.slot - all < cluster.blocks.size() * kMbarrierSlots;
+    who = copy ? "a copy that an mbarrier counts" : "a wgmma";
+  }
+  return who + " " + verb + " (" + place_text(record.place) + ")";
+}
+
+bool check(Access& access, const Record& record, uint32_t offset, uint8_t bytes) {
+  const Actor& who = access.who;
+  if (!((access.manner | record.manner) & kWrite)) return true;
+  if (access.manner & record.manner & kAtomic) return true;
+  const bool own = record.slot == who.own_slot;
+  const bool before = own || who.clock->known[record.slot] >= record.epoch;
+  const char* verb = access.manner & kWrite ? "writes" : "reads";
+  char text[160];
+  offset += static_cast<uint32_t>(std::countr_zero(static_cast<unsigned>(bytes & record.bytes)));
+  if (!before) {
+    std::snprintf(text, sizeof text, "race: %s %s shared memory at offset %u, which ", access.what,
+                  verb, offset);
+    access.problem = text + describe(access.block, record) + ", and neither comes first";
+    return false;
+  }
+  if (!(access.manner & kAsync) || record.manner & kAsync) return true;
+  const uint32_t fenced = std::max(who.clock->fenced[record.slot], own ? who.own_fenced : 0u);
+  if (fenced >= record.epoch) return true;
+  std::snprintf(text, sizeof text, "%s %s shared memory at offset %u, which ", access.what, verb,
+                offset);
+  access.problem = text + describe(access.block, record) +
+                   " by ordinary access, with no fence_proxy_async() between";
+  return false;
+}
+
+bool past(const Record& record, const Cluster& cluster) {
+  return record.epoch <= cluster.first_epoch;
+}
+
+void add_other(Word& word, const Record& record, const Cluster& cluster) {
+  if (record.bytes == 0 || past(record, cluster)) return;
+  if (word.others == 0) {
+    word.others = static_cast<uint32_t>(lists.size());
+    lists.emplace_back();
+  }
+  std::vector<Record>& list = lists[word.others];
+  std::erase_if(list, [&](const Record& one) { return past(one, cluster); });
+  if (list.size() < kMostOthers)
+    list.push_back(record);
+  else
+    list[record.slot % kMostOthers] = record;
+}
+
+// The list keeps what the new record does not stand for as well.
+void thin_out(Word& word, const Record& record, const Actor& who) {
+  if (word.others == 0) return;
+  std::erase_if(lists[word.others], [&](const Record& one) {
+    if (one.bytes & ~record.bytes) return false;
+    if (record.manner & kWrite) return one.slot != kInFlightSlot;
+    return one.slot == record.slot && one.manner == record.manner;
+  });
+  (void)who;
+}
+
+bool touch_word(Word& word, uint32_t offset, uint8_t bytes, Access& access, bool keep) {
+  const Actor& who = access.who;
+  const Cluster& cluster = *access.block.cluster;
+  const Record now{who.epoch, access.place, static_cast<uint16_t>(who.slot), bytes, access.manner};
+  Record& same = access.manner & kWrite ? word.write : word.read;
+  const auto is_again = [&](const Record& one) {
+    return one.slot == now.slot && one.epoch == now.epoch && one.manner == now.manner &&
+           !(bytes & ~one.bytes);
+  };
+  if (word.others == 0 && keep) {
+    if (!(access.manner & kWrite) && is_again(word.read) && past(word.write, cluster)) return true;
+    if (is_again(word.write) && past(word.read, cluster)) return true;
+  }
+  for (const Record* one : {&word.write, &word.read})
+    if (one->bytes & bytes && !past(*one, cluster) && !check(access, *one, offset, bytes))
+      return false;
+  if (word.others != 0)
+    for (const Record& one : lists[word.others])
+      if (one.bytes & bytes && !past(one, cluster) && !check(access, one, offset, bytes))
+        return false;
+  if (!keep) return true;
+  thin_out(word, now, who);
+  if (access.manner & kWrite) {
+    if (word.write.bytes & ~bytes) add_other(word, word.write, cluster);
+    if (word.read.bytes & ~bytes) add_other(word, word.read, cluster);
+    word.read.bytes = 0;
+  } else {
+    // A reader that comes after another of the same kind stands for both.
+    const bool stands =
+        word.read.manner == now.manner && !(word.read.bytes & ~bytes) &&
+        (word.read.slot == who.own_slot || who.clock->known[word.read.slot] >= word.read.epoch) &&
+        now.slot != kInFlightSlot;
+    if (!stands) add_other(word, word.read, cluster);
+  }
+  same = now;
+  return true;
+}
+
+// Words, with the bytes of each that belong to a run.
+template <typename Visit>
+void visit_words(uint32_t offset, uint32_t bytes, Visit visit) {
+  const uint32_t end = offset + bytes;
+  for (uint32_t at = offset & ~3u; at < end; at += 4) {
+    uint32_t mask = 15;
+    if (at < offset) mask &= 15u << (offset - at);
+    if (at + 4 > end) mask &= 15u >> (at + 4 - end);
+    visit(at, static_cast<uint8_t>(mask & 15));
+  }
+}
+
+std::vector<Source> sources;
+std::map<std::pair<const char*, uint32_t>, uint32_t> source_numbers;
+constexpr uint32_t kIsSource = 0x80000000u;
+
+const uint8_t* module_base(const void* address, const char** file) {
+  Dl_info information{};
+  if (dladdr(address, &information) == 0) return nullptr;
+  *file = information.dli_fname;
+  return static_cast<const uint8_t*>(information.dli_fbase);
+}
+
+const uint8_t* own_base() {
+  const char* file;
+  static const uint8_t* base = module_base(reinterpret_cast<const void*>(&forget_shadows), &file);
+  return base;
+}
+
+}  // namespace
+
+uint32_t place_number(const Source& source) {
+  const auto [found, is_new] = source_numbers.try_emplace({source.file_name(), source.line()},
+                                                          static_cast<uint32_t>(sources.size()));
+  if (is_new) sources.push_back(source);
+  return found->second | kIsSource;
+}
+
+uint32_t place_number(const void* instruction) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(instruction) - own_base());
+}
+
+// By addr2line, of binutils, which g++ needs: of the functions that are inlined there the innermost
+// that is no wrapper's and no library's.
+std::string place_text(uint32_t number) {
+  if (number & kIsSource) return place_of(sources[number & ~kIsSource]);
+  const char* file = nullptr;
+  module_base(reinterpret_cast<const void*>(&forget_shadows), &file);
+  char command[1024], line[1024];
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%x", file, number - 1);
+  std::string found = "somewhere";
+  if (FILE* pipe = popen(command, "r")) {
+    while (std::fgets(line, sizeof line, pipe)) {
+      std::string text = line;
+      text.erase(text.find_last_not_of(" \n") + 1);
+      if (const size_t note = text.find(" ("); note != std::string::npos) text.erase(note);
+      const bool is_wrapper = text.find("/usr/") == 0 || text.find("sim/device/") != text.npos;
+      text.erase(0, text.find_last_of('/') + 1);
+      found = text;
+      if (!is_wrapper) break;
+    }
+    pclose(pipe);
+  }
+  return found;
+}
+
+Actor actor(const Thread& thread) {
+  const uint32_t slot = slot_of(thread);
+  return {thread.clock.get(), slot, thread.own_fenced, slot, thread.epoch};
+}
+
+Actor actor(const Thread& thread, uint32_t slot, uint32_t epoch) {
+  return {thread.clock.get(), slot_of(thread), thread.own_fenced, slot, epoch};
+}
+
+namespace {
+std::string touch_words(Block& block, uint32_t offset, uint32_t bytes, uint8_t manner,
+                        const Actor& who, uint32_t place, const char* what, bool keep) {
+  Access access{block, who, place, manner, what, {}};
+  auto* words = static_cast<Word*>(block.shadow);
+  bool fine = true;
+  visit_words(offset, bytes, [&](uint32_t at, uint8_t mask) {
+    fine = fine && touch_word(words[at / 4], at, mask, access, keep);
+  });
+  return access.problem;
+}
+}  // namespace
+
+std::string touch(Block& block, uint32_t offset, uint32_t bytes, uint8_t manner, const Actor& who,
+                  uint32_t place, const char* what) {
+  return touch_words(block, offset, bytes, manner, who, place, what, true);
+}
+
+void touch_or_fail(Block& block, uint32_t offset, uint32_t bytes, uint8_t manner, const Actor& who,
+                   const Source& source, const char* what, bool keep) {
+  if (!checking) return;
+  const std::string problem =
+      touch_words(block, offset, bytes, manner, who, place_number(source), what, keep);
+  if (!problem.empty()) fail(source, "%s", problem.c_str());
+}
+
+void settle_in_flight(Block& block, uint32_t offset, uint32_t bytes, uint32_t slot,
+                      uint32_t epoch) {
+  if (!checking) return;
+  auto* words = static_cast<Word*>(block.shadow);
+  visit_words(offset, bytes, [&](uint32_t at, uint8_t) {
+    Word& word = words[at / 4];
+    const auto settle = [&](Record& record) {
+      if (record.slot != kInFlightSlot || record.epoch != kInFlight) return;
+      record.slot = static_cast<uint16_t>(slot);
+      record.epoch = epoch;
+    };
+    settle(word.write);
+    settle(word.read);
+    if (word.others != 0)
+      for (Record& record : lists[word.others]) settle(record);
+  });
+}
+
+void begin_shadow(Block& block) {
+  // Memory is reused by blocks of about the same size, see shared_memory.cpp.
+  const size_t bytes = (block.shared_bytes / 1024 + 1) * 256 * sizeof(Word);
+  auto& [words, size] = shadows[block.shared];
+  if (words == nullptr) {
+    size = bytes;
+    words = static_cast<Word*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
+  block.shadow = words;
+}
+
+void forget_shadows() {
+  for (auto& [memory, shadow] : shadows)
+    madvise(shadow.first, shadow.second, MADV_DONTNEED);  // reads as zeros again
+  lists.resize(1);
+}
+
+}  // namespace sim
