@@ -38,6 +38,22 @@ def test_every_wrapper_has_a_host_form_of_the_same_name() -> None:
         assert functions_of(HOST / name) - {"flushed"} == wanted, name
 
 
+def test_every_wrapper_has_a_row_and_every_test_of_it_exists() -> None:
+    lines = [line for line in (SIM / "README.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert all(len(row) == 4 for row in rows)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    wrappers = set[str]().union(*(functions_of(path) for path in DEVICE.glob("*.h"))) - {"alignas"}
+    assert sorted(named) == sorted(wrappers)
+    tests = "".join((SIM.parent / f"test_sim_{name}.py").read_text() for name in ("faults", "conformance"))
+    for row in rows:
+        found = re.findall(r"`([^`]+)`", row[3])
+        assert found, row
+        for test in found:
+            exists = (ROOT / test).exists() if "/" in test else f'"{test}"' in tests or f"def {test}(" in tests
+            assert exists, (row[0], test)
+
+
 def test_only_device_headers_hold_assembly() -> None:
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in {".h", ".cpp", ".cu", ".cuh"} and path.parent != DEVICE:

@@ -65,7 +65,7 @@ REPORTS = {
     "wgmma_outside_shared_memory": r"wgmma: row \d+, k \d+ of B lies at shared address \d+, outside the block's",
     "wgmma_misaligned_swizzle": r"wgmma: B begins at shared address 1280, not in the first line of a swizzle period",
     "end_before_wgmma": r"ends before wgmma_wait for its last wgmma",
-    "wgmma_no_proxy_fence": r"wgmma reads .* which thread \d+ wrote \(faults\.cu:\d+\).* no fence_proxy_async\(\) between",
+    "wgmma_no_proxy_fence": r"wgmma reads .* thread \d+ wrote \(faults\.cu:\d+\).* no fence_proxy_async\(\)",
     "wgmma_differs_by_thread": r"wgmma: threads of the warpgroup issue different ones",
     "wgmma_descriptor_bits": r"wgmma: a matrix descriptor \([0-9a-f]{16}\) has bits where none may be",
     "wgmma_registers_changed": r"wgmma_wait: registers of A were changed before it \(the product at .*faults\.cu:\d+\)",

@@ -122,6 +122,12 @@ void check_noncoherent(const void* address, size_t bytes, const Source& source) 
     fail(source, "reads past the coherent caches (ld.global.nc) what this kernel writes");
 }
 
+void store_flag(uint32_t* flag, uint32_t value, const Source& source) {
+  touch_global(flag, sizeof *flag, true, source);
+  *flag = value;
+  ++machine->progress;
+}
+
 void wait_for_previous_kernel() {
   Thread& thread = self();
   learn(thread, kFrontSlot, thread.block->cluster->first_epoch + 1);

@@ -23,6 +23,9 @@ void touch_global(const void* address, size_t bytes, bool write, const Source& s
 void remember_global_write(const void* address, size_t bytes);
 void check_noncoherent(const void* address, size_t bytes, const Source& source);
 
+// An ordinary store that others look for.
+void store_flag(uint32_t* flag, uint32_t value, const Source& source);
+
 void wait_for_previous_kernel();
 void let_next_kernel_begin();
 

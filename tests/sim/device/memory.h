@@ -21,11 +21,8 @@ inline uint32_t load_acquire(const uint32_t* flag, SIM_SOURCE) {
              source);
   return *flag;
 }
-[[gnu::no_sanitize("thread")]] inline void store_release(uint32_t* flag, uint32_t value,
-                                                         SIM_SOURCE) {
-  sim::touch_global(flag, 4, true, source);
-  *flag = value;
-  ++sim::machine->progress;
+inline void store_release(uint32_t* flag, uint32_t value, SIM_SOURCE) {
+  sim::store_flag(flag, value, source);
 }
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value, SIM_SOURCE) {
   return atomicAdd(counter, value, source);
