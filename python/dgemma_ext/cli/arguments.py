@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         help="watch a bundled model solve an unseen Sudoku",
         description="Draws a Sudoku with one solution, from random streams that training does not use, lets a bundled\n"
-        "model solve it, and checks the answer. The exit code says whether it ran; a wrong answer is told in words.",
+        "model solve it, and checks the answer. The exit code reports errors, not puzzle results.",
         epilog=_PICTURE,
     )
     demo.add_argument("--size", type=int, choices=sorted(BOX_SHAPES), help="of the grid (default: the largest bundled)")

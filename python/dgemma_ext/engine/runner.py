@@ -52,7 +52,7 @@ class EagerRunner:
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         self._network, self._cache, self._batch, self._buffers = network, cache, batch, buffers
-        # A single row on the CPU is stepped like one of several, so that its first step has no self-conditioning.
+        # On the CPU a single row is stepped by itself too, so that its first step leaves the self-conditioning out.
         single = batch.rows == 1 and network.device.type == "cpu"
         self._shared = buffers.rows == batch.rows and not single and not network.options.debug
         self._rows = [] if self._shared else [batch.rows_between(row, row + 1) for row in range(batch.rows)]

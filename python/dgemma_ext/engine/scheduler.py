@@ -1,7 +1,8 @@
 """The scheduler: requests share a model, and join and leave between denoising steps.
 
-A request's tokens depend only on its prompt, sampler and seed. Its draws are keyed by (seed, canvas, step, position),
-and on the CPU its dense products are computed apart, so its bits are the same alone and in any batch.
+A request's tokens depend only on its prompt, canvas, sampler and seed, and, where it continues from snapshots, on the
+pieces in which its prompt was encoded. Its draws are keyed by (seed, canvas, step, position), and on the CPU its dense
+products are computed apart, so its bits are the same alone and in any batch.
 
 Requests with canvases of the same length form a group (group.py) and are stepped together; a single request is a group
 of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
