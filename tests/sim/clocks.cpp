@@ -13,7 +13,8 @@ namespace sim {
 namespace {
 
 // Clocks of one launch have one size. Those that are free wait here for the next use.
-std::vector<Clock*> free_clocks;
+// Never destroyed: what it points to would look lost when the program ends.
+std::vector<Clock*>& free_clocks = *new std::vector<Clock*>;
 uint32_t clock_slots = 0;
 
 // A new cluster's first epoch comes after every epoch before, so that what an earlier block left
