@@ -65,3 +65,11 @@ def test_a_chat_without_a_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) 
         model.chat()
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         model.generate("text")
+
+
+def test_a_turn_that_was_left_early_gives_the_next_one_no_events() -> None:
+    chat = random_model().chat()
+    first = chat.stream("hello", max_new_tokens=16, sampler=SAMPLER)
+    next(first)
+    second = [event.request for event in chat.stream("again", max_new_tokens=8, sampler=SAMPLER)]
+    assert len({id(request) for request in second}) == 1

@@ -308,3 +308,69 @@ def test_a_character_cut_by_a_canvas_is_in_one_commit(monkeypatch: pytest.Monkey
     canvas = dg.Canvas(tokens, [True] * 16)
     events = model.stream([5], max_new_tokens=16, sampler=SAMPLER, canvas=canvas)
     assert [e.text for e in events if isinstance(e, dg.Commit)] == ["aaaaaaa", "ébbbbbbb"]
+
+
+# Errors inside a step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("broken", range(1, 10))
+def test_a_step_that_is_broken_off_ends_its_requests_alone(
+    batched: bool, broken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an error of any kind, in any pass of an answer: the prompt that it was to encode may be half in the cache.
+
+    A request of another canvas length goes on, and later ones are right.
+    """
+    model = random_model()
+    chosen = prompts(model, 3)
+    short = SamplerConfig(canvas_length=5, max_denoising_steps=3, confidence_threshold=0.0)
+    other = model.generate(chosen[1], max_new_tokens=12, sampler=short, seed=1)
+    later = model.generate(chosen[2], max_new_tokens=16, sampler=SAMPLER, seed=2)
+    scheduler = dg.Scheduler(model, max_batch=2, max_length=100, batched=batched)
+    ended = scheduler.submit(chosen[0], max_new_tokens=24, sampler=SAMPLER, seed=0)
+    beside = scheduler.submit(chosen[1], max_new_tokens=12, sampler=short, seed=1)
+    original, passes = model.network.forward, []
+
+    def breaking(cache: dg.Cache, canvases: Canvases, *rest: object) -> torch.Tensor | None:
+        if canvases.ids.shape[1] == 8:
+            passes.append(1)
+            if len(passes) == broken:
+                original(cache, canvases, *rest)  # type: ignore[arg-type]
+                raise KeyboardInterrupt
+        return original(cache, canvases, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model.network, "forward", breaking)
+    events: list[dg.Event] = []
+
+    def run() -> None:
+        while not scheduler.idle:
+            events.extend(scheduler.step())
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert ended.state is RequestState.FAILED
+    assert not ended.cancel()
+    follows = scheduler.submit(chosen[2], max_new_tokens=16, sampler=SAMPLER, seed=2)
+    run()
+    failures = [event for event in events if isinstance(event, dg.Failure)]
+    assert [event.request for event in failures] == [ended]
+    with pytest.raises(RuntimeError, match="a step was broken off: KeyboardInterrupt"):
+        _ = ended.output
+    assert beside.output == other
+    assert follows.output == later
+    commits = [event for event in events if isinstance(event, dg.Commit) and event.request is beside]
+    assert [commit.denoising_steps for commit in commits] == list(other.denoising_steps), "no event is lost"
+    assert scheduler.free_slots == 2
+
+
+def test_a_prompt_that_is_refused_leaves_the_kept_scheduler_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dgemma_ext.engine import generation
+
+    base = random_model()
+    model = dg.DiffusionGemma(base.network, base.defaults, base.tokenizer)
+    monkeypatch.setattr(generation, "_keeps_schedulers", lambda model: True)
+    with pytest.raises(ValueError, match="seed must be in"):
+        model.generate(prompts(model, 2), max_new_tokens=8, sampler=SAMPLER, seed=[3, -1])
+    assert model.kept_scheduler is not None
+    assert model.kept_scheduler.idle

@@ -53,6 +53,8 @@ class Chat:
     def _events(self, request: Request) -> Iterator[Draft | Commit]:
         while not request.done:
             for event in self._scheduler.step():
+                if event.request is not request:
+                    continue  # of a turn that was left early
                 if isinstance(event, Failure):
                     raise event.error
                 yield event

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler, positions_needed
 from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
 from dgemma_ext.sampling import Canvas, SamplerConfig
@@ -46,10 +47,13 @@ class Generation:
         longest = positions_needed(max(map(len, ids)), max(limit, 1), resolved.canvas_length)
         context = config.max_position_embeddings
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
-        self.requests = [
-            self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas)
-            for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True)
-        ]
+        self.requests: list[Request] = []
+        try:
+            for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True):
+                self.requests.append(self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas))
+        except BaseException:
+            self._cancel()
+            raise
 
     def outputs(self, on_draft: Callable[[Draft], None] | None = None) -> Output | list[Output]:
         """Runs to the end. Without `on_draft` a GPU runs a canvas's steps by itself."""
@@ -68,9 +72,13 @@ class Generation:
                     if isinstance(event, Failure):
                         raise event.error
                     yield event
-        finally:  # a later call may use the scheduler again
-            for request in self.requests:
-                request.cancel()
+        finally:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        """Leaves the scheduler free for a later call."""
+        for request in self.requests:
+            request.cancel()
 
 
 def _scheduler_for(model: GeneratingModel, requests: int, positions: int) -> Scheduler:

@@ -11,6 +11,8 @@ of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -70,6 +72,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._submitted = 0
+        self._events: dict[int, list[Event]] = {}  # request number → events that no call has returned yet
 
     @property
     def idle(self) -> bool:
@@ -84,7 +87,7 @@ class Scheduler:
         """Restarts the numbers of requests at 0, for a call that uses an idle scheduler again."""
         if not self.idle:
             raise RuntimeError("requests are running or waiting, and their numbers must stay different")
-        self._submitted = 0
+        self._submitted, self._events = 0, {}
 
     def submit(
         self,
@@ -156,19 +159,36 @@ class Scheduler:
             request._slot = self._free_slots.pop(0)
             request.state = RequestState.RUNNING
             self._running.append(request)
-        running, events = list(self._running), dict[int, list[Event]]()
-        for request in running:
+        for request in list(self._running):
             if not request._in_canvas:
                 try:
-                    self._begin_canvas(request)
+                    with self._failing([request]):
+                        self._begin_canvas(request)
                 except FloatingPointError as error:  # from the checks of a debug run
-                    events[request.number] = [self._fail(request, str(error), step=0)]
+                    request.error = NonFiniteError(str(error), request=request.number, step=0)
+                    self._events[request.number] = [Failure(request, request.error)]
         for group in self._groups.values():
             if group.members:
-                for request, progress in (group.run() if whole else group.step()).items():
+                with self._failing(group.members):
+                    progress_of = group.run() if whole else group.step()
+                for request, progress in progress_of.items():
                     if request.state is RequestState.RUNNING:  # not cancelled while the step was under way
-                        events[request.number] = self._events_of(request, progress)
-        return [event for request in running for event in events.get(request.number, [])]
+                        self._events[request.number] = self._events_of(request, progress)
+        events, self._events = self._events, {}
+        return [event for number in sorted(events) for event in events[number]]
+
+    @contextmanager
+    def _failing(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Ends these requests where what runs inside raises: nobody knows what it has left in their slots and rows.
+
+        The exception goes on to the caller; Failures, and events of other requests, are in the next call's.
+        """
+        try:
+            yield
+        except BaseException as error:
+            for request in requests:
+                self._events[request.number] = [self._fail(request, RuntimeError(f"a step was broken off: {error!r}"))]
+            raise
 
     def _begin_canvas(self, request: Request) -> None:
         """Adds the next canvas to its group. The tokens that it sees are encoded here, or left to its first step."""
@@ -196,7 +216,8 @@ class Scheduler:
             # `step` is the next step to run; a failed step does not advance it.
             request.denoising_steps[-1] = progress.num_steps + 1
             message = progress.error or "a logit or a statistic is not finite"
-            return [self._fail(request, message, step=int(output.step[row]))]
+            step = int(output.step[row])
+            return [self._fail(request, NonFiniteError(message, request=request.number, step=step))]
         self._note_encoded(request)
         request.denoising_steps[-1] = progress.num_steps
         draft = Draft(
@@ -258,11 +279,11 @@ class Scheduler:
             finish_reason=request.finish_reason,
         )
 
-    def _fail(self, request: Request, message: str, step: int) -> Failure:
-        request.error = NonFiniteError(message, request=request.number, step=step)
+    def _fail(self, request: Request, error: Exception) -> Failure:
+        request.error = error
         request.state = RequestState.FAILED
         self._release(request)
-        return Failure(request, request.error)
+        return Failure(request, error)
 
     def _cancel(self, request: Request) -> bool:
         if request.done:

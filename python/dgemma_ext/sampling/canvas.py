@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Canvas:
                     f"canvas.allowed for position {position} must name ids in [0, {vocabulary}), got {ids!r}"
                 )
 
-    @property
+    # Kept, because they are asked for at every position, and a list may have as many ids as the vocabulary.
+    @cached_property
+    def _allowed_everywhere(self) -> tuple[int, ...]:
+        return tuple(self.allowed or ())  # type: ignore[arg-type]
+
+    @cached_property
     def _allowed_by_position(self) -> bool:
         return bool(self.allowed) and not all(isinstance(entry, int) for entry in self.allowed or ())
 
@@ -66,6 +72,6 @@ class Canvas:
         if self.allowed is None:
             return None
         if not self._allowed_by_position:
-            return tuple(self.allowed)  # type: ignore[arg-type]
+            return self._allowed_everywhere
         entry = self.allowed[position] if position < len(self.allowed) else None
         return None if entry is None else tuple(entry)  # type: ignore[arg-type]

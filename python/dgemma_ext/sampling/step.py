@@ -106,10 +106,13 @@ def _padded(values: Sequence[int | bool], length: int, dtype: torch.dtype) -> Te
 def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, vocabulary: int) -> int:
     """Writes a mask for each different allowed set of a canvas, and each position's mask index; returns their count."""
     length, sets = state.length, dict[tuple[int, ...], int]()
-    rows = []
+    rows, index, previous = [], -1, None
     for position in range(window.start, window.stop):
         ids = content.allowed_at(position)
-        rows.append(-1 if ids is None else row * length + sets.setdefault(ids, len(sets)))
+        if ids is not previous:  # one list for the whole answer is hashed once
+            index = -1 if ids is None else row * length + sets.setdefault(ids, len(sets))
+            previous = ids
+        rows.append(index)
     masks = state.allowed[row * length : row * length + len(sets)]
     masks.copy_(denoise.pack_allowed(list(sets), vocabulary), non_blocking=True)
     state.allowed_row.copy_(torch.tensor([rows], dtype=torch.int32), non_blocking=True)
