@@ -35,7 +35,7 @@ class HostGraphRunner(EagerRunner):
 
     def __init__(self, *operands: Any) -> None:
         super().__init__(*operands)
-        self.errors: list[BaseException] = []
+        self.exceptions: list[BaseException] = []
         self._graph = Step(CALLBACK(self._run), None)
         self._steps_left = torch.zeros(1, dtype=torch.int32)
         active, slot = self._batch.state.active, self._batch.slot
@@ -46,13 +46,13 @@ class HostGraphRunner(EagerRunner):
         try:
             self.step()
         except BaseException as error:  # exceptions cannot pass through C
-            self.errors.append(error)
+            self.exceptions.append(error)
 
     def run_until_finished(self, max_steps: int) -> None:
         self._steps_left.fill_(max_steps)
         self._loop.launch(0)
-        if self.errors:
-            raise self.errors[0]
+        if self.exceptions:
+            raise self.exceptions[0]
 
 
 def main(count: int) -> None:

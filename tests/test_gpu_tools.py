@@ -62,7 +62,7 @@ def _python_without_site(folder: Path) -> Path:
     """This Python, without what its environment puts before PYTHONPATH."""
     torch_folder = Path(torch.__file__).parent.parent
     script = folder / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{torch_folder}" exec {sys.executable} -S "$@"\n')
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{torch_folder}" exec "{sys.executable}" -S "$@"\n')
     script.chmod(0o755)
     return script
 
