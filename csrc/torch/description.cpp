@@ -11,7 +11,7 @@ namespace {
 
 namespace py = pybind11;
 
-// As attributes of torch; "number" is float32 or bfloat16, "" is told by the format of the weights.
+// Names of attributes of torch; "number" is float32 or bfloat16, "" depends on the format of weights.
 const char* dtype_of(Content content) {
   switch (content) {
     case Content::kNumbers:

@@ -20,16 +20,16 @@ void bind_graph_loop([[maybe_unused]] pybind11::module_& module) {
              const LoopFlags flags = {reinterpret_cast<const uint8_t*>(active),
                                       reinterpret_cast<const int32_t*>(slot), rows,
                                       reinterpret_cast<int32_t*>(steps_left)};
-             std::string problem;
-             auto loop = GraphLoop::make(reinterpret_cast<void*>(step), flags, &problem);
-             if (loop == nullptr) throw std::runtime_error("dgemma::GraphLoop: " + problem);
+             std::string error;
+             auto loop = GraphLoop::make(reinterpret_cast<void*>(step), flags, &error);
+             if (loop == nullptr) throw std::runtime_error("dgemma::GraphLoop: " + error);
              return loop;
            }),
            pybind11::arg("step"), pybind11::arg("active"), pybind11::arg("slot"),
            pybind11::arg("rows"), pybind11::arg("steps_left"))
       .def("launch", [](GraphLoop& loop, uintptr_t stream) {
-        if (const char* problem = loop.launch(reinterpret_cast<void*>(stream)))
-          throw std::runtime_error(std::string("dgemma::GraphLoop: ") + problem);
+        if (const char* error = loop.launch(reinterpret_cast<void*>(stream)))
+          throw std::runtime_error(std::string("dgemma::GraphLoop: ") + error);
       });
 #endif
 }

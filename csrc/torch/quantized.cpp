@@ -20,7 +20,7 @@ void Operands::check_format(const Argument& argument) const {
   refuse(argument.name, std::to_string(static_cast<int>(format)), "1 (fp8), 2 (int4) or 3 (nvfp4)");
 }
 
-// Shapes are told in columns, of which a byte of the formats of 4 bits holds two.
+// Messages give shapes in columns; a byte of a 4-bit format holds two.
 void Operands::check_codes(const Argument& argument, const Tensor& tensor) {
   dgemma_quantized& codes = matrix(argument);
   if (argument.format != dgemma_weight_format{}) codes.format = argument.format;

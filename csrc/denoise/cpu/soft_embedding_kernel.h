@@ -196,10 +196,10 @@ bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t
     }
   }
   queue.flush();
-  const double left_out = kRoundingMargin * (plan.tiles_left + plan.entries_left) / plan.sum;
+  const double skipped_mass = kRoundingMargin * (plan.tiles_left + plan.entries_left) / plan.sum;
   // The normaliser lacks the tiles that were not read, which scales the sum by as much at most.
   const double length = norm(queue.sum, op.hidden_size);
-  return left_out * (op.max_embedding_norm + length) <= op.tolerance * length;
+  return skipped_mass * (op.max_embedding_norm + length) <= op.tolerance * length;
 }
 
 template <typename T>

@@ -14,7 +14,7 @@ struct PermuteRows {
   int32_t rows, columns;
 };
 
-DGEMMA_DEVICE void arrange(const PermuteRows& p, int64_t thread) {
+DGEMMA_DEVICE void permute(const PermuteRows& p, int64_t thread) {
   const int32_t width = permuted_width(p.columns), per_row = width / kPermutedPerThread;
   const int64_t row = thread / per_row;
   if (row >= p.rows) return;

@@ -60,7 +60,7 @@ DGEMMA_DEVICE int32_t scan_lanes(int32_t value) {
 __global__ void __launch_bounds__(kMoeSortThreads, 1)
     sort_pairs(const Sort sort, const PermuteRows rows) {
   if (blockIdx.x > 0) {
-    arrange(rows, static_cast<int64_t>(blockIdx.x - 1) * kMoeSortThreads + threadIdx.x);
+    permute(rows, static_cast<int64_t>(blockIdx.x - 1) * kMoeSortThreads + threadIdx.x);
     return;
   }
   Shared& shared = device::shared_memory<Shared>();

@@ -54,7 +54,7 @@ typedef enum dgemma_status {
       2, /* a data type, head dimension or machine that this build does not serve */
   DGEMMA_WORKSPACE_TOO_SMALL =
       3,                /* workspace_bytes is below what the matching _workspace function says */
-  DGEMMA_CUDA_ERROR = 4 /* a launch failed; the message carries CUDA's words */
+  DGEMMA_CUDA_ERROR = 4 /* a launch failed; the message has the CUDA error */
 } dgemma_status;
 
 typedef enum dgemma_dtype {

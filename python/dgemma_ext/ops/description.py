@@ -178,8 +178,8 @@ def _check_shape(operand: Operand, tensor: Tensor, call: Call, refuse: Callable[
     wanted = [extent.value(call.sizes) for extent in operand.shape]
     for extent, size, want in zip(operand.shape, tensor.shape, wanted, strict=True):
         if want != -1 and size != want:
-            told = ", ".join("any" if want == -1 else str(want) for want in wanted)
-            refuse(operand.name, f"shape {list(tensor.shape)}", f"[{told}]")
+            shown = ", ".join("any" if want == -1 else str(want) for want in wanted)
+            refuse(operand.name, f"shape {list(tensor.shape)}", f"[{shown}]")
         if size < extent.least:
             refuse(operand.name, f"shape {list(tensor.shape)}", f"at least one of {extent.name}")
         if extent.multiple_of and size % call.sizes[extent.multiple_of] != 0:
