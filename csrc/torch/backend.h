@@ -97,7 +97,7 @@ class OnCuda {
 
   OnCuda(const char* op, const Tensor& tensor);
 
-  // Nothing waits for the kernels, so a kernel that fails is reported by a later call. With DGEMMA_SYNC=1
+  // Nothing waits for the kernels, so a later call reports a kernel that fails. With DGEMMA_SYNC=1
   // in the environment every operator waits for its own, and the message names the right one.
   void run(const Entry& entry, const void* operation);
 

@@ -11,7 +11,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Names of attributes of torch; "number" is float32 or bfloat16, "" depends on the format of weights.
+// Attributes of torch; "number" is float32 or bfloat16, "" depends on the weights' format.
 const char* dtype_of(Content content) {
   switch (content) {
     case Content::kNumbers:
