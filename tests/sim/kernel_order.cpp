@@ -72,6 +72,9 @@ bool has_waited(const Thread& thread) {
 
 }  // namespace
 
+// Between calls of the host its memory may be freed and given out anew.
+void forget_kernel_in_front() { front.clear(); }
+
 void begin_kernel() {
   written.clear();
   last_piece = 0;

@@ -11,6 +11,7 @@
 
 namespace sim {
 
+void forget_kernel_in_front();
 void begin_kernel();
 void end_kernel();
 

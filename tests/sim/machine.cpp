@@ -391,7 +391,10 @@ extern "C" {
   sim::multiprocessors = multiprocessors;
 }
 [[gnu::visibility("default")]] void sim_set_checks(int on) { sim::checking = on != 0; }
-[[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) { sim::next_seed = seed; }
+[[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) {
+  sim::next_seed = seed;
+  sim::forget_kernel_in_front();
+}
 // A launch takes one seed: the difference of two calls is how many there were between them.
 [[gnu::visibility("default")]] uint64_t sim_next_seed() { return sim::next_seed; }
 [[gnu::visibility("default")]] void sim_statistics(uint64_t (&out)[6]) {
