@@ -387,6 +387,7 @@ std::string waiting_report(const Machine& machine) {
 extern "C" {
 [[gnu::visibility("default")]] void sim_set_gpu(int32_t compute_capability,
                                                 int32_t multiprocessors) {
+  sim::forget_kernel_in_front();
   sim::compute_capability = compute_capability;
   sim::multiprocessors = multiprocessors;
 }
