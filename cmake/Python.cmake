@@ -1,14 +1,7 @@
-# The Python module `_C`, built against torch's stable ABI: one build serves torch 2.11 and later.
+# The Python module `_C`, built against torch's stable ABI and Python's limited interface: one build serves torch 2.11 and
+# later, Python 3.11 and later.
 
-find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
-find_package(pybind11 CONFIG QUIET)
-if(NOT pybind11_FOUND)
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" -c "import pybind11; print(pybind11.get_cmake_dir(), end='')"
-    OUTPUT_VARIABLE pybind11_DIR
-    OUTPUT_STRIP_TRAILING_WHITESPACE)
-  find_package(pybind11 CONFIG REQUIRED)
-endif()
+find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.SABIModule)
 
 # Where torch is, without importing it (which takes seconds).
 execute_process(
@@ -45,17 +38,13 @@ foreach(source IN LISTS binding_sources)
   endif()
 endforeach()
 
-# NO_EXTRAS: no link-time optimisation; the kernels are in the library, where each has its own flags.
-pybind11_add_module(_C MODULE NO_EXTRAS ${binding_sources})
+Python_add_library(_C MODULE USE_SABI 3.11 WITH_SOABI ${binding_sources})
 # 0x020b000000000000 is torch 2.11 in the form of torch/headeronly/version.h.
 target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=0x020b000000000000)
 target_include_directories(_C PRIVATE "${PROJECT_SOURCE_DIR}/csrc")
 target_compile_options(_C PRIVATE ${dgemma_warnings} "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=")
-# As a library behind pybind11's own headers: torch ships a copy of them, which refuses to be included here.
-add_library(torch_stable INTERFACE)
-target_include_directories(torch_stable SYSTEM INTERFACE "${torch_dir}/include")
-target_link_libraries(torch_stable INTERFACE "${torch_dir}/lib/libtorch_cpu.so")
-target_link_libraries(_C PRIVATE dgemma torch_stable)
+target_include_directories(_C SYSTEM PRIVATE "${torch_dir}/include")
+target_link_libraries(_C PRIVATE dgemma "${torch_dir}/lib/libtorch_cpu.so")
 # The folder of the torch that is imported beside the module, not the one it was built against.
 set_target_properties(_C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../torch/lib")
 if(NOT APPLE)

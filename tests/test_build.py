@@ -96,6 +96,13 @@ def test_only_stable_symbols_are_needed() -> None:
     assert [n for n in torch_c if not re.match(r"(aoti_torch|torch)_[a-z0-9_]+$", n)] == []
 
 
+def test_one_build_serves_later_pythons() -> None:
+    assert _C.__file__ is not None
+    assert Path(_C.__file__).name == "_C.abi3.so"
+    tag = importlib.metadata.distribution("dgemma_ext").read_text("WHEEL")
+    assert tag is not None and re.search(r"^Tag: cp311-abi3-", tag, re.MULTILINE)
+
+
 def test_no_library_of_cuda_is_linked() -> None:
     assert _C.__file__ is not None
     dynamic = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout

@@ -8,7 +8,7 @@ FOLDER/site holds the package, FOLDER/probe and FOLDER/conformance the programs,
 when it is of the same C++ and CUDA sources and its module loads in this Python; Python files come from this tree.
 
 It needs nothing from the network: the Python that runs it must hold torch and what builds the package
-(scikit-build-core, pybind11, cmake, ninja); nvcc 13 must be on the PATH, under CUDA_HOME or in /usr/local/cuda.
+(scikit-build-core, cmake, ninja); nvcc 13 must be on the PATH, under CUDA_HOME or in /usr/local/cuda.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ builds first, which takes no time when nothing changed.
 Where the GPU is there for minutes only, tools/first_light.sh runs these parts in ten of them.
 
 It needs nothing from the network and no virtual environment: the Python that runs it must hold torch 2.11 or later
-with CUDA, pytest with pytest-benchmark, and what builds the package (scikit-build-core, pybind11, cmake, ninja); nvcc
+with CUDA, pytest with pytest-benchmark, and what builds the package (scikit-build-core, cmake, ninja); nvcc
 must be on the PATH, under CUDA_HOME or in /usr/local/cuda. Everything it makes, but the results, lies in build/gpu.
 """
 

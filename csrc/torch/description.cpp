@@ -1,15 +1,15 @@
 // The descriptions for Python, which works out from them what a call without data gives
 // (ops/description.py). csrc/torch/operator.h says what the words mean.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "torch/python.h"
 #include "torch/registration.h"
 #include "torch/workspace.h"
 
 namespace dgemma {
 namespace {
 
-namespace py = pybind11;
+using python::Dict;
+using python::List;
+using python::Object;
 
 // Attributes of torch; "number" is float32 or bfloat16, "" depends on the weights' format.
 const char* dtype_of(Content content) {
@@ -34,74 +34,98 @@ const char* dtype_of(Content content) {
 }
 
 // (name, times, per, least, name of what it is a multiple of); a number and -1 have no name.
-py::tuple describe(const Extent& extent) {
-  return py::make_tuple(extent.field.name, extent.times, extent.per, extent.least,
-                        extent.multiple_of.name);
+Object describe(const Extent& extent) {
+  return python::make_tuple(extent.field.name, extent.times, extent.per, extent.least,
+                            extent.multiple_of.name);
 }
 
-py::dict describe(const Argument& argument) {
-  py::dict made;
-  made["name"] = argument.name;
-  made["optional"] = argument.optional;
-  made["with_previous"] = argument.with_previous;
-  made["any_shape"] = argument.any_shape;
-  made["is_tensor"] = argument.is_tensor();
-  if (!argument.is_tensor()) {
-    const bool is_real = argument.content == Content::kReal;
-    made["dtype"] = is_real ? "real" : "integer";
-    made["field"] = argument.content == Content::kInteger ? argument.field.name : "";
-    made["most_of"] = argument.range.most_of.name;
-    made["least"] = argument.range.least;
-    made["most"] = argument.range.most;
-    made["finite"] = argument.range.finite;
-    return made;
-  }
-  made["dtype"] = dtype_of(argument.content);
-  py::list shape;
-  for (const Extent& extent : argument.shape()) shape.append(describe(extent));
+Object describe_shape(const Argument& argument) {
   // Bytes of a row of codes are no number of columns, but for those of FP8.
   const bool by_format = argument.kind == Kind::kCodes && argument.format != DGEMMA_WEIGHTS_FP8;
-  if (by_format || argument.kind == Kind::kGroupScales)
-    shape[shape.size() - 1] = describe(Extent(kAnyExtent));
-  made["shape"] = shape;
+  const bool any_row = by_format || argument.kind == Kind::kGroupScales;
+  const std::span<const Extent> shape = argument.shape();
+  List made;
+  for (const Extent& extent : shape)
+    made.append(describe(any_row && &extent == &shape.back() ? Extent(kAnyExtent) : extent));
+  return made.take();
+}
+
+Object describe(const Argument& argument) {
+  Dict made;
+  made.set("name", argument.name);
+  made.set("optional", argument.optional);
+  made.set("with_previous", argument.with_previous);
+  made.set("any_shape", argument.any_shape);
+  made.set("is_tensor", argument.is_tensor());
+  if (!argument.is_tensor()) {
+    made.set("dtype", argument.content == Content::kReal ? "real" : "integer");
+    made.set("field", argument.content == Content::kInteger ? argument.field.name : "");
+    made.set("most_of", argument.range.most_of.name);
+    made.set("least", argument.range.least);
+    made.set("most", argument.range.most);
+    made.set("finite", argument.range.finite);
+    return made.take();
+  }
+  made.set("dtype", dtype_of(argument.content));
+  made.set("shape", describe_shape(argument));
   // Of scales of rows the name of their matrix.
-  made["scales_rows_of"] = argument.kind == Kind::kRowScales ? argument.matrix : "";
-  return made;
+  made.set("scales_rows_of", argument.kind == Kind::kRowScales ? argument.matrix : "");
+  return made.take();
 }
 
-py::list describe(std::span<const Argument> arguments) {
-  py::list made;
+Object describe(std::span<const Argument> arguments) {
+  List made;
   for (const Argument& argument : arguments) made.append(describe(argument));
-  return made;
+  return made.take();
 }
 
-py::dict describe(const Operator& op) {
-  py::dict made;
-  made["name"] = op.name;
-  made["arguments"] = describe(op.arguments);
-  made["outputs"] = describe(op.outputs);
-  made["has_out"] = op.form == Form::kNewAndOut;
-  return made;
+Object describe(const Operator& op) {
+  Dict made;
+  made.set("name", op.name);
+  made.set("arguments", describe(op.arguments));
+  made.set("outputs", describe(op.outputs));
+  made.set("has_out", op.form == Form::kNewAndOut);
+  return made.take();
+}
+
+PyObject* describe_operators(PyObject* /*module*/, PyObject* /*none*/) {
+  return python::guard([] {
+    List made;
+    for (const Operator* op : operators()) made.append(describe(*op));
+    return made.take();
+  });
+}
+
+PyObject* workspace(PyObject* /*module*/, PyObject* arguments, PyObject* keywords) {
+  return python::guard([&] {
+    const char* name = nullptr;
+    if (PyArg_ParseTuple(arguments, "s:workspace", &name) == 0) throw python::ErrorIsSet();
+    std::map<std::string, int64_t> sizes;
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; keywords != nullptr && PyDict_Next(keywords, &at, &key, &value);)
+      sizes[python::to_string(key)] = python::to_integer(value);
+    const auto take = [&](const char* wanted) {
+      const auto found = sizes.extract(wanted);
+      if (found.empty())
+        throw std::invalid_argument(std::string("workspace: got no ") + wanted +
+                                    ", wants it by name");
+      return found.mapped() != 0;
+    };
+    const bool bfloat16 = take("bfloat16"), cuda = take("cuda");
+    return workspace_bytes(name, bfloat16, cuda, sizes);
+  });
 }
 
 }  // namespace
 
-void bind_description(py::module_& module) {
-  module.def(
-      "operators",
-      [] {
-        py::list made;
-        for (const Operator* op : operators()) made.append(describe(*op));
-        return made;
-      },
-      "The description of every operator.");
-  module.def(
-      "workspace",
-      [](const std::string& name, bool bfloat16, bool cuda, const py::kwargs& sizes) {
-        return workspace_bytes(name, bfloat16, cuda, sizes.cast<std::map<std::string, int64_t>>());
-      },
-      py::arg("name"), py::pos_only(), py::kw_only(), py::arg("bfloat16"), py::arg("cuda"),
-      "Bytes of workspace of an operator for these sizes, named as in its description.");
+void bind_description(PyObject* module) {
+  static PyMethodDef methods[] = {
+      python::method("operators", describe_operators, "The description of every operator."),
+      python::method("workspace", workspace,
+                     "Bytes of workspace of an operator for these sizes, named as in its "
+                     "description."),
+      {}};
+  python::check(PyModule_AddFunctions(module, methods));
 }
 
 }  // namespace dgemma

@@ -1,22 +1,19 @@
 // The Python module dgemma_ext._C: importing it registers the torch operators of the library
 // `dgemma`; its functions carry what is not a tensor operation.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstdlib>
 #include <cstring>
-#include <tuple>
 
 #include "cpu/dispatch.h"
 #include "device/philox.h"
 #include "dgemma/denoise.h"
 #include "torch/backend.h"
+#include "torch/python.h"
 
 namespace dgemma {
 
-void bind_description(pybind11::module_& module);
-[[gnu::weak]] void bind_moe_plan(pybind11::module_& module);
-void bind_graph_loop(pybind11::module_& module);
+void bind_description(PyObject* module);
+[[gnu::weak]] void bind_moe_plan(PyObject* module);
+void bind_graph_loop(PyObject* module);
 
 namespace {
 
@@ -28,6 +25,59 @@ std::vector<std::string> available_cpu_variants() {
   }
   return names;
 }
+
+PyObject* version(PyObject* /*module*/, PyObject* /*none*/) {
+  return python::guard([] { return dgemma_version(); });
+}
+
+PyObject* cpu_variant(PyObject* /*module*/, PyObject* /*none*/) {
+  return python::guard([] { return dgemma_cpu_variant_name(cpu_variant_from_environment()); });
+}
+
+PyObject* cpu_variants(PyObject* /*module*/, PyObject* /*none*/) {
+  return python::guard([] { return available_cpu_variants(); });
+}
+
+PyObject* has_cuda(PyObject* /*module*/, PyObject* /*none*/) {
+  return python::guard([] { return dgemma_has_cuda() != 0; });
+}
+
+PyObject* philox(PyObject* /*module*/, PyObject* arguments, PyObject* keywords) {
+  return python::guard([&] {
+    static const char* const names[] = {"counter0", "counter1", "counter2", "counter3",
+                                        "key0",     "key1",     nullptr};
+    unsigned int counter[4] = {}, key[2] = {};
+    python::parse(arguments, keywords, "IIIIII:philox4x32_10", names, &counter[0], &counter[1],
+                  &counter[2], &counter[3], &key[0], &key[1]);
+    const PhiloxBlock block =
+        philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+    return python::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
+  });
+}
+
+PyMethodDef functions[] = {
+    python::method("version", version, "The version of the library."),
+    python::method("cpu_variant", cpu_variant,
+                   "The variant that CPU kernels run now: DGEMMA_CPU, or the best of the machine."),
+    python::method("cpu_variants", cpu_variants,
+                   "The variants that this machine runs, the best last."),
+    python::method("has_cuda", has_cuda, "Whether this build has CUDA kernels."),
+    python::method("philox4x32_10", philox,
+                   "One block of the counter-based random numbers: four words."),
+    {}};
+
+// Its size is that of what is kept for every interpreter: nothing, as torch's registry is the
+// process's.
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Registers torch.ops.dgemma and tells what this build and this machine have.",
+    -1,
+    functions,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
 
 }  // namespace
 
@@ -52,27 +102,14 @@ dgemma_cpu_variant cpu_variant_from_environment() {
 // The families add their operators in fragments of this library.
 STABLE_TORCH_LIBRARY(dgemma, library) { static_cast<void>(library); }
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Registers torch.ops.dgemma and tells what this build and this machine have.";
-  module.def("version", [] { return std::string(dgemma_version()); });
-  module.def(
-      "cpu_variant",
-      [] { return std::string(dgemma_cpu_variant_name(dgemma::cpu_variant_from_environment())); },
-      "The variant that CPU kernels run now: DGEMMA_CPU, or the best of the machine.");
-  module.def("cpu_variants", &dgemma::available_cpu_variants,
-             "The variants that this machine runs, the best last.");
-  module.def("has_cuda", [] { return dgemma_has_cuda() != 0; });
-  module.attr("VOCABULARY_TILE") = DGEMMA_VOCABULARY_TILE;
-  module.def(
-      "philox4x32_10",
-      [](uint32_t counter0, uint32_t counter1, uint32_t counter2, uint32_t counter3, uint32_t key0,
-         uint32_t key1) {
-        const dgemma::PhiloxBlock block =
-            dgemma::philox4x32_10({{counter0, counter1, counter2, counter3}}, key0, key1);
-        return std::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
-      },
-      "One block of the counter-based random numbers: four words.");
-  dgemma::bind_description(module);
-  if (dgemma::bind_moe_plan) dgemma::bind_moe_plan(module);
-  dgemma::bind_graph_loop(module);
+PyMODINIT_FUNC PyInit__C() {
+  using namespace dgemma;
+  return python::guard([] {
+    python::Object module(PyModule_Create(&definition));
+    python::check(PyModule_AddIntConstant(module.get(), "VOCABULARY_TILE", DGEMMA_VOCABULARY_TILE));
+    bind_description(module.get());
+    if (bind_moe_plan) bind_moe_plan(module.get());
+    bind_graph_loop(module.get());
+    return module;
+  });
 }

@@ -1,13 +1,11 @@
 // The plan of a pass of moe_ffn in words, for tests and for people who look at routing.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "grouped_gemm/cpu/plan.h"
+#include "torch/python.h"
 
 namespace dgemma {
 namespace {
@@ -32,12 +30,30 @@ std::string moe_ffn_plan(const std::vector<std::vector<int32_t>>& expert_ids, in
   return text.str();
 }
 
+PyObject* moe_ffn_plan_in_python(PyObject* /*module*/, PyObject* arguments, PyObject* keywords) {
+  return python::guard([&] {
+    static const char* const names[] = {"expert_ids", "experts", nullptr};
+    PyObject* rows = nullptr;
+    long long experts = 0;
+    python::parse(arguments, keywords, "OL:moe_ffn_plan", names, &rows, &experts);
+    std::vector<std::vector<int32_t>> expert_ids;
+    python::for_each(rows, [&](PyObject* row) {
+      auto& ids = expert_ids.emplace_back();
+      python::for_each(row, [&](PyObject* id) { ids.push_back(python::to_int32(id)); });
+    });
+    return moe_ffn_plan(expert_ids, experts);
+  });
+}
+
 }  // namespace
 
-void bind_moe_plan(pybind11::module_& module) {
-  module.def("moe_ffn_plan", &moe_ffn_plan, pybind11::arg("expert_ids"), pybind11::arg("experts"),
-             "The plan of one pass of moe_ffn: a line for each expert that is hit, with its "
-             "token/slot pairs.");
+void bind_moe_plan(PyObject* module) {
+  static PyMethodDef methods[] = {
+      python::method("moe_ffn_plan", moe_ffn_plan_in_python,
+                     "The plan of one pass of moe_ffn: a line for each expert that is hit, with "
+                     "its token/slot pairs."),
+      {}};
+  python::check(PyModule_AddFunctions(module, methods));
 }
 
 }  // namespace dgemma
