@@ -83,7 +83,7 @@ def stand_in_network(case: Case) -> Any:
 
 
 def resolved(case: Case) -> ResolvedSampler:
-    values = vars(case.settings) | {"pad_token_id": 0, "canvas_length": case.length}
+    values = vars(case.settings) | {"canvas_length": case.length}
     return ResolvedSampler(**values)
 
 

@@ -171,7 +171,7 @@ def test_sizes_are_checked() -> None:
     for sizes, named in (
         ({"prefix": 4097}, "prefix must be in"),
         ({"prefix": 20, "context": 10}, "prefix must be in"),
-        ({"prefix": 0}, "prefix must be in"),
+        ({"prefix": 0}, "prefix must be an integer in"),
         ({"context": 4097}, "context must be in"),
         ({"steps": 0}, "steps must be"),
         ({"batch": 0}, "batch must be"),

@@ -203,10 +203,10 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().err
 
     out = str(tmp_path / "out")
-    assert "weights must be fp8, int4, int4-64, int4-128 or nvfp4, got 'int8'" in complaint(
+    assert "--to must be one of fp8, int4, int4-32, int4-64, int4-128, nvfp4, got 'int8'" in complaint(
         str(source), out, "--to", "int8"
     )
-    assert "parts must be some of experts, attention, mlp, got router" in complaint(
+    assert "parts must be one of experts, attention, mlp, got 'router'" in complaint(
         str(source), out, "--to", "fp8", "--parts", "experts,router"
     )
     assert "exists; wants a folder that does not" in complaint(str(source), str(source), "--to", "fp8")

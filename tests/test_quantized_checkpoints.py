@@ -296,7 +296,9 @@ def test_asymmetric_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("asked", ["fp4", "int4-16", "int8", "", "fp8-32"])
 def test_an_unknown_target_format(asked: str, folder: Path) -> None:
-    with pytest.raises(ValueError, match="weights must be fp8, int4, int4-64, int4-128 or nvfp4"):
+    with pytest.raises(
+        ValueError, match="weights must be one of auto, unquantized, fp8, int4, int4-32, int4-64, int4-128, nv"
+    ):
         dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=asked)
 
 

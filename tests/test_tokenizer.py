@@ -125,15 +125,15 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "match"),
     [
-        ([], "prompt is"),
-        (None, "prompt is None"),
-        (7, "prompt is 7"),
-        (b"x", "prompt is"),
-        ([1, 512], r"prompt\[1\] is 512; wanted: a token id below 512"),
-        ([-1], r"prompt\[0\] is -1"),
-        ([True], r"prompt\[0\] is True"),
-        ([1.0], r"prompt\[0\] is 1.0"),
-        (["x"], r"prompt\[0\] is 'x'"),
+        ([], "prompt must be a string"),
+        (None, "prompt must be a string, .* got None"),
+        (7, "prompt must be a string, .* got 7"),
+        (b"x", "prompt must be a string"),
+        ([1, 512], r"prompt\[1\] must be a token id in \[0, 512\), got 512"),
+        ([-1], r"prompt\[0\] must be a token id in .* got -1"),
+        ([True], r"prompt\[0\] must be a token id in .* got True"),
+        ([1.0], r"prompt\[0\] must be a token id in .* got 1.0"),
+        (["x"], r"prompt\[0\] must be a token id in .* got 'x'"),
         ([{"role": "user", "content": "x"}, 3], r"messages\[1\] is a int"),
         ([{"content": "x"}], r"messages\[0\]\['role'\] is None"),
         ([{"role": "robot", "content": "x"}], r"messages\[0\]\['role'\] is 'robot'; wanted: one of system"),
@@ -152,9 +152,9 @@ def test_bad_prompts_are_refused_by_name(tokenizer: Tokenizer, prompt: Any, matc
 
 
 def test_bad_arguments_are_refused_by_name(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="text is a int"):
+    with pytest.raises(ValueError, match="text must be a string, got 3"):
         tokenizer.encode(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"ids\[1\] is 600"):
+    with pytest.raises(ValueError, match=r"ids\[1\] must be a token id .* got 600"):
         tokenizer.decode([1, 600])
     with pytest.raises(ValueError, match="messages is 'x'"):
         tokenizer.apply_chat_template("x")  # type: ignore[arg-type]

@@ -214,7 +214,7 @@ class Settings:
     eos_token_ids: tuple[int, ...] = ()
 
     def ours(self) -> dg.SamplerConfig:
-        return dg.SamplerConfig(**vars(self), pad_token_id=0)
+        return dg.SamplerConfig(**vars(self))
 
     def theirs(self, max_new_tokens: int) -> Any:
         values = {name: value for name, value in vars(self).items() if name not in ("entropy_bound", "eos_token_ids")}

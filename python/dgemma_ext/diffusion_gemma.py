@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import (
     GenerationDefaults,
     ModelConfig,
@@ -40,6 +41,7 @@ from dgemma_ext.model import (
     resolve_matmul,
 )
 from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.torch_state import in_own_torch_state
 
 
 class DiffusionGemma:
@@ -56,7 +58,12 @@ class DiffusionGemma:
         # On a GPU `generate` keeps a scheduler (cache, buffers, graphs) from call to call. None gives the memory back.
         self.kept_scheduler: Scheduler | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, by copy.deepcopy or pickle, has weights of its own and keeps no scheduler."""
+        return {**vars(self), "kept_scheduler": None}
+
     @classmethod
+    @in_own_torch_state
     def from_pretrained(
         cls,
         path_or_hub_id: str | os.PathLike[str],
@@ -87,7 +94,7 @@ class DiffusionGemma:
         config = ModelConfig.from_file(path)
         wanted = resolve_weights(weights)
         resolved, place = resolve_dtype(dtype, config), resolve_device(device)
-        matmul = resolve_matmul(batch_invariant, place, resolved)
+        matmul = resolve_matmul(arguments.flag("batch_invariant", batch_invariant), place, resolved)
         info = inspect_checkpoint(path, config)
         plan = memory_plan(config, info, wanted, resolved, place, activations=activations)
         check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
@@ -160,6 +167,8 @@ class DiffusionGemma:
         Returns an Output, or a list of them for a list of prompts. Raises ValueError naming the argument, and
         dg.NonFiniteError naming the request and the step.
         """
+        if on_draft is not None and not callable(on_draft):
+            raise arguments.refusal("on_draft", "a function or None", on_draft)
         return Generation(self, prompt, max_new_tokens, sampler, seed, canvas).outputs(on_draft)
 
     def stream(

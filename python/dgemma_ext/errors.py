@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 
 class CheckpointError(Exception):
@@ -31,6 +33,11 @@ class NonFiniteError(RuntimeError):
     step: int
 
     def __init__(self, message: str, *, request: int, step: int) -> None:
+        self.message = message
         self.request = request
         self.step = step
         super().__init__(f"request {request}, denoising step {step}: {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied by its positional arguments.
+        return partial(type(self), request=self.request, step=self.step), (self.message,)

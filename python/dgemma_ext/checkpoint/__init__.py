@@ -7,6 +7,7 @@ how each weight is stored (`stored`); `reading` reads the values; `quantization`
 
 from __future__ import annotations
 
+from dgemma_ext.checkpoint.bundled import BUNDLED, DEMO
 from dgemma_ext.checkpoint.chat_template import ChatTemplate
 from dgemma_ext.checkpoint.config import FULL, SLIDING, LayerConfig, ModelConfig, RopeConfig
 from dgemma_ext.checkpoint.files import (

@@ -27,11 +27,14 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, file: Path) -> None:
-        self._file = file
+        self._source, self._file = source, file
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template, line {error.lineno}: {error.message}", file=file) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._source, self._file)  # a compiled template cannot be copied
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Renders the template with `variables`.

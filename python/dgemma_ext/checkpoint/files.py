@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgemma_ext import arguments
+from dgemma_ext.checkpoint.bundled import bundled_checkpoint
 from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
 from dgemma_ext.checkpoint.stored import FLOAT_DTYPES, Stored, TensorInfo, find_weight, names_of
 from dgemma_ext.errors import CheckpointError
@@ -272,13 +274,16 @@ _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
 def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint: itself, or a hub id (`owner/name`) downloaded, or found in the hub's cache.
+    """The folder of a checkpoint: itself, that of a bundled model by its name (bundled.py; `./demo` is a folder of that
+    name), or a hub id (`owner/name`) downloaded, or found in the hub's cache.
 
-    Raises CheckpointError for a path that is not there, and, for a hub id, when huggingface_hub is not installed or
-    the download fails.
+    Raises ValueError for what is no path, CheckpointError for a path that is not there, and, for a hub id, when
+    huggingface_hub is not installed or the download fails.
     """
-    name = os.fspath(path_or_hub_id)
-    path = Path(name).expanduser()
+    path = Path(arguments.path("path_or_hub_id", path_or_hub_id))
+    name = str(path) if isinstance(path_or_hub_id, bytes) else os.fspath(path_or_hub_id)
+    if (bundled := bundled_checkpoint(name)) is not None:
+        return bundled
     if path.is_dir():
         return path
     if path.exists():

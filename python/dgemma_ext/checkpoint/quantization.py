@@ -7,12 +7,13 @@ the kind of the files is checked here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from dgemma_ext import arguments
 from dgemma_ext.ops.formats import FORMATS, INT4_GROUPS, QuantizedWeight
 
 # compressed-tensors' names of layouts, and ModelOpt's of algorithms.
@@ -27,6 +28,9 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 # The parts that published checkpoints of each format quantize (RedHatAI FP8-dynamic, cyankiwi INT4, nvidia NVFP4).
 _USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "attention"), "nvfp4": ("experts",)}
+
+# What weights can be quantized to; "int4" has groups of 32.
+_TARGETS = ("fp8", "int4", *(f"int4-{group}" for group in INT4_GROUPS), "nvfp4")
 
 
 def check_quantization_config(section: Any) -> None:
@@ -93,21 +97,23 @@ class Target:
         return list(FORMATS[self.format].weight.quantize_together(matrices, group))
 
 
-def parse_target(text: str, parts: tuple[str, ...] | None = None) -> Target:
-    """Parses "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; raises ValueError for anything else.
+def parse_target(text: str, parts: Sequence[str] | None = None, name: str = "weights") -> Target:
+    """Parses "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; raises ValueError, naming the argument
+    `name`, for anything else.
 
     `parts` of a layer default to those that the published checkpoints of the format quantize.
     """
-    format, _, group = text.partition("-")
-    if format not in FORMATS or (group and (format != "int4" or group not in map(str, INT4_GROUPS))):
-        raise ValueError(f"weights must be fp8, int4, int4-64, int4-128 or nvfp4, got {text!r}")
-    chosen = _USUAL_PARTS[format] if parts is None else parts
-    unknown = [part for part in chosen if part not in PARTS]
-    if unknown or not chosen:
-        raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+    format, _, group = arguments.choice(name, text, _TARGETS).partition("-")
+    wanted = f"some of {', '.join(PARTS)}"
+    chosen = _USUAL_PARTS[format] if parts is None else arguments.sequence("parts", parts, wanted)
+    if not chosen:
+        raise ValueError(f"parts must be {wanted}, got none")
+    for part in chosen:
+        arguments.choice("parts", part, PARTS)
     return Target(format, int(group) if group else FORMATS[format].usual_group, tuple(chosen))
 
 
 def resolve_weights(text: str) -> Target | str:
     """The option `weights`: "auto", "unquantized" or a format of parse_target. Raises ValueError for anything else."""
+    arguments.choice("weights", text, ("auto", "unquantized", *_TARGETS))
     return text if text in ("auto", "unquantized") else parse_target(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import tokenizers
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint.chat_template import ChatTemplate
 from dgemma_ext.errors import CheckpointError
 
@@ -22,6 +22,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 Message = Mapping[str, Any]
+
+_PROMPT = "a string, a list of messages or token ids"
 
 
 class Tokenizer:
@@ -65,17 +67,15 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         """The id of a token of the vocabulary; raises ValueError where there is none."""
-        token_id = self._model.token_to_id(token)
+        token_id = self._model.token_to_id(arguments.text("token", token))
         if token_id is None:
             raise ValueError(f"token is {token!r}, which is not in the vocabulary")
         return token_id
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Token ids of `text`. Special tokens that are written out in the text become their ids."""
-        if not isinstance(text, str):
-            raise ValueError(f"text is a {type(text).__name__}; wanted: a string")
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
-        if not add_bos:
+        ids: list[int] = self._model.encode(arguments.text("text", text), add_special_tokens=False).ids
+        if not arguments.flag("add_bos", add_bos):
             return ids
         if self.bos_token_id is None:
             raise ValueError(f"add_bos is set, but the vocabulary has no {self.special_tokens['bos_token']}")
@@ -83,7 +83,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become the replacement character."""
-        return self._model.decode(self._checked_ids("ids", ids), skip_special_tokens=skip_special_tokens)
+        skips = arguments.flag("skip_special_tokens", skip_special_tokens)
+        return self._model.decode(self._checked_ids("ids", ids), skip_special_tokens=skips)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
@@ -109,26 +110,19 @@ class Tokenizer:
         chat goes through the template, which writes that token itself. A list of ids is used as it is.
         """
         if isinstance(prompt, str):
+            arguments.text("prompt", prompt)
             if self.chat_template is None:
                 return self.encode(prompt, add_bos=self.bos_token_id is not None)
             prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or len(prompt) == 0:
-            raise ValueError(f"prompt is {prompt!r}; wanted: a string, a list of messages or a list of token ids")
-        if any(isinstance(item, Mapping) for item in prompt):
-            return self.encode(self.apply_chat_template(prompt, **variables))  # type: ignore[arg-type]
-        return self._checked_ids("prompt", prompt)  # type: ignore[arg-type]
+        parts = arguments.sequence("prompt", prompt, _PROMPT)
+        if not parts:
+            raise arguments.refusal("prompt", _PROMPT, prompt)
+        if any(isinstance(part, Mapping) for part in parts):
+            return self.encode(self.apply_chat_template(parts, **variables))
+        return self._checked_ids("prompt", parts)
 
     def _checked_ids(self, argument: str, ids: Sequence[int]) -> list[int]:
-        checked = []
-        for position, item in enumerate(ids):
-            try:
-                token_id = -1 if isinstance(item, bool) else operator.index(item)
-            except TypeError:
-                token_id = -1
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{argument}[{position}] is {item!r}; wanted: a token id below {self.vocab_size}")
-            checked.append(token_id)
-        return checked
+        return arguments.integers(argument, ids, "token ids", end=self.vocab_size, entry="a token id")
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

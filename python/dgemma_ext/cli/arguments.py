@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
+from dgemma_ext.arguments import integer, number
+from dgemma_ext.checkpoint import BUNDLED, DEMO
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
 from dgemma_ext.sampling import SamplerConfig
@@ -19,6 +22,8 @@ it stand canvas, step, temperature, mean entropy and how many are accepted. Wher
 plain line.
 """
 
+_MODEL = f"a checkpoint's folder, a hub id (owner/name) to download, or a bundled model: {', '.join((DEMO, *BUNDLED))}"
+
 _WATCH = "--watch draws on stderr, so that stdout holds the answer alone.\n" + _PICTURE
 
 _JSON = """\
@@ -31,6 +36,9 @@ _CODES = """\
 exit code: 0 done, 1 failed, 2 an argument, an input or a checkpoint that cannot be used, 130 interrupted.
 DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. NO_COLOR=1 leaves colours out.
 """
+
+
+Value = TypeVar("Value")
 
 
 class Arguments(argparse.Namespace):
@@ -95,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tells what a checkpoint's headers say (no weight is read), what this build has and what this\n"
         "machine can run.",
     )
-    info.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint's folder, or a hub id already downloaded")
+    info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL} (info downloads nothing)")
     info.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
     info.add_argument("--device", default="auto", help="where the memory is planned: auto, cpu or cuda")
     info.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
@@ -109,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Writes a checkpoint's quantized form in the layout of compressed-tensors, and tells the error of\n"
         "every layer. OUT appears when it is whole; an interrupted run is continued by the same command.",
     )
-    quantize.add_argument("model", metavar="IN", help="a checkpoint's folder, or a hub id (owner/name) to download")
+    quantize.add_argument("model", metavar="IN", help=_MODEL)
     quantize.add_argument("out", metavar="OUT", help="the folder to write, which must not exist")
     quantize.add_argument(
         "--to",
@@ -133,11 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         "measured in the same run).",
         epilog="MODEL random has the published sizes and no checkpoint; --layers makes it fit.",
     )
-    profile.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint's folder, a hub id (owner/name) to download, demo (the largest bundled one), or random",
-    )
+    profile.add_argument("model", metavar="MODEL", help=f"{_MODEL}; or random")
     _add_device(profile)
     _add_weights(profile)
     _add_activations(profile)
@@ -171,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_false",
         help="tell the clues in the prompt alone; by default they are also pinned in the canvas",
     )
-    demo.add_argument("--model", metavar="FOLDER", help="another checkpoint for the same task")
+    demo.add_argument("--model", metavar="MODEL", help="another checkpoint for the same task")
     demo.add_argument(
         "--pause",
         type=_seconds,
@@ -188,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a hub id (owner/name) to download")
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
     _add_device(parser)
     _add_weights(parser)
     _add_activations(parser)
@@ -241,24 +245,23 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _refusing(integer, int(text), least=1)
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be in [0, 2**63), got {value}")
-    return value
+    return _refusing(integer, int(text), end=2**63)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return _refusing(number, float(text))
+
+
+def _refusing(check: Callable[..., Value], value: object, **limits: int) -> Value:
+    """argparse puts the flag's name before a message."""
+    try:
+        return check("", value, **limits)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from error
 
 
 # argparse's error messages name a type by its __name__.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from rich.console import Console
 
 from dgemma_ext import demo
-from dgemma_ext.checkpoint import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer, resolve_checkpoint
 from dgemma_ext.cli.answer import Timed, event_fields, load_checkpoint, result_fields, tokenizer_of, write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.grid import draft_digits, draft_picture, plain_grid
@@ -44,7 +43,7 @@ class Attempt:
 
 
 def run(arguments: Arguments) -> None:
-    folder = Path(arguments.model) if arguments.model is not None else demo.checkpoint(arguments.size)
+    folder = demo.checkpoint(arguments.size) if arguments.model is None else resolve_checkpoint(arguments.model)
     model = load_checkpoint(folder, arguments)
     size = demo.grid_size(model.config.canvas_length)
     if size is None or arguments.size not in (None, size):

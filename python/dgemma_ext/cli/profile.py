@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgemma_ext import demo
 from dgemma_ext.checkpoint import ModelConfig, Target, resolve_checkpoint, resolve_weights
 from dgemma_ext.cli.answer import load_checkpoint, write_json
 from dgemma_ext.cli.arguments import Arguments
@@ -16,7 +15,7 @@ from dgemma_ext.profile.timeline import Pass, ratio_text
 from dgemma_ext.profile.true_size import LAYERS, random_model, true_config
 from dgemma_ext.units import format_bytes
 
-RANDOM, DEMO = "random", "demo"
+RANDOM = "random"
 # The final norm of a model with flat distributions; with 1 they are as peaked as the tied head makes them.
 _FLAT = 0.05
 
@@ -76,7 +75,7 @@ def _model(arguments: Arguments) -> DiffusionGemma:
     for name, value in (("layers", arguments.layers), ("experts-hit", arguments.experts_hit), ("flat", arguments.flat)):
         if value:
             raise ValueError(f"--{name} is for MODEL {RANDOM}, got {arguments.model}")
-    folder = demo.checkpoint() if arguments.model == DEMO else Path(resolve_checkpoint(arguments.model))
+    folder = resolve_checkpoint(arguments.model)
     check_sizes(ModelConfig.from_file(folder), arguments.prefix, arguments.context)
     return load_checkpoint(folder, arguments)
 

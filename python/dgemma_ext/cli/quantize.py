@@ -20,7 +20,8 @@ from dgemma_ext.units import format_bytes
 
 
 def run(arguments: Arguments) -> None:
-    target = parse_target(arguments.to, tuple(arguments.parts.split(",")) if arguments.parts else None)
+    parts = None if arguments.parts is None else arguments.parts.split(",")
+    target = parse_target(arguments.to, parts, name="--to")
     source, destination = Path(resolve_checkpoint(arguments.model)), Path(arguments.out).expanduser()
     before = plan_conversion(source, target).info.total_bytes
     began = time.monotonic()

@@ -1,17 +1,17 @@
 """Small Sudoku models that ship with the package, and unseen puzzles to try them on.
 
-A checkpoint is this folder, or a folder in it, with a config.json. Its canvas holds the digits of the grid and the end
-of the turn, so the canvas length gives the grid size.
+A model's canvas holds the digits of the grid and the end of the turn, so the canvas length gives the grid size.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES, Puzzle, check, generate
+from dgemma_ext import arguments
+from dgemma_ext.checkpoint import BUNDLED
+from dgemma_ext.demo.puzzles import BLANK, BOX_SHAPES, Puzzle, check, checked_size, generate
 from dgemma_ext.sampling import Canvas
 
 if TYPE_CHECKING:
@@ -25,24 +25,13 @@ BLANKS = {6: (10, 22), 9: (35, 45)}
 
 def checkpoints() -> dict[int, Path]:
     """Grid size → folder of the checkpoint, for every checkpoint that ships."""
-    here = Path(__file__).parent
-    found = {}
-    for file in sorted([*here.glob("config.json"), *here.glob("*/config.json")]):
-        size = grid_size(json.loads(file.read_text(encoding="utf-8"))["canvas_length"])
-        if size is not None:
-            found[size] = file.parent
-    return found
+    return {int(name.partition("x")[0]): folder for name, folder in BUNDLED.items()}
 
 
 def checkpoint(size: int | None = None) -> Path:
     """The folder of the bundled checkpoint for grids of `size`, default the largest. Raises ValueError for others."""
     found = checkpoints()
-    if size is None and found:
-        return found[max(found)]
-    if size not in found:
-        sizes = ", ".join(map(str, sorted(found))) or "none"
-        raise ValueError(f"size must be one that a bundled checkpoint solves ({sizes}), got {size}")
-    return found[size]
+    return found[max(found) if size is None else checked_size(size)]
 
 
 def grid_size(canvas_length: int) -> int | None:
@@ -53,14 +42,17 @@ def grid_size(canvas_length: int) -> int | None:
 def draw(size: int, seed: int, index: int = 0) -> Puzzle:
     """Puzzle number `index` of a seed, with one solution, from random streams that training never uses.
 
-    The number of clues is random in the range that the checkpoints are evaluated on.
+    The number of clues is random in the range that the checkpoints are evaluated on. Raises ValueError for a size other
+    than 6 and 9, and for a seed or an index below 0.
     """
-    rng = random.Random(f"demo {size} {seed} {index}")
+    size, seed = checked_size(size), arguments.integer("seed", seed, end=2**63)
+    rng = random.Random(f"demo {size} {seed} {arguments.integer('index', index)}")
     return generate(size, size * size - rng.randint(*BLANKS[size]), rng)
 
 
 def pinned_clues(puzzle: Puzzle, model: DiffusionGemma) -> Canvas:
     """A canvas that holds the puzzle's clues in place and leaves its blanks to the model."""
+    arguments.instance("puzzle", puzzle, Puzzle, "a puzzle of demo.draw")
     if model.tokenizer is None:
         raise ValueError("model has no tokenizer, which spells the digits")
     tokens = [None if digit == BLANK else model.tokenizer.id_of(digit) for digit in puzzle.text]

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
+
+from dgemma_ext import arguments
 
 BLANK = "."
 BOX_SHAPES = {6: (2, 3), 9: (3, 3)}  # grid size -> rows and columns of a box
+# The fewest clues that leave one solution: 17 by an exhaustive search (McGuire, Tugemann and Civario, "There is no
+# 16-clue Sudoku", 2012), 8 for a 6x6 grid.
+FEWEST_CLUES = {6: 8, 9: 17}
+# `generate` gives up after so many grids: with the clues of the bundled models' puzzles the first few do.
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,23 @@ def _stays_unique(cells: list[int], cell: int, digit: int, size: int) -> bool:
     return len(solutions(cells, limit=2)) == 1
 
 
+def checked_size(size: Any) -> int:
+    """The size of a grid as an argument; raises ValueError for one that has no puzzles."""
+    found = arguments.integer("size", size)
+    if found not in BOX_SHAPES:
+        raise arguments.refusal("size", f"one of {', '.join(map(str, BOX_SHAPES))}", found)
+    return found
+
+
 def generate(size: int, clues: int, rng: random.Random) -> Puzzle:
-    """A random puzzle with `clues` clues and one solution: blanks cells in random order, starts over when stuck."""
-    while True:
+    """A random puzzle with `clues` clues and one solution: blanks cells in random order, starts over when stuck.
+
+    Raises ValueError for a number of clues that no puzzle has, or that blanking cells in random order does not reach.
+    """
+    size = checked_size(size)
+    clues = arguments.integer("clues", clues, least=FEWEST_CLUES[size], end=size * size + 1)
+    arguments.instance("rng", rng, random.Random, "a random.Random")
+    for _ in range(_ATTEMPTS):
         solution = solutions([0] * (size * size), limit=1, rng=rng)[0]
         cells = list(solution)
         left = size * size
@@ -133,6 +155,7 @@ def generate(size: int, clues: int, rng: random.Random) -> Puzzle:
                 cells[cell] = digit
         if left == clues:
             return Puzzle(to_text(cells), to_text(solution))
+    raise ValueError(f"clues is {clues}, and none of {_ATTEMPTS} random grids has a puzzle with so few; try more clues")
 
 
 def to_text(cells: list[int]) -> str:
@@ -141,11 +164,13 @@ def to_text(cells: list[int]) -> str:
 
 def check(answer: str, puzzle: str) -> bool:
     """Whether `answer`, the model's text, is a solution of `puzzle`. White space around it is ignored."""
-    answer = answer.strip()
+    size = round(len(arguments.text("puzzle", puzzle)) ** 0.5)
+    if size not in BOX_SHAPES or len(puzzle) != size * size:
+        raise arguments.refusal("puzzle", "a line of 36 or 81 characters", puzzle)
+    answer = arguments.instance("answer", answer, str, "a string").strip()
     if len(answer) != len(puzzle) or not answer.isascii() or not answer.isdigit():
         return False
     if any(clue not in (BLANK, given) for clue, given in zip(puzzle, answer, strict=True)):
         return False
-    size = round(len(puzzle) ** 0.5)
     digits = {str(digit) for digit in range(1, size + 1)}
     return all({answer[cell] for cell in unit} == digits for unit in _UNITS[size])

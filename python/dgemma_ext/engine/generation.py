@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any, Protocol
 
+from dgemma_ext import arguments
 from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.request import Request
-from dgemma_ext.engine.scheduler import Scheduler, positions_needed
+from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
-from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
 
 # Further requests wait their turn: a larger batch is no faster on a CPU, and each slot costs memory.
 _MAX_BATCH = 32
@@ -38,13 +40,22 @@ class Generation:
         canvas: Canvas | Sequence[Canvas | None] | None,
     ) -> None:
         prompts, self._is_batch = _as_batch(prompt)
-        seeds = _one_per_prompt("seed", seed, isinstance(seed, int), len(prompts))
-        canvases = _one_per_prompt("canvas", canvas, canvas is None or isinstance(canvas, Canvas), len(prompts))
+        seeds = _one_per_prompt("seed", seed, len(prompts))
+        canvases = _one_per_prompt("canvas", canvas, len(prompts))
+        for one in canvases:
+            if one is not None:
+                arguments.instance("canvas", one, Canvas, "a dg.Canvas or None, or a list of them")
         config = model.network.config
-        ids = [prompt_to_ids(prompt, model.tokenizer, config.vocab_size) for prompt in prompts]
-        resolved = (sampler or SamplerConfig()).resolve(model.defaults, config.canvas_length)
+        names = [f"prompt[{index}]" if self._is_batch else "prompt" for index in range(len(prompts))]
+        ids = [
+            prompt_to_ids(prompt, model.tokenizer, config.vocab_size, name)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        length = resolve_sampler(sampler, model.defaults, config.canvas_length).canvas_length
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        longest = positions_needed(max(map(len, ids)), max(limit, 1), resolved.canvas_length)
+        limit = arguments.integer("max_new_tokens", limit, least=1)
+        # The last canvas is never in the cache.
+        longest = max(map(len, ids)) + (-(-limit // length) - 1) * length
         context = config.max_position_embeddings
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests: list[Request] = []
@@ -57,13 +68,15 @@ class Generation:
 
     def outputs(self, on_draft: Callable[[Draft], None] | None = None) -> Output | list[Output]:
         """Runs to the end. Without `on_draft` a GPU runs a canvas's steps by itself."""
-        for event in self.events(drafts=on_draft is not None):
-            if on_draft is not None and isinstance(event, Draft):
-                on_draft(event)
+        # Closed here, because an exception of `on_draft` would keep it, and with it the requests.
+        with closing(self.events(drafts=on_draft is not None)) as events:
+            for event in events:
+                if on_draft is not None and isinstance(event, Draft):
+                    on_draft(event)
         outputs = [request.output for request in self.requests]
         return outputs if self._is_batch else outputs[0]
 
-    def events(self, drafts: bool = True) -> Iterator[Draft | Commit]:
+    def events(self, drafts: bool = True) -> Generator[Draft | Commit]:
         """A Draft at every denoising step, where they are wanted, and a Commit for every finished canvas."""
         advance = self.scheduler.step if drafts else self.scheduler.finish_canvas
         try:
@@ -79,6 +92,7 @@ class Generation:
         """Leaves the scheduler free for a later call."""
         for request in self.requests:
             request.cancel()
+        self.scheduler.release()
 
 
 def _scheduler_for(model: GeneratingModel, requests: int, positions: int) -> Scheduler:
@@ -90,14 +104,19 @@ def _scheduler_for(model: GeneratingModel, requests: int, positions: int) -> Sch
     if not _keeps_schedulers(model):
         return Scheduler(model, requests, positions)
     kept = model.kept_scheduler
-    if kept is not None and not kept.idle:
-        return Scheduler(model, requests, positions)  # an unfinished stream uses the kept one
-    if kept is None or kept.max_batch < requests or kept.cache.max_length < positions:
+    if kept is not None and not kept.claim(model):
+        return Scheduler(model, requests, positions)  # an unfinished stream or another thread uses the kept one
+    if (
+        kept is None
+        or kept.network is not model.network
+        or kept.max_batch < requests
+        or kept.cache.max_length < positions
+    ):
         kept = model.kept_scheduler = None  # frees its memory before the new one is made
         rounded = max(_LEAST_POSITIONS, bucket_of(positions))
         kept = Scheduler(model, bucket_of(requests), min(rounded, model.network.config.max_position_embeddings))
+        kept.claim(model)
         model.kept_scheduler = kept
-    kept.number_from_zero()
     return kept
 
 
@@ -105,22 +124,22 @@ def _keeps_schedulers(model: GeneratingModel) -> bool:
     return model.network.device.type == "cuda"
 
 
-def _as_batch(prompt: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
-    """The prompts as a list, and whether the caller gave a list."""
+def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether the caller gave a list of prompts."""
     if isinstance(prompt, str):
         return [prompt], False
-    if not isinstance(prompt, Sequence):
-        raise ValueError(f"prompt must be text, a chat, token ids, or a list of these, got {type(prompt).__name__}")
-    if not prompt:
+    parts = arguments.sequence("prompt", prompt, "a string, a chat, token ids, or a list of these")
+    if not parts:
         raise ValueError("prompt is empty")
-    if all(isinstance(part, int) for part in prompt) or all(isinstance(part, dict) for part in prompt):
-        return [prompt], False  # type: ignore[list-item]
-    return prompt, True  # type: ignore[return-value]
+    # The messages of a chat are mappings, and ids are numbers.
+    is_batch = any(isinstance(part, str) or arguments.is_sequence(part) for part in parts)
+    return (parts, True) if is_batch else ([parts], False)
 
 
-def _one_per_prompt(name: str, value: Any, is_single: bool, count: int) -> Sequence[Any]:
-    if is_single:
+def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    if not arguments.is_sequence(value):
         return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} must be one value or {count}, one per prompt, got {len(value)}")
-    return list(value)
+    values = arguments.sequence(name, value, "one value or one per prompt")
+    if len(values) != count:
+        raise ValueError(f"{name} must be one value or {count}, one per prompt, got {len(values)}")
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Any
 
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.engine.output import Output
@@ -49,7 +50,7 @@ class Request:
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         # Weak, so that a scheduler with unfinished requests, and its network, can be dropped at once.
-        self._cancel = weakref.WeakMethod(cancel)
+        self._cancel: Callable[[], Callable[[Request], bool] | None] = weakref.WeakMethod(cancel)
         self._emitted_text = ""
         certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
@@ -60,6 +61,10 @@ class Request:
         self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler and to no store of snapshots."""
+        return {**vars(self), "_cancel": _no_scheduler, "snapshots": None}
+
     @property
     def done(self) -> bool:
         return self.state not in (RequestState.WAITING, RequestState.RUNNING)
@@ -69,6 +74,14 @@ class Request:
         """The lengths of the canvases that the answer may have."""
         canvases = -(-self._longest // self.sampler.canvas_length)
         return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """The positions that the cache holds of it (the prompt and every canvas but the last, which is never encoded),
+        and with the last canvas."""
+        canvases = -(-self._longest // self.sampler.canvas_length)
+        cached = len(self.prompt_ids) + (canvases - 1) * self.sampler.canvas_length
+        return cached, cached + self.sampler.length_of(canvases - 1, self._longest)
 
     @property
     def output(self) -> Output:
@@ -109,3 +122,7 @@ class Request:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens; empty for a checkpoint without a tokenizer."""
         return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))
+
+
+def _no_scheduler() -> None:
+    """In place of the weak reference to a scheduler's method."""

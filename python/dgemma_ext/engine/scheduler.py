@@ -6,16 +6,22 @@ products are computed apart, so its bits are the same alone and in any batch.
 
 Requests with canvases of the same length form a group (group.py) and are stepped together; a single request is a group
 of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
+
+Threads take turns: a call waits while another thread's is under way.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, cuda_runner
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure
 from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
@@ -26,23 +32,49 @@ from dgemma_ext.engine.runner import EagerRunner
 from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
 from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.errors import NonFiniteError
-from dgemma_ext.model import MAX_PREFILL_TOKENS, PrefillChunk
+from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
+from dgemma_ext.torch_state import in_own_torch_state, own_torch_state
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# Positions of a slot where the caller names none: a slot of the published model then takes 360 MiB, 200 for its rings
+# and 160 for its full layers.
+_USUAL_LENGTH = 8192
+
+
+def _exclusive(
+    method: Callable[Concatenate[Scheduler, Parameters], Result],
+) -> Callable[Concatenate[Scheduler, Parameters], Result]:
+    """The method, which waits while another thread is in a method of the same scheduler."""
+
+    @wraps(method)
+    def call(self: Scheduler, /, *arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+        with self._lock, own_torch_state():
+            return method(self, *arguments, **keywords)
+
+    return call
 
 
 class Scheduler:
     """Runs up to `max_batch` requests together over one cache; further ones wait their turn.
 
     max_length: positions that a slot can hold (prompt and committed canvases), default the smaller of the model's
-    context and 8,192 (a slot of the published model then takes 360 MiB: 200 for its rings, 160 for its full layers).
+    context and 8,192.
     batched: whether requests share the pass of a step; the default is to share on a GPU and to take turns on a CPU.
     driver: the loop of `finish_canvas`, a name of loop.LOOPS; "eager" runs steps operator by operator on a GPU too, the
     others from captured CUDA graphs.
 
-    Raises dg.NotEnoughMemory, with a table and before anything is allocated, where cache and buffers do not fit.
+    Threads may share a scheduler: each call waits until no other thread's is under way. `step` and `finish_canvas`
+    return the events of all requests to the thread that called them.
+
+    Raises ValueError naming the argument, and dg.NotEnoughMemory, with a table and before anything is allocated, where
+    cache and buffers do not fit.
     """
 
+    @in_own_torch_state
     def __init__(
         self,
         model: ServedModel,
@@ -52,17 +84,20 @@ class Scheduler:
         driver: str = "graph",
         make_runner: MakeRunner | None = None,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
-        if driver not in LOOPS:
-            raise ValueError(f"driver must be one of {', '.join(LOOPS)}, got {driver!r}")
+        if not isinstance(getattr(model, "network", None), Network):
+            raise arguments.refusal("model", "a dg.DiffusionGemma", model)
+        self._lock = threading.RLock()
+        self._claimed = False
         self.network = network = model.network
         self.tokenizer, self.defaults = model.tokenizer, model.defaults
-        self.max_batch = max_batch
-        self._batched = network.device.type == "cuda" if batched is None else batched
-        self._driver = driver
-        self._make_runner = make_runner or _runner_maker(network.device, driver, self._batched)
-        positions = max_length or min(network.config.max_position_embeddings, 8192)
+        self.max_batch = max_batch = arguments.integer("max_batch", max_batch, least=1)
+        self._batched = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
+        self._driver = arguments.choice("driver", driver, LOOPS)
+        self._make_runner = make_runner or _runner_maker(network.device, self._driver, self._batched)
+        self._names_length = max_length is not None
+        positions = min(network.config.max_position_embeddings, _USUAL_LENGTH)
+        if max_length is not None:
+            positions = arguments.integer("max_length", max_length, least=1)
         length = network.config.canvas_length
         self._check_memory(length, positions, slots=max_batch)
         self.cache = network.new_cache(max_batch, positions)
@@ -74,21 +109,38 @@ class Scheduler:
         self._submitted = 0
         self._events: dict[int, list[Event]] = {}  # request number → events that no call has returned yet
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Scheduler holds buffers that its running requests share, and cannot be copied or pickled")
+
     @property
     def idle(self) -> bool:
         """Whether no request is running or waiting."""
-        return not self._running and not self._waiting
+        with self._lock:
+            return not self._running and not self._waiting
 
     @property
     def free_slots(self) -> int:
-        return len(self._free_slots)
+        with self._lock:
+            return len(self._free_slots)
 
-    def number_from_zero(self) -> None:
-        """Restarts the numbers of requests at 0, for a call that uses an idle scheduler again."""
-        if not self.idle:
-            raise RuntimeError("requests are running or waiting, and their numbers must stay different")
-        self._submitted, self._events = 0, {}
+    def claim(self, model: ServedModel) -> bool:
+        """Reserves an idle scheduler for one call, until `release`; False where it has requests or is reserved.
 
+        Its requests are numbered from 0, with the tokenizer and the defaults that the model has now.
+        """
+        with self._lock:
+            if self._claimed or not self.idle:
+                return False
+            self._claimed = True
+            self.tokenizer, self.defaults = model.tokenizer, model.defaults
+            self._submitted, self._events = 0, {}
+            return True
+
+    def release(self) -> None:
+        """Ends what `claim` began."""
+        self._claimed = False
+
+    @_exclusive
     def submit(
         self,
         prompt: Prompt,
@@ -106,43 +158,36 @@ class Scheduler:
         """
         config = self.network.config
         ids = prompt_to_ids(prompt, self.tokenizer, config.vocab_size)
-        resolved = (sampler or SamplerConfig()).resolve(self.defaults, config.canvas_length)
+        resolved = resolve_sampler(sampler, self.defaults, config.canvas_length)
         limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if limit < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         if canvas is not None:
-            canvas.check(config.vocab_size, resolved.max_denoising_steps)
-        needed = positions_needed(len(ids), limit, resolved.canvas_length)
-        if len(ids) + resolved.canvas_length > config.max_position_embeddings:
-            raise ValueError(
-                f"prompt has {len(ids)} tokens; with a canvas of {resolved.canvas_length} that is more than the "
-                f"model's context of {config.max_position_embeddings}"
+            arguments.instance("canvas", canvas, Canvas, "a dg.Canvas or None").check(
+                config.vocab_size, resolved.max_denoising_steps
             )
-        if needed > self.cache.max_length:
-            raise ValueError(
-                f"prompt of {len(ids)} tokens with max_new_tokens {limit} needs {needed} positions in the cache; "
-                f"max_length is {self.cache.max_length}"
-            )
+        if snapshots is not None:
+            arguments.instance("snapshots", snapshots, SnapshotStore, "a dg.SnapshotStore or None")
         request = Request(
             number=self._submitted,
             prompt_ids=ids,
-            max_new_tokens=limit,
+            max_new_tokens=arguments.integer("max_new_tokens", limit, least=1),
             sampler=resolved,
-            seed=seed,
+            seed=arguments.integer("seed", seed, end=2**63),
             canvas=canvas,
             snapshots=snapshots,
             tokenizer=self.tokenizer,
             cancel=self._cancel,
         )
+        self._check_length(request, " by default" if max_new_tokens is None else "")
         self._make_groups_for(request)
         self._submitted += 1
         self._waiting.append(request)
         return request
 
     def step(self) -> list[Event]:
-        """Admits waiting requests, then runs one denoising step of every running one; returns the events in order."""
+        """Admits waiting requests, then runs one denoising step of every running one; returns the events in order.
+
+        Without any it returns none.
+        """
         return self._advance(whole=False)
 
     def finish_canvas(self) -> list[Event]:
@@ -152,6 +197,7 @@ class Scheduler:
         """
         return [event for event in self._advance(whole=True) if not isinstance(event, Draft)]
 
+    @_exclusive
     def _advance(self, whole: bool) -> list[Event]:
         """Runs one step of every running request, or with `whole` the steps that finish a canvas of every group."""
         while self._waiting and self._free_slots:
@@ -197,12 +243,12 @@ class Scheduler:
         request._length = sampler.length_of(index, request._longest)
         group = self._groups[request._length]
         if len(request._uncached) + group.num_prefill > MAX_PREFILL_TOKENS:
-            self.network.encode(torch.tensor([request._uncached]), self.cache, slots=[request._slot])
+            self.network.encode(torch.tensor([request._uncached], device="cpu"), self.cache, slots=[request._slot])
             self._note_encoded(request)
         chunk = None
         if request._uncached:
             # The copy does not wait for the GPU's queued work.
-            ids = torch.tensor(request._uncached).to(self.network.device, non_blocking=True)
+            ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk)
         request.denoising_steps.append(0)
@@ -285,6 +331,7 @@ class Scheduler:
         self._release(request)
         return Failure(request, error)
 
+    @_exclusive
     def _cancel(self, request: Request) -> bool:
         if request.done:
             return False
@@ -307,6 +354,21 @@ class Scheduler:
         group = self._groups.get(request._length)
         if group is not None:
             group.leave(request)
+
+    def _check_length(self, request: Request, default: str) -> None:
+        """Raises ValueError for a request whose positions do not fit the model's context or a slot of the cache."""
+        context, canvas_length = self.network.config.max_position_embeddings, request.sampler.canvas_length
+        cached, all_positions = request.positions
+        given = f"prompt of {len(request.prompt_ids)} tokens with max_new_tokens {request.max_new_tokens}{default}"
+        if all_positions > context:
+            raise ValueError(
+                f"{given}, in canvases of {canvas_length}, needs {all_positions} positions, more than the model's "
+                f"context of {context}"
+            )
+        if cached > self.cache.max_length:
+            default = "" if self._names_length else " by default"
+            limit = f"max_length is {self.cache.max_length}{default}"
+            raise ValueError(f"{given} needs {cached} positions in the cache; {limit}")
 
     def _make_groups_for(self, request: Request) -> None:
         """Makes the groups for a request's canvas lengths, after freeing those of lengths that no request has."""
@@ -337,9 +399,3 @@ def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunne
     if device.type != "cuda" or not batched:
         return EagerRunner
     return CudaEagerRunner if driver == "eager" else cuda_runner
-
-
-def positions_needed(prompt_length: int, max_new_tokens: int, canvas_length: int) -> int:
-    """The cache positions of a request: its prompt and every canvas but the last, which is never encoded."""
-    canvases = -(-max_new_tokens // canvas_length)
-    return prompt_length + (canvases - 1) * canvas_length

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
 from dgemma_ext.model import Network
 
@@ -20,19 +21,22 @@ class ServedModel(Protocol):
     defaults: GenerationDefaults
 
 
-def prompt_to_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def prompt_to_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, name: str = "prompt") -> list[int]:
     """Token ids of a prompt; text goes through the chat template. Raises ValueError naming the argument."""
-    if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-        ids = list(cast(Sequence[int], prompt))
-    elif tokenizer is None:
-        raise ValueError("prompt is text, and the checkpoint has no tokenizer.json; give token ids")
-    elif isinstance(prompt, str) and not prompt.strip():
-        raise ValueError("prompt is empty")
+    if isinstance(prompt, str):
+        if not arguments.text(name, prompt).strip():
+            raise ValueError(f"{name} is empty")
+        ids = _with_text(name, tokenizer).encode_prompt(prompt)
     else:
-        ids = tokenizer.encode_prompt(cast(Any, prompt))
+        parts = arguments.sequence(name, prompt, "a string, a chat or token ids")
+        is_chat = any(isinstance(part, Mapping) for part in parts)
+        ids = _with_text(name, tokenizer).encode_prompt(parts) if is_chat else parts
     if not ids:
-        raise ValueError("prompt is empty")
-    for position, token in enumerate(ids):
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"prompt[{position}] must be a token id in [0, {vocab_size}), got {token}")
-    return ids
+        raise ValueError(f"{name} is empty")
+    return arguments.integers(name, ids, "token ids", end=vocab_size, entry="a token id")
+
+
+def _with_text(name: str, tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ValueError(f"{name} is text, and the checkpoint has no tokenizer.json; give token ids")
+    return tokenizer

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from dgemma_ext import arguments
 from dgemma_ext.model import Snapshot
 
 
@@ -9,20 +12,22 @@ class SnapshotStore:
     """At most `limit` snapshots, the newest last."""
 
     def __init__(self, limit: int = 4) -> None:
-        self.limit = limit
+        self.limit = arguments.integer("limit", limit)
         self._saved: list[tuple[tuple[int, ...], Snapshot]] = []
 
     def __len__(self) -> int:
         return len(self._saved)
 
-    def add(self, ids: list[int], saved: Snapshot) -> None:
-        if len(ids) != saved.length:
-            raise ValueError(f"a snapshot of {saved.length} positions cannot stand for {len(ids)} ids")
-        self._saved = [entry for entry in self._saved if entry[0] != tuple(ids)]
-        self._saved.append((tuple(ids), saved))
+    def add(self, ids: Sequence[int], saved: Snapshot) -> None:
+        kept = tuple(arguments.integers("ids", ids, "token ids"))
+        if len(kept) != arguments.instance("saved", saved, Snapshot, "a dg.Snapshot").length:
+            raise ValueError(f"a snapshot of {saved.length} positions cannot stand for {len(kept)} ids")
+        self._saved = [entry for entry in self._saved if entry[0] != kept]
+        self._saved.append((kept, saved))
         del self._saved[: max(0, len(self._saved) - self.limit)]
 
-    def longest_prefix(self, ids: list[int]) -> Snapshot | None:
+    def longest_prefix(self, ids: Sequence[int]) -> Snapshot | None:
         """The longest snapshot whose ids are a prefix of `ids`, or None."""
-        fitting = [saved for kept, saved in self._saved if tuple(ids[: len(kept)]) == kept]
+        wanted = tuple(arguments.integers("ids", ids, "token ids"))
+        fitting = [saved for kept, saved in self._saved if wanted[: len(kept)] == kept]
         return max(fitting, key=lambda saved: saved.length, default=None)

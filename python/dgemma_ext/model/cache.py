@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import LayerConfig, ModelConfig
+from dgemma_ext.torch_state import in_own_torch_state
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,16 @@ class Cache:
     int32 tensor [slots] beside them for the kernels, and the same numbers are kept on the host.
     """
 
+    @in_own_torch_state
     def __init__(
         self, config: ModelConfig, slots: int, max_length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        if slots < 1:
-            raise ValueError(f"slots must be at least 1, got {slots}")
-        if not 1 <= max_length <= config.max_position_embeddings:
-            raise ValueError(
-                f"max_length must be in [1, {config.max_position_embeddings}], the model's context, got {max_length}"
+        self.slots = slots = arguments.integer("slots", slots, least=1)
+        self.max_length = max_length = arguments.integer("max_length", max_length, least=1)
+        if max_length > config.max_position_embeddings:
+            raise arguments.refusal(
+                "max_length", f"in [1, {config.max_position_embeddings}], the model's context", max_length
             )
-        self.slots = slots
-        self.max_length = max_length
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for layer in config.layers:
@@ -75,23 +76,28 @@ class Cache:
 
     def advance(self, slot: int, count: int) -> None:
         """Counts positions that the encode pass has just stored."""
-        length = self.length(slot) + count
+        slot = self._checked(slot)
+        length = self._lengths[slot] + count
         if length > self.max_length:
             raise ValueError(f"slot {slot} would hold {length} positions, and max_length is {self.max_length}")
         self._lengths[slot] = length
 
+    @in_own_torch_state
     def snapshot(self, slot: int) -> Snapshot:
         """A copy of the slot for `restore`, which may put it into another slot or another cache of the same model."""
-        length = self.length(slot)
+        slot = self._checked(slot)
+        length = self._lengths[slot]
         return Snapshot(
             length=length,
             keys=tuple(k[slot, : min(length, k.shape[1])].clone() for k in self.keys),
             values=tuple(v[slot, : min(length, v.shape[1])].clone() for v in self.values),
         )
 
+    @in_own_torch_state
     def restore(self, slot: int, saved: Snapshot) -> None:
         """Replaces the slot's content by a snapshot. Raises ValueError for a snapshot that does not fit."""
-        self._checked(slot)
+        slot = self._checked(slot)
+        arguments.instance("saved", saved, Snapshot, "a dg.Snapshot")
         if saved.length > self.max_length:
             raise ValueError(f"the snapshot holds {saved.length} positions, and max_length is {self.max_length}")
         if len(saved.keys) != len(self.keys):
@@ -112,6 +118,4 @@ class Cache:
         self._lengths[self._checked(slot)] = 0
 
     def _checked(self, slot: int) -> int:
-        if not 0 <= slot < self.slots:
-            raise ValueError(f"slot must be in [0, {self.slots}), got {slot}")
-        return slot
+        return arguments.integer("slot", slot, end=self.slots)

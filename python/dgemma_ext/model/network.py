@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.model.cache import Cache
 from dgemma_ext.model.forward import ForwardOptions, forward
@@ -19,9 +21,12 @@ from dgemma_ext.model.placement import resolve_matmul
 from dgemma_ext.model.rows import Canvases, PrefillChunk
 from dgemma_ext.model.weights import ModelWeights
 from dgemma_ext.ops import denoise
+from dgemma_ext.torch_state import in_own_torch_state
 
 # Long prompts are encoded in chunks of this many positions, which bounds the memory of a pass.
 ENCODE_CHUNK = 4096
+
+_SPANS = "a list of ranges [start, end) per row"
 
 # The relative error that skipping vocabulary tiles may add to a soft embedding: half a unit in the last place of
 # bfloat16. In fp32 no tile is skipped.
@@ -35,6 +40,7 @@ class Network:
     ops.denoise.soft_embedding `soft_embedding_tolerance` and `max_embedding_norm`.
     """
 
+    @in_own_torch_state
     def __init__(
         self,
         config: ModelConfig,
@@ -47,7 +53,9 @@ class Network:
         self.dtype = weights.embed_tokens.dtype
         self.device = weights.embed_tokens.device
         # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
-        self.embedding_scale = float(torch.tensor(math.sqrt(config.hidden_size)).to(self.dtype))
+        self.embedding_scale = float(
+            torch.tensor(math.sqrt(config.hidden_size), dtype=torch.float32, device="cpu").to(self.dtype)
+        )
         self.options = ForwardOptions(
             matmul=matmul or resolve_matmul(False, self.device, self.dtype),
             embedding_scale=self.embedding_scale,
@@ -69,6 +77,7 @@ class Network:
         """One pass over canvases and chunks; see model.forward."""
         return forward(self.config, self.weights, self.options, cache, canvases, chunks)
 
+    @in_own_torch_state
     def encode(
         self,
         ids: Tensor,
@@ -80,18 +89,19 @@ class Network:
     ) -> None:
         """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
 
-        ids: integer [B, T], right padded where `lengths` (one per row) are given. slots: the slot of each row, default
-        0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute positions whose tokens all see each
-        other (an image's soft tokens); a chunk border never cuts one.
+        ids: integer [B, T], a tensor, an array or lists, right padded where `lengths` (one per row) are given. slots:
+        the slot of each row, default 0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute
+        positions whose tokens all see each other (an image's soft tokens); a chunk border never cuts one.
 
         Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache.
         """
         ids, slot_list = self._checked_ids("ids", ids, cache, slots)
-        counts = [ids.shape[1]] * len(slot_list) if lengths is None else list(lengths)
-        if len(counts) != len(slot_list) or any(not 0 <= n <= ids.shape[1] for n in counts):
-            raise ValueError(f"lengths must be {len(slot_list)} numbers in [0, {ids.shape[1]}], got {lengths}")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        counts = [ids.shape[1]] * len(slot_list)
+        if lengths is not None:
+            counts = arguments.integers("lengths", lengths, "integers, one per row of ids", end=ids.shape[1] + 1)
+        if len(counts) != len(slot_list):
+            raise ValueError(f"lengths must be {len(slot_list)} integers, one per row of ids, got {len(counts)}")
+        chunk = arguments.integer("chunk", chunk, least=1)
         for slot, count in zip(slot_list, counts, strict=True):
             if cache.length(slot) + count > cache.max_length:
                 raise ValueError(
@@ -108,6 +118,7 @@ class Network:
                 span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
                 self.forward(cache, None, [PrefillChunk(slot, ids[row, first - start : last - start], span_tensor)])
 
+    @in_own_torch_state
     def denoise(
         self,
         canvas: Tensor,
@@ -117,13 +128,17 @@ class Network:
     ) -> Tensor:
         """One denoising pass; returns soft-capped logits, fp32 [B, L, vocabulary]. The cache is only read.
 
-        canvas: integer [B, L]. self_conditioning: the last step's processed (temperature-scaled) logits
-        [B, L, vocabulary], or None for exact zero. Parity tests use this interface; `generate` stores no fp32 logits.
+        canvas: integer [B, L], a tensor, an array or lists. self_conditioning: the last step's processed
+        (temperature-scaled) logits, a tensor [B, L, vocabulary], or None for exact zero; no gradient flows through
+        them. Parity tests use this interface; `generate` stores no fp32 logits.
         """
         canvas, slot_list = self._checked_ids("canvas", canvas, cache, slots)
         shape = (*canvas.shape, self.config.vocab_size)
-        if self_conditioning is not None and tuple(self_conditioning.shape) != shape:
-            raise ValueError(f"self_conditioning must be {list(shape)}, got {list(self_conditioning.shape)}")
+        if self_conditioning is not None:
+            wanted = f"a tensor {list(shape)} or None"
+            given = arguments.instance("self_conditioning", self_conditioning, Tensor, wanted)
+            if tuple(given.shape) != shape or not given.is_floating_point() or given.is_meta:
+                raise arguments.refusal("self_conditioning", wanted, given)
         cap, logits = self.config.final_logit_softcapping, []
         for row, slot in enumerate(slot_list):
             soft_embedding = None
@@ -155,7 +170,7 @@ class Network:
         The logits are rounded to the model's dtype first, as transformers keeps them between steps.
         """
         logits = processed.to(self.device, self.dtype).contiguous()
-        temperature = torch.ones(logits.shape[0], device=self.device)
+        temperature = torch.ones(logits.shape[0], dtype=torch.float32, device=self.device)
         statistics = denoise.vocabulary_statistics(logits, 0.0, temperature)
         return denoise.soft_embedding(
             logits,
@@ -175,27 +190,27 @@ class Network:
             max_embedding_norm=self.max_embedding_norm,
         )
 
-    def _checked_ids(
-        self, name: str, ids: Tensor, cache: Cache, slots: Sequence[int] | None
-    ) -> tuple[Tensor, list[int]]:
-        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be an int32 or int64 tensor [B, T], got {ids.dtype} {list(ids.shape)}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"{name} must be token ids in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
-            )
-        chosen = list(range(ids.shape[0])) if slots is None else [int(s) for s in slots]
-        if len(chosen) != ids.shape[0] or len(set(chosen)) != len(chosen):
-            raise ValueError(f"slots must be {ids.shape[0]} different slots, one per row of {name}, got {chosen}")
+    def _checked_ids(self, name: str, ids: Any, cache: Cache, slots: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        checked = arguments.integer_matrix(name, ids, "token ids [B, T]")
+        if checked.numel() and not 0 <= int(checked.min()) <= int(checked.max()) < self.config.vocab_size:
+            found = f"{int(checked.min())} to {int(checked.max())}"
+            raise ValueError(f"{name} must be token ids in [0, {self.config.vocab_size}), got {found}")
+        arguments.instance("cache", cache, Cache, "a dg.Cache")
+        rows = checked.shape[0]
+        chosen = list(range(rows)) if slots is None else arguments.integers("slots", slots, "slots of the cache")
+        if len(chosen) != rows or len(set(chosen)) != len(chosen):
+            raise ValueError(f"slots must be {rows} different slots, one per row of {name}, got {chosen}")
         for slot in chosen:
             cache.length(slot)  # refuses a slot that does not exist
         # The copy does not wait for a GPU's queued work. Pinned ids are copied synchronously: the caller could change
         # them while they are copied.
-        return ids.to(self.device, non_blocking=not ids.is_pinned()), chosen
+        return checked.to(self.device, non_blocking=not checked.is_pinned()), chosen
 
 
 def _checked_spans(spans: Sequence[Sequence[tuple[int, int]]] | None, rows: int) -> list[list[tuple[int, int]]]:
-    checked = [[] for _ in range(rows)] if spans is None else [list(row) for row in spans]
+    checked: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+    if spans is not None:
+        checked = [_span_row(row) for row in arguments.sequence("bidirectional_spans", spans, _SPANS)]
     if len(checked) != rows:
         raise ValueError(f"bidirectional_spans must have {rows} entries, got {len(checked)}")
     for row in checked:
@@ -203,6 +218,14 @@ def _checked_spans(spans: Sequence[Sequence[tuple[int, int]]] | None, rows: int)
         if borders != sorted(borders) or any(start >= end for start, end in row):
             raise ValueError(f"bidirectional_spans must be ranges [start, end) that do not overlap, got {row}")
     return checked
+
+
+def _span_row(row: Any) -> list[tuple[int, int]]:
+    name = "bidirectional_spans"
+    spans = [arguments.integers(name, span, _SPANS) for span in arguments.sequence(name, row, _SPANS)]
+    if any(len(span) != 2 for span in spans):
+        raise arguments.refusal(name, _SPANS, row)
+    return [(start, end) for start, end in spans]
 
 
 def _chunks(start: int, end: int, size: int, spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

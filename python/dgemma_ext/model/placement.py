@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 import dgemma_ext._C as _C
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.model.matmul import MatmulMode
 from dgemma_ext.ops.quantized_gemm import check_moe_ffn_fp8
 
+_DEVICES = "auto, cpu or cuda"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -27,8 +29,8 @@ def resolve_matmul(batch_invariant: bool, device: torch.device, dtype: torch.dty
 
 def check_activations(activations: str | None, format: str) -> None:
     """Raises ValueError for a value other than None and "fp8", and for "fp8" with experts in another format."""
-    if activations not in (None, "fp8"):
-        raise ValueError(f"activations must be fp8, or None for those of the dtype, got {activations!r}")
+    if activations is not None and not (isinstance(activations, str) and activations == "fp8"):
+        raise arguments.refusal("activations", "fp8, or None for those of the dtype", activations)
     if activations is not None and format != "fp8":
         raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {format}")
 
@@ -53,14 +55,16 @@ def resolve_activations(
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device to use; "auto" is a GPU where torch sees one. Raises ValueError for a device that is not there and
     for a driver older than the CUDA release of this build (13.0, from cmake/Cuda.cmake, needs driver 580)."""
+    if not isinstance(device, str | torch.device):
+        raise arguments.refusal("device", _DEVICES, device)
     if isinstance(device, str) and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}") from error
+        raise arguments.refusal("device", _DEVICES, device) from error
     if resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+        raise arguments.refusal("device", _DEVICES, device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, and torch sees no CUDA GPU here")
     if resolved.type == "cuda" and _C.has_cuda():
@@ -78,6 +82,6 @@ def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
             return config.dtype
         if dtype in _DTYPES:
             return _DTYPES[dtype]
-    elif dtype in _DTYPES.values():
+    elif isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
-    raise ValueError(f"dtype must be auto, bfloat16 or float32, got {dtype!r}")
+    raise arguments.refusal("dtype", "auto, bfloat16 or float32", dtype)

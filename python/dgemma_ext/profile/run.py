@@ -9,6 +9,7 @@ from statistics import mean
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import Draft, Event, Failure, Scheduler
@@ -79,15 +80,16 @@ def profile(
 
     Raises ValueError for sizes that the model does not have.
     """
-    context = check_sizes(model.config, prefix, context)
-    for name, value in (("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    arguments.instance("model", model, DiffusionGemma, "a dg.DiffusionGemma")
+    prefix, context = check_sizes(model.config, prefix, context)
+    steps, batch = arguments.integer("steps", steps, least=1), arguments.integer("batch", batch, least=1)
+    seed = arguments.integer("seed", seed, end=2**63)
     # The device whose streams are synchronised and timed; -1 is none.
     with torch.cuda.device(model.device if model.device.type == "cuda" else -1):
         measure(model.device, model.dtype)
         began = time.perf_counter()
-        ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        ids = torch.randint(0, model.config.vocab_size, (batch, prefix), generator=generator, device="cpu")
         shared = model.device.type == "cuda" if batched is None else batched
         driven = _driven_seconds(model, ids, context, seed) if shared else None
         watched_steps, drafts = _watched_steps(model, ids, steps, context, seed, batched)
@@ -158,17 +160,20 @@ def _watched_encode(model: DiffusionGemma, ids: torch.Tensor, context: int) -> _
     return watch
 
 
-def check_sizes(config: ModelConfig, prefix: int, context: int | None) -> int:
-    """The context, by default the prefix. Raises ValueError for a prefix or a context that does not fit the model."""
+def check_sizes(config: ModelConfig, prefix: int, context: int | None) -> tuple[int, int]:
+    """The prefix, and the context, by default the prefix. Raises ValueError for one that does not fit the model."""
     longest = config.max_position_embeddings
-    if context is not None and not 1 <= context <= longest:
-        raise ValueError(f"context must be in [1, {longest}], the model's, got {context}")
+    prefix = arguments.integer("prefix", prefix, least=1)
+    if context is not None:
+        context = arguments.integer("context", context, least=1)
+        if context > longest:
+            raise arguments.refusal("context", f"in [1, {longest}], the model's", context)
     # A canvas follows the prefix.
     most = min(longest - config.canvas_length, longest if context is None else context)
-    if not 1 <= prefix <= most:
+    if prefix > most:
         limit = f"the model's context of {longest} less a canvas" if most < (context or longest) else "the context"
         raise ValueError(f"prefix must be in [1, {most}], {limit}, got {prefix}")
-    return prefix if context is None else context
+    return prefix, prefix if context is None else context
 
 
 def _drafts(events: Sequence[Event]) -> list[tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import (
     FULL,
     SLIDING,
@@ -87,9 +88,9 @@ def random_model(
     little free memory.
     """
     device = torch.device(device)
-    hit = config.num_experts if experts_hit is None else experts_hit
-    if not config.top_k_experts <= hit <= config.num_experts:
-        raise ValueError(f"experts_hit must be in [{config.top_k_experts}, {config.num_experts}], got {hit}")
+    hit = config.num_experts
+    if experts_hit is not None:
+        hit = arguments.integer("experts_hit", experts_hit, least=config.top_k_experts, end=config.num_experts + 1)
     _check_room(config, device, dtype, target)
     generator = torch.Generator(device).manual_seed(seed)
 

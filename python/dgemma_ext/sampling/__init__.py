@@ -7,7 +7,7 @@ canvas and advances the batch.
 from __future__ import annotations
 
 from dgemma_ext.sampling.canvas import Canvas
-from dgemma_ext.sampling.settings import ResolvedSampler, SamplerConfig
+from dgemma_ext.sampling.settings import ResolvedSampler, SamplerConfig, resolve_sampler
 from dgemma_ext.sampling.state import (
     CanvasBatch,
     CanvasState,

@@ -6,11 +6,40 @@ temperature schedule, and stopping when the draft is stable and confident.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import GenerationDefaults
+
+
+def _count(least: int) -> Callable[[str, Any], int]:
+    return lambda field, value: arguments.integer(field, value, least)
+
+
+def _above_zero(field: str, value: Any) -> float:
+    return arguments.number(field, value, zero=False)
+
+
+def _token_ids(field: str, value: Any) -> tuple[int, ...]:
+    return tuple(arguments.integers(field, value, "a sequence of token ids", unordered=True))
+
+
+# What each field takes; steps and lengths are int32 in the kernels.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_denoising_steps": _count(1),
+    "entropy_bound": arguments.number,
+    "t_min": arguments.number,
+    "t_max": _above_zero,
+    "stability_threshold": _count(0),
+    "confidence_threshold": arguments.number,
+    "eos_token_ids": _token_ids,
+    "canvas_length": _count(1),
+    "trim_canvas": arguments.flag,
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +52,8 @@ class SamplerConfig:
     is below confidence_threshold (nats). canvas_length: at most the checkpoint's. trim_canvas: shortens an answer's
     last canvas, in quarters, to the length limit or a pinned end of text. That is less work, and may change tokens,
     because the positions that are cut off would be seen by the others.
+
+    Numbers may be numpy's or torch's; each is kept as Python's. Raises ValueError naming the field.
     """
 
     max_denoising_steps: int | None = None
@@ -31,10 +62,15 @@ class SamplerConfig:
     t_max: float | None = None
     stability_threshold: int | None = None
     confidence_threshold: float | None = None
-    eos_token_ids: tuple[int, ...] | None = None
-    pad_token_id: int | None = None
+    eos_token_ids: Sequence[int] | None = None
     canvas_length: int | None = None
     trim_canvas: bool = False
+
+    def __post_init__(self) -> None:
+        for field, check in _CHECKS.items():
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, check(field, value))
 
     def resolve(self, defaults: GenerationDefaults, canvas_length: int) -> ResolvedSampler:
         """Fills in the defaults and checks every field; raises ValueError naming the field."""
@@ -42,10 +78,16 @@ class SamplerConfig:
         values = {f.name: getattr(defaults, f.name) for f in fields(self) if hasattr(defaults, f.name)}
         resolved = ResolvedSampler(**{**values, "canvas_length": canvas_length, **given})
         if resolved.canvas_length > canvas_length:
-            raise ValueError(
-                f"canvas_length must be at most the checkpoint's {canvas_length}, got {self.canvas_length}"
-            )
+            raise arguments.refusal("canvas_length", f"at most the checkpoint's {canvas_length}", self.canvas_length)
         return resolved
+
+
+def resolve_sampler(sampler: SamplerConfig | None, defaults: GenerationDefaults, canvas_length: int) -> ResolvedSampler:
+    """`SamplerConfig.resolve` of a request's argument `sampler`; None has the defaults."""
+    if sampler is None:
+        sampler = SamplerConfig()
+    wanted = "a dg.SamplerConfig or None"
+    return arguments.instance("sampler", sampler, SamplerConfig, wanted).resolve(defaults, canvas_length)
 
 
 @dataclass(frozen=True)
@@ -59,24 +101,14 @@ class ResolvedSampler:
     stability_threshold: int
     confidence_threshold: float
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
     canvas_length: int
     trim_canvas: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        self._require(self.max_denoising_steps >= 1, "max_denoising_steps", "at least 1")
-        self._require(self.canvas_length >= 1, "canvas_length", "at least 1")
-        self._require(self.entropy_bound >= 0, "entropy_bound", "at least 0 nats")
-        self._require(self.stability_threshold >= 0, "stability_threshold", "at least 0 steps")
-        self._require(self.confidence_threshold >= 0, "confidence_threshold", "at least 0 nats")
-        self._require(self.t_min >= 0, "t_min", "at least 0")
-        self._require(0 < self.t_max < float("inf"), "t_max", "above 0 and finite")
-        self._require(self.t_max >= self.t_min, "t_max", f"at least t_min, which is {self.t_min}")
-
-    def _require(self, holds: bool, field: str, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"{field} must be {wanted}, got {getattr(self, field)}")
+        for field, check in _CHECKS.items():
+            object.__setattr__(self, field, check(field, getattr(self, field)))
+        if self.t_max < self.t_min:
+            raise arguments.refusal("t_max", f"at least t_min, which is {self.t_min}", self.t_max)
 
     def length_of(self, index: int, end: int) -> int:
         """The number of positions of canvas `index` in an answer of at most `end` tokens."""
@@ -92,5 +124,5 @@ class ResolvedSampler:
 
         Every operation is rounded to fp32, because transformers computes it on an fp32 tensor.
         """
-        remaining = torch.tensor(self.max_denoising_steps - step + 1, dtype=torch.int32)
+        remaining = torch.tensor(self.max_denoising_steps - step + 1, dtype=torch.float32, device="cpu")
         return float(self.t_min + (self.t_max - self.t_min) * (remaining / self.max_denoising_steps))
