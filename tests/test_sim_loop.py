@@ -30,7 +30,7 @@ def test_puzzles_in_a_batch_are_solved_as_one_by_one(compute_capability: int, se
 
 
 def test_the_kernels_freeze_what_is_finished() -> None:
-    run_tests_on_kernels("tests/test_loop.py", "-k", "frozen or would_be_alone", seed=3)
+    run_tests_on_kernels("tests/test_canvas_batch.py", "-k", "frozen or would_be_alone", seed=3)
 
 
 def test_the_kernels_hold_the_rules_of_every_request_in_a_batch() -> None:
