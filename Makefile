@@ -93,5 +93,5 @@ build_inputs := .venv/.installed pyproject.toml CMakeLists.txt tools/build.py to
 # What shows machine code, and the compiler where the machine has none; then the build that has the kernels. It serves
 # `make demo` as well.
 .venv/.built-cuda: requirements/cuda.txt $(build_inputs)
-	@$(venv_python) tools/build.py --cuda
+	@$(venv_python) tools/build.py --cuda --strict
 	@touch $@ .venv/.built

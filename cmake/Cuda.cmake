@@ -79,12 +79,7 @@ if(code_of_120)
   list(APPEND fp8_code "SHELL:-gencode arch=compute_90,code=[${code},compute_90]")
 endif()
 
-# Registers that spill, and arrays that the compiler puts into memory, cost more than any kernel here can bear. Errors with
-# the compiler that the kernels have been tried with; another release may warn of something new.
-set(cuda_warnings -Xcompiler=-Wall,-Wextra -Xptxas=--warn-on-spills,--warn-on-local-memory-usage)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.1)
-  list(APPEND cuda_warnings -Werror=all-warnings)
-endif()
+dgemma_cuda_warnings(cuda_warnings)
 
 function(dgemma_add_cuda name code)
   add_library(${name} OBJECT ${ARGN})

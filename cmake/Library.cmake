@@ -10,12 +10,8 @@ if(NOT dgemma_header_version VERSION_EQUAL PROJECT_VERSION)
   message(FATAL_ERROR "csrc/include/dgemma/base.h is version ${dgemma_header_version}, pyproject.toml ${PROJECT_VERSION}")
 endif()
 
-# Warnings are errors with the compiler they have been tried with; another release may warn of something new.
-set(dgemma_warnings -Wall -Wextra)
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  # -Wrestrict sees an overlap in std::string's operator+ that is not there (GCC bug 105651, fixed in 13).
-  list(APPEND dgemma_warnings -Werror -Wno-restrict)
-endif()
+include(cmake/Warnings.cmake)
+dgemma_cxx_warnings(dgemma_warnings)
 
 add_library(dgemma STATIC)
 target_include_directories(

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
 import dgemma_ext
+from c_interface import environment
 from dgemma_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,3 +203,34 @@ def test_every_dependency_has_a_row_and_a_pin() -> None:
     pin = r'[A-Za-z0-9_-]+==[0-9.]+(; sys_platform == "linux")?'
     assert [line for line in requirement_lines() if not re.fullmatch(pin, line)] == []
     assert requirement_lines()[0].startswith("torch==")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_users_build_does_not_end_at_a_warning(strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's does, with the compilers that were tried."""
+    commands: list[list[str]] = []
+
+    def note(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.subprocess, "run", note)
+        patch.setattr(build, "cuda_compiler", lambda demanded: "nvcc")
+        assert build.main(["--cuda", "--strict"] if strict else ["--cuda"]) == 0
+    (option,) = [word for word in commands[0] if "WARNINGS" in word]
+    define = option.replace("-Ccmake.define.", "-D")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.25)\nproject(warnings LANGUAGES NONE)\n"
+        f"include({ROOT}/cmake/Warnings.cmake)\n"
+        'dgemma_cxx_warnings(cxx)\ndgemma_cuda_warnings(cuda)\nmessage(NOTICE "cxx ${cxx}\\ncuda ${cuda}")\n'
+    )
+    for release, host, expected in (("13.0.88", "12.2.0", strict), ("13.1.2", "14.0.0", False)):
+        compilers = [f"-DCMAKE_CUDA_COMPILER_VERSION={release}", f"-DCMAKE_CXX_COMPILER_VERSION={host}"]
+        command = ["cmake", "-S", tmp_path, "-B", tmp_path / "made", "-DCMAKE_CXX_COMPILER_ID=GNU", *compilers, define]
+        told = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, check=True, env=environment()
+        ).stderr
+        assert "cxx -Wall;-Wextra" in told
+        assert ("-Werror" in told.splitlines()[0]) is expected, told
+        assert ("-Werror=all-warnings" in told) is expected, told

@@ -2,6 +2,7 @@
 
     tools/build.py          with the CUDA kernels where an NVIDIA GPU or nvcc 13 is at hand
     tools/build.py --cuda   with them in any case: the compiler is fetched from the package index where there is none
+    tools/build.py --cuda --strict   ends at a compiler's warning: what the test suite runs on
 
 DGEMMA_CUDA=1 in the environment is --cuda, DGEMMA_CUDA=0 leaves the kernels out. They are compiled for the GPUs of this
 machine, or for 8.0 and 9.0 where there is none; DGEMMA_CUDA_ARCHITECTURES="80;89" chooses others.
@@ -62,7 +63,7 @@ def chosen_architectures() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--cuda"]):
+    if arguments not in ([], ["--cuda"], ["--cuda", "--strict"]):
         print(__doc__, file=sys.stderr)
         return 2
     wish = os.environ.get("DGEMMA_CUDA", "")
@@ -70,7 +71,10 @@ def main(arguments: list[str]) -> int:
     architectures = chosen_architectures()
     what = "without CUDA kernels" if nvcc is None else f"with CUDA kernels for {', '.join(architectures)}, by {nvcc}"
     print(f"building dgemma_ext {what}", flush=True)
-    install = [*PIP, "--no-build-isolation", "--no-deps", "--no-index", *cuda_defines(nvcc, architectures), "-e", "."]
+    # Named in any case, because a build folder keeps what an earlier build was told.
+    strict = f"-Ccmake.define.DGEMMA_WARNINGS_AS_ERRORS={'ON' if '--strict' in arguments else 'OFF'}"
+    defines = [*cuda_defines(nvcc, architectures), strict]
+    install = [*PIP, "--no-build-isolation", "--no-deps", "--no-index", *defines, "-e", "."]
     return subprocess.run(install, cwd=ROOT, check=False).returncode
 
 

@@ -35,6 +35,7 @@ def build() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         configure = ["cmake", "-S", str(ROOT), "-B", str(FOLDER / "build"), "-G", "Ninja", "-DDGEMMA_SIM=ON"]
+        configure += ["-DDGEMMA_WARNINGS_AS_ERRORS=ON"]
         configure += ["-DDGEMMA_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
         for command in (configure, ["cmake", "--build", str(FOLDER / "build")]):
             result = subprocess.run(
