@@ -25,10 +25,11 @@ __global__ void __launch_bounds__(kThreads)
 class Loop final : public GraphLoop {
  public:
   const char* build(void* step, const LoopFlags& flags) {
-    return graph_.build(step, [flags](device::GraphCondition condition, void* stream) {
+    const auto end = [flags](device::GraphCondition condition, void* stream) {
       const device::LaunchShape shape = {.threads = kThreads};
       return device::launch(shape, stream, loop_condition_kernel, flags, condition);
-    });
+    };
+    return graph_.build(step, reinterpret_cast<const void*>(loop_condition_kernel), end);
   }
   const char* launch(void* stream) override { return graph_.launch(stream); }
 

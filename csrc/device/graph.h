@@ -27,24 +27,42 @@ inline int32_t driver_release() {
   return cudaDriverGetVersion(&release) == cudaSuccess ? release : 0;
 }
 
+// While it lives, calls of this thread that a capture forbids are allowed.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the mode before
+};
+
 class WhileGraph {
  public:
   WhileGraph() = default;
   WhileGraph(const WhileGraph&) = delete;
   WhileGraph& operator=(const WhileGraph&) = delete;
+  // The thread may be capturing another graph: Python destroys objects when it collects them.
   ~WhileGraph() {
+    const RelaxedCapture relaxed;
     if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
     if (graph_ != nullptr) cudaGraphDestroy(graph_);
     if (capture_ != nullptr) cudaStreamDestroy(capture_);
   }
 
   // step: a cudaGraph_t, which is copied; what it works on must stay where it is. end(condition,
-  // stream) launches the kernel that sets the condition and returns the launch's error, if any.
+  // stream) launches `kernel`, which sets the condition, and returns the launch's error, if any.
   // Returns null or the error's text.
   template <typename End>
-  const char* build(void* step, End end) {
+  const char* build(void* step, const void* kernel, End end) {
     const char* launch_error = nullptr;
-    const cudaError_t error = build_graph(static_cast<cudaGraph_t>(step), end, &launch_error);
+    // Loads the kernel: its first launch is in a capture, where loading may be forbidden.
+    cudaFuncAttributes loaded;
+    cudaError_t error = cudaFuncGetAttributes(&loaded, kernel);
+    if (error == cudaSuccess)
+      error = build_graph(static_cast<cudaGraph_t>(step), end, &launch_error);
     if (launch_error != nullptr) return launch_error;
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }

@@ -29,7 +29,7 @@ class WhileGraph {
   };
 
   template <typename End>
-  const char* build(void* step, End end) {
+  const char* build(void* step, const void* /*kernel*/, End end) {
     step_ = *static_cast<const Step*>(step);
     end_ = end;
     return nullptr;
