@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,14 @@ from checkpoints import make_checkpoint, write_published_layout
 from dgemma_ext import _C
 from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target, resolve_weights
 from dgemma_ext.cli import main
-from dgemma_ext.engine import MemoryPlan, mapped_bytes, memory_plan
+from dgemma_ext.engine import MemoryPlan, batch_plan, check_memory, cuda_graphs, mapped_bytes, memory_plan
 from dgemma_ext.engine import memory as memory_module
+from dgemma_ext.engine import scheduler as scheduler_module
+from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
+from dgemma_ext.model import Cache, Snapshot
 from dgemma_ext.ops.formats import QuantizedWeight
+from dgemma_ext.units import format_bytes
+from models import random_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -133,6 +141,148 @@ def test_the_plan_on_the_command_line(
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: 1)
     assert main(["generate", str(folder), "hello", "--weights", "int4"]) == 1
     assert plan_of(folder, "int4").table() in capsys.readouterr().err
+
+
+# What a GPU takes besides -------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def as_seen(plan: MemoryPlan) -> dict[str, int]:
+    return {purpose: nbytes for purpose, _, nbytes in plan.rows()}
+
+
+@pytest.mark.skipif(not _C.has_cuda(), reason="steps are captured where the build has CUDA kernels")
+def test_captured_steps_and_workspaces_of_cublas_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the published size, a step of a canvas of 256: six rows of hidden size, three of the dense MLP and two times
+    the projections of a full layer for each position, beside the largest workspace of an operator."""
+    folder = write_published_layout(tmp_path)
+    monkeypatch.delenv("DGEMMA_KERNELS", raising=False)
+    monkeypatch.delenv("DGEMMA_SYNC", raising=False)
+    found, on_cpu = plan_of(folder, "auto", CUDA, 8192), plan_of(folder, "auto", CPU, 8192)
+    # Of a captured step: for each of 256 positions six rows of hidden size, three of the dense MLP, and the projections
+    # of a full layer twice; and what sorting the experts' pairs takes, or the slices of a long prefix.
+    rows = 256 * (6 * 2816 + 3 * 2112 + 2 * (16 + 2 * 2) * 512) * 2
+    assert rows < found.graphs < rows + 64 * MIB
+    assert found.cublas == 3 * 32 * MIB
+    assert found.total == sum(nbytes for purpose, nbytes in as_seen(found).items() if purpose != "total")
+    assert as_seen(found)["graphs"] == found.graphs
+    assert (on_cpu.graphs, on_cpu.cublas) == (0, 0)
+    assert not {"graphs", "cuBLAS", "snapshots"} & as_seen(on_cpu).keys()
+    monkeypatch.setenv("DGEMMA_SYNC", "1")
+    launched = plan_of(folder, "auto", CUDA, 8192)
+    assert (launched.graphs, launched.cublas) == (0, 32 * MIB)
+    assert "workspaces of one stream" in launched.table()
+
+
+class Gpu:
+    """A GPU of compute capability 8.9 with 20 GiB, in place of torch.cuda: another process uses 5 of them; torch has
+    reserved 3, of which tensors use 1, and 300 MiB are left in pools of graphs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pools = {(0, 0): (2 * 1024, 800), (0, 7): (700, 500), (3, 1): (324, 224)}
+        stand_ins = {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "get_device_capability": lambda device: (8, 9),
+            "mem_get_info": lambda device: (12 * 1024 * MIB, 20 * 1024 * MIB),
+            "memory_reserved": lambda device: sum(total for total, _ in self.pools.values()) * MIB,
+            "memory_allocated": lambda device: sum(used for _, used in self.pools.values()) * MIB,
+            "memory_snapshot": self.segments,
+        }
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def segments(self) -> list[dict[str, object]]:
+        here = [
+            {"device": 0, "segment_pool_id": pool, "total_size": total * MIB, "allocated_size": used * MIB}
+            for pool, (total, used) in self.pools.items()
+        ]
+        return [*here, {"device": 1, "segment_pool_id": (0, 7), "total_size": 9 * MIB, "allocated_size": 0}]
+
+
+def test_memory_that_only_captures_can_use_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    assert memory_module.available_bytes(CUDA) == (12 * 1024 + 2048 - 800) * MIB
+    assert unused_in_pools(CUDA) == {(0, 7): 200 * MIB, (3, 1): 100 * MIB}
+    assert cublas_workspace_bytes(CUDA) == 8_519_680
+
+
+@pytest.mark.parametrize("graphs", [150, 250])
+def test_later_graphs_use_the_pool_of_earlier_ones(graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    device = torch.device("cuda", 0)
+    free = memory_module.available_bytes(device)
+    assert free is not None
+    plan = MemoryPlan({}, cache=free, workspace=0, logits=0, context=9, graphs=graphs * MIB, cublas=3, streams=3)
+    with pytest.raises(dg.NotEnoughMemory, match="cuBLAS"):
+        check_memory(plan, 0, device)
+    monkeypatch.setattr(cuda_graphs, "_places", {device: SimpleNamespace(pool=(0, 7))})
+    beyond = max(0, graphs - 200) * MIB
+    check_memory(replace(plan, cache=free - beyond), 0, CUDA)
+    with pytest.raises(dg.NotEnoughMemory):
+        check_memory(replace(plan, cache=free - beyond + 1), 0, CUDA)
+    gpu.pools[0, 7] = (700, 700)
+    with pytest.raises(dg.NotEnoughMemory):
+        check_memory(replace(plan, cache=free - beyond), 0, device)
+
+
+def test_a_scheduler_makes_sure_that_graphs_and_snapshots_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr(scheduler_module, "can_capture", lambda network: True)
+    length = model.config.canvas_length
+    slot = model.new_cache(1, 100).nbytes
+    plan = batch_plan(model.network, 4, length, 100, slots=3, captured=True, kept_slots=5)
+    assert plan.cache == 3 * slot
+    assert plan.kept == 5 * slot
+    without = batch_plan(model.network, 4, length, 100, slots=3)
+    assert plan.total == without.total + plan.kept + plan.graphs
+    assert plan.graphs > 0
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - 1)
+    with pytest.raises(dg.NotEnoughMemory) as caught:
+        dg.Scheduler(model, 3, 100, batched=True, make_runner=cuda_graphs.cuda_runner, kept_snapshots=5)
+    assert caught.value.plan == plan
+    assert "snapshots" in str(caught.value)
+    dg.Scheduler(model, 3, 100, batched=True, kept_snapshots=5)
+
+
+def test_a_chat_asks_for_its_snapshots_and_never_keeps_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    asked: list[int] = []
+    made = dg.Scheduler.__init__
+
+    def note(self: dg.Scheduler, *operands: object, **options: Any) -> None:
+        asked.append(options["kept_snapshots"])
+        made(self, *operands, **options)
+
+    monkeypatch.setattr(dg.Scheduler, "__init__", note)
+    chat = model.chat(max_length=400)
+    held: list[int] = []
+    copy = Cache.snapshot
+
+    def snapshot(self: Cache, slot: int) -> Snapshot:
+        held.append(len(chat._snapshots) + 1)
+        return copy(self, slot)
+
+    monkeypatch.setattr(Cache, "snapshot", snapshot)
+    for turn in range(4):
+        chat.send(f"turn {turn}", 12, dg.SamplerConfig(max_denoising_steps=2), seed=turn)
+    assert asked == [chat._snapshots.limit]
+    assert max(held) == chat._snapshots.limit
+    assert len(held) > chat._snapshots.limit
+
+
+def test_info_tells_what_a_chat_takes_besides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_checkpoint(tmp_path)
+    plan = plan_of(folder, "auto", context=64)
+    assert main(["info", str(folder), "--context", "64"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("for a chat besides")]
+    assert line.endswith(f" {format_bytes(4 * plan.cache)}")
+    assert "  up to 4 slots  " in line
+    assert main(["info", str(folder), "--context", "64", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["checkpoint"]["memory"]
+    assert memory["chat_snapshots_bytes"] == 4 * plan.cache
+    assert (memory["graphs_bytes"], memory["cublas_bytes"]) == (0, 0)
 
 
 def test_available_bytes() -> None:

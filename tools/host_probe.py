@@ -210,7 +210,7 @@ def recapture_by_the_engine() -> None:
             step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with cuda_graphs._capturing(place, graph, device):
+        with cuda_graphs._capturing(place, graph):
             step()
         graph.instantiate()
         graph.replay()
@@ -232,7 +232,7 @@ def failed_capture() -> None:
     torch.cuda.synchronize()
     refused = False
     try:
-        with cuda_graphs._capturing(place, torch.cuda.CUDAGraph(), device):
+        with cuda_graphs._capturing(place, torch.cuda.CUDAGraph()):
             float(out.sum())  # waits, which a capture does not allow
     except RuntimeError:
         refused = True

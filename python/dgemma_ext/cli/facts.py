@@ -24,7 +24,7 @@ from dgemma_ext.checkpoint import (
     inspect_checkpoint,
     resolve_weights,
 )
-from dgemma_ext.engine import USUAL_CONTEXT, memory_plan
+from dgemma_ext.engine import USUAL_CONTEXT, USUAL_SNAPSHOTS, memory_plan
 from dgemma_ext.model import Cache, resolve_dtype
 from dgemma_ext.version import __version__
 
@@ -156,6 +156,10 @@ def _memory(
         "cache_bytes": plan.cache,
         "workspace_bytes": plan.workspace,
         "logits_bytes": plan.logits,
+        "graphs_bytes": plan.graphs,
+        "cublas_bytes": plan.cublas,
+        "chat_snapshots": USUAL_SNAPSHOTS,
+        "chat_snapshots_bytes": USUAL_SNAPSHOTS * plan.cache,
         "total_bytes": plan.total,
         "context": plan.context,
         "table": plan.table(),

@@ -9,6 +9,7 @@ from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
+from dgemma_ext.engine import plan_row
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.units import format_bytes
 
@@ -28,7 +29,9 @@ def run(arguments: Arguments) -> None:
     texts = [_aligned(rows) for rows in sections]
     if "checkpoint" in facts:
         memory = facts["checkpoint"]["memory"]
-        texts.insert(1, f"memory on {memory['device']}\n{memory['table']}")
+        slots = f"up to {memory['chat_snapshots']} slots"
+        chat = plan_row("for a chat besides", slots, memory["chat_snapshots_bytes"])
+        texts.insert(1, f"memory on {memory['device']}\n{memory['table']}\n{chat}")
     print("\n\n".join(texts))
 
 

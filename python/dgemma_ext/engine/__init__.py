@@ -19,9 +19,10 @@ from dgemma_ext.engine.memory import (
     check_memory,
     mapped_bytes,
     memory_plan,
+    plan_row,
 )
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import Prompt, ServedModel
-from dgemma_ext.engine.snapshots import SnapshotStore
+from dgemma_ext.engine.snapshots import USUAL_SNAPSHOTS, SnapshotStore

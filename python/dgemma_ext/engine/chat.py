@@ -25,8 +25,8 @@ class Chat:
         if model.tokenizer is None:
             raise ValueError("a chat needs a checkpoint with tokenizer.json")
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._scheduler = Scheduler(model, max_batch=1, max_length=max_length)
         self._snapshots = SnapshotStore()
+        self._scheduler = Scheduler(model, max_batch=1, max_length=max_length, kept_snapshots=self._snapshots.limit)
 
     def send(
         self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -24,12 +25,19 @@ from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput
 
 # Calls before a capture, as torch's manual asks: libraries choose algorithms and allocate in their first calls.
 _WARM_UP = 2
+# Streams of a GPU in which products run for captures: that of the warm-up and that of the capture.
+CAPTURE_STREAMS = 2
 
 
 def can_capture(network: Network) -> bool:
     """Whether every operator of a step can be captured."""
+    return operators_can_be_captured() and not network.options.debug
+
+
+def operators_can_be_captured() -> bool:
+    """Whether this build and the environment have operators that do not wait for a GPU."""
     fallback, syncs = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
-    return _C.has_cuda() and not fallback and not syncs and not network.options.debug
+    return _C.has_cuda() and not fallback and not syncs
 
 
 def cuda_runner(network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> StepRunner:
@@ -68,7 +76,8 @@ class CudaGraphRunner(CudaEagerRunner):
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=network.device)
         flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
         with torch.cuda.device(network.device), _nothing_active(batch):
-            self._graph = _captured(batch, super().step)
+            self._place = _capture_place(batch.slot.device)
+            self._graph = _captured(self._place, super().step)
             try:
                 self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
                 # Run once, because a driver may reject the graph only when it is launched.
@@ -82,13 +91,12 @@ class CudaGraphRunner(CudaEagerRunner):
         if chunks:
             super().step(chunks)  # not captured: its shapes depend on the chunks
         else:
-            self._graph.replay()
+            self._place.launch(lambda _stream: self._graph.replay())
 
     def run_until_finished(self, max_steps: int) -> None:
         self._steps_left.fill_(max_steps)
-        device = self._steps_left.device
-        with torch.cuda.device(device):
-            self._loop.launch(torch.cuda.current_stream(device).cuda_stream)
+        with torch.cuda.device(self._place.device):
+            self._place.launch(lambda stream: self._loop.launch(stream.cuda_stream))
 
 
 class _PinnedOutput:
@@ -124,11 +132,13 @@ def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
         batch.state.active.copy_(active)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _CapturePlace:
-    """Streams and memory for all captures on one GPU.
+    """Streams and memory for all captures on one GPU, and the turns of the graphs that share them.
 
-    All graphs share one pool, because one graph runs at a time and all that outlives a step is in the batch's buffers.
+    All graphs share one pool, because all that outlives a step is in the batch's buffers. So one graph runs at a time,
+    whichever scheduler and thread it is of: `launch` queues it behind the last one. `lock` also keeps captures of
+    several threads apart, which would use one stream.
 
     Captures use their own stream, because torch's capture stream is shared by all GPUs and other users of CUDA graphs
     free its memory. Warm-up uses another, so that the workspace that cuBLAS keeps for the capture's stream is in the
@@ -136,42 +146,70 @@ class _CapturePlace:
     torch 2.11 cannot capture into a pool that was freed.
     """
 
+    device: torch.device
     warm_up: torch.cuda.Stream
     stream: torch.cuda.Stream
     pool: torch.cuda._POOL_HANDLE
     keeper: torch.cuda.CUDAGraph
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    last: torch.cuda.Stream | None = None
+
+    def launch(self, queue: Callable[[torch.cuda.Stream], None]) -> None:
+        """Calls `queue`, which launches a graph in the current stream. It begins when all launches before it are done.
+
+        Launches in one stream follow each other; the first one in another stream waits on the GPU.
+        """
+        with self.lock:
+            stream = torch.cuda.current_stream(self.device)
+            if self.last is not None and self.last != stream:
+                stream.wait_stream(self.last)
+            self.last = stream
+            queue(stream)
 
 
-@cache
+_places: dict[torch.device, _CapturePlace] = {}
+_places_lock = threading.Lock()
+
+
 def _capture_place(device: torch.device) -> _CapturePlace:
-    with torch.cuda.device(device):
-        place = _CapturePlace(
-            torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        )
-        with _capturing(place, place.keeper, device):
-            torch.zeros(1, device=device)
-    return place
+    with _places_lock:
+        if device not in _places:
+            with torch.cuda.device(device):
+                streams, graph = (torch.cuda.Stream(), torch.cuda.Stream()), torch.cuda.CUDAGraph()
+                place = _CapturePlace(device, *streams, torch.cuda.graph_pool_handle(), graph)
+                with _capturing(place, graph):
+                    torch.zeros(1, device=device)
+            _places[device] = place
+        return _places[device]
 
 
-def _captured(batch: CanvasBatch, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture_pool(device: torch.device) -> torch.cuda._POOL_HANDLE | None:
+    """The memory pool of all graphs on this GPU; None before the first capture."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    place = _places.get(device)
+    return None if place is None else place.pool
+
+
+def _captured(place: _CapturePlace, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Captures a step in a graph."""
-    place = _capture_place(batch.slot.device)
-    current = torch.cuda.current_stream()
-    place.warm_up.wait_stream(current)
-    with torch.cuda.stream(place.warm_up):
-        for _ in range(_WARM_UP):
+    with place.lock:
+        current = torch.cuda.current_stream()
+        place.warm_up.wait_stream(current)
+        with torch.cuda.stream(place.warm_up):
+            for _ in range(_WARM_UP):
+                step()
+        current.wait_stream(place.warm_up)
+        # keep_graph, because GraphLoop copies the graph.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with _capturing(place, graph):
             step()
-    current.wait_stream(place.warm_up)
-    # keep_graph, because GraphLoop copies the graph.
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    with _capturing(place, graph, batch.slot.device):
-        step()
-    graph.instantiate()
-    return graph
+        graph.instantiate()
+        return graph
 
 
 @contextmanager
-def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """Captures the work inside the block. A failure restores the thread's stream and the allocator."""
     current = torch.cuda.current_stream()
     # A collection could destroy another graph, which is an error while one is captured.
@@ -186,7 +224,7 @@ def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph, device: torch.
         torch.cuda.set_stream(current)
         # Where ending a capture fails, torch 2.11 leaves the allocator in it; otherwise this call raises RuntimeError.
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index, place.pool)
+            torch._C._cuda_endAllocateToPool(place.device.index, place.pool)
         raise
     finally:
         if collects:

@@ -59,7 +59,8 @@ class CanvasGroup(Generic[Member]):
     next power of two.
 
     shared: whether the rows of a step share one pass; otherwise they are stepped by turns over one set of buffers.
-    driver: a name of loop.LOOPS. make_runner: makes the runner of each batch size when it is first needed.
+    driver: a name of loop.LOOPS. make_runner: makes the runner of each batch size, when it is first needed or in
+    `make_runners`.
     """
 
     def __init__(
@@ -134,9 +135,19 @@ class CanvasGroup(Generic[Member]):
         loop = loop_for(runner, self._driver)
         return self._progress(runner, loop(runner, len(self._members), max_steps, self._take_chunks()))
 
+    def make_runners(self) -> None:
+        """Makes the runners of all batch sizes: none is captured while requests wait for it.
+
+        The largest comes first, because the graphs share the memory of their steps.
+        """
+        for power in reversed(range(self._batch.rows.bit_length())):
+            self._runner_of(1 << power)
+
     def runner(self) -> StepRunner:
         """The runner for the current number of members."""
-        rows = bucket_of(len(self._members))
+        return self._runner_of(bucket_of(len(self._members)))
+
+    def _runner_of(self, rows: int) -> StepRunner:
         if rows not in self._runners:
             buffers = self._buffers.first(rows) if self._shared else self._buffers
             batch = self._batch.rows_between(0, rows)

@@ -22,6 +22,8 @@ from dgemma_ext.checkpoint import (
     model_layout,
     names_of,
 )
+from dgemma_ext.engine.cuda_graphs import CAPTURE_STREAMS, capture_pool, operators_can_be_captured
+from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, free_bytes, unused_in_pools
 from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
 from dgemma_ext.ops.block_attention import attention_workspace_bytes
 from dgemma_ext.ops.denoise import soft_embedding_workspace
@@ -36,7 +38,11 @@ USUAL_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. `weights`: part of the model → (its format or dtype, bytes)."""
+    """Bytes by purpose. `weights`: part of the model → (its format or dtype, bytes).
+
+    On a GPU also `graphs`, the memory of captured steps, and `cublas`, the workspaces that torch gives cuBLAS for
+    `streams` streams. `kept`: copies of slots that a chat continues from.
+    """
 
     weights: dict[str, tuple[str, int]]
     cache: int
@@ -44,25 +50,39 @@ class MemoryPlan:
     logits: int
     context: int
     requests: int = 1
+    graphs: int = 0
+    cublas: int = 0
+    streams: int = 0
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        return sum(nbytes for _, nbytes in self.weights.values()) + self.cache + self.workspace + self.logits
+        weights = sum(nbytes for _, nbytes in self.weights.values())
+        return weights + self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.kept
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The lines of the table: purpose, format, bytes; the total last."""
+        not_everywhere = [
+            ("graphs", "largest captured step", self.graphs),
+            ("cuBLAS", f"workspaces of {_several(self.streams, 'stream')}", self.cublas),
+            ("snapshots", f"of slots of {self.context:,} tokens", self.kept),
+        ]
         return [
             *((f"{part} weights", format, nbytes) for part, (format, nbytes) in self.weights.items()),
             ("cache", f"{_several(self.requests, 'slot')} of {self.context:,} tokens", self.cache),
             ("workspace", "largest of a pass", self.workspace),
             ("logits", f"of {_several(self.requests, 'canvas')}", self.logits),
+            *(row for row in not_everywhere if row[-1]),
             ("total", "", self.total),
         ]
 
     def table(self) -> str:
-        return "\n".join(
-            f"{purpose:18}  {format:24}  {format_bytes(nbytes):>8}" for purpose, format, nbytes in self.rows()
-        )
+        return "\n".join(plan_row(*row) for row in self.rows())
+
+
+def plan_row(purpose: str, format: str, nbytes: int) -> str:
+    """A line of the plan's table."""
+    return f"{purpose:18}  {format:24}  {format_bytes(nbytes):>8}"
 
 
 def _several(count: int, what: str) -> str:
@@ -105,51 +125,83 @@ def memory_plan(
     experts = bytes_of_parts["experts"][0]
     check_activations(activations, experts)
     positions = _positions(1, config.canvas_length, chosen)
+    formats = experts.split(", ")
+    captured = device.type == "cuda" and operators_can_be_captured()
+    step = _pass_workspace(config, config.canvas_length, dtype, device, formats, activations)
     return MemoryPlan(
         weights=bytes_of_parts,
         cache=cache.nbytes,
-        workspace=_workspace(config, positions, dtype, device, experts.split(", "), activations),
+        workspace=_workspace(config, positions, dtype, device, formats, activations),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
+        graphs=sum(step) if captured else 0,
+        **_cublas(device, captured),
     )
 
 
-def batch_plan(network: Network, requests: int, length: int, max_length: int, slots: int) -> MemoryPlan:
+def batch_plan(
+    network: Network,
+    requests: int,
+    length: int,
+    max_length: int,
+    slots: int,
+    captured: bool = False,
+    kept_slots: int = 0,
+) -> MemoryPlan:
     """The memory that a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache
-    of `slots` for `max_length` positions each (0 slots where the cache exists already)."""
+    of `slots` for `max_length` positions each (0 slots where the cache exists already).
+
+    captured: whether its steps are captured in CUDA graphs. kept_slots: how many snapshots of slots are kept.
+    """
     config, dtype, device = network.config, network.dtype, network.device
     batch = make_canvas_batch(network, requests, length, device="meta")
     buffers = make_step_buffers(network, requests, length, device="meta")
-    cache = 0
-    if slots:
-        cache = Cache(config, slots, max_length, dtype, torch.device("meta")).nbytes
+    slot = Cache(config, 1, max_length, dtype, torch.device("meta")).nbytes
     positions = _positions(requests, length, max_length)
     experts = [weight for layer in network.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
     formats = {weight.name if isinstance(weight, QuantizedWeight) else "unquantized" for weight in experts}
-    workspace = _workspace(config, positions, dtype, device, formats, network.options.activations)
+    activations = network.options.activations
+    workspace = _workspace(config, positions, dtype, device, formats, activations)
+    step = _pass_workspace(config, requests * length, dtype, device, formats, activations)
     return MemoryPlan(
         weights={},
-        cache=cache,
+        cache=slots * slot,
         workspace=workspace + batch.nbytes + buffers.nbytes - buffers.logits.nbytes,
         logits=buffers.logits.nbytes,
         context=max_length,
         requests=requests,
+        graphs=sum(step) if captured else 0,
+        kept=kept_slots * slot,
+        **_cublas(device, captured),
     )
 
 
+def _cublas(device: torch.device, captured: bool) -> dict[str, int]:
+    """Workspaces of cuBLAS: for the stream of the caller, and for those in which steps are tried and captured."""
+    if device.type != "cuda":
+        return {}
+    streams = 1 + (CAPTURE_STREAMS if captured else 0)
+    return {"streams": streams, "cublas": streams * cublas_workspace_bytes(device)}
+
+
 def check_memory(plan: MemoryPlan, mapped: int, device: torch.device) -> None:
-    """Raises NotEnoughMemory where the device has fewer bytes free than the plan takes without its `mapped` bytes."""
+    """Raises NotEnoughMemory where the device has fewer bytes free than the plan takes without its `mapped` bytes and
+    without what earlier captures hold for later ones."""
     available = available_bytes(device)
-    if available is not None and plan.total - mapped > available:
+    if available is not None and plan.total - mapped - _held_for(plan, device) > available:
         raise NotEnoughMemory(plan, available, device)
+
+
+def _held_for(plan: MemoryPlan, device: torch.device) -> int:
+    """The bytes of a plan's graphs and workspaces that torch holds already: all graphs of a GPU share them."""
+    pool = capture_pool(device) if plan.graphs else None
+    return 0 if pool is None else plan.cublas + min(plan.graphs, unused_in_pools(device).get(pool, 0))
 
 
 def available_bytes(device: torch.device) -> int | None:
     """The free bytes of a GPU, or of main memory as the operating system reports them; None where it does not."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        # Memory that torch has reserved for its next allocations counts as free.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free_bytes(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -225,7 +277,22 @@ def _workspace(
     formats: Iterable[str],
     activations: str | None,
 ) -> int:
-    """The largest memory that a pass over `positions`, or a denoising step, takes beside weights, cache and logits.
+    """The largest memory that a pass over `positions`, or the soft embedding of a canvas, takes beside weights, cache
+    and logits; arguments as of `_pass_workspace`."""
+    soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, device)
+    operators, rows = _pass_workspace(config, positions, dtype, device, formats, activations)
+    return max(operators, soft) + rows
+
+
+def _pass_workspace(
+    config: ModelConfig,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    formats: Iterable[str],
+    activations: str | None,
+) -> tuple[int, int]:
+    """The largest workspace of an operator of a pass over `positions`, and what a layer holds at once.
 
     formats: those of the experts' weights; a name that is no quantized format stands for unquantized weights.
     """
@@ -249,9 +316,8 @@ def _workspace(
         )
         for format in formats
     )
-    soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, device)
     # A layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and product of
     # the dense MLP; projections and their rotated forms.
     projections = max((heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in kinds)
     row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
-    return max(attention, experts, soft) + positions * row * dtype.itemsize
+    return max(attention, experts), positions * row * dtype.itemsize

@@ -22,7 +22,7 @@ from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 import torch
 
 from dgemma_ext import arguments
-from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, cuda_runner
+from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, can_capture, cuda_runner
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure
 from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
 from dgemma_ext.engine.loop import LOOPS
@@ -65,7 +65,8 @@ class Scheduler:
     context and 8,192.
     batched: whether requests share the pass of a step; the default is to share on a GPU and to take turns on a CPU.
     driver: the loop of `finish_canvas`, a name of loop.LOOPS; "eager" runs steps operator by operator on a GPU too, the
-    others from captured CUDA graphs.
+    others from captured CUDA graphs, which are made here for every batch size. kept_snapshots: how many snapshots of a
+    slot must fit beside all this.
 
     Threads may share a scheduler: each call waits until no other thread's is under way. `step` and `finish_canvas`
     return the events of all requests to the thread that called them.
@@ -83,6 +84,7 @@ class Scheduler:
         batched: bool | None = None,
         driver: str = "graph",
         make_runner: MakeRunner | None = None,
+        kept_snapshots: int = 0,
     ) -> None:
         if not isinstance(getattr(model, "network", None), Network):
             raise arguments.refusal("model", "a dg.DiffusionGemma", model)
@@ -94,6 +96,7 @@ class Scheduler:
         self._batched = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
         self._driver = arguments.choice("driver", driver, LOOPS)
         self._make_runner = make_runner or _runner_maker(network.device, self._driver, self._batched)
+        self._kept_snapshots = arguments.integer("kept_snapshots", kept_snapshots)
         self._names_length = max_length is not None
         positions = min(network.config.max_position_embeddings, _USUAL_LENGTH)
         if max_length is not None:
@@ -296,6 +299,7 @@ class Scheduler:
             request._cached = request._cached + request._uncached
             request._uncached = []
             if request.snapshots is not None:
+                request.snapshots.make_room(request._cached)
                 request.snapshots.add(request._cached, self.cache.snapshot(request._slot))
 
     def _commit(self, request: Request, draft: Draft) -> Commit:
@@ -386,13 +390,18 @@ class Scheduler:
     def _check_memory(self, length: int, positions: int, slots: int) -> None:
         # Without a shared pass there are buffers for one canvas only, and unused pages of the cache take no memory.
         if self._batched:
-            plan = batch_plan(self.network, bucket_of(self.max_batch), length, positions, slots)
+            captured = self._make_runner is cuda_runner and can_capture(self.network)
+            kept = self._kept_snapshots if slots else 0
+            plan = batch_plan(self.network, bucket_of(self.max_batch), length, positions, slots, captured, kept)
             check_memory(plan, 0, self.network.device)
 
     def _new_group(self, length: int) -> CanvasGroup[Request]:
-        return CanvasGroup(
+        group: CanvasGroup[Request] = CanvasGroup(
             self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
         )
+        if self._make_runner is cuda_runner:
+            group.make_runners()  # a capture makes all other work on the GPU wait
+        return group
 
 
 def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:
