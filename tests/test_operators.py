@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from backend import BACKEND, COMPUTE_CAPABILITY, DTYPES
 from denoise_cases import bits
 from dgemma_ext import _C
-from dgemma_ext.ops import description
+from dgemma_ext.ops import description, operators
 from dgemma_ext.ops.operators import operator
 from operator_calls import OperatorCall, calls
 
@@ -184,6 +184,36 @@ def test_a_refusal_is_a_value_error_and_a_failure_is_none(monkeypatch: pytest.Mo
             call(torch.ones(1), 1)
     finally:
         fragment._destroy()
+
+
+def test_memory_that_is_not_there_has_its_own_error() -> None:
+    """No machine can address 2**50 bytes. torch 2.13 tells of the call that failed and of no memory."""
+    column = torch.empty(2**24, 1)  # never touched
+    with pytest.raises(torch.OutOfMemoryError, match=r"^dgemma::dense: \w+ takes 1.126e\+06 GB, which cpu cannot"):
+        operator("dense")(column, column)
+
+
+def test_the_error_of_a_gpu_without_memory_tells_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = operators._NO_MEMORY.search(
+        "dgemma::moe_ffn failed: no memory of 3000000000 bytes for workspace: call failed"
+    )
+    assert told is not None
+    for name, nbytes in (("memory_reserved", 7 * 10**9), ("memory_allocated", 6 * 10**9)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, nbytes=nbytes: nbytes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 10**9, 24 * 10**9))
+    error = operators._out_of_memory(told, torch.device("cuda:1"))
+    assert isinstance(error, torch.OutOfMemoryError)
+    assert str(error) == (
+        "dgemma::moe_ffn: workspace takes 3 GB; cuda:1 has 2 GB of 24 GB free, and torch holds 7 GB, of which tensors "
+        "use 6 GB"
+    )
+
+    def fault(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fault)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        operators._out_of_memory(told, torch.device("cuda:1"))
 
 
 def test_descriptions_and_schemas_name_the_same() -> None:

@@ -35,6 +35,22 @@ ScalarType type_of(Content content) {
   }
 }
 
+// Of the types that an output may have.
+int bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 std::string place_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -296,9 +312,20 @@ ScalarType Operands::output_type(const Argument& argument) const {
   return argument.content == Content::kNumbers ? numbers_ : type_of(argument.content);
 }
 
-Tensor Operands::new_tensor(const Shape& shape, ScalarType type, bool zeroed) const {
-  return zeroed ? torch::stable::new_zeros(*first_, shape, type)
-                : torch::stable::new_empty(*first_, shape, type);
+// What torch throws here has lost its type, and before 2.13 its words too, so the size that was
+// wanted is told. Python makes a torch.OutOfMemoryError of it (ops/operators.py).
+Tensor Operands::new_tensor(const char* name, const Shape& shape, ScalarType type,
+                            bool zeroed) const {
+  try {
+    return zeroed ? torch::stable::new_zeros(*first_, shape, type)
+                  : torch::stable::new_empty(*first_, shape, type);
+  } catch (const std::exception& error) {
+    double bytes = bytes_of(type);
+    for (const int64_t extent : shape) bytes *= static_cast<double>(extent);
+    throw std::runtime_error(std::string("dgemma::") + op_.name + " failed: no memory of " +
+                             std::to_string(static_cast<uint64_t>(bytes)) + " bytes for " + name +
+                             ": " + error.what());
+  }
 }
 
 void Operands::make_outputs() {
@@ -306,7 +333,7 @@ void Operands::make_outputs() {
     if (tensors_[i].has_value()) continue;
     const Argument& described = argument(i);
     const Shape shape = described.any_shape ? shape_of(*any_shape_) : wanted_shape(described);
-    tensors_[i].emplace(new_tensor(shape, output_type(described), op_.zeroed));
+    tensors_[i].emplace(new_tensor(described.name, shape, output_type(described), op_.zeroed));
     put(described, *tensors_[i]);
   }
 }
@@ -327,7 +354,8 @@ void Operands::provide_workspace(size_t bytes) {
       refuse("workspace", std::to_string(tensor.numel()) + " bytes",
              "at least " + std::to_string(bytes));
   } else if (bytes > 0) {
-    workspace_.emplace(new_tensor({static_cast<int64_t>(bytes)}, ScalarType::Byte, false));
+    workspace_.emplace(
+        new_tensor("workspace", {static_cast<int64_t>(bytes)}, ScalarType::Byte, false));
   } else {
     return;
   }

@@ -68,7 +68,7 @@ class Operands {
     return index < inputs ? op_.arguments[index] : op_.outputs[index - inputs];
   }
   size_t tensors() const { return op_.arguments.size() + op_.outputs.size(); }
-  Tensor new_tensor(const Shape& shape, ScalarType type, bool zeroed) const;
+  Tensor new_tensor(const char* name, const Shape& shape, ScalarType type, bool zeroed) const;
   int64_t value(const Extent& extent) const;
   Shape wanted_shape(const Argument& argument) const;
   ScalarType output_type(const Argument& argument) const;
