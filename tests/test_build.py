@@ -102,7 +102,8 @@ def test_one_build_serves_later_pythons() -> None:
     assert _C.__file__ is not None
     assert Path(_C.__file__).name == "_C.abi3.so"
     tag = importlib.metadata.distribution("dgemma_ext").read_text("WHEEL")
-    assert tag is not None and re.search(r"^Tag: cp311-abi3-", tag, re.MULTILINE)
+    assert tag is not None
+    assert re.search(r"^Tag: cp311-abi3-", tag, re.MULTILINE)
 
 
 def test_no_library_of_cuda_is_linked() -> None:
