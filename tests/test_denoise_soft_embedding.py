@@ -109,6 +109,57 @@ def test_sparse_or_dense_within_the_tolerance(
     assert bool((difference <= TOLERANCE * norms + rounding + 1e-6 * norms).all())
 
 
+def at_the_bound(share: float, tolerance: float) -> tuple[Case, dict[str, Any]]:
+    """Requests of one row whose skipped tiles have nearly all the mass that `share` of the tolerance lets them have,
+    and lie where bfloat16 rounds z up farthest: by 2^-8 of it. Their embeddings are opposite to that of the row's one
+    other token, whose norm goes with the request.
+    """
+    tiles, low = 9, 16.125
+    rows: list[tuple[float, float, int]] = []  # temperature, largest logit, tiles with mass
+    for step in range(8):
+        temperature = low / (257.001 + 2 * step)  # a hair above the middle of two bfloat16 numbers
+        for gap in range(1, 20):
+            largest = low + 0.125 * gap
+            rounded = torch.tensor([low / temperature, largest / temperature]).bfloat16().double()
+            mass = reference.TILE * float(torch.exp(rounded[0] - rounded[1]))
+            count = int(0.97 * share * tolerance / mass)
+            if 1 <= count < tiles and count * mass > 0.85 * share * tolerance:
+                rows.append((temperature, largest, count))
+    norms = torch.linspace(0.3, 1.5, 13) * share / (1.0 - share)
+    rows = [row for row in rows[:4] for _ in norms]
+    norms = norms.repeat(len(rows) // len(norms))
+    logits = torch.full((len(rows), 1, tiles * reference.TILE), -100.0)
+    embedding = torch.zeros(tiles * reference.TILE, 8)
+    embedding[reference.TILE :, 0] = -1.0
+    embedding[reference.TILE :, 1] = 2.0**-10  # shows in a result where they are not skipped
+    for index, (_, largest, count) in enumerate(rows):
+        logits[index, 0, index] = largest
+        logits[index, 0, reference.TILE : (count + 1) * reference.TILE] = low
+        embedding[index, 0] = norms[index]
+    temperature = torch.tensor([row[0] for row in rows])
+    how = {
+        **{"pinned": None, "embedding": embedding.bfloat16(), "embedding_scale": 1.0},
+        **{"tolerance": tolerance, "max_embedding_norm": 1.0},
+    }
+    return Case(logits.bfloat16(), 0.0, temperature), how
+
+
+def assert_kept_at_the_bound(result: Tensor, case: Case, how: dict[str, Any]) -> None:
+    difference = (result.double() - exact(case, how)).norm(dim=-1)
+    limit = (how["tolerance"] + 2.0**-8) * result.double().norm(dim=-1)
+    assert bool((difference <= limit).all()), float((difference / limit).max())
+    # Both sides of the check.
+    skipped = result[:, 0, 1] == 0
+    assert 8 < int(skipped.sum()) < len(skipped) - 8
+
+
+def test_skipped_mass_at_the_bound(cpu_variant: str) -> None:
+    """The bound on a tile's mass counts how far bfloat16 moves it: here by e, so rows would be twice as far off."""
+    case, how = at_the_bound(*((0.125, 0.25) if BACKEND == "cpu" else (0.25, 0.125)))
+    given = softmax_statistics(denoise.vocabulary_statistics(**case.logits_params))
+    assert_kept_at_the_bound(denoise.soft_embedding(**case.logits_params, **given, **how), case, how)
+
+
 def test_skipped_tiles_are_not_read(cpu_variant: str) -> None:
     """The embedding of every token but three per row is NaN: a peaked row must not touch it, a dense one must.
 

@@ -84,7 +84,7 @@ def test_a_random_model_needs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found["layers"], found["canvas"], found["experts"]) == (2, 256, 16)
     assert max(found["experts_hit"]) <= 14
     # All three tiles of a flat distribution are needed.
-    assert found["soft_tiles"] == [3.0, 3.0]
+    assert found["soft_tiles"] == [3.0, 3.0, 3.0]
     assert profiled("random", "--layers", "1", *PREFIX, "--weights", "int4", "--dtype", "float32").code == 0
 
 

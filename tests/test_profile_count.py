@@ -32,7 +32,8 @@ from dgemma_ext.profile.count import (
     total,
     weights_by_layer,
 )
-from dgemma_ext.profile.recorder import experts_hit, soft_tiles
+from dgemma_ext.profile.recorder import experts_hit
+from dgemma_ext.profile.soft_tiles import soft_tiles
 from dgemma_ext.profile.true_size import true_config
 from profiles import PREFIX, model
 
@@ -290,10 +291,13 @@ def test_tiles_that_must_not_be_skipped() -> None:
         "tolerance": 0.01,
     }
     result = torch.ones(1, 2, 4)  # the norm is 1 before the scale of 2, so 0.01 may be skipped
-    assert soft_tiles([(named, result)]) == (2.0, 3.0)
-    assert soft_tiles([(named | {"tolerance": 0.0}, result)]) == (3.0, 4.0)
+    # A GPU's kernels skip two: bounds with a margin of 1.02, and a quarter of 0.01 for all together.
+    assert soft_tiles([(named, result)]) == (2.0, 3.0, 3.0)
+    assert soft_tiles([(named | {"tolerance": 0.0}, result)]) == (3.0, 4.0, 4.0)
+    pinned = {"pinned": torch.tensor([[False, True]])}
+    assert soft_tiles([(named | pinned, result * torch.tensor([1.0, 0.0])[:, None])]) == (0.5, 1.0, 1.0)
     # Two calls: the mean over all rows, and the tiles that either needs.
     other = named | {"tile_sum": probabilities[:, :1], "row_sum": probabilities[:, :1].double().sum(-1)}
     other |= {"tile_max": torch.zeros(1, 1, 4), "row_max": torch.zeros(1, 1)}
-    assert soft_tiles([(other, result[:, :1])]) == (1.0, 1.0)
-    assert soft_tiles([(named, result), (other, result[:, :1])]) == (pytest.approx(5 / 3), 3.0)
+    assert soft_tiles([(other, result[:, :1])]) == (1.0, 1.0, 1.0)
+    assert soft_tiles([(named, result), (other, result[:, :1])]) == (pytest.approx(5 / 3), 3.0, 2.0)

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 
 from bounds import assert_close
-from denoise_cases import NAN, Case, bits, make_case
+from denoise_cases import NAN, Case, bits, make_case, softmax_statistics
 from denoise_library import OK, SEEDS, Cuda, Poisoned, SoftEmbedding, describe, library, machine, statistics_of
 from denoise_library import with_nan_behind as guarded
+from dgemma_ext.profile.soft_tiles import listed_tiles
 from sim.build import SUPPORTED
-from test_denoise_soft_embedding import TOLERANCE, exact, in_low_precision, make_embedding, peaked
+from test_denoise_soft_embedding import (
+    TOLERANCE,
+    assert_kept_at_the_bound,
+    at_the_bound,
+    exact,
+    in_low_precision,
+    make_embedding,
+    peaked,
+)
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64 and g++")
 
@@ -105,6 +114,29 @@ def test_a_request_that_fails_the_bound_is_done_again_and_others_are_not(seed: i
     unchecked = run(case, {**how, "max_embedding_norm": 0.0}, seed)
     assert bits(unchecked[0]) == bits(result[0])
     assert bits(unchecked[1]) != bits(result[1])
+
+
+def test_skipped_mass_at_the_bound() -> None:
+    case, how = at_the_bound(0.25, 0.125)
+    assert_kept_at_the_bound(run(case, how, 1), case, how)
+
+
+@pytest.mark.parametrize(("temperature", "largest"), [(0.4, 11.5), (0.5, 13.0)])
+def test_the_profile_counts_the_tiles_that_are_listed(temperature: float, largest: float) -> None:
+    """A NaN in an unlisted tile's embeddings does not matter; one in any listed tile does, whatever its probability."""
+    case = make_case(BF16, batch=1, length=3, vocabulary=4096, spread=2.5)
+    case.logits[0, torch.arange(3), torch.tensor([7, 1500, 2900])] = largest
+    case.temperature = torch.tensor([temperature])
+    how = {**make_embedding(case, 64), "tolerance": 2.0**-7}
+    named = {**softmax_statistics(statistics_of(case)), **how}
+    listed = listed_tiles(named, BF16)[0].any(0)
+    assert 3 < int(listed.sum()) < 20
+    how["embedding"].view(32, 128, 64)[~listed] = NAN
+    assert not run(case, how, 1).isnan().any()
+    for tile in listed.nonzero().flatten().tolist()[::3]:
+        how["embedding"][128 * tile + 77] = NAN
+        assert run(case, how, 1).isnan().any()
+        how["embedding"][128 * tile + 77] = 0.0
 
 
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])

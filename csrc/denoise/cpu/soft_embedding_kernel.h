@@ -1,11 +1,12 @@
 // The soft embedding of one row: its probabilities, and the sparse way.
 //
 // A row's probabilities need its own normaliser: rounding z to bf16 moves every exponent by up to
-// 2^-9 |z|, so those of the statistics would not make them sum to one.
+// 2^-8 |z|, so those of the statistics would not make them sum to one.
 #pragma once
 
 #include "denoise/cpu/kernels.h"
 #include "denoise/cpu/logits.h"
+#include "denoise/skipped_tiles.h"
 
 namespace dgemma {
 namespace {
@@ -19,12 +20,10 @@ constexpr int kSparseEntries = 4096;
 constexpr int kThresholds = 8;
 constexpr float kLargestThreshold = 0x1p-9f;
 constexpr float kThresholdStep = 0x1p-3f;
-// Fractions of the tolerance that are budgeted for whole tiles and for entries that are skipped.
-// The sum's norm is guessed from the probabilities, so a margin is left.
-constexpr float kTileShare = 0x1p-7f;
-constexpr float kEntryShare = 0.25f;
-// The skipped mass is counted before p is rounded to bf16, which adds up to 2^-9.
-constexpr double kRoundingMargin = 1.01;
+// Fractions of the tolerance that are budgeted for whole tiles that are skipped, and for these and
+// entries together. The sum's norm is guessed from the probabilities, so a margin is left.
+constexpr float kTileShare = 0.125f;
+constexpr float kSkippedShare = 0.25f;
 
 // exp(dtype(z) - dtype(row_max)) of a tile.
 template <typename T>
@@ -58,37 +57,84 @@ double weight_sum(const LogitRow<T>& row, float row_max) {
   return total;
 }
 
+// Bounds on the weights of a row's tiles (skipped_tiles.h), kFactors of them at a time.
+template <typename T>
+class TileBounds {
+ public:
+  TileBounds(const dgemma_soft_embedding& op, int64_t row, float row_max)
+      : tiles(tiles_of(op.logits.vocabulary)),
+        tile_max_(op.tile_max + row * tiles),
+        tile_sum_(op.tile_sum + row * tiles),
+        row_max_(row_max) {}
+
+  // Tiles are asked for in increasing order.
+  float of(int64_t tile) {
+    if (tile % kFactors == 0) make(tile);
+    return bound_[tile % kFactors];
+  }
+
+  // The limit up to which tiles are skipped, so that their bounds stay within the budget.
+  TileLimit find_limit(float budget) {
+    const float least = budget / static_cast<float>(tiles);
+    Floats below[kTileLimits];
+    for (int i = 0; i < kTileLimits; ++i) below[i] = broadcast(0.0f);
+    for (int64_t tile = 0; tile < tiles; tile += kFactors) {
+      make(tile);
+      for (int lane = 0; lane < kFactors; lane += kLanes) {
+        const Floats bound = load(bound_ + lane);
+        float limit = least;
+        for (int i = 0; i < kTileLimits; ++i, limit *= kTileLimitStep)
+          below[i] += bound <= limit ? bound : broadcast(0.0f);
+      }
+    }
+    float totals[kTileLimits];
+    for (int i = 0; i < kTileLimits; ++i) totals[i] = horizontal_sum(below[i]);
+    return choose_tile_limit(totals, least, budget);
+  }
+
+  const int64_t tiles;
+
+ private:
+  // e^88 is the largest exponential that is a number on every instruction set. A tile without
+  // entries has the exponent -infinity + infinity, and a sum of 0.
+  void make(int64_t first) {
+    const float roundoff = sizeof(T) == 2 ? kBfloat16Roundoff : 0.0f;
+    alignas(64) float top[kFactors], sum[kFactors];
+    for (int i = 0; i < kFactors; ++i) {
+      top[i] = first + i < tiles ? tile_max_[first + i] : -INFINITY;
+      sum[i] = first + i < tiles ? tile_sum_[first + i] : 0.0f;
+    }
+    for (int i = 0; i < kFactors; i += kLanes) {
+      const Floats z = load(top + i), size = (Floats)((Words)z & 0x7fffffffu);
+      const Floats exponent = fmadd(size, broadcast(roundoff), z) - row_max_;
+      const Floats within = smaller(larger(exponent, broadcast(kLeastExponent)), broadcast(88.0f));
+      store(bound_ + i, exponential(within) * (load(sum + i) * kTileMargin));
+    }
+  }
+
+  const float *tile_max_, *tile_sum_;
+  float row_max_;
+  alignas(64) float bound_[kFactors];
+};
+
 // The result of one pass over a row's tiles: what skipping entries would cost.
 struct SparsePlan {
-  float tile_limit;     // tiles are read when 128 * exp(dtype(tile_max) - row_max) is above it
-  double tiles_left;    // bound on the mass of the tiles that are not read
-  double sum;           // of the entries of the tiles that are
+  TileLimit tiles;      // those that are not read, and a bound on their mass
+  double sum;           // of the entries of the tiles that are, and of the others by their bound
   float threshold;      // entries with a weight below it are skipped
   double entries_left;  // their mass
 };
 
-// A bound on the weights of a tile, from its largest z alone.
 template <typename T>
-inline float tile_bound(float tile_max, float row_max) {
-  const Floats bound = mass(broadcast(rounded<T>(tile_max)), broadcast(row_max));
-  return kTile * bound[0];
-}
-
-template <typename T>
-SparsePlan plan_sparse(const LogitRow<T>& row, const float* tile_max, float row_max,
+SparsePlan plan_sparse(const LogitRow<T>& row, TileBounds<T>& bounds, float row_max,
                        float tolerance) {
-  const int64_t tiles = tiles_of(row.vocabulary);
   SparsePlan plan = {};
-  plan.tile_limit = tolerance * kTileShare / static_cast<float>(tiles);
+  plan.tiles = bounds.find_limit(kTileShare * tolerance);
   Floats below[kThresholds] = {};
   double below_total[kThresholds] = {}, squares = 0.0;
   TileLogits tile;
-  for (int64_t j = 0; j < tiles; ++j) {
-    const float bound = tile_bound<T>(tile_max[j], row_max);
-    if (!(bound > plan.tile_limit)) {
-      plan.tiles_left += bound;
-      continue;
-    }
+  for (int64_t j = 0; j < bounds.tiles; ++j) {
+    if (!(bounds.of(j) > plan.tiles.limit)) continue;
     tile_weights(row, j, row_max, &tile);
     TileSum sum;
     Floats square = broadcast(0.0f);
@@ -105,8 +151,10 @@ SparsePlan plan_sparse(const LogitRow<T>& row, const float* tile_max, float row_
     squares += horizontal_sum(square);
     for (int t = 0; t < kThresholds; ++t) below_total[t] += horizontal_sum(below[t]);
   }
+  plan.sum += plan.tiles.share_of_sum();
   // Rows of the embedding that are nearly orthogonal give a sum of norm sqrt(squares) / sum.
-  const double budget = kEntryShare * tolerance * std::sqrt(squares);
+  const double budget =
+      kSkippedShare * tolerance * std::sqrt(squares) - static_cast<double>(plan.tiles.skipped);
   plan.threshold = kLargestThreshold;
   for (int t = 0; t < kThresholds; ++t, plan.threshold *= kThresholdStep) {
     plan.entries_left = below_total[t];
@@ -177,17 +225,16 @@ template <typename T>
 bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t row_number,
                   float row_max) {
   const dgemma_soft_embedding& op = *work.op;
-  const int64_t tiles = tiles_of(row.vocabulary);
-  const float* const tile_max = op.tile_max + row_number * tiles;
-  const SparsePlan plan = plan_sparse(row, tile_max, row_max, op.tolerance);
+  TileBounds<T> bounds(op, row_number, row_max);
+  const SparsePlan plan = plan_sparse(row, bounds, row_max, op.tolerance);
   if (plan.threshold == 0.0f) return false;
   const float inverse_sum = static_cast<float>(1.0 / plan.sum);
   EntryQueue<T> queue = {static_cast<const T*>(op.embedding), op.hidden_size,
                          work.sums + row_number * work.padded_hidden};
   int entries = 0;
   TileLogits tile;
-  for (int64_t j = 0; j < tiles; ++j) {
-    if (!(tile_bound<T>(tile_max[j], row_max) > plan.tile_limit)) continue;
+  for (int64_t j = 0; j < bounds.tiles; ++j) {
+    if (!(bounds.of(j) > plan.tiles.limit)) continue;
     tile_weights(row, j, row_max, &tile);
     for (int i = 0; i < kTile; ++i) {
       if (tile.z[i] < plan.threshold) continue;
@@ -196,8 +243,8 @@ bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t
     }
   }
   queue.flush();
-  const double skipped_mass = kRoundingMargin * (plan.tiles_left + plan.entries_left) / plan.sum;
-  // The normaliser lacks the tiles that were not read, which scales the sum by as much at most.
+  const double skipped_mass = kRoundingMargin * (plan.tiles.skipped + plan.entries_left) / plan.sum;
+  // The tiles that were not read may be more or less of the normaliser, by as much at most.
   const double length = norm(queue.sum, op.hidden_size);
   return skipped_mass * (op.max_embedding_norm + length) <= op.tolerance * length;
 }

@@ -26,6 +26,7 @@ SoftPlan make_soft_plan(const dgemma_soft_embedding& op, CudaPath path) {
   plan.splits = kSoftSplits;
   WorkspaceParts parts;
   plan.normaliser = parts.take<float>(rows);
+  plan.limit = parts.take<float>(rows);
   plan.skipped_mass = parts.take<float>(rows);
   plan.needed = parts.take<uint32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
   plan.list = parts.take<int32_t>(static_cast<int64_t>(logits.batch) * logits.tiles);
@@ -54,10 +55,12 @@ SoftPass make_soft_pass(const dgemma_soft_embedding& op, const SoftPlan& plan, b
   pass.row_max = op.row_max;
   pass.row_sum = op.row_sum;
   pass.tile_max = op.tile_max;
+  pass.tile_sum = op.tile_sum;
   pass.pinned = op.pinned;
   pass.embedding = static_cast<const device::bfloat16*>(op.embedding);
   pass.output = static_cast<device::bfloat16*>(op.output);
   pass.normaliser = floats(plan.normaliser);
+  pass.limit = floats(plan.limit);
   pass.skipped_mass = floats(plan.skipped_mass);
   pass.needed = words(plan.needed);
   pass.list = integers(plan.list);

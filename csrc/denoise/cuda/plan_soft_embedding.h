@@ -38,6 +38,7 @@ struct SoftPlan {
   int32_t row_tile;  // rows of a block of the product
   int32_t row_tiles, column_tiles, splits;
   size_t normaliser;     // float [rows]
+  size_t limit;          // float [rows]: the row skips tiles whose bound is at most this
   size_t skipped_mass;   // float [rows]: bound on the mass of the tiles that the row skips
   size_t needed;         // uint32 [batch, tiles]: not zero where any row needs the tile
   size_t list;           // int32 [batch, tiles]
@@ -59,11 +60,11 @@ struct SoftPass {
   Logits logits;
   const float* row_max;
   const double* row_sum;
-  const float* tile_max;
+  const float *tile_max, *tile_sum;
   const uint8_t* pinned;
   const device::bfloat16* embedding;
   device::bfloat16* output;
-  float *normaliser, *skipped_mass;
+  float *normaliser, *limit, *skipped_mass;
   uint32_t* needed;
   int32_t *list, *count;
   uint32_t* failed;

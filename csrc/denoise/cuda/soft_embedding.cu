@@ -35,6 +35,7 @@ dgemma_status check_soft_embedding(const dgemma_soft_embedding& op, dgemma_cuda*
   return check_pointers({{"row_max", op.row_max, alignof(float)},
                          {"row_sum", op.row_sum, alignof(double)},
                          {"tile_max", op.tile_max, alignof(float)},
+                         {"tile_sum", op.tile_sum, alignof(float)},
                          {"embedding", op.embedding, 16},
                          {"output", op.output, 16}},
                         cuda);

@@ -23,6 +23,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   constexpr uint32_t kMinusInfinities = 0xff80ff80;
   const float row_max = summed ? rounded(p.row_max[row]) : 0.0f;
   const float share = summed ? 1.0f / p.normaliser[row] : 0.0f;
+  const float limit = summed ? p.limit[row] : 0.0f;
   const int32_t* const list = p.list + request * logits.tiles;
   const int32_t count = p.count[request];
   const int32_t warp = static_cast<int32_t>(blockIdx.x % kBlocksPerRow) * kWarps +
@@ -30,8 +31,7 @@ __global__ void __launch_bounds__(kThreads) soft_probabilities(const SoftPass p)
   for (int32_t at = warp * kTilesAtOnce + group; at < count;
        at += kBlocksPerRow * kWarps * kTilesAtOnce) {
     const int32_t tile = list[at];
-    const bool reads =
-        summed && needs_tile(p, tile_bound(p.tile_max[row * logits.tiles + tile], row_max));
+    const bool reads = summed && tile_bound(p, row, tile, row_max) > limit;
     device::bfloat16* const entries = soft_entries(p, row, tile);
     uint2 z[SoftTile::kQuads];
 #pragma unroll

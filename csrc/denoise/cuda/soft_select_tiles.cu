@@ -1,6 +1,6 @@
 // Selects the vocabulary tiles that each row needs, writes their z rounded to bfloat16 and the
-// row's normaliser, and bounds the mass of the tiles that are skipped. A block has a row, a warp
-// four tiles at a time. Skipped tiles are not read.
+// row's normaliser, and bounds the mass of the tiles that are skipped, which are not read. A block
+// has a row, a warp four tiles at a time.
 #include "denoise/cuda/row_scan.h"
 #include "denoise/cuda/soft_tiles.h"
 #include "device/launch.h"
@@ -12,9 +12,40 @@ namespace {
 constexpr int32_t kWorkers = kRowWarps * kTilesAtOnce;
 
 struct Shared {
+  float below[kTileLimits][kRowWarps];
   double sum[kWorkers];
-  float skipped_mass[kWorkers];
 };
+
+// The limit up to which a row's tiles are skipped. Every thread of the block calls this and gets
+// the same. A dense row skips only tiles without any mass.
+DGEMMA_DEVICE TileLimit find_limit(const SoftPass& p, int64_t row, float row_max, Shared& shared) {
+  if (p.dense || p.tolerance == 0.0f) return {0.0f, 0.0f};
+  const float budget = kTileShare * p.tolerance;
+  const float least = budget / static_cast<float>(p.logits.tiles);
+  float below[kTileLimits] = {};
+  for (int32_t tile = static_cast<int32_t>(threadIdx.x); tile < p.logits.tiles;
+       tile += kRowThreads) {
+    const float bound = tile_bound(p, row, tile, row_max);
+    float limit = least;
+#pragma unroll
+    for (int i = 0; i < kTileLimits; ++i, limit *= kTileLimitStep)
+      below[i] += bound <= limit ? bound : 0.0f;
+  }
+  const uint32_t warp = device::warp_index();
+#pragma unroll
+  for (int i = 0; i < kTileLimits; ++i) {
+    below[i] = warp_sum(below[i]);
+    if (device::lane_index() == 0) shared.below[i][warp] = below[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTileLimits; ++i) {
+    below[i] = 0.0f;
+#pragma unroll
+    for (int32_t w = 0; w < kRowWarps; ++w) below[i] += shared.below[i][w];
+  }
+  return choose_tile_limit(below, least, budget);
+}
 
 __global__ void __launch_bounds__(kRowThreads) soft_select_tiles(const SoftPass p) {
   device::wait_for_previous_kernel();
@@ -32,13 +63,12 @@ __global__ void __launch_bounds__(kRowThreads) soft_select_tiles(const SoftPass 
       static_cast<const device::bfloat16*>(logits.raw) + row * logits.vocabulary;
   const float row_max = rounded(p.row_max[row]);
 
+  const TileLimit limit = find_limit(p, row, row_max, shared);
+
   double sum = 0.0;
-  float skipped_mass = 0.0f;
   for (int32_t tile = worker; tile - worker % kTilesAtOnce < logits.tiles; tile += kWorkers) {
     const bool there = tile < logits.tiles;
-    const float bound = there ? tile_bound(p.tile_max[row * logits.tiles + tile], row_max) : 0.0f;
-    const bool reads = there && needs_tile(p, bound);
-    if (!reads) skipped_mass += bound;
+    const bool reads = there && tile_bound(p, row, tile, row_max) > limit.limit;
     if (!__any_sync(device::kAllLanes, reads)) continue;
     const int32_t first = tile * kTile + lane * kLaneEntries;
     const uint32_t usable = reads ? SoftTile::usable(bits, logits.vocabulary, first) : 0;
@@ -66,18 +96,13 @@ __global__ void __launch_bounds__(kRowThreads) soft_select_tiles(const SoftPass 
     // Every row that needs the tile stores the same.
     if (reads && lane == 0) p.needed[request * logits.tiles + tile] = 1;
   }
-  if (lane == 0) {
-    shared.sum[worker] = sum;
-    shared.skipped_mass[worker] = skipped_mass;
-  }
+  if (lane == 0) shared.sum[worker] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int32_t w = 1; w < kWorkers; ++w) {
-    sum += shared.sum[w];
-    skipped_mass += shared.skipped_mass[w];
-  }
-  p.normaliser[row] = static_cast<float>(sum);
-  p.skipped_mass[row] = skipped_mass;
+  for (int32_t w = 1; w < kWorkers; ++w) sum += shared.sum[w];
+  p.normaliser[row] = static_cast<float>(sum) + limit.share_of_sum();
+  p.limit[row] = limit.limit;
+  p.skipped_mass[row] = limit.skipped;
 }
 
 // Clears the tables that soft_select_tiles adds to.

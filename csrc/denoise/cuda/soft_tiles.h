@@ -4,15 +4,15 @@
 
 #include "denoise/cuda/logits.h"
 #include "denoise/cuda/plan_soft_embedding.h"
+#include "denoise/skipped_tiles.h"
 
 namespace dgemma {
 namespace {
 
-// Fraction of the tolerance that is budgeted for skipped tiles. The same as on the CPU
-// (cpu/soft_embedding_kernel.h).
-constexpr float kTileShare = 0x1p-7f;
-// The skipped mass is counted before p is rounded to bfloat16, which adds up to 2^-9.
-constexpr float kRoundingMargin = 1.01f;
+// Fraction of the tolerance that is budgeted for skipped tiles. What may be skipped depends on the
+// norm of the row's result, which is not known before it is made: a fraction of n / (n + largest
+// norm of an embedding), or 1/4 for a norm of a third of the largest.
+constexpr float kTileShare = 0.25f;
 
 // True when a request has work in this round: active ones in the first, failed ones in the second.
 DGEMMA_DEVICE bool is_in_round(const SoftPass& p, int64_t request) {
@@ -26,17 +26,12 @@ DGEMMA_DEVICE bool has_sum(const SoftPass& p, int64_t row) {
 
 DGEMMA_DEVICE float rounded(float x) { return device::to_float(device::round_to_bfloat16(x)); }
 
-// A bound on the weights of a tile, exp(dtype(z) - dtype(row_max)) summed, from its largest z
-// alone.
-DGEMMA_DEVICE float tile_bound(float tile_max, float row_max) {
-  return tile_max > -INFINITY ? kTile * expf(rounded(tile_max) - row_max) : 0.0f;
-}
-
-// True when a row needs a tile. A dense row skips only tiles without any mass.
-DGEMMA_DEVICE bool needs_tile(const SoftPass& p, float bound) {
-  const float limit =
-      p.dense ? 0.0f : p.tolerance * kTileShare / static_cast<float>(p.logits.tiles);
-  return bound > limit;
+// A bound on the weights of a tile of a row: see skipped_tiles.h. The same bits in every kernel.
+DGEMMA_DEVICE float tile_bound(const SoftPass& p, int64_t row, int32_t tile, float row_max) {
+  const int64_t at = row * p.logits.tiles + tile;
+  const float top = p.tile_max[at], sum = p.tile_sum[at];
+  const float exponent = fmaf(fabsf(top), kBfloat16Roundoff, top) - row_max;
+  return top > -INFINITY ? expf(exponent) * (sum * kTileMargin) : 0.0f;
 }
 
 // A warp takes four tiles of a row at a time, eight lanes each: their chains of tanh and exp run

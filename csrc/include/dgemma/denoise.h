@@ -176,7 +176,7 @@ DGEMMA_API dgemma_status dgemma_cpu_update_canvas(const dgemma_update_canvas* op
  *   out   = dtype(dtype(sum over v of p[v] * embedding[v]) * dtype(embedding_scale)),  summed in
  * fp32
  *
- * The normaliser s is not row_sum: rounding z to bf16 moves an exponent by up to 2^-9 |z|, which at
+ * The normaliser s is not row_sum: rounding z to bf16 moves an exponent by up to 2^-8 |z|, which at
  * low temperatures is more than fp32 can hold. Pinned rows are zero; a row whose row_sum is NaN is
  * NaN. With tolerance > 0 a row may leave out entries of total mass tau when
  *   tau * (max_embedding_norm + ||sum||) <= tolerance * ||sum||,

@@ -107,8 +107,9 @@ def table(found: Profile, title: str) -> str:
         + ", whichever takes longer; both measured in this run",
     ]
     if found.soft_tiles is not None:
-        per_row, union = (f"{count:,.1f}" for count in found.soft_tiles)
+        per_row, union, listed = (f"{count:,.1f}" for count in found.soft_tiles)
         tiles = f"{per_row} of {found.vocabulary_tiles:,} vocabulary tiles count for a row, {union} in all"
+        tiles += f"; a GPU's kernels list {listed} of a request"
         lines.insert(-1, f"soft embedding: {tiles}")
     return "\n".join(lines)
 

@@ -22,16 +22,12 @@ from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.plain.vocabulary_head import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
 from dgemma_ext.profile.parts import PART_OF_OPERATOR, Part, part_of_weight
+from dgemma_ext.profile.soft_tiles import READ_BY_SOFT_TILES
 
 # The name of a profiler's range for a call of a Recorder, before the call's number (kernels.py reads it).
 RANGE = "dgemma call "
 _PRODUCTS = ("mm", "addmm", "matmul", "dense", "dense_quantized")
 _ATTENTION = ("canvas_attention", "causal_attention", "append_to_cache")
-# Arguments of the soft embedding that `soft_tiles` reads.
-_READ_BY_SOFT_TILES = (
-    *("active", "row_max", "row_sum", "tile_max", "tile_sum"),
-    *("embedding_scale", "tolerance", "max_embedding_norm"),
-)
 
 
 @dataclass(frozen=True)
@@ -173,42 +169,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _soft_embedding_of(named: dict[str, Any], result: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """The arguments that `soft_tiles` reads, and the result. They are copied on the CPU, where the rows of a batch take
-    turns with one set of buffers."""
-    read = {name: named[name] for name in _READ_BY_SOFT_TILES if name in named}
+    """The arguments that soft_tiles.py reads, and the result. They are copied on the CPU, where the rows of a batch
+    take turns with one set of buffers."""
+    read = {name: named[name] for name in READ_BY_SOFT_TILES if name in named}
     if result.is_cpu:
         read = {name: value.clone() if isinstance(value, Tensor) else value for name, value in read.items()}
         result = result.clone()
     return read, result
-
-
-def soft_tiles(soft_embeddings: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float, float]:
-    """The number of vocabulary tiles that soft embeddings must not skip: the mean of a row, and that of all rows
-    together.
-
-    The rule of ops.denoise.soft_embedding: the mass of the skipped tiles, times the largest norm of an embedding, is
-    within the tolerance times the norm of the row's result. The tiles of the largest mass are not skipped.
-    """
-    counts: list[Tensor] = []
-    union: Tensor | None = None
-    for named, result in soft_embeddings:
-        running = slice(None) if named.get("active") is None else named["active"]
-        row_max, row_sum, tile_max, tile_sum = (
-            named[name][running] for name in ("row_max", "row_sum", "tile_max", "tile_sum")
-        )
-        probabilities = tile_sum.double() * (tile_max - row_max[..., None]).double().exp()
-        probabilities = (probabilities / row_sum[..., None]).nan_to_num(0.0).flatten(0, -2)
-        norms = result[running].double().norm(dim=-1).flatten() / named["embedding_scale"]
-        allowed = norms * named["tolerance"] / named["max_embedding_norm"]
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        # The probability of a tile and of all that have less.
-        rest = ordered.flip(-1).cumsum(-1).flip(-1)
-        needed = (rest > allowed[:, None]) & (ordered > 0)
-        counts.append(needed.sum(-1).double())
-        needed_by_any = torch.zeros_like(needed).scatter(-1, order, needed).any(0)
-        union = needed_by_any if union is None else union | needed_by_any
-    assert union is not None, "the caller has a soft embedding"
-    return float(torch.cat(counts).mean()), float(union.sum())
 
 
 def experts_hit(routed: Sequence[Tensor]) -> int:

@@ -24,7 +24,8 @@ from dgemma_ext.profile.count import (
 )
 from dgemma_ext.profile.kernels import events_of, slices_on_gpu
 from dgemma_ext.profile.machine import Machine, measure, measure_after
-from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, soft_tiles, statistics_in_head
+from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, statistics_in_head
+from dgemma_ext.profile.soft_tiles import SoftTiles, soft_tiles
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
 from dgemma_ext.sampling import SamplerConfig
 
@@ -39,8 +40,9 @@ class Profile:
     """The result of `profile`.
 
     `experts_hit`: mean over the steps, by layer. `soft_tiles`: how many of `vocabulary_tiles` the soft embedding must
-    not skip, the mean of a row and that of all rows together. `drafts`: each request's last draft. `driven_seconds`:
-    the time of a step where a loop drives the steps of a whole canvas; None where requests are stepped by turns.
+    not skip, and how many a GPU's kernels list, means of the steps. `drafts`: each request's last draft.
+    `driven_seconds`: the time of a step where a loop drives the steps of a whole canvas; None where requests are
+    stepped by turns.
     """
 
     device: str
@@ -55,7 +57,7 @@ class Profile:
     step: Pass
     encode: Pass
     experts_hit: tuple[float, ...]
-    soft_tiles: tuple[float, float] | None
+    soft_tiles: SoftTiles | None
     vocabulary_tiles: int
     drafts: tuple[tuple[int, ...], ...]
     driven_seconds: float | None
@@ -100,8 +102,9 @@ def profile(
     expected = [expected_experts_hit(config, batch * config.canvas_length)] * len(config.layers)
     hit = tuple(mean(of_layer) for of_layer in zip(*(watched_steps.hits or [expected]), strict=True))
     tiles = watched_steps.tiles
-    soft = (mean(n for n, _ in tiles), mean(n for _, n in tiles)) if tiles else None
-    shape = StepShape(batch, prefix, config.canvas_length, hit, soft, statistics_in_head(model.device))
+    soft = SoftTiles(*(mean(counts) for counts in zip(*tiles, strict=True))) if tiles else None
+    needed = None if soft is None else (soft.of_row, soft.of_all)
+    shape = StepShape(batch, prefix, config.canvas_length, hit, needed, statistics_in_head(model.device))
     step_work = step_operations(config, weights, dtype, shape)
     # The last layer of an encode pass has no experts.
     hit_by_encode = [*watched_encode.hits[0], 0.0] if watched_encode.hits else expected
@@ -191,9 +194,9 @@ class _Watch:
         self._layers = len(model.config.layers)
         sliding = [layer.is_sliding for layer in model.config.layers]
         self._recorder = Recorder(model.weights, sliding, ranges=self._cuda)
-        # For each recorded run: experts hit by layer, and the soft embedding's tiles (recorder.soft_tiles).
+        # For each recorded run: experts hit by layer, and the soft embedding's tiles.
         self.hits: list[list[float]] = []
-        self.tiles: list[tuple[float, float]] = []
+        self.tiles: list[SoftTiles] = []
         # The seconds of unrecorded runs; begin and end of recorded ones on the slices' clock.
         self._unwatched: list[float] = []
         self._spans: list[tuple[float, float]] = []
