@@ -2,6 +2,7 @@
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
+# make wheel      the file that pip installs without a compiler, into dist/: all GPUs, Python 3.11 and later
 # make report     on a GPU: speed by batch, prefix and part beside transformers and published figures; goes on where it was
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
@@ -20,7 +21,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo build build-cuda test bench report lint format gpu-check clean
+.PHONY: help demo build build-cuda test bench wheel report lint format gpu-check clean
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -53,6 +54,10 @@ format: .venv/.installed
 	$(venv_python) -m ruff check --fix .
 	$(venv_python) -m ruff format .
 	find csrc tools examples -name '*.h' -o -name '*.c' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs .venv/bin/clang-format -i
+
+wheel: .venv/.installed
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check -r requirements/wheel.txt
+	@$(venv_python) tools/wheel.py $(ARGS)
 
 # Without .venv: the machine's own Python holds torch with CUDA there, and nothing can be fetched.
 gpu-check:

@@ -47,6 +47,7 @@ target_include_directories(_C SYSTEM PRIVATE "${torch_dir}/include")
 target_link_libraries(_C PRIVATE dgemma "${torch_dir}/lib/libtorch_cpu.so")
 # The folder of the torch that is imported beside the module, not the one it was built against.
 set_target_properties(_C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../torch/lib")
+dgemma_link_old_glibc(_C)
 if(NOT APPLE)
   target_link_options(_C PRIVATE -Wl,--as-needed)
 endif()
