@@ -53,30 +53,75 @@ SPECIAL_TOKENS = {
     "<turn|>": 106,
 }
 
+# The format of the published template in short: turns, thoughts since the last question, tools, calls and results.
 CHAT_TEMPLATE = """\
+{%- macro value_of(value) -%}
+    {%- if value is none -%}
+        null
+    {%- elif value is string -%}
+        {{ '<|"|>' + value + '<|"|>' }}
+    {%- elif value is boolean -%}
+        {{ 'true' if value else 'false' }}
+    {%- elif value is mapping -%}
+        {{ '{' }}{{ members_of(value) }}{{ '}' }}
+    {%- elif value is sequence -%}
+        [{% for item in value %}{{ value_of(item) }}{{ ',' if not loop.last }}{% endfor %}]
+    {%- else -%}
+        {{ value }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro members_of(value) -%}
+    {%- for key, item in value | dictsort %}{{ key }}:{{ value_of(item) }}{{ ',' if not loop.last }}{% endfor -%}
+{%- endmacro -%}
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{ content | trim }}
+    {%- else -%}
+        {%- for part in content %}{{ part['text'] | trim }}{% endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
 {{ bos_token }}
 {%- set first_is_system = messages and messages[0]['role'] == 'system' -%}
 {%- if enable_thinking or tools or first_is_system -%}
     {{ '<|turn>system\\n' }}
     {%- if enable_thinking %}{{ '<|think|>\\n' }}{% endif -%}
-    {%- if first_is_system %}{{ messages[0]['content'] | trim }}{% endif -%}
-    {%- for tool in tools or [] %}{{ '<|tool>' + (tool | tojson) + '<tool|>' }}{% endfor -%}
+    {%- if first_is_system %}{{ text_of(messages[0]['content']) }}{% endif -%}
+    {%- for tool in tools or [] -%}
+        {{ '<|tool>declaration:' + tool['function']['name'] + '{' + members_of(tool['function']) + '}<tool|>' }}
+    {%- endfor -%}
     {{ '<turn|>\\n' }}
 {%- endif -%}
+{%- set last = namespace(user=-1, role='') -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'system' -%}
         {%- if not loop.first %}{{ raise_exception('the system message must be the first') }}{% endif -%}
         {%- continue -%}
-    {%- endif -%}
-    {{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
+    {%- elif message['role'] == 'tool' -%}
+        {{ '<|tool_response>response:' + message['name'] + '{value:' }}
+        {{- value_of(message['content']) + '}<tool_response|>' }}
     {%- else -%}
-        {%- for part in message['content'] %}{{ part['text'] | trim }}{% endfor -%}
+        {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+        {%- if last.role != 'tool' %}{{ '<|turn>' + role + '\\n' }}{% endif -%}
+        {%- if message['reasoning_content'] and loop.index0 > last.user -%}
+            {{ '<|channel>thought\\n' + message['reasoning_content'] + '\\n<channel|>' }}
+        {%- endif -%}
+        {%- for call in message['tool_calls'] or [] -%}
+            {{ '<|tool_call>call:' + call['function']['name'] + '{' }}
+            {{- members_of(call['function']['arguments']) + '}<tool_call|>' }}
+        {%- endfor -%}
+        {{ text_of(message['content']) }}
+        {%- if not message['tool_calls'] %}{{ '<turn|>\\n' }}{% endif -%}
     {%- endif -%}
-    {{ '<turn|>\\n' }}
+    {%- set last.role = message['role'] -%}
 {%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif -%}
+{%- if add_generation_prompt and last.role != 'tool' -%}
+    {{ '<|turn>model\\n' }}
+{%- elif add_generation_prompt and enable_thinking -%}
+    {{ '<|channel>thought\\n' }}
+{%- endif -%}
 """
 
 

@@ -8,7 +8,7 @@ print(model.generate("Why is the sky blue?").text)
 
 from __future__ import annotations
 
-from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig, Tokenizer
+from dgemma_ext.checkpoint import GenerationDefaults, InvalidToolCall, ModelConfig, Response, Tokenizer, ToolCall
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import (
     Chat,
@@ -41,6 +41,7 @@ __all__ = [
     "Event",
     "Failure",
     "GenerationDefaults",
+    "InvalidToolCall",
     "MemoryPlan",
     "ModelConfig",
     "NonFiniteError",
@@ -48,11 +49,13 @@ __all__ = [
     "Output",
     "Request",
     "RequestState",
+    "Response",
     "SamplerConfig",
     "Scheduler",
     "Snapshot",
     "SnapshotStore",
     "Tokenizer",
+    "ToolCall",
     "__version__",
     "accelerate",
 ]

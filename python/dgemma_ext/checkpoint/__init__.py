@@ -3,6 +3,9 @@
 `config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and finds
 how each weight is stored (`stored`); `reading` reads the values; `quantization` describes a format to quantize to, and
 `quantize` writes a checkpoint in it.
+
+`tokenizer` makes token ids of a chat (`messages`, `chat_template`, `special_tokens`), and takes answers apart
+(`response`, `tool_call`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from dgemma_ext.checkpoint.files import (
     resolve_checkpoint,
 )
 from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults
+from dgemma_ext.checkpoint.messages import Message, checked_tools
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
 from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
 from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
+from dgemma_ext.checkpoint.response import Response
 from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored, TensorInfo, names_of
-from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Message, Tokenizer
+from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Tokenizer
+from dgemma_ext.checkpoint.tool_call import InvalidToolCall, ToolCall

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,28 +28,38 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, file: Path) -> None:
-        self._source, self._file = source, file
+        self.source = source
+        self.file = file
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"chat template, line {error.lineno}: {error.message}", file=file) from error
+        # The names that the template reads: its variables, and names of its own.
+        self._names = frozenset(node.name for node in names if node.ctx == "load")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._source, self._file)  # a compiled template cannot be copied
+    def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, Path]]:
+        return ChatTemplate, (self.source, self.file)  # a compiled template cannot be copied
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """Renders the template with `variables`.
+    def reads(self, variable: str) -> bool:
+        """Whether the template reads a variable of this name."""
+        return variable in self._names
+
+    def render(self, variables: Mapping[str, Any], now: datetime | None = None) -> str:
+        """Renders the template with `variables`. `now` is the time of `strftime_now`, default the present.
 
         Raises ValueError where a variable is not plain JSON or the template itself refuses the messages, and
         CheckpointError where the template fails or tries to leave the sandbox.
         """
-        checked = {name: _json_value(name, value) for name, value in variables.items()}
+        checked = {name: json_value(name, value) for name, value in variables.items()}
+        checked["strftime_now"] = partial(_strftime, now or datetime.now())
         try:
             return self._template.render(checked)
         except _RefusedMessages as error:
-            raise ValueError(f"messages: the chat template in {self._file} refuses them: {error.message}") from error
+            raise ValueError(f"messages: the chat template in {self.file} refuses them: {error.message}") from error
         except Exception as error:  # a template can raise anything that an expression can
-            raise CheckpointError(f"chat template: {type(error).__name__}: {error}", file=self._file) from error
+            raise CheckpointError(f"chat template: {type(error).__name__}: {error}", file=self.file) from error
 
 
 class _RefusedMessages(jinja2.TemplateError):
@@ -90,12 +101,11 @@ def _environment() -> _Environment:
         "dict": _dict,
         "namespace": _namespace,
         "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
     }
     return environment
 
 
-def _json_value(name: str, value: Any) -> Any:
+def json_value(name: str, value: Any) -> Any:
     """`value` rebuilt from JSON's own types, so that a template meets no object with methods of its own."""
     try:
         return json.loads(json.dumps(value))
@@ -123,8 +133,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise _RefusedMessages(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _strftime(now: datetime, pattern: str) -> str:
+    return now.strftime(pattern)
 
 
 def _tojson(

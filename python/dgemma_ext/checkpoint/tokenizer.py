@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from dgemma_ext import arguments
-from dgemma_ext.checkpoint.chat_template import ChatTemplate
+from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
+from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
+from dgemma_ext.checkpoint.response import Response, ResponseParser
+from dgemma_ext.checkpoint.special_tokens import SpecialTokens, make_masks, strings_of
 from dgemma_ext.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -21,7 +25,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 # Gemma's special tokens, for a tokenizer_config.json that does not name them.
 _SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
-Message = Mapping[str, Any]
+# How special tokens that are spelled in a text are encoded: as text like any other, or as those tokens.
+_SPELLED = ("text", "tokens")
 
 _PROMPT = "a string, a list of messages or token ids"
 
@@ -36,11 +41,22 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
     ) -> None:
         self._model = model
+        # Special tokens are found by `_specials`; the model itself makes none of text.
+        model.encode_special_tokens = True
+        added = model.get_added_tokens_decoder()
+        self._specials = SpecialTokens({token.content: id for id, token in added.items() if token.special})
+        self._parser = ResponseParser(self._specials.ids, self._decode)
         self.special_tokens = {**_SPECIAL_TOKENS, **(special_tokens or {})}
         self.chat_template = chat_template
         self.bos_token_id = model.token_to_id(self.special_tokens["bos_token"])
         self.eos_token_id = model.token_to_id(self.special_tokens["eos_token"])
         self.pad_token_id = model.token_to_id(self.special_tokens["pad_token"])
+        unknown = model.token_to_id(self.special_tokens["unk_token"])
+        self._never_of_text = frozenset(self._specials.ids.values()) - {unknown}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._model.encode_special_tokens = True  # a copy of a tokenizers.Tokenizer forgets it
 
     @classmethod
     def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
@@ -72,9 +88,19 @@ class Tokenizer:
             raise ValueError(f"token is {token!r}, which is not in the vocabulary")
         return token_id
 
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Token ids of `text`. Special tokens that are written out in the text become their ids."""
-        ids: list[int] = self._model.encode(arguments.text("text", text), add_special_tokens=False).ids
+    def encode(self, text: str, add_bos: bool = False, special_tokens: str = "text") -> list[int]:
+        """Token ids of `text`.
+
+        special_tokens: "text" encodes special tokens that are spelled in `text` as the characters that they are, and
+        `decode` gives the same text back (but for the sign ▁, which Gemma's tokenizer takes for a space); "tokens"
+        makes them tokens. The default is the same here as for chats, because a text that became a turn of its own
+        would do so unseen, while a prompt whose markers stay text shows at once. transformers' default is "tokens".
+
+        Raises ValueError naming the argument.
+        """
+        arguments.text("text", text)
+        stays_text = arguments.choice("special_tokens", special_tokens, _SPELLED) == "text"
+        ids = self._encode_text(text) if stays_text else self._encode_marked(text)
         if not arguments.flag("add_bos", add_bos):
             return ids
         if self.bos_token_id is None:
@@ -82,83 +108,152 @@ class Tokenizer:
         return [self.bos_token_id, *ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become the replacement character."""
+        """The text of token ids; bytes that are not UTF-8 become the replacement character.
+
+        Skipped are special tokens, and thoughts between their markers. What a tool call holds is kept with its string
+        delimiters, without which it cannot be read; `parse_response` reads it.
+        """
+        checked = self._checked_ids("ids", ids)
         skips = arguments.flag("skip_special_tokens", skip_special_tokens)
-        return self._model.decode(self._checked_ids("ids", ids), skip_special_tokens=skips)
+        return self._parser.decode(checked) if skips else self._decode(checked, False)
+
+    def parse_response(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> Response:
+        """An answer's text, thoughts and tool calls. `prefix` are the ids before it, which may have begun a thought."""
+        return self._parser.parse(self._checked_ids("ids", ids), self._checked_ids("prefix", prefix))
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """Renders a chat to the model's prompt text, with its begin-of-sequence token.
 
         `messages`: mappings with "role" (system, developer, user, assistant, model or tool) and "content" (a string, or
-        a list of {"type": "text", "text": ...}). `variables` go to the template, such as `enable_thinking` and
-        `tools`. Raises ValueError for messages that cannot be rendered, CheckpointError for a template that fails.
-        """
-        if self.chat_template is None:
-            raise ValueError("messages is a chat, but the checkpoint has no chat template; wanted: text or token ids")
-        checked = _checked_messages(messages)
-        return self.chat_template.render(
-            {**self.special_tokens, "tools": None, **variables}
-            | {"messages": checked, "add_generation_prompt": add_generation_prompt}
-        )
+        a list of strings and of {"type": "text", "text": ...}), as OpenAI's interfaces write them: an assistant's turn
+        may have "tool_calls", and then the results follow in messages of the role tool, with "tool_call_id" or "name".
+        `tools`: JSON schemas of functions. `variables` go to the template, such as `enable_thinking`.
 
-    def encode_prompt(self, prompt: str | Sequence[Message] | Sequence[int], **variables: Any) -> list[int]:
+        In the text nobody can tell the template's special tokens from those that a message spells; `encode_prompt` can.
+
+        Raises ValueError for messages that cannot be rendered and for variables that the template does not read,
+        CheckpointError for a template that fails.
+        """
+        return self._template().render(self._variables(messages, add_generation_prompt, tools, variables))
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        special_tokens: str = "text",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
         """Token ids of a prompt.
 
         A string is one user turn where there is a chat template; without one it follows the begin-of-sequence token. A
-        chat goes through the template, which writes that token itself. A list of ids is used as it is.
+        chat goes through the template, which writes that token itself. A list of ids is used as it is. `tools` and
+        `variables` are those of `apply_chat_template`.
+
+        special_tokens: as in `encode`. With "text" only the template writes special tokens, whatever messages, tools
+        and variables spell.
         """
+        arguments.choice("special_tokens", special_tokens, _SPELLED)
+        parts: list[Any] = []
+        if not isinstance(prompt, str):
+            parts = arguments.sequence("prompt", prompt, _PROMPT)
+        elif self.chat_template is not None:
+            parts = [{"role": "user", "content": arguments.text("prompt", prompt)}]
+        is_chat = any(isinstance(part, Mapping) for part in parts)
+        if not is_chat and (tools is not None or variables):
+            given = "tools" if tools is not None else next(iter(variables))
+            raise ValueError(f"{given} is for a chat template, and the prompt does not go through one")
+        if is_chat:
+            checked = self._variables(parts, True, tools, variables)
+            stays_text = special_tokens == "text"
+            return self._encode_chat(checked) if stays_text else self._encode_marked(self._template().render(checked))
         if isinstance(prompt, str):
-            arguments.text("prompt", prompt)
-            if self.chat_template is None:
-                return self.encode(prompt, add_bos=self.bos_token_id is not None)
-            prompt = [{"role": "user", "content": prompt}]
-        parts = arguments.sequence("prompt", prompt, _PROMPT)
+            return self.encode(prompt, self.bos_token_id is not None, special_tokens)
         if not parts:
             raise arguments.refusal("prompt", _PROMPT, prompt)
-        if any(isinstance(part, Mapping) for part in parts):
-            return self.encode(self.apply_chat_template(parts, **variables))
         return self._checked_ids("prompt", parts)
+
+    def _template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise ValueError("messages is a chat, but the checkpoint has no chat template; wanted: text or token ids")
+        return self.chat_template
+
+    def _variables(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The variables of the template as JSON data. Raises ValueError for those of which it takes no notice."""
+        template = self._template()
+        given = {"messages": checked_messages(messages), "tools": checked_tools(tools), **variables}
+        for name in ["tools"] * bool(given["tools"]) + list(variables):
+            # Leaving thoughts out is what a template without them does anyway.
+            if not template.reads(name) and (name, given[name]) != ("enable_thinking", False):
+                raise ValueError(f"{name} is given, but the chat template in {template.file} does not read it")
+        if any("tool_calls" in message for message in given["messages"]) and "tool_calls" not in template.source:
+            raise ValueError(f"messages have tool_calls, but the chat template in {template.file} does not read them")
+        data = {name: json_value(name, value) for name, value in given.items()}
+        return {**self.special_tokens, **data, "add_generation_prompt": add_generation_prompt}
+
+    def _encode_chat(self, variables: dict[str, Any]) -> list[int]:
+        """Token ids of a rendered chat, with special tokens where the template wrote them and nowhere else.
+
+        Raises CheckpointError for a template that changes the characters that are masked, so that their text is lost.
+        """
+        template = self._template()
+        trusted = {
+            name: variables[name] for name in self.special_tokens if variables[name] == self.special_tokens[name]
+        }
+        untrusted = {name: value for name, value in variables.items() if name not in trusted}
+        written = list(strings_of(untrusted))
+        for token in self._specials.unmaskable:
+            if any(token in text for text in written):
+                raise ValueError(
+                    f"messages spell the special token {token!r}, which cannot be told from the template's"
+                )
+        used = set().union(*written)
+        masked = self._specials.edges & used
+        now = datetime.now()
+        # With other stand-ins the result is the same, unless the template does something to them.
+        masks = make_masks(masked, used.union(template.source), 2 if masked else 1)
+        rendered = [template.render(trusted | mask.hide(untrusted), now) for mask in masks]
+        if len({mask.reveal(text) for mask, text in zip(masks, rendered, strict=True)}) > 1:
+            raise CheckpointError(
+                f"chat template: rewrites some of the characters {' '.join(sorted(masked))} of the messages, so that "
+                "their text cannot be told from its own; special_tokens='tokens' takes both for the template's",
+                file=template.file,
+            )
+        ids: list[int] = []
+        for piece in self._specials.split(rendered[0]):
+            ids += [piece] if isinstance(piece, int) else self._encode_text(masks[0].reveal(piece))
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._specials.split(text):
+            ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(arguments.text("text", text), add_special_tokens=False).ids
+        made = self._never_of_text.intersection(ids)
+        if made:
+            token = self._model.id_to_token(min(made))
+            raise ValueError(f"text {arguments.shown(text)} cannot stay text: the tokenizer makes a {token} of it")
+        return ids
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._model.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def _checked_ids(self, argument: str, ids: Sequence[int]) -> list[int]:
         return arguments.integers(argument, ids, "token ids", end=self.vocab_size, entry="a token id")
-
-
-def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain dictionaries; raises ValueError naming the message and its error."""
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or len(messages) == 0:
-        raise ValueError(f"messages is {messages!r}; wanted: a list of mappings with role and content")
-    return [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
-
-
-_ROLES = ("system", "developer", "user", "assistant", "model", "tool")
-
-
-def _checked_message(name: str, message: Message) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"{name} is a {type(message).__name__}; wanted: a mapping with role and content")
-    if message.get("role") not in _ROLES:
-        raise ValueError(f"{name}['role'] is {message.get('role')!r}; wanted: one of {', '.join(_ROLES)}")
-    content = message.get("content")
-    is_tool_turn = bool(message.get("tool_calls") or message.get("tool_responses"))
-    if isinstance(content, list):
-        for index, part in enumerate(content):
-            _check_part(f"{name}['content'][{index}]", part)
-    elif not isinstance(content, str) and not (content is None and is_tool_turn):
-        raise ValueError(f"{name}['content'] is {content!r}; wanted: a string or a list of text parts")
-    return dict(message)
-
-
-def _check_part(name: str, part: Any) -> None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind != "text":
-        what = f"of type {kind!r}" if kind is not None else repr(part)
-        raise ValueError(
-            f'{name} is {what}; wanted: {{"type": "text", "text": ...}} (images and audio are not supported)'
-        )
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"{name}['text'] is {part.get('text')!r}; wanted: a string")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
