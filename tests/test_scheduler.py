@@ -302,7 +302,11 @@ def test_events_come_in_order_and_commits_add_up_to_the_text() -> None:
 
 def test_a_character_cut_by_a_canvas_is_in_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: bytes(ids).decode("utf-8", "replace"))
+
+    def parse(ids: list[int], prefix: list[int]) -> dg.Response:
+        return dg.Response(bytes(ids).decode("utf-8", "replace"))
+
+    monkeypatch.setattr(model.tokenizer, "parse_response", parse)
     tokens = [*b"aaaaaaa", *"é".encode(), *b"bbbbbbb"]
     canvas = dg.Canvas(tokens, [True] * 16)
     events = model.stream([5], max_new_tokens=16, sampler=SAMPLER, canvas=canvas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dgemma_ext.engine import (
     Draft,
     Generation,
     Prompt,
+    PromptOptions,
     Scheduler,
     check_memory,
     mapped_bytes,
@@ -153,6 +154,10 @@ class DiffusionGemma:
         seed: int | Sequence[int] = 0,
         canvas: Canvas | Sequence[Canvas | None] | None = None,
         on_draft: Callable[[Draft], None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        enable_thinking: bool | Sequence[bool | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        special_tokens: str | Sequence[str] = "text",
     ) -> Any:
         """Answers a prompt, or each of a list of prompts.
 
@@ -160,6 +165,11 @@ class DiffusionGemma:
         checkpoint's. seed: one number, or one per prompt; on the CPU the same seed and prompt give the same bits in any
         batch. canvas: what the first canvases begin with, one for all prompts or one per prompt. on_draft: called after
         every denoising step, which makes the host wait for each.
+
+        For the chat template, each one for all prompts or a list of one per prompt: tools: JSON schemas of the
+        functions that the model may call. enable_thinking: whether it thinks before it answers, default what the
+        template does. chat_template_kwargs: other variables of the template. special_tokens: whether special tokens
+        that are spelled in a prompt are "text", the default, or "tokens"; see Tokenizer.encode.
 
         On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
         frees their memory.
@@ -169,7 +179,8 @@ class DiffusionGemma:
         """
         if on_draft is not None and not callable(on_draft):
             raise arguments.refusal("on_draft", "a function or None", on_draft)
-        return Generation(self, prompt, max_new_tokens, sampler, seed, canvas).outputs(on_draft)
+        prompting = (tools, enable_thinking, chat_template_kwargs, special_tokens)
+        return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *prompting).outputs(on_draft)
 
     def stream(
         self,
@@ -178,13 +189,27 @@ class DiffusionGemma:
         sampler: SamplerConfig | None = None,
         seed: int | Sequence[int] = 0,
         canvas: Canvas | Sequence[Canvas | None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        enable_thinking: bool | Sequence[bool | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        special_tokens: str | Sequence[str] = "text",
     ) -> Iterator[Draft | Commit]:
         """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
         In a batch `event.request.number` is the index of the prompt.
         """
-        yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas).events()
+        prompting = (tools, enable_thinking, chat_template_kwargs, special_tokens)
+        yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *prompting).events()
 
-    def chat(self, system: str | None = None, max_length: int | None = None) -> Chat:
-        """A conversation that keeps its cache from turn to turn."""
-        return Chat(self, system=system, max_length=max_length)
+    def chat(
+        self,
+        system: str | None = None,
+        max_length: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: str = "text",
+    ) -> Chat:
+        """A conversation that keeps its cache from turn to turn; arguments as in `generate`."""
+        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens)
+        return Chat(self, system=system, max_length=max_length, options=options)

@@ -24,5 +24,5 @@ from dgemma_ext.engine.memory import (
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import Prompt, ServedModel
+from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel
 from dgemma_ext.engine.snapshots import USUAL_SNAPSHOTS, SnapshotStore

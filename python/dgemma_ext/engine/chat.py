@@ -2,53 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from dgemma_ext import arguments
+from dgemma_ext.checkpoint import InvalidToolCall, Message, ToolCall
 from dgemma_ext.engine.events import Commit, Draft, Failure
+from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import ServedModel
+from dgemma_ext.engine.served import PromptOptions, ServedModel
 from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.sampling import SamplerConfig
 
-Message = dict[str, object]
+_TURN = "text, or messages with role and content"
 
 
 class Chat:
     """Keeps the messages, and encodes only the part of each turn's prompt that is in no snapshot of earlier turns.
 
-    A sliding layer's ring cannot be rewound and the template rewrites history (it drops earlier thoughts), so a turn
-    continues from the longest snapshot that is a prefix of the new prompt, not from the end of the last answer.
+    A sliding layer's ring cannot be rewound and the template rewrites history (it drops the thoughts of earlier
+    turns), so a turn continues from the longest snapshot that is a prefix of the new prompt, not from the end of the
+    last answer.
+
+    Attributes: `messages`, the conversation so far; `output`, the last answer, None before the first; `options`, the
+    tools and template variables of the turns to come. `text`, `thinking`, `tool_calls`, `invalid_tool_calls` and
+    `token_ids` are those of the last answer.
     """
 
-    def __init__(self, model: ServedModel, system: str | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        system: str | None = None,
+        max_length: int | None = None,
+        options: PromptOptions | None = None,
+    ) -> None:
         if model.tokenizer is None:
             raise ValueError("a chat needs a checkpoint with tokenizer.json")
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.output: Output | None = None
+        self.options = options or PromptOptions()
         self._snapshots = SnapshotStore()
         self._scheduler = Scheduler(model, max_batch=1, max_length=max_length, kept_snapshots=self._snapshots.limit)
 
+    @property
+    def text(self) -> str:
+        return "" if self.output is None else self.output.text
+
+    @property
+    def thinking(self) -> str:
+        return "" if self.output is None else self.output.thinking
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return () if self.output is None else self.output.tool_calls
+
+    @property
+    def invalid_tool_calls(self) -> tuple[InvalidToolCall, ...]:
+        return () if self.output is None else self.output.invalid_tool_calls
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return () if self.output is None else self.output.token_ids
+
     def send(
-        self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0
+        self,
+        turn: str | Message | Sequence[Message],
+        max_new_tokens: int | None = None,
+        sampler: SamplerConfig | None = None,
+        seed: int = 0,
     ) -> str:
-        """Adds a user turn and returns the model's answer."""
-        for _ in self.stream(text, max_new_tokens, sampler, seed):
+        """Adds a turn and returns the text of the model's answer.
+
+        turn: the user's text, or one or more messages. After an answer that calls tools these are the results, one
+        message of the role tool for each call, in the order of the calls or with their "tool_call_id" or "name".
+        """
+        for _ in self.stream(turn, max_new_tokens, sampler, seed):
             pass
-        return str(self.messages[-1]["content"])
+        return self.text
 
     def stream(
-        self, text: str, max_new_tokens: int | None = None, sampler: SamplerConfig | None = None, seed: int = 0
+        self,
+        turn: str | Message | Sequence[Message],
+        max_new_tokens: int | None = None,
+        sampler: SamplerConfig | None = None,
+        seed: int = 0,
     ) -> Iterator[Draft | Commit]:
         """`send` as a stream of events. A turn that is left early, or fails, does not become part of the chat."""
-        turn: Message = {"role": "user", "content": text}
+        turns = _messages_of(turn)
+        options = self.options
         request = self._scheduler.submit(
-            [*self.messages, turn], max_new_tokens, sampler, seed, snapshots=self._snapshots
+            [*self.messages, *turns],
+            max_new_tokens,
+            sampler,
+            seed,
+            snapshots=self._snapshots,
+            tools=options.tools,
+            enable_thinking=options.enable_thinking,
+            chat_template_kwargs=options.chat_template_kwargs,
+            special_tokens=options.special_tokens,
         )
         try:
             yield from self._events(request)
         finally:
             request.cancel()
-        self.messages += [turn, {"role": "assistant", "content": request.output.text}]
+        self.output = request.output
+        self.messages += [*turns, self.output.message]
 
     def _events(self, request: Request) -> Iterator[Draft | Commit]:
         while not request.done:
@@ -58,3 +117,14 @@ class Chat:
                 if isinstance(event, Failure):
                     raise event.error
                 yield event
+
+
+def _messages_of(turn: str | Message | Sequence[Message]) -> list[Any]:
+    if isinstance(turn, str):
+        return [{"role": "user", "content": turn}]
+    if isinstance(turn, Mapping):
+        return [turn]
+    messages = arguments.sequence("turn", turn, _TURN)
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise arguments.refusal("turn", _TURN, turn)
+    return messages

@@ -27,13 +27,18 @@ class Draft:
 
     @property
     def text(self) -> str:
-        """The draft as text, without special tokens."""
-        return self.request.decode(self.token_ids)
+        """What the draft would add to the answer's text, which has no thoughts, tool calls and special tokens."""
+        return self.request.words_of_draft(self.canvas_index, self.token_ids)[0]
+
+    @property
+    def thinking(self) -> str:
+        """What the draft would add to the model's thoughts."""
+        return self.request.words_of_draft(self.canvas_index, self.token_ids)[1]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A finished canvas: the ids that the answer keeps of it, and the text that they add.
+    """A finished canvas: the ids that the answer keeps of it, and what they add to its text and to its thoughts.
 
     finish_reason is None while the answer goes on, else "eos" or "length".
     """
@@ -44,6 +49,7 @@ class Commit:
     text: str
     denoising_steps: int
     finish_reason: str | None
+    thinking: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
+from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
 from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
 
 # Further requests wait their turn: a larger batch is no faster on a CPU, and each slot costs memory.
@@ -38,8 +38,13 @@ class Generation:
         sampler: SamplerConfig | None,
         seed: int | Sequence[int],
         canvas: Canvas | Sequence[Canvas | None] | None,
+        tools: Any = None,
+        enable_thinking: Any = None,
+        chat_template_kwargs: Any = None,
+        special_tokens: Any = "text",
     ) -> None:
         prompts, self._is_batch = _as_batch(prompt)
+        options = _options_per_prompt(tools, enable_thinking, chat_template_kwargs, special_tokens, len(prompts))
         seeds = _one_per_prompt("seed", seed, len(prompts))
         canvases = _one_per_prompt("canvas", canvas, len(prompts))
         for one in canvases:
@@ -48,8 +53,8 @@ class Generation:
         config = model.network.config
         names = [f"prompt[{index}]" if self._is_batch else "prompt" for index in range(len(prompts))]
         ids = [
-            prompt_to_ids(prompt, model.tokenizer, config.vocab_size, name)
-            for prompt, name in zip(prompts, names, strict=True)
+            prompt_to_ids(prompt, model.tokenizer, config.vocab_size, name, one)
+            for prompt, name, one in zip(prompts, names, options, strict=True)
         ]
         length = resolve_sampler(sampler, model.defaults, config.canvas_length).canvas_length
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -134,6 +139,21 @@ def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
     # The messages of a chat are mappings, and ids are numbers.
     is_batch = any(isinstance(part, str) or arguments.is_sequence(part) for part in parts)
     return (parts, True) if is_batch else ([parts], False)
+
+
+def _options_per_prompt(
+    tools: Any, enable_thinking: Any, chat_template_kwargs: Any, special_tokens: Any, count: int
+) -> list[PromptOptions]:
+    """Each prompt's options. Every argument is one for all prompts or a list of one per prompt; of tools, lists."""
+    given = arguments.sequence("tools", tools, "a list") if arguments.is_sequence(tools) else []
+    differ = bool(given) and all(one is None or arguments.is_sequence(one) for one in given)
+    columns = [
+        _one_per_prompt("tools", tools, count) if differ else [tools] * count,
+        _one_per_prompt("enable_thinking", enable_thinking, count),
+        _one_per_prompt("chat_template_kwargs", chat_template_kwargs, count),
+        _one_per_prompt("special_tokens", special_tokens, count),
+    ]
+    return [PromptOptions(*values) for values in zip(*columns, strict=True)]
 
 
 def _one_per_prompt(name: str, value: Any, count: int) -> list[Any]:

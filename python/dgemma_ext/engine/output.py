@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from dgemma_ext.checkpoint import InvalidToolCall, Response, ToolCall
 
 
 @dataclass(frozen=True)
 class Output:
     """A finished answer.
 
-    token_ids: up to and including the first end-of-sequence token, at most max_new_tokens, without padding.
-    denoising_steps: one number per canvas. tokens_per_forward: tokens kept / denoising steps.
+    text: for people; without thoughts, tool calls and special tokens. token_ids: up to and including the first
+    end-of-sequence token, at most max_new_tokens, without padding. denoising_steps: one number per canvas. thinking:
+    the model's thoughts. tool_calls: the functions that it calls; invalid_tool_calls: calls that cannot be read.
+    tokens_per_forward: tokens kept / denoising steps.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     denoising_steps: tuple[int, ...]
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
     @property
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / sum(self.denoising_steps)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message for the history of a chat; its tool calls have the ids call_0, call_1, ..."""
+        return Response(self.text, self.thinking, self.tool_calls).message

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
-from dgemma_ext.checkpoint import Tokenizer
+from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.sampling import Canvas, ResolvedSampler
@@ -51,7 +52,7 @@ class Request:
         self._tokenizer = tokenizer
         # Weak, so that a scheduler with unfinished requests, and its network, can be dropped at once.
         self._cancel: Callable[[], Callable[[Request], bool] | None] = weakref.WeakMethod(cancel)
-        self._emitted_text = ""
+        self._emitted = Response()
         certain = None if canvas is None else canvas.certain_length(sampler.eos_token_ids)
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
         # The scheduler's state.
@@ -90,12 +91,21 @@ class Request:
             raise self.error
         if self.finish_reason is None:
             raise RuntimeError(f"request {self.number} is {self.state.value} and has no output")
+        response = self.response
         return Output(
-            text=self.decode(self.token_ids),
+            text=response.text,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             denoising_steps=tuple(self.denoising_steps),
+            thinking=response.thinking,
+            tool_calls=response.tool_calls,
+            invalid_tool_calls=response.invalid_tool_calls,
         )
+
+    @property
+    def response(self) -> Response:
+        """The answer so far, taken apart; empty for a checkpoint without a tokenizer."""
+        return self._parse(self.token_ids)
 
     def cancel(self) -> bool:
         """Stops the request and frees its slot. Returns False for a request that has ended already."""
@@ -107,21 +117,31 @@ class Request:
         self.state = RequestState.CANCELLED  # its scheduler was dropped
         return True
 
-    def new_text(self) -> str:
-        """The text that the answer has gained since the last call.
+    def new_words(self) -> tuple[str, str]:
+        """The text and the thoughts that the answer has gained since the last call."""
+        before, self._emitted = self._emitted, self._parse(self.token_ids, is_whole=self.finish_reason is not None)
+        return _gained(before, self._emitted)
 
-        A trailing replacement character is held back while the answer goes on: it may be an incomplete character whose
-        last bytes are in the next canvas.
-        """
-        text = self.decode(self.token_ids)
-        if self.finish_reason is None:
-            text = text.rstrip("\ufffd")
-        gained, self._emitted_text = text[len(self._emitted_text) :], text
-        return gained
+    def words_of_draft(self, canvas_index: int, ids: Sequence[int]) -> tuple[str, str]:
+        """The text and the thoughts that a draft of a canvas would add to the canvases before it."""
+        before = self.token_ids[: canvas_index * self.sampler.canvas_length]  # the last canvas alone may be shorter
+        kept = list(ids[: self.max_new_tokens - len(before)])
+        end = next((i + 1 for i, token in enumerate(kept) if token in self.sampler.eos_token_ids), len(kept))
+        return _gained(self._parse(before, is_whole=False), self._parse(before + kept[:end]))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens; empty for a checkpoint without a tokenizer."""
-        return "" if self._tokenizer is None else self._tokenizer.decode(list(ids))
+    def _parse(self, ids: Sequence[int], is_whole: bool = True) -> Response:
+        """An answer that begins with ids. While it is not whole, what may change with the next canvas is held back: a
+        trailing replacement character may be a character whose last bytes are still to come."""
+        if self._tokenizer is None:
+            return Response()
+        response = self._tokenizer.parse_response(ids, prefix=self.prompt_ids)
+        if is_whole:
+            return response
+        return replace(response, text=response.text.rstrip("\ufffd"), thinking=response.thinking.rstrip("\ufffd"))
+
+
+def _gained(before: Response, after: Response) -> tuple[str, str]:
+    return after.text[len(before.text) :], after.thinking[len(before.thinking) :]
 
 
 def _no_scheduler() -> None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 
@@ -29,7 +29,7 @@ from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.engine.memory import batch_plan, check_memory
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.runner import EagerRunner
-from dgemma_ext.engine.served import Prompt, ServedModel, prompt_to_ids
+from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
 from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
@@ -152,6 +152,10 @@ class Scheduler:
         seed: int = 0,
         canvas: Canvas | None = None,
         snapshots: SnapshotStore | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: str = "text",
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
@@ -160,7 +164,8 @@ class Scheduler:
         than the checkpoint's do not fit.
         """
         config = self.network.config
-        ids = prompt_to_ids(prompt, self.tokenizer, config.vocab_size)
+        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens)
+        ids = prompt_to_ids(prompt, self.tokenizer, config.vocab_size, options=options)
         resolved = resolve_sampler(sampler, self.defaults, config.canvas_length)
         limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         if canvas is not None:
@@ -313,6 +318,7 @@ class Scheduler:
         elif len(draft.token_ids) >= room:
             request.finish_reason = "length"
         request.token_ids += kept
+        text, thinking = request.new_words()
         self._end_canvas(request)
         if request.finish_reason is not None:
             request.state = RequestState.FINISHED
@@ -324,9 +330,10 @@ class Scheduler:
             request=request,
             canvas_index=draft.canvas_index,
             token_ids=tuple(kept),
-            text=request.new_text(),
+            text=text,
             denoising_steps=request.denoising_steps[-1],
             finish_reason=request.finish_reason,
+            thinking=thinking,
         )
 
     def _fail(self, request: Request, error: Exception) -> Failure:
