@@ -6,11 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig, Tokenizer, resolve_checkpoint
 from dgemma_ext.cli.arguments import Arguments
@@ -59,14 +61,15 @@ def write_answer(
             if arguments.watch:
                 write_json(event_fields(event) | fields)
     else:
-        text = _TextWriter()
         console = Console(stderr=True, highlight=False)
+        thoughts, text = _ThoughtWriter(console if arguments.thinking else None), _TextWriter()
         with Watch(console, partial(canvas_picture, tokenizer=tokenizer), status_line) as watch:
             for event in timed:
                 request = event.request
                 if isinstance(event, Commit):
                     watch.clear()
-                    text.write(request.decode(request.token_ids), event.finish_reason is not None)
+                    thoughts.write(event)
+                    text.write(request, event.finish_reason is not None)
                 elif arguments.watch:
                     watch.show(event)
         text.finish()
@@ -74,7 +77,10 @@ def write_answer(
         return None
     if arguments.json:
         write_json(result_fields(request.output, timed.seconds) | {"seed": request.seed} | fields)
-    elif arguments.watch or sys.stderr.isatty():
+        return request.output
+    for invalid in request.output.invalid_tool_calls:
+        print(f"dgemma: a tool call cannot be read, {invalid.error}: {visible(invalid.text)}", file=sys.stderr)
+    if arguments.watch or sys.stderr.isatty():
         print(summary(request.output, timed.seconds), file=sys.stderr)
     return request.output
 
@@ -96,6 +102,7 @@ def event_fields(event: Draft | Commit) -> dict[str, Any]:
             "event": "commit",
             **common,
             "text": event.text,
+            "thinking": event.thinking,
             "denoising_steps": event.denoising_steps,
             "finish_reason": event.finish_reason,
         }
@@ -106,6 +113,7 @@ def event_fields(event: Draft | Commit) -> dict[str, Any]:
         "temperature": event.request.sampler.temperature(event.step),
         "mean_entropy": event.mean_entropy,
         "text": event.text,
+        "thinking": event.thinking,
         "entropy": event.entropy.tolist(),
         "accepted": event.accepted.tolist(),
     }
@@ -119,6 +127,9 @@ def result_fields(output: Output, seconds: float) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "denoising_steps": list(output.denoising_steps),
         "tokens_per_forward": output.tokens_per_forward,
+        "thinking": output.thinking,
+        "tool_calls": [asdict(call) for call in output.tool_calls],
+        "invalid_tool_calls": [asdict(call) for call in output.invalid_tool_calls],
         "seconds": seconds,
     }
 
@@ -145,6 +156,25 @@ class Timed:
             yield event
 
 
+class _ThoughtWriter:
+    """Writes the model's thoughts to a console, dimmed, after each canvas; to None not at all."""
+
+    def __init__(self, console: Console | None) -> None:
+        self._console = console
+        self._is_in_line = False
+
+    def write(self, commit: Commit) -> None:
+        """Writes what a canvas adds, and ends the line before what comes after the thoughts."""
+        if self._console is None:
+            return
+        if commit.thinking:
+            self._console.print(Text(visible(commit.thinking), style="dim"), end="", soft_wrap=True)
+            self._is_in_line = True
+        if self._is_in_line and (commit.text or commit.finish_reason is not None):
+            self._console.print()
+            self._is_in_line = False
+
+
 class _TextWriter:
     """Writes an answer to stdout: in a terminal after each canvas, elsewhere once at the end."""
 
@@ -152,15 +182,20 @@ class _TextWriter:
         self._is_terminal = sys.stdout.isatty()
         self._written = ""
 
-    def write(self, text: str, is_whole: bool) -> None:
-        """Writes the new part of `text`, the answer so far.
+    def write(self, request: Request, is_whole: bool) -> None:
+        """Writes the new part of the answer so far, and of a whole one its tool calls, an object of JSON on each line.
 
         Bytes at its end may be an incomplete character until the next canvas, so only a whole answer is exact.
         """
+        response = request.response
+        calls = [json.dumps(asdict(call), ensure_ascii=False) for call in response.tool_calls] if is_whole else []
         if is_whole and not self._is_terminal:
-            print(text.removesuffix("\n"), flush=True)
+            lines = [response.text.removesuffix("\n")] if response.text or not calls else []
+            print("\n".join(lines + calls), flush=True)
         elif self._is_terminal:
-            ready = text if is_whole else text.rstrip("�")
+            ready = response.text if is_whole else response.text.rstrip("\ufffd")
+            if calls:
+                ready = "\n".join([ready.removesuffix("\n"), *calls]).removeprefix("\n")
             print(visible(ready[len(self._written) :]), end="", flush=True)
             self._written = ready
 

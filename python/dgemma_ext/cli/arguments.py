@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dgemma_ext.arguments import integer, number
-from dgemma_ext.checkpoint import BUNDLED, DEMO
+from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
 from dgemma_ext.sampling import SamplerConfig
@@ -28,8 +30,9 @@ _WATCH = "--watch draws on stderr, so that stdout holds the answer alone.\n" + _
 
 _JSON = """\
 --json writes one JSON object per answer and line: "event" is "result", with text, token_ids, finish_reason,
-denoising_steps (one number per canvas), tokens_per_forward, seed, seconds. With --watch, a "draft" for every denoising
-step (token_ids, entropy and accepted by position, ...) and a "commit" for every finished canvas come before it.
+denoising_steps (one number per canvas), tokens_per_forward, thinking, tool_calls (name and arguments),
+invalid_tool_calls (text and error), seed, seconds. With --watch, a "draft" for every denoising step (token_ids,
+entropy and accepted by position, ...) and a "commit" for every finished canvas come before it.
 """
 
 _CODES = """\
@@ -57,6 +60,16 @@ class Arguments(argparse.Namespace):
             trim_canvas=self.trim_canvas,
         )
 
+    @property
+    def prompting(self) -> dict[str, Any]:
+        """The arguments of `generate` and `chat` for the chat template."""
+        return {
+            "tools": self.tools,
+            "enable_thinking": True if self.thinking else None,
+            "chat_template_kwargs": dict(self.template_variable) or None,
+            "special_tokens": self.special_tokens,
+        }
+
 
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
@@ -79,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     generate.add_argument("--system", metavar="TEXT", help="a system message before it")
+    _add_prompting(generate)
     _add_sampling(generate)
     _add_output(generate)
 
@@ -94,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--context", type=_positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
     )
+    _add_prompting(chat)
     _add_sampling(chat)
     _add_output(chat)
 
@@ -221,6 +236,28 @@ def _add_activations(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_prompting(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt (what the checkpoint's chat template understands)")
+    group.add_argument("--thinking", action="store_true", help="let the model think; its thoughts go to stderr, dimmed")
+    group.add_argument(
+        "--tools", type=_tools, metavar="FILE.json", help="functions that the model may call, a list of JSON schemas"
+    )
+    group.add_argument(
+        "--template-variable",
+        type=_variable,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another variable of the template; VALUE is JSON, or else text",
+    )
+    group.add_argument(
+        "--special-tokens",
+        choices=["text", "tokens"],
+        default="text",
+        help="what special tokens become that the prompt spells (default: text)",
+    )
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
     group.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same answer (default: 0)")
@@ -262,6 +299,27 @@ def _refusing(check: Callable[..., Value], value: object, **limits: int) -> Valu
         return check("", value, **limits)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from error
+
+
+def _tools(file: str) -> list[dict[str, Any]] | None:
+    """The tools in a JSON file: a list, an object with the list "tools", or one tool."""
+    try:
+        tools = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        if isinstance(tools, Mapping):
+            tools = tools.get("tools", [tools])
+        return checked_tools(tools)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file}: {error}") from error
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 # argparse's error messages name a type by its __name__.

@@ -9,8 +9,10 @@ from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, cast
 
+from dgemma_ext.arguments import text as checked_text
 from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
 from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.cli.watch import visible
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import Chat, Commit, Draft
 
@@ -21,6 +23,7 @@ _HELP = """\
 /seed N       sample the next turns with N, N + 1, ...
 /watch        show the canvas settle, or stop showing it
 /quit         leave (so does the end of input)
+After an answer that calls tools the next lines are the results of the calls, a line for each.
 Ctrl-C stops an answer; the conversation goes on as if its question had not been asked."""
 
 
@@ -32,7 +35,7 @@ def run(arguments: Arguments) -> None:
         import readline  # noqa: F401  gives input() its line editing and history
 
         _print_note("/help lists the commands; Ctrl-D leaves")
-    for line in _typed_lines() if interactive else _piped_lines():
+    for line in _typed_lines(session.asks_for) if interactive else _piped_lines():
         try:
             if not session.take(line.strip()):
                 return
@@ -49,7 +52,13 @@ class _Session:
         self._arguments = arguments
         self._seed = arguments.seed
         self._turn = 0
+        self._results: list[str] = []  # of the last answer's tool calls
         self._chat = self._begin()
+
+    def asks_for(self) -> str:
+        """What the next line is: "" for a message, else the name of the tool whose result it is."""
+        calls = self._chat.tool_calls if self._chat.messages else ()
+        return calls[len(self._results)].name if len(self._results) < len(calls) else ""
 
     def take(self, line: str) -> bool:
         """Runs a command or answers a message. Returns False at the end of the chat."""
@@ -71,17 +80,23 @@ class _Session:
             self._arguments.watch = not self._arguments.watch
         elif command.startswith("/"):
             raise ValueError(f"{command} is not a command; /help lists them")
+        elif line and self.asks_for():
+            self._results.append(checked_text("the result", line))
+            if not self.asks_for():
+                results, self._results = self._results, []
+                self._answer([{"role": "tool", "content": result} for result in results])
         elif line:
-            self._answer(line)
+            self._answer(checked_text("the message", line))
         return True
 
     def _begin(self) -> Chat:
-        self._turn = 0
-        return self._model.chat(system=self._arguments.system, max_length=self._arguments.context)
+        self._turn, self._results = 0, []
+        settings = self._arguments
+        return self._model.chat(system=settings.system, max_length=settings.context, **settings.prompting)
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, turn: str | list[dict[str, Any]]) -> None:
         stream = self._chat.stream(
-            text, self._arguments.max_new_tokens, self._arguments.sampler, self._seed + self._turn
+            turn, self._arguments.max_new_tokens, self._arguments.sampler, self._seed + self._turn
         )
         # Closing the stream before its end takes the turn back.
         with closing(cast(Generator[Draft | Commit], stream)) as events, _stop_on_interrupt() as stopped:
@@ -97,13 +112,16 @@ class _Session:
             self._turn += 1
 
 
-def _typed_lines() -> Iterator[str]:
+def _typed_lines(asks_for: Callable[[], str]) -> Iterator[str]:
     """Yields lines from the keyboard. One Ctrl-C clears the line, a second one in a row raises KeyboardInterrupt."""
     interrupts = 0
     while interrupts < 2:
         try:
-            yield input("> ")
+            tool = visible(asks_for())
+            yield input(f"result of {tool}> " if tool else "> ")
             interrupts = 0
+        except UnicodeDecodeError as error:
+            _print_note(f"the line is not {error.encoding}: {error.reason}")
         except EOFError:
             print()
             return
@@ -114,8 +132,11 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
-    while line := sys.stdin.readline():
-        yield line
+    try:
+        while line := sys.stdin.readline():
+            yield line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not {error.encoding}: {error.reason} at byte {error.start}") from error
 
 
 def _until(stopped: Callable[[], bool], events: Iterator[Draft | Commit]) -> Iterator[Draft | Commit]:
