@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from bounds import assert_close
 from cuda_tools import find_nvcc
 from reference import grouped_gemm as reference
 from sim.build import ROOT, SUPPORTED, nvcc_report, sim_library
-from test_grouped_gemm import Case, make_case, route
+from test_grouped_gemm import Case, make_case
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
 KERNELS = ["cuda/sort_pairs", "cuda/combine"]
@@ -61,7 +62,7 @@ OK, INVALID_ARGUMENT, UNSUPPORTED, WORKSPACE_TOO_SMALL = 0, 1, 2, 3
 def library() -> ctypes.CDLL:
     built = sim_library("grouped_gemm", SOURCES, ["-DDGEMMA_WITH_SM90"])
     built.dgemma_cuda_moe_ffn_workspace.restype = ctypes.c_size_t
-    for name in ("moe_plan", "moe_units", "moe_traffic"):
+    for name in ("moe_plan", "moe_units", "moe_work_tiles_of", "moe_likely_steps", "moe_traffic"):
         getattr(built, name).restype = ctypes.c_char_p
     return built
 
@@ -126,11 +127,13 @@ class Plan:
     tiles_before: int
     pair: int
     workspace_bytes: int
+    contiguous: int
+    likely_steps: int
     text: str
 
 
 def plan_of(op: MoeFfn, capability: int = 90, multiprocessors: int = H200_MULTIPROCESSORS) -> Plan:
-    numbers, text = (ctypes.c_int64 * 13)(), ctypes.create_string_buffer(2000)
+    numbers, text = (ctypes.c_int64 * 15)(), ctypes.create_string_buffer(2000)
     problem = library().moe_plan(ctypes.byref(op), capability, multiprocessors, numbers, text, ctypes.c_size_t(2000))
     assert problem is None, problem
     return Plan(*numbers, text.value.decode())
@@ -274,110 +277,36 @@ def test_sorted_pairs(tokens: int, experts: int, top_k: int, routing: str) -> No
     assert np.array_equal(ints[plan.pair // 4 :][: first[-1]], pair)
 
 
-@pytest.mark.parametrize("routing", ["distinct", "one expert", "holes", "nothing"])
-@pytest.mark.parametrize("tokens", [1, 7, 256, 1024, 4096])
-@pytest.mark.parametrize("capability", PATHS)
-def test_units_cover_the_model_once(capability: int, tokens: int, routing: str) -> None:
-    """At true extents: every weight tile of a hit expert meets every pair of it once, tiles side by side."""
-    experts = 128
-    op = describe(tokens, 2816, 704, experts, 8)
-    plan = plan_of(op, capability)
-    ids = route(routing, tokens, experts, 8)
-    first, tiles_before, _ = tables_of(ids, experts, plan.token_tile)
-    for weight_tiles in (plan.gate_up_weight_tiles, plan.down_weight_tiles):
-        units = np.full((int(tiles_before[-1]) * weight_tiles + 1, 4), -7, dtype=np.int32)
-        count = ctypes.c_int32()
-        assert (
-            library().moe_units(
-                first.ctypes.data_as(ctypes.c_void_p),
-                tiles_before.ctypes.data_as(ctypes.c_void_p),
-                experts,
-                weight_tiles,
-                plan.token_tile,
-                units.ctypes.data_as(ctypes.c_void_p),
-                ctypes.byref(count),
-            )
-            is None
-        )
-        assert count.value == len(units) - 1
-        covered = np.zeros((weight_tiles, int(first[-1])), dtype=np.int64)
-        for expert, weight_tile, begin, rows in units[:-1]:
-            assert 1 <= rows <= plan.token_tile
-            assert first[expert] <= begin
-            assert begin + rows <= first[expert + 1]
-            covered[weight_tile, begin : begin + rows] += 1
-        assert (covered == 1).all()
-        order = [tuple(unit) for unit in units[:-1, :3].tolist()]
-        assert order == sorted(order)
-        assert (units[-1] == -7).all()
+def even_case(tokens: int, hidden_size: int, expert_size: int, experts: int, top_k: int) -> Case:
+    """As many pairs for every expert."""
+    made = make_case(tokens, hidden_size, expert_size, experts, top_k, dtype=torch.bfloat16, routing="distinct")
+    return dataclasses.replace(made, expert_ids=even_ids(tokens, experts, top_k))
 
 
-def test_plan_for_the_model_on_an_h200() -> None:
-    plan = plan_of(describe(256, 2816, 704, 128, 8))
-    assert plan.text == (
-        "pass: 256 tokens\n"
-        "gate_up: 132 blocks of 384 threads, 11 weight tiles of 128 rows per expert, 44 steps of 64, "
-        "token tiles of 64, 9 stages of 24576 bytes\n"
-        "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 11 steps of 64, "
-        "token tiles of 64, 9 stages of 24576 bytes\n"
-        "combine: 704 blocks of 128 threads\n"
-        "workspace: 25961984 bytes\n"
-    )
+def even_ids(tokens: int, experts: int, top_k: int) -> Tensor:
+    return (torch.arange(tokens * top_k, dtype=torch.int32) % experts).view(tokens, top_k)
 
 
-def test_plan_for_the_model_on_an_a100() -> None:
-    plan = plan_of(describe(256, 2816, 704, 128, 8), 80, 108)
-    assert plan.text == (
-        "pass: 256 tokens\n"
-        "gate_up: 324 blocks of 128 threads, 22 weight tiles of 64 rows per expert, 44 steps of 64, "
-        "token tiles of 32, 4 stages of 12288 bytes\n"
-        "down: 324 blocks of 128 threads, 44 weight tiles of 64 rows per expert, 11 steps of 64, "
-        "token tiles of 32, 4 stages of 12288 bytes\n"
-        "combine: 704 blocks of 128 threads\n"
-        "workspace: 25961984 bytes\n"
-    )
+def prefetches(library: ctypes.CDLL) -> tuple[int, int]:
+    """Boxes that blocks asked the L2 for since the last call, and how many of them the same block loaded."""
+    counts = (ctypes.c_uint64 * 2)()
+    library.sim_prefetches(counts)
+    return counts[0], counts[1]
 
 
-@pytest.mark.parametrize(
-    ("capability", "tokens", "blocks"),
-    [
-        (80, 256, 3),
-        (80, 512, 3),
-        (80, 4096, 2),
-        (86, 256, 2),
-        (89, 512, 2),
-        (120, 4096, 1),
-        (100, 256, 3),
-        (100, 4096, 2),
-    ],
-)
-def test_blocks_share_a_multiprocessor(capability: int, tokens: int, blocks: int) -> None:
-    assert plan_of(describe(tokens, 2816, 704, 128, 8), capability, 100).down_blocks == 100 * blocks
-
-
-@pytest.mark.parametrize(
-    ("tokens", "token_tile", "stages"),
-    [(1, 32, 4), (256, 32, 4), (257, 64, 3), (512, 64, 3), (513, 128, 3), (16384, 128, 3)],
-)
-def test_token_tile_follows_the_load_on_sm80(tokens: int, token_tile: int, stages: int) -> None:
-    plan = plan_of(describe(tokens, 2816, 704, 128, 8), 80)
-    assert (plan.token_tile, plan.stages) == (token_tile, stages)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "token_tile", "stages"),
-    [(1, 64, 9), (256, 64, 9), (512, 64, 9), (513, 128, 6), (1024, 128, 6), (1025, 256, 4), (16384, 256, 4)],
-)
-def test_token_tile_follows_the_load(tokens: int, token_tile: int, stages: int) -> None:
-    """Twice the mean load of an expert, up to 256."""
-    plan = plan_of(describe(tokens, 2816, 704, 128, 8))
-    assert (plan.token_tile, plan.stages) == (token_tile, stages)
-
-
-def test_workspace_stops_growing_with_tokens() -> None:
-    """A pass is 4,096 tokens of the model; longer calls take no more."""
-    sizes = [plan_of(describe(tokens, 2816, 704, 128, 8)).workspace_bytes for tokens in (256, 4096, 16384)]
-    assert sizes[0] < sizes[1] == sizes[2] < 420e6
+def test_the_likely_weights_are_fetched_early() -> None:
+    """Where all experts have pairs each box is one that the block loads; where few tokens come none is asked for."""
+    run(even_case(20, 256, 192, 5, 2), seed=1)
+    prefetches(library())
+    case = even_case(20, 256, 192, 5, 2)
+    plan = plan_of(describe_case(case), 90, 3)
+    assert plan.likely_steps == plan.stages == 9
+    output, _ = run(case, seed=2)
+    # Three blocks, two kernels: of gate and up 5 experts by 3 weight tiles of 4 steps, of down by 2 of 3.
+    assert prefetches(library()) == (3 * (9 + 9), 3 * (9 + 9))
+    assert_close(output, reference.moe_ffn(*case.arguments), torch.bfloat16, reference.moe_ffn_rounded(*case.arguments))
+    run(even_case(15, 256, 192, 5, 2), seed=1)
+    assert prefetches(library()) == (0, 0)
 
 
 BAD_SIZES = [

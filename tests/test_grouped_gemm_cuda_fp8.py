@@ -12,7 +12,7 @@ from bounds import element_bound, relative_distance
 from quantized_matrices import FORMATS, Matrix
 from reference import grouped_gemm as reference
 from sim.build import SUPPORTED
-from test_grouped_gemm_cuda import Cuda
+from test_grouped_gemm_cuda import Cuda, even_ids, prefetches
 from test_grouped_gemm_cuda_quantized import (
     CASES,
     MORE_CASES,
@@ -137,6 +137,15 @@ def test_bits_of_a_token_do_not_depend_on_the_others(capability: int) -> None:
         assert torch.equal(run_fp8(case.rows(rows), 2, capability), together[rows])
 
 
+def test_the_likely_weights_are_fetched_early() -> None:
+    case = make((20, 256, 192, 5, 2, "distinct"))
+    case.expert_ids = even_ids(20, 5, 2)
+    prefetches(library())
+    assert_close_to_rounded(run_fp8(case), case)
+    # Three blocks; of gate and up 5 experts by 3 weight tiles of 2 steps, of down by 2 of 2, seven tiles to one block.
+    assert prefetches(library()) == (3 * 9 + 8 + 6 + 6, 3 * 9 + 8 + 6 + 6)
+
+
 def test_rows_are_rounded_to_e4m3() -> None:
     """Every exponent that a row's values may have beside its largest, ties, signed zeros, a row of zeros."""
     width = 2048
@@ -173,6 +182,7 @@ def test_plan_for_the_model_on_an_h200() -> None:
         "token tiles of 64, 9 stages of 24576 bytes\n"
         "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 6 steps of 128, "
         "token tiles of 64, 9 stages of 24576 bytes\n"
+        "order: contiguous runs, 9 steps of weights asked for early\n"
         "combine: 704 blocks of 128 threads\n"
         "workspace: 25961984 bytes\n"
     )

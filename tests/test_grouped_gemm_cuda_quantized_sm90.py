@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from bounds import assert_close
 from quantized_matrices import E2M1, FORMATS, FP8, INT4, NVFP4, Format
 from sim.build import SUPPORTED
+from test_grouped_gemm_cuda import even_ids, prefetches
 from test_grouped_gemm_cuda_quantized import (
     CASES,
     MORE_CASES,
@@ -40,6 +42,9 @@ SIZES: list[Sizes] = [
     (150, 224, 96, 1, 1, "distinct"),  # two token tiles of 128; rows of scales that begin within words
     (20, 96, 352, 2, 2, "distinct"),  # h ends within the first half of a block of 128 columns
     (20, 352, 224, 2, 2, "holes"),  # and within the second
+    (40, 256, 128, 8, 1, "one expert"),  # a token tile of 32, full, and a quarter
+    (23, 160, 96, 2, 1, "one expert"),  # three quarters
+    (45, 160, 96, 2, 1, "one expert"),  # a token tile of 64, three quarters
 ]
 
 
@@ -146,9 +151,10 @@ def test_plan_for_the_model_on_an_h200() -> None:
     assert plan_text(model_sizes(DECODERS[0])) == (
         "pass: 256 tokens\n"
         "gate_up: 132 blocks of 384 threads, 11 weight tiles of 128 rows per expert, 22 steps of 128, "
-        "token tiles of 64, 4 stages of 53248 bytes\n"
+        "token tiles of 32, 6 stages of 36864 bytes\n"
         "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 6 steps of 128, "
-        "token tiles of 64, 4 stages of 53248 bytes\n"
+        "token tiles of 32, 6 stages of 36864 bytes\n"
+        "order: contiguous runs, 12 steps of weights asked for early\n"
         "combine: 704 blocks of 128 threads\n"
         "workspace: 27665920 bytes\n"
     )
@@ -157,7 +163,31 @@ def test_plan_for_the_model_on_an_h200() -> None:
 def test_large_calls_take_the_larger_token_tile() -> None:
     text = plan_text(model_sizes(DECODERS[0], 4096))
     assert text.count("token tiles of 128, 4 stages of 43008 bytes") == 2
-    assert plan_text(model_sizes(DECODERS[0], 512)).count("token tiles of 64,") == 2
+    assert plan_text(model_sizes(DECODERS[0], 512)).count("token tiles of 64, 4 stages of 53248 bytes") == 2
+    assert plan_text(model_sizes(DECODERS[0], 257)).count("token tiles of 64,") == 2
+    assert "order: every blocks-th work tile, 0 steps" in text
+    assert "order: contiguous runs, 0 steps" in plan_text(model_sizes(DECODERS[0], 1))
+
+
+def test_every_token_tile_is_run() -> None:
+    texts = [tiles_of(sizes) for sizes in [*CASES, *SIZES]]
+    assert set().union(*texts) == {"32", "64", "128"}
+
+
+def tiles_of(sizes: Sizes) -> list[str]:
+    return re.findall(r"token tiles of (\d+),", plan_text(describe(make_case(sizes, DECODERS[0])), 90, 3))
+
+
+@pytest.mark.parametrize("format", DECODERS, ids=str)
+def test_the_likely_weights_are_fetched_early(format: Format) -> None:
+    """Each box that the L2 is asked for is one that the block loads."""
+    case = make_case((20, 256, 192, 5, 2, "distinct"), format)
+    case.expert_ids = even_ids(20, 5, 2)
+    prefetches(library())
+    assert_close(run_hopper(case), case.exact()[0], torch.bfloat16, case.exact()[1])
+    asked, loaded = prefetches(library())
+    # Two boxes a step. Three blocks; 5 experts by 3 weight tiles of 2 steps of gate and up, by 2 of 2 of down.
+    assert asked == loaded == 2 * (3 * 10 + 8 + 6 + 6)
 
 
 def test_the_workspace_is_the_same_for_every_gpu() -> None:

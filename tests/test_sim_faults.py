@@ -93,6 +93,8 @@ REPORTS = {
     "read_before_the_wait": r"reads global memory that the kernel in front writes, without wait_for_previous_kernel",
     "noncoherent_after_the_wait": r"reads past the coherent caches \(ld\.global\.nc\) what the kernel in front writes",
     "copy_before_the_wait": r"reads global memory that the kernel in front writes, without wait_for_previous_kernel",
+    "read_two_kernels_back": r"reads global memory that the kernel in front writes, without wait_for_previous_kernel",
+    "prefetch_by_too_few_coordinates": r"tma_prefetch_to_l2: 3 coordinates for a tensor map of rank 2",
 }
 
 

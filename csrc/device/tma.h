@@ -5,7 +5,7 @@
 // In shared memory the box is dense, innermost dimension first, swizzled as the map says, at an
 // address that is a multiple of 128 (of the swizzle's period, with one). What lies outside the
 // tensor is loaded as zero and not stored. Stores are waited for as in bulk_copy.h. PTX ISA, "Data
-// Movement and Conversion Instructions: cp.async.bulk.tensor".
+// Movement and Conversion Instructions: cp.async.bulk.tensor, cp.async.bulk.prefetch.tensor".
 #pragma once
 
 #include "device/bulk_copy.h"
@@ -69,6 +69,20 @@ DGEMMA_DEVICE void tma_load_multicast(void* shared, const TensorMap* map, Mbarri
           shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "l"(policy.bits), "h"(blocks), "r"(x), "r"(y), "r"(z)
       : "memory");
+}
+
+// Fetches a box into the L2 alone. A hint: nothing is written, and nobody waits for it.
+DGEMMA_DEVICE void tma_prefetch_to_l2(const TensorMap* map, int32_t x, int32_t y, int32_t z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+DGEMMA_DEVICE void tma_prefetch_to_l2(const TensorMap* map, int32_t x, int32_t y, int32_t z,
+                                      int32_t w) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
+               "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
 }
 
 DGEMMA_DEVICE void tma_store(const TensorMap* map, const void* shared, int32_t x, int32_t y) {

@@ -53,9 +53,8 @@ class Pieces {
   size_t count_ = 0;
 };
 
-Pieces front;    // written by the kernels in front, of which this one must wait for
+Pieces front;    // written by the kernel in front and those that it overlapped in turn
 Pieces written;  // by this kernel
-bool began_next_too_early = false;
 uint64_t last_piece = 0;
 
 template <typename Visit>
@@ -78,13 +77,12 @@ void forget_kernel_in_front() { front.clear(); }
 void begin_kernel() {
   written.clear();
   last_piece = 0;
-  began_next_too_early = false;
 }
 
 void end_kernel() {
-  // A kernel that lets the next begin before it has waited itself leaves it to the next to wait for
-  // the kernel in front of both.
-  if (began_next_too_early) written.add(front);
+  // That this kernel waited for the one in front promises nothing to the next: griddepcontrol.wait
+  // alone makes writes visible, and to the grid that waits.
+  if (machine->shape.overlaps) written.add(front);
   std::swap(front, written);
 }
 
@@ -134,10 +132,6 @@ void store_flag(uint32_t* flag, uint32_t value, const Source& source) {
 void wait_for_previous_kernel() {
   Thread& thread = self();
   learn(thread, kFrontSlot, thread.block->cluster->first_epoch + 1);
-}
-
-void let_next_kernel_begin() {
-  if (machine->shape.overlaps && !has_waited(self())) began_next_too_early = true;
 }
 
 }  // namespace sim

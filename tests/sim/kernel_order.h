@@ -1,7 +1,8 @@
 // Kernels that may begin before the kernel in front has ended (programmatic dependent launch).
-// Here they run one after the other, so what one does too early is found by what the one in front
-// wrote: a kernel that overlaps it may not touch that before wait_for_previous_kernel(), and may at
-// no time read it past the coherent caches (ld.global.nc).
+// Here they run one after the other, so what one does too early is found by what was written in
+// front: a kernel that overlaps the one in front may not touch what that wrote, nor what was
+// written by those that it overlapped in turn, before wait_for_previous_kernel(), and may at no
+// time read it past the coherent caches (ld.global.nc).
 #pragma once
 
 #include <cstddef>
@@ -28,6 +29,5 @@ void check_noncoherent(const void* address, size_t bytes, const Source& source);
 void store_flag(uint32_t* flag, uint32_t value, const Source& source);
 
 void wait_for_previous_kernel();
-void let_next_kernel_begin();
 
 }  // namespace sim

@@ -26,6 +26,7 @@ StackPool stacks;
 std::mutex one_launch_at_a_time;
 std::string last_error;
 Statistics last_statistics;
+uint64_t prefetches[2];  // of the launches since they were asked for
 uint64_t next_seed = 1;
 
 // Clusters that run side by side when a grid has several: more of them mix more, and take more
@@ -279,6 +280,8 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   for (const auto& cluster : here.resident) end_cluster(*cluster);  // after an error
   here.statistics.rounds = here.round;
   last_statistics = here.statistics;
+  prefetches[0] += here.statistics.prefetches;
+  prefetches[1] += here.statistics.prefetched_and_loaded;
   last_error = here.error;
   end_kernel();
   if (!last_error.empty()) forget_shadows();
@@ -404,5 +407,10 @@ extern "C" {
       s.switches, s.rounds, s.bulk_bytes_read, s.bulk_bytes_written, s.small_copy_bytes_read,
       s.products};
   std::copy(values, values + 6, out);
+}
+// Boxes that blocks asked the L2 for since the last call, and how many the same block loaded after.
+[[gnu::visibility("default")]] void sim_prefetches(uint64_t (&out)[2]) {
+  std::copy(sim::prefetches, sim::prefetches + 2, out);
+  std::fill(sim::prefetches, sim::prefetches + 2, 0);
 }
 }

@@ -3,11 +3,13 @@
 // and in which order blocks run is drawn from a seed.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <queue>
+#include <set>
 #include <source_location>
 #include <string>
 #include <vector>
@@ -227,6 +229,7 @@ struct Statistics {
   uint64_t bulk_bytes_read = 0, bulk_bytes_written = 0;  // global memory, by bulk copies and TMA
   uint64_t small_copy_bytes_read = 0;                    // global memory, by cp.async
   uint64_t products = 0;                                 // multiplications of mma and wgmma
+  uint64_t prefetches = 0, prefetched_and_loaded = 0;    // boxes of tensors, by one block
 };
 
 struct Machine {
@@ -235,6 +238,7 @@ struct Machine {
   void* context;
   Random random{0};
   uint64_t seed = 0;
+  std::set<std::array<int64_t, 7>> prefetched;  // boxes, not loaded since: tensor_copy.cpp
   uint32_t patience =
       0;  // how long asynchronous operations take in this launch: 0 short, 1 mixed, 2 long
 

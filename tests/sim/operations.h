@@ -106,6 +106,9 @@ void bulk_wait(uint32_t pending, bool only_read, const Source& source);
 // `layout` is a TensorLayout (device/tensor_layout.h).
 void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t blocks,
                  const int32_t* coordinates, int rank, const Source& source);
+// A hint: it is only counted, and how much of it the block loads later.
+void tensor_prefetch(const void* layout, const int32_t* coordinates, int rank,
+                     const Source& source);
 void tensor_store(const void* layout, const void* shared, const int32_t* coordinates, int rank,
                   const Source& source);
 // A bulk store of the current thread: `read` happens later, and what it gives is written later

@@ -1,6 +1,8 @@
 // TMA with a tensor map: boxes of a tensor, swizzled in shared memory.
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "device/tensor_layout.h"
@@ -82,6 +84,13 @@ uint64_t bytes_inside(const Box& box) {
   return bytes;
 }
 
+// A box of a tensor, as one block names it.
+std::array<int64_t, 7> name_of(const Box& box) {
+  std::array<int64_t, 7> name = {self().block->index.x, reinterpret_cast<int64_t>(box.layout.base)};
+  std::copy(std::begin(box.first), std::end(box.first), name.begin() + 2);
+  return name;
+}
+
 void touch_tensor(const Box& box, bool write, const Source& source) {
   visit_rows(box, [&](uint32_t, const uint8_t* global, int64_t begin, int64_t end) {
     if (global) touch_global(global + begin, static_cast<size_t>(end - begin), write, source);
@@ -101,6 +110,7 @@ void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t b
   if (blocks == 0 || blocks >> cluster.size() != 0)
     fail(source, "tma_load_multicast: blocks 0x%x of a cluster of %zu", blocks, cluster.size());
   machine->statistics.bulk_bytes_read += bytes_inside(box);
+  machine->statistics.prefetched_and_loaded += machine->prefetched.erase(name_of(box));
   touch_tensor(box, false, source);
   for (Block& block : cluster) {
     if (!(blocks >> block.rank & 1)) continue;
@@ -116,6 +126,14 @@ void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t b
       mbarrier_complete_bytes(block, counted, bytes, source);
     });
   }
+}
+
+void tensor_prefetch(const void* layout, const int32_t* coordinates, int rank,
+                     const Source& source) {
+  check_capability(90, "tma_prefetch_to_l2", source);
+  machine->prefetched.insert(
+      name_of(make_box(layout, coordinates, rank, "tma_prefetch_to_l2", source)));
+  ++machine->statistics.prefetches;
 }
 
 void tensor_store(const void* layout, const void* shared, const int32_t* coordinates, int rank,

@@ -2,6 +2,7 @@
 // them. The same code runs on device and host, so that a test can walk every work tile.
 #pragma once
 
+#include "device/language.h"
 #include "grouped_gemm/cuda/moe_work_tiles.h"
 
 namespace dgemma {
@@ -27,6 +28,14 @@ struct DenseTileScheduler {
     const int32_t left = rows - first;
     return {rest % weight_tiles, first, left < token_tile ? left : token_tile, rest / weight_tiles,
             segments_at_once()};
+  }
+  // Calls visit(work_tile, new_rows) for every blocks-th work tile. new_rows: the rows of input are
+  // not known to be those of the work tile before.
+  template <typename Visit>
+  DGEMMA_DEVICE void for_each(int32_t token_tile, int32_t block, int32_t blocks,
+                              Visit visit) const {
+    for (int32_t index = block; index < count(); index += blocks)
+      visit(find(token_tile, index), true);
   }
   // The first step of a segment; of the one past the last, k_steps.
   DGEMMA_HOST_DEVICE int32_t begin(int32_t segment) const { return segment * k_steps / segments; }

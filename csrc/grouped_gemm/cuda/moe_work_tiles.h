@@ -24,8 +24,9 @@ struct MoeTables {
 struct MoeWorkTile {
   int32_t expert;
   int32_t weight_tile;
-  int32_t first;  // sorted position of the tile's first pair
-  int32_t rows;   // pairs in the tile, 1 to token_tile
+  int32_t first;        // sorted position of the tile's first pair
+  int32_t rows;         // pairs in the tile, 1 to token_tile
+  int32_t token_tiles;  // of the expert
 };
 
 DGEMMA_HOST_DEVICE int32_t count_work_tiles(const MoeTables& tables, int32_t weight_tiles) {
@@ -51,7 +52,7 @@ DGEMMA_HOST_DEVICE MoeWorkTile find_work_tile(const MoeTables& tables, int32_t w
   const int32_t rest = index - before * weight_tiles;
   const int32_t first = tables.first[expert] + rest % tiles * token_tile;
   const int32_t left = tables.first[expert + 1] - first;
-  return {expert, rest / tiles, first, left < token_tile ? left : token_tile};
+  return {expert, rest / tiles, first, left < token_tile ? left : token_tile, tiles};
 }
 
 }  // namespace dgemma

@@ -22,6 +22,7 @@ MoeCudaPlan make_wgmma_plan(const dgemma_moe_ffn& ffn, const Gpu& gpu) {
   plan.stages = moe_stages(plan.token_tile);
   plan.stage_bytes = moe_stage_bytes(plan.token_tile);
   plan.depth = kFp8Depth;
+  plan_order(pairs, ffn.experts, plan.stages, &plan);
   const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan.token_tile);
   plan.gate_up = make_part(ceil_divide(ffn.expert_size, kMoeWeightRows / 2), ffn.hidden_size,
                            token_tiles, gpu.multiprocessors);

@@ -81,6 +81,12 @@ int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_cap
                     moe_least_blocks_80(token_tile));
 }
 
+void plan_order(int64_t pairs, int64_t experts, int32_t ring_steps, MoeCudaPlan* plan) {
+  plan->contiguous = 2 * pairs <= plan->token_tile * experts;  // the tile is twice the mean
+  // With a mean of eight pairs and uniform routing one expert in 3,000 has none.
+  plan->likely_steps = plan->contiguous && pairs >= 8 * experts ? ring_steps : 0;
+}
+
 MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   MoeCudaPlan plan = {};
   plan.tokens_per_pass = tokens_per_pass(op);
@@ -95,6 +101,7 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
     plan.threads = kMoeThreads;
     plan.stages = moe_stages(plan.token_tile);
     plan.stage_bytes = moe_stage_bytes(plan.token_tile);
+    plan_order(pairs, op.experts, plan.stages, &plan);
   } else {
     plan.weight_rows = kMoeWeightRows80;
     plan.threads = kMoeThreads80;
@@ -131,6 +138,9 @@ void print(const MoeCudaPlan& plan, std::ostream& out) {
   out << "pass: " << plan.tokens_per_pass << " tokens\n";
   part("gate_up", plan.gate_up);
   part("down", plan.down);
+  if (plan.path == CudaPath::kSm90)
+    out << "order: " << (plan.contiguous ? "contiguous runs" : "every blocks-th work tile") << ", "
+        << plan.likely_steps << " steps of weights asked for early\n";
   out << "combine: " << plan.combine_blocks << " blocks of " << kMoeCombineThreads << " threads\n";
   out << "workspace: " << plan.workspace_bytes << " bytes\n";
 }

@@ -61,7 +61,7 @@ constexpr int32_t moe_stages_80(int32_t token_tile) { return token_tile == 32 ? 
 struct MoeCudaPart {
   int32_t weight_tiles;  // per expert
   int32_t k_steps;       // stages that a work tile takes
-  int32_t blocks;        // of the grid; each takes every blocks-th work tile
+  int32_t blocks;        // of the grid
 };
 
 struct MoeCudaPlan {
@@ -73,6 +73,13 @@ struct MoeCudaPlan {
   int32_t stages, stage_bytes;
   int32_t depth;  // columns in a stage
   MoeCudaPart gate_up, down;
+  // On sm_90. A block takes a contiguous run of work tiles where an expert mostly has one token
+  // tile: the next is then the next weight tile for the same pairs. Where experts have several, of
+  // which the last has few pairs, runs would take unequal times: a block takes every blocks-th.
+  bool contiguous;
+  // Steps of weights that a block asks the L2 for while it cannot know yet which experts have
+  // pairs: as many as its ring holds, or none where some experts surely have no pairs.
+  int32_t likely_steps;
   int32_t combine_blocks;  // of a full pass
   // Blocks, beside the one that sorts, that permute the input as permuted_k.h says; mostly none.
   int32_t permuting_blocks;
@@ -102,6 +109,9 @@ int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_cap
 // most token tiles that so many pairs make.
 int32_t shared_bytes_of_multiprocessor(int32_t compute_capability);
 int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile);
+
+// Sets the order in which blocks of sm_90 take work tiles, with a ring of so many steps.
+void plan_order(int64_t pairs, int64_t experts, int32_t ring_steps, MoeCudaPlan* plan);
 
 // A line for each kernel and one for the workspace.
 void print(const MoeCudaPlan& plan, std::ostream& out);

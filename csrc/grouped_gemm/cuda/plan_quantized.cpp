@@ -41,12 +41,15 @@ MoeCudaPart make_part(const MoeCudaPlan& plan, int64_t weight_tiles, int64_t dep
 void plan_sm90(const dgemma_moe_ffn& ffn, int64_t pairs, int32_t multiprocessors,
                MoeCudaPlan* plan) {
   plan->path = CudaPath::kSm90;
-  plan->token_tile = 2 * pairs <= 64 * ffn.experts ? 64 : 128;
+  plan->token_tile = 128;
+  for (const int32_t tile : {64, 32})
+    if (2 * pairs <= tile * ffn.experts) plan->token_tile = tile;
   plan->threads = kMoeThreads;
   plan->weight_rows = kMoeWeightRows;
   plan->stages = quantized_stages_90(plan->token_tile);
   plan->stage_bytes = quantized_stage_bytes_90(plan->token_tile);
   plan->depth = kQuantizedDepth90;
+  plan_order(pairs, ffn.experts, plan->stages * quantized_steps_90(plan->token_tile), plan);
   const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan->token_tile);
   const auto part = [&](int64_t weight_tiles, int64_t depth) {
     return MoeCudaPart{

@@ -40,9 +40,9 @@ constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false)
 // The sm_90 path, for two matrices of 4 bits, has the tiles and roles of the bfloat16 path and
 // steps of permuted_k.h's 128 columns.
 constexpr int32_t kQuantizedDepth90 = 128;
-// Steps in a stage. With the small token tile, where waiting and copying count beside the products,
-// two.
-constexpr int32_t quantized_steps_90(int32_t token_tile) { return token_tile == 64 ? 2 : 1; }
+// Steps in a stage: two where that leaves four stages or more. Waiting and copying count beside the
+// products of few tokens.
+constexpr int32_t quantized_steps_90(int32_t token_tile) { return token_tile <= 64 ? 2 : 1; }
 // A step's scales of a row: at most 8 bytes, which may begin within a word, in whole pieces.
 constexpr int32_t kQuantizedScaleBytes90 = 16;
 constexpr int32_t quantized_stage_bytes_90(int32_t token_tile) {

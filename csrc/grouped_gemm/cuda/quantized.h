@@ -1,6 +1,7 @@
 // A quantized matrix as the CUDA kernels see it, and the declarations of their launches.
 #pragma once
 
+#include "common/host_device.h"
 #include "grouped_gemm/cuda/dense.h"
 #include "grouped_gemm/cuda/moe.h"
 #include "grouped_gemm/cuda/plan_quantized.h"
@@ -18,6 +19,13 @@ struct QuantizedMatrix {
   int32_t columns;
   int32_t value_bytes, scale_bytes;  // of a row
   int32_t group_bits;                // a group is 1 << group_bits columns
+
+  // The scale of a row, by which its sums are multiplied. Rows of all experts are below 2^27
+  // (1,024 experts, 2 x 65,536 rows): a division in 64 bits is a call.
+  DGEMMA_HOST_DEVICE float row_scale(int32_t row) const {
+    if (row_scales == nullptr) return 1.0f;
+    return row_scales[static_cast<uint32_t>(row) / static_cast<uint32_t>(rows_per_scale)];
+  }
 };
 
 inline Encoding encoding_of(const dgemma_quantized& matrix) {
@@ -61,11 +69,13 @@ const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantiz
 const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
                                         void* stream);
 
-// Calls launch<encoding, token tile>() with one of two token tiles.
-template <Encoding kEncoding, int kSmallTile, int kLargeTile, typename Launch>
+// Calls launch<encoding, token tile>() with one of these token tiles, the last of them for any
+// other.
+template <Encoding kEncoding, int kTile, int... kLargerTiles, typename Launch>
 const char* launch_tile(int32_t token_tile, const Launch& launch) {
-  return token_tile == kSmallTile ? launch.template operator()<kEncoding, kSmallTile>()
-                                  : launch.template operator()<kEncoding, kLargeTile>();
+  if constexpr (sizeof...(kLargerTiles) > 0)
+    if (token_tile != kTile) return launch_tile<kEncoding, kLargerTiles...>(token_tile, launch);
+  return launch.template operator()<kEncoding, kTile>();
 }
 
 // The kernels of sm80/: every format.
@@ -91,11 +101,11 @@ template <typename Launch>
 const char* launch_encoding_sm90(Encoding encoding, int32_t token_tile, const Launch& launch) {
   switch (encoding) {
     case Encoding::kInt4:
-      return launch_tile<Encoding::kInt4, 64, 128>(token_tile, launch);
+      return launch_tile<Encoding::kInt4, 32, 64, 128>(token_tile, launch);
     case Encoding::kInt4Float16:
-      return launch_tile<Encoding::kInt4Float16, 64, 128>(token_tile, launch);
+      return launch_tile<Encoding::kInt4Float16, 32, 64, 128>(token_tile, launch);
     case Encoding::kNvfp4:
-      return launch_tile<Encoding::kNvfp4, 64, 128>(token_tile, launch);
+      return launch_tile<Encoding::kNvfp4, 32, 64, 128>(token_tile, launch);
     case Encoding::kFp8:
     case Encoding::kFp8Activations:
       break;

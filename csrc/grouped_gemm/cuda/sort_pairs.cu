@@ -59,6 +59,7 @@ DGEMMA_DEVICE int32_t scan_lanes(int32_t value) {
 
 __global__ void __launch_bounds__(kMoeSortThreads, 1)
     sort_pairs(const Sort sort, const PermuteRows rows) {
+  device::let_next_kernel_begin();  // it asks for weights while this one sorts
   if (blockIdx.x > 0) {
     permute(rows, static_cast<int64_t>(blockIdx.x - 1) * kMoeSortThreads + threadIdx.x);
     return;

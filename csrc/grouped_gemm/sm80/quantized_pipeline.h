@@ -248,9 +248,7 @@ DGEMMA_DEVICE OwnRows find_own_rows(const Rows& rows, const Unit& work_tile) {
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     const int32_t row = rows.first_weight_row(work_tile) +
                         max(0, rows.weight_row(work_tile, own_row(i / 2, i % 2)));
-    const float factor =
-        matrix.row_scales != nullptr ? matrix.row_scales[row / matrix.rows_per_scale] : 1.0f;
-    own.factor[i / 2][i % 2] = kUnit<kEncoding> * factor;
+    own.factor[i / 2][i % 2] = kUnit<kEncoding> * matrix.row_scale(row);
     own.shift[i / 2][i % 2] =
         static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes) % 4;
   }

@@ -50,20 +50,21 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   } else {
     Registers::take();
     typename Ring<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const DenseWorkTile& work_tile) {
-      constexpr int kN = decltype(columns)::value;
-      float total[kN / 2];
+    consume_work_tiles<kTokens>(
+        p.scheduler, [&](auto columns, const DenseWorkTile& work_tile, bool) {
+          constexpr int kN = decltype(columns)::value;
+          float total[kN / 2];
 #pragma unroll
-      for (int j = 0; j < kN / 2; ++j) total[j] = kNegativeZero;
+          for (int j = 0; j < kN / 2; ++j) total[j] = kNegativeZero;
 #pragma unroll 1
-      for (int32_t i = 0; i < work_tile.segments; ++i) {
-        float sum[kN / 2] = {};
-        multiply<kN>(ring, at, p.scheduler.steps(work_tile.segment + i), sum);
+          for (int32_t i = 0; i < work_tile.segments; ++i) {
+            float sum[kN / 2] = {};
+            multiply<kN>(ring, at, p.scheduler.steps(work_tile.segment + i), sum);
 #pragma unroll
-        for (int j = 0; j < kN / 2; ++j) total[j] += sum[j];
-      }
-      store<kN>(p, work_tile, total);
-    });
+            for (int j = 0; j < kN / 2; ++j) total[j] += sum[j];
+          }
+          store<kN>(p, work_tile, total);
+        });
   }
 }
 

@@ -16,12 +16,14 @@ struct Down {
   const float* expert_weights;  // [pairs], in the order of the slots
   float* products;              // [pairs, hidden_size], in the order of the slots
   int32_t hidden_size, expert_size;
+  int32_t likely_steps;  // as in MoeCudaPlan
 };
 
 template <int kTokens>
 struct Shared {
   Ring<kTokens> ring;
   Target target[2][kTokens];  // by warpgroup
+  TileTables tables;
 };
 
 template <int kTokens>
@@ -31,12 +33,18 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      device::tma_prefetch_to_l2(&weights, step * kMoeDepth, work_tile.weight_tile * kMoeWeightRows,
+                                 work_tile.expert);
+    });
   }
-  __syncthreads();
+  // It wrote the activations; and only this wait promises that what the kernel before it wrote, the
+  // tables, is seen here.
+  device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
+  const MoeTileScheduler scheduler = load_tables(p.scheduler, shared.tables);
+  __syncthreads();
 
-  // The previous kernel waited for the tables before it let this one begin, so they are complete,
-  // and weights are on their way while it ends. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
     Registers::give_back();
@@ -44,29 +52,30 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(
-            shared.ring, p.scheduler,
+            shared.ring, scheduler,
             [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
               device::tma_load(to, &weights, full, once, step * kMoeDepth,
                                work_tile.weight_tile * kMoeWeightRows, work_tile.expert);
             });
       }
     } else {
-      device::wait_for_previous_kernel();
-      gather_rows(shared.ring, p.scheduler, p.activations, bytes_of(p.expert_size),
+      gather_rows(shared.ring, scheduler, p.activations, bytes_of(p.expert_size),
                   [](int32_t position) { return position; });
     }
   } else {
     Registers::take();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
-      constexpr int kN = decltype(columns)::value;
-      load_targets(p.scheduler.tables, work_tile, target,
-                   [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
-      float sum[kN / 2] = {};
-      multiply<kN>(shared.ring, at, p.scheduler.k_steps, sum);
-      store_products<kN>(work_tile, sum, target, p.hidden_size, p.products);
-    });
+    consume_work_tiles<kTokens>(
+        scheduler, [&](auto columns, const MoeWorkTile& work_tile, bool new_pairs) {
+          constexpr int kN = decltype(columns)::value;
+          if (new_pairs)
+            load_targets(scheduler.tables, work_tile, target,
+                         [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
+          float sum[kN / 2] = {};
+          multiply<kN>(shared.ring, at, scheduler.k_steps, sum);
+          store_products<kN>(work_tile, sum, target, p.hidden_size, p.products);
+        });
   }
 }
 
@@ -91,12 +100,14 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const Down p = {.scheduler = {.tables = pass.tables,
                                 .weight_tiles = plan.down.weight_tiles,
-                                .k_steps = plan.down.k_steps},
+                                .k_steps = plan.down.k_steps,
+                                .contiguous = plan.contiguous},
                   .activations = pass.activations,
                   .expert_weights = pass.expert_weights,
                   .products = pass.products,
                   .hidden_size = pass.hidden_size,
-                  .expert_size = pass.expert_size};
+                  .expert_size = pass.expert_size,
+                  .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -15,7 +15,13 @@ struct GateUp {
   const bfloat16* input;  // [tokens, hidden_size]
   bfloat16* activations;  // [pairs, expert_size]
   int32_t hidden_size, expert_size, top_k;
+  int32_t likely_steps;  // as in MoeCudaPlan
 };
+
+// The first group of eight rows of a weight tile: see make_layout.
+DGEMMA_DEVICE int32_t first_group(const GateUp& p, const MoeWorkTile& work_tile) {
+  return (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
+}
 
 template <int kTokens>
 struct Shared {
@@ -30,6 +36,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      device::tma_prefetch_to_l2(&weights, step * kMoeDepth, 0, 0, first_group(p, work_tile));
+    });
   }
   __syncthreads();
   device::wait_for_previous_kernel();  // it wrote the tables
@@ -44,10 +53,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
         load_weights(
             shared.ring, p.scheduler,
             [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
-              // Eight rows to a group: see make_layout.
-              const int32_t group =
-                  (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
-              device::tma_load(to, &weights, full, once, step * kMoeDepth, 0, 0, group);
+              device::tma_load(to, &weights, full, once, step * kMoeDepth, 0, 0,
+                               first_group(p, work_tile));
             });
       }
     } else {
@@ -57,7 +64,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   } else {
     Registers::take();
     typename Ring<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile, bool) {
       constexpr int kN = decltype(columns)::value;
       float sum[kN / 2] = {};
       multiply<kN>(shared.ring, at, p.scheduler.k_steps, sum);
@@ -90,12 +97,14 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const GateUp p = {.scheduler = {.tables = pass.tables,
                                   .weight_tiles = plan.gate_up.weight_tiles,
-                                  .k_steps = plan.gate_up.k_steps},
+                                  .k_steps = plan.gate_up.k_steps,
+                                  .contiguous = plan.contiguous},
                     .input = pass.input,
                     .activations = pass.activations,
                     .hidden_size = pass.hidden_size,
                     .expert_size = pass.expert_size,
-                    .top_k = pass.top_k};
+                    .top_k = pass.top_k,
+                    .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -5,8 +5,7 @@
 // expert with few tokens wastes nothing of the tensor core's M, and its weights are read once. A
 // stage is 64 deep. It is full when TMA's bytes and every gathering thread's copies have landed,
 // and empty again when both consumer warpgroups have waited for their products. Blocks are
-// persistent: block b takes the work tiles b, b + gridDim.x, ..., and the ring runs on from one
-// work tile to the next.
+// persistent: the ring runs on from one work tile to the next.
 #pragma once
 
 #include <type_traits>
@@ -44,13 +43,12 @@ DGEMMA_DEVICE void sync_warpgroup() {
   device::named_barrier_sync(kWarpgroup0 + device::warpgroup_index(), 128);
 }
 
-// Calls visit(work_tile) for every work tile of this block.
+// Calls visit(work_tile, whether its rows are others than those of the one before) for every work
+// tile of this block.
 template <int kTokens, typename Scheduler, typename Visit>
 DGEMMA_DEVICE void for_each_work_tile(const Scheduler& scheduler, Visit visit) {
-  const int32_t work_tiles = scheduler.count();
-  for (int32_t index = static_cast<int32_t>(blockIdx.x); index < work_tiles;
-       index += static_cast<int32_t>(gridDim.x))
-    visit(scheduler.find(kTokens, index));
+  scheduler.for_each(kTokens, static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(gridDim.x),
+                     visit);
 }
 
 DGEMMA_DEVICE int32_t bytes_of(int32_t columns) {
@@ -79,12 +77,22 @@ DGEMMA_DEVICE void initialise(Ring<kTokens>& ring) {
   device::fence_mbarrier_init();
 }
 
+// One thread calls this before wait_for_previous_kernel(), when it is not yet known which experts
+// have tokens: the L2 gets the first of the weights that this block takes if all have one tile of
+// them. prefetch(work_tile, step) asks for a step's.
+template <typename Prefetch>
+DGEMMA_DEVICE void prefetch_weights(const MoeTileScheduler& scheduler, int32_t steps,
+                                    Prefetch prefetch) {
+  scheduler.for_each_likely(steps, static_cast<int32_t>(blockIdx.x),
+                            static_cast<int32_t>(gridDim.x), prefetch);
+}
+
 // One thread calls this. load(destination, barrier, work_tile, step) starts the copy of a whole
 // weight tile.
 template <int kTokens, typename Scheduler, typename Load>
 DGEMMA_DEVICE void load_weights(Ring<kTokens>& ring, const Scheduler& scheduler, Load load) {
   typename Ring<kTokens>::State at;
-  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile, bool) {
     const int32_t first = scheduler.first_step(work_tile), end = first + scheduler.steps(work_tile);
     for (int32_t step = first; step < end; ++step, at.advance()) {
       auto& weights = ring.stage[at.stage].weights;
@@ -105,13 +113,14 @@ DGEMMA_DEVICE void gather_rows(Ring<kTokens>& ring, const Scheduler& scheduler, 
   const uint32_t thread = threadIdx.x - (kMoeThreads - kGatheringThreads);
   const uint32_t piece = thread % kPiecesPerRow;
   typename Ring<kTokens>::State at;
-  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile, bool new_rows) {
     const uint32_t rows = static_cast<uint32_t>(work_tile.rows);
-    device::named_barrier_sync(kGathering,
-                               kGatheringThreads);  // the last work tile's rows are no longer read
-    for (uint32_t row = thread; row < rows; row += kGatheringThreads)
-      ring.source_row[row] = row_of(work_tile.first + static_cast<int32_t>(row));
-    device::named_barrier_sync(kGathering, kGatheringThreads);
+    if (new_rows) {
+      device::named_barrier_sync(kGathering, kGatheringThreads);  // those before are no longer read
+      for (uint32_t row = thread; row < rows; row += kGatheringThreads)
+        ring.source_row[row] = row_of(work_tile.first + static_cast<int32_t>(row));
+      device::named_barrier_sync(kGathering, kGatheringThreads);
+    }
 
     const int32_t first = scheduler.first_step(work_tile), end = first + scheduler.steps(work_tile);
     for (int32_t step = first; step < end; ++step, at.advance()) {
@@ -174,19 +183,20 @@ DGEMMA_DEVICE void multiply(Ring<kTokens>& ring, typename Ring<kTokens>::State& 
   ring.pipeline.consumer_release(previous);
 }
 
-// Calls consume(integral constant N, work_tile) for every work tile, N being its rows rounded up to
-// a quarter of the token tile: an instruction's N is part of the code.
+// Calls consume(integral constant N, work_tile, new_rows) as for_each_work_tile does, N being the
+// work tile's rows rounded up to a quarter of the token tile: an instruction's N is part of the
+// code.
 template <int kTokens, typename Scheduler, typename Consume>
 DGEMMA_DEVICE void consume_work_tiles(const Scheduler& scheduler, Consume consume) {
-  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile) {
+  for_each_work_tile<kTokens>(scheduler, [&](const auto& work_tile, bool new_rows) {
     if (work_tile.rows <= kTokens / 4)
-      consume(std::integral_constant<int, kTokens / 4>(), work_tile);
+      consume(std::integral_constant<int, kTokens / 4>(), work_tile, new_rows);
     else if (work_tile.rows <= kTokens / 2)
-      consume(std::integral_constant<int, kTokens / 2>(), work_tile);
+      consume(std::integral_constant<int, kTokens / 2>(), work_tile, new_rows);
     else if (work_tile.rows <= kTokens * 3 / 4)
-      consume(std::integral_constant<int, kTokens * 3 / 4>(), work_tile);
+      consume(std::integral_constant<int, kTokens * 3 / 4>(), work_tile, new_rows);
     else
-      consume(std::integral_constant<int, kTokens>(), work_tile);
+      consume(std::integral_constant<int, kTokens>(), work_tile, new_rows);
   });
 }
 

@@ -18,12 +18,14 @@ struct Down {
   const float* expert_weights;     // [pairs], in the order of the slots
   float* products;                 // [pairs, hidden_size], in the order of the slots
   int32_t hidden_size, expert_size;
+  int32_t likely_steps;  // as in MoeCudaPlan
 };
 
 template <int kTokens>
 struct Shared {
   Ring<kTokens> ring;
   Target target[2][kTokens];  // by warpgroup
+  TileTables tables;
 };
 
 template <int kTokens>
@@ -33,13 +35,17 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      device::tma_prefetch_to_l2(&weights, step * kFp8Depth, work_tile.weight_tile * kMoeWeightRows,
+                                 work_tile.expert);
+    });
   }
-  __syncthreads();
+  // As in sm90/bf16_down.cu.
+  device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
+  const MoeTileScheduler scheduler = load_tables(p.scheduler, shared.tables);
+  __syncthreads();
 
-  // Every earlier kernel waits for its predecessor before it lets its successor begin, so the
-  // tables are complete, and weights are on their way while the previous kernel ends. Only its
-  // output must be waited for: activations and their scales.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
     Registers::give_back();
@@ -47,34 +53,34 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       if (device::elect_one()) {
         const auto once = device::evict_first();
         load_weights(
-            shared.ring, p.scheduler,
+            shared.ring, scheduler,
             [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
               device::tma_load(to, &weights, full, once, step * kFp8Depth,
                                work_tile.weight_tile * kMoeWeightRows, work_tile.expert);
             });
       }
     } else {
-      device::wait_for_previous_kernel();
-      gather_rows(shared.ring, p.scheduler, p.activations, p.expert_size,
+      gather_rows(shared.ring, scheduler, p.activations, p.expert_size,
                   [](int32_t position) { return position; });
     }
   } else {
     Registers::take();
-    device::wait_for_previous_kernel();
     Target* target = shared.target[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
+    consume_work_tiles<kTokens>(scheduler, [&](auto columns, const MoeWorkTile& work_tile,
+                                               bool new_pairs) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p.scheduler.tables, work_tile, target, [&](int32_t pair, int32_t position) {
-        return p.expert_weights[pair] * p.activation_scales[position];
-      });
       const int32_t row = work_tile.weight_tile * kMoeWeightRows + static_cast<int32_t>(warp) * 16 +
                           static_cast<int32_t>(device::lane_index() / 4);
       const int32_t first = work_tile.expert * p.hidden_size, last = p.hidden_size - 1;
-      const float upper = row_scale_of(p.matrix, first + min(row, last));
-      const float lower = row_scale_of(p.matrix, first + min(row + 8, last));
+      const float upper = p.matrix.row_scale(first + min(row, last));
+      const float lower = p.matrix.row_scale(first + min(row + 8, last));
+      if (new_pairs)
+        load_targets(scheduler.tables, work_tile, target, [&](int32_t pair, int32_t position) {
+          return p.expert_weights[pair] * p.activation_scales[position];
+        });
       float sum[kN / 2] = {};
-      multiply_e4m3<kN>(shared.ring, at, p.scheduler.k_steps, sum);
+      multiply_e4m3<kN>(shared.ring, at, scheduler.k_steps, sum);
       multiply_rows(sum, upper, lower);
       store_products<kN>(work_tile, sum, target, p.hidden_size, p.products);
     });
@@ -101,14 +107,16 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const Down p = {.scheduler = {.tables = pass.ffn.tables,
                                 .weight_tiles = plan.down.weight_tiles,
-                                .k_steps = plan.down.k_steps},
+                                .k_steps = plan.down.k_steps,
+                                .contiguous = plan.contiguous},
                   .matrix = pass.down,
                   .activations = pass.activations,
                   .activation_scales = pass.activation_scales,
                   .expert_weights = pass.ffn.expert_weights,
                   .products = pass.ffn.products,
                   .hidden_size = pass.ffn.hidden_size,
-                  .expert_size = pass.ffn.expert_size};
+                  .expert_size = pass.ffn.expert_size,
+                  .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -18,7 +18,13 @@ struct GateUp {
   const float* input_scales;  // [tokens]
   bfloat16* activations;      // [pairs, expert_size]
   int32_t hidden_size, expert_size, top_k;
+  int32_t likely_steps;  // as in MoeCudaPlan
 };
+
+// The first group of eight rows of a weight tile: see make_layout.
+DGEMMA_DEVICE int32_t first_group(const GateUp& p, const MoeWorkTile& work_tile) {
+  return (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
+}
 
 template <int kTokens>
 struct Shared {
@@ -27,9 +33,9 @@ struct Shared {
   float scale[2][kTokens];  // of the work tile's tokens, by warpgroup
 };
 
-// Called before the products are waited for, so that these loads take no time of their own.
+// Called for new pairs alone, and before the products are waited for.
 DGEMMA_DEVICE void load_scales(const GateUp& p, const MoeWorkTile& work_tile, float* scale) {
-  sync_warpgroup();  // the last work tile's have been used
+  sync_warpgroup();  // those before have been used
   for (int32_t i = static_cast<int32_t>(threadIdx.x % 128); i < work_tile.rows; i += 128)
     scale[i] = p.input_scales[p.scheduler.tables.pair[work_tile.first + i] / p.top_k];
   sync_warpgroup();
@@ -56,6 +62,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      device::tma_prefetch_to_l2(&weights, step * kFp8Depth, 0, 0, first_group(p, work_tile));
+    });
   }
   __syncthreads();
   device::wait_for_previous_kernel();  // it wrote the input
@@ -70,10 +79,8 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
         load_weights(
             shared.ring, p.scheduler,
             [&](void* to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t step) {
-              // Eight rows to a group: see make_layout.
-              const int32_t group =
-                  (work_tile.expert * 2 * p.expert_size + work_tile.weight_tile * kColumns) / 8;
-              device::tma_load(to, &weights, full, once, step * kFp8Depth, 0, 0, group);
+              device::tma_load(to, &weights, full, once, step * kFp8Depth, 0, 0,
+                               first_group(p, work_tile));
             });
       }
     } else {
@@ -84,21 +91,21 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     Registers::take();
     float* scale = shared.scale[device::warpgroup_index()];
     typename Ring<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
-      constexpr int kN = decltype(columns)::value;
-      load_scales(p, work_tile, scale);
-      const int32_t result = work_tile.weight_tile * kColumns + static_cast<int32_t>(warp) * 8 +
-                             static_cast<int32_t>(device::lane_index() / 4);
-      const int32_t row = 2 * work_tile.expert * p.expert_size + min(result, p.expert_size - 1);
-      const float gate = row_scale_of(p.matrix, row),
-                  up = row_scale_of(p.matrix, row + p.expert_size);
-      float sum[kN / 2] = {};
-      multiply_e4m3<kN>(shared.ring, at, p.scheduler.k_steps, sum);
-      multiply_rows(sum, gate, up);
-      multiply_tokens(sum, work_tile, scale);
-      store_results<kN>(work_tile, sum, shared.results.tile[device::warpgroup_index()],
-                        p.expert_size, p.activations);
-    });
+    consume_work_tiles<kTokens>(
+        p.scheduler, [&](auto columns, const MoeWorkTile& work_tile, bool new_pairs) {
+          constexpr int kN = decltype(columns)::value;
+          const int32_t result = work_tile.weight_tile * kColumns + static_cast<int32_t>(warp) * 8 +
+                                 static_cast<int32_t>(device::lane_index() / 4);
+          const int32_t row = 2 * work_tile.expert * p.expert_size + min(result, p.expert_size - 1);
+          const float gate = p.matrix.row_scale(row), up = p.matrix.row_scale(row + p.expert_size);
+          if (new_pairs) load_scales(p, work_tile, scale);
+          float sum[kN / 2] = {};
+          multiply_e4m3<kN>(shared.ring, at, p.scheduler.k_steps, sum);
+          multiply_rows(sum, gate, up);
+          multiply_tokens(sum, work_tile, scale);
+          store_results<kN>(work_tile, sum, shared.results.tile[device::warpgroup_index()],
+                            p.expert_size, p.activations);
+        });
   }
 }
 
@@ -124,14 +131,16 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
   const GateUp p = {.scheduler = {.tables = pass.ffn.tables,
                                   .weight_tiles = plan.gate_up.weight_tiles,
-                                  .k_steps = plan.gate_up.k_steps},
+                                  .k_steps = plan.gate_up.k_steps,
+                                  .contiguous = plan.contiguous},
                     .matrix = pass.gate_up,
                     .input = pass.input,
                     .input_scales = pass.input_scales,
                     .activations = pass.ffn.activations,
                     .hidden_size = pass.ffn.hidden_size,
                     .expert_size = pass.ffn.expert_size,
-                    .top_k = pass.ffn.top_k};
+                    .top_k = pass.ffn.top_k,
+                    .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

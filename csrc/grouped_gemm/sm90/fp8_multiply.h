@@ -35,11 +35,6 @@ DGEMMA_DEVICE void multiply_e4m3(Ring<kTokens>& ring, typename Ring<kTokens>::St
   }
 }
 
-// The scale of a row, by which its sums are multiplied: dgemma_quantized calls it a factor, since
-// one may serve a row, an expert's matrix or the whole tensor.
-DGEMMA_DEVICE float row_scale_of(const QuantizedMatrix& matrix, int32_t row) {
-  return matrix.row_scales != nullptr ? matrix.row_scales[row / matrix.rows_per_scale] : 1.0f;
-}
 // A thread's sums of row lane / 4 of its warp's 16, and of the row 8 further.
 template <int kCount>
 DGEMMA_DEVICE void multiply_rows(float (&sum)[kCount], float upper, float lower) {

@@ -28,23 +28,35 @@ DGEMMA_DEVICE char* result_piece(bfloat16 (*tile)[kWarpgroupColumns], uint32_t t
   return reinterpret_cast<char*>(tile) + device::swizzled(offset, Swizzle::bytes_64);
 }
 
+// Stores a warp's results of kN tokens to its eight columns of the tile, 16 tokens at a time and
+// then eight; zeros where the thread's are not `there`.
+template <int kN>
+DGEMMA_DEVICE void store_tile(const float (&sum)[kN / 2], bfloat16 (*tile)[kWarpgroupColumns],
+                              bool there = true) {
+  const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
+  const auto results = [&](int eight) {
+    const float* d = sum + 4 * eight;
+    const uint32_t h = device::pack_bfloat16(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
+    return there ? h : 0;
+  };
+#pragma unroll
+  for (int j = 0; j + 1 < kN / 8; j += 2) {
+    const uint32_t h[2] = {results(j), results(j + 1)};
+    device::store_tiles_transposed(result_piece(tile, 8 * j + lane % 16, warp), h);
+  }
+  if constexpr (kN / 8 % 2 == 1) {
+    const uint32_t h[1] = {results(kN / 8 - 1)};
+    device::store_tiles_transposed(result_piece(tile, kN - 8 + lane % 8, warp), h);
+  }
+}
+
 // The results go through shared memory, so that four threads write 64 bytes of a row together.
 template <int kN>
 DGEMMA_DEVICE void store_results(const MoeWorkTile& work_tile, const float (&sum)[kN / 2],
                                  bfloat16 (*tile)[kWarpgroupColumns], int32_t expert_size,
                                  bfloat16* activations) {
-  const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
   sync_warpgroup();  // the last work tile's results have been read
-#pragma unroll
-  for (int j = 0; j < kN / 8; j += 2) {
-    uint32_t h[2];  // 16 tokens of the warp's eight columns
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* d = sum + 4 * (j + i);
-      h[i] = device::pack_bfloat16(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
-    }
-    device::store_tiles_transposed(result_piece(tile, 8 * j + lane % 16, warp), h);
-  }
+  store_tile<kN>(sum, tile);
   sync_warpgroup();
   const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
   const int32_t column =

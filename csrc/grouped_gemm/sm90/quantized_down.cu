@@ -15,7 +15,7 @@ struct Rows {
   QuantizedMatrix matrix;  // [experts, hidden_size, expert_size]
   int32_t hidden_size;
 
-  DGEMMA_DEVICE int64_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
+  DGEMMA_DEVICE int32_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
     return work_tile.expert * hidden_size +
            min(work_tile.weight_tile * kMoeWeightRows + row, hidden_size - 1);
   }
@@ -27,12 +27,21 @@ struct Down {
   const bfloat16* activations;  // [pairs, permuted expert_size], in sorted order
   const float* expert_weights;  // [pairs], in the order of the slots
   float* products;              // [pairs, hidden_size], in the order of the slots
+  int32_t likely_steps;         // as in MoeCudaPlan
 };
+
+// The boxes of a work tile's weights: visit(row of the tile, row of the expert), of the first one.
+template <typename Visit>
+DGEMMA_DEVICE void for_each_box(const MoeWorkTile& work_tile, Visit visit) {
+  for (int32_t first = 0; first < kMoeWeightRows; first += static_cast<int32_t>(kBoxRows))
+    visit(first, work_tile.weight_tile * kMoeWeightRows + first);
+}
 
 template <int kTokens>
 struct Shared {
   WeightRing<kTokens> ring;
   Target target[2][kTokens];  // by warpgroup
+  TileTables tables;
 };
 
 template <Encoding kEncoding, int kTokens>
@@ -42,28 +51,33 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      for_each_box(work_tile, [&](int32_t, int32_t row) {
+        device::tma_prefetch_to_l2(&weights, step * static_cast<int32_t>(kValueBytes), row,
+                                   work_tile.expert);
+      });
+    });
   }
-  __syncthreads();
+  // As in sm90/bf16_down.cu.
+  device::wait_for_previous_kernel();
   device::let_next_kernel_begin();
+  const MoeTileScheduler scheduler = load_tables(p.scheduler, shared.tables);
+  __syncthreads();
 
-  // The tables are there and weights may come while the previous kernel ends, as in
-  // sm90/bf16_down.cu. Only its activations must be waited for.
   const uint32_t warp = device::warp_index();
   if (warp >= kConsumerWarps) {
     Registers::give_back();
     if (warp == kConsumerWarps) {
       const auto once = device::evict_first();
       load_weights<kEncoding>(
-          shared.ring, p.scheduler, p.rows,
+          shared.ring, scheduler, p.rows,
           [&](auto& to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t byte) {
-            const int32_t row = work_tile.weight_tile * kMoeWeightRows;
-            for (int32_t box = 0; box < 2; ++box)
-              device::tma_load(to + box * kBoxRows, &weights, full, once, byte,
-                               row + box * static_cast<int32_t>(kBoxRows), work_tile.expert);
+            for_each_box(work_tile, [&](int32_t first, int32_t row) {
+              device::tma_load(to + first, &weights, full, once, byte, row, work_tile.expert);
+            });
           });
     } else {
-      device::wait_for_previous_kernel();
-      gather_tokens<kEncoding>(shared.ring, p.scheduler, p.rows, p.activations,
+      gather_tokens<kEncoding>(shared.ring, scheduler, p.rows, p.activations,
                                [](int32_t position) { return position; });
     }
   } else {
@@ -72,16 +86,18 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     const uint32_t row = 16 * warp + device::lane_index() / 4;
     const DecodeTable table = make_decode_table();
     typename WeightRing<kTokens>::State at;
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
+    consume_work_tiles<kTokens>(scheduler, [&](auto columns, const MoeWorkTile& work_tile,
+                                               bool new_pairs) {
       constexpr int kN = decltype(columns)::value;
-      load_targets(p.scheduler.tables, work_tile, target,
-                   [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       OwnRows own;
       own.find<kEncoding, shared.ring.kSteps>(0, p.rows, work_tile, row, static_cast<int32_t>(row));
       own.find<kEncoding, shared.ring.kSteps>(1, p.rows, work_tile, row + 8,
                                               static_cast<int32_t>(row + 8));
+      if (new_pairs)
+        load_targets(scheduler.tables, work_tile, target,
+                     [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
       float sum[kN / 2] = {};
-      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, p.scheduler.k_steps, sum);
+      multiply<kEncoding, kN>(shared.ring, at, own, p.rows.matrix, table, scheduler.k_steps, sum);
       store_products<kN>(work_tile, sum, target, p.rows.hidden_size, p.products);
     });
   }
@@ -107,11 +123,13 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
   const MoeCudaPass& ffn = pass.ffn;
   const Down p = {.scheduler = {.tables = ffn.tables,
                                 .weight_tiles = plan.down.weight_tiles,
-                                .k_steps = plan.down.k_steps},
+                                .k_steps = plan.down.k_steps,
+                                .contiguous = plan.contiguous},
                   .rows = {pass.down, ffn.hidden_size},
                   .activations = ffn.activations,
                   .expert_weights = ffn.expert_weights,
-                  .products = ffn.products};
+                  .products = ffn.products,
+                  .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

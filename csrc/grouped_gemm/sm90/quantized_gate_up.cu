@@ -20,7 +20,7 @@ struct Rows {
   int32_t expert_size;
 
   // Rows of the tile: 64 of gate, then of up.
-  DGEMMA_DEVICE int64_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
+  DGEMMA_DEVICE int32_t matrix_row(const MoeWorkTile& work_tile, int32_t row) const {
     const int32_t result = min(work_tile.weight_tile * kColumns + row % kColumns, expert_size - 1);
     return 2 * work_tile.expert * expert_size + row / kColumns * expert_size + result;
   }
@@ -32,7 +32,17 @@ struct GateUp {
   const bfloat16* input;  // [tokens, permuted hidden_size]
   bfloat16* activations;  // [pairs, permuted expert_size]
   int32_t top_k;
+  int32_t likely_steps;  // as in MoeCudaPlan
 };
+
+// The boxes of a work tile's weights: visit(row of the tile, pair of rows), of the first ones. See
+// make_layout.
+template <typename Visit>
+DGEMMA_DEVICE void for_each_box(const Rows& rows, const MoeWorkTile& work_tile, Visit visit) {
+  const int32_t gate = work_tile.expert * rows.expert_size + work_tile.weight_tile * kColumns / 2;
+  visit(0, gate);
+  visit(static_cast<int32_t>(kBoxRows), gate + rows.expert_size / 2);
+}
 
 template <int kTokens>
 struct Shared {
@@ -55,21 +65,9 @@ template <int kN>
 DGEMMA_DEVICE void store(const MoeWorkTile& work_tile, const float (&sum)[kN / 2],
                          bfloat16 (*tile)[kWarpgroupColumns], int32_t expert_size,
                          bfloat16* activations) {
-  const uint32_t lane = device::lane_index(), warp = device::warp_index() % 4;
   const bool there = work_tile.weight_tile * kColumns + own_result() < expert_size;
   sync_warpgroup();  // the last work tile's results have been read
-#pragma unroll
-  for (int j = 0; j < kN / 8; j += 2) {
-    uint32_t h[2];  // 16 tokens of the warp's eight results
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* d = sum + 4 * (j + i);
-      const uint32_t results =
-          device::pack_bfloat16(gelu_tanh(d[0]) * d[2], gelu_tanh(d[1]) * d[3]);
-      h[i] = there ? results : 0;
-    }
-    device::store_tiles_transposed(result_piece(tile, 8 * j + lane % 16, warp), h);
-  }
+  store_tile<kN>(sum, tile, there);
   sync_warpgroup();
   const uint32_t thread = threadIdx.x % 128, piece = thread % kPiecesOfResult;
   const int64_t width = permuted_width(expert_size);
@@ -99,6 +97,11 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
   if (threadIdx.x == 0) {
     device::prefetch_tensor_map(&weights);
     initialise(shared.ring);
+    prefetch_weights(p.scheduler, p.likely_steps, [&](const MoeWorkTile& work_tile, int32_t step) {
+      for_each_box(p.rows, work_tile, [&](int32_t, int32_t pair) {
+        device::tma_prefetch_to_l2(&weights, step * static_cast<int32_t>(kValueBytes), pair, 0);
+      });
+    });
   }
   __syncthreads();
   device::wait_for_previous_kernel();  // it wrote the tables and the input
@@ -112,12 +115,9 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
       load_weights<kEncoding>(
           shared.ring, p.scheduler, p.rows,
           [&](auto& to, device::Mbarrier* full, const MoeWorkTile& work_tile, int32_t byte) {
-            // Pairs of rows: see make_layout.
-            const int32_t gate =
-                work_tile.expert * p.rows.expert_size + work_tile.weight_tile * kColumns / 2;
-            device::tma_load(to, &weights, full, once, byte, gate, 0);
-            device::tma_load(to + kBoxRows, &weights, full, once, byte,
-                             gate + p.rows.expert_size / 2, 0);
+            for_each_box(p.rows, work_tile, [&](int32_t first, int32_t pair) {
+              device::tma_load(to + first, &weights, full, once, byte, pair, 0);
+            });
           });
     } else {
       gather_tokens<kEncoding>(shared.ring, p.scheduler, p.rows, p.input, [&](int32_t position) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
     typename WeightRing<kTokens>::State at;
     const int32_t result = own_result();
     const uint32_t place = static_cast<uint32_t>(result % 2 * (kColumns / 2) + result / 2);
-    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile) {
+    consume_work_tiles<kTokens>(p.scheduler, [&](auto columns, const MoeWorkTile& work_tile, bool) {
       constexpr int kN = decltype(columns)::value;
       OwnRows own;
       own.find<kEncoding, shared.ring.kSteps>(0, p.rows, work_tile, place, result);
@@ -167,11 +167,13 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
   const MoeCudaPass& ffn = pass.ffn;
   const GateUp p = {.scheduler = {.tables = ffn.tables,
                                   .weight_tiles = plan.gate_up.weight_tiles,
-                                  .k_steps = plan.gate_up.k_steps},
+                                  .k_steps = plan.gate_up.k_steps,
+                                  .contiguous = plan.contiguous},
                     .rows = {pass.gate_up, ffn.expert_size},
                     .input = ffn.permuted_input,
                     .activations = ffn.activations,
-                    .top_k = ffn.top_k};
+                    .top_k = ffn.top_k,
+                    .likely_steps = plan.likely_steps};
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
                                      .threads = kMoeThreads,
                                      .shared_bytes = sizeof(Shared<kTokens>),

@@ -83,7 +83,8 @@ struct ScaleCopies {
 
   DGEMMA_DEVICE void begin(const MoeWorkTile& work_tile) {
     const QuantizedMatrix& matrix = rows.matrix;
-    row = matrix.scales + rows.matrix_row(work_tile, tile_row) * matrix.scale_bytes;
+    row = matrix.scales +
+          static_cast<int64_t>(rows.matrix_row(work_tile, tile_row)) * matrix.scale_bytes;
   }
 
   // Starts the copies for the stage that begins with this step.
@@ -127,7 +128,7 @@ DGEMMA_DEVICE void load_weights(WeightRing<kTokens>& ring, const MoeTileSchedule
                                 const Rows& rows, Load load) {
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   typename WeightRing<kTokens>::State at;
-  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile) {
+  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile, bool) {
     scales.begin(work_tile);
     for (int32_t step = 0; step < scheduler.k_steps; step += ring.kSteps, at.advance()) {
       Stage<kTokens>& stage = ring.stage[at.stage];
@@ -165,14 +166,15 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeTileSchedul
         device::swizzled(((first_row + 4 * i) * kPiecesPerRow + piece) * 16, Swizzle::bytes_128);
   ScaleCopies<kEncoding, kTokens, Rows> scales(rows);
   typename WeightRing<kTokens>::State at;
-  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile) {
+  for_each_work_tile<kTokens>(scheduler, [&](const MoeWorkTile& work_tile, bool new_rows) {
     const uint32_t count = static_cast<uint32_t>(work_tile.rows);
-    device::named_barrier_sync(kGathering,
-                               kGatheringThreads);  // the last work tile's rows are no longer read
-    for (uint32_t row = thread; row < count; row += kGatheringThreads)
-      ring.source[row] =
-          static_cast<uint32_t>(row_of(work_tile.first + static_cast<int32_t>(row)) * row_pieces);
-    device::named_barrier_sync(kGathering, kGatheringThreads);
+    if (new_rows) {
+      device::named_barrier_sync(kGathering, kGatheringThreads);  // those before are no longer read
+      for (uint32_t row = thread; row < count; row += kGatheringThreads)
+        ring.source[row] =
+            static_cast<uint32_t>(row_of(work_tile.first + static_cast<int32_t>(row)) * row_pieces);
+      device::named_barrier_sync(kGathering, kGatheringThreads);
+    }
 
     scales.begin(work_tile);
     const uint4* from = reinterpret_cast<const uint4*>(tokens) + piece;
@@ -208,7 +210,7 @@ DGEMMA_DEVICE void gather_tokens(WeightRing<kTokens>& ring, const MoeTileSchedul
 struct OwnRows {
   uint32_t weights[2], scales[2];  // offsets in bytes
   uint32_t shift[2];               // where the row's scales begin in a word
-  float factor[2];                 // the sums are multiplied by this
+  float row_scale[2];              // used at the end alone, so that nothing waits for its load
 
   // `place` is the row's place in a stage's weights, `row` its number in the tile.
   template <Encoding kEncoding, int kSteps, typename Rows>
@@ -216,15 +218,14 @@ struct OwnRows {
                           int32_t row) {
     const QuantizedMatrix& matrix = rows.matrix;
     const int32_t quad = static_cast<int32_t>(device::lane_index() % 4);
-    const int64_t matrix_row = rows.matrix_row(work_tile, row);
+    const int32_t matrix_row = rows.matrix_row(work_tile, row);
     weights[which] = place * kValueBytes + static_cast<uint32_t>(quad) * 16;
     scales[which] =
         static_cast<uint32_t>(row * kSteps * kQuantizedScaleBytes90 +
                               scale_bytes_of<kEncoding>(matrix, quad * kPermutedBlock / 4));
-    shift[which] = static_cast<uint32_t>(matrix_row * matrix.scale_bytes % 4);
-    const float by =
-        matrix.row_scales != nullptr ? matrix.row_scales[matrix_row / matrix.rows_per_scale] : 1.0f;
-    factor[which] = kSumUnit<kEncoding> * by;
+    shift[which] =
+        static_cast<uint32_t>(matrix_row) * static_cast<uint32_t>(matrix.scale_bytes) % 4;
+    row_scale[which] = matrix.row_scale(matrix_row);
   }
 };
 
@@ -240,7 +241,6 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
   for (int32_t first = 0; first < k_steps; first += ring.kSteps) {
     const Stage<kTokens>& stage = ring.stage[at.stage];
     ring.pipeline.consumer_wait(at);
-    device::fence_proxy_async();  // cp.async wrote the tokens, wgmma reads them
 #pragma unroll
     for (int i = 0; i < ring.kSteps; ++i) {
       if (i > 0 && first + i >= k_steps) break;
@@ -256,6 +256,8 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
         bits[row] = *reinterpret_cast<const uint16_t*>(
             stage.scales[0] + own.scales[row] + ((own.shift[row] + before) & 3u) + i * step_bytes);
       }
+      // cp.async wrote the tokens, wgmma reads them. The weights' loads need not wait for it.
+      if (i == 0) device::fence_proxy_async();
       GroupScale<kEncoding> scale[2][kGroups<kEncoding>];
       decode_scales<kEncoding>(bits[0], bits[1], scale);
 
@@ -292,8 +294,10 @@ DGEMMA_DEVICE void multiply(WeightRing<kTokens>& ring, typename WeightRing<kToke
   // fence stood in front of their release.
   device::fence_proxy_async();
   ring.pipeline.consumer_release(previous);
+  const float factor[2] = {kSumUnit<kEncoding> * own.row_scale[0],
+                           kSumUnit<kEncoding> * own.row_scale[1]};
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) sum[i] *= own.factor[i / 2 % 2];
+  for (int i = 0; i < kN / 2; ++i) sum[i] *= factor[i / 2 % 2];
 }
 
 }  // namespace dgemma::moe_sm90_quantized

@@ -39,6 +39,15 @@ inline void tma_load_multicast(void* shared, const TensorMap* map, Mbarrier* bar
   const int32_t at[] = {x, y, z};
   sim::tensor_load(shared, &map->layout, &barrier->state, blocks, at, 3, source);
 }
+inline void tma_prefetch_to_l2(const TensorMap* map, int32_t x, int32_t y, int32_t z, SIM_SOURCE) {
+  const int32_t at[] = {x, y, z};
+  sim::tensor_prefetch(&map->layout, at, 3, source);
+}
+inline void tma_prefetch_to_l2(const TensorMap* map, int32_t x, int32_t y, int32_t z, int32_t w,
+                               SIM_SOURCE) {
+  const int32_t at[] = {x, y, z, w};
+  sim::tensor_prefetch(&map->layout, at, 4, source);
+}
 inline void tma_store(const TensorMap* map, const void* shared, int32_t x, int32_t y, SIM_SOURCE) {
   const int32_t at[] = {x, y};
   sim::tensor_store(&map->layout, shared, at, 2, source);
