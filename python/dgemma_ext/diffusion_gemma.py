@@ -30,6 +30,7 @@ from dgemma_ext.engine import (
     mapped_bytes,
     memory_plan,
 )
+from dgemma_ext.environment import check_environment
 from dgemma_ext.model import (
     ENCODE_CHUNK,
     Cache,
@@ -87,10 +88,12 @@ class DiffusionGemma:
         their weights are fp8; this changes tokens. It needs a GPU of compute capability 8.9, 9.0 or 12.x; the CPU makes
         the same roundings, slowly.
 
-        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format and
-        for activations that do not go with the weights or the device, and dg.NotEnoughMemory, before anything is
+        Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, for
+        activations that do not go with the weights or the device and for an environment variable of this package with
+        a value that it does not know, and dg.NotEnoughMemory, before anything is
         loaded, with a table of what the model would take.
         """
+        check_environment()
         path = Path(resolve_checkpoint(path_or_hub_id))
         config = ModelConfig.from_file(path)
         wanted = resolve_weights(weights)

@@ -80,8 +80,8 @@ class RopeConfig:
         the values are equal bit for bit.
         """
         rotating = int(self.partial_rotary_factor * head_dim // 2)  # all of them for "default"
-        exponents = torch.arange(0, 2 * rotating, 2, dtype=torch.float32) / head_dim
-        frequencies = torch.zeros(head_dim // 2, dtype=torch.float32)
+        exponents = torch.arange(0, 2 * rotating, 2, dtype=torch.float32, device="cpu") / head_dim
+        frequencies = torch.zeros(head_dim // 2, dtype=torch.float32, device="cpu")
         frequencies[:rotating] = 1.0 / (self.theta**exponents)
         return frequencies / self.factor
 

@@ -223,7 +223,7 @@ def stored_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
         return {
             "weight_packed": weight.values.view(torch.int32),
             "weight_scale": weight.scales,
-            "weight_shape": torch.tensor(weight.shape),
+            "weight_shape": torch.tensor(weight.shape, device="cpu"),
         }
     assert isinstance(weight, Nvfp4Weight)
     return {

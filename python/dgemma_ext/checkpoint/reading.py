@@ -180,7 +180,7 @@ def stack_weights(experts: Iterable[list[QuantizedWeight]], count: int) -> Quant
 
 def _indices(position: int, shape: torch.Size) -> list[int]:
     """A position in row-major order as one index per dimension."""
-    return [int(index) for index in torch.unravel_index(torch.tensor(position), shape)]
+    return [int(index) for index in torch.unravel_index(torch.tensor(position, device="cpu"), shape)]
 
 
 class LoadProgress:

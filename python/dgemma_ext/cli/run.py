@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dgemma_ext.cli import chat, demo, generate, info, profile, quantize
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.engine import NotEnoughMemory
+from dgemma_ext.environment import check_environment, debug
 from dgemma_ext.errors import CheckpointError
 
 _COMMANDS: dict[str, Callable[[Arguments], None]] = {
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: failed; 2: an argument, an input or a checkpoint that cannot be used; 130: interrupted.
     """
+    if not _open_streams():
+        return _report("standard output is closed; send it to a file, a pipe or /dev/null", BAD_INPUT)
     try:
         arguments = build_parser().parse_args(argv, namespace=Arguments())
     except SystemExit as leaving:  # argparse has printed its help or an error
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A model may write characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="replace")
     try:
+        check_environment()
         _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -61,9 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _open_streams() -> bool:
+    """Puts /dev/null where stdin or stderr is closed (`dgemma ... <&-`), which Python shows as None. Returns whether
+    stdout is open."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    return sys.stdout is not None
+
+
 def _report(message: str, code: int) -> int:
     """Prints an error in one line and returns the exit code."""
-    if os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0"):
+    if debug():
         traceback.print_exc()
     print("dgemma: " + " ".join(message.split()), file=sys.stderr)
     return code

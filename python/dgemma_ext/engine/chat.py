@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import InvalidToolCall, Message, ToolCall
@@ -28,6 +30,8 @@ class Chat:
     Attributes: `messages`, the conversation so far; `output`, the last answer, None before the first; `options`, the
     tools and template variables of the turns to come. `text`, `thinking`, `tool_calls`, `invalid_tool_calls` and
     `token_ids` are those of the last answer.
+
+    A conversation is one thread's at a time: a turn during another thread's raises RuntimeError.
     """
 
     def __init__(
@@ -39,9 +43,13 @@ class Chat:
     ) -> None:
         if model.tokenizer is None:
             raise ValueError("a chat needs a checkpoint with tokenizer.json")
+        if system is not None:
+            arguments.text("system", system)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.output: Output | None = None
         self.options = options or PromptOptions()
+        self._lock = threading.Lock()
+        self._speaker: int | None = None  # the thread whose turn is under way
         self._snapshots = SnapshotStore()
         self._scheduler = Scheduler(model, max_batch=1, max_length=max_length, kept_snapshots=self._snapshots.limit)
 
@@ -64,6 +72,9 @@ class Chat:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return () if self.output is None else self.output.token_ids
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Chat holds a cache and cannot be copied or pickled; its `messages` can")
 
     def send(
         self,
@@ -91,23 +102,36 @@ class Chat:
         """`send` as a stream of events. A turn that is left early, or fails, does not become part of the chat."""
         turns = _messages_of(turn)
         options = self.options
-        request = self._scheduler.submit(
-            [*self.messages, *turns],
-            max_new_tokens,
-            sampler,
-            seed,
-            snapshots=self._snapshots,
-            tools=options.tools,
-            enable_thinking=options.enable_thinking,
-            chat_template_kwargs=options.chat_template_kwargs,
-            special_tokens=options.special_tokens,
-        )
+        with self._speaking():
+            request = self._scheduler.submit(
+                [*self.messages, *turns],
+                max_new_tokens,
+                sampler,
+                seed,
+                snapshots=self._snapshots,
+                tools=options.tools,
+                enable_thinking=options.enable_thinking,
+                chat_template_kwargs=options.chat_template_kwargs,
+                special_tokens=options.special_tokens,
+            )
+            try:
+                yield from self._events(request)
+            finally:
+                request.cancel()
+            self.output = request.output
+            self.messages += [*turns, self.output.message]
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        speaker = threading.get_ident()
+        with self._lock:
+            if self._speaker not in (None, speaker):
+                raise RuntimeError("a turn of this chat is under way in another thread")
+            self._speaker = speaker
         try:
-            yield from self._events(request)
+            yield
         finally:
-            request.cancel()
-        self.output = request.output
-        self.messages += [*turns, self.output.message]
+            self._speaker = None
 
     def _events(self, request: Request) -> Iterator[Draft | Commit]:
         while not request.done:

@@ -7,7 +7,6 @@ Operators that synchronise with the device cannot be captured: the fallbacks in 
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dgemma_ext._C as _C
+from dgemma_ext import environment
 from dgemma_ext.engine.runner import AsyncOutput, EagerRunner, StepRunner
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.sampling import CanvasBatch, StepBuffers, StepOutput
@@ -36,7 +36,7 @@ def can_capture(network: Network) -> bool:
 
 def operators_can_be_captured() -> bool:
     """Whether this build and the environment have operators that do not wait for a GPU."""
-    fallback, syncs = os.environ.get("DGEMMA_KERNELS") == "plain", os.environ.get("DGEMMA_SYNC", "0") not in ("", "0")
+    fallback, syncs = environment.plain_kernels(), environment.synchronous()
     return _C.has_cuda() and not fallback and not syncs
 
 
@@ -118,7 +118,7 @@ class _PinnedOutput:
 
 
 def _pinned_like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
 
 
 @contextmanager

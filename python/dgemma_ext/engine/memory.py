@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,10 +99,14 @@ class NotEnoughMemory(MemoryError):
     def __init__(self, plan: MemoryPlan, available: int, device: torch.device) -> None:
         self.plan = plan
         self.available = available
+        self.device = device
         what = "the model" if plan.weights else f"a batch of {plan.requests}"
         super().__init__(
             f"{device} has {format_bytes(available)} free, and {what} takes {format_bytes(plan.total)}:\n{plan.table()}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.plan, self.available, self.device)
 
 
 def memory_plan(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from dgemma_ext.arguments import flag
+from dgemma_ext.environment import check_environment
+
 Model = TypeVar("Model")
 
 
@@ -21,6 +24,7 @@ def accelerate(model: Model, enabled: bool = True) -> Model:
     """
     from dgemma_ext.integrations import transformers as integration
 
+    check_environment()
     unchecked: Any = model
-    integration.accelerate(unchecked, enabled)
+    integration.accelerate(unchecked, flag("enabled", enabled))
     return model

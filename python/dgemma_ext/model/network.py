@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext import arguments
+from dgemma_ext import arguments, environment
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.model.cache import Cache
 from dgemma_ext.model.forward import ForwardOptions, forward
@@ -60,7 +59,7 @@ class Network:
             matmul=matmul or resolve_matmul(False, self.device, self.dtype),
             embedding_scale=self.embedding_scale,
             activations=activations,
-            debug=os.environ.get("DGEMMA_DEBUG", "0") not in ("", "0"),
+            debug=environment.debug(),
         )
         self.soft_embedding_tolerance = SOFT_EMBEDDING_TOLERANCE[self.dtype]
         self.max_embedding_norm = largest_row_norm(weights.embed_tokens)

@@ -263,13 +263,13 @@ def pack_allowed(allowed_ids: Sequence[Sequence[int]], vocabulary: int) -> Tenso
     if not 1 <= vocabulary < 2**31:  # ids are int32
         raise ValueError(f"vocabulary: got {vocabulary}, wants 1 to {2**31 - 1}")
     words = (vocabulary + 31) // 32
-    bits = torch.zeros(len(allowed_ids), words * 32, dtype=torch.bool)
+    bits = torch.zeros(len(allowed_ids), words * 32, dtype=torch.bool, device="cpu")
     for row, ids in enumerate(allowed_ids):
         if len(ids) == 0:
             raise ValueError(f"allowed_ids[{row}]: got no id, wants at least one")
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             outside = next(i for i in ids if not 0 <= i < vocabulary)
             raise ValueError(f"allowed_ids[{row}]: got id {outside}, wants 0 to {vocabulary - 1}")
-        bits[row, torch.tensor(list(ids))] = True
+        bits[row, torch.tensor(list(ids), device="cpu")] = True
     packed = np.packbits(bits.numpy(), axis=1, bitorder="little").view("<i4")
     return torch.from_numpy(packed.astype(np.int32, copy=False))

@@ -68,12 +68,16 @@ def check_moe_ffn_fp8(hidden_size: int, expert_size: int, dtype: torch.dtype, de
     """Raises ValueError, naming what is supported, where `moe_ffn_fp8` does not take these sizes, this dtype or this
     device: it is called once, for one token and one expert of zeros."""
     matrices = [
-        Fp8Weight(torch.zeros(shape, dtype=torch.uint8, device=device), torch.ones(shape[:2], device=device))
+        Fp8Weight(torch.zeros(shape, dtype=torch.uint8, device=device), _ones(shape[:2], device))
         for shape in ((1, 2 * expert_size, hidden_size), (1, hidden_size, expert_size))
     ]
     input = torch.zeros((1, hidden_size), dtype=dtype, device=device)
     ids = torch.zeros((1, 1), dtype=torch.int32, device=device)
-    moe_ffn_fp8(input, ids, torch.ones((1, 1), device=device), *matrices)
+    moe_ffn_fp8(input, ids, _ones((1, 1), device), *matrices)
+
+
+def _ones(shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device=device)
 
 
 def dense(input: Tensor, weight: QuantizedWeight) -> Tensor:

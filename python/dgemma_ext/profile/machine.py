@@ -60,11 +60,12 @@ def measure_after(work_seconds: float, device: torch.device, dtype: torch.dtype)
 
 
 def _measure_cpu(dtype: torch.dtype) -> Machine:
-    values = torch.ones(_CPU_STREAM_BYTES // 4)
+    values = torch.ones(_CPU_STREAM_BYTES // 4, dtype=torch.float32, device="cpu")
     bandwidth = _CPU_STREAM_BYTES / _best_seconds(values.sum)
     del values
     rows, inner, outer = _CPU_PRODUCT
-    left, right = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
+    left = torch.randn(rows, inner, dtype=torch.float32, device="cpu").to(dtype)
+    right = torch.randn(outer, inner, dtype=torch.float32, device="cpu").to(dtype)
     flops = 2.0 * rows * inner * outer
     # The faster of torch's product and this package's own.
     seconds = min(
@@ -77,17 +78,17 @@ def _measure_cpu(dtype: torch.dtype) -> Machine:
 def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
     # A model may have left little room.
     stream_bytes = min(_GPU_STREAM_BYTES, (available_bytes(device) or _GPU_STREAM_BYTES) // 4)
-    values = torch.ones(stream_bytes // 4, device=device)
+    values = torch.ones(stream_bytes // 4, dtype=torch.float32, device=device)
     bandwidth = values.nbytes / _best_gpu_seconds(values.sum)
     del values
     rows, inner, outer = _GPU_PRODUCT
-    left = torch.randn(rows, inner, device=device).to(dtype)
-    right = torch.randn(outer, inner, device=device).to(dtype)
+    left = torch.randn(rows, inner, dtype=torch.float32, device=device).to(dtype)
+    right = torch.randn(outer, inner, dtype=torch.float32, device=device).to(dtype)
     flops = 2.0 * rows * inner * outer
     peaks = {PLAIN: flops / _best_gpu_seconds(lambda: torch.mm(left, right.t()))}
     if torch.cuda.get_device_capability(device) >= (8, 9):  # the first with products of 8 bits
         narrow = (left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn))
-        one = torch.ones((), device=device)
+        one = torch.ones((), dtype=torch.float32, device=device)
 
         def product_of_8_bits() -> torch.Tensor:
             return torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)

@@ -7,7 +7,6 @@ weights, such as a sum or a conversion, belongs to the part of the operator that
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_ext._C as _C
+from dgemma_ext import environment
 from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.plain.vocabulary_head import vocabulary_head
 from dgemma_ext.profile.count import weights_by_layer
@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
 
 def statistics_in_head(device: torch.device) -> bool:
     """Whether the head's kernel computes the statistics as well, as the one on a GPU does."""
-    return device.type == "cuda" and _C.has_cuda() and os.environ.get("DGEMMA_KERNELS") != "plain"
+    return device.type == "cuda" and _C.has_cuda() and not environment.plain_kernels()
 
 
 def _tensors(values: Any) -> list[Tensor]:

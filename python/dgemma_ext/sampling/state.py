@@ -270,7 +270,7 @@ def make_step_buffers(
             if index != entropy
         ),
         sampled=torch.zeros(rows, length, dtype=torch.int32, device=device),
-        temperature=torch.ones(rows, device=device),
+        temperature=torch.ones(rows, dtype=torch.float32, device=device),
         attention_out={
             head_dim: torch.zeros(rows, length, config.num_attention_heads, head_dim, dtype=dtype, device=device)
             for head_dim in {layer.head_dim for layer in config.layers}

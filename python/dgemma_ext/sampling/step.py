@@ -100,7 +100,7 @@ def begin_canvas(
 
 
 def _padded(values: Sequence[int | bool], length: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([[*values, *[0] * (length - len(values))]], dtype=dtype)
+    return torch.tensor([[*values, *[0] * (length - len(values))]], dtype=dtype, device="cpu")
 
 
 def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, vocabulary: int) -> int:
@@ -115,7 +115,7 @@ def _set_allowed(state: CanvasState, row: int, content: Canvas, window: slice, v
         rows.append(index)
     masks = state.allowed[row * length : row * length + len(sets)]
     masks.copy_(denoise.pack_allowed(list(sets), vocabulary), non_blocking=True)
-    state.allowed_row.copy_(torch.tensor([rows], dtype=torch.int32), non_blocking=True)
+    state.allowed_row.copy_(torch.tensor([rows], dtype=torch.int32, device="cpu"), non_blocking=True)
     return len(sets)
 
 

@@ -51,7 +51,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """The query at position q sees max(0, q - window + 1) .. q, and the spans that hold q."""
     prefix = prefix_length.long()
-    position = prefix[:, None] + torch.arange(query.shape[1], device=query.device)  # [batch, block]
+    position = prefix[:, None] + torch.arange(query.shape[1], dtype=torch.int64, device=query.device)  # [batch, block]
     first = (position - (window - 1)).clamp_min(0) if window > 0 else torch.zeros_like(position)
     end = position + 1
     if spans is not None and spans.shape[1] > 0:
@@ -87,7 +87,7 @@ def append_to_cache(
 def _block_rows(query: torch.Tensor, length: torch.Tensor | None) -> torch.Tensor:
     """Rows of each request's block, int64 [batch]."""
     if length is None:
-        return torch.full((query.shape[0],), query.shape[1], device=query.device)
+        return torch.full((query.shape[0],), query.shape[1], dtype=torch.int64, device=query.device)
     return length.long()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from dgemma_ext import environment
 from dgemma_ext.ops import description
 
 # Layouts of an operator's calls; a conversation has one more for every prompt's length.
@@ -17,7 +17,7 @@ _REMEMBERED = 1024
 
 def register_on_gpu(name: str, function: Callable[..., Any]) -> None:
     """Makes `function` the GPU's form of an operator ("dgemma::sample.out"), unless a kernel is there and wanted."""
-    if not _has_kernel(name, "CUDA") or os.environ.get("DGEMMA_KERNELS") == "plain":
+    if not _has_kernel(name, "CUDA") or environment.plain_kernels():
         library.impl(name, "CUDA", _checked(name, function))
 
 
