@@ -133,7 +133,7 @@ CASES = {
     # Whole tiles of the prefix and of the block, and nothing else.
     "whole_tiles": Case([Request(320, 160)], query_heads=1, key_heads=1, capacity=640),
     # The ring's end within a tile, the prefix's end within another, a tail.
-    "ring": Case([Request(1000, 90)], **SLIDING),
+    "ring": Case([Request(1100, 90)], **SLIDING),
     "window_above_prefix": Case([Request(150, 65)], **SLIDING),
     "capacity_above_window": Case([Request(777, 40)], query_heads=2, key_heads=2, window=150, capacity=400),
     # Three tiles of rows at 256: the last cluster has one.
@@ -279,12 +279,13 @@ def units_of(op: BlockAttention, causal: bool) -> np.ndarray:
 
 
 def run_of(first: int, keys: int, end: int, prefix: int, capacity: int) -> tuple[int, int]:
-    out = (ctypes.c_int32 * 2)()
+    out = (ctypes.c_int32 * 3)()
     assert library().attention_run(first, keys, end, prefix, capacity, out) is None
+    assert bool(out[2]) == (out[0] == 2), "a fence too many or too few"
     return out[0], out[1]
 
 
-PREFIXES = [0, 1, 79, 767, 1022, 1023, 1024, 4096, 8192]
+PREFIXES = [0, 1, 79, 767, 1022, 1023, 1024, 4096, 5000, 8192]
 
 
 @pytest.mark.parametrize("given_lengths", [False, True])

@@ -25,7 +25,7 @@ class Rows {
   DGEMMA_DEVICE void attend(const KeyRange& keys) {
     if (keys.tiles == 0) return;
     wait_for_queries(shared_);
-    begin_scores(at_);
+    begin_scores(keys, 0, at_);
     device::wgmma_wait<0>(softmax_.scores);
     release(shared_, at_);
     at_.advance();
@@ -34,10 +34,10 @@ class Rows {
 #pragma unroll 1
     for (int32_t tile = 1; tile < keys.tiles; ++tile) {
       const State<kHeadDim> key = at_;
-      begin_scores(key);
+      begin_scores(keys, tile, key);
       at_.advance();
       const State<kHeadDim> value = at_;
-      begin_output(value);
+      begin_output(keys, tile - 1, value);
       at_.advance();
       device::wgmma_wait<1>(softmax_.scores);
       release(shared_, key);
@@ -47,7 +47,7 @@ class Rows {
       multiply_rows(output_, softmax_.factor(0), softmax_.factor(1));
       softmax_.pack();
     }
-    begin_output(at_);
+    begin_output(keys, keys.tiles - 1, at_);
     device::wgmma_wait<0>(output_, softmax_.exponentials);
     release(shared_, at_);
   }
@@ -75,8 +75,9 @@ class Rows {
   }
 
   // scores = query . key
-  DGEMMA_DEVICE void begin_scores(State<kHeadDim> at) {
-    const auto key = device::k_major_descriptor(wait_for_stage(shared_, at), Swizzle::bytes_128);
+  DGEMMA_DEVICE void begin_scores(const KeyRange& keys, int32_t tile, State<kHeadDim> at) {
+    const void* const stage = wait_for_stage(shared_, at, is_scattered_tile<kHeadDim>(keys, tile));
+    const auto key = device::k_major_descriptor(stage, Swizzle::bytes_128);
     device::wgmma_fence(softmax_.scores);
 #pragma unroll
     for (uint32_t k = 0; k < kHeadDim; k += 16) {  // wgmma's K is 16
@@ -89,10 +90,10 @@ class Rows {
   }
 
   // output += exponentials . values
-  DGEMMA_DEVICE void begin_output(State<kHeadDim> at) {
-    const auto value =
-        device::matrix_descriptor(wait_for_stage(shared_, at), Swizzle::bytes_128,
-                                  T::kKeys * kGroupBytes, swizzle_period(Swizzle::bytes_128));
+  DGEMMA_DEVICE void begin_output(const KeyRange& keys, int32_t tile, State<kHeadDim> at) {
+    const void* const stage = wait_for_stage(shared_, at, is_scattered_tile<kHeadDim>(keys, tile));
+    const auto value = device::matrix_descriptor(stage, Swizzle::bytes_128, T::kKeys * kGroupBytes,
+                                                 swizzle_period(Swizzle::bytes_128));
     device::wgmma_fence(output_, softmax_.exponentials);
 #pragma unroll
     for (uint32_t k = 0; k < T::kKeys; k += 16)

@@ -91,15 +91,15 @@ class FirstWarpgroup {
   DGEMMA_DEVICE void attend(const KeyRange& keys) {
     if (keys.tiles == 0) return;
     wait_for_queries(shared_.common);
-    State<kHeadDim> key = begin_scores();
+    State<kHeadDim> key = begin_scores(keys, 0);
     device::wgmma_wait<0>(softmax_.scores);
     release(shared_.common, key);
     exponentiate(keys, 0);
     softmax_.pack();
 #pragma unroll 1
     for (int32_t tile = 1; tile < keys.tiles; ++tile) {
-      key = begin_scores();
-      const State<kHeadDim> value = begin_output();
+      key = begin_scores(keys, tile);
+      const State<kHeadDim> value = begin_output(keys, tile - 1);
       device::wgmma_wait<kStagesPerTile>(softmax_.scores);
       release(shared_.common, key);
       exponentiate(keys, tile);
@@ -107,7 +107,7 @@ class FirstWarpgroup {
       columns_.multiply(softmax_.factor(0), softmax_.factor(1));
       softmax_.pack();
     }
-    end_output(begin_output());
+    end_output(begin_output(keys, keys.tiles - 1));
   }
 
   // Adds up the rows' sums, for the other warpgroup too.
@@ -133,13 +133,14 @@ class FirstWarpgroup {
  private:
   // scores = query . key, one stage of the depth after the other; gives the last, which is not yet
   // released.
-  DGEMMA_DEVICE State<kHeadDim> begin_scores() {
+  DGEMMA_DEVICE State<kHeadDim> begin_scores(const KeyRange& keys, int32_t tile) {
+    const bool scattered = is_scattered_tile<kHeadDim>(keys, tile);
     const auto query = device::k_major_descriptor(shared_.common.query, Swizzle::bytes_128);
     State<kHeadDim> before = at_;
 #pragma unroll 1  // four copies of it spill
     for (uint32_t part = 0; part < Shared<kHeadDim>::kStagesPerTile; ++part) {
-      const auto key =
-          device::k_major_descriptor(wait_for_stage(shared_.common, at_), Swizzle::bytes_128);
+      const auto key = device::k_major_descriptor(wait_for_stage(shared_.common, at_, scattered),
+                                                  Swizzle::bytes_128);
       device::wgmma_fence(softmax_.scores);
 #pragma unroll
       for (uint32_t k = 0; k < T::kStageColumns; k += 16) {
@@ -190,11 +191,12 @@ class FirstWarpgroup {
     buffer_.advance();
   }
 
-  DGEMMA_DEVICE State<kHeadDim> begin_output() {
+  DGEMMA_DEVICE State<kHeadDim> begin_output(const KeyRange& keys, int32_t tile) {
+    const bool scattered = is_scattered_tile<kHeadDim>(keys, tile);
     const State<kHeadDim> first = at_;
 #pragma unroll
     for (int i = 0; i < kStagesPerTile; ++i, at_.advance()) {
-      const void* const stage = wait_for_stage(shared_.common, at_);
+      const void* const stage = wait_for_stage(shared_.common, at_, scattered);
       device::wgmma_fence(columns_.output[i], softmax_.exponentials);
       columns_.begin(stage, i, softmax_.exponentials);
     }
@@ -237,10 +239,11 @@ class SecondWarpgroup {
       columns_.multiply(shared_.factors[buffer][row_], shared_.factors[buffer][row_ + 8]);
       const auto exponentials =
           device::k_major_descriptor(shared_.exponentials[buffer], Swizzle::bytes_128);
+      const bool scattered = is_scattered_tile<kHeadDim>(keys, tile);
       State<kHeadDim> value = at_;
 #pragma unroll
       for (int i = 0; i < kStagesPerTile; ++i, at_.advance()) {
-        const void* const stage = wait_for_stage(shared_.common, at_);
+        const void* const stage = wait_for_stage(shared_.common, at_, scattered);
         device::wgmma_fence(columns_.output[i]);
         columns_.begin(stage, i, exponentials);
       }

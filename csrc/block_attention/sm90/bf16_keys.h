@@ -95,11 +95,13 @@ DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
   device::mbarrier_init(&shared.query_full, kProducerThreads);
 }
 
-// Keys or values are there, and seen by wgmma: cp.async may have written them.
+// Keys or values are there, and seen by wgmma. What cp.async wrote, of a scattered tile, is not
+// before a fence.
 template <int kHeadDim>
-DGEMMA_DEVICE const void* wait_for_stage(Shared<kHeadDim>& shared, State<kHeadDim> at) {
+DGEMMA_DEVICE const void* wait_for_stage(Shared<kHeadDim>& shared, State<kHeadDim> at,
+                                         bool scattered) {
   shared.pipeline.consumer_wait(at);
-  device::fence_proxy_async();
+  if (scattered) device::fence_proxy_async();
   return shared.stage[at.stage];
 }
 
@@ -135,7 +137,14 @@ DGEMMA_DEVICE BlockCoordinates find_coordinates(const Attention& p,
 struct KeyRange {
   int32_t first, end, tiles;
   int32_t common_first, common_end;
+  RunEnds run_ends;
 };
+
+template <int kHeadDim>
+DGEMMA_DEVICE bool is_scattered_tile(const KeyRange& keys, int32_t tile) {
+  constexpr int32_t kKeys = Tile<kHeadDim>::kKeys;
+  return is_scattered(keys.run_ends, keys.first + tile * kKeys, kKeys);
+}
 
 // This also writes the keys that each row sees; a row past the request's last one sees none.
 template <int kHeadDim>
@@ -153,7 +162,7 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
       seen[i] = visible_keys(p, request, at.request, (first_row + i) / group);
   }
   __syncthreads();
-  KeyRange keys = {INT32_MAX, 0, 0, 0, INT32_MAX};
+  KeyRange keys = {INT32_MAX, 0, 0, 0, INT32_MAX, {}};
   for (int32_t i = static_cast<int32_t>(device::lane_index()); i < kAll; i += 32) {
     if (seen[i].end == 0) continue;
     keys.first = min(keys.first, seen[i].first);
@@ -166,6 +175,7 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
   keys.end = __reduce_max_sync(device::kAllLanes, keys.end);
   keys.common_first = __reduce_max_sync(device::kAllLanes, keys.common_first);
   keys.common_end = __reduce_min_sync(device::kAllLanes, keys.common_end);
+  keys.run_ends = find_run_ends(keys.end, request.prefix, p.capacity);
   const KeyTiles own_tiles = keys_of_split(keys.first, keys.end, kKeys, request.splits, at.split);
   keys.first = own_tiles.first;
   keys.tiles = own_tiles.tiles;

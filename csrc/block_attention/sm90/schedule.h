@@ -55,4 +55,23 @@ DGEMMA_HOST_DEVICE KeyRun find_run(int32_t first, int32_t keys, int32_t end, int
   return {KeySource::kScattered, 0};
 }
 
+// Where runs of rows end. A tile with one of these positions inside, or that reaches past the last,
+// is scattered: what find_run says, without its division for every tile.
+struct RunEnds {
+  int32_t ring, prefix, end;
+};
+
+// Of the prefix no more than the capacity is stored, so the ring ends inside it at most once.
+DGEMMA_HOST_DEVICE RunEnds find_run_ends(int32_t end, int32_t prefix, int32_t capacity) {
+  return {prefix > 0 ? (prefix - 1) / capacity * capacity : 0, prefix, end};
+}
+
+// Without branches, since it stands between products.
+DGEMMA_HOST_DEVICE bool is_scattered(const RunEnds& ends, int32_t first, int32_t keys) {
+  const auto is_inside = [=](int32_t position) {
+    return static_cast<uint32_t>(position - first - 1) < static_cast<uint32_t>(keys - 1);
+  };
+  return is_inside(ends.ring) | is_inside(ends.prefix) | (first + keys > ends.end);
+}
+
 }  // namespace dgemma

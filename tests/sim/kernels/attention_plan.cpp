@@ -71,12 +71,13 @@ SIM_ENTRY attention_units(const dgemma_block_attention* op, bool causal, int32_t
 }
 
 // The place of the tile of keys from position `first` on: 0 and the row in the slot, 1 and the row
-// in the block, or 2.
+// in the block, or 2; then whether the consumers take it for scattered.
 SIM_ENTRY attention_run(int32_t first, int32_t keys, int32_t end, int32_t prefix, int32_t capacity,
-                        int32_t (&out)[2]) {
+                        int32_t (&out)[3]) {
   const dgemma::KeyRun run = dgemma::find_run(first, keys, end, prefix, capacity);
   out[0] = static_cast<int32_t>(run.source);
   out[1] = run.row;
+  out[2] = dgemma::is_scattered(dgemma::find_run_ends(end, prefix, capacity), first, keys);
   return nullptr;
 }
 
