@@ -68,7 +68,7 @@ def test_a_missing_tensor(folder: Path, name: str) -> None:
     assert_refused(folder, "model.safetensors", name, "is missing")
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", f"{LAYER_0}mlp.up_proj.weight_scale", f"{LAYER_0}mlp.up_proj.bias"])
+@pytest.mark.parametrize("name", ["lm_head.bias", f"{LAYER_0}mlp.up_proj.weight_scale", f"{LAYER_0}mlp.up_proj.bias"])
 def test_an_extra_tensor(folder: Path, name: str) -> None:
     replace_tensor(folder, name, torch.ones(4))
     assert_refused(folder, "model.safetensors", name, "is not part of the model")
@@ -185,6 +185,7 @@ def write_header(folder: Path, header: bytes, payload: bytes = b"") -> None:
         (b"\xff\xfe", "corrupt header"),
         (b"[]", "corrupt header: not an object"),
         (b'{"a": 1, "a": 2}', "corrupt header: a is listed twice"),
+        (b"[" * 100_000, "corrupt header: it is nested too deeply"),
     ],
 )
 def test_a_corrupt_header(folder: Path, header: bytes, match: str) -> None:
@@ -201,6 +202,8 @@ def test_a_corrupt_header(folder: Path, header: bytes, match: str) -> None:
         (b'{"dtype": "BF16", "shape": [2], "data_offsets": [0, 2]}', r"has 2 bytes; BF16 \[2\] takes another number"),
         (b'{"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]}', "begins at byte 2"),
         (b'{"dtype": "F4", "shape": [1], "data_offsets": [0, 2]}', "has dtype F4"),
+        (b'{"dtype": "BF16", "shape": [36893488147419103232], "data_offsets": [0, 2]}', "corrupt header entry"),
+        (b'{"dtype": "BF16", "shape": [4294967296, 4294967296, 2], "data_offsets": [0, 0]}', "has 0 bytes"),
     ],
 )
 def test_a_corrupt_header_entry(folder: Path, entry: bytes, match: str) -> None:

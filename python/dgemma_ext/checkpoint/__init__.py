@@ -1,8 +1,9 @@
 """A checkpoint's folder on disk: configuration, weights and their formats, tokenizer, chat template.
 
-`config`, `generation_defaults` and `tokenizer` read the small files; `files` reads the headers of the weights and finds
-how each weight is stored (`stored`); `reading` reads the values; `quantization` describes a format to quantize to, and
-`quantize` writes a checkpoint in it.
+`folder` finds the files, and `foreign` recognises what is no checkpoint. `config`, `generation_defaults` and
+`tokenizer` read the small files; `files` compares the weights' `headers` with the configuration and finds how each
+weight is stored (`stored`), tied ones once or more often (`tied`); `reading` reads the values; `quantization` describes
+a format to quantize to, and `quantize` writes a checkpoint in it.
 
 `tokenizer` makes token ids of a chat (`messages`, `chat_template`, `special_tokens`), and takes answers apart
 (`response`, `tool_call`).
@@ -20,14 +21,15 @@ from dgemma_ext.checkpoint.files import (
     inspect_checkpoint,
     layer_layout,
     model_layout,
-    resolve_checkpoint,
 )
-from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults
+from dgemma_ext.checkpoint.folder import resolve_checkpoint
+from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults, ignored_settings
 from dgemma_ext.checkpoint.messages import Message, checked_tools
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
 from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
 from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights
 from dgemma_ext.checkpoint.response import Response
 from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored, TensorInfo, names_of
+from dgemma_ext.checkpoint.tied import check_copies
 from dgemma_ext.checkpoint.tokenizer import TOKENIZER_FILE, Tokenizer
 from dgemma_ext.checkpoint.tool_call import InvalidToolCall, ToolCall

@@ -37,6 +37,9 @@ _DEFAULT_ROPE: dict[str, dict[str, Any]] = {
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 
+# More than any model has: a corrupt number must not keep the loader busy for hours.
+_MAX_LAYERS, _MAX_EXPERTS = 1_000, 1_024
+
 # Fields of related models that change the mathematics, with the values that do not.
 _NEUTRAL_TEXT_FIELDS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -142,7 +145,7 @@ class ModelConfig:
         if top.get("model_type", "diffusion_gemma") != "diffusion_gemma":
             raise top.error("model_type", "diffusion_gemma")
         top.check_neutral(_NEUTRAL_TOP_FIELDS)
-        check_quantization_config(top.get("quantization_config"))
+        check_quantization_config(top.get("quantization_config", top.get("quantization")))
         if top.get("text_config") is None:
             raise ValueError("text_config is missing")
         text = Section("text_config", top.get("text_config"))
@@ -159,7 +162,7 @@ class ModelConfig:
             raise top.error("vision_config", "an object or null")
 
         text_eos = text.token_ids("eos_token_id", 1)
-        num_experts = text.integer("num_experts")
+        num_experts = text.integer("num_experts", maximum=_MAX_EXPERTS)
         top_k_experts = text.integer("top_k_experts")
         if top_k_experts > num_experts:
             raise text.error("top_k_experts", f"at most num_experts, which is {num_experts}")
@@ -195,7 +198,7 @@ def _dtype(top: Section, text: Section) -> torch.dtype:
         for field in ("dtype", "torch_dtype"):
             name = section.get(field)
             if name is not None:
-                if name not in _DTYPES:
+                if not isinstance(name, str) or name not in _DTYPES:
                     raise section.error(field, " or ".join(_DTYPES))
                 return _DTYPES[name]
     return torch.bfloat16
@@ -241,7 +244,7 @@ def _layers(text: Section) -> tuple[LayerConfig, ...]:
 
 
 def _layer_types(text: Section) -> list[str]:
-    count = text.integer("num_hidden_layers", 30)
+    count = text.integer("num_hidden_layers", 30, maximum=_MAX_LAYERS)
     given = text.get("layer_types")
     if given is None:
         types = [FULL if (index + 1) % _DEFAULT_PATTERN == 0 else SLIDING for index in range(count)]

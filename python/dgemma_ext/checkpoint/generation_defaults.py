@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.json_section import Section, json_file, read_json
+from dgemma_ext.checkpoint.json_section import Section, json_file, read_object
 from dgemma_ext.errors import CheckpointError
 
-# Fields of generation_config.json that have no effect on generation here.
-_IGNORED_GENERATION_FIELDS = {
-    "_commit_hash",
-    "_from_model_config",
-    "bos_token_id",
-    "cache_config",
-    "cache_implementation",
-    "disable_compile",
-    "return_dict_in_generate",
-    "transformers_version",
-}
+_FILE = "generation_config.json"
+# What a library notes of the file itself: no setting, and not listed as one that is ignored.
+_NOTES = ("_commit_hash", "_from_model_config", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -45,23 +38,20 @@ class GenerationDefaults:
     def from_file(cls, path: str | os.PathLike[str], config: ModelConfig | None = None) -> GenerationDefaults:
         """Reads generation_config.json from its path or its folder; a missing file gives the defaults.
 
-        Where the file names no end-of-sequence or padding id, `config` gives them. Raises CheckpointError naming the
-        file and the field.
+        Where the file names no end-of-sequence or padding id, `config` gives them. A setting that means nothing to
+        block diffusion (`use_cache`, `max_length`, `top_k`) is ignored: `ignored_settings` lists it. Raises
+        CheckpointError naming the file and the field.
         """
-        file = json_file(path, "generation_config.json")
+        file = json_file(path, _FILE)
         try:
-            return cls.from_dict(read_json(file) if file.exists() else {}, config)
+            return cls.from_dict(_read(file), config)
         except ValueError as error:
             raise CheckpointError(str(error), file=file) from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], config: ModelConfig | None = None) -> GenerationDefaults:
         """Reads the parsed generation_config.json; raises ValueError naming the field."""
-        fields = Section("", {name: value for name, value in values.items() if value is not None})
-        known = {"sampler_config", "eos_token_id", *cls.__dataclass_fields__} - {"entropy_bound", "eos_token_ids"}
-        for field in fields.values:
-            if field not in known | _IGNORED_GENERATION_FIELDS:
-                raise fields.error(field, "a generation_config.json without it")
+        fields = Section("", {name: value for name, value in Section("", values).values.items() if value is not None})
         sampler = Section("sampler_config", fields.get("sampler_config", {}))
         if sampler.get("_cls_name", "EntropyBoundSamplerConfig") != "EntropyBoundSamplerConfig":
             raise sampler.error("_cls_name", "EntropyBoundSamplerConfig")
@@ -74,7 +64,8 @@ class GenerationDefaults:
             t_min=fields.number("t_min", cls.t_min, zero=True),
             t_max=fields.number("t_max", cls.t_max),
             stability_threshold=fields.integer("stability_threshold", cls.stability_threshold, minimum=0),
-            confidence_threshold=fields.number("confidence_threshold", cls.confidence_threshold),
+            # Zero stops no canvas early, which other engines' benchmarks use to make every step.
+            confidence_threshold=fields.number("confidence_threshold", cls.confidence_threshold, zero=True),
             eos_token_ids=fields.token_ids("eos_token_id") or (() if config is None else config.eos_token_ids),
             pad_token_id=fields.token_id("pad_token_id", None if config is None else config.pad_token_id),
             max_new_tokens=fields.integer("max_new_tokens", cls.max_new_tokens),
@@ -82,3 +73,20 @@ class GenerationDefaults:
         if defaults.t_max < defaults.t_min:
             raise ValueError(f"t_max is {defaults.t_max}; supported: at least t_min, which is {defaults.t_min}")
         return defaults
+
+
+def ignored_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of generation_config.json that are not used, by name. Raises CheckpointError for a file that is no
+    JSON object."""
+    file = json_file(path, _FILE)
+    used = {"sampler_config", "eos_token_id", *GenerationDefaults.__dataclass_fields__}
+    used -= {"entropy_bound", "eos_token_ids"}
+    return {
+        name: value
+        for name, value in _read(file).items()
+        if value is not None and name not in used and name not in _NOTES
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_object(file) if file.exists() or file.is_symlink() else {}

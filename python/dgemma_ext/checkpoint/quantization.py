@@ -14,7 +14,20 @@ from typing import Any
 from torch import Tensor
 
 from dgemma_ext import arguments
+from dgemma_ext.checkpoint.json_section import kind_of
 from dgemma_ext.ops.formats import FORMATS, INT4_GROUPS, QuantizedWeight
+
+_ADVICE = "load the unquantized checkpoint: weights quantizes it while loading, `dgemma quantize` once for all"
+# What other methods and layouts are called by those who use them.
+_CALLED = {
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8 with a scale for each block",
+    "gptq": "GPTQ",
+    "int-quantized": "INT8",
+    "naive-quantized": "INT8",
+    "mxfp4": "MXFP4",
+}
 
 # compressed-tensors' names of layouts, and ModelOpt's of algorithms.
 _LAYOUTS = ("float-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")
@@ -38,8 +51,10 @@ def check_quantization_config(section: Any) -> None:
     if section is None:
         return
     if not isinstance(section, Mapping):
-        raise ValueError(f"quantization_config must be an object or null, got {section!r}")
+        raise ValueError(f"quantization_config is {kind_of(section)}; wanted: an object or null")
     method = section.get("quant_method")
+    if method is None and {"group_size", "bits"} <= section.keys():
+        raise ValueError(f"quantization is that of MLX, whose weights this engine does not read; {_ADVICE}")
     if method == "modelopt":
         if section.get("quant_algo") not in _ALGORITHMS:
             raise _refusal("quant_algo", section.get("quant_algo"), _ALGORITHMS)
@@ -50,19 +65,27 @@ def check_quantization_config(section: Any) -> None:
         raise _refusal("format", section.get("format"), _LAYOUTS)
     if section.get("quantization_status", "compressed") != "compressed":
         raise _refusal("quantization_status", section.get("quantization_status"), ("compressed",))
-    for name, group in (section.get("config_groups") or {}).items():
+    groups = section.get("config_groups") or {}
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"quantization_config.config_groups is {kind_of(groups)}; wanted: an object")
+    for name, group in groups.items():
         path = f"config_groups.{name}"
         if isinstance(group, Mapping) and group.get("format") not in (None, *_LAYOUTS):
             raise _refusal(f"{path}.format", group.get("format"), _LAYOUTS)
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and weights.get("symmetric") is False:
+        if not isinstance(weights, Mapping):
+            continue
+        if weights.get("symmetric") is False:
             raise _refusal(f"{path}.weights.symmetric", False, ("true",))
-        if isinstance(weights, Mapping) and weights.get("actorder") in ("group", True):
+        if weights.get("actorder") in ("group", True):
             raise _refusal(f"{path}.weights.actorder", weights.get("actorder"), ("null", "static"))
+        if weights.get("type") == "int" and weights.get("num_bits") != 4:
+            raise _refusal(f"{path}.weights.num_bits", weights.get("num_bits"), ("4 for integers",))
 
 
 def _refusal(field: str, got: Any, wanted: tuple[str, ...]) -> ValueError:
-    return ValueError(f"quantization_config.{field} is {got!r}; supported: {', '.join(wanted)}")
+    shown = arguments.shown(got) + (f" ({_CALLED[got]})" if isinstance(got, str) and got in _CALLED else "")
+    return ValueError(f"quantization_config.{field} is {shown}; supported: {', '.join(wanted)}; or {_ADVICE}")
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dgemma_ext.checkpoint.config import ModelConfig
-from dgemma_ext.checkpoint.files import INDEX_FILE, CheckpointInfo, inspect_checkpoint, layer_layout
+from dgemma_ext.checkpoint.files import CheckpointInfo, inspect_checkpoint, layer_layout
+from dgemma_ext.checkpoint.folder import INDEX_FILE
+from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.quantization import PARTS, Target
 from dgemma_ext.checkpoint.reading import MappedFiles
 from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
+from dgemma_ext.checkpoint.tied import check_copies, published_name
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
@@ -94,7 +97,8 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
         if target.wants(attribute)
     }
     conversion = Conversion(info, target, [[]])
-    taken: set[str] = set()
+    # Copies of tied weights and buffers are not written.
+    taken = {*info.copies, *info.buffers}
     works = []
     for name, (layer_index, attribute) in wanted.items():
         stored = info.weights[name]
@@ -142,6 +146,8 @@ def convert(
     with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
     state = _State.open(partial, source, conversion)
+    check_copies(conversion.info.tensors, conversion.info.copies)
+    advance(sum(conversion.info.tensors[name].nbytes for name in (*conversion.info.copies, *conversion.info.buffers)))
     count = len(conversion.shards)
     for number, works in enumerate(conversion.shards):
         file = partial / f"model-{number + 1:05}-of-{count:05}.safetensors"
@@ -182,7 +188,7 @@ def _write_weight(
 ) -> None:
     """Copies or quantizes one weight into the shard's tensors, and adds its error to its layer's."""
     if work.attribute is None:
-        tensors[work.names[0]] = source.tensor(work.names[0])
+        tensors[published_name(work.names[0])] = source.tensor(work.names[0])
         return
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
     error = errors.setdefault((work.layer, part), PartError(work.layer, part))
@@ -199,10 +205,11 @@ def _matrices_of(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], l
     if isinstance(work.stored, Experts):
         for matrices in work.stored.matrices:
             names = [matrix.parts["values"] for matrix in matrices]
-            yield [name.removesuffix(".weight") for name in names], [_finite(source, name) for name in names]
+            bases = [published_name(name).removesuffix(".weight") for name in names]
+            yield bases, [_finite(source, name) for name in names]
         return
     name = work.names[0]
-    tensor = _finite(source, name)
+    tensor, name = _finite(source, name), published_name(name)
     if tensor.dim() == 2:
         yield [name.removesuffix(".weight")], [tensor]
         return
@@ -294,10 +301,7 @@ class _State:
             if any(partial.iterdir()):
                 raise ValueError(f"OUT: {partial} has files of something else; wants it empty or away")
             return state
-        try:
-            earlier = json.loads(state._file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"cannot be read as JSON: {error}", file=state._file) from error
+        earlier = read_object(state._file)
         if earlier.get("fingerprint") != state._fingerprint:
             raise ValueError(f"OUT: {partial} was begun from another source or for another format; remove it first")
         state.done = earlier["done"]
@@ -353,7 +357,7 @@ def _write_companions(source: Path, partial: Path, conversion: Conversion) -> No
         for file in source.glob(pattern):
             if file.name not in (INDEX_FILE, "config.json"):
                 shutil.copyfile(file, partial / file.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_object(source / "config.json")
     config["quantization_config"] = quantization_config(conversion)
     _write_json(partial / "config.json", config)
 

@@ -95,7 +95,7 @@ class WeightReader:
             case "int4":
                 return Int4Weight(values, scales)
             case "nvfp4" | "nvfp4-modelopt":
-                global_scales = self._scales(stored.parts["global_scales"]).reshape(1)
+                global_scales = self._scales(stored.parts["global_scales"], zero=False).reshape(1)
                 return Nvfp4Weight(values, scales.view(torch.uint8), global_scales, divides=stored.kind == "nvfp4")
         raise KeyError(stored.kind)
 
@@ -149,11 +149,13 @@ class WeightReader:
             self._advance(piece.numel())
         return mapped.to(self._device)
 
-    def _scales(self, name: str) -> Tensor:
-        """Scales in the dtype that they are stored in; a scale that is zero or not finite is an error."""
+    def _scales(self, name: str, zero: bool = True) -> Tensor:
+        """Scales in the dtype that they are stored in. zero: may be zero, as the scale of a block of zeros is. Others,
+        which a kernel may divide by, must not; a scale that is not finite is an error."""
         mapped = self._files.tensor(name)
         values = mapped.float()
-        bad = torch.nonzero(~(values.isfinite() & (values != 0)).reshape(-1))
+        good = values.isfinite() if zero else values.isfinite() & (values != 0)
+        bad = torch.nonzero(~good.reshape(-1))
         if len(bad):
             position = int(bad[0])
             value = float(values.reshape(-1)[position])

@@ -29,15 +29,18 @@ from dgemma_ext.ops.formats import INT4_GROUPS, NVFP4_GROUP
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its file, safetensors dtype name and shape, its number of bytes and where they begin."""
+    """One stored tensor: its file and its name there, safetensors dtype name and shape, its number of bytes and where
+    they begin."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     offset: int
 
 
+# By the name that the published layout has for a tensor, which may be stored under another one (tied.py).
 Tensors = Mapping[str, TensorInfo]
 
 FLOAT_DTYPES = ("BF16", "F32", "F16")
@@ -50,7 +53,7 @@ class Matrix:
     """One stored matrix [rows, columns].
 
     `kind`: "unquantized", "fp8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and "global_scales"
-    to the stored names; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
+    to the names in the files; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
     """
 
     kind: str
@@ -99,7 +102,7 @@ def names_of(stored: Stored) -> Iterator[str]:
 
 
 def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored | None:
-    """Finds a weight by the name that it has unquantized; returns None where nothing of it is stored.
+    """Finds a weight by the published name that it has unquantized; returns None where nothing of it is stored.
 
     Raises CheckpointError, naming file and tensor, for parts that are missing, misshapen or of a wrong dtype.
     """
@@ -110,7 +113,7 @@ def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored |
     if name not in tensors:
         return None
     _check(tensors, name, shape, FLOAT_DTYPES)
-    return StoredTensor(name, shape)
+    return StoredTensor(tensors[name].name, shape)
 
 
 def _find_experts(name: str, shape: tuple[int, int, int], tensors: Tensors) -> Experts | None:
@@ -138,9 +141,9 @@ def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix 
             raise CheckpointError(
                 f"is of a quantization that is not supported ({suffix}); supported: symmetric, in the columns' order",
                 file=tensors[f"{base}.{suffix}"].file,
-                tensor=f"{base}.{suffix}",
+                tensor=tensors[f"{base}.{suffix}"].name,
             )
-    unread = tuple(f"{base}.{suffix}" for suffix in _UNREAD if f"{base}.{suffix}" in tensors)
+    unread = tuple(tensors[f"{base}.{suffix}"].name for suffix in _UNREAD if f"{base}.{suffix}" in tensors)
     if packed in tensors:
         if tensors[packed].dtype == "U8":
             return _nvfp4(base, packed, "weight_global_scale", shape, tensors, unread)
@@ -152,11 +155,11 @@ def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix 
         scales = _part(base, "weight_scale", tensors)
         _check(tensors, weight, shape, ("F8_E4M3",))
         _check_one_of(tensors, scales, ((rows, 1), (rows,), (1,), ()), FLOAT_DTYPES)
-        return Matrix("fp8", shape, {"values": weight, "scales": scales}, unread)
+        return Matrix("fp8", shape, _names(tensors, values=weight, scales=scales), unread)
     if tensors[weight].dtype == "U8":
         return _nvfp4(base, weight, "weight_scale_2", shape, tensors, unread)
     _check(tensors, weight, shape, FLOAT_DTYPES)
-    return Matrix("unquantized", shape, {"values": weight}, unread)
+    return Matrix("unquantized", shape, _names(tensors, values=weight), unread)
 
 
 def _int4(base: str, shape: tuple[int, int], tensors: Tensors, unread: tuple[str, ...]) -> Matrix:
@@ -168,10 +171,12 @@ def _int4(base: str, shape: tuple[int, int], tensors: Tensors, unread: tuple[str
     if groups == 0 or stored[0] != rows or columns % groups or columns // groups not in INT4_GROUPS:
         wanted = " or ".join(str([rows, columns // group]) for group in INT4_GROUPS if columns % group == 0)
         raise CheckpointError(
-            f"has shape {list(stored)}; the configuration asks for {wanted}", file=tensors[scales].file, tensor=scales
+            f"has shape {list(stored)}; the configuration asks for {wanted}",
+            file=tensors[scales].file,
+            tensor=tensors[scales].name,
         )
     _check(tensors, scales, stored, ("BF16", "F16"))
-    return Matrix("int4", shape, {"values": packed, "scales": scales}, unread, columns // groups)
+    return Matrix("int4", shape, _names(tensors, values=packed, scales=scales), unread, columns // groups)
 
 
 def _nvfp4(
@@ -183,8 +188,13 @@ def _nvfp4(
     _check(tensors, scales, (rows, columns // NVFP4_GROUP), ("F8_E4M3",))
     _check_one_of(tensors, global_scales, ((1,), ()), ("F32",))
     kind = "nvfp4" if global_suffix == "weight_global_scale" else "nvfp4-modelopt"
-    parts = {"values": packed, "scales": scales, "global_scales": global_scales}
+    parts = _names(tensors, values=packed, scales=scales, global_scales=global_scales)
     return Matrix(kind, shape, parts, unread, NVFP4_GROUP)
+
+
+def _names(tensors: Tensors, **parts: str) -> dict[str, str]:
+    """The names in the files of a matrix's parts."""
+    return {part: tensors[name].name for part, name in parts.items()}
 
 
 def _part(base: str, suffix: str, tensors: Tensors) -> str:
@@ -205,7 +215,9 @@ def _check_one_of(tensors: Tensors, name: str, shapes: tuple[tuple[int, ...], ..
         raise CheckpointError(
             f"has shape {list(info.shape)}; the configuration asks for {' or '.join(str(list(s)) for s in shapes)}",
             file=info.file,
-            tensor=name,
+            tensor=info.name,
         )
     if info.dtype not in dtypes:
-        raise CheckpointError(f"has dtype {info.dtype}; supported: {', '.join(dtypes)}", file=info.file, tensor=name)
+        raise CheckpointError(
+            f"has dtype {info.dtype}; supported: {', '.join(dtypes)}", file=info.file, tensor=info.name
+        )

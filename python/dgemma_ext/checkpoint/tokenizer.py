@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,6 +13,8 @@ import tokenizers
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
+from dgemma_ext.checkpoint.file_faults import read_file
+from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
 from dgemma_ext.checkpoint.response import Response, ResponseParser
 from dgemma_ext.checkpoint.special_tokens import SpecialTokens, make_masks, strings_of
@@ -66,15 +68,16 @@ class Tokenizer:
         file = folder / TOKENIZER_FILE
         if not file.is_file():
             raise CheckpointError("is missing", file=file)
+        raw = read_file(file).removeprefix(codecs.BOM_UTF8)
         try:
-            model = tokenizers.Tokenizer.from_file(str(file))
+            model = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"cannot be read: {error}", file=file) from error
         # The file may keep truncation and padding from its last use; a prompt gets neither.
         model.no_truncation()
         model.no_padding()
         settings = _read_settings(folder / TOKENIZER_CONFIG_FILE)
-        return cls(model, _special_tokens(settings), _find_template(folder, settings))
+        return cls(model, _special_tokens(settings, folder / TOKENIZER_CONFIG_FILE), _find_template(folder, settings))
 
     @property
     def vocab_size(self) -> int:
@@ -257,38 +260,42 @@ class Tokenizer:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {error}", file=file) from error
-    if not isinstance(settings, dict):
-        raise CheckpointError("is not a JSON object", file=file)
-    return settings
+    return read_object(file) if file.is_file() else {}
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(settings: Mapping[str, Any], file: Path) -> dict[str, str]:
     """Every `…_token` of tokenizer_config.json, whose value is the text or an object that holds it."""
     tokens = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, Mapping) else value
         if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
+            tokens[name] = _checked_text(name, text, file)
     return tokens
+
+
+def _checked_text(name: str, text: str, file: Path) -> str:
+    """Raises CheckpointError for a JSON string with half of a surrogate pair, which is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{name} is {text[:40]!r}, which is no text", file=file) from error
+    return text
 
 
 def _find_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
     file = folder / TEMPLATE_FILE
     if file.is_file():
         try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), file)
-        except (OSError, UnicodeDecodeError) as error:
+            # Without a byte order mark, which would be the first character of every prompt.
+            return ChatTemplate(read_file(file).decode("utf-8-sig"), file)
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"cannot be read: {error}", file=file) from error
     template = settings.get("chat_template")
     if isinstance(template, list):
         # Of several named templates, "default" is the one for chats.
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}.get(
-            "default"
-        )
-    return ChatTemplate(template, folder / TOKENIZER_CONFIG_FILE) if isinstance(template, str) else None
+        named = (entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
+    if not isinstance(template, str):
+        return None
+    source = folder / TOKENIZER_CONFIG_FILE
+    return ChatTemplate(_checked_text("chat_template", template, source), source)

@@ -21,6 +21,7 @@ from dgemma_ext.checkpoint import (
     ModelConfig,
     Tokenizer,
     expected_tensors,
+    ignored_settings,
     inspect_checkpoint,
     resolve_weights,
 )
@@ -91,7 +92,11 @@ def checkpoint_facts(
         },
         "cache": _cache(config, context or min(USUAL_CONTEXT, config.max_position_embeddings)),
         "memory": _memory(config, headers, context, weights, dtype, device, activations),
+        # Stored without need: copies of tied weights, compared when they are loaded, and buffers, not read.
+        "copies": sorted(headers.copies),
+        "buffers": sorted(headers.buffers),
         "sampler": asdict(GenerationDefaults.from_file(folder, config)),
+        "ignored_settings": ignored_settings(folder),
         "text_files": _text_files(folder),
     }
 

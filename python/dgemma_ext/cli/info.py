@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ def _local_folder(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True))
     except Exception as error:  # not installed, not a hub id, not downloaded: the hub client has many errors
         raise CheckpointError("is no folder here and no hub id that is already downloaded", file=name) from error
+    return resolve_checkpoint(folder)
 
 
 Rows = list[tuple[str, str]]
@@ -106,10 +108,21 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
             f"mean entropy below {sampler['confidence_threshold']}",
         ),
     ]
+    if facts["copies"]:
+        rows.append(("stored again", f"{_several(facts['copies'])}, tied to weights that are stored"))
+    if facts["buffers"]:
+        rows.append(("buffers, skipped", _several(facts["buffers"])))
+    if facts["ignored_settings"]:
+        settings = (f"{name} {json.dumps(value)}" for name, value in facts["ignored_settings"].items())
+        rows.append(("settings, ignored", ", ".join(settings)))
     missing = [name for name, is_there in facts["text_files"].items() if not is_there]
     if missing:
         rows.append(("missing for text", ", ".join(missing)))
     return rows
+
+
+def _several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
 
 
 def _heads(layers: dict[str, Any]) -> str:

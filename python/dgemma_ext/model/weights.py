@@ -19,6 +19,7 @@ from dgemma_ext.checkpoint import (
     Target,
     Weight,
     WeightReader,
+    check_copies,
     inspect_checkpoint,
     layer_layout,
     model_layout,
@@ -97,8 +98,9 @@ def load_weights(
 
     `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: the
     result of inspect_checkpoint, where the caller has it.
-    Raises CheckpointError as `inspect_checkpoint` does, and for NaN and infinite values, converted to `dtype`, and for
-    scales of zero; ValueError where a Target meets a matrix that is stored in another format.
+    Raises CheckpointError as `inspect_checkpoint` does, for NaN and infinite values, converted to `dtype`, for a global
+    scale of zero, and for a copy of a tied weight that differs from it; ValueError where a Target meets a matrix that
+    is stored in another format.
     """
     info = info or inspect_checkpoint(path, config)
     layouts = [model_layout(config), *(layer_layout(config, layer) for layer in config.layers)]
@@ -117,6 +119,7 @@ def load_weights(
 
         for name in sorted(info.weights, key=place):
             loaded[name] = _load_weight(attribute_of[name], info.weights[name], reader, dtype, weights)
+        check_copies(info.tensors, info.copies, bar.advance)
 
     def weights_of(layout: Layout) -> dict[str, Any]:
         return {attribute: loaded[name] for attribute, (name, _) in layout.items()}
