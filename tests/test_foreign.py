@@ -56,7 +56,11 @@ FOLDERS: dict[str, tuple[bool, tuple[str, ...], str]] = {
     "jax": (False, ("_CHECKPOINT_METADATA", "manifest.ocdbt"), r"a checkpoint of JAX \(Orbax\)"),
     "tensorrt": (True, ("rank0.engine",), "a model that was built for another engine"),
     "npz": (False, ("weights.npz",), "weights of MLX"),
-    "runs": (False, ("checkpoint-500/config.json", "checkpoint-900/config.json"), r"\(checkpoint-500, checkpoint-900\)"),
+    "runs": (
+        False,
+        ("step-500/config.json", "step-900/config.json"),
+        r"give one of its folders \(step-500, step-900\)",
+    ),
     "nothing": (True, ("README.md",), r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
 }
 
@@ -78,7 +82,7 @@ def test_another_format_beside_the_checkpoint_does_not_matter(folder: Path) -> N
 
 def test_a_gguf_file(tmp_path: Path) -> None:
     write(tmp_path, "model.gguf", data=b"GGUF")
-    with pytest.raises(dg.CheckpointError, match="is a GGUF file, llama.cpp's format: load the safetensors"):
+    with pytest.raises(dg.CheckpointError, match=r"is a GGUF file, llama\.cpp's format: load the safetensors"):
         load(tmp_path / "model.gguf")
 
 
@@ -218,4 +222,8 @@ def test_a_link_to_nothing(name: str, folder: Path, tmp_path: Path) -> None:
     model = hub_cache(folder, tmp_path / "hub", ["aaa"])
     (model / "blobs" / name).unlink()
     place = model / "snapshots" / "aaa"
-    refused(place, rf"is a link to \.\./\.\./blobs/{re.escape(name)}, which is missing .*download the checkpoint again", name)
+    refused(
+        place,
+        rf"is a link to \.\./\.\./blobs/{re.escape(name)}, which is missing .*download the checkpoint again",
+        name,
+    )

@@ -77,7 +77,9 @@ def garbled(raw: bytes, chance: random.Random) -> bytes:
         if kind == 0:
             del data[place : place + chance.choice((1, 3, 50))]
         elif kind == 1:
-            data[place:place] = bytes(chance.choices((0, 34, 44, 91, 93, 123, 125, 255), k=chance.choice((1, 4, 3_000))))
+            data[place:place] = bytes(
+                chance.choices((0, 34, 44, 91, 93, 123, 125, 255), k=chance.choice((1, 4, 3_000)))
+            )
         elif kind == 2:
             data[place : place + 1] = bytes([chance.randrange(256)])
         else:
@@ -96,7 +98,9 @@ def damaged_file(header: Any, payload: bytes, chance: random.Random) -> bytes:
     if kind == 0:
         return garbled(packed(header, payload), chance)
     if kind == 1:
-        length = chance.choice((0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1, chance.randrange(2**64), chance.randrange(999)))
+        length = chance.choice(
+            (0, 1, 7, 2**31, 2**40, 2**63, 2**64 - 1, chance.randrange(2**64), chance.randrange(999))
+        )
         return length.to_bytes(8, "little") + packed(header, payload)[8:]
     return packed(mutated(header, chance), payload)
 
@@ -113,14 +117,17 @@ def outcome(read: Callable[[], Any]) -> Any:
     if tracemalloc.is_tracing():
         tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
+    refusal: dg.CheckpointError | None = None
+    result = None
     try:
         result = read()
     except dg.CheckpointError as error:
-        assert error.file is not None
-        assert len(str(error)) < 20_000
-        result = None
+        refusal = error
     taken = tracemalloc.get_traced_memory()[1] - before
     assert taken < MOST, f"{taken:,} bytes"
+    if refusal is not None:
+        assert refusal.file is not None
+        assert len(str(refusal)) < 20_000
     return result
 
 
@@ -193,7 +200,7 @@ QUANTIZATION = {
 
 @pytest.mark.filterwarnings("ignore:text_config.layer_types")
 def test_checkpoints(tmp_path: Path) -> None:
-    """Damage in one file of a whole checkpoint: it loads, with every weight finite, or a CheckpointError says why not."""
+    """Damage in one file of a whole checkpoint: it loads, or a CheckpointError says why not."""
     folder, chance, loaded = make_checkpoint(tmp_path, shards=2, with_tokenizer=False), random.Random(3), 0
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors")]
     originals = {file: file.read_bytes() for file in files}

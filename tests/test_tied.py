@@ -110,9 +110,7 @@ def refused(folder: Path, tensor: str, match: str) -> None:
 
 @pytest.mark.parametrize("piece", [7, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
-def test_a_copy_that_differs(
-    dtype: torch.dtype, piece: int, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_that_differs(dtype: torch.dtype, piece: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tied, "_PIECE", piece)
 
     def differ(stored: Stored) -> None:
@@ -151,9 +149,7 @@ def test_quantizing_writes_each_weight_once(folder: Path, tmp_path: Path) -> Non
     change(folder, lambda stored: stored.update({EMBEDDING: stored[HEAD].clone()}))
     convert(folder, tmp_path / "twice", parse_target("int4"))
     for name in ("renamed", "twice"):
-        written, wanted = (
-            load_file(tmp_path / one / "model-00001-of-00001.safetensors") for one in (name, "wanted")
-        )
+        written, wanted = (load_file(tmp_path / one / "model-00001-of-00001.safetensors") for one in (name, "wanted"))
         assert written.keys() == wanted.keys()
         assert all(torch.equal(written[key], wanted[key]) for key in wanted)
     change(folder, lambda stored: stored[HEAD][5].fill_(2.0))

@@ -66,9 +66,7 @@ class Section:
     def get(self, field: str, default: Any = None) -> Any:
         return self.values.get(field, default)
 
-    def integer(
-        self, field: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST_INTEGER
-    ) -> int:
+    def integer(self, field: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST_INTEGER) -> int:
         value = self._present(field, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
             raise self.error(field, f"an integer from {minimum} to {maximum:,}")

@@ -55,7 +55,7 @@ def published_name(name: str) -> str:
 
 
 def sort_names(tensors: dict[str, TensorInfo]) -> Names:
-    """Finds copies and buffers. Raises CheckpointError, naming file and tensor, for a copy of another shape or dtype."""
+    """Finds copies and buffers. Raises CheckpointError, naming it, for a copy of another shape or dtype."""
     buffers = tuple(name for name in tensors if _BUFFERS.fullmatch(name))
     weights: dict[str, TensorInfo] = {}
     copies: dict[str, str] = {}
@@ -121,8 +121,7 @@ def _first_difference(
             unequal = torch.frombuffer(mine, dtype=torch.uint8) != torch.frombuffer(theirs, dtype=torch.uint8)
             return begin + int(unequal.nonzero()[0]) // widths[0]
         pieces = [
-            torch.frombuffer(piece, dtype=_TORCH_DTYPES[info.dtype])
-            for piece, info in ((mine, tensor), (theirs, twin))
+            torch.frombuffer(piece, dtype=_TORCH_DTYPES[info.dtype]) for piece, info in ((mine, tensor), (theirs, twin))
         ]
         # bfloat16 is the narrower of two 16-bit formats: it has fewer bits of mantissa.
         narrower = min((piece.dtype for piece in pieces), key=lambda dtype: -torch.finfo(dtype).eps)
