@@ -170,10 +170,13 @@ def test_headers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("measured")
 @pytest.mark.filterwarnings("ignore:text_config.layer_types")
 def test_configurations(tmp_path: Path) -> None:
-    chance, accepted = random.Random(2), 0
+    chance, accepted, short = random.Random(2), 0, config_for()
+    # The number of layers alone says how many there are.
+    del short["text_config"]["layer_types"]
     sources: list[tuple[str, Any, Callable[[Path], Any]]] = [
         ("config.json", config_for(), ModelConfig.from_file),
         ("config.json", config_for(dialect="per_layer"), ModelConfig.from_file),
+        ("config.json", short, ModelConfig.from_file),
         ("config.json", PUBLISHED_CONFIG | {"quantization_config": QUANTIZATION}, ModelConfig.from_file),
         ("generation_config.json", GENERATION_CONFIG, GenerationDefaults.from_file),
     ]
@@ -187,6 +190,26 @@ def test_configurations(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(raw)
         accepted += outcome(lambda read=read: read(tmp_path)) is not None
     assert CONFIGS * 0.1 < accepted < CONFIGS * 0.9
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, with_tokenizer=False)
+
+
+@pytest.mark.usefixtures("folder", "measured")  # in this order: only what is read is measured
+@pytest.mark.parametrize("claim", [10**6, 2**31 - 1, 10**18])
+def test_claimed_sizes(claim: int, folder: Path) -> None:
+    """Each number of a configuration in turn is far too large, with a checkpoint's headers beside it."""
+    values = json.loads((folder / "config.json").read_text())
+    del values["text_config"]["layer_types"]
+    for container, key in list(places(values)):
+        value = container[key]
+        if isinstance(value, int) and not isinstance(value, bool):
+            container[key] = claim
+            (folder / "config.json").write_text(json.dumps(values))
+            container[key] = value
+            outcome(lambda: inspect_checkpoint(folder, ModelConfig.from_file(folder)))
 
 
 QUANTIZATION = {
