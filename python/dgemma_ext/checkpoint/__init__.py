@@ -14,6 +14,7 @@ from __future__ import annotations
 from dgemma_ext.checkpoint.bundled import BUNDLED, DEMO
 from dgemma_ext.checkpoint.chat_template import ChatTemplate
 from dgemma_ext.checkpoint.config import FULL, SLIDING, LayerConfig, ModelConfig, RopeConfig
+from dgemma_ext.checkpoint.device_reading import DeviceReader, weight_reader
 from dgemma_ext.checkpoint.files import (
     CheckpointInfo,
     Layout,

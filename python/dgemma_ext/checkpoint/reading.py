@@ -1,4 +1,4 @@
-"""Reads weights from a checkpoint's files: through a memory map, in pieces, every value checked."""
+"""Reads weights from a checkpoint's files for the CPU: through a memory map, in pieces, every value checked."""
 
 from __future__ import annotations
 
@@ -62,18 +62,15 @@ class MappedFiles:
 
 
 class WeightReader:
-    """Reads weights of an inspected checkpoint to `device`, quantized ones as stored and the others as `dtype`.
+    """Reads weights of an inspected checkpoint, quantized ones as stored and the others as `dtype`.
 
-    On the CPU a tensor that is stored in `dtype` stays in the mapped file. Every method raises CheckpointError, naming
-    file and tensor, for a file that cannot be read and for values that no weight may have.
+    A tensor that is stored in `dtype` stays in the mapped file. Every method raises CheckpointError, naming file and
+    tensor, for a file that cannot be read and for values that no weight may have.
     """
 
-    def __init__(
-        self, files: MappedFiles, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
-    ) -> None:
+    def __init__(self, files: MappedFiles, dtype: torch.dtype, advance: Callable[[int], None]) -> None:
         self._files = files
         self._dtype = dtype
-        self._device = device
         self._advance = advance
 
     def read(self, stored: Stored) -> Weight:
@@ -82,26 +79,26 @@ class WeightReader:
             return self._read_experts(stored)
         if isinstance(stored, Matrix):
             return self._read_matrix(stored)
-        return self._read_tensor(stored.name)
+        return self.tensor(stored.name)
 
     def _read_matrix(self, stored: Matrix) -> Weight:
         if stored.kind == "unquantized":
-            return self._read_tensor(stored.parts["values"])
-        values = self._codes(stored.parts["values"], check_nan=stored.kind == "fp8")
-        scales = self._scales(stored.parts["scales"])
+            return self.tensor(stored.parts["values"])
+        values = self.codes(stored.parts["values"], check_nan=stored.kind == "fp8")
+        scales = self.scales(stored.parts["scales"])
         match stored.kind:
             case "fp8":
                 return Fp8Weight(values, scales.float().reshape(-1).expand(stored.shape[0]).contiguous())
             case "int4":
                 return Int4Weight(values, scales)
             case "nvfp4" | "nvfp4-modelopt":
-                global_scales = self._scales(stored.parts["global_scales"], zero=False).reshape(1)
+                global_scales = self.scales(stored.parts["global_scales"], zero=False).reshape(1)
                 return Nvfp4Weight(values, scales.view(torch.uint8), global_scales, divides=stored.kind == "nvfp4")
         raise KeyError(stored.kind)
 
     def _read_experts(self, stored: Experts) -> Weight:
         if stored.kind in ("unquantized", "mixed"):
-            stack = torch.empty(stored.shape, dtype=self._dtype, device=self._device)
+            stack = torch.empty(stored.shape, dtype=self._dtype)
             for expert, matrices in enumerate(stored.matrices):
                 first = 0
                 for matrix in matrices:
@@ -114,11 +111,11 @@ class WeightReader:
         experts = ([self._read_matrix(matrix) for matrix in matrices] for matrices in stored.matrices)
         return stack_weights(cast("Iterable[list[QuantizedWeight]]", experts), len(stored.matrices))
 
-    def _read_tensor(self, name: str) -> Tensor:
-        """An unquantized tensor in the wanted dtype on the device; every value is read once."""
+    def tensor(self, name: str) -> Tensor:
+        """An unquantized tensor in the wanted dtype; every value is read once."""
         mapped = self._files.tensor(name)
-        in_place = mapped.dtype == self._dtype and self._device.type == "cpu"
-        result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype, device=self._device)
+        in_place = mapped.dtype == self._dtype
+        result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype)
         source, target = mapped.reshape(-1), result.view(-1)
         sums = []
         for begin in range(0, target.numel(), CHUNK_ELEMENTS):
@@ -139,7 +136,7 @@ class WeightReader:
                     raise self._files.error(name, f"has {float(target[position])} at {where}, read as {self._dtype}")
         return result
 
-    def _codes(self, name: str, check_nan: bool) -> Tensor:
+    def codes(self, name: str, check_nan: bool) -> Tensor:
         """The bytes of a quantized tensor. check_nan: the bytes are e4m3, and NaN among them is an error."""
         mapped = self._files.tensor(name).view(torch.uint8)
         for piece in mapped.reshape(-1).split(CHUNK_ELEMENTS):
@@ -147,9 +144,9 @@ class WeightReader:
                 position = int(((mapped.reshape(-1) & 0x7F) == 0x7F).nonzero()[0])
                 raise self._files.error(name, f"has nan at {_indices(position, mapped.shape)}")
             self._advance(piece.numel())
-        return mapped.to(self._device)
+        return mapped
 
-    def _scales(self, name: str, zero: bool = True) -> Tensor:
+    def scales(self, name: str, zero: bool = True) -> Tensor:
         """Scales in the dtype that they are stored in. zero: may be zero, as the scale of a block of zeros is. Others,
         which a kernel may divide by, must not; a scale that is not finite is an error."""
         mapped = self._files.tensor(name)
@@ -161,7 +158,7 @@ class WeightReader:
             value = float(values.reshape(-1)[position])
             raise self._files.error(name, f"has a scale of {value} at {_indices(position, mapped.shape)}")
         self._advance(mapped.nbytes)
-        return mapped.to(self._device)
+        return mapped
 
 
 def stack_weights(experts: Iterable[list[QuantizedWeight]], count: int) -> QuantizedWeight:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgemma_ext.checkpoint import (
     CheckpointInfo,
+    DeviceReader,
     Layout,
     LoadProgress,
     MappedFiles,
@@ -25,6 +26,7 @@ from dgemma_ext.checkpoint import (
     model_layout,
     names_of,
     stack_weights,
+    weight_reader,
 )
 from dgemma_ext.ops.formats import QuantizedWeight
 
@@ -94,7 +96,7 @@ def load_weights(
     On the CPU a tensor that is stored in `dtype` stays in the mapped file: nothing is copied, and pages are shared
     between processes and can be dropped by the system. So a checkpoint must not be overwritten while it is in use. (The
     format aligns tensors to one element only, which costs the CPU's matrix products nothing measurable.) Everything
-    else is copied in pieces, without a second copy of a tensor.
+    else is copied in pieces, without a second copy of a tensor; to a GPU through pinned memory, and checked there.
 
     `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: the
     result of inspect_checkpoint, where the caller has it.
@@ -109,8 +111,8 @@ def load_weights(
     with (
         LoadProgress("loading weights", info.loaded_bytes, progress) as bar,
         MappedFiles(info) as files,
+        weight_reader(files, dtype, torch.device(device), bar.advance) as reader,
     ):
-        reader = WeightReader(files, dtype, torch.device(device), bar.advance)
         order = {file: number for number, file in enumerate(info.files)}
 
         def place(name: str) -> tuple[int, int]:
@@ -138,7 +140,7 @@ def load_weights(
 
 
 def _load_weight(
-    attribute: str, stored: Stored, reader: WeightReader, dtype: torch.dtype, weights: Target | str
+    attribute: str, stored: Stored, reader: WeightReader | DeviceReader, dtype: torch.dtype, weights: Target | str
 ) -> Weight:
     read = reader.read(stored)
     if attribute in NEVER_QUANTIZED or weights == "unquantized":
