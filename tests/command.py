@@ -44,7 +44,7 @@ class Run:
         return only
 
 
-def dgemma(*arguments: str, stdin: str | io.StringIO = "") -> Run:
+def dgemma(*arguments: str, stdin: str | io.TextIOBase = "") -> Run:
     """Runs a command in this process, with stdin, stdout and stderr that are not terminals."""
     before, sys.stdin = sys.stdin, io.StringIO(stdin) if isinstance(stdin, str) else stdin
     try:

@@ -281,6 +281,41 @@ def test_bad_input_is_refused_before_anything_runs(arguments: dict[str, object],
     assert scheduler.idle
 
 
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9])
+def test_a_request_may_fill_the_context_and_not_a_position_more(tokens: int, trim: bool) -> None:
+    """The last canvas counts as the first does, to its last position: no canvas reaches beyond the model's context."""
+    model, sampler = smallest_model(), SamplerConfig(max_denoising_steps=1, trim_canvas=trim, eos_token_ids=())
+    context = model.config.max_position_embeddings
+    last = (tokens - 1) % 4 + 1 if trim else 4  # a quarter of four is one
+    longest = context - (tokens - 1) // 4 * 4 - last
+    output = model.generate([1] * longest, max_new_tokens=tokens, sampler=sampler)
+    assert len(output.token_ids) == tokens
+    assert len(output.denoising_steps) == -(-tokens // 4)
+    message = (
+        rf"prompt of {longest + 1} tokens with max_new_tokens {tokens}, .* needs 65 positions, more than the model's"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate([1] * (longest + 1), max_new_tokens=tokens, sampler=sampler)
+    with pytest.raises(ValueError, match=message):
+        dg.Scheduler(model).submit([1] * (longest + 1), tokens, sampler)
+
+
+def test_what_was_not_given_is_called_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    monkeypatch.setattr("dgemma_ext.engine.scheduler._USUAL_LENGTH", 100)
+    with pytest.raises(
+        ValueError, match=r"with max_new_tokens 256 by default needs 251 .*; max_length is 100 by default$"
+    ):
+        dg.Scheduler(model).submit([1, 2, 3])
+    with pytest.raises(ValueError, match=r"with max_new_tokens 200 needs 195 .*; max_length is 90$"):
+        dg.Scheduler(model, max_length=90).submit([1, 2, 3], 200)
+    # The last canvas is never in the cache.
+    assert dg.Scheduler(model, max_length=90).submit([1, 2, 3], 88).max_new_tokens == 88
+    with pytest.raises(ValueError, match=r"max_length must be an integer in \[1, 2\*\*31\), got 0"):
+        dg.Scheduler(model, max_length=0)
+
+
 def test_events_come_in_order_and_commits_add_up_to_the_text() -> None:
     model = random_model()
     events: Iterator[dg.Draft | dg.Commit] = model.stream("hello", max_new_tokens=20, sampler=SAMPLER, seed=3)

@@ -47,9 +47,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
-    for _ in range(arguments.count):
-        puzzle = generate(arguments.size, arguments.clues, rng)
-        print(puzzle.text, puzzle.solution)
+    try:
+        for _ in range(arguments.count):
+            puzzle = generate(arguments.size, arguments.clues, rng)
+            print(puzzle.text, puzzle.solution, flush=True)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

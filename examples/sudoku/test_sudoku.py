@@ -33,6 +33,17 @@ def test_puzzles_have_the_clues_asked_for_and_one_solution(size: int, clues: int
         assert [puzzles.to_text(cells) for cells in found] == [puzzle.solution]
 
 
+def test_impossible_numbers_of_clues_end_the_script_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for clues in ("-1", "7", "37", "100"):
+        monkeypatch.setattr("sys.argv", ["puzzles.py", "--size", "6", "--clues", clues])
+        with pytest.raises(SystemExit) as left:
+            puzzles.main()
+        assert left.value.code == 2
+        assert f"error: clues must be an integer in [8, 37), got {clues}" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_puzzles() -> None:
     assert puzzles.held_out(6, (10, 22), 3) == puzzles.held_out(6, (10, 22), 3)
     assert puzzles.held_out(6, (10, 22), 3) != puzzles.held_out(6, (10, 22), 3, seed=1)

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
 from dgemma_ext.checkpoint.folder import find_weight_files
 from dgemma_ext.checkpoint.headers import read_header
@@ -127,7 +128,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> Che
     name, misshapen or of a dtype that cannot be loaded, and for a header that is corrupt or does not fit its file's
     size.
     """
-    found = find_weight_files(Path(path))
+    found = find_weight_files(Path(arguments.path("path", path)))
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         for name, info in read_header(file).items():

@@ -42,7 +42,7 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
     safetensors, saying what it is, and, for a hub id, when huggingface_hub is not installed or the download fails.
     """
     path = Path(arguments.path("path_or_hub_id", path_or_hub_id))
-    name = str(path) if isinstance(path_or_hub_id, bytes) else os.fspath(path_or_hub_id)
+    name = os.fsdecode(path_or_hub_id)
     if (bundled := bundled_checkpoint(name)) is not None:
         return bundled
     if path.is_dir():

@@ -20,7 +20,7 @@ _KINDS = {list: "a list", str: "a string", bool: "true or false", int: "a number
 
 
 def json_file(path: str | os.PathLike[str], name: str) -> Path:
-    path = Path(path)
+    path = Path(arguments.path("path", path))
     return path / name if path.is_dir() else path
 
 

@@ -64,7 +64,7 @@ class Tokenizer:
     def from_directory(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json where it exists, and the chat template: chat_template.jinja or,
         without that file, the template in tokenizer_config.json. Raises CheckpointError naming the file."""
-        folder = Path(path)
+        folder = Path(arguments.path("path", path))
         file = folder / TOKENIZER_FILE
         if not file.is_file():
             raise CheckpointError("is missing", file=file)

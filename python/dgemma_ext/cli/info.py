@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dgemma_ext.arguments import path
 from dgemma_ext.checkpoint import resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
@@ -38,7 +39,7 @@ def run(arguments: Arguments) -> None:
 
 def _local_folder(name: str) -> Path:
     """The folder of a checkpoint on this machine; `info` never downloads one."""
-    if Path(name).expanduser().exists() or "/" not in name.strip("/"):
+    if Path(path("MODEL", name)).exists() or "/" not in name.strip("/"):
         return resolve_checkpoint(name)
     try:
         from huggingface_hub import snapshot_download

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dgemma_ext.arguments import path
 from dgemma_ext.checkpoint import ModelConfig, Target, resolve_checkpoint, resolve_weights
 from dgemma_ext.cli.answer import load_checkpoint, write_json
 from dgemma_ext.cli.arguments import Arguments
@@ -42,12 +43,14 @@ def run(arguments: Arguments) -> None:
 
 def _check_files(arguments: Arguments) -> None:
     """Checks before anything is loaded that the output files can be written at the end."""
-    for name, file, suffix in (("chart", arguments.chart, ".png"), ("trace", arguments.trace, ".json")):
-        if file is None:
+    for name, suffix in (("chart", ".png"), ("trace", ".json")):
+        if getattr(arguments, name) is None:
             continue
+        file = path(f"--{name}", getattr(arguments, name))
+        setattr(arguments, name, file)
         if Path(file).suffix != suffix:
             raise ValueError(f"--{name} must name a file that ends in {suffix}, got {file}")
-        if not Path(file).expanduser().absolute().parent.is_dir():
+        if not Path(file).absolute().parent.is_dir():
             raise ValueError(f"--{name}: {Path(file).parent} is no folder")
     if arguments.chart is not None:
         chart.require()

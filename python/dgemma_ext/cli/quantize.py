@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from dgemma_ext.arguments import path
 from dgemma_ext.checkpoint import (
     PARTS,
     LoadProgress,
@@ -22,7 +23,7 @@ from dgemma_ext.units import format_bytes
 def run(arguments: Arguments) -> None:
     parts = None if arguments.parts is None else arguments.parts.split(",")
     target = parse_target(arguments.to, parts, name="--to")
-    source, destination = Path(resolve_checkpoint(arguments.model)), Path(arguments.out).expanduser()
+    source, destination = resolve_checkpoint(arguments.model), Path(path("OUT", arguments.out))
     before = plan_conversion(source, target).info.total_bytes
     began = time.monotonic()
     with LoadProgress("quantizing", before, None) as bar:
