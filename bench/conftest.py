@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dgemma_ext.openmp  # noqa: F401  It stands first: it acts before torch is loaded.
+
+# isort: split
 import pytest
 import torch
 

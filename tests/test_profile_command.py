@@ -207,7 +207,7 @@ def bad_command_lines(model: str) -> dict[str, tuple[list[str], str]]:
             ["random", "--layers", "1", "--experts-hit", "7"],
             "must be an integer in [8, 129)",
         ),
-        "too many layers": (["random", "--layers", "10000"], "fewer layers"),
+        "too many layers": (["random", "--layers", "1000"], "fewer layers"),
         "chart that is no PNG": ([model, "--chart", "chart.svg"], ".png"),
         "chart in no folder": ([model, "--chart", "/no/such/chart.png"], "/no/such"),
         "trace that is no JSON": ([model, "--trace", "trace.txt"], ".json"),

@@ -95,6 +95,9 @@ def table(found: Profile, title: str) -> str:
         outside, single = "operators (Python, waiting, the clock itself)", "a step"
     else:
         outside, single = "kernels", "a step driven by Python"
+    peaks = ", ".join(f"{peak / 1e12:.4g} TFLOP/s ({kind})" for kind, peak in machine.peaks.items())
+    floor = f"floor: bytes at {machine.bandwidth / 1e9:.4g} GB/s or FLOPs at {peaks}, whichever takes longer; "
+    floor += "both measured in this run"
     lines = [
         f"{title}: {found.dtype}, {found.layers} layers, on {found.device}",
         f"a denoising step of {canvases} of {found.canvas} tokens after {found.prefix:,}, mean of {step.repeats}",
@@ -105,15 +108,15 @@ def table(found: Profile, title: str) -> str:
         f"unwatched, {single} took {_ms(step.unwatched_seconds)} ms",
         f"experts hit: {experts:.1f} of {found.experts} in a layer, on average",
         f"encode of {found.prefix:,} tokens: {_ms(encode.seconds)} ms, floor {_ms(encode.floor)} ms",
-        f"floor: bytes at {machine.bandwidth / 1e9:.4g} GB/s or FLOPs at "
-        + ", ".join(f"{peak / 1e12:.4g} TFLOP/s ({kind})" for kind, peak in machine.peaks.items())
-        + ", whichever takes longer; both measured in this run",
+        floor,
     ]
+    if found.load is not None:
+        lines.append(f"load of this machine before: {found.load:.1f} on {found.cores} cores")
     if found.soft_tiles is not None:
         per_row, union, listed = (f"{count:,.1f}" for count in found.soft_tiles)
         tiles = f"{per_row} of {found.vocabulary_tiles:,} vocabulary tiles count for a row, {union} in all"
         tiles += f"; a GPU's kernels list {listed} of a request"
-        lines.insert(-1, f"soft embedding: {tiles}")
+        lines.insert(lines.index(floor), f"soft embedding: {tiles}")
     return "\n".join(lines)
 
 
@@ -155,7 +158,7 @@ def _ms(seconds: float) -> str:
 def fields(found: Profile) -> dict[str, Any]:
     """A profile as JSON types. Times are in seconds for one pass."""
     sizes = ("device", "dtype", "layers", "canvas", "prefix", "batch", "context", "experts")
-    results = ("experts_hit", "vocabulary_tiles", "soft_tiles", "driven_seconds")
+    results = ("experts_hit", "vocabulary_tiles", "soft_tiles", "driven_seconds", "load", "cores")
     return {
         **{name: getattr(found, name) for name in (*sizes, *results)},
         "machine": {"bytes_per_second": found.machine.bandwidth, "flops_per_second": dict(found.machine.peaks)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Profile:
     `experts_hit`: mean over the steps, by layer. `soft_tiles`: how many of `vocabulary_tiles` the soft embedding must
     not skip, and how many a GPU's kernels list, means of the steps. `drafts`: each request's last draft.
     `driven_seconds`: the time of a step where a loop drives the steps of a whole canvas; None where requests are
-    stepped by turns.
+    stepped by turns. `load`: what wanted to run on this machine's `cores` when it began, a mean of a minute; None where
+    the system does not count it.
     """
 
     device: str
@@ -61,6 +63,8 @@ class Profile:
     vocabulary_tiles: int
     drafts: tuple[tuple[int, ...], ...]
     driven_seconds: float | None
+    load: float | None
+    cores: int
 
 
 def profile(
@@ -86,6 +90,7 @@ def profile(
     prefix, context = check_sizes(model.config, prefix, context)
     steps, batch = arguments.integer("steps", steps, least=1), arguments.integer("batch", batch, least=1)
     seed = arguments.integer("seed", seed, end=2**63)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     # The device whose streams are synchronised and timed; -1 is none.
     with torch.cuda.device(model.device if model.device.type == "cuda" else -1):
         measure(model.device, model.dtype)
@@ -126,6 +131,8 @@ def profile(
         vocabulary_tiles=-(-config.vocab_size // VOCABULARY_TILE),
         drafts=drafts,
         driven_seconds=driven,
+        load=load,
+        cores=os.cpu_count() or 1,
     )
 
 
