@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from chats import LOOK, answering, prompts_of
-from command import dgemma, library_model, random_checkpoint
+from command import ESCAPE, dgemma, library_model, random_checkpoint
 from test_cli_chat import Keyboard
 
 SHORT = ["--max-new-tokens", "8", "--steps", "1"]
@@ -99,6 +100,13 @@ def test_thoughts_are_shown_where_they_are_asked_for(
     assert (result.object["text"], result.object["thinking"]) == ("One moment.", "Let me\nsee.")
 
 
+def test_thoughts_are_dimmed_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    answering(monkeypatch, "<|channel>thought\nHm\x1b.\n<channel|>Yes.<turn|>")
+    run = dgemma("generate", random_checkpoint(), "hi", "--thinking")
+    assert (run.out, run.err) == ("Yes.\n", f"{ESCAPE}[2mHm␛.{ESCAPE}[0m\n")
+
+
 def test_tool_calls_are_lines_of_json(monkeypatch: pytest.MonkeyPatch, tools: str) -> None:
     answering(monkeypatch, CALLS, CALLS, CALLS.replace("Look:", ""))
     run = dgemma("generate", random_checkpoint(), "hi", "--tools", tools)
@@ -171,17 +179,24 @@ def test_the_keyboard_is_asked_for_results(
 # Text that is not UTF-8 -----------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_of_other_bytes_is_one_clear_line() -> None:
-    program = "import sys; from dgemma_ext.cli import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", program, "generate", random_checkpoint()]
-    for arguments, stdin in (([b"\xff\xfe"], b""), (["-"], b"a\xff"), (["hi", "--system", b"\xff"], b"")):
-        run = subprocess.run(
-            [*command, *arguments], input=stdin, capture_output=True, env=os.environ | {"LC_ALL": "C.UTF-8"}
-        )
-        assert run.returncode == 2, run.stderr
-        assert run.stdout == b""
-        assert run.stderr.count(b"\n") == 1
-        assert b"surrogate" in run.stderr or b"stdin is not utf-8: invalid start byte at byte 1" in run.stderr
+def piped(text: bytes, errors: str = "strict") -> Any:
+    return io.TextIOWrapper(io.BytesIO(text), encoding="utf-8", errors=errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["\udcff\udcfe"], "", r"PROMPT must be text that UTF-8 can hold, got a lone surrogate, '\\udcff'"),
+        (["hi", "--system", "\udcff"], "", r"messages\[0\]\['content'\] must be text that UTF-8 can hold"),
+        (["-"], piped(b"a\xff"), "stdin is not utf-8: invalid start byte at byte 1"),
+        (["-"], piped(b"a\xff", "surrogateescape"), r"PROMPT must be text that UTF-8 can hold, .*at character 1"),
+    ],
+)
+def test_a_prompt_of_other_bytes_is_one_clear_line(arguments: list[str], stdin: Any, message: str) -> None:
+    """Python passes on bytes of the command line that are not UTF-8 as lone surrogates, and some of stdin's."""
+    run = dgemma("generate", random_checkpoint(), *arguments, stdin=stdin)
+    assert (run.code, run.out) == (2, "")
+    assert re.fullmatch(f"dgemma: {message}[^\n]*\n", run.err), run.err
 
 
 def test_a_typed_byte_does_not_end_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,8 +214,7 @@ def test_a_typed_byte_does_not_end_a_chat(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_piped_chat_ends_at_other_bytes() -> None:
-    stdin = io.TextIOWrapper(io.BytesIO(b"a\n\xff\nb\n"), encoding="utf-8")
-    run = dgemma("chat", random_checkpoint(), "--json", *SHORT, stdin=stdin)  # type: ignore[arg-type]
+    run = dgemma("chat", random_checkpoint(), "--json", *SHORT, stdin=piped(b"a\n\xff\nb\n"))
     assert run.code == 2
     assert "stdin is not utf-8" in run.err
 

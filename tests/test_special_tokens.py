@@ -195,6 +195,24 @@ def test_a_special_token_that_merges_make_is_refused() -> None:
     assert tokenizer.decode(tokenizer.encode("a<sb")) == "a<sb"
 
 
+def test_a_marker_of_the_template_is_special_whatever_the_file_says() -> None:
+    """Tokens that tokenizer.json does not call special are found in any text by the tokenizer itself."""
+    model = tokenizers.Tokenizer(BPE({chr(32 + index): index for index in range(95)}, []))
+    model.decoder = tokenizers.decoders.Fuse()
+    model.add_tokens(["<|turn>", "<turn|>", "<b>", "  ", "<q>", "<|channel>"])
+    template = ChatTemplate("<|turn>{{ messages[0]['content'] }}  <turn|>", Path("template"))
+    tokenizer = Tokenizer(model, {"quote_token": "<q>"}, template)
+    turn, end, bold, spaces, quote, channel = range(95, 101)
+    text = "<<|turn>a<turn|><turn|>  <b><q><|channel>"
+    for ids in (tokenizer.encode(text), tokenizer.encode_prompt([{"role": "user", "content": text}])[1:-1]):
+        assert not {turn, end, quote, channel} & set(ids)
+        assert {bold, spaces} <= set(ids)
+        assert tokenizer.decode(ids).rstrip(" ") == text
+    as_tokens = [ord("<") - 32, turn, ord("a") - 32, end, end, spaces, bold, quote, channel]
+    assert tokenizer.encode(text, special_tokens="tokens") == as_tokens
+    assert tokenizer.decode(as_tokens) == "<a  <b>"
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_keeps_text_as_text(tokenizer: Tokenizer, copied: Callable[[Tokenizer], Tokenizer]) -> None:
     chat = [{"role": "user", "content": "x<turn|>"}]

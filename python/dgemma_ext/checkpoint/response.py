@@ -24,11 +24,12 @@ class Part(Enum):
     TOOL_RESPONSE = "tool response"
 
 
-_MARKERS = {
+_PAIRS = {
     Part.THOUGHT: ("<|channel>", "<channel|>"),
     Part.TOOL_CALL: ("<|tool_call>", "<tool_call|>"),
     Part.TOOL_RESPONSE: ("<|tool_response>", "<tool_response|>"),
 }
+MARKERS = frozenset({QUOTE}.union(*_PAIRS.values()))
 _THOUGHT = "thought"  # the name of the channel, on a line of its own
 
 
@@ -84,7 +85,7 @@ class ResponseParser:
         self._quote = special_ids.get(QUOTE)
         self._opens: dict[int, Part] = {}
         self._closes: dict[Part, int | None] = {}
-        for part, (opens, closes) in _MARKERS.items():
+        for part, (opens, closes) in _PAIRS.items():
             if opens in special_ids:
                 self._opens[special_ids[opens]] = part
                 self._closes[part] = special_ids.get(closes)
@@ -162,7 +163,7 @@ class ResponseParser:
         try:
             return parse_tool_call([self._decode(run, False) for run in self._split_at_quotes(ids)])
         except ToolCallSyntaxError as error:
-            opens, closes = _MARKERS[Part.TOOL_CALL]
+            opens, closes = _PAIRS[Part.TOOL_CALL]
             written = opens + self._decode(ids, False) + (closes if segment.is_closed else "")
             return InvalidToolCall(written, str(error) if segment.is_closed else f"it is not closed, and {error}")
 

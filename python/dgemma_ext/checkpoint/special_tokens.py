@@ -9,7 +9,7 @@ is a character like any other, and no cut or join of the user's text can spell a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,28 +19,37 @@ STAND_INS = [chr(code) for code in (*range(0x2800, 0x2900), *range(0xE000, 0xF90
 
 
 class SpecialTokens:
-    """The special tokens of a vocabulary. `ids` maps each one's text to its id."""
+    """The special tokens of a vocabulary. `ids` maps each one's text to its id; `found` are those texts that the
+    tokenizer finds in any text by itself."""
 
-    def __init__(self, ids: Mapping[str, int]) -> None:
+    def __init__(self, ids: Mapping[str, int], found: Iterable[str] = ()) -> None:
         self.ids = dict(ids)
         self.edges = frozenset(
             character for text in self.ids for character in (text[0], text[-1]) if not _is_of_words(character)
         )
         # Letters are not masked: a template compares names, and may change their case.
         self.unmaskable = tuple(text for text in self.ids if not self.edges.intersection((text[0], text[-1])))
-        longest_first = sorted(self.ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if self.ids else None
+        self._pattern, self._found = _any_of(self.ids), _any_of(found)
 
     def split(self, text: str) -> Iterator[str | int]:
         """The pieces of `text` in order: ids of special tokens, and the text between them."""
         end = 0
-        for match in self._pattern.finditer(text) if self._pattern else ():
+        for match in self._pattern.finditer(text):
             if match.start() > end:
                 yield text[end : match.start()]
             yield self.ids[match.group()]
             end = match.end()
         if end < len(text):
             yield text[end:]
+
+    def cut(self, text: str) -> Iterator[str]:
+        """The pieces of `text`, cut so that the tokenizer finds no special token in any of them."""
+        begin = end = 0
+        while match := self._found.search(text, end):
+            end = match.start() + 1
+            yield text[begin:end]
+            begin = end
+        yield text[begin:]
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,16 @@ def strings_of(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from strings_of(item)
+
+
+def is_marker(text: str) -> bool:
+    """Whether a token's text is set apart from words, as `<turn|>` is."""
+    return len(text) > 2 and not _is_of_words(text[0]) and not _is_of_words(text[-1])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the longest of the texts; without any it matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
 
 def _is_of_words(character: str) -> bool:

@@ -16,8 +16,8 @@ from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
 from dgemma_ext.checkpoint.file_faults import read_file
 from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
-from dgemma_ext.checkpoint.response import Response, ResponseParser
-from dgemma_ext.checkpoint.special_tokens import SpecialTokens, make_masks, strings_of
+from dgemma_ext.checkpoint.response import MARKERS, Response, ResponseParser
+from dgemma_ext.checkpoint.special_tokens import SpecialTokens, is_marker, make_masks, strings_of
 from dgemma_ext.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -43,18 +43,18 @@ class Tokenizer:
         chat_template: ChatTemplate | None = None,
     ) -> None:
         self._model = model
-        # Special tokens are found by `_specials`; the model itself makes none of text.
-        model.encode_special_tokens = True
-        added = model.get_added_tokens_decoder()
-        self._specials = SpecialTokens({token.content: id for id, token in added.items() if token.special})
-        self._parser = ResponseParser(self._specials.ids, self._decode)
         self.special_tokens = {**_SPECIAL_TOKENS, **(special_tokens or {})}
         self.chat_template = chat_template
+        # `_specials` finds them in a text; the model itself only those that its file does not call special.
+        model.encode_special_tokens = True
+        self._specials = _find_special_tokens(model, self.special_tokens, chat_template)
+        self._special_ids = frozenset(self._specials.ids.values())
+        self._parser = ResponseParser(self._specials.ids, self._decode)
         self.bos_token_id = model.token_to_id(self.special_tokens["bos_token"])
         self.eos_token_id = model.token_to_id(self.special_tokens["eos_token"])
         self.pad_token_id = model.token_to_id(self.special_tokens["pad_token"])
         unknown = model.token_to_id(self.special_tokens["unk_token"])
-        self._never_of_text = frozenset(self._specials.ids.values()) - {unknown}
+        self._never_of_text = self._special_ids - {unknown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -241,11 +241,13 @@ class Tokenizer:
     def _encode_marked(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in self._specials.split(text):
-            ids += [piece] if isinstance(piece, int) else self._encode_text(piece)
+            ids += [piece] if isinstance(piece, int) else self._model.encode(piece, add_special_tokens=False).ids
         return ids
 
     def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._model.encode(arguments.text("text", text), add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in self._specials.cut(arguments.text("text", text)):
+            ids += self._model.encode(piece, add_special_tokens=False).ids
         made = self._never_of_text.intersection(ids)
         if made:
             token = self._model.id_to_token(min(made))
@@ -253,10 +255,24 @@ class Tokenizer:
         return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+        shown = [token for token in ids if token not in self._special_ids] if skip_special_tokens else ids
+        return self._model.decode(shown, skip_special_tokens=False)
 
     def _checked_ids(self, argument: str, ids: Sequence[int]) -> list[int]:
         return arguments.integers(argument, ids, "token ids", end=self.vocab_size, entry="a token id")
+
+
+def _find_special_tokens(
+    model: tokenizers.Tokenizer, named: Mapping[str, str], template: ChatTemplate | None
+) -> SpecialTokens:
+    """The added tokens that tokenizer.json calls special, and those that are used as such: the markers of answers,
+    those that tokenizer_config.json names, and those that the chat template spells, set apart from words."""
+    added = {token.content: (token_id, token.special) for token_id, token in model.get_added_tokens_decoder().items()}
+    used = {text for text in added if text in MARKERS or text in named.values()}
+    if template is not None:
+        used |= {text for text in added if is_marker(text) and text in template.source}
+    ids = {text: token_id for text, (token_id, is_special) in added.items() if is_special or text in used}
+    return SpecialTokens(ids, found=[text for text in ids if not added[text][1]])
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
