@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+import dgemma_ext as dg
+import test_gpu_loop
+from dgemma_ext import demo
 from test_gpu_model import check_layers
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -21,6 +24,24 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machin
 
 def test_layers_agree_with_a_copy() -> None:
     check_layers("cpu")
+
+
+def on_the_cpu(batch_invariant: bool = True) -> dg.DiffusionGemma:
+    """Products of the CPU are invariant in either case."""
+    return dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+
+
+def test_the_tests_of_the_loop_pass_where_all_drivers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_gpu_loop, "model", on_the_cpu)
+    test_gpu_loop.test_the_same_tokens_by_every_driver_alone(True)
+    test_gpu_loop.test_the_same_tokens_by_every_driver_in_a_batch(3, False)
+    test_gpu_loop.test_rules_of_every_request_hold_in_captured_steps(True)
+    with pytest.raises(AssertionError, match="cuBLAS is not the reason"):
+        test_gpu_loop.assert_same({"eager": 1, "async": 2, "graph": 2}, batch_invariant=True)
+    with pytest.raises(AssertionError, match="as with torch's products it may"):
+        test_gpu_loop.assert_same({"eager": 1, "async": 2, "graph": 2}, batch_invariant=False)
+    with pytest.raises(AssertionError):
+        test_gpu_loop.assert_same({"eager": 1, "async": 1, "graph": 2}, batch_invariant=False)
 
 
 @pytest.mark.parametrize("file", sorted(BENCH.glob("*.py")), ids=lambda file: file.stem)

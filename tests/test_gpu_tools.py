@@ -184,6 +184,43 @@ def test_rounds_in_which_the_host_was_late_do_not_count() -> None:
     assert gpu_clock.of_rounds([late, late, hidden], busy=100.0) == gpu_clock.Timing(60.0, 500.0, False)
 
 
+def test_the_gpu_is_busy_when_a_call_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is the GPU's work: between the events it never waits for the host."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, _end: object) -> float:
+            return 0.5
+
+    busy: list[int] = []
+
+    def sleep(cycles: int) -> None:
+        log.append("busy")
+        busy.append(cycles)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(gpu_clock, "_flush", lambda: log.append("flush"))
+    monkeypatch.setattr(gpu_clock, "_cycles_per_microsecond", lambda: 1000.0)
+
+    def call() -> None:
+        log.append("call")
+        time.sleep(0.002)
+
+    found = gpu_clock.timed(call, rounds=2)
+    assert log[-14:] == ["wait", "flush", "busy", "event", "call", "event", "wait"] * 2
+    assert found.microseconds == 500.0
+    assert found.hidden
+    assert min(busy) >= 2_000 * 1000 * gpu_clock.HOST_FACTOR, "longer than the host takes to queue the call"
+
+
 def test_every_kernel_has_a_line(tmp_path: Path) -> None:
     done = run("bench/first_light.py", "--small", "--out", tmp_path / "kernels.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
