@@ -166,3 +166,24 @@ def test_only_code_that_waits_is_launched_with_overlap(tmp_path: Path) -> None:
     assert launches(80) == "0 0 0 1"
     assert launches(90) == "1 0 1 1"
     assert launches(90, DGEMMA_PDL="0") == "0 0 0 0"
+
+
+def test_a_launch_may_ask_whether_its_blocks_fit(tmp_path: Path) -> None:
+    """Launches that count on 1, 2 and 3 blocks of a multiprocessor; then the runtime's questions and carveouts."""
+    nvcc, program = find_nvcc(), tmp_path / "residency"
+    assert nvcc is not None
+    sources = [str(SIM / "runtime" / name) for name in ("residency.cu", "overlap_runtime.cpp")]
+    subprocess.run(
+        [nvcc, "-std=c++20", "-arch=sm_90", "-cudart", "none", f"-I{CSRC}", *sources, "-o", str(program)], check=True
+    )
+
+    def launches(fit: int, **environment: str) -> str:
+        command = [str(program), str(fit)]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    refused = "[fewer blocks fit a multiprocessor than the launch counts on]"
+    assert launches(2) == "0 0 0 0 2"
+    assert launches(3, DGEMMA_RESIDENCY="1") == "0 0 0 3 2"
+    assert launches(2, DGEMMA_RESIDENCY="1") == f"0 0 {refused} 3 2"

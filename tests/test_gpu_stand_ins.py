@@ -15,6 +15,7 @@ import dgemma_ext as dg
 import test_gpu_loop
 from dgemma_ext import demo
 from test_gpu_model import check_layers
+from test_gpu_residency import call_all
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machin
 
 def test_layers_agree_with_a_copy() -> None:
     check_layers("cpu")
+
+
+def test_products_are_called() -> None:
+    assert call_all("cpu") == []
 
 
 def on_the_cpu(batch_invariant: bool = True) -> dg.DiffusionGemma:

@@ -15,7 +15,7 @@ HOST = SIM / "device"
 SHARED = {"philox.h", "registers.h", "swizzle.h", "tensor_layout.h", "matrix_descriptor.h"}
 # The parts of wgmma.h, and the header that only a device compiler needs.
 DEVICE_ONLY_FILES = {"wgmma_shapes.h"}
-DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap"}}
+DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap", "reserve_for_blocks"}}
 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer"}

@@ -159,7 +159,7 @@ def operators(arguments: list[str]) -> bool:
 
 
 def loop(arguments: list[str]) -> bool:
-    files = [f"test_gpu_{name}.py" for name in ("loop", "model", "profile", "embed_c")]
+    files = [f"test_gpu_{name}.py" for name in ("loop", "model", "profile", "embed_c", "residency")]
     arguments = ["--durations=5", *arguments]
     return all_of([run_tests(f"{file} on the GPU", file, LIMITS["loop"], arguments, {}) for file in files])
 

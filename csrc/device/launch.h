@@ -17,6 +17,9 @@ struct LaunchShape {
   uint32_t shared_bytes = 0;              // dynamic shared memory per block
   uint32_t cluster_blocks = 1;            // along x, at most 8
   bool overlaps_previous_kernel = false;  // may begin before the previous kernel ends: see below
+  // Blocks of a multiprocessor that the grid counts on where it divides the work in advance: one
+  // that had to wait for another to end would double the time.
+  uint32_t blocks_at_once = 1;
 };
 
 // Whether a kernel that asks for it may begin before the previous one ends: only where the code
@@ -46,6 +49,28 @@ inline bool can_overlap(const void* kernel) {
   return answer == kYes;
 }
 
+// Asks a multiprocessor for as much shared memory as so many blocks may need. With
+// DGEMMA_RESIDENCY=1 in the environment, also whether so many fit by what the driver knows of the
+// code's registers. Null, or what is wrong.
+inline const char* reserve_for_blocks(const LaunchShape& shape, const void* kernel) {
+  static const bool asked = [] {
+    const char* value = std::getenv("DGEMMA_RESIDENCY");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  cudaError_t error = cudaSuccess;
+  if (shape.blocks_at_once > 1)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  int fit = 0;
+  if (asked && error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &fit, kernel, static_cast<int>(shape.threads), shape.shared_bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return asked && fit < static_cast<int>(shape.blocks_at_once)
+             ? "fewer blocks fit a multiprocessor than the launch counts on"
+             : nullptr;
+}
+
 // Null on success, else the error's text. Enqueues on `stream` (a cudaStream_t) and does not wait.
 template <typename... Parameters, typename... Arguments>
 const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parameters...),
@@ -57,6 +82,8 @@ const char* launch(const LaunchShape& shape, void* stream, void (*kernel)(Parame
                                                    static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
+  if (const char* error = reserve_for_blocks(shape, reinterpret_cast<const void*>(kernel)))
+    return error;
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
   if (shape.cluster_blocks > 1) {

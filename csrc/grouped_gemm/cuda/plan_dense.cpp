@@ -67,10 +67,10 @@ DensePlan make_dense_plan(const dgemma_dense& op, const Gpu& gpu) {
 
   const int64_t work_tiles =
       static_cast<int64_t>(plan.weight_tiles) * plan.token_tiles * (plan.apart ? plan.segments : 1);
-  const int64_t most_blocks =
-      int64_t{gpu.multiprocessors} *
-      (sm90 ? 1 : moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability));
-  plan.blocks = static_cast<int32_t>(std::min(work_tiles, most_blocks));
+  plan.blocks_at_once =
+      sm90 ? 1 : moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability);
+  plan.blocks = static_cast<int32_t>(
+      std::min(work_tiles, int64_t{gpu.multiprocessors} * plan.blocks_at_once));
   if (plan.apart) {
     plan.sum_blocks =
         static_cast<int32_t>(ceil_divide(op.rows * op.out_features / 8, kSumSegmentsThreads));

@@ -27,6 +27,7 @@ struct DensePlan {
   int32_t weight_tiles, token_tiles, k_steps, segments;
   bool apart;  // a work tile for every segment, and a kernel that adds them
   int32_t blocks, sum_blocks;
+  int32_t blocks_at_once;  // of a multiprocessor; the grid of the product counts on them
   size_t workspace_bytes;  // float32 [segments, rows, out_features] when apart, else none
 };
 

@@ -11,7 +11,7 @@ namespace {
 
 MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles, int64_t blocks) {
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kFp8Depth)),
-          static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, blocks))};
+          static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, blocks)), 1};
 }
 
 MoeCudaPlan make_wgmma_plan(const dgemma_moe_ffn& ffn, const Gpu& gpu) {

@@ -29,10 +29,11 @@ int32_t choose_token_tile(CudaPath path, int64_t pairs, int64_t experts) {
 }
 
 MoeCudaPart make_part(int64_t weight_tiles, int64_t depth, int64_t token_tiles,
-                      int64_t most_blocks) {
+                      int32_t multiprocessors, int32_t blocks_at_once) {
+  const int64_t most_blocks = int64_t{multiprocessors} * blocks_at_once;
   const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
-          static_cast<int32_t>(blocks)};
+          static_cast<int32_t>(blocks), blocks_at_once};
 }
 
 }  // namespace
@@ -94,9 +95,8 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   const int64_t pairs = plan.tokens_per_pass * op.top_k;
   plan.token_tile = choose_token_tile(gpu.path, pairs, op.experts);
   plan.depth = kMoeDepth;
-  int64_t most_blocks = gpu.multiprocessors;
+  int32_t blocks_at_once = 1;  // on sm_90 a block takes almost all of the shared memory
   if (gpu.path == CudaPath::kSm90) {
-    // A block takes almost all of a multiprocessor's shared memory: one fits.
     plan.weight_rows = kMoeWeightRows;
     plan.threads = kMoeThreads;
     plan.stages = moe_stages(plan.token_tile);
@@ -107,14 +107,17 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
     plan.threads = kMoeThreads80;
     plan.stages = moe_stages_80(plan.token_tile);
     plan.stage_bytes = moe_stage_bytes_80(plan.token_tile);
-    most_blocks *= moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability);
+    blocks_at_once = moe_blocks_per_multiprocessor_80(plan.token_tile, gpu.compute_capability);
   }
 
   const int64_t token_tiles = most_token_tiles(pairs, op.experts, plan.token_tile);
   const int64_t gate_up_tiles = ceil_divide(op.expert_size, plan.weight_rows / 2);
   const int64_t down_tiles = ceil_divide(op.hidden_size, plan.weight_rows);
-  plan.gate_up = make_part(gate_up_tiles, op.hidden_size, token_tiles, most_blocks);
-  plan.down = make_part(down_tiles, op.expert_size, token_tiles, most_blocks);
+  const auto part = [&](int64_t weight_tiles, int64_t depth) {
+    return make_part(weight_tiles, depth, token_tiles, gpu.multiprocessors, blocks_at_once);
+  };
+  plan.gate_up = part(gate_up_tiles, op.hidden_size);
+  plan.down = part(down_tiles, op.expert_size);
   plan.combine_blocks = static_cast<int32_t>(
       ceil_divide(plan.tokens_per_pass * op.hidden_size / 8, kMoeCombineThreads));
 

@@ -59,9 +59,10 @@ constexpr int32_t moe_stage_bytes_80(int32_t token_tile) {
 constexpr int32_t moe_stages_80(int32_t token_tile) { return token_tile == 32 ? 4 : 3; }
 
 struct MoeCudaPart {
-  int32_t weight_tiles;  // per expert
-  int32_t k_steps;       // stages that a work tile takes
-  int32_t blocks;        // of the grid
+  int32_t weight_tiles;    // per expert
+  int32_t k_steps;         // stages that a work tile takes
+  int32_t blocks;          // of the grid
+  int32_t blocks_at_once;  // of a multiprocessor; the grid counts on them
 };
 
 struct MoeCudaPlan {

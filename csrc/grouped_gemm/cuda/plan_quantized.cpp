@@ -28,12 +28,12 @@ int32_t blocks_per_multiprocessor(int32_t token_tile, int32_t stage_bytes, bool 
 
 MoeCudaPart make_part(const MoeCudaPlan& plan, int64_t weight_tiles, int64_t depth,
                       int64_t token_tiles, int32_t stage_bytes, const Gpu& gpu) {
-  const int64_t most_blocks =
-      int64_t{gpu.multiprocessors} *
+  const int32_t at_once =
       blocks_per_multiprocessor(plan.token_tile, stage_bytes, false, gpu.compute_capability);
+  const int64_t most_blocks = int64_t{gpu.multiprocessors} * at_once;
   const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
-          static_cast<int32_t>(blocks)};
+          static_cast<int32_t>(blocks), at_once};
 }
 
 // Twice the mean number of an expert's tokens here too. More than 128 would leave no registers for
@@ -55,7 +55,8 @@ void plan_sm90(const dgemma_moe_ffn& ffn, int64_t pairs, int32_t multiprocessors
     return MoeCudaPart{
         static_cast<int32_t>(weight_tiles),
         static_cast<int32_t>(ceil_divide(depth, kQuantizedDepth90)),
-        static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors))};
+        static_cast<int32_t>(std::clamp<int64_t>(weight_tiles * token_tiles, 1, multiprocessors)),
+        1};
   };
   plan->gate_up = part(ceil_divide(ffn.expert_size, kMoeWeightRows / 2), ffn.hidden_size);
   plan->down = part(ceil_divide(ffn.hidden_size, kMoeWeightRows), ffn.expert_size);
@@ -169,10 +170,10 @@ DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu&
   plan.token_tiles = static_cast<int32_t>(ceil_divide(dense.rows, plan.token_tile));
   const int64_t work_tiles =
       int64_t{plan.weight_tiles} * plan.token_tiles * (plan.apart ? plan.segments : 1);
-  const int64_t most_blocks =
-      int64_t{gpu.multiprocessors} *
+  plan.blocks_at_once =
       blocks_per_multiprocessor(plan.token_tile, plan.stage_bytes, true, gpu.compute_capability);
-  plan.blocks = static_cast<int32_t>(std::min(work_tiles, most_blocks));
+  plan.blocks = static_cast<int32_t>(
+      std::min(work_tiles, int64_t{gpu.multiprocessors} * plan.blocks_at_once));
   return plan;
 }
 

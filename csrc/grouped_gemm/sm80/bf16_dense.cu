@@ -81,7 +81,8 @@ const char* launch(const DensePlan& plan, const DenseCall& call, void* stream) {
   // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kMoeThreads80,
-                                     .shared_bytes = sizeof(Ring<kTokens>)};
+                                     .shared_bytes = sizeof(Ring<kTokens>),
+                                     .blocks_at_once = static_cast<uint32_t>(plan.blocks_at_once)};
   return device::launch(shape, stream, dense<kTokens>, call, rows);
 }
 

@@ -101,10 +101,12 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   const Down p = {.expert_weights = pass.expert_weights,
                   .products = pass.products,
                   .hidden_size = pass.hidden_size};
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
-                                     .threads = kMoeThreads80,
-                                     .shared_bytes = sizeof(Ring<kTokens>),
-                                     .overlaps_previous_kernel = true};
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+      .threads = kMoeThreads80,
+      .shared_bytes = sizeof(Ring<kTokens>),
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.down.blocks_at_once)};
   return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 

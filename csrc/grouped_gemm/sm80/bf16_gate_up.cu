@@ -76,10 +76,12 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
                      .expert_size = pass.expert_size,
                      .top_k = pass.top_k,
                      .pair = pass.tables.pair};
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
-                                     .threads = kMoeThreads80,
-                                     .shared_bytes = sizeof(Ring<kTokens>),
-                                     .overlaps_previous_kernel = true};
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+      .threads = kMoeThreads80,
+      .shared_bytes = sizeof(Ring<kTokens>),
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.gate_up.blocks_at_once)};
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.activations);
 }
 

@@ -85,7 +85,8 @@ const char* launch(const DensePlan& plan, const DenseQuantizedCall& call, void* 
   // This kernel does not begin before the previous one ends, which may write what it reads.
   const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.blocks)),
                                      .threads = kQuantizedThreads,
-                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>)};
+                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+                                     .blocks_at_once = static_cast<uint32_t>(plan.blocks_at_once)};
   return device::launch(shape, stream, dense<kEncoding, kTokens>, call.dense, rows);
 }
 

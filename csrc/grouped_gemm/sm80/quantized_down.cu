@@ -40,10 +40,12 @@ const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* 
       .tables = ffn.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
   const Rows rows = {pass.down, ffn.activations, ffn.hidden_size};
   const Down p = {ffn.expert_weights, ffn.products};
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
-                                     .threads = kQuantizedThreads,
-                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-                                     .overlaps_previous_kernel = true};
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+      .threads = kQuantizedThreads,
+      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.down.blocks_at_once)};
   return device::launch(shape, stream, down<kEncoding, kTokens>, scheduler, rows, p);
 }
 

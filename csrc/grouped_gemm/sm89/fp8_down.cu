@@ -48,10 +48,12 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
   const Down p = {.activation_scales = pass.activation_scales,
                   .expert_weights = ffn.expert_weights,
                   .products = ffn.products};
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.down.blocks)),
-                                     .threads = kQuantizedThreads,
-                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-                                     .overlaps_previous_kernel = true};
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(plan.down.blocks)),
+      .threads = kQuantizedThreads,
+      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.down.blocks_at_once)};
   return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 

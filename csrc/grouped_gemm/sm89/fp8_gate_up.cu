@@ -71,10 +71,12 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
                                       .weight_tiles = plan.gate_up.weight_tiles,
                                       .k_steps = plan.gate_up.k_steps};
   const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
-  const device::LaunchShape shape = {.grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
-                                     .threads = kQuantizedThreads,
-                                     .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-                                     .overlaps_previous_kernel = true};
+  const device::LaunchShape shape = {
+      .grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
+      .threads = kQuantizedThreads,
+      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.gate_up.blocks_at_once)};
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.input_scales,
                         ffn.activations);
 }

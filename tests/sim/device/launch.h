@@ -12,6 +12,7 @@ struct LaunchShape {
   uint32_t shared_bytes = 0;
   uint32_t cluster_blocks = 1;
   bool overlaps_previous_kernel = false;
+  uint32_t blocks_at_once = 1;  // nothing here is a matter of time
 };
 
 // Runs the kernel to its end. Null, or the error's text.

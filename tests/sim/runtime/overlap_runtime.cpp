@@ -1,10 +1,10 @@
-// A CUDA runtime that only notes what it is asked: see overlap_gate.cu.
+// A CUDA runtime that only notes what it is asked: see overlap_gate.cu and residency.cu.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
 
 extern "C" {
-int ptx_version, questions;
+int ptx_version, questions, blocks_that_fit, carveouts;
 
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -28,7 +28,15 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* code, const void*) {
   code->binaryVersion = 120;
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout && value == 100) ++carveouts;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  ++questions;
+  *blocks = blocks_that_fit;
+  return cudaSuccess;
+}
 const char* cudaGetErrorString(cudaError_t) { return "error"; }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
   bool overlap = false;
