@@ -56,6 +56,7 @@ class Gpu:
                 gpu.make([one for one in self.behind if any(one is late for late in gpu.late)])
 
         def pinned(nbytes: int) -> Tensor:
+            assert self.current == [CPU], "of the GPU that is loaded to"
             self.pinned.append(nbytes)
             return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
 
@@ -71,6 +72,19 @@ class Gpu:
             self.readers.add(threading.current_thread().name)
             read(*operands)
 
+        self.current: list[torch.device] = []
+
+        class Current:
+            def __init__(self, device: torch.device) -> None:
+                self.device = device
+
+            def __enter__(self) -> None:
+                gpu.current.append(self.device)
+
+            def __exit__(self, *_: object) -> None:
+                gpu.current.pop()
+
+        monkeypatch.setattr(torch.cuda, "device", Current)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
         monkeypatch.setattr(staging, "_pinned", pinned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,26 @@ def test_a_canvas_allocates_nothing_and_waits_for_nothing_but_its_outputs(driver
     assert [one.num_steps for one in progress.values()] == [7, 7, 7]
     for counter in ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries"):
         assert after[counter] == before[counter], counter
+
+
+def test_schedulers_of_two_streams_and_threads_take_turns() -> None:
+    """Their graphs share the memory of a step's intermediate values."""
+    made = model()
+    wanted = answers(dg.Scheduler(made, 3, 256), 3, TO_THE_CAP)
+    torch.cuda.synchronize()
+    found: dict[int, list[list[dg.Output]]] = {}
+
+    def serve(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            scheduler = dg.Scheduler(made, 3, 256)
+            found[number] = [answers(scheduler, 3, TO_THE_CAP) for _ in range(10)]
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [wanted] * 10, 1: [wanted] * 10}
 
 
 def test_a_step_of_a_request_gives_every_draft() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 
 import dgemma_ext as dg
 from bounds import relative_distance
-from dgemma_ext.model import Network
+from dgemma_ext import demo
+from dgemma_ext.checkpoint import ModelConfig, convert, parse_target
+from dgemma_ext.model import Network, load_weights
 from models import canvas_rows, first_input, layer_alone, random_model
 from solve_puzzles import answers
+from test_device_reading import tensors_of
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +78,26 @@ def check_layers(device: str) -> None:
         distance = relative_distance(got[0, near].double(), wanted[0, near].double())
         assert distance <= LAYER_DISTANCE, f"layer {index}: {distance:.2e}"
         hidden = wanted
+
+
+@pytest.mark.parametrize("stored", ["auto", "fp8", "int4"])
+def test_weights_are_those_of_a_load_to_the_cpu(stored: str) -> None:
+    check_loading("cuda", stored)
+
+
+def check_loading(device: str, stored: str = "auto") -> None:
+    """Through pinned buffers, where the device is a GPU. Quantized ones are stored so first: a GPU would round its own
+    scales otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(demo.checkpoint(9))
+        if stored != "auto":
+            convert(path, Path(folder) / "quantized", parse_target(stored))
+            path = Path(folder) / "quantized"
+        config = ModelConfig.from_file(path)
+        ours, theirs = (tensors_of(load_weights(path, config, torch.bfloat16, place)) for place in ("cpu", device))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name].cpu()), name
 
 
 def test_the_true_size_generates_within_its_memory() -> None:

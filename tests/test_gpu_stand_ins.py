@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import torch
 import dgemma_ext as dg
 import test_gpu_loop
 from dgemma_ext import demo
-from test_gpu_model import check_layers
+from test_gpu_model import check_layers, check_loading
 from test_gpu_residency import call_all
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -31,6 +32,10 @@ def test_products_are_called() -> None:
     assert call_all("cpu") == []
 
 
+def test_weights_are_those_of_a_load_to_the_cpu() -> None:
+    check_loading("cpu")
+
+
 def on_the_cpu(batch_invariant: bool = True) -> dg.DiffusionGemma:
     """Products of the CPU are invariant in either case."""
     return dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
@@ -41,6 +46,9 @@ def test_the_tests_of_the_loop_pass_where_all_drivers_agree(monkeypatch: pytest.
     test_gpu_loop.test_the_same_tokens_by_every_driver_alone(True)
     test_gpu_loop.test_the_same_tokens_by_every_driver_in_a_batch(3, False)
     test_gpu_loop.test_rules_of_every_request_hold_in_captured_steps(True)
+    for name, stand_in in (("synchronize", lambda: None), ("Stream", object), ("stream", nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    test_gpu_loop.test_schedulers_of_two_streams_and_threads_take_turns()
     with pytest.raises(AssertionError, match="cuBLAS is not the reason"):
         test_gpu_loop.assert_same({"eager": 1, "async": 2, "graph": 2}, batch_invariant=True)
     with pytest.raises(AssertionError, match="as with torch's products it may"):

@@ -31,7 +31,8 @@ def weight_reader(
     if is_in_main_memory(device):
         yield WeightReader(files, dtype, advance)
         return
-    with StagedCopies(files.info, device, advance) as staged:
+    # Pinned memory and events are of the current GPU.
+    with torch.cuda.device(device), StagedCopies(files.info, device, advance) as staged:
         reader = DeviceReader(files, staged, dtype, device)
         yield reader
         reader.finish()

@@ -31,7 +31,7 @@ class StagedCopies:
     """Copies from the files of an inspected checkpoint to tensors on `device`, in its current stream.
 
     advance: called with the bytes that were read since the last call. Leaving the context waits for the threads and
-    closes the files.
+    closes the files; torch keeps the pinned memory for later copies.
     """
 
     def __init__(self, info: CheckpointInfo, device: torch.device, advance: Callable[[int], None]) -> None:
