@@ -118,6 +118,19 @@ def test_tool_calls_are_lines_of_json(monkeypatch: pytest.MonkeyPatch, tools: st
     assert dgemma("generate", random_checkpoint(), "hi", "--tools", tools).out.splitlines() == CALL_LINES
 
 
+def test_a_terminal_shows_text_and_calls_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tools: str
+) -> None:
+    from dgemma_ext.cli import main
+
+    for answer in (CALLS, CALLS.replace("Look:", "Look:\n"), CALLS.replace("Look:", "")):
+        answering(monkeypatch, answer)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert main(["generate", random_checkpoint(), "hi", "--tools", tools]) == 0
+        assert capsys.readouterr().out.splitlines() == ["Look:"] * ("Look" in answer) + CALL_LINES
+        monkeypatch.undo()
+
+
 def test_a_call_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = "So:<|tool_call>call:look{\x1b}<tool_call|><turn|>"
     answering(monkeypatch, bad, bad)

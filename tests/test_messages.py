@@ -123,6 +123,7 @@ def test_a_result_may_be_data_and_the_caller_s_messages_stay_as_they_were() -> N
         ),
         ([HI, asking({"function": {}})], r"messages\[1\]\['tool_calls'\]\[0\] must be .*name.*, got {'function': {}}"),
         ([HI, asking(call(arguments="{a}"))], r"\[0\]: arguments must be JSON, got '{a}': Expecting property name"),
+        ([HI, asking(call(arguments="[" * 99999))], r"\[0\]: arguments must be JSON, got '\[\[.*: maximum recursion"),
         ([HI, asking(call(arguments="[1]"))], r"\[0\]: arguments must be a mapping, or one as JSON, got \[1\]"),
         (
             [HI, {"role": "tool", "content": "x"}],

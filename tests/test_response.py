@@ -108,6 +108,13 @@ def _sorted(value: Any) -> Any:
     return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
+def test_the_deepest_call_goes_back_into_the_history(tokenizer: Tokenizer) -> None:
+    arguments = call_of(tokenizer, "call:f{a:" + "[" * 99 + '<|"|>x<<|"|>' + "]" * 99 + "}")
+    call = dg.Response(tool_calls=(dg.ToolCall("f", arguments),))
+    ids = tokenizer.encode_prompt([{"role": "user", "content": "x"}, call.message])
+    assert tokenizer.parse_response(ids[ids.index(CALL) :]).tool_calls == call.tool_calls
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=texts(), thinking=texts(), arguments=json_objects())
 def test_a_message_renders_to_the_same_answer(

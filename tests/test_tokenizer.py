@@ -23,6 +23,13 @@ CHAT: list[dict[str, Any]] = [
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"<b>": "ü & \\u2028"}}}
 
 
+def nested(levels: int) -> Any:
+    value: Any = "<"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -117,6 +124,7 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert ids[:2] == [2, 105]
     assert 98 in tokenizer.encode_prompt("the sky", enable_thinking=True)
     assert tokenizer.encode_prompt([5, 6, 7]) == [5, 6, 7]
+    assert tokenizer.encode_prompt([{**chat[0], "extra": nested(118)}]) == ids
     plain = with_template(tmp_path, None)
     assert plain.encode_prompt("the sky") == [2, *plain.encode("the sky")]
     with pytest.raises(ValueError, match="messages is a chat, but the checkpoint has no chat template"):
@@ -152,6 +160,9 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ([{"role": "user", "content": [{"type": "audio"}]}], "got {'type': 'audio'}"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\]\[0\]\['text'\] must be a string, got None"),
         ([{"role": "user", "content": "x", "extra": object()}], "messages is not plain data"),
+        ([{"role": "user", "content": "x", "extra": float("nan")}], "messages is not plain data"),
+        ([{"role": "user", "content": "x", "extra": nested(119)}], "messages is nested deeper than 120 levels"),
+        ([{"role": "user", "content": "x", "extra": nested(9999)}], "messages is nested deeper than 120 levels"),
     ],
 )
 def test_bad_prompts_are_refused_by_name(tokenizer: Tokenizer, prompt: Any, match: str) -> None:

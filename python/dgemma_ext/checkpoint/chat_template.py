@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from dgemma_ext.errors import CheckpointError
+
+# The deepest data that a template gets. Its macros take several of Python's frames a level, of which there are 1,000 by
+# default; the tool calls that tool_call.py reads are less deep, with the messages around them.
+_MAX_DEPTH = 120
 
 
 class ChatTemplate:
@@ -108,9 +112,21 @@ def _environment() -> _Environment:
 def json_value(name: str, value: Any) -> Any:
     """`value` rebuilt from JSON's own types, so that a template meets no object with methods of its own."""
     try:
-        return json.loads(json.dumps(value))
+        data = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is not plain data (strings, numbers, lists, dictionaries): {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested deeper than {_MAX_DEPTH} levels") from error
+    level = [data]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [item for one in level if isinstance(one, dict | list) for item in _items(one)]
+    if level:
+        raise ValueError(f"{name} is nested deeper than {_MAX_DEPTH} levels")
+    return data
+
+
+def _items(data: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return data.values() if isinstance(data, dict) else data
 
 
 def _check_attribute(name: str) -> None:

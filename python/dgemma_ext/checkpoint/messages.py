@@ -110,7 +110,7 @@ def _checked_call(name: str, call: Any) -> dict[str, Any]:
     if isinstance(given, str):
         try:
             given = json.loads(given) if given.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}: arguments must be JSON, got {arguments.shown(given)}: {error}") from error
     if not isinstance(given, Mapping | None):
         raise arguments.refusal(f"{name}: arguments", "a mapping, or one as JSON", given)

@@ -308,7 +308,7 @@ def _tools(file: str) -> list[dict[str, Any]] | None:
         if isinstance(tools, Mapping):
             tools = tools.get("tools", [tools])
         return checked_tools(tools)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{file}: {error}") from error
 
 
