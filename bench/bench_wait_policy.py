@@ -22,7 +22,7 @@ SETTINGS = {
     "torch": {},
     "package": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 3000, 10000)},
+    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 3000, 10000, 30000)},
 }
 # The waste of a core: what a busy machine has beside the process that is measured.
 SPIN = "while True: pass"
