@@ -46,8 +46,12 @@ def compare(benchmark: Benchmark, ours: Callable[[], object], peer: Callable[[],
     peer_seconds = median_seconds(peer)
     benchmark.pedantic(ours, rounds=ROUNDS, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
-    benchmark.extra_info["peer_ms"] = round(peer_seconds * 1e3, 3)
-    benchmark.extra_info["ratio"] = round(seconds / peer_seconds, 4)
+    benchmark.extra_info.update(
+        peer="torch",
+        ours_ms=round(seconds * 1e3, 3),
+        peer_ms=round(peer_seconds * 1e3, 3),
+        ratio=round(seconds / peer_seconds, 4),
+    )
     for unit, amount in work.items():
         benchmark.extra_info[f"{unit}_per_s"] = round(amount / seconds, 2)
 

@@ -97,7 +97,7 @@ def make_arguments(tokens: int, weights: tuple[Tensor, Tensor]) -> Arguments:
 
 
 @pytest.mark.parametrize("tokens", [256, 1])
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", PEERS, ids=[f"ours beside {peer}" for peer in PEERS])
 def bench_moe_ffn(
     benchmark: BenchmarkFixture, weights: tuple[Tensor, Tensor], threads: int, peer: str, tokens: int
 ) -> None:
@@ -130,6 +130,7 @@ def bench_moe_ffn(
     values = 3 * HIDDEN_SIZE * EXPERT_SIZE
     benchmark.extra_info.update(
         variant=_C.cpu_variant(),
+        peer=peer,
         ours_ms=round(1e3 * best, 1),
         peer_ms=round(1e3 * peer_best, 1),
         ratio=round(best / peer_best, 3),

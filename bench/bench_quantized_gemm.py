@@ -83,8 +83,9 @@ def bench_quantized_moe_ffn(
     ours, theirs = min(seconds[format]), min(seconds["bfloat16"])
     benchmark.extra_info.update(
         variant=_C.cpu_variant(),
+        peer="ours in bfloat16",
         ours_ms=round(1e3 * ours, 1),
-        bfloat16_ms=round(1e3 * theirs, 1),
+        peer_ms=round(1e3 * theirs, 1),
         ratio=round(ours / theirs, 3),
         memory=round(sum(weight.nbytes for weight in made) / sum(weight.nbytes for weight in plain), 3),
     )
