@@ -65,8 +65,8 @@ class Scheduler:
     context and 8,192.
     batched: whether requests share the pass of a step; the default is to share on a GPU and to take turns on a CPU.
     driver: the loop of `finish_canvas`, a name of loop.LOOPS; "eager" runs steps operator by operator on a GPU too, the
-    others from captured CUDA graphs, which are made here for every batch size. kept_snapshots: how many snapshots of a
-    slot must fit beside all this.
+    others from captured CUDA graphs, which are made here for every batch size (those of canvases shorter than the
+    checkpoint's when they are first needed). kept_snapshots: how many snapshots of a slot must fit beside all this.
 
     Threads may share a scheduler: each call waits until no other thread's is under way. `step` and `finish_canvas`
     return the events of all requests to the thread that called them.
@@ -106,6 +106,9 @@ class Scheduler:
         self.cache = network.new_cache(max_batch, positions)
         # Canvas length → group. The group of the checkpoint's canvas length always exists.
         self._groups: dict[int, CanvasGroup[Request]] = {length: self._new_group(length)}
+        if self._make_runner is cuda_runner:
+            # A capture makes all other work on the GPU wait, so none of the usual length falls into later steps.
+            self._groups[length].make_runners()
         self._free_slots = list(range(max_batch))
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -403,12 +406,9 @@ class Scheduler:
             check_memory(plan, 0, self.network.device)
 
     def _new_group(self, length: int) -> CanvasGroup[Request]:
-        group: CanvasGroup[Request] = CanvasGroup(
+        return CanvasGroup(
             self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
         )
-        if self._make_runner is cuda_runner:
-            group.make_runners()  # a capture makes all other work on the GPU wait
-        return group
 
 
 def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:
