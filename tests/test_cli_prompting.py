@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pty
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from chats import LOOK, answering, prompts_of
+from chats import LOOK, answering, pinned, prompts_of
 from command import ESCAPE, dgemma, library_model, random_checkpoint
+from dgemma_ext.cli.answer import write_answer
+from dgemma_ext.cli.arguments import Arguments, build_parser
 from test_cli_chat import Keyboard
 
 SHORT = ["--max-new-tokens", "8", "--steps", "1"]
@@ -105,6 +108,19 @@ def test_thoughts_are_dimmed_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     answering(monkeypatch, "<|channel>thought\nHm\x1b.\n<channel|>Yes.<turn|>")
     run = dgemma("generate", random_checkpoint(), "hi", "--thinking")
     assert (run.out, run.err) == ("Yes.\n", f"{ESCAPE}[2mHm␛.{ESCAPE}[0m\n")
+
+
+def test_thoughts_that_are_cut_short_end_their_line(capsys: pytest.CaptureFixture[str]) -> None:
+    model = library_model()
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(ANSWER, special_tokens="tokens")
+    events = itertools.islice(model.stream("hi", canvas=pinned(ids)), 5)  # of its first canvases
+    arguments = build_parser().parse_args(["generate", "MODEL", "hi", "--thinking"], namespace=Arguments())
+    assert write_answer(events, model.tokenizer, arguments) is None
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Let me\nsee.\n".startswith(err.removesuffix("\n"))
+    assert err.count("\n", len(err) - 1) == 1
 
 
 def test_tool_calls_are_lines_of_json(monkeypatch: pytest.MonkeyPatch, tools: str) -> None:

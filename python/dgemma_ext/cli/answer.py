@@ -72,6 +72,7 @@ def write_answer(
                     text.write(request, event.finish_reason is not None)
                 elif arguments.watch:
                     watch.show(event)
+        thoughts.finish()
         text.finish()
     if request is None or request.finish_reason is None:
         return None
@@ -164,13 +165,17 @@ class _ThoughtWriter:
         self._is_in_line = False
 
     def write(self, commit: Commit) -> None:
-        """Writes what a canvas adds, and ends the line before what comes after the thoughts."""
+        """Writes what a canvas adds, and ends the line before what comes after the thoughts on stdout."""
         if self._console is None:
             return
         if commit.thinking:
             self._console.print(Text(visible(commit.thinking), style="dim"), end="", soft_wrap=True)
             self._is_in_line = True
-        if self._is_in_line and (commit.text or commit.finish_reason is not None):
+        if commit.text or commit.finish_reason is not None:
+            self.finish()
+
+    def finish(self) -> None:
+        if self._console is not None and self._is_in_line:
             self._console.print()
             self._is_in_line = False
 

@@ -57,7 +57,7 @@ class _Session:
 
     def asks_for(self) -> str:
         """What the next line is: "" for a message, else the name of the tool whose result it is."""
-        calls = self._chat.tool_calls if self._chat.messages else ()
+        calls = self._chat.tool_calls
         return calls[len(self._results)].name if len(self._results) < len(calls) else ""
 
     def take(self, line: str) -> bool:

@@ -40,7 +40,7 @@ class PromptOptions:
     def variables(self) -> dict[str, Any]:
         """The variables of the template. Raises ValueError for a name that has an argument of its own."""
         variables: dict[str, Any] = {}
-        taken = {"messages", "tools", "add_generation_prompt", "special_tokens", "prompt"}
+        taken = {"messages", "tools", "add_generation_prompt", "special_tokens", "prompt", "self"}
         if self.enable_thinking is not None:
             variables["enable_thinking"] = arguments.flag("enable_thinking", self.enable_thinking)
             taken.add("enable_thinking")
