@@ -263,6 +263,10 @@ def test_a_debug_run_looks_at_every_layer(monkeypatch: pytest.MonkeyPatch) -> No
             "canvas_length must be at most the checkpoint's 8",
         ),
         ({"prompt": [1], "sampler": SamplerConfig(t_min=2.0)}, "t_max must be at least t_min"),
+        (
+            {"prompt": [1], "sampler": SamplerConfig(t_min=0, t_max=1e-29)},
+            "last step's temperature is at least",
+        ),
         ({"prompt": [1], "canvas": dg.Canvas([600])}, r"canvas.tokens\[0\] must be in \[0, 512\)"),
         ({"prompt": [1], "canvas": dg.Canvas([6], pinned=[])}, "canvas.pinned must have 1 entries"),
         ({"prompt": [1], "canvas": dg.Canvas([None], pinned=[True])}, r"canvas.pinned\[0\] is set where"),

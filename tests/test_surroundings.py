@@ -290,6 +290,24 @@ def test_a_chat_is_one_thread_s_at_a_time(folder: Path) -> None:
     assert found == chat.messages[-1]["content"]
 
 
+def test_a_function_for_drafts_that_raises_leaves_the_kept_scheduler_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dgemma_ext.engine.generation._keeps_schedulers", lambda model: True)
+    model = load(folder)
+
+    def fail(draft: dg.Draft) -> None:
+        raise OSError("no room for drafts")
+
+    with pytest.raises(OSError, match="no room for drafts") as raised:
+        model.generate([5, 6, 7], 13, SAMPLER, on_draft=fail)
+    kept = model.kept_scheduler
+    assert kept is not None
+    assert kept.claim(model), "even while the exception is there"
+    kept.release()
+    assert raised.value is not None
+
+
 # The model's own settings ---------------------------------------------------------------------------------------------
 
 

@@ -67,12 +67,8 @@ def _check_process() -> None:
 
 
 def _check_modes() -> None:
-    if torch._C._len_torch_dispatch_stack():
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-        if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
-            raise RuntimeError("a FakeTensorMode is active, and its tensors have no values to compute with")
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError("a FakeTensorMode is active, and its tensors have no values to compute with")
 
 
 def _after_fork() -> None:

@@ -29,6 +29,7 @@ from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, statistics_
 from dgemma_ext.profile.soft_tiles import SoftTiles, soft_tiles
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
 from dgemma_ext.sampling import SamplerConfig
+from dgemma_ext.torch_state import in_own_torch_state
 
 # The first step of a canvas has no self-conditioning; the second warms up the kind of step that is measured.
 _WARM_UP = 2
@@ -67,6 +68,7 @@ class Profile:
     cores: int
 
 
+@in_own_torch_state
 def profile(
     model: DiffusionGemma,
     steps: int = 4,

@@ -28,6 +28,9 @@ def _token_ids(field: str, value: Any) -> tuple[int, ...]:
     return tuple(arguments.integers(field, value, "a sequence of token ids", unordered=True))
 
 
+# Logits divided by a temperature are fp32, at most 3.4e38; those of a soft cap are below 100.
+_LEAST_TEMPERATURE = 1e-30
+
 # What each field takes; steps and lengths are int32 in the kernels.
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_denoising_steps": _count(1),
@@ -109,6 +112,9 @@ class ResolvedSampler:
             object.__setattr__(self, field, check(field, getattr(self, field)))
         if self.t_max < self.t_min:
             raise arguments.refusal("t_max", f"at least t_min, which is {self.t_min}", self.t_max)
+        if self.temperature(self.max_denoising_steps) < _LEAST_TEMPERATURE:
+            wanted = f"so large that the last step's temperature is at least {_LEAST_TEMPERATURE}"
+            raise arguments.refusal("t_max", wanted, self.t_max)
 
     def length_of(self, index: int, end: int) -> int:
         """The number of positions of canvas `index` in an answer of at most `end` tokens."""
