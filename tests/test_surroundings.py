@@ -269,11 +269,13 @@ def test_threads_may_generate_at_once(keeps: bool, folder: Path, monkeypatch: py
     monkeypatch.setattr("dgemma_ext.engine.generation._keeps_schedulers", lambda model: keeps)
     model = load(folder)
     prompts = [[5, 6, index] for index in range(6)]
-    wanted = [model.generate(prompt, 13, SAMPLER) for prompt in prompts]
 
     def work() -> list[Any]:
-        return [model.generate(prompt, 13, SAMPLER) for prompt in prompts]
+        streams = [list(model.stream(prompt, 13, SAMPLER)) for prompt in prompts]
+        drafts = [[event.token_ids for event in events] for events in streams]
+        return [drafts, [model.generate(prompt, 13, SAMPLER) for prompt in prompts]]
 
+    wanted = work()
     assert together(work, work, work) == [wanted] * 3
 
 
