@@ -317,7 +317,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
 def test_an_unknown_driver() -> None:
     with pytest.raises(ValueError, match="driver must be one of eager, async, graph, got 'fast'"):
         dg.Scheduler(smallest_model(), driver="fast")
-    with pytest.raises(ValueError, match="max_denoising_steps must be an integer in .*, got 0"):
+    with pytest.raises(ValueError, match=r"max_denoising_steps must be an integer in .*, got 0"):
         dg.Scheduler(smallest_model(), batched=True).submit([1], sampler=SamplerConfig(max_denoising_steps=0))
 
 
