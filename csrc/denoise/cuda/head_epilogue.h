@@ -16,54 +16,82 @@ struct HeadTile {
   alignas(16) device::bfloat16 value[kRows][kStride];
 };
 
-DGEMMA_DEVICE void store_four(device::bfloat16* to, int32_t vocabulary, int32_t first, uint2 four) {
-  if (vocabulary % kLaneEntries == 0) {
-    if (first < vocabulary) *reinterpret_cast<uint2*>(to + first) = four;
-    return;
-  }
+// Stores the first `count` of four entries, at any address.
+DGEMMA_DEVICE void store_some(device::bfloat16* to, int32_t count, uint2 four) {
   const uint32_t pairs[2] = {four.x, four.y};
 #pragma unroll
   for (int i = 0; i < kLaneEntries; ++i)
-    if (first + i < vocabulary)
-      to[first + i] = {static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
+    if (i < count) to[i] = {static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)))};
 }
 
-// Rows of the tile by one warp, kLanes lanes to each: `rows` of them at most, of which the first is
-// `row` of the logits and begins at `values`.
-template <int kLanes, int kRows>
+// kGroups times 32 / kLanes rows of the tile by one warp, kLanes lanes to each: `rows` of them at
+// most, of which the first is `row` of the logits and begins at `values`.
+template <int kLanes, int kGroups, int kRows>
 DGEMMA_DEVICE void finish_rows(const Head& p, const LogitScale& scale, int64_t row, int32_t rows,
                                int32_t tile,
                                const device::bfloat16 (*values)[HeadTile<kRows>::kStride]) {
   using Row = RowOfTile<kLanes>;
   const Logits& logits = p.logits;
   const int32_t lane = static_cast<int32_t>(device::lane_index()) % kLanes;
-  const int32_t mine = static_cast<int32_t>(device::lane_index()) / kLanes;
-  const bool there = mine < rows;
   const int32_t first = tile * kTile + lane * kLaneEntries;
-  row += mine;
-  const uint32_t* const bits =
-      there ? allowed_bits(logits.allowed, logits.vocabulary, row) : nullptr;
-  const uint32_t usable = there ? Row::usable(bits, logits.vocabulary, first) : 0;
-  float raw[Row::kEntries];
+  int32_t mine[kGroups];  // the lane's rows
+  uint2 four[kGroups][Row::kQuads];
+  float raw[kGroups * Row::kEntries];
 #pragma unroll
-  for (int i = 0; i < Row::kEntries; i += kLaneEntries) {
-    const int32_t offset = Row::offset(i);
-    const uint2 four =
-        *reinterpret_cast<const uint2*>(&values[there ? mine : 0][lane * kLaneEntries + offset]);
-    raw[i] = device::low_to_float(four.x);
-    raw[i + 1] = device::high_to_float(four.x);
-    raw[i + 2] = device::low_to_float(four.y);
-    raw[i + 3] = device::high_to_float(four.y);
-    if (there) store_four(p.raw + row * logits.vocabulary, logits.vocabulary, first + offset, four);
+  for (int g = 0; g < kGroups; ++g) {
+    mine[g] = (g * 32 + static_cast<int32_t>(device::lane_index())) / kLanes;
+#pragma unroll
+    for (int quad = 0; quad < Row::kQuads; ++quad) {
+      const int32_t offset = Row::offset(quad * kLaneEntries);
+      four[g][quad] = *reinterpret_cast<const uint2*>(
+          &values[mine[g] < rows ? mine[g] : 0][lane * kLaneEntries + offset]);
+      float* const of_quad = raw + g * Row::kEntries + quad * kLaneEntries;
+      of_quad[0] = device::low_to_float(four[g][quad].x);
+      of_quad[1] = device::high_to_float(four[g][quad].x);
+      of_quad[2] = device::low_to_float(four[g][quad].y);
+      of_quad[3] = device::high_to_float(four[g][quad].y);
+    }
   }
-  const TileStatistics statistics = tile_statistics(raw, usable, first, scale);
-  if (lane != 0 || !there) return;
-  const int64_t at = row * logits.tiles + tile;
-  p.tile_max[at] = statistics.max;
-  p.tile_sum[at] = statistics.sum;
-  p.parts.shifted[at] = statistics.shifted;
-  p.parts.best[at] = statistics.best;
-  p.parts.index[at] = statistics.index;
+  uint32_t usable[kGroups];
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const bool there = mine[g] < rows;
+    const uint32_t* const bits =
+        there ? allowed_bits(logits.allowed, logits.vocabulary, row + mine[g]) : nullptr;
+    usable[g] = there ? Row::usable(bits, logits.vocabulary, first) : 0;
+  }
+  // One test for all: a branch for each four entries would keep their stores apart.
+  const bool words = logits.vocabulary % kLaneEntries == 0;
+  const auto for_each_four = [&](auto store) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+      for (int quad = 0; quad < Row::kQuads; ++quad) {
+        const int32_t entry = first + Row::offset(quad * kLaneEntries);
+        if (mine[g] < rows && entry < logits.vocabulary)
+          store(p.raw + (row + mine[g]) * logits.vocabulary + entry, entry, four[g][quad]);
+      }
+  };
+  if (words)
+    for_each_four([](device::bfloat16* to, int32_t /*entry*/, uint2 entries) {
+      *reinterpret_cast<uint2*>(to) = entries;
+    });
+  else
+    for_each_four([&](device::bfloat16* to, int32_t entry, uint2 entries) {
+      store_some(to, logits.vocabulary - entry, entries);
+    });
+  TileStatistics statistics[kGroups];
+  tile_statistics<Row::kEntries>(raw, usable, first, scale, statistics);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    if (lane != 0 || mine[g] >= rows) continue;
+    const int64_t at = (row + mine[g]) * logits.tiles + tile;
+    p.tile_max[at] = statistics[g].max;
+    p.tile_sum[at] = statistics[g].sum;
+    p.parts.shifted[at] = statistics[g].shifted;
+    p.parts.best[at] = statistics[g].best;
+    p.parts.index[at] = statistics[g].index;
+  }
 }
 
 }  // namespace

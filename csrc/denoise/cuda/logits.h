@@ -195,46 +195,59 @@ struct RowOfTile {
   }
 };
 
-// The 32 lanes of a warp call this, those of a row side by side. `first` is the lane's first entry,
-// `usable` has a bit for each of its entries. There is no branch within, so that the entries'
-// chains of tanh and exp run side by side.
-template <int kEntries>
-DGEMMA_DEVICE TileStatistics tile_statistics(const float (&raw)[kEntries], uint32_t usable,
-                                             int32_t first, const LogitScale& scale) {
+// The 32 lanes of a warp call this, those of a row side by side. A lane has kEntries of each of
+// kGroups rows, one row's after the other's in `raw`. `first` is the lane's first entry, `usable`
+// has a bit for each of its entries of a row. There is no branch within, so that the entries'
+// chains of tanh and exp run side by side, and one row's sums beside another row's entries.
+template <int kEntries, int kGroups>
+DGEMMA_DEVICE void tile_statistics(const float (&raw)[kGroups * kEntries],
+                                   const uint32_t (&usable)[kGroups], int32_t first,
+                                   const LogitScale& scale, TileStatistics (&tile)[kGroups]) {
   using Row = RowOfTile<kTile / kEntries>;
-  float z[kEntries], largest = -INFINITY, best = -INFINITY;
-  int32_t index = INT32_MAX;
-  bool finite = true;
+  float z[kGroups * kEntries], best[kGroups];
+  int32_t index[kGroups];
+  bool finite[kGroups];
   scale(raw, z);
 #pragma unroll
-  for (int i = 0; i < kEntries; ++i) {
-    const bool use = (usable >> i & 1) != 0;
-    finite = finite && (!use || fabsf(raw[i]) < INFINITY);
-    z[i] = use ? z[i] : -INFINITY;
-    largest = fmaxf(largest, z[i]);
-    const bool beats = use && raw[i] > best;
-    best = beats ? raw[i] : best;
-    index = beats ? first + Row::offset(i) : index;
-  }
-  TileStatistics tile;
-  tile.max = Row::max(largest);
-  tile.best = Row::max(best);
-  tile.index = Row::min(best == tile.best ? index : INT32_MAX);
-  float sum[Row::kQuads] = {}, shifted[Row::kQuads] = {};
-  // Every mass of a tile without usable entries is exp(-infinity).
-  const float top = tile.max > -INFINITY ? tile.max : 0.0f;
+  for (int g = 0; g < kGroups; ++g) {
+    tile[g].max = best[g] = -INFINITY;
+    index[g] = INT32_MAX;
+    finite[g] = true;
 #pragma unroll
-  for (int i = 0; i < kEntries; ++i) {
-    const int quad = i / kLaneEntries;
-    const float below = z[i] - top, mass = expf(below);
-    sum[quad] += mass;
-    // Far below, mass is zero and below may be large; their product is zero.
-    shifted[quad] = mass > 0.0f ? fmaf(mass, below, shifted[quad]) : shifted[quad];
+    for (int i = 0; i < kEntries; ++i) {
+      const int at = g * kEntries + i;
+      const bool use = (usable[g] >> i & 1) != 0;
+      finite[g] = finite[g] && (!use || fabsf(raw[at]) < INFINITY);
+      z[at] = use ? z[at] : -INFINITY;
+      tile[g].max = fmaxf(tile[g].max, z[at]);
+      const bool beats = use && raw[at] > best[g];
+      best[g] = beats ? raw[at] : best[g];
+      index[g] = beats ? first + Row::offset(i) : index[g];
+    }
   }
-  tile.sum = Row::sum(sum);
-  tile.shifted = Row::sum(shifted);
-  if (Row::any(!finite)) tile.shifted = NAN;
-  return tile;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    tile[g].max = Row::max(tile[g].max);
+    tile[g].best = Row::max(best[g]);
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    tile[g].index = Row::min(best[g] == tile[g].best ? index[g] : INT32_MAX);
+    float sum[Row::kQuads] = {}, shifted[Row::kQuads] = {};
+    // Every mass of a tile without usable entries is exp(-infinity).
+    const float top = tile[g].max > -INFINITY ? tile[g].max : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEntries; ++i) {
+      const int quad = i / kLaneEntries;
+      const float below = z[g * kEntries + i] - top, mass = expf(below);
+      sum[quad] += mass;
+      // Far below, mass is zero and below may be large; their product is zero.
+      shifted[quad] = mass > 0.0f ? fmaf(mass, below, shifted[quad]) : shifted[quad];
+    }
+    tile[g].sum = Row::sum(sum);
+    tile[g].shifted = Row::sum(shifted);
+    if (Row::any(!finite[g])) tile[g].shifted = NAN;
+  }
 }
 
 // The mass of a tile as the row's sum and the sampling count it.

@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kThreads) tile_statistics_kernel(const Tiles p
     const uint32_t usable = usable_entries(bits, logits.vocabulary, first);
     float raw[kLaneEntries];
     read_entries<T>(logits, row, first, usable, raw);
-    const TileStatistics statistics = tile_statistics(raw, usable, first, scale);
+    TileStatistics of_tile[1];
+    tile_statistics<kLaneEntries>(raw, {usable}, first, scale, of_tile);
+    const TileStatistics& statistics = of_tile[0];
     if (lane == 0) {
       const int64_t at = row * logits.tiles + tile;
       p.tile_max[at] = statistics.max;

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(sm80::kThreads) head_kernel(const Head p, int3
   const LogitScale scale = make_scale(p.logits.softcap, p.logits.temperature[request]);
   for (int32_t row = static_cast<int32_t>(device::warp_index());
        row < sm80::kRows && first_row + row < length; row += kWarps)
-    finish_rows<32, sm80::kRows>(p, scale, request * length + first_row + row, 1, tile,
-                                 &shared.tile.value[row]);
+    finish_rows<32, 1, sm80::kRows>(p, scale, request * length + first_row + row, 1, tile,
+                                    &shared.tile.value[row]);
 }
 
 }  // namespace

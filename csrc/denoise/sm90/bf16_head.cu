@@ -21,12 +21,12 @@ static_assert(kTileRows == kTile);
 constexpr int32_t kFinishingWarps = kHeadThreads / 32 - kConsumerWarps - 1;
 // The warps that do not multiply finish tiles: they need more than loaders do. 128 of the 192 are
 // accumulators where kRows is 256.
-using Registers = device::RegisterPlan<32 * kConsumerWarps, 192, 128, 120>;
+using Registers = device::RegisterPlan<32 * kConsumerWarps, 184, 128, 136>;
 static_assert(Registers::kThreads == kHeadThreads);
-// Lanes that share a row of a finished tile: with four rows at a time a warp has enough to do while
-// it waits for tanh, exp and its neighbours' sums.
-constexpr int kRowLanes = 8;
-constexpr int32_t kRowsAtOnce = 32 / kRowLanes;
+// Lanes that share a row of a finished tile, and how many rows a lane has at a time: with eight
+// rows a warp has enough to do while it waits for tanh, exp and its neighbours' sums.
+constexpr int kRowLanes = 8, kRowGroups = 2;
+constexpr int32_t kRowsAtOnce = kRowGroups * 32 / kRowLanes;
 
 template <int kRows>
 struct Finished {
@@ -118,8 +118,8 @@ DGEMMA_DEVICE void finish(const HeadTile<kRows>& tile, const Head& p, const Work
   const int64_t first =
       static_cast<int64_t>(work_tile.request) * p.logits.length + work_tile.first_row;
   for (int32_t row = worker * kRowsAtOnce; row < rows; row += workers * kRowsAtOnce)
-    finish_rows<kRowLanes, kRows>(p, scale, first + row, rows - row, work_tile.tile,
-                                  &tile.value[row]);
+    finish_rows<kRowLanes, kRowGroups, kRows>(p, scale, first + row, rows - row, work_tile.tile,
+                                              &tile.value[row]);
 }
 
 template <int kRows>
