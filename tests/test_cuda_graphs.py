@@ -278,6 +278,55 @@ def test_captures_of_two_threads_follow_each_other(captures: Captures) -> None:
     assert gc.isenabled()
 
 
+class Finalized:
+    """In a circle, so that a collection alone destroys it; tells which locks its thread holds then."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.circle, self.tell = self, tell
+
+    def __del__(self) -> None:
+        self.tell()
+
+
+def test_no_finalizer_runs_where_a_scheduler_may_wait_for_the_thread(captures: Captures) -> None:
+    """It could wait for a scheduler of another thread, which waits for its turn."""
+    place = cuda_graphs._capture_place(torch.device("cuda:0"))
+    held: list[bool] = []
+    Finalized(lambda: held.append(place.lock.locked()))
+    capture("cuda:0", lambda: gc.isenabled() and held.append(True))
+    assert held == [False], "a collection before the lock, and none until it is free"
+    place.launch(lambda _stream: held.append(gc.isenabled()))
+    assert held == [False, False]
+    assert gc.isenabled()
+
+
+def test_the_collector_rests_until_the_last_thread_is_done() -> None:
+    rests = cuda_graphs._CollectorRests()
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with rests:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    inside.wait()
+    with rests, rests:
+        within = gc.isenabled()
+    behind = gc.isenabled()  # the other thread is still inside
+    leave.set()
+    thread.join()
+    assert [within, behind, gc.isenabled()] == [False, False, True]
+    gc.disable()
+    try:
+        with rests:
+            pass
+        assert not gc.isenabled(), "as before"
+    finally:
+        gc.enable()
+
+
 # Captures -------------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +379,7 @@ class Captures:
             ("device", lambda _device: nullcontext()),
             ("stream", lambda _stream: nullcontext()),
             ("set_stream", set_stream),
-            ("current_stream", lambda: Before(captures.current)),
+            ("current_stream", lambda _device=None: Before(captures.current)),
         ):
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(

@@ -132,6 +132,38 @@ def _nothing_active(batch: CanvasBatch) -> Iterator[None]:
         batch.state.active.copy_(active)
 
 
+class _CollectorRests:
+    """Python collects nothing while any thread is in a block of this context, which may be nested.
+
+    A collection could destroy another graph, which is an error while one is captured. And it runs finalizers: one that
+    waits for another scheduler must not run in a thread that holds a lock which that scheduler waits for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._collects = False
+
+    def __enter__(self) -> None:
+        collects = gc.isenabled()
+        gc.disable()  # before this lock too is held
+        with self._lock:
+            if self._blocks == 0:
+                # Another thread may have left its last block since.
+                self._collects = collects or gc.isenabled()
+                gc.disable()
+            self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0 and self._collects:
+                gc.enable()
+
+
+_collector_rests = _CollectorRests()
+
+
 @dataclass
 class _CapturePlace:
     """Streams and memory for all captures on one GPU, and the turns of the graphs that share them.
@@ -159,7 +191,7 @@ class _CapturePlace:
 
         Launches in one stream follow each other; the first one in another stream waits on the GPU.
         """
-        with self.lock:
+        with _collector_rests, self.lock:
             stream = torch.cuda.current_stream(self.device)
             if self.last is not None and self.last != stream:
                 stream.wait_stream(self.last)
@@ -172,7 +204,9 @@ _places_lock = threading.Lock()
 
 
 def _capture_place(device: torch.device) -> _CapturePlace:
-    with _places_lock:
+    if device not in _places:
+        gc.collect()
+    with _collector_rests, _places_lock:
         if device not in _places:
             with torch.cuda.device(device):
                 streams, graph = (torch.cuda.Stream(), torch.cuda.Stream()), torch.cuda.CUDAGraph()
@@ -193,7 +227,8 @@ def capture_pool(device: torch.device) -> torch.cuda._POOL_HANDLE | None:
 
 def _captured(place: _CapturePlace, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """Captures a step in a graph."""
-    with place.lock:
+    gc.collect()
+    with _collector_rests, place.lock:
         current = torch.cuda.current_stream()
         place.warm_up.wait_stream(current)
         with torch.cuda.stream(place.warm_up):
@@ -212,13 +247,12 @@ def _captured(place: _CapturePlace, step: Callable[[], None]) -> torch.cuda.CUDA
 def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """Captures the work inside the block. A failure restores the thread's stream and the allocator."""
     current = torch.cuda.current_stream()
-    # A collection could destroy another graph, which is an error while one is captured.
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
     try:
         # thread_local, so that work of other threads does not break the capture.
-        with torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"):
+        with (
+            _collector_rests,
+            torch.cuda.graph(graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local"),
+        ):
             yield
     except BaseException:
         torch.cuda.set_stream(current)
@@ -226,9 +260,6 @@ def _capturing(place: _CapturePlace, graph: torch.cuda.CUDAGraph) -> Iterator[No
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(place.device.index, place.pool)
         raise
-    finally:
-        if collects:
-            gc.enable()
 
 
 @cache
