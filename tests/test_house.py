@@ -59,3 +59,28 @@ def test_nothing_inside_imports_the_face_of_the_package() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "dgemma_ext":
                 assert {name.name for name in node.names} <= rooms, file
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
+
+
+# What makes tensors on the default device, and of these what has the default dtype, if they are not named.
+MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+FLOATS = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+
+
+def test_no_tensor_is_made_on_the_program_s_default_device_or_in_its_default_dtype() -> None:
+    """Both belong to the program around the package. (Code inside transformers' models goes by theirs.)"""
+    made = 0
+    for file in PACKAGE.rglob("*.py"):
+        if "integrations" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            if not (isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)):
+                continue
+            if called.value.id != "torch" or called.attr not in MAKERS:
+                continue
+            assert isinstance(node, ast.Call)
+            wanted = {"device", "dtype"} if called.attr in FLOATS else {"device"}
+            named = {keyword.arg for keyword in node.keywords}
+            assert wanted <= named, f"{file}:{node.lineno}: torch.{called.attr} names no {wanted - named}"
+            made += 1
+    assert made > 20, "torch's functions are called by other names"

@@ -98,7 +98,7 @@ class WeightReader:
 
     def _read_experts(self, stored: Experts) -> Weight:
         if stored.kind in ("unquantized", "mixed"):
-            stack = torch.empty(stored.shape, dtype=self._dtype)
+            stack = torch.empty(stored.shape, dtype=self._dtype, device="cpu")
             for expert, matrices in enumerate(stored.matrices):
                 first = 0
                 for matrix in matrices:
@@ -115,7 +115,7 @@ class WeightReader:
         """An unquantized tensor in the wanted dtype; every value is read once."""
         mapped = self._files.tensor(name)
         in_place = mapped.dtype == self._dtype
-        result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype)
+        result = mapped if in_place else torch.empty(mapped.shape, dtype=self._dtype, device="cpu")
         source, target = mapped.reshape(-1), result.view(-1)
         sums = []
         for begin in range(0, target.numel(), CHUNK_ELEMENTS):

@@ -109,9 +109,9 @@ class StagedCopies:
 def _pinned(nbytes: int) -> Tensor:
     """Pinned memory; where the system gives none, other memory, from which copies are slower."""
     try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _read_exactly(descriptor: int, part: memoryview, offset: int, file: Path, name: str) -> None:

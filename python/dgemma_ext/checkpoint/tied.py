@@ -94,7 +94,7 @@ def check_copies(
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", file=tensor.file, tensor=copy) from error
         if position is not None:
-            index = [int(i) for i in torch.unravel_index(torch.tensor(position), tensor.shape)]
+            index = [int(i) for i in torch.unravel_index(torch.tensor(position, device="cpu"), tensor.shape)]
             raise CheckpointError(
                 f"differs at {index} from {original}, which it is tied to: the two are one weight of the model",
                 file=tensor.file,

@@ -212,7 +212,7 @@ def _capture_place(device: torch.device) -> _CapturePlace:
                 streams, graph = (torch.cuda.Stream(), torch.cuda.Stream()), torch.cuda.CUDAGraph()
                 place = _CapturePlace(device, *streams, torch.cuda.graph_pool_handle(), graph)
                 with _capturing(place, graph):
-                    torch.zeros(1, device=device)
+                    torch.zeros(1, dtype=torch.float32, device=device)
             _places[device] = place
         return _places[device]
 

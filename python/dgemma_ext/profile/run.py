@@ -212,7 +212,7 @@ class _Watch:
         self._slices: list[Slice] = []
         # The first use of a dispatch mode in a process imports half a second of torch.
         with self._recorder:
-            torch.zeros(1, device="cpu").add_(1)
+            torch.zeros(1, dtype=torch.float32, device="cpu").add_(1)
         self._recorder.calls.clear()
 
     def alternate(self, run: Callable[[], None], rounds: int) -> None:
