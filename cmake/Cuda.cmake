@@ -6,7 +6,12 @@
 # kept as PTX too, for GPUs that come later. CUDA's runtime is linked statically, so that the module loads on a machine
 # without a driver.
 
-set(DGEMMA_CUDA_ARCHITECTURES "80;86;89;90a;100;120" CACHE STRING "Compute capabilities to compile for")
+include(${CMAKE_CURRENT_LIST_DIR}/CudaArchitectures.cmake)
+set(DGEMMA_CUDA_ARCHITECTURES "${DGEMMA_ALL_CUDA_ARCHITECTURES}" CACHE STRING "Compute capabilities to compile for")
+dgemma_read_cuda_architectures("${DGEMMA_CUDA_ARCHITECTURES}" cuda_architectures wrong)
+if(wrong)
+  message(FATAL_ERROR "${wrong}")
+endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF) # set per target below
 
 # The toolkit's libraries lie in lib64, those of the packages from PyPI in lib, where nvcc does not look by itself.
@@ -21,6 +26,15 @@ get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
   message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_COMPILER}) is too old: 13.0 or later is needed")
 endif()
+execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known_to_nvcc)
+foreach(architecture IN LISTS cuda_architectures)
+  # Some releases of nvcc list 90 alone, and compile for 90a too.
+  string(REPLACE "90a" "90" listed "${architecture}")
+  if(NOT known_to_nvcc MATCHES "sm_${listed}[^0-9]")
+    message(FATAL_ERROR "DGEMMA_CUDA_ARCHITECTURES: got ${architecture}, for which nvcc ${CMAKE_CUDA_COMPILER_VERSION} "
+                        "does not compile")
+  endif()
+endforeach()
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
@@ -40,15 +54,13 @@ list(FILTER cuda_sources EXCLUDE REGEX "/sm(89|90)/[^/]*$")
 # What one pass of the compiler's front end serves. Code for 8.0 and what is like it comes from PTX for 8.0, code for 9.0
 # and later from PTX for 9.0: nothing in a file for all asks for more. 90a code runs on 9.0 alone, so such a file is
 # compiled for plain 90 there.
-string(REPLACE "90a" "90" all_architectures "${DGEMMA_CUDA_ARCHITECTURES}")
+string(REPLACE "90a" "90" all_architectures "${cuda_architectures}")
 list(SORT all_architectures COMPARE NATURAL)
 list(GET all_architectures -1 newest)
 set(code_of_80 "")
 set(code_of_90 "")
 foreach(architecture IN LISTS all_architectures)
-  if(architecture LESS 80)
-    message(FATAL_ERROR "DGEMMA_CUDA_ARCHITECTURES: got ${architecture}, wants 80 or later")
-  elseif(architecture LESS 90)
+  if(architecture LESS 90)
     list(APPEND code_of_80 "sm_${architecture}")
   else()
     list(APPEND code_of_90 "sm_${architecture}")
@@ -99,7 +111,7 @@ endif()
 
 dgemma_add_cuda(dgemma_cuda "${portable_code}" ${cuda_sources})
 target_compile_definitions(dgemma PUBLIC $<BUILD_INTERFACE:DGEMMA_WITH_CUDA>)
-if("90a" IN_LIST DGEMMA_CUDA_ARCHITECTURES)
+if("90a" IN_LIST cuda_architectures)
   dgemma_add_cuda(dgemma_cuda_sm90 "SHELL:-gencode arch=compute_90a,code=sm_90a" ${hopper_sources})
   # The entry points are there, beside the kernels for all.
   target_compile_definitions(dgemma_cuda PRIVATE DGEMMA_WITH_SM90)

@@ -15,6 +15,7 @@ import torch
 import build
 import dgemma_ext
 from c_interface import environment
+from cuda_tools import named_architectures
 from dgemma_ext import _C
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +175,45 @@ def test_operators_are_registered_once() -> None:
 
     assert again is _C
     assert torch.ops.dgemma is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ("80;90a", ["80", "90a"]),
+        ("90", ["90a"]),
+        ("9.0", ["90a"]),
+        ("sm_90a", ["90a"]),
+        ("80;90a;", ["80", "90a"]),
+        ("90a,100", ["90a", "100"]),
+        ("12.0+PTX 8.6", ["86", "120"]),
+        ("compute_80-virtual;sm_89-real;100f", ["80", "89", "100"]),
+        ("90;sm_90a;9.0", ["90a"]),
+        ("all", ["80", "86", "89", "90a", "100", "120"]),
+    ],
+)
+def test_names_of_cuda_architectures(names: str, wanted: list[str]) -> None:
+    """As other builds spell them; whoever asks for 9.0 gets Hopper's kernels, which only 90a has."""
+    assert named_architectures(names) == wanted
+
+
+@pytest.mark.parametrize("names", ["70", "7.5", "sm_90x", "hopper", "9.0.1", "90a:100", ";", "-arch=sm_90"])
+def test_names_that_no_build_has(names: str) -> None:
+    with pytest.raises(SystemExit, match=r"^DGEMMA_CUDA_ARCHITECTURES: got .*; wants compute capabilities, .*$"):
+        named_architectures(names)
+
+
+def test_native_is_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    for answer, wanted in (("echo 9.0; echo 8.9; echo 9.0", ["89", "90a"]), ("exit 9", None)):
+        tool.write_text(f"#!/bin/sh\n{answer}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        if wanted is not None:
+            assert named_architectures("native") == wanted
+        else:
+            with pytest.raises(SystemExit, match="got native, and nvidia-smi finds no GPU here"):
+                named_architectures("native")
 
 
 def test_third_party_files_have_a_row() -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cuda_tools import architectures_of_gpus, find_nvcc
+from cuda_tools import architectures_of_gpus, find_nvcc, named_architectures
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -59,7 +59,7 @@ def cuda_defines(nvcc: str | None, architectures: list[str]) -> list[str]:
 
 def chosen_architectures() -> list[str]:
     named = os.environ.get("DGEMMA_CUDA_ARCHITECTURES")
-    return named.split(";") if named else architectures_of_gpus() or DEFAULT_ARCHITECTURES
+    return named_architectures(named) if named else architectures_of_gpus() or DEFAULT_ARCHITECTURES
 
 
 def main(arguments: list[str]) -> int:

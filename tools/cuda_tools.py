@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -73,6 +74,20 @@ def architectures_of_gpus() -> list[str]:
     if answer.returncode != 0:
         return []
     return sorted({architecture(*map(int, cap.split("."))) for cap in answer.stdout.split()})
+
+
+def named_architectures(names: str) -> list[str]:
+    """The compute capabilities that a user names, as CMake writes them (cmake/CudaArchitectures.cmake reads them).
+
+    Leaves the program with one line for names that it does not know.
+    """
+    beside = Path(sys.executable).with_name("cmake")
+    cmake = str(beside) if beside.exists() else "cmake"
+    script = Path(__file__).resolve().parent.parent / "cmake" / "CudaArchitectures.cmake"
+    answer = subprocess.run([cmake, f"-DNAMES={names}", "-P", str(script)], capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise SystemExit(answer.stderr.partition("\n")[0])
+    return answer.stdout.strip().split(";")
 
 
 def architecture(major: int, minor: int) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from build import PIP, ROOT, cuda_compiler, cuda_defines
+from cuda_tools import named_architectures
 
 WORK = ROOT / "build" / "wheel"
 DIST = ROOT / "dist"
@@ -128,7 +129,7 @@ def check(wheel: Path) -> int:
 
 def build() -> Path:
     chosen = os.environ.get("DGEMMA_CUDA_ARCHITECTURES")
-    architectures = chosen.split(";") if chosen else ARCHITECTURES
+    architectures = named_architectures(chosen) if chosen else ARCHITECTURES
     nvcc = None if os.environ.get("DGEMMA_CUDA") == "0" else cuda_compiler(demanded=True)
     kernels = f"with CUDA kernels for {', '.join(architectures)}" if nvcc else "without CUDA kernels"
     print(f"building the wheel {kernels}", flush=True)
