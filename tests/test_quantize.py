@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
-from dgemma_ext.checkpoint import ModelConfig, convert, parse_target, plan_conversion
+from dgemma_ext.checkpoint import ModelConfig, convert, parse_target, plan_conversion, reading
 from dgemma_ext.checkpoint import quantize as convert_module
 from dgemma_ext.cli import main
 from dgemma_ext.model import ModelWeights, load_weights
@@ -139,40 +140,97 @@ class Stopped(Exception):
     pass
 
 
+def units_of(folder: Path) -> int:
+    """How many units of work the journals of a partial folder hold."""
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("*.journal"))
+
+
 def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "_SHARD_BYTES", 40_000)
-    out, target = tmp_path / "out", parse_target("int4")
-    shards = len(plan_conversion(source, target).shards)
-    wanted = convert(source, tmp_path / "whole", target)
-    write, written = convert_module._write_shard, []
+    """In the middle of a shard, in the middle of a stack of experts; whatever the size of a shard is."""
+    monkeypatch.setattr(convert_module, "_SHARD_BYTES", 100_000)
+    out, target, write = tmp_path / "out", parse_target("int4"), convert_module._write_unit
+    made: list[list[str]] = []
 
-    def stop_at_the_third(file: Path, tensors: dict[str, Tensor]) -> None:
-        if len(written) == 2:
+    def counting(work: Any, names: list[str], *arguments: Any) -> None:
+        if len(made) == stop_at:
             raise Stopped
-        written.append(file)
-        write(file, tensors)
+        made.append(names)
+        write(work, names, *arguments)
 
-    monkeypatch.setattr(convert_module, "_write_shard", stop_at_the_third)
-    with pytest.raises(Stopped):
-        convert(source, out, target)
-    assert not out.exists()
-    with pytest.raises(dg.CheckpointError):
-        ModelConfig.from_file(tmp_path / "out.partial")
+    monkeypatch.setattr(convert_module, "_write_unit", counting)
+    stop_at = -1
+    wanted = convert(source, tmp_path / "whole", target)
+    units, shards = list(made), len(plan_conversion(source, target).shards)
+    assert shards > 2
+    kept = 0
+    for stop_at in (len(units) // 3, len(units) // 2, len(units) - 1):
+        made = units[:kept]
+        with pytest.raises(Stopped):
+            convert(source, out, target)
+        assert made == units[:stop_at]
+        kept = stop_at
+        assert not out.exists()
+        with pytest.raises(dg.CheckpointError):
+            ModelConfig.from_file(tmp_path / "out.partial")
     # Another format, or another source, is no continuation.
     with pytest.raises(ValueError, match=r"out\.partial was begun from another source or for another format"):
         convert(source, out, parse_target("fp8"))
-    again: list[Path] = []
-    monkeypatch.setattr(
-        convert_module, "_write_shard", lambda file, tensors: (again.append(file), write(file, tensors))
-    )
+    stop_at, made = -1, []
     done: list[int] = []
     errors = convert(source, out, target, done.append)
-    assert len(again) == shards - 2
-    assert not {file.name for file in again} & {file.name for file in written}
+    assert made == units[-1:]
     assert sum(done) == plan_conversion(source, target).info.total_bytes
     assert [vars(error) for error in errors] == [vars(error) for error in wanted]
-    whole = all_tensors(tmp_path / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in all_tensors(out).items())
+    assert_same_files(out, tmp_path / "whole")
+
+
+def assert_same_files(folder: Path, whole: Path) -> None:
+    assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
+    for file in whole.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("torn", [0, 7], ids=["killed", "killed while it wrote"])
+def test_a_run_that_is_killed(torn: int, source: Path, tmp_path: Path) -> None:
+    """kill -9, in the middle of the only shard: the next run of the command makes what was not finished."""
+    program = (
+        "import os, signal, sys; from dgemma_ext.checkpoint import quantize, shard_writer;"
+        "shard_writer._FLUSH_SECONDS = 0.0; write, made = quantize._write_unit, []\n"
+        "def dying(*arguments):\n"
+        "    if len(made) == 40: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    made.append(1); write(*arguments)\n"
+        "quantize._write_unit = dying\n"
+        "from dgemma_ext.cli import main; sys.exit(main())"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", program, "quantize", str(source), str(out), "--to", "fp8"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    partial = tmp_path / "out.partial"
+    assert units_of(partial) == 40
+    journal, pieces = (next(partial.glob(pattern)) for pattern in ("*.journal", "*.pieces"))
+    if torn:  # a unit that did not reach the disk whole
+        journal.write_bytes(journal.read_bytes()[:-torn])
+        pieces.write_bytes(pieces.read_bytes() + bytes(torn))
+    made: list[int] = []
+    target, write = parse_target("fp8"), convert_module._write_unit
+    with mock.patch.object(convert_module, "_write_unit", lambda *a: (made.append(1), write(*a))):
+        convert(source, out, target)
+        again = len(made)
+        made.clear()
+        convert(source, tmp_path / "whole", target)
+    assert again == len(made) - 40 + (1 if torn else 0)
+    assert_same_files(out, tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_where_it_is(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A log gets lines, and a terminal the bar of loading (test_weights.py)."""
+    monkeypatch.setattr(reading, "_SECONDS_TO_A_LINE", 0.0)
+    assert main(["quantize", str(source), str(tmp_path / "out"), "--to", "int4"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 50
+    assert re.fullmatch(r"quantizing: [\d.]+ \w+ of [\d.]+ kB \(\d+%\)", lines[5])
+    assert lines[-1].endswith("(100%)")
 
 
 def test_a_disk_that_is_full(source: Path, tmp_path: Path) -> None:

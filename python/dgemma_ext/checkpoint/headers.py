@@ -17,7 +17,7 @@ from dgemma_ext.checkpoint.stored import FLOAT_DTYPES, TensorInfo
 from dgemma_ext.errors import CheckpointError
 
 # Bytes per element of every dtype that the safetensors format names (sub-byte ones are not listed).
-_ITEM_BYTES = {
+ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
@@ -91,10 +91,10 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError("has a corrupt header entry", file=file, tensor=name)
-    if dtype not in _ITEM_BYTES:
+    if dtype not in ITEM_BYTES:
         raise CheckpointError(f"has dtype {dtype[:20]}; supported: {', '.join(FLOAT_DTYPES)}", file=file, tensor=name)
     begin, end = offsets
-    if end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(f"has {end - begin} bytes; {dtype} {shape} takes another number", file=file, tensor=name)
     return dtype, tuple(shape), begin, end
 

@@ -1,8 +1,9 @@
 """Writes a checkpoint's quantized form, in the layout of compressed-tensors: `dgemma quantize`.
 
-Shards are written one by one to the folder OUT.partial, which gets its index and its config.json last and is then
-renamed: a folder OUT is always complete. An interrupted run is continued by the next one with the same source and
-format; finished shards are not made again. Memory is bounded by a shard, not by the checkpoint.
+Shards are written one by one to the folder OUT.partial, matrix by matrix (shard_writer.py). It gets its index and its
+config.json last and is then renamed: a folder OUT is always complete. A run that was interrupted or killed is continued
+by the next one with the same source and format; what it finished is not made again. Memory is bounded by one matrix, or
+a copied tensor, which stays mapped.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dgemma_ext.checkpoint.config import ModelConfig
@@ -29,12 +28,13 @@ from dgemma_ext.checkpoint.folder import INDEX_FILE
 from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.quantization import PARTS, Target
 from dgemma_ext.checkpoint.reading import MappedFiles
+from dgemma_ext.checkpoint.shard_writer import ShardWriter
 from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
 from dgemma_ext.checkpoint.tied import check_copies, published_name
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
 
-# The approximate size of a shard. Serialising makes a copy, so two shards are in memory at once.
+# The approximate size of a shard.
 _SHARD_BYTES = 1_500_000_000
 _STATE_FILE = "progress.json"
 # The files of a checkpoint that are copied beside its weights.
@@ -136,7 +136,7 @@ def convert(
 
     advance: called with the number of the source's bytes that were converted since the last call.
     Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
-    one of another source or format, CheckpointError when a file cannot be written (finished shards are kept for the
+    one of another source or format, CheckpointError when a file cannot be written (what is finished is kept for the
     next run).
     """
     if destination.exists():
@@ -151,17 +151,15 @@ def convert(
     count = len(conversion.shards)
     for number, works in enumerate(conversion.shards):
         file = partial / f"model-{number + 1:05}-of-{count:05}.safetensors"
-        if str(number) not in state.done:
-            tensors: dict[str, Tensor] = {}
-            errors: dict[tuple[int, str], PartError] = {}
-            with MappedFiles(conversion.info) as reader:
-                for work in works:
-                    _write_weight(work, reader, target, tensors, errors)
-                    advance(sum(conversion.info.tensors[name].nbytes for name in work.names))
-                _write_shard(file, tensors)
-            state.finish(number, list(tensors), list(errors.values()))
-        else:
+        if str(number) in state.done:
             advance(sum(conversion.info.tensors[name].nbytes for work in works for name in work.names))
+        else:
+            with _writing(file), MappedFiles(conversion.info) as reader, ShardWriter(file) as shard:
+                _write_shard(works, reader, target, shard, advance)
+                names = shard.finish()
+                errors = [PartError(**note) for note in shard.notes if note is not None]
+            state.finish(number, names, _summed(errors))
+        ShardWriter.remove_pieces(file)
     with _writing(partial):
         _write_companions(source, partial, conversion)
         _write_json(partial / INDEX_FILE, state.index(partial, count))
@@ -170,46 +168,64 @@ def convert(
     return state.errors()
 
 
-def _finite(source: MappedFiles, name: str) -> Tensor:
-    """A tensor to quantize. Raises CheckpointError for a value that is not finite."""
-    tensor = source.tensor(name)
-    # A finite sum has finite terms, but finite terms may have an infinite sum.
-    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-        raise source.error(name, "has values that are not finite")
-    return tensor
-
-
-def _write_weight(
-    work: Work,
-    source: MappedFiles,
-    target: Target,
-    tensors: dict[str, Tensor],
-    errors: dict[tuple[int, str], PartError],
+def _write_shard(
+    works: list[Work], source: MappedFiles, target: Target, shard: ShardWriter, advance: Callable[[int], None]
 ) -> None:
-    """Copies or quantizes one weight into the shard's tensors, and adds its error to its layer's."""
+    """Writes the weights of a shard in units: a copied tensor, or matrices that are quantized together. Those that the
+    shard has from an earlier run are not made again."""
+    finished = len(shard.notes)
+    number = 0
+    for work in works:
+        left = sum(source.info.tensors[name].nbytes for name in work.names)
+        for names, values in _units(work, source):
+            if number >= finished:
+                _write_unit(work, names, values, source, target, shard)
+            number += 1
+            done = min(left, sum(value.nbytes for value in values))
+            advance(done)
+            left -= done
+        advance(left)
+
+
+def _write_unit(
+    work: Work, names: list[str], values: list[Tensor], source: MappedFiles, target: Target, shard: ShardWriter
+) -> None:
+    """Copies a tensor, or quantizes matrices and notes their error."""
     if work.attribute is None:
-        tensors[published_name(work.names[0])] = source.tensor(work.names[0])
+        shard.write(dict(zip(names, values, strict=True)), None, source.info.tensors[work.names[0]].dtype)
         return
+    _check_finite(work, source, values)
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
-    error = errors.setdefault((work.layer, part), PartError(work.layer, part))
-    for bases, matrices in _matrices_of(work, source):
-        for base, matrix, quantized in zip(bases, matrices, target.quantize(matrices), strict=True):
-            tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(quantized).items()}
-            difference = quantized.dequantized(torch.float32) - matrix.float()
-            error.error += float(difference.square().sum(dtype=torch.float64))
-            error.size += float(matrix.float().square().sum(dtype=torch.float64))
+    error = PartError(work.layer, part)
+    tensors: dict[str, Tensor] = {}
+    for base, matrix, quantized in zip(names, values, target.quantize(values), strict=True):
+        tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(quantized).items()}
+        difference = quantized.dequantized(torch.float32) - matrix.float()
+        error.error += float(difference.square().sum(dtype=torch.float64))
+        error.size += float(matrix.float().square().sum(dtype=torch.float64))
+    shard.write(tensors, vars(error))
 
 
-def _matrices_of(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """The matrices that are quantized together: their names without suffix, and their values."""
+def _check_finite(work: Work, source: MappedFiles, values: list[Tensor]) -> None:
+    for value in values:
+        # A finite sum has finite terms, but finite terms may have an infinite sum.
+        if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+            raise source.error(work.names[0], "has values that are not finite")
+
+
+def _units(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """A weight in units, each in at most some seconds' work: the published names and the values of a tensor to copy,
+    or, without their suffix, of matrices that are quantized together. Values are mapped, not read."""
+    if work.attribute is None:
+        yield [published_name(work.names[0])], [source.tensor(work.names[0])]
+        return
     if isinstance(work.stored, Experts):
         for matrices in work.stored.matrices:
             names = [matrix.parts["values"] for matrix in matrices]
             bases = [published_name(name).removesuffix(".weight") for name in names]
-            yield bases, [_finite(source, name) for name in names]
+            yield bases, [source.tensor(name) for name in names]
         return
-    name = work.names[0]
-    tensor, name = _finite(source, name), published_name(name)
+    name, tensor = published_name(work.names[0]), source.tensor(work.names[0])
     if tensor.dim() == 2:
         yield [name.removesuffix(".weight")], [tensor]
         return
@@ -300,6 +316,7 @@ class _State:
         if not state._file.exists():
             if any(partial.iterdir()):
                 raise ValueError(f"OUT: {partial} has files of something else; wants it empty or away")
+            state._save()  # so that the next run knows whose pieces are there
             return state
         earlier = read_object(state._file)
         if earlier.get("fingerprint") != state._fingerprint:
@@ -309,6 +326,9 @@ class _State:
 
     def finish(self, number: int, names: list[str], errors: list[PartError]) -> None:
         self.done[str(number)] = {"names": names, "errors": [vars(error) for error in errors]}
+        self._save()
+
+    def _save(self) -> None:
         with _writing(self._file):
             _write_json(self._file, {"fingerprint": self._fingerprint, "done": self.done})
 
@@ -322,13 +342,18 @@ class _State:
 
     def errors(self) -> list[PartError]:
         """The errors summed over all shards, one for each part of a layer, in order."""
-        sums: dict[tuple[int, str], PartError] = {}
-        for number in sorted(self.done, key=int):
-            for error in self.done[number]["errors"]:
-                total = sums.setdefault((error["layer"], error["part"]), PartError(error["layer"], error["part"]))
-                total.error += error["error"]
-                total.size += error["size"]
-        return [sums[key] for key in sorted(sums)]
+        shards = (self.done[number]["errors"] for number in sorted(self.done, key=int))
+        return _summed([PartError(**error) for errors in shards for error in errors])
+
+
+def _summed(errors: list[PartError]) -> list[PartError]:
+    """The errors of each part of a layer added up, in order."""
+    sums: dict[tuple[int, str], PartError] = {}
+    for error in errors:
+        total = sums.setdefault((error.layer, error.part), PartError(error.layer, error.part))
+        total.error += error.error
+        total.size += error.size
+    return [sums[key] for key in sorted(sums)]
 
 
 def _fingerprint(source: Path, conversion: Conversion) -> str:
@@ -336,19 +361,6 @@ def _fingerprint(source: Path, conversion: Conversion) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.info.files]
     text = json.dumps([str(source.resolve()), files, repr(conversion.target), _SHARD_BYTES])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes to a temporary name first, so that a shard with its final name is complete."""
-    unfinished = file.with_suffix(".unfinished")
-    with _writing(file):
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
-            with unfinished.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def _write_companions(source: Path, partial: Path, conversion: Conversion) -> None:
@@ -373,8 +385,8 @@ def _writing(path: Path) -> Iterator[None]:
     """Turns a failed write into a CheckpointError that names the file."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise CheckpointError(
             f"cannot be written: {reason}; what is finished is kept for the next run, and none of it loads", file=path
         ) from error

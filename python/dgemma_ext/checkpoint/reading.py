@@ -21,12 +21,15 @@ from dgemma_ext.checkpoint.files import CheckpointInfo
 from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.units import format_bytes
 
 # Values are checked and copied in pieces of 32 Mi elements: large enough to run at memory speed, small enough for a
 # progress bar to move.
 CHUNK_ELEMENTS = 1 << 25
 # A load shorter than this many seconds shows no progress bar.
 _PROGRESS_AFTER_SECONDS = 1.0
+# How often a long work tells a log where it is.
+_SECONDS_TO_A_LINE = 15.0
 
 Weight = Tensor | QuantizedWeight
 
@@ -185,11 +188,15 @@ def _indices(position: int, shape: torch.Size) -> list[int]:
 class LoadProgress:
     """A progress bar in bytes.
 
-    wanted: None shows the bar where stderr is a terminal and the work takes more than a second.
+    wanted: None shows the bar where stderr is a terminal and the work takes more than a second. lines: elsewhere it
+    prints a line on stderr from time to time.
     """
 
-    def __init__(self, title: str, total_bytes: int, wanted: bool | None) -> None:
+    def __init__(self, title: str, total_bytes: int, wanted: bool | None, lines: bool = False) -> None:
         self._bar: Progress | None = None
+        self._title, self._total, self._done = title, total_bytes, 0
+        self._lines = lines and not sys.stderr.isatty()
+        self._next_line = time.monotonic() + _SECONDS_TO_A_LINE
         self._started = False
         shown = sys.stderr.isatty() if wanted is None else wanted
         self._start_at = time.monotonic() + _PROGRESS_AFTER_SECONDS if wanted is None else 0.0
@@ -206,6 +213,15 @@ class LoadProgress:
             self._bar.stop()
 
     def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._lines and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _SECONDS_TO_A_LINE
+            share = self._done / max(self._total, 1)
+            print(
+                f"{self._title}: {format_bytes(self._done)} of {format_bytes(self._total)} ({share:.0%})",
+                file=sys.stderr,
+                flush=True,
+            )
         if self._bar is None:
             return
         if not self._started and time.monotonic() >= self._start_at:

@@ -26,7 +26,7 @@ def run(arguments: Arguments) -> None:
     source, destination = resolve_checkpoint(arguments.model), Path(path("OUT", arguments.out))
     before = plan_conversion(source, target).info.total_bytes
     began = time.monotonic()
-    with LoadProgress("quantizing", before, None) as bar:
+    with LoadProgress("quantizing", before, None, lines=True) as bar:
         errors = convert(source, destination, target, bar.advance)
     seconds = time.monotonic() - began
     after = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
