@@ -10,7 +10,7 @@
 # ARGS="-k attention -x" goes to pytest (test, bench, gpu-check), ARGS="--minutes 8" to the report; PYTHON=... chooses the
 # interpreter of a new .venv.
 # DGEMMA_CUDA=1 builds the CUDA kernels for demo and bench too where no GPU and no nvcc is found, DGEMMA_CUDA=0 leaves them
-# out; DGEMMA_CUDA_ARCHITECTURES="80;90a" chooses what for.
+# out; DGEMMA_CUDA_ARCHITECTURES="80;90a" (or 9.0, sm_90, native, all) chooses what for.
 #
 # Needs Python 3.11 or later with venv, a C++20 compiler, and what requirements/*.txt name from a package index.
 SHELL := /bin/bash
@@ -21,7 +21,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo build build-cuda test bench wheel report lint format gpu-check clean
+.PHONY: help demo build build-cuda test bench wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -36,8 +36,21 @@ build-cuda: .venv/.built-cuda
 # Up to four processes: while one compiles kernels, another runs them. ARGS="-n 0" is one process, for a debugger.
 workers := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 
-test: .venv/.built-cuda
+test: .venv/.built-cuda older-transformers
 	@$(venv_python) -m pytest -n $(workers) --dist loadfile $(ARGS)
+
+# Releases of transformers besides the newest, each in a folder of its own: about 11 MB from the package index. Where one
+# cannot be had, the tests under it skip.
+older_transformers := $(patsubst requirements/%.txt,.venv/%/.installed,$(wildcard requirements/transformers-*.txt))
+
+older-transformers: $(older_transformers)
+
+$(older_transformers): .venv/%/.installed: requirements/%.txt | .venv/.installed
+	@rm -rf .venv/$*
+	@mkdir -p .venv/$*
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target .venv/$* -r $< \
+	  || { rm -rf .venv/$*; mkdir -p .venv/$*; echo "$* could not be fetched: tests under it skip" >&2; }
+	@touch $@
 
 bench: .venv/.built
 	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)

@@ -43,9 +43,12 @@ class Bench:
         self.vocabulary = self.model.config.text_config.vocab_size
         ids = prompt_ids(self.vocabulary)
         with torch.no_grad():
-            self.cache = self.model.model.encoder(
+            encoded = self.model.model.encoder(
                 input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(PROMPT_TOKENS)[None]
-            ).past_key_values
+            )
+        # Since transformers 5.24 it is called cache, before past_key_values.
+        self.cache_name = "cache" if hasattr(encoded, "cache") else "past_key_values"
+        self.cache = getattr(encoded, self.cache_name)
         self.sampler_object = generation.EntropyBoundSampler(
             generation.EntropyBoundSamplerConfig(entropy_bound=0.1), CANVAS, self.vocabulary, 48
         )
@@ -118,7 +121,7 @@ class Bench:
             decoder_position_ids=torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + CANVAS)[None],
             self_conditioning_logits=conditioning,
             mask_mapping={"full_attention": None, "sliding_attention": None},
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             finished_denoising=torch.zeros(1, dtype=torch.bool),
             cur_step=40,
             sampler=self.sampler_object,

@@ -95,9 +95,12 @@ class Transformers:
         vocabulary = self.model.config.text_config.vocab_size
         ids = prompt_ids(vocabulary)
         with torch.no_grad():
-            self.cache = self.model.model.encoder(
+            encoded = self.model.model.encoder(
                 input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(ids.shape[1])[None]
-            ).past_key_values
+            )
+        # Since transformers 5.24 it is called cache, before past_key_values.
+        self.cache_name = "cache" if hasattr(encoded, "cache") else "past_key_values"
+        self.cache = getattr(encoded, self.cache_name)
         self.sampler_object = generation.EntropyBoundSampler(
             generation.EntropyBoundSamplerConfig(entropy_bound=0.1), 256, vocabulary, 48
         )
@@ -119,7 +122,7 @@ class Transformers:
             decoder_position_ids=torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + 256)[None],
             self_conditioning_logits=conditioning,
             mask_mapping=None,
-            past_key_values=self.cache,
+            **{self.cache_name: self.cache},
             finished_denoising=torch.zeros(1, dtype=torch.bool),
             cur_step=40,
             sampler=self.sampler_object,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ import transformers_oracle as oracle
 from accelerated import CHECKPOINTS, all_on_kernels, caught_fallbacks, random_ids, twin, unaccelerated
 from bounds import relative_distance
 from dgemma_ext.integrations.transformers import IMPLEMENTATION, releases
-from older_transformers import run_under_5_17
 from test_parity_forward import assert_as_good
+from transformers_releases import OLDER, run_under
 
 # Largest difference, as a share of the largest magnitude in the reference.
 FP32_BOUND = 5e-5
@@ -57,7 +58,7 @@ def passes(model: Any, ids: list[torch.Tensor], mask: torch.Tensor, canvas: torc
     for block in ids:
         seen = mask[:, : cache.get_seq_length() + block.shape[1]]
         decoder_mask = torch.nn.functional.pad(seen, (0, length), value=1)
-        given: dict[str, Any] = dict(past_key_values=cache, decoder_attention_mask=decoder_mask)
+        given: dict[str, Any] = {oracle.CACHE: cache, "decoder_attention_mask": decoder_mask}
         first = model(input_ids=block, attention_mask=seen, decoder_input_ids=canvas, **given)
         again = model(decoder_input_ids=canvas, self_conditioning_logits=first.logits / 0.7, **given)
         out += [first.logits, again.logits]
@@ -108,14 +109,14 @@ def test_static_cache() -> None:
     for one in (model, accelerated):
         cache = StaticCache(config=model.config.text_config, max_cache_len=40)
         with torch.no_grad(), all_on_kernels() if one is accelerated else contextlib.nullcontext():
-            one.model.encoder(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            one.model.encoder(input_ids=ids, attention_mask=mask, **{oracle.CACHE: cache})
             masks = one.model.decoder.create_diffusion_decoder_attention_mask(
                 config=one.config,
                 inputs_embeds=canvas[..., None],
-                past_key_values=cache,
                 decoder_attention_mask=torch.nn.functional.pad(mask, (0, 8), value=1),
+                **{oracle.CACHE: cache},
             )
-            out = one(decoder_input_ids=canvas, past_key_values=cache, decoder_attention_mask=masks)
+            out = one(decoder_input_ids=canvas, decoder_attention_mask=masks, **{oracle.CACHE: cache})
         logits.append(out.logits)
     assert_within(logits[1], logits[0], "logits")
 
@@ -138,7 +139,7 @@ def test_spans() -> None:
 
 def accelerated_layer(layer: Any, call: oracle.LayerCall, cache: Any) -> torch.Tensor:
     """The accelerated layer on a recorded call's input, with its experts; `cache` is the prefix."""
-    arguments = dict(call.arguments) | {"past_key_values": cache}
+    arguments = dict(call.arguments) | {oracle.CACHE: cache}
     if arguments["attention_mask"] is not None:
         arguments["attention_mask"] = arguments["attention_mask"] == 0  # eager's mask is added to the scores
     with (
@@ -171,9 +172,9 @@ def test_bf16_layers(name: str, count: int, padding: str) -> None:
         model(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             decoder_input_ids=canvas,
             decoder_attention_mask=decoder_mask,
+            **{oracle.CACHE: cache},
         )
     everywhere = torch.ones(ROWS, length, dtype=torch.bool)
     stacks = (
@@ -232,7 +233,7 @@ def test_copies_and_hooks() -> None:
     """A copy of an accelerated model is accelerated too; hooks see the same values as before."""
     model = unaccelerated("flat")
     accelerated = copy.deepcopy(twin(model))
-    assert accelerated._denoising_step.__self__ is accelerated
+    assert accelerated._denoising_step.args == (accelerated,)
     ids, canvas, mask = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20), padded("none", 17)
     shapes: list[list[torch.Size]] = []
     for one in (copy.deepcopy(model), accelerated):
@@ -246,6 +247,36 @@ def test_copies_and_hooks() -> None:
         shapes.append(seen)
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) > 100
+
+
+def test_saved_whole(tmp_path: Path) -> None:
+    """torch.save and pickle as without acceleration; loaded again, in another process too, it is accelerated."""
+    model = twin(unaccelerated("flat"))
+    ids, canvas, mask = [random_ids(model, ROWS, 17, 11)], random_ids(model, ROWS, 8, 20), padded("none", 17)
+    with all_on_kernels():
+        wanted = passes(model, ids, mask, canvas)
+        torch.manual_seed(4)
+        tokens = model.generate(ids[0], max_new_tokens=8).sequences
+    torch.save(model, tmp_path / "model.pt")
+    for loaded in (torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert loaded._denoising_step.args == (loaded,)
+        with all_on_kernels() as counts:
+            got = passes(loaded, ids, mask, canvas)
+            torch.manual_seed(4)
+            assert torch.equal(loaded.generate(ids[0], max_new_tokens=8).sequences, tokens)
+        assert counts["update_canvas_"] > 0
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, wanted, strict=True))
+        dg.accelerate(loaded, enabled=False)
+        assert "_denoising_step" not in vars(loaded)
+    torch.save(ids[0], tmp_path / "ids.pt")
+    program = (
+        "import sys, torch; model, ids = (torch.load(file, weights_only=False) for file in sys.argv[1:]);"
+        "torch.manual_seed(4); print(model.generate(ids, max_new_tokens=8).sequences.tolist());"
+        "print(type(model._denoising_step).__name__, model.config.text_config._attn_implementation)"
+    )
+    files = [str(tmp_path / name) for name in ("model.pt", "ids.pt")]
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == [str(tokens.tolist()), f"partial {IMPLEMENTATION}"]
 
 
 def test_import_leaves_transformers_alone() -> None:
@@ -280,6 +311,9 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
 # Other releases -------------------------------------------------------------------------------------------------------
 
 
-def test_transformers_5_17() -> None:
-    """All tests of the integration."""
-    run_under_5_17(*sorted(Path(__file__).parent.glob("test_integration_transformers*.py")))
+@pytest.mark.parametrize("release", OLDER)
+def test_older_releases(release: str) -> None:
+    """The tests of the integration, of the larger ones a part."""
+    slow = "compiled or saved_whole or import_leaves or bf16_layers or fp32_passes or generations"
+    part = f"not ({slow}) or (fp32_passes and 17 and left) or (generations and patient)"
+    run_under(release, *sorted(Path(__file__).parent.glob("test_integration_transformers*.py")), keywords=part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
 import dgemma_ext as dg
+import transformers_oracle as oracle
 from accelerated import all_on_kernels, caught_fallbacks, counted_kernels, random_ids, twin, unaccelerated
-from dgemma_ext.integrations.transformers import attention, denoising, releases
+from dgemma_ext.integrations.transformers import attention, denoising, releases, trial
 from dgemma_ext.integrations.transformers.fallback import Acceleration
 from dgemma_ext.integrations.transformers.visibility import of_mask
+from dgemma_ext.ops import block_attention, grouped_gemm
 from test_integration_transformers import FP32_BOUND, ROWS, assert_within, padded, passes
 
 # Attention against transformers' own, mask by mask --------------------------------------------------------------------
@@ -208,13 +211,13 @@ def test_mask_of_its_own() -> None:
     model = unaccelerated("flat")
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model.model.encoder(input_ids=random_ids(model, 1, 17, 11), past_key_values=cache)
+        model.model.encoder(input_ids=random_ids(model, 1, 17, 11), **{oracle.CACHE: cache})
         sliding, full = (torch.rand(1, 1, 8, keys) < 0.7 for keys in (15 + 8, 17 + 8))
-        given: dict[str, Any] = dict(
-            decoder_input_ids=random_ids(model, 1, 8, 20),
-            past_key_values=cache,
-            decoder_attention_mask={"sliding_attention": sliding, "full_attention": full},
-        )
+        given: dict[str, Any] = {
+            "decoder_input_ids": random_ids(model, 1, 8, 20),
+            "decoder_attention_mask": {"sliding_attention": sliding, "full_attention": full},
+            oracle.CACHE: cache,
+        }
         with caught_fallbacks() as fallbacks:
             for _ in range(2):
                 assert_within(accelerated(**given).logits, model(**given).logits, "logits")
@@ -349,8 +352,8 @@ def test_compiled_by_the_user() -> None:
     model.set_experts_implementation("grouped_mm")  # the eager experts cannot be compiled to one graph
     accelerated, cache = twin(model), DynamicCache(config=model.config.text_config)
     with torch.no_grad(), caught_fallbacks() as fallbacks:
-        model.model.encoder(input_ids=random_ids(model, 2, 20, 1), past_key_values=cache)
-        given: dict[str, Any] = dict(decoder_input_ids=random_ids(model, 2, 8, 2), past_key_values=cache)
+        model.model.encoder(input_ids=random_ids(model, 2, 20, 1), **{oracle.CACHE: cache})
+        given: dict[str, Any] = {"decoder_input_ids": random_ids(model, 2, 8, 2), oracle.CACHE: cache}
         compiled = torch.compile(accelerated.forward, backend="eager", fullgraph=True)
         assert_within(compiled(**given).logits, model(**given).logits, "logits")
     assert not fallbacks
@@ -368,18 +371,65 @@ def test_repeatable_and_seeded() -> None:
     assert indices.tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("version", ["5.24.0", "5.30.1.dev0", "6.0"])
-def test_a_later_release_keeps_its_sampler(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["5.25.0", "5.30.1.dev0", "6.0rc1"])
+def test_a_later_release_is_tried_once(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its model is accelerated as a whole, because the small model of the trial runs as it should."""
     monkeypatch.setattr(releases.transformers, "__version__", version)
+    state = torch.random.get_rng_state()
+    with caught_fallbacks() as fallbacks:
+        accelerated = twin(unaccelerated("flat"))
+        generate(accelerated)
+    assert not fallbacks
+    with mock.patch.object(trial, "_small_model") as tried, all_on_kernels() as counts:
+        torch.random.set_rng_state(state)
+        twin(unaccelerated("flat"))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        generate(accelerated)
+    assert not tried.called
+    assert counts["update_canvas_"] > 0
+
+
+def _another_acceptance(sampler: Any, current: Any, denoised: Any, logits: Any, cur_step: Any) -> Any:
+    sampler.accepted_token_mask = torch.ones_like(denoised, dtype=torch.bool)
+    return denoised
+
+
+def test_a_later_release_that_samples_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases.transformers, "__version__", "5.99.1")
+    monkeypatch.setattr(generation.EntropyBoundSampler, "accept_canvas", _another_acceptance)
     with caught_fallbacks() as fallbacks:
         accelerated = twin(unaccelerated("flat"))
     assert len(fallbacks) == 1
-    assert f"that of transformers {version} (after 5.23) is not known" in fallbacks[0]
+    assert "the sampler of this model runs on transformers' own code: transformers 5.99.1 is newer" in fallbacks[0]
+    assert "other accepted positions of a first step" in fallbacks[0]
     with caught_fallbacks() as fallbacks, counted_kernels() as counts:
         generate(accelerated)
     assert not fallbacks
     assert counts["moe_ffn"] > 0
+    assert counts["canvas_attention"] > 0
     assert counts["update_canvas_"] == 0
+
+
+@pytest.mark.parametrize(("part", "version"), [("attention", "5.99.2"), ("experts", "5.99.3")])
+def test_a_later_release_whose_layers_differ(part: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other parts run on the kernels; one that transformers computes otherwise does not."""
+    monkeypatch.setattr(releases.transformers, "__version__", version)
+    model = unaccelerated("flat")
+    kind, name = {"attention": (block_attention, "canvas_attention"), "experts": (grouped_gemm, "moe_ffn")}[part]
+    right = getattr(kind, name)
+    with mock.patch.object(kind, name, lambda *arguments, **keywords: right(*arguments, **keywords).roll(1, -1)):
+        trial.failed_parts(version)
+    with caught_fallbacks() as fallbacks:
+        accelerated = twin(model)
+    assert len(fallbacks) == 1
+    assert f"the {part} of this model runs on transformers' own code" in fallbacks[0]
+    assert "logits are off by" in fallbacks[0]
+    with torch.no_grad(), counted_kernels() as counts:
+        assert_within(accelerated(**inputs(model)).logits, model(**inputs(model)).logits, "logits")
+        generate(accelerated)
+    assert (counts["moe_ffn"] == 0) == (part == "experts")
+    assert (counts["canvas_attention"] == 0) == (part == "attention")
+    assert counts["update_canvas_"] > 0
 
 
 def test_another_signature_keeps_its_sampler(monkeypatch: pytest.MonkeyPatch) -> None:

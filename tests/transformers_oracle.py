@@ -1,6 +1,6 @@
 """transformers as the oracle of parity tests: its passes, its layers, its generate with this package's draws.
 
-Works with transformers 5.17 to 5.23. Its sampler draws with torch.multinomial and torch.randint; here both take the
+Works with transformers 5.17 to 5.24. Its sampler draws with torch.multinomial and torch.randint; here both take the
 Philox uniforms of (seed, canvas, step, position, purpose), so that two runs can be compared token by token. Everything
 else of transformers is used as it is: its dynamic cache (its static cache and its left padding are no oracle: the first
 loses the last canvas key beyond the window, the second counts padding in the positions).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +21,16 @@ from unittest import mock
 import torch
 from transformers import DynamicCache
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaModel
 
 import dgemma_ext as dg
 import reference.denoise as reference
 from checkpoints import load_transformers
 from dgemma_ext.model import Cache
 from dgemma_ext.ops.denoise import Purpose
+
+# Since transformers 5.24 methods call their cache so, before past_key_values.
+CACHE = "cache" if "cache" in inspect.signature(DiffusionGemmaModel.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -61,11 +66,11 @@ def encode(
         config=model.config,
         inputs_embeds=torch.empty(*ids.shape, 0, dtype=model.dtype),
         attention_mask=torch.ones(1, start + ids.shape[1], dtype=torch.bool),
-        past_key_values=cache,
         position_ids=positions,
         mm_token_type_ids=kinds if spans else None,
+        **{CACHE: cache},
     )
-    model.model.encoder(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=masks)
+    model.model.encoder(input_ids=ids, position_ids=positions, attention_mask=masks, **{CACHE: cache})
     return cache
 
 
@@ -74,7 +79,7 @@ def denoise(
     model: Any, canvas: torch.Tensor, cache: DynamicCache, self_conditioning: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Soft-capped logits, fp32 [1, L, vocabulary]."""
-    out = model(decoder_input_ids=canvas, past_key_values=cache, self_conditioning_logits=self_conditioning)
+    out = model(decoder_input_ids=canvas, self_conditioning_logits=self_conditioning, **{CACHE: cache})
     logits: torch.Tensor = out.logits
     return logits
 
@@ -124,7 +129,7 @@ class LayerCall:
         arguments["position_embeddings"] = tuple(table.double() for table in arguments["position_embeddings"])
         if arguments["attention_mask"] is not None:
             arguments["attention_mask"] = arguments["attention_mask"].double()
-        arguments["past_key_values"] = cache
+        arguments[CACHE] = cache
         with mock.patch.object(module.router, "forward", _router_with(module.router, self.expert_ids)):
             out: torch.Tensor = module(self.hidden.double(), **arguments)
         return out

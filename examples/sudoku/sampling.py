@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from transformers import DiffusionGemmaForBlockDiffusion
 
 import puzzles
 import tokenizer as sudoku_tokenizer
+
+# Since transformers 5.24 methods call their cache so, before past_key_values.
+_CACHE = (
+    "cache" if "cache" in inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters else "past_key_values"
+)
 
 
 def prompt_ids(text_tokenizer: Tokenizer, user_text: str) -> list[int]:
@@ -43,7 +49,7 @@ class Prefix:
         self.final_length = length
         self.length = 0  # the encoder counts its positions from here
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, **_: Any) -> tuple[Tensor, Tensor]:
         self.layers[layer].keys = keys[:, :, -self.kept[layer] :]
         self.layers[layer].values = values[:, :, -self.kept[layer] :]
         self.length = self.final_length
@@ -62,7 +68,7 @@ def encode(model: DiffusionGemmaForBlockDiffusion, prompts: Tensor) -> Prefix:
     visible = (ahead >= 0) & (ahead < config.sliding_window)
     causal, sliding = (torch.where(seen, 0.0, -1e9)[None, None] for seen in (ahead >= 0, visible))
     masks = {"full_attention": causal, "sliding_attention": sliding}
-    model.model.encoder.language_model(input_ids=prompts, attention_mask=masks, past_key_values=prefix)
+    model.model.encoder.language_model(input_ids=prompts, attention_mask=masks, **{_CACHE: prefix})
     return prefix
 
 
@@ -86,9 +92,9 @@ def denoise(
     try:
         hidden = decoder(
             decoder_input_ids=canvas,
-            past_key_values=prefix,
             self_conditioning_logits=self_conditioning,
             decoder_attention_mask={"full_attention": None, "sliding_attention": None},
+            **{_CACHE: prefix},
         ).last_hidden_state
     finally:
         hook.remove()

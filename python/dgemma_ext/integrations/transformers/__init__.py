@@ -5,8 +5,12 @@ Three parts of the model are replaced, and restored by `dg.accelerate(model, ena
 - attention, an implementation registered with transformers' AttentionInterface and, for masks, with its
   AttentionMaskInterface (attention.py, visibility.py);
 - the experts, an implementation registered with its ExpertsInterface (experts.py);
-- the part of a denoising step of `generate` after the decoder, with the next step's self-conditioning (denoising.py).
-  transformers has no interface for it, so it is replaced only in releases that were tested.
+- the part of a denoising step of `generate` after the decoder, with the next step's self-conditioning (denoising.py),
+  for which transformers has no interface: it is a private method.
+
+A release of transformers that is newer than the tests have seen is tried once, on a small model (trial.py); a part that
+fails there is not replaced. An accelerated model can be pickled, copied and saved as before; where it is loaded again
+in another process, this package is needed.
 
 Everything else runs on transformers: norms, rotations, projections, router, dense MLP, vision tower, caches, streamers,
 stopping at an end of text. Hooks and adapters (PEFT's LoRA) on any of its modules work as before.
@@ -25,19 +29,16 @@ reads them.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 from torch import nn
 
-from dgemma_ext.integrations.transformers import attention, denoising, experts
-from dgemma_ext.integrations.transformers.fallback import Acceleration, AccelerationWarning
-from dgemma_ext.integrations.transformers.releases import OLDEST, release, release_name
+from dgemma_ext.integrations.transformers import experts, trial
+from dgemma_ext.integrations.transformers.fallback import AccelerationWarning
+from dgemma_ext.integrations.transformers.releases import NEWEST_TESTED, OLDEST, release, release_name
+from dgemma_ext.integrations.transformers.switch import IMPLEMENTATION, disable, enable
 
 __all__ = ["IMPLEMENTATION", "AccelerationWarning", "accelerate"]
-
-# The name of the implementations in transformers' registers and in the model's configuration.
-IMPLEMENTATION = "dgemma_ext"
 
 
 def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
@@ -45,9 +46,9 @@ def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
     base = _diffusion_gemma(model)
     if enabled:
         _check_weights(base)
-        _enable(base)
+        enable(base, trial.failed_parts(release_name()) if release() > NEWEST_TESTED else {})
     else:
-        _disable(base)
+        disable(base)
     return model
 
 
@@ -75,38 +76,3 @@ def _check_weights(base: Any) -> None:
             if weight is None or not weight.is_floating_point() or weight.itemsize < 2:
                 got = "nothing" if weight is None else str(weight.dtype)
                 raise ValueError(f"model: got {got} in {name}.{tensor}, wants weights of 16 bits or more")
-
-
-def _enable(base: Any) -> None:
-    if getattr(base, "_dgemma_acceleration", None) is not None:
-        return
-    attention.register(IMPLEMENTATION)
-    experts.register(IMPLEMENTATION)
-    configs = {"": base.config, "text_config": base.config.text_config}
-    state = Acceleration(
-        attention={key: config._attn_implementation for key, config in configs.items()},
-        experts={key: config._experts_implementation for key, config in configs.items()},
-    )
-    base._dgemma_acceleration = state
-    for module in base.modules():
-        if isinstance(module, (*attention.attention_classes(), experts.experts_class())):
-            module.__dict__["_dgemma_acceleration"] = state
-    # Set by sub-configuration, so that the vision tower keeps its implementation.
-    base.set_attn_implementation(dict.fromkeys(configs, IMPLEMENTATION))
-    base.set_experts_implementation(dict.fromkeys(configs, IMPLEMENTATION))
-    unknown = denoising.unknown_release(base)
-    if unknown is not None:
-        state.fall_back("sampler", unknown)
-    else:
-        base._denoising_step = types.MethodType(denoising.denoising_step, base)
-
-
-def _disable(base: Any) -> None:
-    state = getattr(base, "_dgemma_acceleration", None)
-    if state is None:
-        return
-    base.set_attn_implementation(state.attention)
-    base.set_experts_implementation(state.experts)
-    base.__dict__.pop("_denoising_step", None)
-    for module in base.modules():
-        module.__dict__.pop("_dgemma_acceleration", None)

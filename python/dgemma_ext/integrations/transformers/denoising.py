@@ -11,11 +11,11 @@ stopping criterion or logits processor of the user's, and for a compiled loop, t
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as ge
 
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
-from dgemma_ext.integrations.transformers.releases import NEWEST_KNOWN_STEP, release, release_name
 from dgemma_ext.model.network import SOFT_EMBEDDING_TOLERANCE, largest_row_norm
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.denoise import CanvasStatus
@@ -32,22 +31,29 @@ from dgemma_ext.sampling.step import softmax_statistics
 
 _NEVER = 2**31 - 1  # stability threshold without a stopping criterion
 
-_ARGUMENTS = (
+_ARGUMENTS = {
     *("self", "decoder_forward", "current_canvas", "argmax_canvas", "input_ids", "decoder_position_ids"),
-    *("self_conditioning_logits", "mask_mapping", "past_key_values", "finished_denoising", "cur_step", "sampler"),
-    *("logits_processor", "diffusion_stopping_criteria", "model_kwargs"),
-)
+    *("self_conditioning_logits", "mask_mapping", "finished_denoising", "cur_step", "sampler", "logits_processor"),
+    *("diffusion_stopping_criteria", "model_kwargs"),
+}
+# What methods call the cache: since 5.24, and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
-def unknown_release(model: Any) -> str | None:
+def unknown_arguments(model: Any) -> str | None:
     """The reason that the step of this transformers is not replaced, or None."""
-    if release() > NEWEST_KNOWN_STEP:
-        known = ".".join(map(str, NEWEST_KNOWN_STEP))
-        return f"its method is private, and that of transformers {release_name()} (after {known}) is not known"
-    arguments = tuple(inspect.signature(type(model)._denoising_step).parameters)
-    if arguments != _ARGUMENTS:
+    method = type(model)._denoising_step
+    arguments = tuple(inspect.signature(method).parameters)
+    if set(arguments) - {cache_name(method)} != _ARGUMENTS or cache_name(type(model.model).forward) is None:
         return f"its method takes other arguments than known ({', '.join(arguments)})"
     return None
+
+
+@functools.cache
+def cache_name(method: Callable[..., Any]) -> str | None:
+    """The name that a method of transformers has for its cache argument."""
+    arguments = inspect.signature(method).parameters
+    return next((name for name in _CACHE_NAMES if name in arguments), None)
 
 
 @dataclass
@@ -93,7 +99,8 @@ def denoising_step(self: Any, **arguments: Any) -> tuple[Tensor, Tensor, Any, Te
     asked = ("decoder_forward", "sampler", "logits_processor", "diffusion_stopping_criteria")
     reason = _refused(self, *(arguments[name] for name in asked))
     if reason is None:
-        return _step_on_kernels(self, **arguments)
+        cache = arguments.pop(str(cache_name(type(self)._denoising_step)))
+        return _step_on_kernels(self, cache=cache, **arguments)
     acceleration_of(self).fall_back("sampler", reason)
     carried = arguments["self_conditioning_logits"]
     if isinstance(carried, Step):
@@ -110,7 +117,7 @@ def _step_on_kernels(
     decoder_position_ids: Tensor,
     self_conditioning_logits: Tensor | Step | None,
     mask_mapping: dict[str, Tensor | None],
-    past_key_values: Any,
+    cache: Any,
     finished_denoising: Tensor,
     cur_step: int,
     sampler: Any,
@@ -128,8 +135,8 @@ def _step_on_kernels(
             decoder_input_ids=current_canvas,
             self_conditioning_logits=given,
             decoder_attention_mask=mask_mapping,
-            past_key_values=past_key_values,
             decoder_position_ids=decoder_position_ids,
+            **{str(cache_name(type(model.model).forward)): cache},
             **model_kwargs,
         ).last_hidden_state
     raw = model.lm_head(hidden).contiguous()
@@ -192,7 +199,7 @@ def begin(canvas: Tensor, finished: Tensor, steps: int, softcap: float) -> Step:
     """The state before the first step of a canvas [batch, length] with at most `steps` steps."""
     batch, device = canvas.shape[0], canvas.device
     seed, canvas_index = draw_streams(batch, device)
-    by_row = partial(_by_row, batch, device)
+    by_row = functools.partial(_by_row, batch, device)
     return Step(
         seed=seed,
         canvas_index=canvas_index,
@@ -230,7 +237,7 @@ def advance(
     Raises dg.NonFiniteError where a logit is not finite.
     """
     batch, vocabulary = raw.shape[0], raw.shape[2]
-    by_row = partial(_by_row, batch, raw.device)
+    by_row = functools.partial(_by_row, batch, raw.device)
     running = step.active.clone()
     if not bool(running.all()):
         # A stopped row keeps its logits, for a streamer that takes them.
