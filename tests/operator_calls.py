@@ -60,6 +60,14 @@ def _attention(dtype: torch.dtype) -> dict[str, OperatorCall]:
     return {
         "canvas_attention": same(ops.canvas_attention.default, block_attention.canvas_attention, canvas),
         "canvas_attention.out": same(ops.canvas_attention.out, block_attention.canvas_attention, canvas, **given),
+        "batched_canvas_attention": OperatorCall(
+            *(ops.batched_canvas_attention.default, canvas, block_attention.canvas_attention, canvas),
+            function_keywords={"batch_invariant": False},
+        ),
+        "batched_canvas_attention.out": OperatorCall(
+            *(ops.batched_canvas_attention.out, canvas, block_attention.canvas_attention, canvas),
+            *(given, {"batch_invariant": False, **given}),
+        ),
         "causal_attention": same(ops.causal_attention.default, block_attention.causal_attention, causal),
         "causal_attention.out": same(ops.causal_attention.out, block_attention.causal_attention, causal, **given),
         "append_to_cache": same(ops.append_to_cache.default, block_attention.append_to_cache, rows),

@@ -77,17 +77,22 @@ def describe(built: Built) -> BlockAttention:
 
 
 @contextmanager
-def gpu(capability: int) -> Iterator[None]:
+def gpu(capability: int, multiprocessors: int = 132) -> Iterator[None]:
     """The GPU that the test bed plays."""
-    library().sim_set_gpu(capability, 3)
+    library().sim_set_gpu(capability, multiprocessors)
     try:
         yield
     finally:
         library().sim_set_gpu(90, 3)
 
 
-def run(built: Built, seed: int, capability: int = 90, with_length: bool = True) -> Tensor:
-    """The output of a call into poison, in one of the machine's orders; rows that have no query stay NaN."""
+def run(
+    built: Built, seed: int, capability: int = 90, with_length: bool = True, by_batch: bool = False, blocks: int = 132
+) -> Tensor:
+    """The output of a call into poison, in one of the machine's orders; rows that have no query stay NaN.
+
+    `blocks`: multiprocessors of the GPU. `by_batch`: canvas attention whose splits know the batch.
+    """
     op = describe(built)
     if not with_length:
         op.length = None
@@ -96,10 +101,11 @@ def run(built: Built, seed: int, capability: int = 90, with_length: bool = True)
     op.workspace_bytes = library().dgemma_cuda_block_attention_workspace(ctypes.byref(op))
     workspace = torch.full((op.workspace_bytes + GUARD,), 0xFF, dtype=torch.uint8)
     op.output, op.workspace = guarded.data_ptr() + GUARD, workspace.data_ptr()
-    function = library().dgemma_cuda_causal_attention if built.case.causal else library().dgemma_cuda_canvas_attention
+    kind = "causal" if built.case.causal else "batched_canvas" if by_batch else "canvas"
+    function = getattr(library(), f"dgemma_cuda_{kind}_attention")
     library().sim_set_seed(ctypes.c_uint64(seed))
     cuda = Cuda()
-    with gpu(capability):
+    with gpu(capability, blocks):
         status = function(ctypes.byref(op), ctypes.byref(cuda))
     assert status == OK, cuda.message.decode()
     assert bool((workspace[op.workspace_bytes :] == 0xFF).all()), "written behind the workspace"
@@ -198,14 +204,28 @@ def test_bits_alone_and_in_a_batch(causal: bool, head_dim: int) -> None:
     requests = [Request(530, 5, 1), Request(20, 3, 2), Request(900, 40, 0)]
     shape: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "head_dim": head_dim, "capacity": 950, "causal": causal}
     built = build(Case(requests, block=41, **shape))
-    together = run(built, seed=1)
+    together = run(built, seed=1, blocks=6)  # so few that the batch would matter if it were counted
     check(built, together)
     for b, r in enumerate(requests):
         alone = build(Case([Request(r.prefix, r.rows, 0)], **shape))
         alone.query[0], alone.key[0], alone.value[0] = (x[b, : r.rows] for x in (built.query, built.key, built.value))
         alone.prefix_key[0], alone.prefix_value[0] = built.prefix_key[r.slot], built.prefix_value[r.slot]
         for with_length in (True, False):
-            assert same_bits(run(alone, seed=2, with_length=with_length)[0], together[b, : r.rows])
+            found = run(alone, seed=2, with_length=with_length, blocks=6)[0]
+            assert same_bits(found, together[b, : r.rows])
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_splits_that_know_the_batch(capability: int) -> None:
+    """Three requests on six multiprocessors, the longest worth three splits: it gets two on sm_90, three on sm_80."""
+    requests = [Request(530, 5, 1), Request(20, 3, 2), Request(900, 40, 0)]
+    case = Case(requests, block=41, query_heads=1, key_heads=1, head_dim=256, capacity=950)
+    built = build(case)
+    by_request, by_batch = (run(built, 1, capability, by_batch=b, blocks=6) for b in (False, True))
+    check(built, by_batch)
+    assert same_bits(by_batch, run(built, 2, capability, by_batch=True, blocks=6))
+    assert same_bits(by_batch[1], by_request[1]), "one split either way"
+    assert same_bits(by_batch[2], by_request[2]) == (capability == 80)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -242,9 +262,10 @@ class Plan:
     text: str
 
 
-def plan_of(op: BlockAttention, capability: int = 90) -> Plan:
+def plan_of(op: BlockAttention, capability: int = 90, multiprocessors: int = 132, by_batch: bool = False) -> Plan:
     numbers, text = (ctypes.c_int64 * 9)(), ctypes.create_string_buffer(500)
-    problem = library().attention_plan(ctypes.byref(op), capability, numbers, text, ctypes.c_size_t(500))
+    given = (capability, multiprocessors, ctypes.c_bool(by_batch))
+    problem = library().attention_plan(ctypes.byref(op), *given, numbers, text, ctypes.c_size_t(500))
     assert problem is None, problem
     return Plan(*numbers, text.value.decode())
 
@@ -360,11 +381,35 @@ def test_plan_for_the_model_on_an_h200() -> None:
     sliding, full = plan_of(model_layer("sliding")), plan_of(model_layer("full"))
     assert (sliding.row_tiles * 8 * sliding.splits, full.row_tiles * 2 * full.splits) == (128, 128)
     assert sliding.text == (
-        "sm90 attention: 4 tiles of 128 rows, tiles of 80 keys, up to 4 splits\nworkspace: 17436672 bytes\n"
+        "sm90 attention: 4 tiles of 128 rows, tiles of 80 keys, up to 4 splits towards 132 blocks of a request\n"
+        "workspace: 17436672 bytes\n"
     )
     assert full.text == (
-        "sm90 attention: 32 tiles of 64 rows, tiles of 64 keys, up to 2 splits\nworkspace: 17369088 bytes\n"
+        "sm90 attention: 32 tiles of 64 rows, tiles of 64 keys, up to 2 splits towards 132 blocks of a request\n"
+        "workspace: 17369088 bytes\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "batch", "sliding", "full"),
+    [
+        (132, 1, 4, 2),
+        (114, 1, 3, 1),  # an H100 on PCIe: 96 and 64 blocks, one wave
+        (78, 1, 2, 1),  # an H20
+        (132, 2, 2, 1),
+        (132, 4, 1, 1),
+        (132, 200, 1, 1),
+    ],
+)
+def test_splits_fill_the_gpu_at_hand(multiprocessors: int, batch: int, sliding: int, full: int) -> None:
+    """One wave of blocks; only by request does a batch make more."""
+    for layer, splits in (("sliding", sliding), ("full", full)):
+        op = model_layer(layer, batch)
+        assert plan_of(op, 90, multiprocessors, by_batch=True).splits == splits
+        by_request = plan_of(op, 90, multiprocessors)
+        assert by_request.splits == plan_of(model_layer(layer), 90, multiprocessors).splits
+        if splits == 1:
+            assert plan_of(op, 90, multiprocessors, by_batch=True).workspace_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -385,7 +430,12 @@ def test_workspace_is_enough_for_every_gpu(block: int, batch: int, layer: str) -
         length = integers([block] * batch)
         op.length = length.data_ptr() if with_lengths else None
         wanted = library().dgemma_cuda_block_attention_workspace(ctypes.byref(op))
-        plans = [plan_of(op, capability) for capability in (80, 90)]
+        plans = [
+            plan_of(op, capability, multiprocessors, by_batch)
+            for capability in (80, 90)
+            for multiprocessors in (3, 78, 108, 132, 192, 1000)
+            for by_batch in (False, True)
+        ]
         assert wanted == max(plan.workspace_bytes for plan in plans)
         for plan in plans:
             floats = batch * plan.partial_tiles * plan.rows
@@ -400,7 +450,8 @@ def test_small_workspace(head_dim: int) -> None:
     out = torch.zeros_like(built.query)
     workspace = torch.zeros(2**16, dtype=torch.uint8)
     op.output, op.workspace, op.workspace_bytes = out.data_ptr(), workspace.data_ptr(), 2**16
-    assert library().dgemma_cuda_canvas_attention(ctypes.byref(op), ctypes.byref(cuda)) == WORKSPACE_TOO_SMALL
+    with gpu(90):
+        assert library().dgemma_cuda_canvas_attention(ctypes.byref(op), ctypes.byref(cuda)) == WORKSPACE_TOO_SMALL
     wanted = plan_of(op).workspace_bytes
     assert cuda.message.decode() == f"workspace_bytes: got 65536, wants at least {wanted}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dgemma_ext import _C, SamplerConfig
 from dgemma_ext.engine import SnapshotStore
 from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.model import MatmulMode, PrefillChunk, resolve_matmul
+from dgemma_ext.model import forward as forward_module
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.sampling import begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
 from models import head_input, random_model
@@ -183,6 +186,24 @@ def test_batch_invariant_products_change_no_bit(dtype: torch.dtype, monkeypatch:
     assert [request.output for request in requests] == alone
     # Three canvases in four rows, and the prompts with the first step.
     assert max(rows) == 4 * LENGTH + 3 + 12 + 13
+
+
+@pytest.mark.parametrize("mode", MatmulMode)
+def test_attention_looks_at_the_batch_where_products_do(mode: MatmulMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(torch.bfloat16)
+    attention, seen = forward_module.canvas_attention, set[bool]()
+
+    def watched(*operands: Any, batch_invariant: bool, **keywords: Any) -> torch.Tensor:
+        seen.add(batch_invariant)
+        return attention(*operands, batch_invariant=batch_invariant, **keywords)
+
+    wanted = model.generate([3, 4, 5], 4, SAMPLER, 0)
+    monkeypatch.setattr(forward_module, "canvas_attention", watched)
+    monkeypatch.setattr(model.network.options, "matmul", mode)
+    found = model.generate([3, 4, 5], 4, SAMPLER, 0)
+    assert seen == {mode is not MatmulMode.BATCHED}
+    if mode is not MatmulMode.INVARIANT:
+        assert found == wanted, "on a CPU the operators and products are the same"
 
 
 def test_a_gpu_that_cannot_be_batch_invariant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

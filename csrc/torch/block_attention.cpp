@@ -54,6 +54,15 @@ struct CanvasAttention : Attention {
                ON_CUDA(&dgemma_cuda_canvas_attention, &dgemma_cuda_block_attention_workspace));
 };
 
+// On a CPU the same operator.
+struct BatchedCanvasAttention : Attention {
+  static constexpr auto kArguments = CanvasAttention::kArguments;
+  static constexpr Operator kOperator = describe(
+      "batched_canvas_attention", kArguments,
+      entry<&dgemma_cpu_canvas_attention, &dgemma_cpu_block_attention_workspace>(),
+      ON_CUDA(&dgemma_cuda_batched_canvas_attention, &dgemma_cuda_block_attention_workspace));
+};
+
 struct CausalAttention : Attention {
   static constexpr std::array kSpans = {
       optional("spans", AT(spans), {AT(batch), AT(spans_per_request), 2})};
@@ -78,4 +87,5 @@ struct AppendToCache : Cached<dgemma_append_to_cache> {
 }  // namespace
 }  // namespace dgemma
 
-DGEMMA_OPERATORS(dgemma::CanvasAttention, dgemma::CausalAttention, dgemma::AppendToCache)
+DGEMMA_OPERATORS(dgemma::CanvasAttention, dgemma::BatchedCanvasAttention, dgemma::CausalAttention,
+                 dgemma::AppendToCache)

@@ -1,6 +1,5 @@
 // The C entry points for CUDA: checks of extents and pointers, then the launches. Slots, lengths
 // and spans are on the device and cannot be checked; a slot out of range is skipped there.
-#include <algorithm>
 #include <cmath>
 
 #include "block_attention/cuda/attention.h"
@@ -43,13 +42,14 @@ const char* launch_attention(const AttentionPlan& plan, const Attention& attenti
   return launch_attention_sm80_bf16(plan, attention, batch, stream);
 }
 
-dgemma_status attend(const dgemma_block_attention& op, bool causal, dgemma_cuda* cuda) {
+dgemma_status attend(const dgemma_block_attention& op, bool causal, Filling filling,
+                     dgemma_cuda* cuda) {
   dgemma_status status = check_attention(op, causal, cuda);
   if (status != DGEMMA_OK || op.batch == 0 || op.block_length == 0) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
-  const AttentionPlan plan = make_attention_plan(op, gpu.path);
+  const AttentionPlan plan = make_attention_plan(op, gpu, filling);
   status = check_workspace(op.workspace, op.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   const Attention attention = make_attention(op, plan, causal);
@@ -65,16 +65,20 @@ dgemma_status attend(const dgemma_block_attention& op, bool causal, dgemma_cuda*
 size_t dgemma_cuda_block_attention_workspace(const dgemma_block_attention* op) {
   if (dgemma::attention_cuda_error(*op) != nullptr) return 0;
   // The workspace must serve whichever GPU the call will run on.
-  return std::max(dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm80).workspace_bytes,
-                  dgemma::make_attention_plan(*op, dgemma::CudaPath::kSm90).workspace_bytes);
+  return dgemma::attention_workspace_bytes(*op);
 }
 
 dgemma_status dgemma_cuda_canvas_attention(const dgemma_block_attention* op, dgemma_cuda* cuda) {
-  return dgemma::attend(*op, false, cuda);
+  return dgemma::attend(*op, false, dgemma::Filling::kByRequest, cuda);
+}
+
+dgemma_status dgemma_cuda_batched_canvas_attention(const dgemma_block_attention* op,
+                                                   dgemma_cuda* cuda) {
+  return dgemma::attend(*op, false, dgemma::Filling::kByBatch, cuda);
 }
 
 dgemma_status dgemma_cuda_causal_attention(const dgemma_block_attention* op, dgemma_cuda* cuda) {
-  return dgemma::attend(*op, true, cuda);
+  return dgemma::attend(*op, true, dgemma::Filling::kByRequest, cuda);
 }
 
 dgemma_status dgemma_cuda_append_to_cache(const dgemma_append_to_cache* op, dgemma_cuda* cuda) {

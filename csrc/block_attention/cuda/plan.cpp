@@ -10,6 +10,8 @@ namespace dgemma {
 namespace {
 
 constexpr int32_t kHeadDims[] = {16, 32, 64, 128, 256, 512};
+// A whole GB202, the largest chip from compute capability 8.0 to 12.0.
+constexpr int32_t kMostMultiprocessors = 192;
 
 }  // namespace
 
@@ -33,21 +35,25 @@ const char* attention_cuda_error(const dgemma_block_attention& op) {
   return nullptr;
 }
 
-AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path) {
+AttentionPlan make_attention_plan(const dgemma_block_attention& op, const Gpu& gpu,
+                                  Filling filling) {
   AttentionPlan plan = {};
-  plan.path = op.head_dim == 256 || op.head_dim == 512 ? path : CudaPath::kSm80;
+  plan.path = op.head_dim == 256 || op.head_dim == 512 ? gpu.path : CudaPath::kSm80;
+  int64_t fill = std::clamp(gpu.multiprocessors, 1, kMostMultiprocessors);
   if (plan.path == CudaPath::kSm90) {
     // See sm90/bf16_keys.h.
     plan.rows = op.head_dim == 512 ? 64 : 128;
     plan.keys = op.head_dim == 512 ? 64 : 80;
-    plan.blocks_wanted = kBlocksWanted90;
   } else {
     // 512 columns are two warps' side by side, so four warps have 32 rows, else 64. Tiles of 32
     // keys keep the widest heads within 99 KB, which is what a block may have on 8.6, 8.9 and 12.0.
     plan.rows = op.head_dim == 512 ? 32 : 64;
     plan.keys = op.head_dim >= 256 ? 32 : 64;
-    plan.blocks_wanted = kBlocksWanted80;
+    fill *= 2;  // two blocks share a multiprocessor
   }
+  if (filling == Filling::kByBatch)
+    fill = std::max<int64_t>(1, fill / std::max<int64_t>(1, op.batch));
+  plan.blocks_wanted = static_cast<int32_t>(fill);
   const int64_t rows = op.block_length * (op.query_heads / op.key_heads);
   plan.row_tiles = static_cast<int32_t>(ceil_divide(rows, plan.rows));
   const int64_t blocks = std::max<int64_t>(1, plan.row_tiles * op.key_heads);
@@ -55,7 +61,7 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath pat
   // wanted.
   plan.splits =
       op.length != nullptr
-          ? kMostSplits
+          ? std::min(kMostSplits, plan.blocks_wanted)
           : attention_splits(plan.blocks_wanted,
                              static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
   plan.partial_tiles =
@@ -68,10 +74,19 @@ AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath pat
   return plan;
 }
 
+size_t attention_workspace_bytes(const dgemma_block_attention& op) {
+  size_t most = 0;
+  for (const CudaPath path : {CudaPath::kSm80, CudaPath::kSm90}) {
+    const Gpu gpu = {path, 0, kMostMultiprocessors};
+    most = std::max(most, make_attention_plan(op, gpu, Filling::kByRequest).workspace_bytes);
+  }
+  return most;
+}
+
 void print(const AttentionPlan& plan, std::ostream& out) {
   out << (plan.path == CudaPath::kSm90 ? "sm90" : "sm80") << " attention: " << plan.row_tiles
       << " tiles of " << plan.rows << " rows, tiles of " << plan.keys << " keys, up to "
-      << plan.splits << " splits\n"
+      << plan.splits << " splits towards " << plan.blocks_wanted << " blocks of a request\n"
       << "workspace: " << plan.workspace_bytes << " bytes\n";
 }
 

@@ -1,5 +1,6 @@
-// The launch plan of the CUDA kernels: everything that depends on the extents of a call alone. The
-// device finds the splits of a request from the request's own lengths (splits.h). Pure host code.
+// The launch plan of the CUDA kernels: everything that depends on the extents of a call and on the
+// GPU alone. The device finds the splits of a request from the request's own lengths and the number
+// of blocks that are wanted of it (splits.h). Pure host code.
 #pragma once
 
 #include <cstddef>
@@ -16,13 +17,17 @@ constexpr int32_t kAttentionThreads = 128;
 constexpr int32_t kAttentionThreads90 = 384;
 constexpr int32_t kCombineThreads = 128;
 
+// Where the blocks come from that fill the GPU: each request makes them for itself, so that it has
+// the same bits in any batch, or the requests of the batch together.
+enum class Filling { kByRequest, kByBatch };
+
 struct AttentionPlan {
   CudaPath path;          // kSm90 for head dimensions 256 and 512 on a Hopper
   int32_t rows;           // of a tile of queries
   int32_t keys;           // of a tile of keys
   int32_t row_tiles;      // that a request has at most
   int32_t splits;         // likewise
-  int32_t blocks_wanted;  // the blocks that splits are to make of a request alone: see splits.h
+  int32_t blocks_wanted;  // the blocks that splits are to make of a request
   int64_t partial_tiles;  // likewise: row tiles times splits, where there is more than one split
   size_t partial;         // float [batch, partial_tiles, rows, head_dim], before the division
   size_t sums;            // float [batch, partial_tiles, rows, 2]: maximum and sum of a row
@@ -32,7 +37,10 @@ struct AttentionPlan {
 // Null when the kernels take these extents and this dtype, else what they do not take and what they
 // want. Pointers are not checked.
 const char* attention_cuda_error(const dgemma_block_attention& op);
-AttentionPlan make_attention_plan(const dgemma_block_attention& op, CudaPath path);
+AttentionPlan make_attention_plan(const dgemma_block_attention& op, const Gpu& gpu,
+                                  Filling filling);
+// Enough for every GPU and either filling.
+size_t attention_workspace_bytes(const dgemma_block_attention& op);
 void print(const AttentionPlan& plan, std::ostream& out);
 
 }  // namespace dgemma

@@ -7,18 +7,13 @@
 
 namespace dgemma {
 
-// Blocks that fill the chip: two for each multiprocessor of an H200; one, where a block takes all
-// of its shared memory. Constants, not the GPU's own number, so that a request has the same bits on
-// every GPU of an architecture.
-constexpr int32_t kBlocksWanted80 = 264;
-constexpr int32_t kBlocksWanted90 = 132;
 // Fewer keys than this are not worth a part of their own: its sums cost as much to write and to
 // read again as its products.
 constexpr int32_t kLeastKeys = 256;
 constexpr int32_t kMostSplits = 8;
 
-// `wanted`: one of the two above. `blocks`: tiles of queries of the request, over all key heads.
-// `keys`: what its queries may see.
+// `wanted`: blocks that the splits are to make of the request. `blocks`: tiles of queries of the
+// request, over all key heads. `keys`: what its queries may see.
 DGEMMA_HOST_DEVICE int32_t attention_splits(int32_t wanted, int32_t blocks, int32_t keys) {
   const int32_t to_fill = wanted / blocks;  // rounded down: one wave, not one and a half
   const int32_t worth = keys / kLeastKeys;

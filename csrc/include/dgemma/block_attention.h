@@ -85,6 +85,11 @@ DGEMMA_API dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache
 DGEMMA_API size_t dgemma_cuda_block_attention_workspace(const dgemma_block_attention* op);
 DGEMMA_API dgemma_status dgemma_cuda_canvas_attention(const dgemma_block_attention* op,
                                                       dgemma_cuda* cuda);
+/* dgemma_cuda_canvas_attention but for its last sentence: how a request's keys are split among
+ * blocks, and so the bits of its result, also depends on `batch`, though not on the other requests.
+ * Faster where the batch fills the GPU. */
+DGEMMA_API dgemma_status dgemma_cuda_batched_canvas_attention(const dgemma_block_attention* op,
+                                                              dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_causal_attention(const dgemma_block_attention* op,
                                                       dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_append_to_cache(const dgemma_append_to_cache* op,

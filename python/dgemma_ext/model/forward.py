@@ -113,7 +113,8 @@ def decoder_layer(
     epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts)
 
     query, key, value = project_qkv(normed, weights, layer, rows.rotary[layer.rope, layer.head_dim], epsilon, matmul)
-    attended = _attention(query, key, value, rows, layer, cache)
+    batch_invariant = options.matmul is not MatmulMode.BATCHED
+    attended = _attention(query, key, value, rows, layer, cache, batch_invariant)
     residual, mlp_input, experts_input = attention_residual(
         hidden,
         matmul.linear(attended.flatten(-2), weights.o_proj),
@@ -151,7 +152,9 @@ def decoder_layer(
     return torch.cat([output for output, _ in outputs]), torch.cat([next_normed for _, next_normed in outputs])
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, layer: LayerConfig, cache: Cache) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, layer: LayerConfig, cache: Cache, batch_invariant: bool
+) -> Tensor:
     """Attention of all rows [n, heads, head_dim]; appends the keys and values of chunks to the cache."""
     cached, window = (cache.keys[layer.index], cache.values[layer.index]), layer.sliding_window
     parts = []
@@ -174,6 +177,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, layer: Lay
             slot=canvases.slot,
             prefix_length=canvases.prefix_length,
             window=window,
+            batch_invariant=batch_invariant,
             out=None if canvases.attention_out is None else canvases.attention_out[layer.head_dim],
         )
         parts.insert(0, attended.flatten(0, 1))

@@ -21,6 +21,7 @@ from dgemma_ext.ops.description import workspace_bytes
 from dgemma_ext.ops.operators import operator
 
 _canvas_attention, _canvas_attention_out = operator("canvas_attention"), operator("canvas_attention.out")
+_batched, _batched_out = operator("batched_canvas_attention"), operator("batched_canvas_attention.out")
 _causal_attention, _causal_attention_out = operator("causal_attention"), operator("causal_attention.out")
 _append_to_cache = operator("append_to_cache")
 
@@ -37,6 +38,7 @@ def canvas_attention(
     window: int = 0,
     scale: float = 1.0,
     *,
+    batch_invariant: bool = True,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -48,12 +50,15 @@ def canvas_attention(
     means whole blocks. Returns a tensor like `query`, zero in rows at and after `length[b]` and in skipped requests.
     With `out` these rows are left as they are; `workspace` then is what `attention_workspace` gives for these sizes,
     or None to allocate it.
+
+    Without `batch_invariant` the bits of a request's result may depend on the number of requests on a GPU, where a
+    batch needs fewer splits of each request's keys to fill it. On a CPU they never do.
     """
     operands = (query, key, value, prefix_key, prefix_value, slot, prefix_length, length, window, scale)
     if out is None:
-        result: torch.Tensor = _canvas_attention(*operands)
+        result: torch.Tensor = (_canvas_attention if batch_invariant else _batched)(*operands)
         return result
-    _canvas_attention_out(*operands, out=out, workspace=workspace)
+    (_canvas_attention_out if batch_invariant else _batched_out)(*operands, out=out, workspace=workspace)
     return out
 
 

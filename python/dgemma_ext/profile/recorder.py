@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
             # Without a kernel the head is a torch product and an operator for the statistics: records them apart.
             with self:
                 return vocabulary_head(*args, **kwargs)
-        part, name = self._part_and_name(short, args)
+        part, name = self._part_and_name(short.removeprefix("batched_"), args)
         if name == "moe_ffn" and self._layer is not None:
             self.routed.setdefault(self._layer, []).append(args[1])
         if func.is_view or short == "_unsafe_view":

@@ -8,13 +8,21 @@
 
 extern "C" void sim_statistics(uint64_t (&out)[6]);
 
+namespace {
+constexpr dgemma::Gpu kH200 = {dgemma::CudaPath::kSm90, 90, 132};
+}
+
 // Null, or what is wrong with the extents. `text` has room for `bytes`.
 SIM_ENTRY attention_plan(const dgemma_block_attention* op, int32_t compute_capability,
-                         int64_t (&out)[9], char* text, size_t bytes) {
+                         int32_t multiprocessors, bool by_batch, int64_t (&out)[9], char* text,
+                         size_t bytes) {
   using dgemma::CudaPath;
+  using dgemma::Filling;
   if (const char* error = dgemma::attention_cuda_error(*op)) return error;
   const CudaPath path = compute_capability == 90 ? CudaPath::kSm90 : CudaPath::kSm80;
-  const dgemma::AttentionPlan plan = dgemma::make_attention_plan(*op, path);
+  const dgemma::AttentionPlan plan =
+      dgemma::make_attention_plan(*op, {path, compute_capability, multiprocessors},
+                                  by_batch ? Filling::kByBatch : Filling::kByRequest);
   const int64_t numbers[9] = {plan.path == CudaPath::kSm90 ? 90 : 80,
                               plan.rows,
                               plan.keys,
@@ -37,7 +45,7 @@ SIM_ENTRY attention_plan(const dgemma_block_attention* op, int32_t compute_capab
 SIM_ENTRY attention_units(const dgemma_block_attention* op, bool causal, int32_t (*out)[8],
                           int32_t* count) {
   using namespace dgemma;
-  const AttentionPlan plan = make_attention_plan(*op, CudaPath::kSm90);
+  const AttentionPlan plan = make_attention_plan(*op, kH200, Filling::kByRequest);
   const Attention p = make_attention(*op, plan, causal);
   const int32_t group = p.query_heads / p.key_heads, room = *count;
   const int32_t blocks = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster * 2;
@@ -84,7 +92,7 @@ SIM_ENTRY attention_run(int32_t first, int32_t keys, int32_t end, int32_t prefix
 // Runs the sm90 kernel alone and writes the machine's statistics of it.
 SIM_ENTRY attention_traffic(const dgemma_block_attention* op, bool causal, uint64_t (&out)[6]) {
   using namespace dgemma;
-  const AttentionPlan plan = make_attention_plan(*op, CudaPath::kSm90);
+  const AttentionPlan plan = make_attention_plan(*op, kH200, Filling::kByRequest);
   const Attention p = make_attention(*op, plan, causal);
   const auto launch =
       op->head_dim == 512 ? launch_attention_512_sm90_bf16 : launch_attention_256_sm90_bf16;

@@ -159,6 +159,8 @@ def causal_attention_out(*operands: Any, out: torch.Tensor, workspace: torch.Ten
 for _name, _function in (
     ("canvas_attention", canvas_attention),
     ("canvas_attention.out", canvas_attention_out),
+    ("batched_canvas_attention", canvas_attention),
+    ("batched_canvas_attention.out", canvas_attention_out),
     ("causal_attention", causal_attention),
     ("causal_attention.out", causal_attention_out),
     ("append_to_cache", append_to_cache),
