@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import test_sim_conformance
+import test_sim_faults
 from sim.build import ROOT, SIM, find_nvcc, nvcc_report
 
 DEVICE = ROOT / "csrc" / "device"
@@ -20,6 +22,27 @@ DEVICE_ONLY_NAMES = {"wgmma.h": {"hold_registers"}, "launch.h": {"can_overlap", 
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer"}
 KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").rglob("*.cu")])
+
+
+# Faults of CUDA C++ itself, which no wrapper stands for: collectives, atomics, ordinary loads and stores, the stack.
+OF_THE_LANGUAGE = {
+    "atomic_beside_ordinary",
+    "barriers_of_two_numbers",
+    "fill_the_stack",
+    "lane_outside_its_mask",
+    "lanes_part",
+    "part_at_syncthreads",
+    "read_what_another_block_writes",
+    "same_shuffle_in_two_places",
+    "shuffle_from_outside_the_mask",
+    "shuffle_with_ended_lane",
+    "store_past_the_end",
+    "syncthreads_in_two_places",
+    "write_the_same_word",
+    "write_what_others_read",
+    "write_within_a_warp",
+    "write_without_barrier",
+}
 
 
 def functions_of(header: Path) -> set[str]:
@@ -38,20 +61,36 @@ def test_every_wrapper_has_a_host_form_of_the_same_name() -> None:
         assert functions_of(HOST / name) - {"flushed"} == wanted, name
 
 
-def test_every_wrapper_has_a_row_and_every_test_of_it_exists() -> None:
+def rows_of_wrappers() -> list[list[str]]:
+    """The table of tests/sim/README.md: wrappers, what must hold, how it is enforced, tests."""
     lines = [line for line in (SIM / "README.md").read_text().splitlines() if line.startswith("| `")]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_every_wrapper_has_a_row() -> None:
+    rows = rows_of_wrappers()
     assert all(len(row) == 4 for row in rows)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
     wrappers = set[str]().union(*(functions_of(path) for path in DEVICE.glob("*.h"))) - {"alignas"}
     assert sorted(named) == sorted(wrappers)
-    tests = "".join((SIM.parent / f"test_sim_{name}.py").read_text() for name in ("faults", "conformance"))
-    for row in rows:
-        found = re.findall(r"`([^`]+)`", row[3])
-        assert found, row
-        for test in found:
-            exists = (ROOT / test).exists() if "/" in test else f'"{test}"' in tests or f"def {test}(" in tests
-            assert exists, (row[0], test)
+
+
+@pytest.mark.parametrize("row", rows_of_wrappers(), ids=lambda row: re.findall(r"\w+", row[0])[0])
+def test_a_row_names_tests_that_exist_and_a_fault(row: list[str]) -> None:
+    """Where a contract holds more than values, what breaks it is planted and reported."""
+    tests = re.findall(r"`([^`]+)`", row[3])
+    refusals = {name for name in dir(test_sim_faults) if name.startswith("test_")} - {"test_fault_is_reported"}
+    faults = set(test_sim_faults.REPORTS) | refusals
+    for test in tests:
+        assert test in faults or test in test_sim_conformance.CASES or ("/" in test and (ROOT / test).is_file()), test
+    assert tests
+    assert row[1].startswith("none") or faults & set(tests), "no fault is planted"
+
+
+def test_every_fault_is_in_the_table_or_of_the_language() -> None:
+    """What the table does not name is a fault of what has no wrapper: the language's own, and plain memory."""
+    named = {test for row in rows_of_wrappers() for test in re.findall(r"`([^`]+)`", row[3])}
+    assert set(test_sim_faults.REPORTS) - named == OF_THE_LANGUAGE
 
 
 def test_only_device_headers_hold_assembly() -> None:

@@ -51,19 +51,40 @@ ClockRef copy_of(const Clock& from) {
   std::memcpy(clock->known, from.known, 2 * sizeof(uint32_t) * clock_slots);
   clock->all_fenced = from.all_fenced;
   clock->fenced_form = nullptr;
+  clock->others = from.others;
   return ClockRef(clock);
 }
 
 void drop(Clock* clock) {
   if (clock == nullptr || --clock->references > 0) return;
   drop(std::exchange(clock->fenced_form, nullptr));
+  clock->others.reset();
   free_clocks.push_back(clock);
+}
+
+void join(Clock& into, const Clock& other);
+
+// Of each cluster what either knows. A clock that is shared is not written to.
+void join(ClusterClocks& into, const ClusterClocks& other) {
+  for (const auto& [cluster, clock] : other) {
+    ClockRef& mine = into[cluster];
+    if (!mine) {
+      mine = clock;
+    } else if (mine.get() != clock.get()) {
+      if (mine->references > 1) mine = copy_of(*mine.get());
+      join(*mine.get(), *clock.get());
+    }
+  }
 }
 
 void join(Clock& into, const Clock& other) {
   for (uint32_t i = 0; i < 2 * clock_slots; ++i)
     into.known[i] = std::max(into.known[i], other.known[i]);
   into.all_fenced = into.all_fenced && other.all_fenced;
+  if (!other.others || other.others == into.others) return;
+  auto both = std::make_shared<ClusterClocks>(*other.others);
+  if (into.others) join(*both, *into.others);
+  into.others = std::move(both);
 }
 
 void enter(Clock& into, Thread& thread) {
@@ -172,6 +193,35 @@ void acquire(Thread& thread, const ClockRef& others, bool arrived) {
     memory = {thread.clock, others, std::move(result), 0, 0};
   }
   thread.clock = memory.result;
+}
+
+void release(Thread& thread, ClusterClocks& word) {
+  if (thread.clock->others) join(word, *thread.clock->others);
+  ClockRef& mine = word[thread.block->cluster->number];
+  ClockRef now = copy_of(*thread.clock.get());
+  if (mine) join(*now.get(), *mine.get());
+  now->others.reset();
+  enter(*now.get(), thread);
+  mine = std::move(now);
+}
+
+void acquire(Thread& thread, const ClusterClocks& word) {
+  if (word.empty()) return;
+  const uint32_t own = thread.block->cluster->number;
+  ClockRef result = copy_of(*thread.clock.get());
+  if (const auto same = word.find(own); same != word.end())
+    join(*result.get(), *same->second.get());
+  auto others = std::make_shared<ClusterClocks>(word);
+  others->erase(own);
+  if (result->others) join(*others, *result->others);
+  result->others = std::move(others);
+  thread.clock = std::move(result);
+}
+
+uint32_t known_of(const Clock& clock, uint32_t cluster, uint32_t slot) {
+  if (!clock.others) return 0;
+  const auto found = clock.others->find(cluster);
+  return found == clock.others->end() ? 0 : found->second->known[slot];
 }
 
 void learn(Thread& thread, uint32_t slot, uint32_t epoch) {

@@ -4,9 +4,14 @@
 // A thread knows, for each slot, up to which of its epochs all that it did comes before. It hands
 // this on where it releases (an arrival) and takes it over where it acquires (a wait). Beside it
 // stands how much of that has passed a fence between the proxies since.
+//
+// Clusters know nothing of each other, but for what passes through flags and counters in global
+// memory (memory.h).
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <utility>
 
 namespace sim {
@@ -22,10 +27,14 @@ constexpr uint32_t kFirstThreadSlot = 2;
 constexpr uint32_t kMbarrierSlots = 96, kWarpgroupSlots = 8;  // of a block
 constexpr uint32_t kInFlight = 0xffffffffu;                   // an epoch that nobody reaches
 
+class ClockRef;
+using ClusterClocks = std::map<uint32_t, ClockRef>;  // by the cluster's number
+
 struct Clock {
   uint32_t references = 0;
-  bool all_fenced = false;       // `fenced` equals `known`
-  Clock* fenced_form = nullptr;  // the same after a fence, once it was needed
+  std::shared_ptr<const ClusterClocks> others;  // what is known of other clusters, if anything
+  bool all_fenced = false;                      // `fenced` equals `known`
+  Clock* fenced_form = nullptr;                 // the same after a fence, once it was needed
   uint32_t* known = nullptr;
   uint32_t* fenced = nullptr;
 };
@@ -70,6 +79,11 @@ void release(Thread& thread, Gathering& gathering);
 ClockRef publish(Gathering& gathering);
 // The thread takes over what others knew. `arrived` where it is part of that itself.
 void acquire(Thread& thread, const ClockRef& others, bool arrived);
+// The same through a word of global memory: what was left there for others, by cluster.
+void release(Thread& thread, ClusterClocks& word);
+void acquire(Thread& thread, const ClusterClocks& word);
+// Up to which epoch of a slot of another cluster all is known; 0 where nothing is.
+uint32_t known_of(const Clock& clock, uint32_t cluster, uint32_t slot);
 // The thread gets to know of one thing: an asynchronous operation is done.
 void learn(Thread& thread, uint32_t slot, uint32_t epoch);
 // All that the thread knows has passed a fence between the proxies.

@@ -190,6 +190,7 @@ void count_registers(void* const*, uint32_t, void* context) {
   if (increase ? count < before : count > before)
     fail(source, "%s: from %u registers to %u", what, before, count);
   warp.registers = count;
+  warp.register_source = source;
   if (increase) {
     warp.registers_wanted = 32 * (count - before);
   } else {
@@ -245,6 +246,7 @@ void cluster_arrive(const Source& source) {
   if (cluster.live < all)
     fail(source, "cluster_arrive: %u threads of the cluster have ended", all - cluster.live);
   thread.cluster_arrived = true;
+  thread.cluster_source = source;
   thread.cluster_generation = cluster.generation;
   release(thread, cluster.gathered);
   ++machine->progress;
@@ -271,7 +273,9 @@ void check_meetings(Thread& thread) {
   Block& block = *thread.block;
   Warp& warp = block.warps[thread.index / 32];
   const std::string who = name_of(thread) + " ends ";
-  if (block.barriers[0].arrived > 0) throw Failure{who + "while others wait at __syncthreads"};
+  if (const NamedBarrier& barrier = block.barriers[0]; !barrier.waiters.empty())
+    throw Failure{who + "while others wait at __syncthreads (" +
+                  place_of(barrier.waiters[0]->wait.source) + ")"};
   for (const Rendezvous& meeting : warp.rendezvous)
     if (meeting.arrived != 0 && meeting.mask >> thread.index % 32 & 1)
       throw Failure{who + "while other lanes of its warp wait for it in " + meeting.what + ", at " +
@@ -280,14 +284,20 @@ void check_meetings(Thread& thread) {
        other < thread.index / 128 * 4 + 4 && other < block.warps.size(); ++other)
     if (block.warps[other].register_calls > warp.register_calls)
       throw Failure{who + "without the setmaxnreg that warp " + std::to_string(other) +
-                    " of its warpgroup has executed"};
-  if (thread.cluster_arrived) throw Failure{who + "between cluster_arrive and cluster_wait"};
+                    " of its warpgroup has executed (" +
+                    place_of(block.warps[other].register_source) + ")"};
+  if (thread.cluster_arrived)
+    throw Failure{who + "between cluster_arrive (" + place_of(thread.cluster_source) +
+                  ") and cluster_wait"};
   if (block.live == 1 && block.in_flight > 0)
     throw Failure{who +
                   "as the last of its block, while copies to or from the block's shared memory " +
-                  "are under way"};
+                  "are under way (" + place_of(block.in_flight_source) + ")"};
   warp.exited |= 1u << thread.index % 32;
 }
+
+uint32_t rank_in_cluster() { return self().block->rank; }
+uint32_t blocks_of_cluster() { return machine->shape.cluster_blocks; }
 
 uint32_t elected_lane() {
   // Some lane, the same one throughout a launch.

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "kernel_order.h"
+#include "global_shadow.h"
 #include "operations.h"
 #include "shadow.h"
 
@@ -72,7 +72,7 @@ void begin_write(Block& block, uint32_t offset, uint32_t bytes, const PhaseTime&
                  const char* what, const Source& source) {
   touch_or_fail(block, offset, bytes, kWrite | kAsync, actor(self(), phase.slot, phase.epoch),
                 source, what);
-  visit(block, phase.slot, phase.epoch);
+  visit(block, phase.slot, phase.epoch, place_number(source));
   self().touched = true;
 }
 
@@ -86,9 +86,9 @@ void small_copy(void* shared, const void* global, uint32_t bytes, uint32_t bytes
   if (place.block != thread.block) fail(source, "cp.async to another block's shared memory");
   touch_or_fail(*place.block, place.offset, bytes, kWrite, actor(thread, kInFlightSlot, kInFlight),
                 source, "cp.async");
-  touch_global(global, bytes_read, false, source);
+  touch_global(global, bytes_read, kRead, source, "cp.async");
   std::memset(place.block->shared + place.offset, 0xff, bytes);
-  ++place.block->in_flight;
+  begin_flight(*place.block, source);
   thread.touched = true;
   thread.open_copies.push_back({place.offset, global, static_cast<uint8_t>(bytes),
                                 static_cast<uint8_t>(bytes_read), source, 0, 0});
@@ -107,7 +107,8 @@ void small_copy_commit() {
   }
   const uint64_t number = thread.copy_groups_done + thread.copy_groups.size();
   // A later group may finish this one, and the block may end, before the event comes.
-  later([&thread, number, alive = thread.block->cluster->alive] {
+  const Source source = thread.copy_groups.back()[0].source;
+  later(source, [&thread, number, alive = thread.block->cluster->alive] {
     if (*alive) finish_groups(thread, number);
   });
 }
@@ -131,7 +132,7 @@ void small_copy_mbarrier_arrive(uint64_t* state, const Source& source) {
   const auto open = std::make_shared<std::vector<SmallCopy>>(std::move(thread.open_copies));
   thread.open_copies.clear();
   const uint64_t number = thread.copy_groups_done + thread.copy_groups.size();
-  ++place.block->in_flight;
+  begin_flight(*place.block, source);
   const PhaseTime phase = running_phase(*place.block, place.offset, source);
   // Who waits for the phase knows of them from then on.
   const auto count = [&](std::vector<SmallCopy>& copies) {
@@ -145,7 +146,7 @@ void small_copy_mbarrier_arrive(uint64_t* state, const Source& source) {
   count(thread.open_unknown);
   for (auto& group : thread.unknown_groups) count(group);
   ++thread.arriving_copies;
-  later([&thread, number, open, place, source] {
+  later(source, [&thread, number, open, place, source] {
     --thread.arriving_copies;
     finish_groups(thread, number);
     perform(*thread.block, *open);
@@ -161,12 +162,12 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   const SharedPlace place = shared_place(shared, bytes, 16, "bulk_load", source);
   const SharedPlace counter = shared_place(barrier, 8, 8, "bulk_load's mbarrier", source);
   check_counts_bytes(*counter.block, counter.offset, source);
-  begin_write(*place.block, place.offset, bytes,
-              running_phase(*counter.block, counter.offset, source), "bulk_load", source);
-  touch_global(global, bytes, false, source);
+  const PhaseTime phase = running_phase(*counter.block, counter.offset, source);
+  begin_write(*place.block, place.offset, bytes, phase, "bulk_load", source);
+  copy_global(global, bytes, false, phase.slot, phase.epoch, source, "bulk_load");
   poison(*place.block, place.offset, bytes);
-  ++place.block->in_flight;
-  later([=] {
+  begin_flight(*place.block, source);
+  later(source, [=] {
     write_async(*place.block, place.offset, global, bytes);
     machine->statistics.bulk_bytes_read += bytes;
     --place.block->in_flight;
@@ -187,12 +188,12 @@ void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t
   const PhaseTime phase = running_phase(*counter.block, counter.offset, source);
   touch_or_fail(*here.block, here.offset, bytes, kAsync, actor(self(), phase.slot, phase.epoch),
                 source, "bulk_copy_to_block");
-  visit(*here.block, phase.slot, phase.epoch);
+  visit(*here.block, phase.slot, phase.epoch, place_number(source));
   begin_write(*there.block, there.offset, bytes, phase, "bulk_copy_to_block", source);
   poison(*there.block, there.offset, bytes);
-  ++here.block->in_flight;
-  ++there.block->in_flight;
-  later([=] {
+  begin_flight(*here.block, source);
+  begin_flight(*there.block, source);
+  later(source, [=] {
     write_async(*there.block, there.offset, here.block->shared + here.offset, bytes);
     --here.block->in_flight;
     --there.block->in_flight;
@@ -212,13 +213,13 @@ void later_store(Block& block, const BulkGroup::Range& range, const Source& sour
   group->source = source;
   ++group->unread;
   ++group->unwritten;
-  ++block.in_flight;
-  later([&block, &thread, group, read = std::move(read)] {
+  begin_flight(block, source);
+  later(source, [&block, &thread, group, source, read = std::move(read)] {
     const std::function<void()> write = read();
     --group->unread;
     --block.in_flight;
     if (group->waiting) wake_if_waiting(thread);
-    later([&thread, group, write] {
+    later(source, [&thread, group, write] {
       write();
       // The thread may have ended, and its block with it, unless it waits.
       --group->unwritten;
@@ -227,11 +228,15 @@ void later_store(Block& block, const BulkGroup::Range& range, const Source& sour
   });
 }
 
+void begin_global_write(const void* global, size_t bytes, const char* what, const Source& source) {
+  copy_global(global, bytes, true, kInFlightSlot, kInFlight, source, what);
+  self().open_bulk_group->unwritten_bytes.emplace_back(global, bytes);
+}
+
 void bulk_store(void* global, const void* shared, uint32_t bytes, const Source& source) {
   check_bulk(global, bytes, "bulk_store", source);
   const SharedPlace place = shared_place(shared, bytes, 16, "bulk_store", source);
   check_visible_to_async(*place.block, place.offset, bytes, "bulk_store", source);
-  touch_global(global, bytes, true, source);
   later_store(*place.block, {place.block, place.offset, bytes}, source, [=] {
     const uint8_t* from = place.block->shared + place.offset;
     const std::vector<uint8_t> data(from, from + bytes);
@@ -240,6 +245,7 @@ void bulk_store(void* global, const void* shared, uint32_t bytes, const Source& 
       machine->statistics.bulk_bytes_written += data.size();
     };
   });
+  begin_global_write(global, bytes, "bulk_store", source);
 }
 
 void bulk_commit() {
@@ -262,6 +268,9 @@ void bulk_wait(uint32_t pending, bool only_read, const Source& source) {
       settle_in_flight(*range.block, range.offset, range.bytes, slot_of(thread), thread.epoch);
     group.unknown.clear();
     thread.touched = true;
+    if (only_read) continue;
+    for (const auto& [global, bytes] : group.unwritten_bytes) settle_global(global, bytes);
+    group.unwritten_bytes.clear();
   }
 }
 

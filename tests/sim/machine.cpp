@@ -2,6 +2,7 @@
 
 #include <setjmp.h>
 #include <signal.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -28,6 +29,7 @@ std::string last_error;
 Statistics last_statistics;
 uint64_t prefetches[2];  // of the launches since they were asked for
 uint64_t next_seed = 1;
+uint32_t clusters_begun = 0;
 
 // Clusters that run side by side when a grid has several: more of them mix more, and take more
 // memory.
@@ -36,28 +38,48 @@ constexpr uint32_t kResidentClusters = 2;
 // will.
 constexpr uint64_t kIdleRounds = 20000;
 
+bool delivering = false;  // an asynchronous operation happens
+
 #if !defined(__SANITIZE_ADDRESS__)
 // A touch of memory that is not there, by a fiber, ends the launch like any other error.
 sigjmp_buf out_of_range;
-void on_segment_fault(int, siginfo_t* information, void*) {
-  if (machine == nullptr || machine->current == nullptr) {
+const void* fault_instruction = nullptr;
+void on_segment_fault(int, siginfo_t* information, void* context) {
+  // Which stops for good where the machine itself is wrong.
+  if (machine == nullptr || (machine->current == nullptr && !delivering)) {
     signal(SIGSEGV, SIG_DFL);
     return;
   }
-  const Thread& thread = self();
   const auto* address = static_cast<const uint8_t*>(information->si_addr);
   char text[200];
-  const long offset = address - thread.block->shared;
-  if (address >= thread.fiber.stack.bottom - 4096 && address < thread.fiber.stack.bottom)
-    std::snprintf(text, sizeof text, "its stack is full");
-  else if (offset >= -4096 && offset < static_cast<long>(thread.block->shared_bytes) + 8192)
-    std::snprintf(text, sizeof text, "touched shared memory at offset %ld; the block has %u bytes",
-                  offset, thread.block->shared_bytes);
-  else
-    std::snprintf(text, sizeof text, "touched address %p, where there is nothing",
-                  static_cast<const void*>(address));
-  machine->error = name_of(thread) + ": " + text;
+  std::snprintf(text, sizeof text, "touched address %p, where there is nothing",
+                static_cast<const void*>(address));
+  if (machine->current != nullptr) {
+    const Thread& thread = self();
+    const long offset = address - thread.block->shared;
+    if (address >= thread.fiber.stack.bottom - 4096 && address < thread.fiber.stack.bottom)
+      std::snprintf(text, sizeof text, "its stack is full");
+    else if (offset >= -4096 && offset < static_cast<long>(thread.block->shared_bytes) + 8192)
+      std::snprintf(text, sizeof text,
+                    "touched shared memory at offset %ld; the block has %u bytes", offset,
+                    thread.block->shared_bytes);
+  }
+  machine->error = text;
+  fault_instruction =
+      reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
   siglongjmp(out_of_range, 1);
+}
+
+// Where the thread is that touched what is not there: a line of the kernel, or, where it is in the
+// test bed, the line of the kernel's last load or store.
+std::string place_of_fault() {
+  if (machine->current == nullptr) return "a copy, " + place_of(machine->delivered);
+  const Thread& thread = self();
+  const std::string place = place_text(
+      place_number(static_cast<const void*>(static_cast<const uint8_t*>(fault_instruction) + 1)));
+  const bool in_kernel = place.find(".cu:") != std::string::npos || thread.last_access == nullptr;
+  return name_of(thread) + ", " +
+         (in_kernel ? place : place_text(place_number(thread.last_access)));
 }
 
 class SegmentFaultHandler {
@@ -103,6 +125,7 @@ void run_thread() {
 void begin_cluster(uint32_t number) {
   const GridShape& shape = machine->shape;
   auto cluster = std::make_unique<Cluster>();
+  cluster->number = ++clusters_begun;
   for (uint32_t rank = 0; rank < shape.cluster_blocks; ++rank) {
     const uint32_t linear = number * shape.cluster_blocks + rank;
     Block& block = cluster->blocks.emplace_back();
@@ -127,6 +150,7 @@ void begin_cluster(uint32_t number) {
       machine->runnable.push_back(&thread);
     }
   }
+  machine->first_block.push_back(cluster->blocks[0].index);
   begin_clocks(*cluster);
   cluster->live = shape.threads * shape.cluster_blocks;
   machine->resident.push_back(std::move(cluster));
@@ -166,6 +190,7 @@ void run_round(std::vector<Thread*>& order) {
     machine->current = thread;
     ++machine->statistics.switches;
     switch_fiber(machine->scheduler, thread->fiber);
+    check_last_store(*thread);
     machine->current = nullptr;
     if (!machine->error.empty()) return;
     if (thread->state == State::exited) {
@@ -182,9 +207,12 @@ void run_round(std::vector<Thread*>& order) {
 void deliver_events(uint64_t until) {
   while (!machine->events.empty() && machine->events.top().time <= until) {
     const auto happen = std::move(const_cast<Machine::Event&>(machine->events.top()).happen);
+    machine->delivered = machine->events.top().source;
     machine->events.pop();
     ++machine->progress;
+    delivering = true;
     happen();
+    delivering = false;
   }
 }
 
@@ -260,6 +288,7 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   here.shape = shape;
   here.run = run;
   here.context = context;
+  here.first_cluster = clusters_begun + 1;
   here.seed = next_seed;
   here.random = Random(next_seed++);
   here.patience = here.random.below(3);
@@ -267,7 +296,9 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   begin_kernel();
 #if !defined(__SANITIZE_ADDRESS__)
   const SegmentFaultHandler handler;
-  if (sigsetjmp(out_of_range, 1) == 0)
+  if (sigsetjmp(out_of_range, 1) != 0)
+    here.error = place_of_fault() + ": " + here.error;
+  else
 #endif
   {
     try {
@@ -276,15 +307,17 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
       here.error = failure.text;
     }
   }
+  delivering = false;
   here.current = nullptr;
   for (const auto& cluster : here.resident) end_cluster(*cluster);  // after an error
   here.statistics.rounds = here.round;
   last_statistics = here.statistics;
   prefetches[0] += here.statistics.prefetches;
   prefetches[1] += here.statistics.prefetched_and_loaded;
-  last_error = here.error;
+  if (!here.error.empty()) last_error = name_of_kernel(shape.kernel) + ", " + here.error;
   end_kernel();
   if (!last_error.empty()) forget_shadows();
+  forget_last_store();
   machine = nullptr;
   return last_error.empty() ? nullptr : last_error.c_str();
 }
@@ -314,7 +347,7 @@ void yield(std::string (*describe)(const Thread&), const Source& source) {
   switch_fiber(thread.fiber, machine->scheduler);
 }
 
-uint64_t later(std::function<void()> happen, uint64_t not_before) {
+uint64_t later(const Source& source, std::function<void()> happen, uint64_t not_before) {
   // Rounds, in which every thread that can takes one step. In half of the cases long enough that
   // only a thread which waits sees the result.
   static constexpr uint32_t kShort = 4, kLong = 2000;
@@ -322,7 +355,7 @@ uint64_t later(std::function<void()> happen, uint64_t not_before) {
   const bool slow = machine->patience == 2 || (machine->patience == 1 && random.below(2) == 0);
   const uint64_t time =
       std::max(not_before, machine->round + 1 + random.below(slow ? kLong : kShort));
-  machine->events.push({time, machine->event_count++, std::move(happen)});
+  machine->events.push({time, machine->event_count++, std::move(happen), source});
   return time;
 }
 
@@ -340,11 +373,20 @@ std::string name_of(const Thread& thread) {
   return name_of(*thread.block) + " thread " + std::to_string(thread.index);
 }
 
-std::string name_of(const Block& block) {
+namespace {
+std::string block_text(const uint3& index) {
   char text[60];
-  std::snprintf(text, sizeof text, "block (%u, %u, %u)", block.index.x, block.index.y,
-                block.index.z);
+  std::snprintf(text, sizeof text, "block (%u, %u, %u)", index.x, index.y, index.z);
   return text;
+}
+}  // namespace
+
+std::string name_of(const Block& block) { return block_text(block.index); }
+
+std::string name_of_block(uint32_t cluster, uint32_t rank) {
+  uint3 index = machine->first_block[cluster - machine->first_cluster];
+  index.x += rank;  // a cluster lies along x
+  return block_text(index);
 }
 
 std::string place_of(const Source& source) {

@@ -79,6 +79,7 @@ struct BulkGroup {
     uint32_t offset, bytes;
   };
   std::vector<Range> unknown;  // sources of which the thread does not know that they were read
+  std::vector<std::pair<const void*, size_t>> unwritten_bytes;  // the same of what is written
   Source source;
   bool waiting = false;  // the thread waits for this group
 };
@@ -109,15 +110,18 @@ struct Thread {
   std::shared_ptr<BulkGroup> open_bulk_group;
 
   uint64_t wgmma_issued = 0;
+  Source wgmma_source;                 // of the last one
   std::vector<uint64_t> wgmma_groups;  // how many were issued at each commit
   std::deque<LentRegisters> wgmma_lent;
   bool wgmma_fenced = false;
   bool cluster_arrived = false;
   uint64_t cluster_generation = 0;
+  Source cluster_source;  // of the last arrival
 
   ClockRef clock;
   uint32_t epoch = 0, own_fenced = 0;
-  bool touched = false;  // since others last got to know of it
+  bool touched = false;               // since others last got to know of it
+  const void* last_access = nullptr;  // the instruction of its last ordinary load or store
 };
 
 // Lanes of a warp that do one thing together.
@@ -135,6 +139,7 @@ struct Warp {
   uint32_t exited = 0;
   // setmaxnreg: what a thread has since (0: as at entry), how often, what the warp waits for.
   uint32_t registers = 0, register_calls = 0, registers_wanted = 0;
+  Source register_source;
   uint64_t slow_until = 0;  // the epoch for which `slow` was drawn
   bool slow = false;
 };
@@ -188,8 +193,9 @@ struct Block {
   std::vector<MbarrierState> mbarriers;
   std::vector<std::unique_ptr<WgmmaQueue>> warpgroups;
   uint32_t live = 0;
-  int votes = 0;           // of __syncthreads_count
-  uint32_t in_flight = 0;  // asynchronous operations that still touch this block's shared memory
+  int votes = 0;            // of __syncthreads_count
+  uint32_t in_flight = 0;   // asynchronous operations that still touch this block's shared memory
+  Source in_flight_source;  // of the one that began last
 
   // The async proxy's view of shared memory: see shared_memory.cpp.
   std::vector<uint8_t> async_view;
@@ -200,11 +206,15 @@ struct Block {
   uint32_t mbarrier_epochs[kMbarrierSlots] = {};
   // What others do to this block's shared memory, up to which epoch by each slot: some thread of
   // the block must know of it before the last one ends.
-  std::vector<std::pair<uint32_t, uint32_t>> visits;
+  struct Visit {
+    uint32_t slot, epoch, place;  // see shadow.h
+  };
+  std::vector<Visit> visits;
   Gathering ended;
 };
 
 struct Cluster {
+  uint32_t number = 0;  // over all launches: one that begins later has a larger one
   std::deque<Block> blocks;
   uint32_t live = 0;
   uint32_t arrived = 0;
@@ -220,7 +230,8 @@ struct Cluster {
 struct GridShape {
   dim3 blocks;
   uint32_t threads, shared_bytes, cluster_blocks;
-  bool overlaps = false;  // may begin before the kernel in front has ended
+  bool overlaps = false;         // may begin before the kernel in front has ended
+  const void* kernel = nullptr;  // its function, of which reports tell the name
 };
 
 // Counters of a launch, for tests that count traffic.
@@ -245,6 +256,8 @@ struct Machine {
   Fiber scheduler;
   Thread* current = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
+  uint32_t first_cluster = 0;      // of this launch, by its number
+  std::vector<uint3> first_block;  // of each cluster that has begun, by its number
   std::vector<Thread*> runnable;
   uint64_t round = 0, progress = 0;
   std::string error;
@@ -253,12 +266,14 @@ struct Machine {
   struct Event {
     uint64_t time, order;
     std::function<void()> happen;
+    Source source;
     bool operator<(const Event& other) const {
       return time != other.time ? time > other.time : order > other.order;
     }
   };
   std::priority_queue<Event> events;
   uint64_t event_count = 0;
+  Source delivered;  // of the event that happens now
 };
 
 extern Machine* machine;
@@ -277,11 +292,13 @@ void wake(Thread& thread);
 void yield(std::string (*describe)(const Thread&), const Source& source);
 
 // Lets something happen after a random while. Returns when.
-uint64_t later(std::function<void()> happen, uint64_t not_before = 0);
+uint64_t later(const Source& source, std::function<void()> happen, uint64_t not_before = 0);
 
 // "block (3, 0, 0) thread 129", "block (3, 0, 0)".
 std::string name_of(const Thread& thread);
 std::string name_of(const Block& block);
+// Also of a block that has ended: by its cluster's number and its rank there.
+std::string name_of_block(uint32_t cluster, uint32_t rank);
 std::string place_of(const Source& source);
 // Tells what every thread waits for, threads with the same words together.
 std::string waiting_report(const Machine& machine);
@@ -296,5 +313,8 @@ void check_meetings(Thread& thread);
 void check_unfinished_products(Thread& thread);
 void check_unfinished_copies(Thread& thread);
 void check_visits(Thread& thread);
+// And when a thread stops for now.
+void check_last_store(const Thread& thread);
+void forget_last_store();
 
 }  // namespace sim

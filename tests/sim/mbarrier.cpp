@@ -55,7 +55,8 @@ void arrive(Block& block, MbarrierState& barrier, const Source& source) {
          static_cast<unsigned long long>(barrier.phase), static_cast<long long>(barrier.bytes));
   --barrier.pending;
   ++machine->progress;
-  if (machine->current) release(self(), barrier.gathered);
+  if (machine->current == nullptr) return settle(block, barrier, source);
+  release(self(), barrier.gathered);
   settle(block, barrier, source);
 }
 
@@ -100,10 +101,15 @@ void see_end(Block& block, MbarrierState& barrier, uint32_t parity) {
 
 }  // namespace
 
-void check_use(Block& block, uint32_t offset, const char* what, const Source& source) {
-  if (machine->current == nullptr) return;
+namespace {
+void check_initialised(Block& block, uint32_t offset, const char* what, const Source& source) {
   touch_or_fail(block, offset, 8, kWrite | kAtomic, actor(self()), source, what, false);
-  if (&block != self().block) visit(block, slot_of(self()), self().epoch);
+}
+}  // namespace
+
+void check_use(Block& block, uint32_t offset, const char* what, const Source& source) {
+  check_initialised(block, offset, what, source);
+  if (&block != self().block) visit(block, slot_of(self()), self().epoch, place_number(source));
 }
 
 void mbarrier_init(uint64_t* state, uint32_t arrivals, const Source& source) {
@@ -196,7 +202,7 @@ PhaseTime running_phase(Block& block, uint32_t offset, const Source& source) {
 
 void check_counts_bytes(Block& block, uint32_t offset, const Source& source) {
   const MbarrierState& barrier = find(block, offset, "a copy's mbarrier", source);
-  check_use(block, offset, "a copy's mbarrier", source);
+  check_initialised(block, offset, "a copy's mbarrier", source);  // the copy's visit is its own
   if (!barrier.fenced)
     fail(source,
          "the mbarrier at offset %u is used by a copy without fence_mbarrier_init() since its "

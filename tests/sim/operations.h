@@ -13,6 +13,9 @@ namespace sim {
 // itself.
 constexpr uint32_t kSharedWindow = 1024;
 
+// All of the block's, of which so much is used.
+void* own_shared_memory(size_t bytes, const Source& source);
+
 struct SharedPlace {
   Block* block;
   uint32_t offset;
@@ -26,12 +29,26 @@ SharedPlace shared_place(const void* pointer, uint32_t bytes, uint32_t alignment
 void check_capability(int32_t first, const char* what, const Source& source);
 void check_aligned(const void* pointer, uint32_t alignment, const char* what, const Source& source);
 void* shared_of_block(void* pointer, uint32_t rank, const Source& source);
-// An atomic operation on shared or global memory.
+// An atomic operation on shared or global memory: it passes on no order by itself. It is where
+// blocks meet: another thread may come first.
 void touch_atomic(const void* address, uint32_t bytes, const Source& source);
+template <typename T, typename Update>
+[[gnu::no_sanitize("thread")]] T atomically(T* address, const Source& source, Update update) {
+  touch_atomic(address, sizeof(T), source);
+  const T old = *address;
+  *address = update(old);
+  ++machine->progress;
+  return old;
+}
 
 // Someone else does something to this block's shared memory, known under this slot and epoch: a
 // thread of the block must know of it before the block's last one ends.
-void visit(Block& block, uint32_t slot, uint32_t epoch);
+void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place);
+// An asynchronous operation begins that touches the block's shared memory until --block.in_flight.
+inline void begin_flight(Block& block, const Source& source) {
+  ++block.in_flight;
+  block.in_flight_source = source;
+}
 
 void fence_proxy_async();
 // An error where the async proxy reads bytes that ordinary stores wrote and no fence has made
@@ -57,6 +74,8 @@ void barrier_arrive(uint32_t barrier, uint32_t threads, const Source& source);
 void cluster_arrive(const Source& source);
 void cluster_wait(const Source& source);
 uint32_t elected_lane();
+uint32_t rank_in_cluster();
+uint32_t blocks_of_cluster();
 // setmaxnreg of a warp: counts the block's registers, and waits while there are too few.
 void set_registers(uint32_t count, bool increase, const Source& source);
 
@@ -98,6 +117,8 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
 void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t* barrier,
                         uint32_t rank, const Source& source);
 void bulk_store(void* global, const void* shared, uint32_t bytes, const Source& source);
+// What the open bulk group will write to global memory.
+void begin_global_write(const void* global, size_t bytes, const char* what, const Source& source);
 void bulk_commit();
 void bulk_wait(uint32_t pending, bool only_read, const Source& source);
 

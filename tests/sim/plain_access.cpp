@@ -1,8 +1,9 @@
 // Ordinary loads and stores of the kernels. g++ -fsanitize=thread puts a call in front of each; the
 // functions that it calls stand here in place of ThreadSanitizer's own.
 #include <cstddef>
+#include <cstring>
 
-#include "kernel_order.h"
+#include "global_shadow.h"
 #include "operations.h"
 #include "shadow.h"
 
@@ -10,11 +11,29 @@ namespace sim {
 
 namespace {
 
+// A store that comes in no order with another: its value is known when the thread goes on. Where it
+// leaves what is there, both store the same, which is no fault.
+struct Suspect {
+  const void* address = nullptr;
+  size_t bytes = 0;
+  uint32_t place = 0;
+  uint8_t before[16];
+  std::string problem;
+};
+Suspect suspect;
+
 // g++ takes these calls for ones that throw nothing: the fiber stops here for good instead.
 [[gnu::cold, gnu::noinline]] void stop(Thread& thread, uint32_t place, const std::string& problem) {
   machine->error = name_of(thread) + ", " + place_text(place) + ": " + problem;
   thread.state = State::exited;
   switch_fiber(thread.fiber, machine->scheduler, true);
+}
+
+// Whether it has stored something else. It is none any more.
+bool suspect_stored() {
+  const bool differs = std::memcmp(suspect.before, suspect.address, suspect.bytes) != 0;
+  suspect.address = nullptr;
+  return differs;
 }
 
 void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uint8_t manner,
@@ -26,12 +45,14 @@ void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uin
       touch(block, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), manner,
             actor(thread), place, "this thread");
   if (!problem.empty()) stop(thread, place, problem);
-  if (&block != thread.block) visit(block, slot_of(thread), thread.epoch);
+  if (&block != thread.block) visit(block, slot_of(thread), thread.epoch, place);
 }
 
 inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void* instruction) {
   if (machine == nullptr || machine->current == nullptr || !checking) return;
   Thread& thread = *machine->current;
+  thread.last_access = instruction;
+  if (suspect.address != nullptr && suspect_stored()) stop(thread, suspect.place, suspect.problem);
   const auto* address = static_cast<const uint8_t*>(pointer);
   Block& own = *thread.block;
   const auto offset = static_cast<size_t>(address - own.shared);
@@ -47,13 +68,27 @@ inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void*
       return;
     }
   }
-  if (const char* problem = global_problem(thread, address, bytes, manner & kWrite))
-    stop(thread, place_number(instruction), problem);
+  const uint32_t place = place_number(instruction);
+  GlobalProblem problem = touch_global(address, bytes, manner, place, "this thread");
+  if (problem.text.empty()) return;
+  if (!problem.of_two_writes || bytes > sizeof suspect.before) stop(thread, place, problem.text);
+  suspect = {address, bytes, place, {}, std::move(problem.text)};
+  std::memcpy(suspect.before, address, bytes);
 }
 
 }  // namespace
 
+void check_last_store(const Thread& thread) {
+  if (suspect.address == nullptr || !suspect_stored() || !machine->error.empty()) return;
+  machine->error = name_of(thread) + ", " + place_text(suspect.place) + ": " + suspect.problem;
+}
+
+void forget_last_store() { suspect.address = nullptr; }
+
 void touch_atomic(const void* address, uint32_t bytes, const Source& source) {
+  if (machine->random.below(4) == 0)
+    yield([](const Thread&) -> std::string { return "is about to do an atomic operation"; },
+          source);
   if (!checking) return;
   Thread& thread = self();
   for (Block& block : thread.block->cluster->blocks) {
@@ -64,7 +99,7 @@ void touch_atomic(const void* address, uint32_t bytes, const Source& source) {
                   source, "an atomic operation");
     return;
   }
-  touch_global(address, bytes, true, source);
+  touch_global(address, bytes, kWrite | kAtomic, source, "an atomic operation");
 }
 
 }  // namespace sim

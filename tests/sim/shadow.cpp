@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <string_view>
 #include <vector>
 
 #include "operations.h"
@@ -17,13 +18,6 @@ namespace sim {
 bool checking = true;
 
 namespace {
-
-struct Record {
-  uint32_t epoch, place;
-  uint16_t slot;
-  uint8_t bytes;  // of the word, a bit each
-  uint8_t manner;
-};
 
 // One for every four bytes. Most words have one writer and one reader at a time; what there is
 // more of stands in a list.
@@ -37,59 +31,9 @@ constexpr size_t kMostOthers = 32;
 std::vector<std::vector<Record>> lists(1);
 std::map<const uint8_t*, std::pair<Word*, size_t>> shadows;  // by the memory that they stand for
 
-struct Access {
-  Block& block;
-  const Actor& who;
-  uint32_t place;
-  uint8_t manner;
-  const char* what;
-  std::string problem;
-};
-
-std::string describe(const Block& block, const Record& record) {
-  const Cluster& cluster = *block.cluster;
-  const auto threads = static_cast<uint32_t>(block.threads.size());
-  const uint32_t all = kFirstThreadSlot + static_cast<uint32_t>(cluster.blocks.size()) * threads;
-  const char* verb = record.manner & kWrite ? "wrote" : "read";
-  std::string who = "a copy still under way";
-  if (record.slot >= kFirstThreadSlot && record.slot < all) {
-    const uint32_t index = record.slot - kFirstThreadSlot;
-    who = "thread " + std::to_string(index % threads);
-    if (cluster.blocks.size() > 1) who += " of block " + std::to_string(index / threads);
-  } else if (record.slot >= all) {
-    const bool copy = record.slot - all < cluster.blocks.size() * kMbarrierSlots;
-    who = copy ? "a copy that an mbarrier counts" : "a wgmma";
-  }
-  return who + " " + verb + " (" + place_text(record.place) + ")";
-}
-
-bool check(Access& access, const Record& record, uint32_t offset, uint8_t bytes) {
-  const Actor& who = access.who;
-  if (!((access.manner | record.manner) & kWrite)) return true;
-  if (access.manner & record.manner & kAtomic) return true;
-  const bool own = record.slot == who.own_slot;
-  const bool before = own || who.clock->known[record.slot] >= record.epoch;
-  const char* verb = access.manner & kWrite ? "writes" : "reads";
-  char text[160];
-  offset += static_cast<uint32_t>(std::countr_zero(static_cast<unsigned>(bytes & record.bytes)));
-  if (!before) {
-    std::snprintf(text, sizeof text, "race: %s %s shared memory at offset %u, which ", access.what,
-                  verb, offset);
-    access.problem = text + describe(access.block, record) + ", and neither comes first";
-    return false;
-  }
-  if (!(access.manner & kAsync) || record.manner & kAsync) return true;
-  const uint32_t fenced = std::max(who.clock->fenced[record.slot], own ? who.own_fenced : 0u);
-  if (fenced >= record.epoch) return true;
-  std::snprintf(text, sizeof text, "%s %s shared memory at offset %u, which ", access.what, verb,
-                offset);
-  access.problem = text + describe(access.block, record) +
-                   " by ordinary access, with no fence_proxy_async() between";
-  return false;
-}
-
+// Of a block that had this memory before.
 bool past(const Record& record, const Cluster& cluster) {
-  return record.epoch <= cluster.first_epoch;
+  return record.cluster != cluster.number || record.epoch <= cluster.first_epoch;
 }
 
 void add_other(Word& word, const Record& record, const Cluster& cluster) {
@@ -117,10 +61,11 @@ void thin_out(Word& word, const Record& record, const Actor& who) {
   (void)who;
 }
 
-bool touch_word(Word& word, uint32_t offset, uint8_t bytes, Access& access, bool keep) {
+bool touch_word(const Cluster& cluster, Word& word, uint32_t offset, uint8_t bytes, Access& access,
+                bool keep) {
   const Actor& who = access.who;
-  const Cluster& cluster = *access.block.cluster;
-  const Record now{who.epoch, access.place, static_cast<uint16_t>(who.slot), bytes, access.manner};
+  const Record now{who.epoch, access.place, who.cluster, static_cast<uint16_t>(who.slot),
+                   bytes,     access.manner};
   Record& same = access.manner & kWrite ? word.write : word.read;
   const auto is_again = [&](const Record& one) {
     return one.slot == now.slot && one.epoch == now.epoch && one.manner == now.manner &&
@@ -131,11 +76,11 @@ bool touch_word(Word& word, uint32_t offset, uint8_t bytes, Access& access, bool
     if (is_again(word.write) && past(word.read, cluster)) return true;
   }
   for (const Record* one : {&word.write, &word.read})
-    if (one->bytes & bytes && !past(*one, cluster) && !check(access, *one, offset, bytes))
+    if (one->bytes & bytes && !past(*one, cluster) && !in_order(access, *one, offset, bytes))
       return false;
   if (word.others != 0)
     for (const Record& one : lists[word.others])
-      if (one.bytes & bytes && !past(one, cluster) && !check(access, one, offset, bytes))
+      if (one.bytes & bytes && !past(one, cluster) && !in_order(access, one, offset, bytes))
         return false;
   if (!keep) return true;
   thin_out(word, now, who);
@@ -165,6 +110,25 @@ void visit_words(uint32_t offset, uint32_t bytes, Visit visit) {
     if (at + 4 > end) mask &= 15u >> (at + 4 - end);
     visit(at, static_cast<uint8_t>(mask & 15));
   }
+}
+
+std::string describe(const Record& record, const Actor& to) {
+  const uint32_t threads = machine->shape.threads, blocks = machine->shape.cluster_blocks;
+  const uint32_t all = kFirstThreadSlot + blocks * threads;
+  const char* verb = record.manner & kWrite ? "wrote" : "read";
+  std::string who = "a copy still under way";
+  if (record.slot >= kFirstThreadSlot && record.slot < all) {
+    const uint32_t index = record.slot - kFirstThreadSlot;
+    who = "thread " + std::to_string(index % threads);
+    if (record.cluster != to.cluster)
+      who += " of " + name_of_block(record.cluster, index / threads);
+    else if (blocks > 1)
+      who += " of block " + std::to_string(index / threads);
+  } else if (record.slot >= all) {
+    const bool copy = record.slot - all < blocks * kMbarrierSlots;
+    who = copy ? "a copy that an mbarrier counts" : "a wgmma";
+  }
+  return who + " " + verb + " (" + place_text(record.place) + ")";
 }
 
 std::vector<Source> sources;
@@ -197,47 +161,106 @@ uint32_t place_number(const void* instruction) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(instruction) - own_base());
 }
 
-// By addr2line, of binutils, which g++ needs: of the functions that are inlined there the innermost
-// that is no wrapper's and no library's.
-std::string place_text(uint32_t number) {
-  if (number & kIsSource) return place_of(sources[number & ~kIsSource]);
+namespace {
+// What addr2line, of binutils (which g++ needs), says of a place in this program: each line.
+template <typename Visit>
+void ask_addr2line(const char* options, size_t place, Visit visit) {
   const char* file = nullptr;
   module_base(reinterpret_cast<const void*>(&forget_shadows), &file);
-  char command[1024], line[1024];
-  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%x", file, number - 1);
-  std::string found = "somewhere";
-  if (FILE* pipe = popen(command, "r")) {
-    while (std::fgets(line, sizeof line, pipe)) {
-      std::string text = line;
-      text.erase(text.find_last_not_of(" \n") + 1);
-      if (const size_t note = text.find(" ("); note != std::string::npos) text.erase(note);
-      const bool is_wrapper = text.find("/usr/") == 0 || text.find("sim/device/") != text.npos;
-      text.erase(0, text.find_last_of('/') + 1);
-      found = text;
-      if (!is_wrapper) break;
-    }
-    pclose(pipe);
+  char command[1024], line[4096];
+  std::snprintf(command, sizeof command, "addr2line %s -e '%s' 0x%zx", options, file, place);
+  FILE* pipe = popen(command, "r");
+  if (pipe == nullptr) return;
+  while (std::fgets(line, sizeof line, pipe)) {
+    std::string text = line;
+    text.erase(text.find_last_not_of(" \n") + 1);
+    visit(text);
   }
+  pclose(pipe);
+}
+}  // namespace
+
+// Of the functions that are inlined there the innermost that is no wrapper's and no library's.
+std::string place_text(uint32_t number) {
+  if (number & kIsSource) return place_of(sources[number & ~kIsSource]);
+  std::string found = "somewhere";
+  bool done = false;
+  ask_addr2line("-i", number - 1, [&](std::string text) {
+    if (done) return;
+    if (const size_t note = text.find(" ("); note != std::string::npos) text.erase(note);
+    done = text.find("/usr/") != 0 && text.find("sim/device/") == text.npos;
+    found = text.substr(text.find_last_of('/') + 1);
+  });
   return found;
+}
+
+std::string name_of_kernel(const void* function) {
+  std::string name;
+  const auto place = static_cast<size_t>(static_cast<const uint8_t*>(function) - own_base());
+  ask_addr2line("-f -C", place, [&](std::string text) {
+    if (name.empty()) name = text;
+  });
+  // "void dgemma::(anonymous namespace)::combine<true>(dgemma::Rows)": the name alone.
+  constexpr std::string_view kAnonymous = "(anonymous namespace)::";
+  for (size_t at; (at = name.find(kAnonymous)) != name.npos;) name.erase(at, kAnonymous.size());
+  size_t first = 0, end = 0;
+  int depth = 0;
+  for (; end < name.size() && (depth > 0 || name[end] != '('); ++end) {
+    depth += (name[end] == '<') - (name[end] == '>');
+    if (depth == 0 && (name[end] == ':' || name[end] == ' ')) first = end + 1;
+  }
+  name = name.substr(first, end - first);
+  return "kernel " + name;
+}
+
+bool in_order(Access& access, const Record& record, uint64_t address, uint8_t bytes) {
+  const Actor& who = access.who;
+  if (!((access.manner | record.manner) & kWrite)) return true;
+  if (access.manner & record.manner & kAtomic) return true;
+  const bool same_cluster = record.cluster == who.cluster;
+  const bool own = same_cluster && record.slot == who.own_slot;
+  const uint32_t known = same_cluster ? who.clock->known[record.slot]
+                                      : known_of(*who.clock, record.cluster, record.slot);
+  const bool before = own || known >= record.epoch;
+  const char* verb = access.manner & kWrite ? "writes" : "reads";
+  char text[160];
+  address += static_cast<uint64_t>(std::countr_zero(static_cast<unsigned>(bytes & record.bytes)));
+  const auto place = static_cast<unsigned long long>(address);
+  if (!before) {
+    std::snprintf(text, sizeof text, "race: %s %s %s %llu, which ", access.what, verb,
+                  access.memory, place);
+    access.problem = text + describe(record, who) + ", and neither comes first";
+    return false;
+  }
+  if (!same_cluster || !(access.manner & kAsync) || record.manner & kAsync) return true;
+  const uint32_t fenced = std::max(who.clock->fenced[record.slot], own ? who.own_fenced : 0u);
+  if (fenced >= record.epoch) return true;
+  std::snprintf(text, sizeof text, "%s %s %s %llu, which ", access.what, verb, access.memory,
+                place);
+  access.problem =
+      text + describe(record, who) + " by ordinary access, with no fence_proxy_async() between";
+  return false;
 }
 
 Actor actor(const Thread& thread) {
   const uint32_t slot = slot_of(thread);
-  return {thread.clock.get(), slot, thread.own_fenced, slot, thread.epoch};
+  return {thread.clock.get(),           slot, thread.own_fenced, slot, thread.epoch,
+          thread.block->cluster->number};
 }
 
 Actor actor(const Thread& thread, uint32_t slot, uint32_t epoch) {
-  return {thread.clock.get(), slot_of(thread), thread.own_fenced, slot, epoch};
+  return {thread.clock.get(),           slot_of(thread), thread.own_fenced, slot, epoch,
+          thread.block->cluster->number};
 }
 
 namespace {
 std::string touch_words(Block& block, uint32_t offset, uint32_t bytes, uint8_t manner,
                         const Actor& who, uint32_t place, const char* what, bool keep) {
-  Access access{block, who, place, manner, what, {}};
+  Access access{who, place, manner, what, "shared memory at offset", {}};
   auto* words = static_cast<Word*>(block.shadow);
   bool fine = true;
   visit_words(offset, bytes, [&](uint32_t at, uint8_t mask) {
-    fine = fine && touch_word(words[at / 4], at, mask, access, keep);
+    fine = fine && touch_word(*block.cluster, words[at / 4], at, mask, access, keep);
   });
   return access.problem;
 }

@@ -1,5 +1,5 @@
 // What was done last to each word of shared memory, by whom, when and how: the memory of the checks
-// for races and for proxies.
+// for races and for proxies. global_shadow.h holds the same of global memory.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,36 @@ struct Actor {
   const Clock* clock;
   uint32_t own_slot, own_fenced;  // of the thread that does it or starts it
   uint32_t slot, epoch;
+  uint32_t cluster;  // its number
 };
+
+// What is remembered of an access.
+struct Record {
+  uint32_t epoch, place, cluster;
+  uint16_t slot;
+  uint8_t bytes;  // of the word, a bit each
+  uint8_t manner;
+};
+
+struct Access {
+  const Actor& who;
+  uint32_t place;
+  uint8_t manner;
+  const char* what;
+  const char* memory;  // "shared memory at offset 12": how its place begins
+  std::string problem;
+};
+
+// False, with the problem, where the access to these bytes of the word at `address` and the one
+// that is remembered must come one after the other and do not.
+bool in_order(Access& access, const Record& record, uint64_t address, uint8_t bytes);
 
 // A place in a kernel: of a wrapper's caller, or of a machine instruction.
 uint32_t place_number(const Source& source);
 uint32_t place_number(const void* instruction);
 std::string place_text(uint32_t number);
+// "kernel combine<true>", of a kernel's function.
+std::string name_of_kernel(const void* function);
 
 Actor actor(const Thread& thread);
 // An asynchronous operation that this thread starts; others know it under the slot and the epoch.

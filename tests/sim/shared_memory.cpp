@@ -76,6 +76,14 @@ void end_block(Block& block) {
   free_memory.emplace(room, block.shared);
 }
 
+void* own_shared_memory(size_t bytes, const Source& source) {
+  const Block& block = *self().block;
+  if (bytes > block.shared_bytes)
+    fail(source, "the shared-memory struct has %zu bytes, the launch asks for %u", bytes,
+         block.shared_bytes);
+  return block.shared;
+}
+
 SharedPlace shared_place(const void* pointer, uint32_t bytes, uint32_t alignment, const char* what,
                          const Source& source) {
   const auto* address = static_cast<const uint8_t*>(pointer);
@@ -119,13 +127,13 @@ void* shared_of_block(void* pointer, uint32_t rank, const Source& source) {
   return blocks[rank].shared + place.offset;
 }
 
-void visit(Block& block, uint32_t slot, uint32_t epoch) {
-  for (auto& [known_slot, last] : block.visits)
-    if (known_slot == slot) {
-      last = std::max(last, epoch);
+void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place) {
+  for (Block::Visit& one : block.visits)
+    if (one.slot == slot) {
+      if (epoch >= one.epoch) one = {slot, epoch, place};
       return;
     }
-  block.visits.emplace_back(slot, epoch);
+  block.visits.push_back({slot, epoch, place});
 }
 
 void check_visits(Thread& thread) {
@@ -134,17 +142,18 @@ void check_visits(Thread& thread) {
   if (block.live > 1 || !checking) return;
   const ClockRef all = publish(block.ended);
   const auto threads = static_cast<uint32_t>(block.threads.size());
-  for (const auto& [slot, epoch] : block.visits) {
+  for (const auto& [slot, epoch, place] : block.visits) {
     if (all->known[slot] >= epoch) continue;
     const uint32_t index = slot - kFirstThreadSlot;
+    const std::string who = name_of(thread) + " ends as the last of its block, ";
     if (index < threads * block.cluster->blocks.size())
-      throw Failure{name_of(thread) + " ends as the last of its block, not knowing that thread " +
-                    std::to_string(index % threads) + " of block " +
-                    std::to_string(index / threads) +
-                    " of the cluster is done with the block's shared memory"};
-    throw Failure{name_of(thread) + " ends as the last of its block, while copies to or from the " +
-                  "block's shared memory may be under way: nobody in it has waited for the " +
-                  "mbarrier that counts them"};
+      throw Failure{who + "not knowing that thread " + std::to_string(index % threads) +
+                    " of block " + std::to_string(index / threads) +
+                    " of the cluster is done with the block's shared memory (" + place_text(place) +
+                    ")"};
+    throw Failure{who + "while copies to or from the block's shared memory may be under way: " +
+                  "nobody in it has waited for the mbarrier that counts them (" +
+                  place_text(place) + ")"};
   }
 }
 

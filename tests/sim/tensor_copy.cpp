@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "device/tensor_layout.h"
-#include "kernel_order.h"
+#include "global_shadow.h"
 #include "operations.h"
 #include "shadow.h"
 
@@ -91,9 +91,11 @@ std::array<int64_t, 7> name_of(const Box& box) {
   return name;
 }
 
-void touch_tensor(const Box& box, bool write, const Source& source) {
+// Calls visit(address, bytes) for every run of global memory that lies inside.
+template <typename Visit>
+void visit_runs(const Box& box, Visit visit) {
   visit_rows(box, [&](uint32_t, const uint8_t* global, int64_t begin, int64_t end) {
-    if (global) touch_global(global + begin, static_cast<size_t>(end - begin), write, source);
+    if (global) visit(global + begin, static_cast<size_t>(end - begin));
   });
 }
 
@@ -111,16 +113,18 @@ void tensor_load(void* shared, const void* layout, uint64_t* barrier, uint32_t b
     fail(source, "tma_load_multicast: blocks 0x%x of a cluster of %zu", blocks, cluster.size());
   machine->statistics.bulk_bytes_read += bytes_inside(box);
   machine->statistics.prefetched_and_loaded += machine->prefetched.erase(name_of(box));
-  touch_tensor(box, false, source);
   for (Block& block : cluster) {
     if (!(blocks >> block.rank & 1)) continue;
     if (block.live == 0) fail(source, "tma_load_multicast: block %u has ended", block.rank);
     check_counts_bytes(block, counter.offset, source);
-    begin_write(block, place.offset, bytes, running_phase(block, counter.offset, source),
-                "tma_load", source);
+    const PhaseTime phase = running_phase(block, counter.offset, source);
+    begin_write(block, place.offset, bytes, phase, "tma_load", source);
+    visit_runs(box, [&](const uint8_t* global, size_t run) {
+      copy_global(global, run, false, phase.slot, phase.epoch, source, "tma_load");
+    });
     poison(block, place.offset, bytes);
-    ++block.in_flight;
-    later([&block, box, bytes, offset = place.offset, counted = counter.offset, source] {
+    begin_flight(block, source);
+    later(source, [&block, box, bytes, offset = place.offset, counted = counter.offset, source] {
       load(block, offset, box);
       --block.in_flight;
       mbarrier_complete_bytes(block, counted, bytes, source);
@@ -143,7 +147,6 @@ void tensor_store(const void* layout, const void* shared, const int32_t* coordin
   const auto bytes = static_cast<uint32_t>(box_bytes(box.layout));
   const SharedPlace place = shared_place(shared, bytes, alignment_of(box), "tma_store", source);
   check_visible_to_async(*place.block, place.offset, bytes, "tma_store", source);
-  touch_tensor(box, true, source);
   later_store(*place.block, {place.block, place.offset, bytes}, source, [=] {
     std::vector<uint8_t> dense(bytes);
     for (uint32_t piece = 0; piece < bytes; piece += 16)
@@ -156,6 +159,9 @@ void tensor_store(const void* layout, const void* shared, const int32_t* coordin
       });
       machine->statistics.bulk_bytes_written += bytes_inside(box);
     };
+  });
+  visit_runs(box, [&](const uint8_t* global, size_t run) {
+    begin_global_write(global, run, "tma_store", source);
   });
 }
 

@@ -123,9 +123,10 @@ void check_tile(Block& block, const Tile& tile, uint32_t rows, const char* which
            "wgmma: row %u, k %u of %s lies at shared address %u, outside the block's %u bytes", row,
            k, which, address, block.shared_bytes);
     for (const WgmmaOperation::View& view : operation.views)
-      touch_or_fail(block, address - kSharedWindow, 16, kAsync,
-                    {view.clock.get(), view.slot, view.own_fenced, slot, epoch}, source, "wgmma",
-                    &view == &operation.views[0]);
+      touch_or_fail(
+          block, address - kSharedWindow, 16, kAsync,
+          {view.clock.get(), view.slot, view.own_fenced, slot, epoch, block.cluster->number},
+          source, "wgmma", &view == &operation.views[0]);
     check_visible_to_async(block, address - kSharedWindow, 16, "wgmma", source);
   });
 }
@@ -276,6 +277,7 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
   if (!thread.wgmma_fenced)
     fail(source, "wgmma without wgmma_fence() since the last wgmma_commit()");
   const uint64_t number = thread.wgmma_issued++;
+  thread.wgmma_source = source;
   if (number == queue.done + queue.operations.size()) {
     WgmmaOperation& operation = queue.operations.emplace_back();
     operation.what = what;
@@ -299,7 +301,7 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
       operation.accumulators->n = what.n;
       operation.accumulators->tile.resize(static_cast<size_t>(kRows) * static_cast<size_t>(what.n));
     }
-    ++queue.block->in_flight;
+    begin_flight(*queue.block, source);
   }
   WgmmaOperation& operation = queue.operations[number - queue.done];
   const Wgmma& first = operation.what;
@@ -336,7 +338,7 @@ void wgmma(float* d, const uint32_t* a, const Wgmma& what, const Source& source)
   check_tile(block, decode(what.b, what.b_row_major), static_cast<uint32_t>(what.n), "B", operation,
              slot, epoch);
   // Groups complete in order: none before the one in front of it.
-  queue.last_time = later([&queue] { compute(queue); }, queue.last_time);
+  queue.last_time = later(source, [&queue] { compute(queue); }, queue.last_time);
 }
 
 void wgmma_fence(const Source& source) {
@@ -376,7 +378,8 @@ void wgmma_wait(uint32_t pending, const Source& source) {
 void check_unfinished_products(Thread& thread) {
   if (thread.wgmma_issued == 0) return;
   if (queue_of(thread, Source::current()).done < thread.wgmma_issued)
-    throw Failure{name_of(thread) + " ends before wgmma_wait for its last wgmma"};
+    throw Failure{name_of(thread) + " ends before wgmma_wait for its last wgmma (" +
+                  place_of(thread.wgmma_source) + ")"};
 }
 
 }  // namespace sim

@@ -5,8 +5,8 @@
 
 namespace dgemma::device {
 
-inline uint32_t cluster_block_rank() { return sim::self().block->rank; }
-inline uint32_t cluster_blocks() { return sim::machine->shape.cluster_blocks; }
+inline uint32_t cluster_block_rank() { return sim::rank_in_cluster(); }
+inline uint32_t cluster_blocks() { return sim::blocks_of_cluster(); }
 inline void cluster_arrive(SIM_SOURCE) { sim::cluster_arrive(source); }
 inline void cluster_wait(SIM_SOURCE) { sim::cluster_wait(source); }
 inline void cluster_sync(SIM_SOURCE) {

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "../cuda_types.h"
-#include "../kernel_order.h"
+#include "../global_shadow.h"
 #include "../operations.h"
 
 #define DGEMMA_DEVICE inline
@@ -22,13 +22,16 @@
 #define __align__(n) alignas(n)
 
 #define threadIdx (::sim::thread_position())
-#define blockIdx (::sim::self().block->index)
+#define blockIdx (::sim::block_position())
 #define blockDim (::sim::block_extent())
-#define gridDim (::sim::machine->shape.blocks)
+#define gridDim (::sim::grid_extent())
 
 namespace sim {
 
+// Not watched, as nothing of the machine is.
 [[gnu::no_sanitize("thread")]] inline uint3 thread_position() { return {self().index, 0, 0}; }
+[[gnu::no_sanitize("thread")]] inline uint3 block_position() { return self().block->index; }
+[[gnu::no_sanitize("thread")]] inline dim3 grid_extent() { return machine->shape.blocks; }
 [[gnu::no_sanitize("thread")]] inline dim3 block_extent() { return {machine->shape.threads}; }
 
 // Lanes exchange values of 4 or 8 bytes: `choose` says from which lane each takes its own.
@@ -83,22 +86,11 @@ T reduce(uint32_t mask, const char* what, T value, const Source& source, Combine
                   });
 }
 
-// Atomic operations on global memory are where blocks meet: another thread may come first.
-template <typename T, typename Update>
-[[gnu::no_sanitize("thread")]] T atomically(T* address, const Source& source, Update update) {
-  if (machine->random.below(4) == 0)
-    yield([](const Thread&) -> std::string { return "is about to do an atomic operation"; },
-          source);
-  touch_atomic(address, sizeof(T), source);
-  const T old = *address;
-  *address = update(old);
-  ++machine->progress;
-  return old;
-}
-
 }  // namespace sim
 
-inline void __syncthreads(SIM_SOURCE) { sim::barrier_sync(0, sim::machine->shape.threads, source); }
+[[gnu::no_sanitize("thread")]] inline void __syncthreads(SIM_SOURCE) {
+  sim::barrier_sync(0, sim::machine->shape.threads, source);
+}
 inline void __syncwarp(uint32_t mask = 0xffffffffu, SIM_SOURCE) {
   sim::reduce<uint32_t>(mask, "__syncwarp", 0, source, [](uint32_t a, uint32_t) { return a; });
 }
@@ -126,7 +118,7 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned by, int width = 32, SIM_SOUR
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIM_SOURCE) {
-  const uint32_t bit = predicate ? 1u << sim::self().index % 32 : 0;
+  const uint32_t bit = predicate ? 1u << threadIdx.x % 32 : 0;
   return sim::reduce(mask, "__ballot_sync", bit, source,
                      [](uint32_t a, uint32_t b) { return a | b; });
 }
@@ -184,7 +176,7 @@ inline int __syncthreads_or(int predicate, SIM_SOURCE) {
   return __syncthreads_count(predicate, source) != 0;
 }
 inline int __syncthreads_and(int predicate, SIM_SOURCE) {
-  return __syncthreads_count(predicate, source) == static_cast<int>(sim::machine->shape.threads);
+  return __syncthreads_count(predicate, source) == static_cast<int>(blockDim.x);
 }
 
 template <typename T>

@@ -19,10 +19,14 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 const char* launch(const LaunchShape& shape, void*, void (*kernel)(Parameters...),
                    const Arguments&... arguments) {
-  auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  // The arguments lie in the host's memory.
+  auto call = [&]() __attribute__((no_sanitize("thread"))) {
+    kernel(static_cast<Parameters>(arguments)...);
+  };
   return sim::run_grid(
       {shape.grid, shape.threads, shape.shared_bytes, shape.cluster_blocks,
-       shape.overlaps_previous_kernel && sim::compute_capability >= 90},
+       shape.overlaps_previous_kernel && sim::compute_capability >= 90,
+       reinterpret_cast<const void*>(kernel)},
       [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
 

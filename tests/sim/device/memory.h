@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/language.h"
-#include "kernel_order.h"
+#include "flags.h"
 
 namespace dgemma::device {
 
@@ -15,17 +15,14 @@ inline void store_once(void* global, uint4 v, SIM_SOURCE) {
   *static_cast<uint4*>(global) = v;
 }
 
-// A load that does not find what it waits for comes again: the others run first.
 inline uint32_t load_acquire(const uint32_t* flag, SIM_SOURCE) {
-  sim::yield([](const sim::Thread&) -> std::string { return "looks at a flag in global memory"; },
-             source);
-  return *flag;
+  return sim::load_flag(flag, source);
 }
 inline void store_release(uint32_t* flag, uint32_t value, SIM_SOURCE) {
   sim::store_flag(flag, value, source);
 }
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value, SIM_SOURCE) {
-  return atomicAdd(counter, value, source);
+  return sim::add_to_counter(counter, value, source);
 }
 inline void prefetch_to_l2(const void*) {}
 

@@ -8,11 +8,7 @@ namespace dgemma::device {
 template <typename Layout>
 Layout& shared_memory(SIM_SOURCE) {
   static_assert(alignof(Layout) <= 1024, "dynamic shared memory is aligned to 1,024 bytes");
-  const sim::Block& block = *sim::self().block;
-  if (sizeof(Layout) > block.shared_bytes)
-    sim::fail(source, "the shared-memory struct has %zu bytes, the launch asks for %u",
-              sizeof(Layout), block.shared_bytes);
-  return *reinterpret_cast<Layout*>(block.shared);
+  return *static_cast<Layout*>(sim::own_shared_memory(sizeof(Layout), source));
 }
 
 inline uint32_t shared_address(const void* pointer, SIM_SOURCE) {
