@@ -62,7 +62,9 @@ def build_folder() -> Path:
     usable = [
         folder
         for folder in builds
-        if cache_of(folder).get("CMAKE_HOME_DIRECTORY") == str(ROOT) and cache_of(folder).get("DGEMMA_SIM") == "OFF"
+        if (found := cache_of(folder)).get("CMAKE_HOME_DIRECTORY") == str(ROOT)
+        and found.get("DGEMMA_SIM") == "OFF"
+        and "CMAKE_TOOLCHAIN_FILE" not in found  # of another machine
     ]
     folder = usable[-1] if usable else ROOT / "build" / "c"
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,20 @@ def structs() -> dict[str, type[ctypes.Structure]]:
     return found
 
 
+@cache
+def pointer_fields(struct: str) -> dict[tuple[str, ...], bool]:
+    """The pointers of dgemma_<struct> by their paths, those of structs within it too; whether they are written."""
+    body = re.search(rf"typedef struct dgemma_{struct} \{{(.*?)\}}", header_text(), re.DOTALL)
+    assert body is not None
+    found: dict[tuple[str, ...], bool] = {}
+    for statement in (" ".join(s.split()) for s in body[1].split(";")):
+        if match := re.match(r"(const )?\w+ ?\* ?(\w+)$", statement):
+            found[match[2],] = match[1] is None
+        elif (match := re.match(r"dgemma_(\w+) (\w+)$", statement)) and match[1] in structs():
+            found |= {(match[2], *path): written for path, written in pointer_fields(match[1]).items()}
+    return found
+
+
 # Calls ---------------------------------------------------------------------------------------------------------------
 
 
@@ -196,11 +212,14 @@ def must(library: ctypes.CDLL, function: str, variant: str | None = None, **valu
     assert status == OK, f"{function}: {status} {message}"
 
 
-def workspace(library: ctypes.CDLL, function: str, **values: Any) -> torch.Tensor:
-    """A workspace of the size that dgemma_<function>_workspace returns, aligned to 64 bytes and poisoned."""
+def workspace(library: ctypes.CDLL, function: str, struct: str | None = None, **values: Any) -> torch.Tensor:
+    """A workspace of the size that dgemma_<function>_workspace returns, aligned to 64 bytes and poisoned.
+
+    `struct`: its name, where it differs.
+    """
     size = getattr(library, f"dgemma_{function}_workspace")
     size.restype = ctypes.c_size_t
-    wanted = size(ctypes.byref(operation(function.split("_", 1)[1], values)))
+    wanted = size(ctypes.byref(operation(struct or function.split("_", 1)[1], values)))
     storage = torch.full((wanted + 64,), 0xFF, dtype=torch.uint8)
     start = -storage.data_ptr() % 64
     return storage[start : start + wanted]

@@ -197,6 +197,24 @@ def denoise_operations(
     }
 
 
+def quantized_matrix(format: str, matrices: int, rows: int, columns: int) -> dict[str, Any]:
+    """A dgemma_quantized of e4m3 ("fp8"), of 4 bits in groups of 32 ("int4") or of e2m1 ("nvfp4"), all its values 0."""
+    number, group, bits, scale = {
+        "fp8": (1, 0, 8, None),
+        "int4": (2, 32, 4, torch.bfloat16),
+        "nvfp4": (3, 16, 4, torch.uint8),
+    }[format]
+    return {
+        "format": number,
+        "group": group,
+        "values": zeros(torch.uint8, matrices, rows, columns * bits // 8),
+        "scales": None if scale is None else zeros(scale, matrices, rows, -(-columns // group)),
+        "scale_dtype": torch.bfloat16,
+        "factors": torch.ones(matrices * rows // 4),
+        "rows_per_factor": 4,
+    }
+
+
 def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """Arguments of every struct of grouped_gemm.h without the router's, and of block_attention.h."""
     tokens, hidden, expert, experts, top_k = 4, 32, 16, 3, 2
@@ -218,30 +236,39 @@ def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
         "slot": int32(1, 0),
         "prefix_length": int32(3, 0),
     }
+    ffn = {
+        "tokens": tokens,
+        "hidden_size": hidden,
+        "expert_size": expert,
+        "experts": experts,
+        "top_k": top_k,
+        "dtype": dtype,
+        "input": tensor(dtype, tokens, hidden),
+        "expert_ids": torch.randint(experts, (tokens, top_k), dtype=torch.int32),
+        "expert_weights": torch.rand(tokens, top_k),
+        "output": zeros(dtype, tokens, hidden),
+    }
+    dense = {
+        "rows": tokens,
+        "in_features": hidden,
+        "out_features": expert,
+        "dtype": dtype,
+        "input": tensor(dtype, tokens, hidden),
+        "output": zeros(dtype, tokens, expert),
+    }
     return {
         "moe_ffn": {
-            "tokens": tokens,
-            "hidden_size": hidden,
-            "expert_size": expert,
-            "experts": experts,
-            "top_k": top_k,
-            "dtype": dtype,
-            "input": tensor(dtype, tokens, hidden),
-            "expert_ids": torch.randint(experts, (tokens, top_k), dtype=torch.int32),
-            "expert_weights": torch.rand(tokens, top_k),
+            **ffn,
             "gate_up": tensor(dtype, experts, 2 * expert, hidden),
             "down": tensor(dtype, experts, hidden, expert),
-            "output": zeros(dtype, tokens, hidden),
         },
-        "dense": {
-            "rows": tokens,
-            "in_features": hidden,
-            "out_features": expert,
-            "dtype": dtype,
-            "input": tensor(dtype, tokens, hidden),
-            "weight": tensor(dtype, expert, hidden),
-            "output": zeros(dtype, tokens, expert),
+        "moe_ffn_quantized": {
+            "ffn": ffn,
+            "gate_up": quantized_matrix("int4", experts, 2 * expert, hidden),
+            "down": quantized_matrix("fp8", experts, hidden, expert),
         },
+        "dense": {**dense, "weight": tensor(dtype, expert, hidden)},
+        "dense_quantized": {"dense": dense, "weight": quantized_matrix("nvfp4", 1, expert, hidden)},
         "append_to_cache": cache,
         "block_attention": {
             **cache,
@@ -254,12 +281,49 @@ def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     }
 
 
-def with_workspace(library: ctypes.CDLL, name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a workspace of the size that the library returns, where the operation takes one."""
-    if not hasattr(library, f"dgemma_cpu_{name}_workspace"):
+def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with all tensors that the struct may do without, which change nothing but the draws."""
+    if struct == "block_attention" or struct == "append_to_cache":
+        batch, length = values["batch"], values["block_length"]
+        given = {"length": torch.full((batch,), length, dtype=torch.int32)}
+        if struct == "block_attention":
+            given |= {"spans": zeros(torch.int32, batch, 3, 2), "spans_per_request": 3}
+        return {**values, **given}
+    if struct == "vocabulary_head":
+        return {**values, "statistics": optional_operands("vocabulary_statistics", values["statistics"])}
+    sizes = values.get("logits", values)
+    if "vocabulary" not in sizes or "length" not in sizes:
         return values
-    space = workspace(library, f"cpu_{name}", **values)
+    batch, length, vocabulary = sizes["batch"], sizes["length"], sizes["vocabulary"]
+    mask = torch.full((2, -(-vocabulary // 32)), -1, dtype=torch.int32)
+    allowed = {"mask": mask, "rows": 2, "row_index": zeros(torch.int32, batch, length)}
+    if "logits" in values:
+        active = torch.ones(batch, dtype=torch.uint8)
+        values = {**values, "logits": {**values["logits"], "allowed": allowed, "active": active}}
+    else:
+        values = {**values, "allowed": allowed}
+    if struct in ("sample", "noise", "update_canvas"):
+        values |= {"uniforms": torch.rand(batch, length, dtype=torch.float64)}
+    if struct == "noise":
+        values |= {"active": torch.ones(batch, dtype=torch.uint8), "keep": zeros(torch.uint8, batch, length)}
+    if struct in ("update_canvas", "soft_embedding"):
+        values |= {"pinned": zeros(torch.uint8, batch, length)}
+    return values
+
+
+def with_workspace(
+    library: ctypes.CDLL, name: str, values: dict[str, Any], function: str | None = None
+) -> dict[str, Any]:
+    """The arguments with a workspace of the size that the library returns, where the operation takes one.
+
+    `function`: whose workspace, "cpu_<name>" if it is not said.
+    """
+    function = function or f"cpu_{name}"
+    if not hasattr(library, f"dgemma_{function}_workspace"):
+        return values
+    space = workspace(library, function, struct=name, **values)
     given = {"workspace": space if space.numel() else None, "workspace_bytes": space.numel()}
-    if "statistics" in values:
-        return {**values, "statistics": {**values["statistics"], **given}}
+    for inner in ("statistics", "ffn", "dense"):
+        if isinstance(values.get(inner), dict):
+            return {**values, inner: {**values[inner], **given}}
     return {**values, **given}

@@ -126,8 +126,8 @@ def test_bits_of_a_row_do_not_depend_on_the_others(dtype: torch.dtype, variant: 
 def test_bad_arguments(name: str, value: int | None, status: int, message: str) -> None:
     op, cpu = describe(4, 8, 8, torch.float32), Cpu()
     cpu.variant = -1
-    for pointer in ("input", "weight", "output"):
-        setattr(op, pointer, 2**20)
+    for index, pointer in enumerate(("input", "weight", "output")):  # far from each other
+        setattr(op, pointer, (index + 1) << 30)
     setattr(op, name, value)
     assert library().dgemma_cpu_dense(ctypes.byref(op), ctypes.byref(cpu)) == status
     assert cpu.message.decode() == message

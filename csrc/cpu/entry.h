@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "common/operands.h"
 #include "dgemma/base.h"
 
 namespace dgemma {
@@ -16,9 +17,6 @@ constexpr size_t kAlignment = 64;
 // Writes the message ("argument: got this, wants that") and returns the status.
 __attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cpu* cpu, dgemma_status status,
                                                          const char* format, ...);
-
-// NULL, misaligned or smaller than `wanted`: a status and a message; else DGEMMA_OK.
-dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted, dgemma_cpu* cpu);
 
 // A NULL struct: a status, and a message where there is a context to hold it. The first check of
 // all.
@@ -40,14 +38,15 @@ dgemma_status check_dtype(dgemma_dtype dtype, dgemma_cpu* cpu);
 
 constexpr size_t bytes_of(dgemma_dtype dtype) { return dtype == DGEMMA_BFLOAT16 ? 2 : 4; }
 
-// A pointer argument and what it must be a multiple of.
-struct BufferArgument {
-  const char* name;
-  const void* pointer;
-  size_t alignment;
-  bool may_be_null = false;
-};
-dgemma_status check_buffers(std::initializer_list<BufferArgument> buffers, dgemma_cpu* cpu);
+// The tensors of a call and its workspace (common/operands.h).
+inline dgemma_status check_operands(const OperandList& operands, dgemma_cpu* cpu) {
+  return check_operands(operands, Memory::kCpu, {cpu->message, sizeof cpu->message});
+}
+inline dgemma_status check_workspace(const OperandList& operands, const void* workspace,
+                                     size_t bytes, size_t wanted, dgemma_cpu* cpu) {
+  return check_workspace(operands, workspace, bytes, wanted, kAlignment,
+                         {cpu->message, sizeof cpu->message});
+}
 
 // Cuts a workspace into parts; without a base only the size is counted.
 struct Carver {

@@ -14,28 +14,6 @@ dgemma_status fail(dgemma_cuda* cuda, dgemma_status status, const char* format, 
   return status;
 }
 
-dgemma_status check_pointers(std::initializer_list<PointerArgument> pointers, dgemma_cuda* cuda) {
-  for (const auto& [name, pointer, alignment, may_be_null] : pointers) {
-    if (pointer == nullptr && may_be_null) continue;
-    if (pointer == nullptr || reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
-      return fail(cuda, DGEMMA_INVALID_ARGUMENT, "%s: got %p, wants a multiple of %zu bytes", name,
-                  pointer, alignment);
-  }
-  return DGEMMA_OK;
-}
-
-dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted,
-                              dgemma_cuda* cuda) {
-  if (wanted == 0) return DGEMMA_OK;
-  const dgemma_status status =
-      check_pointers({{"workspace", workspace, kWorkspaceAlignment}}, cuda);
-  if (status != DGEMMA_OK) return status;
-  if (bytes < wanted)
-    return fail(cuda, DGEMMA_WORKSPACE_TOO_SMALL, "workspace_bytes: got %zu, wants at least %zu",
-                bytes, wanted);
-  return DGEMMA_OK;
-}
-
 dgemma_status find_gpu(Gpu* gpu, dgemma_cuda* cuda) {
   device::Properties properties = {};
   if (const char* error = device::get_properties(&properties))

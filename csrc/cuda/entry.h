@@ -4,8 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
+#include "common/operands.h"
 #include "dgemma/base.h"
 
 namespace dgemma {
@@ -19,18 +19,15 @@ constexpr size_t kPartAlignment = 256;
 __attribute__((format(printf, 3, 4))) dgemma_status fail(dgemma_cuda* cuda, dgemma_status status,
                                                          const char* format, ...);
 
-// A pointer argument and what it must be a multiple of. 16 bytes are what one copy moves.
-struct PointerArgument {
-  const char* name;
-  const void* pointer;
-  size_t alignment;
-  bool may_be_null = false;
-};
-dgemma_status check_pointers(std::initializer_list<PointerArgument> pointers, dgemma_cuda* cuda);
-
-// NULL, misaligned or smaller than `wanted`: a status and a message; else DGEMMA_OK.
-dgemma_status check_workspace(const void* workspace, size_t bytes, size_t wanted,
-                              dgemma_cuda* cuda);
+// The tensors of a call and its workspace (common/operands.h).
+inline dgemma_status check_operands(const OperandList& operands, dgemma_cuda* cuda) {
+  return check_operands(operands, Memory::kGpu, {cuda->message, sizeof cuda->message});
+}
+inline dgemma_status check_workspace(const OperandList& operands, const void* workspace,
+                                     size_t bytes, size_t wanted, dgemma_cuda* cuda) {
+  return check_workspace(operands, workspace, bytes, wanted, kWorkspaceAlignment,
+                         {cuda->message, sizeof cuda->message});
+}
 
 // The kernels that a GPU is served by.
 enum class CudaPath {

@@ -38,6 +38,8 @@ struct Append {
 };
 
 dgemma_status check(const dgemma_append_to_cache& op, dgemma_cpu* cpu) {
+  if (const auto status = check_extents(op, cpu)) return status;
+  if (const auto status = check_operands(operands_of(op), cpu)) return status;
   if (const auto status = check_requests(op, cpu)) return status;
   // Two requests that wrote the same rows would keep whichever came last.
   for (int64_t b = 0; b < op.batch; ++b)
@@ -45,16 +47,6 @@ dgemma_status check(const dgemma_append_to_cache& op, dgemma_cpu* cpu) {
       if (op.slot[b] >= 0 && op.slot[b] == op.slot[other])
         return invalid(cpu, "slot[%lld]: got %d, which slot[%lld] is too, wants another",
                        static_cast<long long>(b), op.slot[b], static_cast<long long>(other));
-  if (op.batch == 0 || op.block_length == 0 || op.slots == 0 || op.capacity == 0) return DGEMMA_OK;
-  const struct {
-    const char* name;
-    const void* pointer;
-  } pointers[] = {{"key", op.key},
-                  {"value", op.value},
-                  {"prefix_key", op.prefix_key},
-                  {"prefix_value", op.prefix_value}};
-  for (const auto& [name, pointer] : pointers)
-    if (const auto status = check_pointer(cpu, name, pointer)) return status;
   return DGEMMA_OK;
 }
 

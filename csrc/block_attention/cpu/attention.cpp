@@ -79,7 +79,7 @@ struct Attention {
 };
 
 dgemma_status check(const dgemma_block_attention& op, bool causal, dgemma_cpu* cpu) {
-  if (const auto status = check_requests(op, cpu)) return status;
+  if (const auto status = check_extents(op, cpu)) return status;
   if (const auto status = check_extent(cpu, "query_heads", op.query_heads, 1)) return status;
   if (const auto status = check_extent(cpu, "window", op.window, 0)) return status;
   if (op.query_heads % op.key_heads != 0)
@@ -91,6 +91,14 @@ dgemma_status check(const dgemma_block_attention& op, bool causal, dgemma_cpu* c
     return invalid(cpu, "spans: got a pointer, wants NULL for canvas attention");
   if (const auto status = check_extent(cpu, "spans_per_request", op.spans_per_request, 0))
     return status;
+  const OperandList operands = operands_of(op);
+  if (const auto status = check_operands(operands, cpu)) return status;
+  // The call finds an aligned part by itself.
+  if (const auto status = check_workspace(operands, op.workspace, op.workspace_bytes,
+                                          dgemma_cpu_block_attention_workspace(&op), 1,
+                                          {cpu->message, sizeof cpu->message}))
+    return status;
+  if (const auto status = check_requests(op, cpu)) return status;
   for (int64_t b = 0; b < op.batch; ++b) {
     if (op.slot[b] < 0) continue;
     const int64_t prefix = op.prefix_length[b];
@@ -108,27 +116,7 @@ dgemma_status check(const dgemma_block_attention& op, bool causal, dgemma_cpu* c
                        static_cast<long long>(b), static_cast<long long>(i), span[0], span[1]);
     }
   }
-  if (op.batch == 0 || op.block_length == 0) return DGEMMA_OK;
-  const bool stored = op.slots > 0 && op.capacity > 0;
-  const struct {
-    const char* name;
-    const void* pointer;
-    bool needed;
-  } pointers[] = {{"query", op.query, true},
-                  {"key", op.key, true},
-                  {"value", op.value, true},
-                  {"prefix_key", op.prefix_key, stored},
-                  {"prefix_value", op.prefix_value, stored},
-                  {"output", op.output, true},
-                  {"workspace", op.workspace, true}};
-  for (const auto& [name, pointer, needed] : pointers)
-    if (needed)
-      if (const auto status = check_pointer(cpu, name, pointer)) return status;
-  const size_t bytes = dgemma_cpu_block_attention_workspace(&op);
-  if (op.workspace_bytes >= bytes) return DGEMMA_OK;
-  std::snprintf(cpu->message, sizeof cpu->message, "workspace: got %zu bytes, wants %zu",
-                op.workspace_bytes, bytes);
-  return DGEMMA_WORKSPACE_TOO_SMALL;
+  return DGEMMA_OK;
 }
 
 dgemma_status attention(const dgemma_block_attention& op, bool causal, dgemma_cpu* cpu) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "block_attention/operands.h"
 #include "cpu/entry.h"
 #include "dgemma/block_attention.h"
 
@@ -27,13 +28,9 @@ inline dgemma_status check_extent(dgemma_cpu* cpu, const char* name, int64_t val
                  static_cast<long long>(lowest), static_cast<long long>(kMaxExtent));
 }
 
-inline dgemma_status check_pointer(dgemma_cpu* cpu, const char* name, const void* pointer) {
-  return pointer != nullptr ? DGEMMA_OK : invalid(cpu, "%s: got NULL, wants a pointer", name);
-}
-
-// Extents, data type and per-request numbers of either operation.
+// Extents and data type of either operation.
 template <typename Operation>
-dgemma_status check_requests(const Operation& op, dgemma_cpu* cpu) {
+dgemma_status check_extents(const Operation& op, dgemma_cpu* cpu) {
   const struct {
     const char* name;
     int64_t value;
@@ -50,9 +47,12 @@ dgemma_status check_requests(const Operation& op, dgemma_cpu* cpu) {
                   static_cast<int>(op.dtype));
     return DGEMMA_UNSUPPORTED;
   }
-  if (op.batch == 0) return DGEMMA_OK;
-  if (const auto status = check_pointer(cpu, "slot", op.slot)) return status;
-  if (const auto status = check_pointer(cpu, "prefix_length", op.prefix_length)) return status;
+  return DGEMMA_OK;
+}
+
+// Its slots, prefixes and lengths.
+template <typename Operation>
+dgemma_status check_requests(const Operation& op, dgemma_cpu* cpu) {
   for (int64_t b = 0; b < op.batch; ++b) {
     const auto request = static_cast<long long>(b);
     if (op.slot[b] < -1 || op.slot[b] >= op.slots)

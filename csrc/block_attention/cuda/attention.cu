@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "block_attention/cuda/attention.h"
+#include "block_attention/operands.h"
 #include "cuda/entry.h"
 
 namespace dgemma {
@@ -17,18 +18,7 @@ dgemma_status check_attention(const dgemma_block_attention& op, bool causal, dge
     return fail(cuda, DGEMMA_INVALID_ARGUMENT,
                 "spans: got a pointer, wants NULL for canvas attention");
   if (op.batch == 0 || op.block_length == 0) return DGEMMA_OK;
-  const bool unstored = op.slots == 0 || op.capacity == 0;
-  return check_pointers({{"query", op.query, 16},
-                         {"key", op.key, 16},
-                         {"value", op.value, 16},
-                         {"prefix_key", op.prefix_key, 16, unstored},
-                         {"prefix_value", op.prefix_value, 16, unstored},
-                         {"slot", op.slot, alignof(int32_t)},
-                         {"prefix_length", op.prefix_length, alignof(int32_t)},
-                         {"length", op.length, alignof(int32_t), true},
-                         {"spans", op.spans, alignof(int32_t), true},
-                         {"output", op.output, 16}},
-                        cuda);
+  return check_operands(operands_of(op), cuda);
 }
 
 const char* launch_attention(const AttentionPlan& plan, const Attention& attention, int32_t batch,
@@ -50,7 +40,8 @@ dgemma_status attend(const dgemma_block_attention& op, bool causal, Filling fill
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const AttentionPlan plan = make_attention_plan(op, gpu, filling);
-  status = check_workspace(op.workspace, op.workspace_bytes, plan.workspace_bytes, cuda);
+  status = check_workspace(operands_of(op), op.workspace, op.workspace_bytes, plan.workspace_bytes,
+                           cuda);
   if (status != DGEMMA_OK) return status;
   const Attention attention = make_attention(op, plan, causal);
   const auto batch = static_cast<int32_t>(op.batch);
@@ -100,14 +91,7 @@ dgemma_status dgemma_cuda_append_to_cache(const dgemma_append_to_cache* op, dgem
                 static_cast<long long>(op->slots), static_cast<long long>(op->capacity));
   if (op->batch == 0 || op->block_length == 0 || op->slots == 0 || op->capacity == 0)
     return DGEMMA_OK;
-  dgemma_status status = check_pointers({{"key", op->key, 16},
-                                         {"value", op->value, 16},
-                                         {"prefix_key", op->prefix_key, 16},
-                                         {"prefix_value", op->prefix_value, 16},
-                                         {"slot", op->slot, alignof(int32_t)},
-                                         {"prefix_length", op->prefix_length, alignof(int32_t)},
-                                         {"length", op->length, alignof(int32_t), true}},
-                                        cuda);
+  dgemma_status status = check_operands(operands_of(*op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);

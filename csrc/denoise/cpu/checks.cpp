@@ -10,9 +10,6 @@ namespace dgemma {
 dgemma_status check_allowed(const dgemma_allowed& allowed, int64_t batch, int64_t length,
                             int64_t vocabulary, const uint8_t* active, dgemma_cpu* cpu) {
   if (allowed.mask == nullptr) return DGEMMA_OK;
-  if (allowed.row_index == nullptr)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT,
-                "allowed_row: got none, wants one row index per position where allowed is given");
   int32_t seen = -1;  // neighbours often share a row: it is searched once
   for (int64_t b = 0; b < batch; ++b) {
     if (active != nullptr && active[b] == 0) continue;
@@ -51,20 +48,18 @@ dgemma_status check_uniforms(const double* uniforms, int64_t batch, int64_t leng
 }
 
 dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu) {
-  dgemma_status status = check_sizes(logits.batch, logits.length, logits.vocabulary, cpu);
-  if (status != DGEMMA_OK) return status;
+  if (const auto status = check_sizes(logits.batch, logits.length, logits.vocabulary, cpu))
+    return status;
   if (logits.dtype != DGEMMA_FLOAT32 && logits.dtype != DGEMMA_BFLOAT16)
     return fail(cpu, DGEMMA_UNSUPPORTED, "dtype: got %d, wants float32 (0) or bfloat16 (1)",
                 static_cast<int>(logits.dtype));
   if (!(logits.softcap >= 0.0f) || std::isinf(logits.softcap))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
                 "softcap: got %g, wants 0 (none) or a positive number", logits.softcap);
-  if (logits.batch == 0) return DGEMMA_OK;
-  const bool empty = logits.length == 0;
-  status = check_buffers({{"temperature", logits.temperature, sizeof(float)},
-                          {"raw", logits.raw, bytes_of(logits.dtype), empty}},
-                         cpu);
-  if (status != DGEMMA_OK) return status;
+  return DGEMMA_OK;
+}
+
+dgemma_status check_requests(const dgemma_logits& logits, dgemma_cpu* cpu) {
   for (int64_t b = 0; b < logits.batch; ++b) {
     if (logits.active != nullptr && logits.active[b] == 0) continue;
     if (!(logits.temperature[b] > 0.0f) || std::isinf(logits.temperature[b]))
@@ -74,18 +69,6 @@ dgemma_status check_logits(const dgemma_logits& logits, dgemma_cpu* cpu) {
   }
   return check_allowed(logits.allowed, logits.batch, logits.length, logits.vocabulary,
                        logits.active, cpu);
-}
-
-dgemma_status check_statistics(const dgemma_vocabulary_statistics& op, dgemma_cpu* cpu) {
-  const dgemma_status status = check_logits(op.logits, cpu);
-  if (status != DGEMMA_OK || op.logits.batch * op.logits.length == 0) return status;
-  return check_buffers({{"argmax", op.argmax, sizeof(int32_t)},
-                        {"entropy", op.entropy, sizeof(float)},
-                        {"row_max", op.row_max, sizeof(float)},
-                        {"row_sum", op.row_sum, sizeof(double)},
-                        {"tile_max", op.tile_max, sizeof(float)},
-                        {"tile_sum", op.tile_sum, sizeof(float)}},
-                       cpu);
 }
 
 }  // namespace dgemma

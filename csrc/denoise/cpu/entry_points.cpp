@@ -33,9 +33,7 @@ size_t carve(const dgemma_soft_embedding& op, char* base, SoftEmbeddingWork* wor
 }
 
 dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
-  dgemma_status status = check_logits(op.logits, cpu);
-  if (status == DGEMMA_OK) status = check_softmax_statistics(op, cpu);
-  if (status != DGEMMA_OK) return status;
+  if (const auto status = check_logits(op.logits, cpu)) return status;
   if (op.hidden_size < 1 || op.hidden_size > INT32_MAX)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "hidden_size: got %" PRId64 ", wants 1 to %d",
                 op.hidden_size, INT32_MAX);
@@ -48,13 +46,12 @@ dgemma_status check(const dgemma_soft_embedding& op, dgemma_cpu* cpu) {
   if (!(op.max_embedding_norm >= 0.0f))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "max_embedding_norm: got %g, wants at least 0",
                 op.max_embedding_norm);
-  const size_t element = bytes_of(op.logits.dtype);
-  const bool empty = op.logits.batch * op.logits.length == 0;
-  status = check_buffers(
-      {{"embedding", op.embedding, element, empty}, {"output", op.output, element, empty}}, cpu);
-  if (status != DGEMMA_OK) return status;
-  return check_workspace(op.workspace, op.workspace_bytes, dgemma_cpu_soft_embedding_workspace(&op),
-                         cpu);
+  const OperandList operands = operands_of(op);
+  if (const auto status = check_operands(operands, cpu)) return status;
+  if (const auto status = check_workspace(operands, op.workspace, op.workspace_bytes,
+                                          dgemma_cpu_soft_embedding_workspace(&op), cpu))
+    return status;
+  return check_requests(op.logits, cpu);
 }
 
 // Moves on to the next block; its probabilities overwrite those of the block before the current
@@ -117,7 +114,9 @@ void soft_embedding(const dgemma_soft_embedding& op, const DenoiseKernels& kerne
 dgemma_status dgemma_cpu_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
                                                dgemma_cpu* cpu) {
   dgemma_status status = dgemma::check_call(op, cpu);
-  if (status == DGEMMA_OK) status = dgemma::check_statistics(*op, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_logits(op->logits, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_operands(dgemma::operands_of(*op), cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_requests(op->logits, cpu);
   dgemma_cpu_variant variant;
   if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
   if (status != DGEMMA_OK) return status;
@@ -131,11 +130,8 @@ dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu) {
   if (status != DGEMMA_OK) return status;
   const dgemma_logits& logits = op->logits;
   status = dgemma::check_logits(logits, cpu);
-  if (status == DGEMMA_OK) status = dgemma::check_softmax_statistics(*op, cpu);
-  if (status == DGEMMA_OK) status = dgemma::check_draws(*op, logits.batch, cpu);
-  if (status == DGEMMA_OK)
-    status = dgemma::check_buffers(
-        {{"tokens", op->tokens, sizeof(int32_t), logits.batch * logits.length == 0}}, cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_operands(dgemma::operands_of(*op), cpu);
+  if (status == DGEMMA_OK) status = dgemma::check_requests(logits, cpu);
   if (status == DGEMMA_OK)
     status = dgemma::check_uniforms(op->uniforms, logits.batch, logits.length, logits.active, cpu);
   dgemma_cpu_variant variant;

@@ -34,17 +34,13 @@ dgemma_status multiply(const dgemma_vocabulary_head& op, int64_t first, int64_t 
 
 dgemma_status check_head(const dgemma_vocabulary_head& op, dgemma_cpu* cpu) {
   const dgemma_logits& logits = op.statistics.logits;
+  if (const auto status = check_logits(logits, cpu)) return status;
   if (const auto status = check_sizes({{"hidden_size", op.hidden_size, 1}}, cpu)) return status;
   const int64_t rows = logits.batch * logits.length;
   if (rows > kLargestSize)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
                 "batch x length: got %" PRId64 ", wants up to %" PRId64, rows, kLargestSize);
-  if (rows == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(logits.dtype);
-  return check_buffers({{"hidden", op.hidden, element},
-                        {"embedding", op.embedding, element},
-                        {"raw", op.raw, element}},
-                       cpu);
+  return check_operands(operands_of(op), cpu);
 }
 
 }  // namespace
@@ -58,8 +54,8 @@ dgemma_status dgemma_cpu_vocabulary_head(const dgemma_vocabulary_head* op, dgemm
   dgemma_vocabulary_statistics statistics = op->statistics;
   statistics.logits.raw = op->raw;
   // All arguments are checked before anything is written.
-  if (const auto status = check_statistics(statistics, cpu)) return status;
   if (const auto status = check_head(*op, cpu)) return status;
+  if (const auto status = check_requests(statistics.logits, cpu)) return status;
   const dgemma_logits& logits = statistics.logits;
   for (int64_t first = 0; first < logits.batch; ++first) {
     int64_t end = first;

@@ -9,10 +9,7 @@ namespace {
 
 dgemma_status check(const dgemma_noise& op, dgemma_cpu* cpu) {
   dgemma_status status = check_sizes(op.batch, op.length, op.vocabulary, cpu);
-  if (status == DGEMMA_OK) status = check_draws(op, op.batch, cpu);
-  if (status == DGEMMA_OK)
-    status =
-        check_buffers({{"tokens", op.tokens, sizeof(int32_t), op.batch * op.length == 0}}, cpu);
+  if (status == DGEMMA_OK) status = check_operands(operands_of(op), cpu);
   if (status != DGEMMA_OK) return status;
   if (op.purpose < DGEMMA_PURPOSE_INITIAL_NOISE || op.purpose > DGEMMA_PURPOSE_RENOISE)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,

@@ -76,34 +76,9 @@ dgemma_status check_request(const Request& request, dgemma_cpu* cpu) {
   return status;
 }
 
-dgemma_status check_pointers(const dgemma_update_canvas& op, dgemma_cpu* cpu) {
-  if (op.batch == 0) return DGEMMA_OK;
-  const bool empty = op.length == 0;
-  return check_buffers({{"sampled", op.sampled, sizeof(int32_t), empty},
-                        {"argmax", op.argmax, sizeof(int32_t), empty},
-                        {"entropy", op.entropy, sizeof(float), empty},
-                        {"max_steps", op.max_steps, sizeof(int32_t)},
-                        {"t_min", op.t_min, sizeof(double)},
-                        {"t_max", op.t_max, sizeof(double)},
-                        {"entropy_bound", op.entropy_bound, sizeof(float)},
-                        {"stability_threshold", op.stability_threshold, sizeof(int32_t)},
-                        {"confidence_threshold", op.confidence_threshold, sizeof(float)},
-                        {"active", op.active, 1},
-                        {"canvas", op.canvas, sizeof(int32_t), empty},
-                        {"draft", op.draft, sizeof(int32_t), empty},
-                        {"stable_steps", op.stable_steps, sizeof(int32_t)},
-                        {"step", op.step, sizeof(int32_t)},
-                        {"temperature", op.temperature, sizeof(float)},
-                        {"accepted", op.accepted, 1, empty},
-                        {"mean_entropy", op.mean_entropy, sizeof(float)},
-                        {"status", op.status, sizeof(int32_t)}},
-                       cpu);
-}
-
 dgemma_status check(const dgemma_update_canvas& op, dgemma_cpu* cpu) {
   dgemma_status status = check_sizes(op.batch, op.length, op.vocabulary, cpu);
-  if (status == DGEMMA_OK) status = check_pointers(op, cpu);
-  if (status == DGEMMA_OK) status = check_draws(op, op.batch, cpu);
+  if (status == DGEMMA_OK) status = check_operands(operands_of(op), cpu);
   if (status != DGEMMA_OK) return status;
   status = check_allowed(op.allowed, op.batch, op.length, op.vocabulary, op.active, cpu);
   if (status != DGEMMA_OK) return status;

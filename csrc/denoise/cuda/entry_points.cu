@@ -11,13 +11,6 @@ namespace {
 // Keeps rows times their blocks in a grid's first extent.
 constexpr int64_t kMostRows = 1 << 20;
 
-dgemma_status check_allowed(const dgemma_allowed& allowed, dgemma_cuda* cuda) {
-  if (allowed.mask == nullptr) return DGEMMA_OK;
-  return check_pointers({{"allowed", allowed.mask, alignof(int32_t)},
-                         {"allowed_row", allowed.row_index, alignof(int32_t)}},
-                        cuda);
-}
-
 dgemma_status check_rows(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cuda* cuda) {
   const dgemma_status status = check_sizes(batch, length, vocabulary, cuda);
   if (status != DGEMMA_OK) return status;
@@ -47,13 +40,7 @@ dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda) 
   if (!(logits.softcap >= 0.0f) || logits.softcap > 3e38f)
     return fail(cuda, DGEMMA_INVALID_ARGUMENT,
                 "softcap: got %g, wants 0 (none) or a positive number", logits.softcap);
-  if (logits.batch == 0 || logits.length == 0) return DGEMMA_OK;
-  // Rows of a multiple of four are read four values at a time.
-  const size_t value = logits.dtype == DGEMMA_BFLOAT16 ? 2 : 4;
-  status = check_pointers({{"logits", logits.raw, logits.vocabulary % 4 == 0 ? 4 * value : value},
-                           {"temperature", logits.temperature, alignof(float)}},
-                          cuda);
-  return status != DGEMMA_OK ? status : check_allowed(logits.allowed, cuda);
+  return DGEMMA_OK;
 }
 
 }  // namespace dgemma
@@ -69,9 +56,10 @@ dgemma_status dgemma_cuda_vocabulary_statistics(const dgemma_vocabulary_statisti
   using namespace dgemma;
   dgemma_status status = check_cuda_logits(op->logits, cuda);
   if (is_done(status, op->logits.batch, op->logits.length)) return status;
-  status = check_statistics_outputs(*op, cuda);
+  const OperandList operands = operands_of(*op);
+  status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
-  status = check_workspace(op->workspace, op->workspace_bytes,
+  status = check_workspace(operands, op->workspace, op->workspace_bytes,
                            dgemma_cuda_vocabulary_statistics_workspace(op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
@@ -88,17 +76,7 @@ dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda* cuda) {
   using namespace dgemma;
   dgemma_status status = check_cuda_logits(op->logits, cuda);
   if (is_done(status, op->logits.batch, op->logits.length)) return status;
-  const bool drawn = op->uniforms == nullptr;
-  status = check_pointers({{"row_max", op->row_max, alignof(float)},
-                           {"row_sum", op->row_sum, alignof(double)},
-                           {"tile_max", op->tile_max, alignof(float)},
-                           {"tile_sum", op->tile_sum, alignof(float)},
-                           {"seed", op->seed, alignof(int64_t), !drawn},
-                           {"canvas_index", op->canvas_index, alignof(int32_t), !drawn},
-                           {"step", op->step, alignof(int32_t), !drawn},
-                           {"uniforms", op->uniforms, alignof(double), true},
-                           {"tokens", op->tokens, alignof(int32_t)}},
-                          cuda);
+  status = check_operands(operands_of(*op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
@@ -114,14 +92,7 @@ dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda) {
                 "purpose: got %d, wants 0 (initial noise), 1 (sample) or 2 (renoise)",
                 static_cast<int>(op->purpose));
   if (is_done(status, op->batch, op->length)) return status;
-  const bool drawn = op->uniforms == nullptr;
-  status = check_pointers({{"seed", op->seed, alignof(int64_t), !drawn},
-                           {"canvas_index", op->canvas_index, alignof(int32_t), !drawn},
-                           {"step", op->step, alignof(int32_t), !drawn},
-                           {"uniforms", op->uniforms, alignof(double), true},
-                           {"tokens", op->tokens, alignof(int32_t)}},
-                          cuda);
-  if (status == DGEMMA_OK) status = check_allowed(op->allowed, cuda);
+  status = check_operands(operands_of(*op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
@@ -132,30 +103,7 @@ dgemma_status dgemma_cuda_update_canvas(const dgemma_update_canvas* op, dgemma_c
   using namespace dgemma;
   dgemma_status status = check_rows(op->batch, op->length, op->vocabulary, cuda);
   if (is_done(status, op->batch, op->length)) return status;
-  const bool drawn = op->uniforms == nullptr;
-  status = check_pointers({{"sampled", op->sampled, alignof(int32_t)},
-                           {"argmax", op->argmax, alignof(int32_t)},
-                           {"entropy", op->entropy, alignof(float)},
-                           {"uniforms", op->uniforms, alignof(double), true},
-                           {"seed", op->seed, alignof(int64_t), !drawn},
-                           {"canvas_index", op->canvas_index, alignof(int32_t), !drawn},
-                           {"max_steps", op->max_steps, alignof(int32_t)},
-                           {"t_min", op->t_min, alignof(double)},
-                           {"t_max", op->t_max, alignof(double)},
-                           {"entropy_bound", op->entropy_bound, alignof(float)},
-                           {"stability_threshold", op->stability_threshold, alignof(int32_t)},
-                           {"confidence_threshold", op->confidence_threshold, alignof(float)},
-                           {"active", op->active, 1},
-                           {"canvas", op->canvas, alignof(int32_t)},
-                           {"draft", op->draft, alignof(int32_t)},
-                           {"stable_steps", op->stable_steps, alignof(int32_t)},
-                           {"step", op->step, alignof(int32_t)},
-                           {"temperature", op->temperature, alignof(float)},
-                           {"accepted", op->accepted, 1},
-                           {"mean_entropy", op->mean_entropy, alignof(float)},
-                           {"status", op->status, alignof(int32_t)}},
-                          cuda);
-  if (status == DGEMMA_OK) status = check_allowed(op->allowed, cuda);
+  status = check_operands(operands_of(*op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);

@@ -3,22 +3,12 @@
 
 #include "cuda/entry.h"
 #include "denoise/cuda/kernels.h"
+#include "denoise/operands.h"
 
 namespace dgemma {
 
-// Sizes, dtype, softcap, pointers. Temperatures and rows are on the device and cannot be checked.
+// Sizes, dtype and softcap. Temperatures and rows are on the device and cannot be checked.
 dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda);
-
-inline dgemma_status check_statistics_outputs(const dgemma_vocabulary_statistics& op,
-                                              dgemma_cuda* cuda) {
-  return check_pointers({{"argmax", op.argmax, alignof(int32_t)},
-                         {"entropy", op.entropy, alignof(float)},
-                         {"row_max", op.row_max, alignof(float)},
-                         {"row_sum", op.row_sum, alignof(double)},
-                         {"tile_max", op.tile_max, alignof(float)},
-                         {"tile_sum", op.tile_sum, alignof(float)}},
-                        cuda);
-}
 
 inline TileParts take_tile_parts(WorkspaceParts* workspace, void* base, const dgemma_logits& op) {
   const Logits logits = make_logits(op);

@@ -17,9 +17,7 @@ dgemma_status check_head(const dgemma_vocabulary_head& op, dgemma_cuda* cuda) {
   if (op.statistics.logits.batch > 65535)
     return fail(cuda, DGEMMA_UNSUPPORTED, "batch: got %lld, wants at most 65535",
                 static_cast<long long>(op.statistics.logits.batch));
-  const dgemma_status status = check_pointers(
-      {{"hidden", op.hidden, 16}, {"embedding", op.embedding, 16}, {"raw", op.raw, 16}}, cuda);
-  return status != DGEMMA_OK ? status : check_statistics_outputs(op.statistics, cuda);
+  return check_operands(operands_of(op), cuda);
 }
 
 // Returns null or the error's text.
@@ -47,7 +45,7 @@ dgemma_status dgemma_cuda_vocabulary_head(const dgemma_vocabulary_head* op, dgem
     return status;
   status = check_head(*op, cuda);
   if (status != DGEMMA_OK) return status;
-  status = check_workspace(statistics.workspace, statistics.workspace_bytes,
+  status = check_workspace(operands_of(*op), statistics.workspace, statistics.workspace_bytes,
                            dgemma_cuda_vocabulary_head_workspace(op), cuda);
   if (status != DGEMMA_OK) return status;
   Gpu gpu = {};

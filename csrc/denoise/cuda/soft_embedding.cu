@@ -32,13 +32,7 @@ dgemma_status check_soft_embedding(const dgemma_soft_embedding& op, dgemma_cuda*
   if (!(op.max_embedding_norm >= 0.0f))
     return fail(cuda, DGEMMA_INVALID_ARGUMENT, "max_embedding_norm: got %g, wants at least 0",
                 op.max_embedding_norm);
-  return check_pointers({{"row_max", op.row_max, alignof(float)},
-                         {"row_sum", op.row_sum, alignof(double)},
-                         {"tile_max", op.tile_max, alignof(float)},
-                         {"tile_sum", op.tile_sum, alignof(float)},
-                         {"embedding", op.embedding, 16},
-                         {"output", op.output, 16}},
-                        cuda);
+  return check_operands(operands_of(op), cuda);
 }
 
 }  // namespace
@@ -62,7 +56,8 @@ dgemma_status dgemma_cuda_soft_embedding(const dgemma_soft_embedding* op, dgemma
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const SoftPlan plan = make_soft_plan(*op, gpu.path);
-  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
+  status = check_workspace(operands_of(*op), op->workspace, op->workspace_bytes,
+                           plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   status = launched(run_round(plan, make_soft_pass(*op, plan, false), cuda->stream), cuda);
   // Without a tolerance the first round skipped nothing.

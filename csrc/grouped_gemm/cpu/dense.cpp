@@ -7,6 +7,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "grouped_gemm/cpu/quantized.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -30,22 +31,11 @@ dgemma_status check(const dgemma_dense& op, const dgemma_quantized* weight, dgem
     return fail(cpu, DGEMMA_UNSUPPORTED, "dtype: got %d, wants %d (float32) or %d (bfloat16)",
                 static_cast<int>(op.dtype), DGEMMA_FLOAT32, DGEMMA_BFLOAT16);
   if (op.rows == 0) return DGEMMA_OK;
-  const struct {
-    const char* name;
-    const void* pointer;
-    bool wanted;
-  } pointers[] = {{"input", op.input, true},
-                  {"weight", op.weight, weight == nullptr},
-                  {"output", op.output, true}};
-  for (const auto& [name, pointer, wanted] : pointers)
-    if ((pointer != nullptr) != wanted)
-      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
-                  wanted ? "%s: got NULL, wants a pointer"
-                         : "%s: got a pointer, wants NULL beside quantized weights",
-                  name);
   if (weight != nullptr)
-    return check_quantized("weight", *weight, op.out_features, op.in_features, cpu);
-  return DGEMMA_OK;
+    if (const auto status =
+            check_quantized("weight", *weight, op.out_features, op.in_features, cpu))
+      return status;
+  return check_operands(operands_of(op, weight), cpu);
 }
 
 // `weight` is NULL where op has its weight itself.

@@ -9,6 +9,7 @@
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cpu/plan.h"
 #include "grouped_gemm/cpu/quantized.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -98,33 +99,19 @@ dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dg
                 "count, wants less");
   if (op.tokens == 0) return DGEMMA_OK;
 
-  const bool plain = quantized.gate_up == nullptr;
-  const struct {
-    const char* name;
-    const void* pointer;
-    bool wanted;
-  } pointers[] = {{"input", op.input, true},
-                  {"expert_ids", op.expert_ids, true},
-                  {"expert_weights", op.expert_weights, true},
-                  {"gate_up", op.gate_up, plain},
-                  {"down", op.down, plain},
-                  {"output", op.output, true}};
-  for (const auto& [name, pointer, wanted] : pointers)
-    if ((pointer != nullptr) != wanted)
-      return fail(cpu, DGEMMA_INVALID_ARGUMENT,
-                  wanted ? "%s: got NULL, wants a pointer"
-                         : "%s: got a pointer, wants NULL beside quantized weights",
-                  name);
-  dgemma_status status = DGEMMA_OK;
-  if (!plain) {
-    status = check_quantized("gate_up", *quantized.gate_up, op.expert_size, op.hidden_size, cpu);
-    if (status != DGEMMA_OK) return status;
-    status =
-        check_quantized("down", *quantized.down, op.experts * op.hidden_size, op.expert_size, cpu);
-    if (status != DGEMMA_OK) return status;
+  if (quantized.gate_up != nullptr) {
+    if (const auto status =
+            check_quantized("gate_up", *quantized.gate_up, op.expert_size, op.hidden_size, cpu))
+      return status;
+    if (const auto status = check_quantized("down", *quantized.down, op.experts * op.hidden_size,
+                                            op.expert_size, cpu))
+      return status;
   }
-  status = check_workspace(op.workspace, op.workspace_bytes, count_workspace_bytes(op), cpu);
-  if (status != DGEMMA_OK) return status;
+  const OperandList operands = operands_of(op, quantized.gate_up, quantized.down);
+  if (const auto status = check_operands(operands, cpu)) return status;
+  if (const auto status = check_workspace(operands, op.workspace, op.workspace_bytes,
+                                          count_workspace_bytes(op), cpu))
+    return status;
   const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
   if (bad >= 0)
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,

@@ -19,10 +19,6 @@ dgemma_status check_quantized(const char* name, const dgemma_quantized& matrix, 
     return fail(cpu, DGEMMA_INVALID_ARGUMENT,
                 "%s: got %" PRId64 " columns, wants a multiple of %d up to %" PRId64, name, columns,
                 format.column_multiple, kMostQuantizedColumns);
-  if (matrix.values == nullptr)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s.values: got NULL, wants a pointer", name);
-  if (format.scale_bytes > 0 && matrix.scales == nullptr)
-    return fail(cpu, DGEMMA_INVALID_ARGUMENT, "%s.scales: got NULL, wants a pointer", name);
   if (format.scales_are_bfloat16_or_half && matrix.scale_dtype != DGEMMA_BFLOAT16 &&
       matrix.scale_dtype != DGEMMA_FLOAT16)
     return fail(cpu, DGEMMA_UNSUPPORTED,

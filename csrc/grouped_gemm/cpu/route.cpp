@@ -8,6 +8,7 @@
 #include "cpu/bfloat16.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -51,16 +52,10 @@ dgemma_status check(const dgemma_route* op, dgemma_cpu* cpu) {
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "epsilon: got %g, wants 0 or a little more",
                 op->epsilon);
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers({{"input", op->input, element},
-                                         {"scale", op->scale, element},
-                                         {"projection", op->projection, element},
-                                         {"per_expert_scale", op->per_expert_scale, element},
-                                         {"expert_ids", op->expert_ids, sizeof(int32_t)},
-                                         {"expert_weights", op->expert_weights, sizeof(float)}},
-                                        cpu))
-    return status;
-  return check_workspace(op->workspace, op->workspace_bytes, dgemma_cpu_route_workspace(op), cpu);
+  const OperandList operands = operands_of(*op);
+  if (const auto status = check_operands(operands, cpu)) return status;
+  return check_workspace(operands, op->workspace, op->workspace_bytes,
+                         dgemma_cpu_route_workspace(op), cpu);
 }
 
 float value_at(const void* tensor, dgemma_dtype dtype, int64_t index) {

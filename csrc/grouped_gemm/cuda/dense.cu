@@ -2,6 +2,7 @@
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/dense.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -44,15 +45,16 @@ dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* cuda) {
   using namespace dgemma;
   if (const char* error = dense_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->rows == 0) return DGEMMA_OK;
-  dgemma_status status = check_pointers(
-      {{"input", op->input, 16}, {"weight", op->weight, 16}, {"output", op->output, 16}}, cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const DensePlan plan = make_dense_plan(*op, gpu);
-  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   return launched(run(plan, make_dense_call(*op, plan), cuda->stream), cuda);
 }

@@ -4,6 +4,7 @@
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/fp8.h"
 #include "grouped_gemm/cuda/quantize_rows.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -81,16 +82,8 @@ dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma
   if (const char* error = moe_fp8_error(*op, text, sizeof text))
     return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (ffn.tokens == 0) return DGEMMA_OK;
-  dgemma_status status = check_pointers({{"input", ffn.input, 16},
-                                         {"expert_ids", ffn.expert_ids, alignof(int32_t)},
-                                         {"expert_weights", ffn.expert_weights, alignof(float)},
-                                         {"output", ffn.output, 16}},
-                                        cuda);
-  if (status != DGEMMA_OK) return status;
-  status =
-      check_quantized(op->gate_up, "gate_up.values", "gate_up.scales", "gate_up.factors", cuda);
-  if (status != DGEMMA_OK) return status;
-  status = check_quantized(op->down, "down.values", "down.scales", "down.factors", cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
@@ -103,7 +96,8 @@ dgemma_status dgemma_cuda_moe_ffn_fp8(const dgemma_moe_ffn_quantized* op, dgemma
                 "(9.0 as 90a)",
                 gpu.compute_capability / 10, gpu.compute_capability % 10);
   const MoeFp8Plan plan = make_moe_fp8_plan(*op, gpu);
-  status = check_workspace(ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < ffn.tokens; token += plan.ffn.tokens_per_pass)
     if (const char* error = run_pass(kernels, plan, make_pass(*op, plan, token), cuda->stream))

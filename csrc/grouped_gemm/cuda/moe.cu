@@ -2,6 +2,7 @@
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/moe.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -56,20 +57,16 @@ dgemma_status dgemma_cuda_moe_ffn(const dgemma_moe_ffn* op, dgemma_cuda* cuda) {
   using namespace dgemma;
   if (const char* error = moe_cuda_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->tokens == 0) return DGEMMA_OK;
-  dgemma_status status = check_pointers({{"input", op->input, 16},
-                                         {"expert_ids", op->expert_ids, alignof(int32_t)},
-                                         {"expert_weights", op->expert_weights, alignof(float)},
-                                         {"gate_up", op->gate_up, 16},
-                                         {"down", op->down, 16},
-                                         {"output", op->output, 16}},
-                                        cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const MoeCudaPlan plan = make_moe_cuda_plan(*op, gpu);
-  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < op->tokens; token += plan.tokens_per_pass)
     if (const char* error = run_pass(plan, make_moe_cuda_pass(*op, plan, token), cuda->stream))

@@ -4,6 +4,7 @@
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/quantized.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -45,14 +46,6 @@ QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t co
           .group_bits = group_bits};
 }
 
-dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
-                              const char* scales, const char* factors, dgemma_cuda* cuda) {
-  const dgemma_status status = check_pointers(
-      {{values, matrix.values, 16}, {factors, matrix.factors, alignof(float), true}}, cuda);
-  if (status != DGEMMA_OK || describe(matrix.format).scale_bytes == 0) return status;
-  return check_pointers({{scales, matrix.scales, 4}}, cuda);
-}
-
 }  // namespace dgemma
 
 size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
@@ -69,23 +62,16 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
   if (const char* error = moe_quantized_error(*op, text, sizeof text))
     return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (ffn.tokens == 0) return DGEMMA_OK;
-  dgemma_status status = check_pointers({{"input", ffn.input, 16},
-                                         {"expert_ids", ffn.expert_ids, alignof(int32_t)},
-                                         {"expert_weights", ffn.expert_weights, alignof(float)},
-                                         {"output", ffn.output, 16}},
-                                        cuda);
-  if (status != DGEMMA_OK) return status;
-  status =
-      check_quantized(op->gate_up, "gate_up.values", "gate_up.scales", "gate_up.factors", cuda);
-  if (status != DGEMMA_OK) return status;
-  status = check_quantized(op->down, "down.values", "down.scales", "down.factors", cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const MoeCudaPlan plan = make_moe_quantized_plan(*op, gpu);
-  status = check_workspace(ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   for (int64_t token = 0; token < ffn.tokens; token += plan.tokens_per_pass) {
     const MoeQuantizedPass pass = {.ffn = make_moe_cuda_pass(ffn, plan, token),
@@ -112,17 +98,16 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   if (const char* error = dense_quantized_error(*op, text, sizeof text))
     return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (dense.rows == 0) return DGEMMA_OK;
-  dgemma_status status =
-      check_pointers({{"input", dense.input, 16}, {"output", dense.output, 16}}, cuda);
-  if (status != DGEMMA_OK) return status;
-  status = check_quantized(op->weight, "weight.values", "weight.scales", "weight.factors", cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const DensePlan plan = make_dense_quantized_plan(*op, gpu);
-  status = check_workspace(dense.workspace, dense.workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, dense.workspace, dense.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   const DenseQuantizedCall call = {.dense = make_dense_call(dense, plan),
                                    .weight = make_quantized_matrix(op->weight, dense.in_features),

@@ -41,9 +41,6 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
 }
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
-// The three names are for messages: "gate_up.values" and so on.
-dgemma_status check_quantized(const dgemma_quantized& matrix, const char* values,
-                              const char* scales, const char* factors, dgemma_cuda* cuda);
 
 struct MoeQuantizedPass {
   MoeCudaPass ffn;  // its gate_up and down are null

@@ -4,6 +4,7 @@
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/route.h"
+#include "grouped_gemm/operands.h"
 
 namespace dgemma {
 namespace {
@@ -39,21 +40,16 @@ dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda) {
   using namespace dgemma;
   if (const char* error = route_error(*op)) return fail(cuda, DGEMMA_UNSUPPORTED, "%s", error);
   if (op->tokens == 0) return DGEMMA_OK;
-  dgemma_status status =
-      check_pointers({{"input", op->input, 16},
-                      {"scale", op->scale, 16},
-                      {"projection", op->projection, 16},
-                      {"per_expert_scale", op->per_expert_scale, alignof(device::bfloat16)},
-                      {"expert_ids", op->expert_ids, alignof(int32_t)},
-                      {"expert_weights", op->expert_weights, alignof(float)}},
-                     cuda);
+  const OperandList operands = operands_of(*op);
+  dgemma_status status = check_operands(operands, cuda);
   if (status != DGEMMA_OK) return status;
 
   Gpu gpu = {};
   status = find_gpu(&gpu, cuda);
   if (status != DGEMMA_OK) return status;
   const RoutePlan plan = make_route_plan(*op);
-  status = check_workspace(op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
+  status =
+      check_workspace(operands, op->workspace, op->workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
   const RouteCall call = make_route_call(*op, plan);
   for (const auto launch : {launch_router_scores_sm80_bf16, launch_router_choice})

@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
 #include "layer/cpu/kernels.h"
+#include "layer/operands.h"
 
 namespace dgemma {
 namespace {
@@ -64,13 +65,7 @@ dgemma_status dgemma_cpu_token_embedding(const dgemma_token_embedding* op, dgemm
   if (!std::isfinite(op->scale))
     return fail(cpu, DGEMMA_INVALID_ARGUMENT, "scale: got %g, wants a finite number", op->scale);
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers({{"ids", op->ids, sizeof(int32_t)},
-                                         {"embedding", op->embedding, element},
-                                         {"conditioning", op->conditioning, element, true},
-                                         {"output", op->output, element}},
-                                        cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   if (const auto status = check_ids(*op, cpu)) return status;
   return run(*op, &LayerKernels::token_embedding, op->tokens, op->hidden_size, cpu);
 }
@@ -79,12 +74,7 @@ dgemma_status dgemma_cpu_rms_norm(const dgemma_rms_norm* op, dgemma_cpu* cpu) {
   using namespace dgemma;
   if (const auto status = check_rows(op, cpu)) return status;
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers({{"input", op->input, element},
-                                         {"weight", op->weight, element, true},
-                                         {"output", op->output, element}},
-                                        cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   return run(*op, &LayerKernels::rms_norm, op->tokens, op->hidden_size, cpu);
 }
 
@@ -103,19 +93,7 @@ dgemma_status dgemma_cpu_normalise_heads(const dgemma_normalise_heads* op, dgemm
   if (const auto status = check_dtype(op->dtype, cpu)) return status;
   if (const auto status = check_epsilon(op->epsilon, cpu)) return status;
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers({{"raw_query", op->raw_query, element},
-                                         {"raw_key", op->raw_key, element},
-                                         {"raw_value", op->raw_value, element, true},
-                                         {"query_norm", op->query_norm, element},
-                                         {"key_norm", op->key_norm, element},
-                                         {"cosine", op->cosine, element},
-                                         {"sine", op->sine, element},
-                                         {"query", op->query, element},
-                                         {"key", op->key, element},
-                                         {"value", op->value, element}},
-                                        cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   return run(*op, &LayerKernels::normalise_heads, op->tokens,
              (op->query_heads + 2 * op->key_heads) * op->head_dim, cpu);
 }
@@ -124,17 +102,7 @@ dgemma_status dgemma_cpu_attention_residual(const dgemma_attention_residual* op,
   using namespace dgemma;
   if (const auto status = check_rows(op, cpu)) return status;
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers({{"hidden", op->hidden, element},
-                                         {"attended", op->attended, element},
-                                         {"attended_norm", op->attended_norm, element},
-                                         {"dense_norm", op->dense_norm, element},
-                                         {"sparse_norm", op->sparse_norm, element},
-                                         {"residual", op->residual, element},
-                                         {"dense_input", op->dense_input, element},
-                                         {"sparse_input", op->sparse_input, element}},
-                                        cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   return run(*op, &LayerKernels::attention_residual, op->tokens, op->hidden_size, cpu);
 }
 
@@ -145,11 +113,7 @@ dgemma_status dgemma_cpu_gelu_product(const dgemma_gelu_product* op, dgemma_cpu*
     return status;
   if (const auto status = check_dtype(op->dtype, cpu)) return status;
   if (op->values == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  if (const auto status = check_buffers(
-          {{"gate", op->gate, element}, {"up", op->up, element}, {"output", op->output, element}},
-          cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   return run(*op, &LayerKernels::gelu_product, op->values, 1, cpu);
 }
 
@@ -157,18 +121,6 @@ dgemma_status dgemma_cpu_layer_output(const dgemma_layer_output* op, dgemma_cpu*
   using namespace dgemma;
   if (const auto status = check_rows(op, cpu)) return status;
   if (op->tokens == 0) return DGEMMA_OK;
-  const size_t element = bytes_of(op->dtype);
-  const bool last = op->next_norm == nullptr;
-  if (const auto status = check_buffers({{"residual", op->residual, element},
-                                         {"dense", op->dense, element},
-                                         {"sparse", op->sparse, element},
-                                         {"dense_norm", op->dense_norm, element},
-                                         {"sparse_norm", op->sparse_norm, element},
-                                         {"norm", op->norm, element},
-                                         {"next_norm", op->next_norm, element, true},
-                                         {"output", op->output, element},
-                                         {"next_input", op->next_input, element, last}},
-                                        cpu))
-    return status;
+  if (const auto status = check_operands(operands_of(*op), cpu)) return status;
   return run(*op, &LayerKernels::layer_output, op->tokens, op->hidden_size, cpu);
 }
