@@ -1,5 +1,6 @@
 # make demo       set up .venv, build, and watch the bundled model denoise a few canvases
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
+# make cross      the C library for 64-bit ARM and its tests under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
 # make wheel      the file that pip installs without a compiler, into dist/: all GPUs, Python 3.11 and later
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo build build-cuda test bench wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo build build-cuda test cross bench wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -51,6 +52,9 @@ $(older_transformers): .venv/%/.installed: requirements/%.txt | .venv/.installed
 	@$(venv_python) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target .venv/$* -r $< \
 	  || { rm -rf .venv/$*; mkdir -p .venv/$*; echo "$* could not be fetched: tests under it skip" >&2; }
 	@touch $@
+
+cross: .venv/.built
+	@$(venv_python) -m pytest tests/test_cross.py -n 0 -rs $(ARGS)
 
 bench: .venv/.built
 	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)

@@ -15,7 +15,7 @@ endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF) # set per target below
 
 # The toolkit's libraries lie in lib64, those of the packages from PyPI in lib, where nvcc does not look by itself.
-if(CMAKE_CUDA_COMPILER)
+if(CMAKE_CUDA_COMPILER AND NOT CMAKE_CROSSCOMPILING)
   get_filename_component(cuda_bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
   if(EXISTS "${cuda_bin}/../lib/libcudart_static.a" AND NOT EXISTS "${cuda_bin}/../lib64/libcudart_static.a")
     set(CMAKE_CUDA_FLAGS_INIT "-L${cuda_bin}/../lib")
@@ -123,9 +123,14 @@ if(fp8_code)
     dgemma_cuda PRIVATE $<$<IN_LIST:89,${all_architectures}>:DGEMMA_WITH_SM89> $<$<BOOL:${code_of_120}>:DGEMMA_WITH_SM120>)
 endif()
 
+if(CMAKE_CROSSCOMPILING AND CMAKE_SYSTEM_PROCESSOR STREQUAL "aarch64")
+  set(cuda_library_folders "${cuda_bin}/../targets/sbsa-linux/lib")
+else()
+  set(cuda_library_folders "${cuda_bin}/../lib64" "${cuda_bin}/../lib")
+endif()
 find_library(
   DGEMMA_CUDART cudart_static
-  HINTS "${cuda_bin}/../lib64" "${cuda_bin}/../lib"
+  HINTS ${cuda_library_folders}
   PATHS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED NO_DEFAULT_PATH)
 find_package(Threads REQUIRED)
 # For this build alone: an installed library finds them on its own machine (cmake/dgemmaConfig.cmake.in).

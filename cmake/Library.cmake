@@ -29,6 +29,8 @@ endforeach()
 # The launch plans of csrc/<family>/cuda are host code, which is here without CUDA too.
 file(GLOB_RECURSE dgemma_sources CONFIGURE_DEPENDS ${dgemma_patterns})
 target_sources(dgemma PRIVATE ${dgemma_sources})
+# What entry points compute themselves is rounded after every operation, as denoise.h and the scalar variant promise.
+set_source_files_properties(${dgemma_sources} PROPERTIES COMPILE_OPTIONS -ffp-contract=off)
 include(cmake/CpuVariants.cmake)
 
 # The same objects as a shared library, for hosts of the C interface: the test bed and partial builds have none.

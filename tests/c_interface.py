@@ -16,7 +16,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -78,6 +78,11 @@ def build_folder() -> Path:
 
 @cache
 def load() -> ctypes.CDLL:
+    """The library of the build at hand; that of another machine where DGEMMA_TEST_MACHINE asks for it (cross.py)."""
+    if "DGEMMA_TEST_MACHINE" in os.environ:
+        from cross import Remote
+
+        return cast(ctypes.CDLL, Remote())
     return ctypes.CDLL(str(build_folder() / "libdgemma.so"))
 
 
@@ -114,8 +119,11 @@ def enumerators() -> list[str]:
 ABI = ROOT / "csrc" / "abi.txt"
 
 
-def abi_listing(folder: Path) -> str:
-    """One line for every function, struct (its size and where its fields are) and enumerator, by a C program."""
+def abi_listing(folder: Path, compiler: str = "cc", command: list[str] | None = None) -> str:
+    """One line for every function, struct (its size and where its fields are) and enumerator, by a C program.
+
+    `command` runs <folder>/abi where the compiler's machine is another.
+    """
     lines = [f'  puts("function {name}");' for name in declared_functions()]
     for name, struct in sorted(structs().items()):
         lines.append(f'  printf("struct dgemma_{name} %zu", sizeof(dgemma_{name}));')
@@ -127,8 +135,8 @@ def abi_listing(folder: Path) -> str:
     program = "\n".join(["#include <stdio.h>", *includes, "int main(void) {", *lines, "  return 0;", "}", ""])
     (folder / "abi.c").write_text(program)
     strict = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-pedantic"]
-    run("cc", *strict, f"-I{INCLUDE.parent}", folder / "abi.c", "-o", folder / "abi")
-    return run(folder / "abi")
+    run(compiler, *strict, f"-I{INCLUDE.parent}", folder / "abi.c", "-o", folder / "abi")
+    return run(*(command or [folder / "abi"]))
 
 
 @cache
@@ -171,20 +179,22 @@ def pointer_fields(struct: str) -> dict[tuple[str, ...], bool]:
 # Calls ---------------------------------------------------------------------------------------------------------------
 
 
-def fill(struct: ctypes.Structure, values: dict[str, Any]) -> ctypes.Structure:
-    """Puts numbers, torch tensors (their addresses), dtypes and nested dicts into a struct."""
+def fill(struct: Any, values: dict[str, Any]) -> Any:
+    """Puts numbers, tensors (their addresses), dtypes and nested dicts into a struct; its `tensors` keeps them."""
+    struct.tensors = []
     for name, value in values.items():
         if isinstance(value, dict):
-            fill(getattr(struct, name), value)
+            struct.tensors += fill(getattr(struct, name), value).tensors
         elif isinstance(value, torch.Tensor):
             assert value.is_contiguous()
+            struct.tensors.append(value)
             setattr(struct, name, value.data_ptr())
         else:
             setattr(struct, name, DTYPES[value] if isinstance(value, torch.dtype) else value)
     return struct
 
 
-def operation(name: str, values: dict[str, Any]) -> ctypes.Structure:
+def operation(name: str, values: dict[str, Any]) -> Any:
     return fill(structs()[name](), values)
 
 

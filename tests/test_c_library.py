@@ -46,6 +46,7 @@ pytestmark = [
 EXAMPLE = ROOT / "examples" / "embed_c"
 STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
 VERSION = _C.version()
+GUIDE = (ROOT / "docs" / "embedding.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,35 @@ def test_pkg_config(prefix: Path, tmp_path: Path, linkage: str) -> None:
     assert run(tmp_path / "host") == said_by_host()
 
 
+def guide_line(start: str) -> str:
+    (found,) = [line for line in GUIDE.splitlines() if line.startswith(start)]
+    return found
+
+
+@pytest.mark.skipif(shutil.which("pkg-config") is None, reason="pkg-config is not here")
+def test_the_guides_line_for_pkg_config_makes_a_program_that_finds_the_library(prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "engine.c").write_text(HOST)
+    path = {**environment(), "PKG_CONFIG_PATH": str(library_folder(prefix) / "pkgconfig")}
+    subprocess.run(guide_line("cc engine.c"), shell=True, check=True, cwd=tmp_path, env=path)
+    assert run(tmp_path / "engine") == said_by_host()
+
+
+def test_the_guides_rpath_of_an_installed_engine(prefix: Path, tmp_path: Path) -> None:
+    """In a prefix of its own with the library beside it, which is moved: only a relative rpath leads there."""
+    (setting,) = re.findall(r"`(set\(CMAKE_INSTALL_RPATH .*?\))`", GUIDE)
+    source = write_host(tmp_path / "source", "C")
+    project = (source / "CMakeLists.txt").read_text().replace("add_executable", f"{setting}\nadd_executable")
+    (source / "CMakeLists.txt").write_text(project + "install(TARGETS host RUNTIME DESTINATION bin)\n")
+    configure_and_build(source, tmp_path / "build", prefix, "-DCMAKE_C_FLAGS=" + " ".join(STRICT))
+    assert run(tmp_path / "build" / "host") == said_by_host()
+    run("cmake", "--install", tmp_path / "build", "--prefix", tmp_path / "installed")
+    shutil.copytree(library_folder(prefix), tmp_path / "installed" / "lib", symlinks=True)
+    (tmp_path / "installed").rename(tmp_path / "moved")
+    dynamic = run("readelf", "-d", tmp_path / "moved" / "bin" / "host")
+    assert re.findall(r"(?:RUNPATH|RPATH).*\[(.*)\]", dynamic) == ["$ORIGIN/../lib"]
+    assert run(tmp_path / "moved" / "bin" / "host") == said_by_host()
+
+
 # The example ---------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +414,6 @@ def test_several_hosts_at_once(example: Path) -> None:
 
 # What the guides show -------------------------------------------------------------------------------------------------
 
-GUIDE = (ROOT / "docs" / "embedding.md").read_text()
 EXAMPLES_README = (EXAMPLE / "README.md").read_text()
 
 

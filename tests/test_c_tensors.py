@@ -32,6 +32,7 @@ BF16 = torch.bfloat16
 # Functions whose struct has another name.
 STRUCT_OF = {
     "canvas_attention": "block_attention",
+    "batched_canvas_attention": "block_attention",
     "causal_attention": "block_attention",
     "moe_ffn_fp8": "moe_ffn_quantized",
 }
@@ -66,7 +67,7 @@ def operands(library: ctypes.CDLL, function: str) -> dict[str, Any]:
     if function == "moe_ffn_fp8":
         made = {**made, "gate_up": quantized_matrix("fp8", 3, 32, 32)}
     made = optional_operands(struct, made)
-    if function == "canvas_attention":
+    if function.endswith("canvas_attention"):
         made = {**made, "spans": None}
     return with_workspace(library, struct, made, f"{WHERE}_{workspace_of(function)}")
 
@@ -144,7 +145,7 @@ def test_every_pointer_is_tried(library: ctypes.CDLL, function: str) -> None:
     missing = set(pointer_fields(STRUCT_OF.get(function, function))) - set(tensors(function, values))
     left_out = {
         ("statistics", "logits", "raw"), ("dense", "weight"), ("ffn", "gate_up"), ("ffn", "down"),
-        *([("spans",)] if function == "canvas_attention" else []),
+        *([("spans",)] if function.endswith("canvas_attention") else []),
         *([("gate_up", "scales"), ("down", "scales")] if "moe_ffn" in function else []),
         *((*path, "workspace") for path in [(), ("dense",), ("statistics",)]),
     }  # fmt: skip
@@ -213,7 +214,9 @@ def test_an_output_that_overlaps_is_named(library: ctypes.CDLL, function: str) -
             last = base + (size(found[first]) - 1) // step * step
             behind = base + -(-size(found[first]) // step) * step
             beside = replaced(looked_at(looked_at(values, first), second), first, placed(found[first], base))
-            for address in (base, last):
+            # A GPU may use less of a workspace than the most that any uses.
+            at_its_end = WHERE == "cpu" or first[-1] != "workspace"
+            for address in (base, last) if at_its_end else (base,):
                 message = refusal(library, function, replaced(beside, second, address))
                 got, overlapped = message.split(": got ")[0], message.split("overlaps ")[1].split(",")[0]
                 assert {got, overlapped} == {shown(first), shown(second)}, (pair, message)

@@ -23,4 +23,4 @@ def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
 
 
 def test_bad_input_before_a_launch() -> None:
-    run_tests_on_kernels("tests/test_cuda_refusals.py")
+    run_tests_on_kernels("tests/test_cuda_refusals.py", "tests/test_c_tensors.py")

@@ -1,12 +1,12 @@
 /* What every function of the library shares: status codes, data types, and how a host lends its
  * threads. docs/embedding.md is the guide; these headers are the reference.
  *
- * The library allocates nothing, keeps no global state and starts no thread. Every function takes
- * one struct that describes the operation (plain pointers and sizes) and one that says where it
- * runs. A call may be made from any thread; two calls may share inputs but not outputs, workspace
- * or the context struct. Bad arguments give a status and a message, never a crash, as far as the
- * host can see them: pointers must point to what the struct says, what lies on a GPU is not looked
- * at, and a struct that is itself NULL is refused on the CPU alone.
+ * The library allocates nothing, keeps no state and starts no thread. A function takes one struct
+ * that says what to compute and one that says where; any thread may call it. Two calls share no
+ * output, workspace or context. In a call an output (what is not const, also where it is read) and
+ * the workspace overlap no other tensor; inputs may overlap. Pointers are multiples of an element's
+ * size, on a GPU of 16 bytes where it says so. What is wrong gives a status and a message, never a
+ * crash, as far as the host sees it: not what lies on a GPU, and a NULL struct on the CPU alone.
  *
  * ABI. The interface is C11 and C++17 and is frozen. DGEMMA_ABI_VERSION, which is also the shared
  * library's SOVERSION, counts the breaks; a host built with one number runs with every later
@@ -67,7 +67,7 @@ typedef enum dgemma_dtype {
  */
 typedef enum dgemma_cpu_variant {
   DGEMMA_CPU_BEST = -1,
-  DGEMMA_CPU_SCALAR = 0,
+  DGEMMA_CPU_SCALAR = 0,     /* plain C++: the same bits on every machine */
   DGEMMA_CPU_AVX2 = 1,       /* AVX2, FMA, F16C */
   DGEMMA_CPU_AVX512 = 2,     /* AVX-512 F, BW, DQ, VL */
   DGEMMA_CPU_AVX512_BF16 = 3 /* the same with bf16 dot products */
