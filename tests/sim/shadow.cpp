@@ -183,7 +183,11 @@ void ask_addr2line(const char* options, size_t place, Visit visit) {
 // Of the functions that are inlined there the innermost that is no wrapper's and no library's.
 std::string place_text(uint32_t number) {
   if (number & kIsSource) return place_of(sources[number & ~kIsSource]);
-  std::string found = "somewhere";
+  // Each is asked for once: stores of the same value are suspects again and again.
+  static std::map<uint32_t, std::string> known;
+  std::string& found = known[number];
+  if (!found.empty()) return found;
+  found = "somewhere";
   bool done = false;
   ask_addr2line("-i", number - 1, [&](std::string text) {
     if (done) return;
