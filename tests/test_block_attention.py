@@ -239,7 +239,7 @@ def test_empty_batch_and_empty_block() -> None:
         for module in (block_attention, block_attention_plain):
             assert module.canvas_attention(query, key, key, cache, cache, numbers, numbers).shape == query.shape
             assert module.causal_attention(query, key, key, cache, cache, numbers, numbers).shape == query.shape
-            module.append_to_cache(key, key, cache, cache, numbers, numbers)
+            module.append_to_cache(key, key, cache, cache.clone(), numbers, numbers)
         assert bool((cache == 0).all())
 
 

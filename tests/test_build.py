@@ -263,7 +263,7 @@ def test_a_users_build_does_not_end_at_a_warning(strict: bool, tmp_path: Path, m
     define = option.replace("-Ccmake.define.", "-D")
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.25)\nproject(warnings LANGUAGES NONE)\n"
-        f"include({ROOT}/cmake/Warnings.cmake)\n"
+        f'include("{ROOT}/cmake/Warnings.cmake")\n'
         'dgemma_cxx_warnings(cxx)\ndgemma_cuda_warnings(cuda)\nmessage(NOTICE "cxx ${cxx}\\ncuda ${cuda}")\n'
     )
     for release, host, expected in (("13.0.88", "12.2.0", strict), ("13.1.2", "14.0.0", False)):
