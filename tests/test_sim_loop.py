@@ -37,10 +37,11 @@ def test_the_kernels_hold_the_rules_of_every_request_in_a_batch() -> None:
     run_tests_on_kernels("tests/test_loop.py", "-k", "rules_of_their_own", seed=4)
 
 
-def test_a_step_of_a_batch_reads_no_value_and_launches_as_many_kernels() -> None:
+def test_a_step_of_a_batch_reads_no_value_and_launches_no_more_kernels() -> None:
     """A captured step cannot wait for the host. csrc/cuda/NOTES.md has the counts."""
     counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))
     one, four = (counts[f"rows {rows}, step 2"] for rows in (1, 4))
     assert (one["waits"], four["waits"]) == (0, 0)
-    assert four["kernels"] == one["kernels"]
+    # A request alone is split to fill the GPU, and in each of the 30 layers its parts are combined. Four fill it.
+    assert four["kernels"] == one["kernels"] - 30
     assert four["torch"] <= one["torch"] + 1  # the flags of the rows, copied out to their positions
