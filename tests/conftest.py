@@ -8,12 +8,17 @@ import os
 # time on a busy or single-core machine, where tests then take ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 import gpu_session
 from backend import BACKEND, VARIANTS
+from checkpoints import write_tokenizer
 from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
+from dgemma_ext.checkpoint import Tokenizer
 
 # A GPU run of the suite sets this (tools/gpu_check.py); a missing GPU is then an error, not a skip.
 GPU_RUN = os.environ.get("DGEMMA_GPU") == "1"
@@ -57,3 +62,24 @@ def cpu_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if BACKEND == "cpu":
         monkeypatch.setenv("DGEMMA_CPU", name)
     return name
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 512 entries with the template of the published model's kind."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, 512)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_directory(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def transformers_tokenizer(tokenizer_folder: Path) -> Any:
+    """transformers' tokenizer of the same files."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)

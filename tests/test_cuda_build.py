@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,41 +149,36 @@ def test_code_for_8_0_does_not_wait_for_the_kernel_in_front(architecture: int, w
     assert ("griddepcontrol.wait" in ptx.read_text()) == waits
 
 
-def test_only_code_that_waits_is_launched_with_overlap(tmp_path: Path) -> None:
-    """Launches that ask for it, do not, and ask again, on a GPU of 12.0; then how often the runtime was asked."""
-    nvcc, program = find_nvcc(), tmp_path / "overlap_gate"
+def launches_over_a_stand_in(source: str, program: Path) -> Callable[..., str]:
+    """Compiles launches over a CUDA runtime of its own; what a run with this argument says of the runtime's calls."""
+    nvcc = find_nvcc()
     assert nvcc is not None
-    sources = [str(SIM / "runtime" / name) for name in ("overlap_gate.cu", "overlap_runtime.cpp")]
+    sources = [str(SIM / "runtime" / name) for name in (source, "overlap_runtime.cpp")]
     subprocess.run(
         [nvcc, "-std=c++20", "-arch=sm_90", "-cudart", "none", f"-I{CSRC}", *sources, "-o", str(program)], check=True
     )
 
-    def launches(ptx_version: int, **environment: str) -> str:
-        command = [str(program), str(ptx_version)]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, check=True, capture_output=True, text=True
-        ).stdout.strip()
+    def launches(argument: int, **environment: str) -> str:
+        settings = {**os.environ, **environment}
+        command = [str(program), str(argument)]
+        return subprocess.run(command, env=settings, check=True, capture_output=True, text=True).stdout.strip()
 
+    return launches
+
+
+def test_only_code_that_waits_is_launched_with_overlap(tmp_path: Path) -> None:
+    """Launches that ask for it, do not, and ask again, on a GPU of 12.0, by the PTX version of the code; then how often
+    the runtime was asked."""
+    launches = launches_over_a_stand_in("overlap_gate.cu", tmp_path / "overlap_gate")
     assert launches(80) == "0 0 0 1"
     assert launches(90) == "1 0 1 1"
     assert launches(90, DGEMMA_PDL="0") == "0 0 0 0"
 
 
 def test_a_launch_may_ask_whether_its_blocks_fit(tmp_path: Path) -> None:
-    """Launches that count on 1, 2 and 3 blocks of a multiprocessor; then the runtime's questions and carveouts."""
-    nvcc, program = find_nvcc(), tmp_path / "residency"
-    assert nvcc is not None
-    sources = [str(SIM / "runtime" / name) for name in ("residency.cu", "overlap_runtime.cpp")]
-    subprocess.run(
-        [nvcc, "-std=c++20", "-arch=sm_90", "-cudart", "none", f"-I{CSRC}", *sources, "-o", str(program)], check=True
-    )
-
-    def launches(fit: int, **environment: str) -> str:
-        command = [str(program), str(fit)]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
+    """Launches that count on 1, 2 and 3 blocks of a multiprocessor, by how many fit; then the runtime's questions and
+    carveouts."""
+    launches = launches_over_a_stand_in("residency.cu", tmp_path / "residency")
     refused = "[fewer blocks fit a multiprocessor than the launch counts on]"
     assert launches(2) == "0 0 0 0 2"
     assert launches(3, DGEMMA_RESIDENCY="1") == "0 0 0 3 2"

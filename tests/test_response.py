@@ -10,19 +10,12 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from chats import json_objects, texts
-from checkpoints import SPECIAL_TOKENS, write_tokenizer
+from checkpoints import SPECIAL_TOKENS
 from dgemma_ext.checkpoint import Tokenizer
 
 CALL, RESPONSE, CHANNEL, TURN = (
     SPECIAL_TOKENS[f"<|{name}>"] for name in ("tool_call", "tool_response", "channel", "turn")
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, 512)
-    return Tokenizer.from_directory(folder)
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:

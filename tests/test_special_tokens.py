@@ -17,33 +17,13 @@ from hypothesis import strategies as st
 from tokenizers.models import BPE
 
 from chats import texts
-from checkpoints import SPECIAL_TOKENS, write_tokenizer
+from checkpoints import SPECIAL_TOKENS
 from dgemma_ext.checkpoint import ChatTemplate, Tokenizer
 from dgemma_ext.checkpoint.special_tokens import STAND_INS
 from dgemma_ext.errors import CheckpointError
 
 TURN = SPECIAL_TOKENS["<|turn>"]
 PLACES = 12  # of chat_of
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder, 512)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_directory(folder)
-
-
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
-    """transformers' tokenizer of the same files."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
@@ -82,7 +62,9 @@ def chat_of(text: Callable[[bool], str]) -> tuple[list[dict[str, Any]], list[dic
 
 @settings(max_examples=150, deadline=None)
 @given(filled=st.lists(texts(), min_size=PLACES, max_size=PLACES))
-def test_only_the_template_writes_special_tokens(tokenizer: Tokenizer, theirs: Any, filled: list[str]) -> None:
+def test_only_the_template_writes_special_tokens(
+    tokenizer: Tokenizer, transformers_tokenizer: Any, filled: list[str]
+) -> None:
     """As if the texts were put into a finished prompt, in place of words, between its special tokens."""
     texts_of_user = iter(filled)
     given_messages, given_tools = chat_of(lambda trimmed: next(texts_of_user))
@@ -101,15 +83,17 @@ def test_only_the_template_writes_special_tokens(tokenizer: Tokenizer, theirs: A
             expected.append(SPECIAL_TOKENS[piece])
         else:
             whole = re.sub(r"([tw])(\d+)x", put, piece)
-            expected += theirs(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            expected += transformers_tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert tokenizer.encode_prompt(given_messages, tools=given_tools, enable_thinking=True) == expected
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=texts())
-def test_asked_for_they_are_what_transformers_makes_of_them(tokenizer: Tokenizer, theirs: Any, text: str) -> None:
+def test_asked_for_they_are_what_transformers_makes_of_them(
+    tokenizer: Tokenizer, transformers_tokenizer: Any, text: str
+) -> None:
     chat = [{"role": "user", "content": text}]
-    expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    expected = transformers_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert tokenizer.encode_prompt(chat, special_tokens="tokens") == expected
     if not any(token in text for token in SPECIAL_TOKENS):
         assert tokenizer.encode_prompt(chat) == expected

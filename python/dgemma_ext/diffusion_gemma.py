@@ -90,8 +90,8 @@ class DiffusionGemma:
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, for
         activations that do not go with the weights or the device and for an environment variable of this package with
-        a value that it does not know, and dg.NotEnoughMemory, before anything is
-        loaded, with a table of what the model would take.
+        a value that it does not know, and dg.NotEnoughMemory, before anything is loaded, with a table of what the model
+        would take.
         """
         check_environment()
         path = Path(resolve_checkpoint(path_or_hub_id))

@@ -1,8 +1,8 @@
 // weight * (down h) for every pair, bfloat16 to fp32 from sm_80 on: see sm80/bf16_pipeline.h.
 //
 // A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
-#include "device/launch.h"
 #include "grouped_gemm/sm80/bf16_pipeline.h"
+#include "grouped_gemm/sm80/moe_launch.h"
 
 namespace dgemma {
 namespace {
@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeTileScheduler scheduler = {
-      .tables = pass.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
+  const MoeTileScheduler scheduler = scheduler_of(pass.tables, plan.down);
   const Rows rows = {.weights = pass.down,
                      .tokens = pass.activations,
                      .width = pass.expert_size,
@@ -101,12 +100,8 @@ const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* strea
   const Down p = {.expert_weights = pass.expert_weights,
                   .products = pass.products,
                   .hidden_size = pass.hidden_size};
-  const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>(plan.down.blocks)),
-      .threads = kMoeThreads80,
-      .shared_bytes = sizeof(Ring<kTokens>),
-      .overlaps_previous_kernel = true,
-      .blocks_at_once = static_cast<uint32_t>(plan.down.blocks_at_once)};
+  const device::LaunchShape shape =
+      launch_shape_of(plan.down, kMoeThreads80, sizeof(Ring<kTokens>));
   return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 

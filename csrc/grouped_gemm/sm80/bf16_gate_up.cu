@@ -2,10 +2,10 @@
 //
 // A weight tile is 32 gate rows and the 32 up rows that belong to them, eight of the one and eight
 // of the other in turn, so that both products of a result are in one thread.
-#include "device/launch.h"
 #include "grouped_gemm/cuda/gelu.h"
 #include "grouped_gemm/cuda/pack_rows.h"
 #include "grouped_gemm/sm80/bf16_pipeline.h"
+#include "grouped_gemm/sm80/moe_launch.h"
 
 namespace dgemma {
 namespace {
@@ -67,21 +67,15 @@ __global__ void __launch_bounds__(kMoeThreads80, moe_least_blocks_80(kTokens))
 
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeCudaPass& pass, void* stream) {
-  const MoeTileScheduler scheduler = {.tables = pass.tables,
-                                      .weight_tiles = plan.gate_up.weight_tiles,
-                                      .k_steps = plan.gate_up.k_steps};
+  const MoeTileScheduler scheduler = scheduler_of(pass.tables, plan.gate_up);
   const Rows rows = {.weights = pass.gate_up,
                      .tokens = pass.input,
                      .width = pass.hidden_size,
                      .expert_size = pass.expert_size,
                      .top_k = pass.top_k,
                      .pair = pass.tables.pair};
-  const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
-      .threads = kMoeThreads80,
-      .shared_bytes = sizeof(Ring<kTokens>),
-      .overlaps_previous_kernel = true,
-      .blocks_at_once = static_cast<uint32_t>(plan.gate_up.blocks_at_once)};
+  const device::LaunchShape shape =
+      launch_shape_of(plan.gate_up, kMoeThreads80, sizeof(Ring<kTokens>));
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.activations);
 }
 

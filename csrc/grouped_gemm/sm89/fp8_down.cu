@@ -2,8 +2,8 @@
 // sm80/quantized_pipeline.h.
 //
 // A pair's product goes to the row of its slot, from where combine.cu sums them in that order.
-#include "device/launch.h"
 #include "grouped_gemm/cuda/fp8.h"
+#include "grouped_gemm/sm80/moe_launch.h"
 #include "grouped_gemm/sm80/quantized_rows.h"
 
 namespace dgemma {
@@ -42,18 +42,13 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeTileScheduler scheduler = {
-      .tables = ffn.tables, .weight_tiles = plan.down.weight_tiles, .k_steps = plan.down.k_steps};
+  const MoeTileScheduler scheduler = scheduler_of(ffn.tables, plan.down);
   const Rows rows = {pass.down, pass.activations, ffn.hidden_size};
   const Down p = {.activation_scales = pass.activation_scales,
                   .expert_weights = ffn.expert_weights,
                   .products = ffn.products};
-  const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>(plan.down.blocks)),
-      .threads = kQuantizedThreads,
-      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-      .overlaps_previous_kernel = true,
-      .blocks_at_once = static_cast<uint32_t>(plan.down.blocks_at_once)};
+  const device::LaunchShape shape =
+      launch_shape_of(plan.down, kQuantizedThreads, sizeof(Ring<kEncoding, kTokens>));
   return device::launch(shape, stream, down<kTokens>, scheduler, rows, p);
 }
 

@@ -1,10 +1,10 @@
 // h = gelu_tanh(gate x) * (up x) for every pair, weights and activations in e4m3 by mma.sync (8.9
 // and 12.0): see sm80/quantized_pipeline.h. h is rounded to bfloat16; quantize_rows.cu makes e4m3
 // of its rows.
-#include "device/launch.h"
 #include "grouped_gemm/cuda/fp8.h"
 #include "grouped_gemm/cuda/gelu.h"
 #include "grouped_gemm/cuda/pack_rows.h"
+#include "grouped_gemm/sm80/moe_launch.h"
 #include "grouped_gemm/sm80/quantized_rows.h"
 
 namespace dgemma {
@@ -67,16 +67,10 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
 template <int kTokens>
 const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  const MoeTileScheduler scheduler = {.tables = ffn.tables,
-                                      .weight_tiles = plan.gate_up.weight_tiles,
-                                      .k_steps = plan.gate_up.k_steps};
+  const MoeTileScheduler scheduler = scheduler_of(ffn.tables, plan.gate_up);
   const Rows rows = {pass.gate_up, pass.input, ffn.expert_size, ffn.top_k, ffn.tables.pair};
-  const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>(plan.gate_up.blocks)),
-      .threads = kQuantizedThreads,
-      .shared_bytes = sizeof(Ring<kEncoding, kTokens>),
-      .overlaps_previous_kernel = true,
-      .blocks_at_once = static_cast<uint32_t>(plan.gate_up.blocks_at_once)};
+  const device::LaunchShape shape =
+      launch_shape_of(plan.gate_up, kQuantizedThreads, sizeof(Ring<kEncoding, kTokens>));
   return device::launch(shape, stream, gate_up<kTokens>, scheduler, rows, pass.input_scales,
                         ffn.activations);
 }

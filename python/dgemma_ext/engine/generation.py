@@ -10,7 +10,7 @@ from dgemma_ext import arguments
 from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.output import Output
-from dgemma_ext.engine.request import Request
+from dgemma_ext.engine.request import Request, cached_positions
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
 from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
@@ -59,8 +59,7 @@ class Generation:
         length = resolve_sampler(sampler, model.defaults, config.canvas_length).canvas_length
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         limit = arguments.integer("max_new_tokens", limit, least=1)
-        # The last canvas is never in the cache.
-        longest = max(map(len, ids)) + (-(-limit // length) - 1) * length
+        longest = cached_positions(max(map(len, ids)), limit, length)
         context = config.max_position_embeddings
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests: list[Request] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from dgemma_ext.checkpoint import (
     PARTS,
     CheckpointInfo,
     Experts,
-    LayerConfig,
     Matrix,
     ModelConfig,
     Stored,
@@ -130,16 +129,15 @@ def memory_plan(
     experts = bytes_of_parts["experts"][0]
     check_activations(activations, experts)
     positions = _positions(1, config.canvas_length, chosen)
-    formats = experts.split(", ")
+    passes = _Passes(config, dtype, device, experts.split(", "), activations)
     captured = device.type == "cuda" and operators_can_be_captured()
-    step = _pass_workspace(config, config.canvas_length, dtype, device, formats, activations)
     return MemoryPlan(
         weights=bytes_of_parts,
         cache=cache.nbytes,
-        workspace=_workspace(config, positions, dtype, device, formats, activations),
+        workspace=passes.workspace(positions),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
-        graphs=sum(step) if captured else 0,
+        graphs=passes.step(config.canvas_length) if captured else 0,
         **_cublas(device, captured),
     )
 
@@ -165,17 +163,15 @@ def batch_plan(
     positions = _positions(requests, length, max_length)
     experts = [weight for layer in network.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
     formats = {weight.name if isinstance(weight, QuantizedWeight) else "unquantized" for weight in experts}
-    activations = network.options.activations
-    workspace = _workspace(config, positions, dtype, device, formats, activations)
-    step = _pass_workspace(config, requests * length, dtype, device, formats, activations)
+    passes = _Passes(config, dtype, device, formats, network.options.activations)
     return MemoryPlan(
         weights={},
         cache=slots * slot,
-        workspace=workspace + batch.nbytes + buffers.nbytes - buffers.logits.nbytes,
+        workspace=passes.workspace(positions) + batch.nbytes + buffers.nbytes - buffers.logits.nbytes,
         logits=buffers.logits.nbytes,
         context=max_length,
         requests=requests,
-        graphs=sum(step) if captured else 0,
+        graphs=passes.step(requests * length) if captured else 0,
         kept=kept_slots * slot,
         **_cublas(device, captured),
     )
@@ -274,55 +270,59 @@ def _positions(requests: int, length: int, max_length: int) -> int:
     return max(min(ENCODE_CHUNK, max_length), requests * length + min(MAX_PREFILL_TOKENS, max_length))
 
 
-def _workspace(
-    config: ModelConfig,
-    positions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    formats: Iterable[str],
-    activations: str | None,
-) -> int:
-    """The largest memory that a pass over `positions`, or the soft embedding of a canvas, takes beside weights, cache
-    and logits; arguments as of `_pass_workspace`."""
-    soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, device)
-    operators, rows = _pass_workspace(config, positions, dtype, device, formats, activations)
-    return max(operators, soft) + rows
-
-
-def _pass_workspace(
-    config: ModelConfig,
-    positions: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    formats: Iterable[str],
-    activations: str | None,
-) -> tuple[int, int]:
-    """The largest workspace of an operator of a pass over `positions`, and what a layer holds at once.
+@dataclass(frozen=True)
+class _Passes:
+    """What the memory of a pass depends on beside its positions.
 
     formats: those of the experts' weights; a name that is no quantized format stands for unquantized weights.
     """
-    heads = config.num_attention_heads
-    kinds: set[LayerConfig] = set(config.layers)
-    attention = max(
-        attention_workspace_bytes(1, positions, heads, layer.num_key_value_heads, layer.head_dim, device)
-        for layer in kinds
-    )
-    experts = max(
-        experts_workspace_bytes(
-            positions,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.num_experts,
-            config.top_k_experts,
-            dtype=dtype,
-            device=device,
-            format=format if format in FORMATS else None,
-            activations=activations,
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    formats: Collection[str]
+    activations: str | None
+
+    def workspace(self, positions: int) -> int:
+        """The largest memory that a pass over `positions`, or the soft embedding of a canvas, takes beside weights,
+        cache and logits."""
+        config = self.config
+        soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, self.device)
+        return max(self._largest_operator(positions), soft) + self._rows(positions)
+
+    def step(self, positions: int) -> int:
+        """What a step over `positions` takes: the largest workspace of an operator, and what a layer holds at once."""
+        return self._largest_operator(positions) + self._rows(positions)
+
+    def _largest_operator(self, positions: int) -> int:
+        config = self.config
+        heads = config.num_attention_heads
+        attention = max(
+            attention_workspace_bytes(1, positions, heads, layer.num_key_value_heads, layer.head_dim, self.device)
+            for layer in set(config.layers)
         )
-        for format in formats
-    )
-    # A layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and product of
-    # the dense MLP; projections and their rotated forms.
-    projections = max((heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in kinds)
-    row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
-    return max(attention, experts), positions * row * dtype.itemsize
+        experts = max(
+            experts_workspace_bytes(
+                positions,
+                config.hidden_size,
+                config.moe_intermediate_size,
+                config.num_experts,
+                config.top_k_experts,
+                dtype=self.dtype,
+                device=self.device,
+                format=format if format in FORMATS else None,
+                activations=self.activations,
+            )
+            for format in self.formats
+        )
+        return max(attention, experts)
+
+    def _rows(self, positions: int) -> int:
+        """What a layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and
+        product of the dense MLP; projections and their rotated forms."""
+        config = self.config
+        projections = max(
+            (config.num_attention_heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in config.layers
+        )
+        row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
+        return positions * row * self.dtype.itemsize

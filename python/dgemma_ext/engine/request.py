@@ -73,16 +73,15 @@ class Request:
     @property
     def canvas_lengths(self) -> set[int]:
         """The lengths of the canvases that the answer may have."""
-        canvases = -(-self._longest // self.sampler.canvas_length)
+        canvases = canvases_of(self._longest, self.sampler.canvas_length)
         return {self.sampler.length_of(index, self._longest) for index in range(canvases)}
 
     @property
     def positions(self) -> tuple[int, int]:
-        """The positions that the cache holds of it (the prompt and every canvas but the last, which is never encoded),
-        and with the last canvas."""
-        canvases = -(-self._longest // self.sampler.canvas_length)
-        cached = len(self.prompt_ids) + (canvases - 1) * self.sampler.canvas_length
-        return cached, cached + self.sampler.length_of(canvases - 1, self._longest)
+        """The positions that the cache holds of it, and with the last canvas."""
+        length = self.sampler.canvas_length
+        cached = cached_positions(len(self.prompt_ids), self._longest, length)
+        return cached, cached + self.sampler.length_of(canvases_of(self._longest, length) - 1, self._longest)
 
     @property
     def output(self) -> Output:
@@ -146,3 +145,13 @@ def _gained(before: Response, after: Response) -> tuple[str, str]:
 
 def _no_scheduler() -> None:
     """In place of the weak reference to a scheduler's method."""
+
+
+def canvases_of(max_new_tokens: int, canvas_length: int) -> int:
+    """How many canvases an answer may have."""
+    return -(-max_new_tokens // canvas_length)
+
+
+def cached_positions(prompt_length: int, max_new_tokens: int, canvas_length: int) -> int:
+    """The positions that the cache holds: the prompt and every canvas but the last, which is never encoded."""
+    return prompt_length + (canvases_of(max_new_tokens, canvas_length) - 1) * canvas_length
