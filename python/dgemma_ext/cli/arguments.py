@@ -13,6 +13,7 @@ from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
 from dgemma_ext.sampling import SamplerConfig
+from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.version import __version__
 
 _PICTURE = f"""\
@@ -174,6 +175,16 @@ def build_parser() -> argparse.ArgumentParser:
     profile.add_argument("--trace", metavar="FILE.json", help="write every operator for Perfetto or chrome://tracing")
     profile.add_argument("--json", action="store_true", help="one JSON object")
 
+    serve = commands.add_parser(
+        "serve",
+        help="answer over HTTP, as OpenAI's servers do",
+        description="Answers over HTTP by OpenAI's interface (needs the extra: serve); /docs on the server describes\n"
+        "it. The first SIGTERM or Ctrl-C lets running requests finish, a second one ends at once.",
+        epilog="DGEMMA_API_KEY=KEY does what --api-key KEY does, which other users of the machine could read.",
+    )
+    _add_model(serve)
+    _add_serving(serve)
+
     demo = commands.add_parser(
         "demo",
         help="watch a bundled model solve an unseen Sudoku",
@@ -273,6 +284,41 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--trim-canvas",
         action="store_true",
         help="cut the last canvas to --max-new-tokens, in quarters: less work, perhaps other tokens",
+    )
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    usual = ServeOptions()
+    group = parser.add_argument_group("server")
+
+    def add(flag: str, help: str, **settings: Any) -> None:
+        default = getattr(usual, settings.setdefault("dest", flag.strip("-").replace("-", "_")))
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        shown = f" (default: {default:.10g})" if is_number else ""
+        group.add_argument(flag, help=help + shown, default=default, **settings)
+
+    add("--host", f"address to listen on (default: {usual.host}, this machine alone)", metavar="ADDRESS")
+    add("--port", "port to listen on; 0 takes a free one", type=int, metavar="N")
+    add("--api-key", "what clients must send as Authorization: Bearer KEY (default: no key)", metavar="KEY")
+    group.add_argument(
+        "--served-model-name", action="append", metavar="NAME", help="what clients call the model (default: as MODEL)"
+    )
+    add("--max-batch", "requests that run together", type=_positive, metavar="N")
+    add("--max-length", "tokens of a cache slot (default: 8192, or the model's)", type=_positive, metavar="N")
+    add("--max-waiting", "requests that may wait for a slot; more get status 429", type=int, metavar="N")
+    add("--max-body-bytes", "of a request; larger ones get status 413", type=_positive, metavar="N")
+    add("--request-timeout", "seconds that an answer may take", type=_seconds, metavar="SECONDS")
+    add("--body-timeout", "seconds in which a request's body must arrive", type=_seconds, metavar="SECONDS")
+    add("--drain-timeout", "seconds that a signal waits for running requests", type=_seconds, metavar="SECONDS")
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of ORIGIN call (default: none)"
+    )
+    add("--log-prompts", "write prompts and answers into the log", action="store_true")
+    group.add_argument(
+        "--no-trim-canvas",
+        dest="trim_canvas",
+        action="store_false",
+        help="let short answers take whole canvases, as dgemma generate does",
     )
 
 

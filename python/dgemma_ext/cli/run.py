@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dgemma_ext.cli import chat, demo, generate, info, profile, quantize
+from dgemma_ext.cli import chat, demo, generate, info, profile, quantize, serve
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.engine import NotEnoughMemory
 from dgemma_ext.environment import check_environment, debug
@@ -22,6 +22,7 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "demo": demo.run,
     "quantize": quantize.run,
     "profile": profile.run,
+    "serve": serve.run,
 }
 
 FAILED = 1

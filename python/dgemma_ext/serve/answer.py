@@ -1,0 +1,112 @@
+"""One answer as a client gets it: from the engine's commits to pieces of text, thoughts and tool calls.
+
+Streamed or not, an answer is made of the same pieces, so both say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dgemma_ext.checkpoint import Tokenizer, ToolCall
+from dgemma_ext.engine import Commit
+from dgemma_ext.serve.stop import StopCutter
+
+_CALL = "<|tool_call>"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a canvas adds to an answer. `calls` are whole, and `finish_reason` is OpenAI's, None but for the last."""
+
+    text: str = ""
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    finish_reason: str | None = None
+
+
+class Answer:
+    """An answer so far: feeds on commits, gives pieces, and counts.
+
+    stops: strings that end the text; they are looked for in the text alone, not in thoughts and tool calls. one_call:
+    whether further calls are left out. middle: how many tokens of the answer, of one canvas, stand before a pinned
+    suffix; those are the client's answer, and None means all.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str] = (),
+        one_call: bool = False,
+        middle: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
+        self._cutter = StopCutter(stops)
+        self._one_call = one_call
+        self._middle = middle
+        self._call_id = _id_of(tokenizer, _CALL)
+        self._calls = 0  # that pieces have told
+        self.token_ids: list[int] = []
+        self.denoising_steps: list[int] = []
+        self.text = ""
+        self.thinking = ""
+        self.calls: list[ToolCall] = []
+        self.finish_reason: str | None = None
+        self.engine_reason: str | None = None
+
+    def commit(self, commit: Commit) -> Piece:
+        """The piece that a canvas adds. Where it has a finish_reason and the commit has none, a stop string was found
+        and the request is to be cancelled."""
+        if self._middle is not None:
+            commit = self._before_suffix(commit, self._middle)
+        self.token_ids += commit.token_ids
+        self.denoising_steps.append(commit.denoising_steps)
+        is_last = commit.finish_reason is not None
+        self.engine_reason = commit.finish_reason
+        calls, unread = self._new_calls(is_last)
+        text = self._cutter.feed(commit.text + unread, is_last)
+        if self._cutter.found:
+            self.finish_reason = "tool_calls" if self.calls or calls else "stop"
+            self.engine_reason = "stop"
+        elif is_last:
+            called = commit.finish_reason == "eos" and (self.calls or calls)
+            self.finish_reason = "tool_calls" if called else "stop" if commit.finish_reason == "eos" else "length"
+        self.text += text
+        self.thinking += commit.thinking
+        self.calls += calls
+        return Piece(text, commit.thinking, tuple(calls), self.finish_reason)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return len(self.token_ids) / max(1, sum(self.denoising_steps))
+
+    def _before_suffix(self, commit: Commit, middle: int) -> Commit:
+        """The commit up to the suffix. A middle that reaches it is whole, as one that ends by itself is."""
+        kept = commit.token_ids[:middle]
+        text = self._tokenizer.parse_response(kept).text
+        return replace(commit, token_ids=kept, text=text, thinking="", finish_reason="eos")
+
+    def _new_calls(self, is_last: bool) -> tuple[list[ToolCall], str]:
+        """The calls that are new, and the text of those that cannot be read.
+
+        The newest call may still change with the next canvas, so it waits for the one after it or the end.
+        """
+        if self._call_id is None or (self._call_id not in self.token_ids and not is_last):
+            return [], ""
+        response = self._tokenizer.parse_response(self.token_ids, prefix=self._prompt_ids)
+        certain = response.tool_calls if is_last else response.tool_calls[:-1]
+        if self._one_call:
+            certain = certain[:1]
+        new = list(certain[self._calls :])
+        self._calls = max(self._calls, len(certain))
+        unread = "".join(call.text for call in response.invalid_tool_calls) if is_last else ""
+        return new, unread
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int | None:
+    try:
+        return tokenizer.id_of(token)
+    except ValueError:
+        return None

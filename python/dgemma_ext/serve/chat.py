@@ -1,0 +1,168 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from dgemma_ext.checkpoint import ToolCall
+from dgemma_ext.engine import Draft, PromptOptions
+from dgemma_ext.serve import errors
+from dgemma_ext.serve.answer import Answer, Piece
+from dgemma_ext.serve.call import Call
+from dgemma_ext.serve.drafts import draft_fields, whole_text
+from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.protocol.chat import ChatCompletion, ChatRequest
+from dgemma_ext.serve.protocol.common import stops_of
+from dgemma_ext.serve.routing import failures, service_of, stated
+from dgemma_ext.serve.service import Service
+from dgemma_ext.serve.submissions import submissions_of
+from dgemma_ext.serve.usage import choice_diffusion, usage_of
+
+router = APIRouter()
+
+# Values of reasoning_effort that turn thinking off; "instant" is Mercury's.
+_NO_EFFORT = ("none", "instant", "minimal")
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses={200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}, **failures()},
+)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answers a chat: whole, or as server-sent events with `stream`."""
+    service = service_of(request)
+    name = service.check_model(body.model)
+    ids = await service.prompt_ids(_messages(body, service), "messages", _options(body))
+    submissions = await submissions_of(service, body, [ids], body.max_completion_tokens or body.max_tokens)
+    call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
+    try:
+        await call.accepted()
+        stated(request, call, body.messages)
+        answer = _Reply(service, call, name, body)
+        if body.stream:
+            return EventStream(call, answer.chunks())
+        return json_answer(answer.whole()) if await finished(call, request) else client_gone()
+    except BaseException:
+        call.close()
+        raise
+
+
+class _Reply:
+    """The answers of a call in the form of this interface."""
+
+    def __init__(self, service: Service, call: Call, model: str, body: ChatRequest) -> None:
+        self._service, self._call, self._body = service, call, body
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._head["system_fingerprint"] = service.fingerprint
+        self._calls = [0] * len(call.answers)  # that chunks have told
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": self._message(index, answer),
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+                "diffusion": choice_diffusion(self._call, index),
+            }
+            for index, answer in enumerate(self._call.answers)
+        ]
+        return {"object": "chat.completion", **self._head, "choices": choices, "usage": usage_of(self._call)}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The stream. A draft is a chunk whose delta is empty, so that a client that does not know it skips it."""
+        options = self._body.stream_options
+        has_usage = options is not None and options.include_usage
+        usage = {"usage": None} if has_usage else {}
+        for index in range(len(self._call.answers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, **usage)
+        async for index, event in self._call.events():
+            if isinstance(event, Draft):
+                if self._body.diffusing:
+                    yield self._chunk(index, {"content": whole_text(self._call.answers[index], event)}, **usage)
+                else:
+                    draft = draft_fields(event, self._service.tokenizer)
+                    yield self._chunk(index, {}, "diffusion.draft", diffusion=draft, **usage)
+            elif isinstance(event, Piece):
+                for delta in self._deltas(index, event):
+                    yield self._chunk(index, delta, **usage)
+                if event.finish_reason is not None:
+                    end = {"finish_reason": event.finish_reason, "diffusion": choice_diffusion(self._call, index)}
+                    yield self._chunk(index, {}, choice=end, **usage)
+            else:
+                yield COMMENT
+        if has_usage:
+            yield self._event([], usage=usage_of(self._call))
+        yield DONE
+
+    def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if piece.thinking:
+            deltas.append({"reasoning_content": piece.thinking})
+        if self._body.diffusing:
+            deltas.append({"content": self._call.answers[index].text})
+        elif piece.text:
+            deltas.append({"content": piece.text})
+        for call in piece.calls:
+            number = self._calls[index]
+            self._calls[index] += 1
+            deltas.append({"tool_calls": [{"index": number, **self._tool_call(index, number, call)}]})
+        return deltas
+
+    def _message(self, index: int, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.thinking:
+            message["reasoning_content"] = answer.thinking
+        if answer.calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = [self._tool_call(index, number, call) for number, call in enumerate(answer.calls)]
+        return message
+
+    def _tool_call(self, index: int, number: int, call: ToolCall) -> dict[str, Any]:
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        unique = str(self._head["id"]).removeprefix("chatcmpl-")
+        return {
+            "id": f"call_{unique}_{index}_{number}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": arguments},
+        }
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], name: str | None = None, *, choice: Any = None, **more: Any
+    ) -> bytes:
+        fields = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(choice or {})}
+        return self._event([fields], name, **more)
+
+    def _event(self, choices: list[Any], name: str | None = None, **more: Any) -> bytes:
+        chunk = {"object": "chat.completion.chunk", **self._head, "choices": choices, **more}
+        return sent_event(chunk, name)
+
+
+def _messages(body: ChatRequest, service: Service) -> list[Mapping[str, Any]]:
+    """The messages; a template that has no developers gets system messages in their place."""
+    template = service.tokenizer.chat_template
+    if template is None or "developer" in template.source:
+        return list(body.messages)
+    return [
+        {**message, "role": "system"} if message.get("role") == "developer" else message for message in body.messages
+    ]
+
+
+def _options(body: ChatRequest) -> PromptOptions:
+    variables = dict(body.chat_template_kwargs or {})
+    thinks = variables.pop("enable_thinking", None)
+    if thinks is None and body.reasoning_effort is not None:
+        thinks = body.reasoning_effort not in _NO_EFFORT
+    if thinks is not None and not isinstance(thinks, bool):
+        raise errors.bad_request(
+            "chat_template_kwargs.enable_thinking must be true or false", "chat_template_kwargs.enable_thinking"
+        )
+    tools = None if body.tool_choice == "none" else body.tools or None
+    return PromptOptions(tools, thinks, variables or None)

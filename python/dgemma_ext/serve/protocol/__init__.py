@@ -1,0 +1,1 @@
+"""The interfaces' requests and answers, as models that check them and describe them in /openapi.json."""

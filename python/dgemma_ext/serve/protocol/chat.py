@@ -1,0 +1,138 @@
+"""/v1/chat/completions: its request, its answer and the pieces of its stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, WithJsonSchema
+
+from dgemma_ext.serve.protocol.common import (
+    Body,
+    ChoiceDiffusion,
+    Count,
+    Object,
+    Seed,
+    Stops,
+    StreamOptions,
+    Temperature,
+    Usage,
+)
+from dgemma_ext.serve.protocol.diffusion import DiffusionOptions
+
+# The checkpoint's code checks messages and tools, and its errors name what is wrong. This is for readers of the schema.
+_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["type", "text"],
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                    },
+                },
+            ]
+        },
+    },
+}
+_TOOL = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string"},
+                "description": {"type": "string"},
+                "parameters": {"type": "object"},
+            },
+        },
+    },
+}
+Message = Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]
+Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
+Effort = Literal["none", "instant", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ChatRequest(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    model: str | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Temperature | None = None
+    seed: Seed | None = None
+    stop: Stops = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: Any = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: Object | None = None
+    diffusion: DiffusionOptions | None = None
+    diffusing: bool = False
+
+    @classmethod
+    def refused(cls) -> dict[str, tuple[Any, ...]]:
+        return {
+            **super().refused(),
+            "tool_choice": ("auto", "none"),
+            "response_format": ({"type": "text"},),
+            "logprobs": (False,),
+            "top_logprobs": (0,),
+            "functions": ([],),
+            "function_call": ("none", "auto"),
+            "modalities": (["text"],),
+            "audio": (),
+            "web_search_options": (),
+            "continue_final_message": (False,),
+        }
+
+
+class Function(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCallMessage(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallMessage] | None = None
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+    diffusion: ChoiceDiffusion
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage

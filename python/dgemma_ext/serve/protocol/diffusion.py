@@ -1,0 +1,53 @@
+"""The object `diffusion` of a request: what only a diffusion model can be asked, by the engine's names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dgemma_ext.serve.protocol.common import Count
+
+
+class TextPart(BaseModel):
+    """Text on the canvas; pinned text is held in every step and stands in the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    pinned: bool = False
+
+
+class BlankPart(BaseModel):
+    """So many tokens that the model fills in."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    blank: Annotated[int, Field(ge=1, le=2**20)]
+
+
+Span = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+class DiffusionOptions(BaseModel):
+    """Settings of the sampler, each with the checkpoint's value as its default, and the canvas to begin with.
+
+    drafts: send the draft of every denoising step (streams only). start_text: text, or parts of text and blanks, that
+    the canvas begins with in place of noise. pinned: spans [begin, end) of characters of a start_text that is one
+    string; their text is held. start_step: the step to begin with; a later one keeps an edit close to its text.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    drafts: bool = False
+    max_denoising_steps: Count | None = None
+    entropy_bound: Annotated[float, Field(ge=0)] | None = None
+    t_min: Annotated[float, Field(ge=0)] | None = None
+    t_max: Annotated[float, Field(gt=0)] | None = None
+    stability_threshold: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    confidence_threshold: Annotated[float, Field(ge=0)] | None = None
+    canvas_length: Count | None = None
+    trim_canvas: bool | None = None
+    start_text: str | Annotated[list[TextPart | BlankPart], Field(min_length=1)] | None = None
+    pinned: list[Span] | None = None
+    start_step: Count | None = None

@@ -1,0 +1,101 @@
+"""What the routes share: the model, its engine, the names that it goes by, and how a call of it begins."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from dgemma_ext.checkpoint import Tokenizer
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.engine import Prompt, PromptOptions
+from dgemma_ext.engine.served import prompt_to_ids
+from dgemma_ext.errors import CheckpointError
+from dgemma_ext.serve import errors
+from dgemma_ext.serve.call import Call
+from dgemma_ext.serve.engine_thread import EngineThread, Submission
+from dgemma_ext.serve.metrics import Metrics
+from dgemma_ext.serve.options import ServeOptions
+from dgemma_ext.version import __version__
+
+Value = TypeVar("Value")
+
+
+class Service:
+    """A model that is served.
+
+    is_draining: whether new calls are refused because the server ends. fingerprint: of the package and the model's
+    shape, for clients that watch what answers depend on.
+    """
+
+    def __init__(self, model: DiffusionGemma, options: ServeOptions) -> None:
+        if model.tokenizer is None:
+            raise ValueError("a server needs a checkpoint with tokenizer.json")
+        self.model = model
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.options = options
+        self.engine = EngineThread(model, options)
+        self.metrics = Metrics(self.engine)
+        self.created = int(time.time())
+        self.is_started = False
+        self.is_draining = False
+        self.open_requests = 0  # of HTTP, that are being answered
+        described = f"{model.config} {model.dtype} {model.device.type}"
+        self.fingerprint = f"dgemma_ext-{__version__}-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
+
+    @property
+    def name(self) -> str:
+        return self.options.served_model_names[0]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_started and self.engine.is_alive and not self.is_draining
+
+    def check_model(self, name: str | None) -> str:
+        """The model's name for an answer. Raises ApiError for another model's."""
+        if name is None:
+            return self.name
+        if name not in self.options.served_model_names:
+            raise errors.unknown_model(name)
+        return name
+
+    async def prompt_ids(self, prompt: Prompt, field: str, options: PromptOptions | None = None) -> list[int]:
+        """Token ids of a prompt, made in another thread, so that a long one keeps nobody waiting.
+
+        Raises ApiError naming `field` where the prompt cannot be encoded.
+        """
+        vocabulary = self.model.config.vocab_size
+        return await self.in_thread(field, prompt_to_ids, prompt, self.tokenizer, vocabulary, field, options)
+
+    async def in_thread(self, field: str, function: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
+        """What a function of the tokenizer gives in another thread. Raises ApiError for what it refuses."""
+        try:
+            return await anyio.to_thread.run_sync(partial(function, *arguments, **named))
+        except ValueError as error:
+            raise errors.from_value_error(self._without_paths(error), field) from error
+        except CheckpointError as error:  # of a template that met something that it is not made for
+            raise errors.from_value_error(self._without_paths(ValueError(str(error))), field) from error
+
+    def begin(
+        self,
+        submissions: Sequence[Submission],
+        stops: Sequence[str] = (),
+        one_call: bool = False,
+        middle: int | None = None,
+    ) -> Call:
+        """Queues submissions, which the caller closes. Raises ApiError where they cannot be queued now."""
+        if self.is_draining:
+            raise errors.draining()
+        timeout = self.options.request_timeout
+        call = Call(self.engine, self.tokenizer, self.metrics, submissions, timeout, stops, one_call, middle)
+        self.metrics.note_prompt(sum(len(one.prompt_ids) for one in submissions))
+        return call
+
+    def _without_paths(self, error: ValueError) -> ValueError:
+        """The error without the folder of the checkpoint, which is no client's business."""
+        template = self.tokenizer.chat_template
+        return error if template is None else ValueError(str(error).replace(f"{template.file.parent}/", ""))
