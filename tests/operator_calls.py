@@ -87,9 +87,9 @@ def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
     inactive = torch.zeros(1, dtype=torch.bool)  # so that every call finds the same
     wide, narrow, entropy = torch.ones(1, dtype=torch.float64), torch.ones(1), torch.ones(1, 1)
     sample = (logits, *params, *softmax, seed, zero, one, uniforms)
-    noise = (token.clone(), 32, 0, seed, zero, one, inactive, flags, allowed, row, uniforms)
+    noise = (token.clone(), 32, 0, seed, zero, one, inactive, flags, uniforms)
     update = (
-        *(token, token.clone(), entropy, flags, allowed, row, uniforms, 32, seed, zero, ints(4), wide, wide.clone()),
+        *(token, token.clone(), entropy, flags, uniforms, 32, seed, zero, ints(4), wide, wide.clone()),
         *(narrow, one, narrow.clone(), inactive, token.clone(), token.clone(), zero.clone(), one.clone()),
         *(narrow.clone(), flags.clone(), narrow.clone(), zero.clone()),
     )

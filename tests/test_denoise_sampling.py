@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from backend import not_on_test_bed, skip_if_on_device
+from backend import BACKEND, not_on_test_bed, skip_if_on_device
+from c_interface import load, must
+from c_operations import denoise_operations
 from denoise_cases import DTYPES, FORMS, NAN, RAW_ERRORS, Case, draws, int32, make_case, softmax_statistics, use
 from dgemma_ext import _C
 from dgemma_ext.ops import denoise
@@ -201,24 +204,18 @@ def test_samples_do_not_depend_on_batch_or_threads(cpu_variant: str) -> None:
 @pytest.mark.parametrize("purpose", list(denoise.Purpose))
 def test_noise(purpose: denoise.Purpose, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, vocabulary = 4, 40, 257
-    rows = [[256], [0, 31, 32, 200, 256], list(range(1, 257, 2))]
-    allowed = denoise.pack_allowed(rows, vocabulary)
-    allowed[1, -1] |= -(2**31)  # a bit beyond the vocabulary has no effect
-    allowed_row = torch.arange(batch * length, dtype=torch.int32).view(batch, length) % 4 - 1
     keep = torch.rand(batch, length) < 0.3
     active = torch.tensor([True, True, False, True])
     drawing = draws(batch)
     uniforms = drawn_uniforms(drawing, length, int(purpose))
     tokens = torch.full((batch, length), -5, dtype=torch.int32)
     module = use(form, monkeypatch)
-    arguments = {"active": active, "keep": keep, "allowed": allowed, "allowed_row": allowed_row}
+    arguments = {"active": active, "keep": keep}
     module.noise_(tokens, vocabulary, int(purpose), **drawing, **arguments, uniforms=None)
     for b in range(batch):
         for i in range(length):
-            row = int(allowed_row[b, i])
-            ids = list(range(vocabulary)) if row < 0 else rows[row]
             skipped = bool(keep[b, i]) or not bool(active[b])
-            expected = -5 if skipped else reference.uniform_token(ids, float(uniforms[b, i]))
+            expected = -5 if skipped else reference.uniform_token(list(range(vocabulary)), float(uniforms[b, i]))
             assert int(tokens[b, i]) == expected
 
 
@@ -227,9 +224,38 @@ def test_noise_at_the_ends_of_the_interval(form: str, monkeypatch: pytest.Monkey
     vocabulary = 262144
     uniforms = torch.tensor([[0.0, 1.0 - 2.0**-53, 0.5, 1.0 / vocabulary]], dtype=torch.float64)
     tokens = torch.zeros(1, 4, dtype=torch.int32)
-    nothing = {"active": None, "keep": None, "allowed": None, "allowed_row": None}
+    nothing = {"active": None, "keep": None}
     use(form, monkeypatch).noise_(tokens, vocabulary, 0, **draws(1), **nothing, uniforms=uniforms)
     assert tokens.tolist() == [[0, 262143, 131072, 1]]
+
+
+@pytest.mark.skipif(BACKEND == "cuda", reason="the C interface on the host's memory")
+def test_noise_of_a_host_that_gives_allowed_sets() -> None:
+    """The package gives `noise` and `update_canvas` none, and the C interface keeps what it says of them."""
+    assert _C.__file__ is not None
+    where = "cuda" if BACKEND == "sim" else "cpu"
+    interface = load() if BACKEND == "cpu" else ctypes.CDLL(_C.__file__)
+    batch, length, vocabulary = 2, 40, 257
+    rows = [[256], [0, 31, 32, 200, 256], list(range(1, 257, 2))]
+    mask = denoise.pack_allowed(rows, vocabulary)
+    mask[1, -1] |= -(2**31)  # a bit beyond the vocabulary has no effect
+    index = torch.arange(batch * length, dtype=torch.int32).view(batch, length) % 4 - 1
+    allowed = {"mask": mask, "rows": len(rows), "row_index": index}
+    values = denoise_operations(torch.float32, batch, length, vocabulary)
+    uniforms = torch.rand(batch, length, dtype=torch.float64)
+    wanted = [
+        [
+            reference.uniform_token(list(range(vocabulary)) if r < 0 else rows[r], float(u))
+            for r, u in zip(*both, strict=True)
+        ]
+        for both in zip(index.tolist(), uniforms, strict=True)
+    ]
+    must(interface, f"{where}_noise", **(given := {**values["noise"], "allowed": allowed, "uniforms": uniforms}))
+    assert given["tokens"].tolist() == wanted
+    never = {"entropy_bound": torch.zeros(batch), "entropy": torch.ones(batch, length), "uniforms": uniforms}
+    must(interface, f"{where}_update_canvas", **(given := {**values["update_canvas"], "allowed": allowed, **never}))
+    # The first position is accepted whatever its entropy.
+    assert [row[1:] for row in given["canvas"].tolist()] == [row[1:] for row in wanted]
 
 
 def test_pack_allowed() -> None:
@@ -254,8 +280,6 @@ def good_noise() -> dict[str, Any]:
         **draws(2),
         "active": None,
         "keep": None,
-        "allowed": None,
-        "allowed_row": None,
         "uniforms": torch.rand(2, 3, dtype=torch.float64),
     }
 
@@ -273,7 +297,7 @@ BAD_DRAWS: dict[str, tuple[str, Any]] = {
 }
 
 
-OF_VALUES = {"uniform of one", "negative uniform", "uniform NaN", "empty row"}
+OF_VALUES = {"uniform of one", "negative uniform", "uniform NaN"}
 
 
 @pytest.mark.parametrize("what", [*BAD_DRAWS, "row_sum", "row_max", "tile_max", "tile_sum", "temperature"])
@@ -288,9 +312,7 @@ def test_bad_sample(what: str) -> None:
         torch.ops.dgemma.sample(*bad.values())
 
 
-@pytest.mark.parametrize(
-    "what", [*BAD_DRAWS, "int64 tokens", "vocabulary", "purpose", "keep", "active", "allowed alone", "empty row"]
-)
+@pytest.mark.parametrize("what", [*BAD_DRAWS, "int64 tokens", "vocabulary", "purpose", "keep", "active"])
 def test_bad_noise(what: str) -> None:
     skip_if_on_device(what, OF_VALUES)
     changes: dict[str, tuple[str, dict[str, Any]]] = {
@@ -300,11 +322,6 @@ def test_bad_noise(what: str) -> None:
         "purpose": ("purpose", {"purpose": 3}),
         "keep": ("keep", {"keep": torch.zeros(2, 3, dtype=torch.int32)}),
         "active": ("active", {"active": torch.ones(3, dtype=torch.bool)}),
-        "allowed alone": ("allowed_row", {"allowed": torch.ones(1, 10, dtype=torch.int32)}),
-        "empty row": (
-            "allowed",
-            {"allowed": torch.zeros(1, 10, dtype=torch.int32), "allowed_row": torch.zeros(2, 3, dtype=torch.int32)},
-        ),
     }
     name, change = changes[what]
     bad = {**good_noise(), **change}

@@ -39,8 +39,6 @@ def make_arguments(batch: int, length: int, vocabulary: int = 1000, **changes: A
         "argmax": tokens["argmax"],
         "entropy": torch.rand(batch, length) * 0.1,
         "pinned": None,
-        "allowed": None,
-        "allowed_row": None,
         "uniforms": None,
         "vocabulary": vocabulary,
         "seed": drawing["seed"],
@@ -64,13 +62,10 @@ def make_arguments(batch: int, length: int, vocabulary: int = 1000, **changes: A
     }
 
 
-def random_arguments(seed: int) -> tuple[dict[str, Any], list[list[list[int]]]]:
-    """Requests in every kind of state, with the ids that each position may hold."""
+def random_arguments(seed: int) -> dict[str, Any]:
+    """Requests in every kind of state."""
     random = np.random.default_rng(seed)
     batch, length, vocabulary = 40, int(random.integers(1, 9)), 70
-    rows = [[5], [0, 31, 32, 69], list(range(0, 70, 3))]
-    choices = [-1, *range(len(rows))]
-    allowed_row = torch.from_numpy(random.choice(choices, (batch, length))).int()
     arguments = make_arguments(batch, length, vocabulary)
     # Few different values, so that ties, exact bounds and unchanged drafts are common.
     entropy = random.choice([0.0, 0.001, 0.004, 0.006, 0.05, 0.1, 3.0], (batch, length))
@@ -80,8 +75,6 @@ def random_arguments(seed: int) -> tuple[dict[str, Any], list[list[list[int]]]]:
     arguments |= {
         "entropy": torch.from_numpy(entropy).float(),
         "pinned": torch.from_numpy(random.random((batch, length)) < random.choice([0.0, 0.3, 1.0])),
-        "allowed": denoise.pack_allowed(rows, vocabulary),
-        "allowed_row": allowed_row,
         "argmax": argmax,
         "draft": torch.where(torch.from_numpy(random.random((batch, 1)) < 0.7), argmax, 1 - argmax).int(),
         "stability_threshold": torch.from_numpy(random.integers(0, 4, batch)).int(),
@@ -92,14 +85,13 @@ def random_arguments(seed: int) -> tuple[dict[str, Any], list[list[list[int]]]]:
         "step": step,
         "active": torch.from_numpy(random.random(batch) < 0.8),
     }
-    ids = [[list(range(vocabulary)) if r < 0 else rows[r] for r in row] for row in allowed_row.tolist()]
-    return arguments, ids
+    return arguments
 
 
 @pytest.mark.parametrize("form", UPDATES)
 @pytest.mark.parametrize("seed", range(12))
 def test_against_the_definition(seed: int, form: str) -> None:
-    arguments, ids = random_arguments(seed)
+    arguments = random_arguments(seed)
     before = copy.deepcopy(arguments)
     UPDATES[form](**arguments)
     batch, length = before["sampled"].shape
@@ -110,7 +102,7 @@ def test_against_the_definition(seed: int, form: str) -> None:
             continue
         key = (int(before["seed"][b]), int(before["canvas_index"][b]), int(before["step"][b]))
         fresh = [
-            reference.uniform_token(ids[b][i], reference.uniform(*key, i, int(denoise.Purpose.RENOISE)))
+            reference.uniform_token(list(range(70)), reference.uniform(*key, i, int(denoise.Purpose.RENOISE)))
             for i in range(length)
         ]
         wanted = reference.update_canvas(
@@ -232,14 +224,11 @@ def test_given_uniforms(form: str) -> None:
 
 
 def test_a_request_is_updated_alike_alone_and_in_a_batch() -> None:
-    arguments, _ = random_arguments(99)
+    arguments = random_arguments(99)
     alone = copy.deepcopy(arguments)
     denoise.update_canvas_(**arguments)
     for b in range(len(alone["active"])):
-        one = {
-            name: value[b : b + 1].clone() if isinstance(value, Tensor) and name != "allowed" else value
-            for name, value in alone.items()
-        }
+        one = {name: value[b : b + 1].clone() if isinstance(value, Tensor) else value for name, value in alone.items()}
         denoise.update_canvas_(**one)
         for name in WRITTEN:
             assert bits(one[name][0]) == bits(arguments[name][b]), name
@@ -290,7 +279,7 @@ def test_bad_input(what: str) -> None:
 
 
 def test_opcheck() -> None:
-    arguments, _ = random_arguments(5)
+    arguments = random_arguments(5)
     for name in ("temperature", "mean_entropy"):
         arguments[name].zero_()  # opcheck compares tensors with NaN as unequal
     library.opcheck(torch.ops.dgemma.update_canvas_.default, tuple(arguments.values()))

@@ -288,8 +288,6 @@ def test_temperature(t_min: float, t_max: float) -> None:
         argmax=torch.zeros(count, 1, dtype=torch.int32),
         entropy=torch.ones(count, 1),
         pinned=None,
-        allowed=None,
-        allowed_row=None,
         uniforms=None,
         vocabulary=2,
         seed=torch.zeros(count, dtype=torch.int64),

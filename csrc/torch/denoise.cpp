@@ -49,6 +49,7 @@ struct Sample {
                                          .cuda = ON_CUDA(&dgemma_cuda_sample)};
 };
 
+// The struct's `allowed` stays empty in both: noise comes from the whole vocabulary (denoise.h).
 struct Noise {
   using Struct = dgemma_noise;
   static constexpr auto kArguments = join(
@@ -58,10 +59,8 @@ struct Noise {
                         {.least = DGEMMA_PURPOSE_INITIAL_NOISE, .most = DGEMMA_PURPOSE_RENOISE})},
       draws<Struct>(AT(batch)),
       std::array{tensor("step", AT(step), {AT(batch)}), optional("active", AT(active), {AT(batch)}),
-                 optional("keep", AT(keep), {AT(batch), AT(length)})},
-      allowed_ids(AT(allowed.mask), AT(allowed.rows), AT(allowed.row_index), AT(batch), AT(length),
-                  AT(vocabulary)),
-      std::array{optional("uniforms", AT(uniforms), {AT(batch), AT(length)})});
+                 optional("keep", AT(keep), {AT(batch), AT(length)}),
+                 optional("uniforms", AT(uniforms), {AT(batch), AT(length)})});
   static constexpr Operator kOperator = {.name = "noise_",
                                          .operation = operation<Struct>(),
                                          .arguments = kArguments,
@@ -76,11 +75,9 @@ struct UpdateCanvas {
   static constexpr auto kArguments = join(
       std::array{
           tensor("sampled", AT(sampled), kPositions), tensor("argmax", AT(argmax), kPositions),
-          tensor("entropy", AT(entropy), kPositions), optional("pinned", AT(pinned), kPositions)},
-      allowed_ids(AT(allowed.mask), AT(allowed.rows), AT(allowed.row_index), AT(batch), AT(length),
-                  AT(vocabulary)),
-      std::array{optional("uniforms", AT(uniforms), kPositions),
-                 number("vocabulary", AT(vocabulary), kVocabularies)},
+          tensor("entropy", AT(entropy), kPositions), optional("pinned", AT(pinned), kPositions),
+          optional("uniforms", AT(uniforms), kPositions),
+          number("vocabulary", AT(vocabulary), kVocabularies)},
       draws<Struct>(AT(batch)),
       std::array{tensor("max_steps", AT(max_steps), kRequests),
                  tensor("t_min", AT(t_min), kRequests), tensor("t_max", AT(t_max), kRequests),

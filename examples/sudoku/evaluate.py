@@ -1,4 +1,4 @@
-"""The share of held-out puzzles that a checkpoint solves, with the clues pinned in the canvas and without.
+"""The share of held-out puzzles that a checkpoint solves: clues pinned, nothing pinned, digits alone allowed.
 
 python evaluate.py ../../python/dgemma_ext/demo --count 1000
 python evaluate.py runs/9x9 --count 1000 --engine transformers
@@ -15,7 +15,10 @@ from pathlib import Path
 import puzzles
 
 Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per puzzle
-Solve = Callable[[list[str], bool, int], Outcome]  # puzzles, whether to pin their clues, seed
+Solve = Callable[[list[str], str, int], Outcome]  # puzzles, what rules their answers, seed
+
+# What rules an answer: its clues are pinned, nothing, or it may hold the digits alone.
+RULES = ("clues", "nothing", "digits")
 
 
 def with_transformers(folder: Path, batch: int, weights: str, activations: str | None) -> Solve:
@@ -31,14 +34,16 @@ def with_transformers(folder: Path, batch: int, weights: str, activations: str |
     model = checkpoint.load(folder)
     text = tokenizer.build()
 
-    def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
+    def solve(lines: list[str], rule: str, seed: int) -> Outcome:
+        if rule == "digits":
+            raise ValueError("transformers has no allowed tokens")
         torch.manual_seed(seed)
         answers: list[str] = []
         steps: list[int] = []
         for start in range(0, len(lines), batch):
             part = lines[start : start + batch]
             prompts = torch.tensor([sampling.prompt_ids(text, line) for line in part])
-            clues = torch.tensor([sampling.clue_canvas(text, line) for line in part]) if pin else None
+            clues = torch.tensor([sampling.clue_canvas(text, line) for line in part]) if rule == "clues" else None
             drafts, taken = sampling.generate(model, prompts, clues)
             steps += taken.tolist()
             answers += [sampling.answer_text(text, draft) for draft in drafts.tolist()]
@@ -52,8 +57,17 @@ def with_dgemma(folder: Path, batch: int, weights: str, activations: str | None)
     from dgemma_ext.demo import Puzzle, pinned_clues
 
     model = dg.DiffusionGemma.from_pretrained(str(folder), weights=weights, activations=activations)
+    vocabulary = model.tokenizer
 
-    def solve(lines: list[str], pin: bool, seed: int) -> Outcome:
+    def canvas_of(line: str, rule: str) -> dg.Canvas | None:
+        if rule == "clues":
+            return pinned_clues(Puzzle(line, ""), model)
+        if rule == "nothing":
+            return None
+        digits = [vocabulary.id_of(str(digit)) for digit in range(1, round(len(line) ** 0.5) + 1)]
+        return dg.Canvas(allowed=[*[digits] * len(line), [vocabulary.id_of("<turn|>")]])
+
+    def solve(lines: list[str], rule: str, seed: int) -> Outcome:
         answers: list[str] = []
         steps: list[int] = []
         for start in range(0, len(lines), batch):
@@ -62,7 +76,7 @@ def with_dgemma(folder: Path, batch: int, weights: str, activations: str | None)
                 part,
                 max_new_tokens=len(lines[0]) + 1,
                 seed=[seed + start + row for row in range(len(part))],
-                canvas=[pinned_clues(Puzzle(line, ""), model) for line in part] if pin else None,
+                canvas=[canvas_of(line, rule) for line in part],
             )
             answers += [output.text for output in outputs]
             steps += [sum(output.denoising_steps) for output in outputs]
@@ -84,6 +98,7 @@ def main() -> None:
     parser.add_argument("--activations", choices=["fp8"], help="round what goes into experts with fp8 weights too")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the puzzles are always the same")
     parser.add_argument("--engine", choices=ENGINES, default="dgemma_ext")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES[:2]), help="what rules the answers")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -96,9 +111,9 @@ def main() -> None:
     test = puzzles.held_out(size, blanks, arguments.count)
     options = (arguments.batch, arguments.weights, arguments.activations)
     solve = ENGINES[arguments.engine](arguments.checkpoint, *options)
-    for pin in (True, False):
+    for rule in arguments.rules:
         began = time.perf_counter()
-        answers, steps = solve([puzzle.text for puzzle in test], pin, arguments.seed)
+        answers, steps = solve([puzzle.text for puzzle in test], rule, arguments.seed)
         solved = sum(puzzles.check(answer, puzzle.text) for answer, puzzle in zip(answers, test, strict=True))
         report = {
             "engine": arguments.engine,
@@ -107,7 +122,7 @@ def main() -> None:
             "puzzles": len(test),
             "size": size,
             "blanks": list(blanks),
-            "clues_pinned": pin,
+            "rule": rule,
             "solved": solved / len(test),
             "denoising_steps": round(sum(steps) / len(steps), 2),
             "seconds": round(time.perf_counter() - began, 1),

@@ -99,6 +99,11 @@ typedef struct dgemma_sample {
 DGEMMA_API dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu);
 
 /* Uniform tokens among the allowed: entry floor(u * count) of the allowed ids in increasing order.
+ *
+ * Leave `allowed` empty here and in update_canvas, also where it rules sampling: a model takes
+ * noise from a few ids for text, and denoises it into more of the same. On a model of 9x9 Sudoku
+ * whose answers are digits, noise from the nine digits alone costs a sixth of the solutions and
+ * doubles the steps (NOTES.md of the family).
  */
 typedef struct dgemma_noise {
   int64_t batch;

@@ -141,15 +141,14 @@ def noise_(
     step: Tensor,
     active: Tensor | None = None,
     keep: Tensor | None = None,
-    allowed: Tensor | None = None,
-    allowed_row: Tensor | None = None,
     uniforms: Tensor | None = None,
 ) -> None:
-    """Writes uniform tokens among the allowed into `tokens`, int32 [batch, length], where `keep` is not set.
+    """Writes uniform tokens of the vocabulary into `tokens`, int32 [batch, length], where `keep` is not set.
 
-    A token is number floor(u * count) of the allowed ids in increasing order. `purpose` is a `Purpose`.
+    A token is floor(u * vocabulary). `purpose` is a `Purpose`. Which tokens a position may hold does not matter here:
+    the model takes noise from a few ids for text and is led astray by it.
     """
-    draws = (seed, canvas_index, step, active, keep, allowed, allowed_row, uniforms)
+    draws = (seed, canvas_index, step, active, keep, uniforms)
     _noise(tokens, vocabulary, int(purpose), *draws)
 
 
@@ -158,8 +157,6 @@ def update_canvas_(
     argmax: Tensor,
     entropy: Tensor,
     pinned: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
     uniforms: Tensor | None,
     vocabulary: int,
     seed: Tensor,
@@ -183,19 +180,19 @@ def update_canvas_(
     """Accepts, renoises and stops: the end of a denoising step. Everything from `active` on is written.
 
     A position is accepted when the entropies before it in (entropy, index) order sum to at most `entropy_bound`
-    (EntropyBoundSampler); accepted positions take `sampled`, the others a fresh uniform allowed token. `pinned`
-    positions keep their token of `canvas`, stand in `draft`, and count nowhere. The canvas is stable when the draft
-    equalled the one before it in each of the last `stability_threshold` steps and the mean entropy is below
-    `confidence_threshold` (StableAndConfidentStoppingCriteria); it stops then, or after `max_steps` steps: `active` is
-    cleared and `status` is a `CanvasStatus`. `step`, counted from 1, is advanced, and `temperature` becomes the next
-    step's, t_min + (t_max - t_min) * steps left / max_steps (LinearTemperatureScheduleLogitsProcessor), rounded to
-    float32 after every operation.
+    (EntropyBoundSampler); accepted positions take `sampled`, the others a fresh uniform token. `pinned` positions keep
+    their token of `canvas`, stand in `draft`, and count nowhere. The canvas is stable when the draft equalled the one
+    before it in each of the last `stability_threshold` steps and the mean entropy is below `confidence_threshold`
+    (StableAndConfidentStoppingCriteria); it stops then, or after `max_steps` steps: `active` is cleared and `status` is
+    a `CanvasStatus`. `step`, counted from 1, is advanced, and `temperature` becomes the next step's, t_min + (t_max -
+    t_min) * steps left / max_steps (LinearTemperatureScheduleLogitsProcessor), rounded to float32 after every
+    operation.
 
     `draft` is -1 before the first step and `stable_steps` 0. An entropy that is not finite gives the status
     NON_FINITE, no accepted position and a mean entropy of NaN, and leaves all else of the request but `active` alone.
     """
     _update_canvas(
-        *(sampled, argmax, entropy, pinned, allowed, allowed_row, uniforms, vocabulary, seed, canvas_index, max_steps),
+        *(sampled, argmax, entropy, pinned, uniforms, vocabulary, seed, canvas_index, max_steps),
         *(t_min, t_max, entropy_bound, stability_threshold, confidence_threshold),
         *(active, canvas, draft, stable_steps, step, temperature, accepted, mean_entropy, status),
     )

@@ -15,7 +15,8 @@ class Canvas:
 
     tokens: ids in place of noise; None in the list leaves that position to noise. Tokens for n canvases fill the first
     n. pinned: one bool per token; a pinned position holds its token in every step and in the committed text. allowed:
-    one list of ids for the whole answer, or one list (or None: all) per position. start_step: the step to begin with,
+    one list of ids for the whole answer, or one list (or None: all) per position; it rules samples and drafts, while
+    noise comes from the whole vocabulary, as the model was trained. start_step: the step to begin with,
     for canvases that have tokens; a later step (a lower temperature, fewer steps left) keeps an edit close to its text.
 
     Lists, arrays and tensors become tuples. Raises ValueError naming the field; what depends on the model is checked

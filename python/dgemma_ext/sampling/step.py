@@ -93,8 +93,6 @@ def begin_canvas(
         canvas_index=state.canvas_index,
         step=torch.zeros_like(state.step),
         keep=given.to(network.device, non_blocking=True),
-        allowed=state.allowed,
-        allowed_row=state.allowed_row,
     )
     return masks
 
@@ -184,8 +182,6 @@ def sample_and_update(
         statistics.argmax,
         statistics.entropy,
         pinned=state.pinned,
-        allowed=state.allowed,
-        allowed_row=state.allowed_row,
         uniforms=renoise_uniforms,
         vocabulary=network.config.vocab_size,
         seed=state.seed,

@@ -261,8 +261,6 @@ def advance(
         statistics.argmax,
         statistics.entropy,
         pinned=None,
-        allowed=None,
-        allowed_row=None,
         uniforms=None if uniforms is None else uniforms[1],
         vocabulary=vocabulary,
         **draws,

@@ -178,29 +178,21 @@ def noise_(
     step: Tensor,
     active: Tensor | None,
     keep: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
     uniforms: Tensor | None,
 ) -> None:
     batch, length = tokens.shape
     if uniforms is None:
         uniforms = philox_uniforms(seed, canvas_index, step, length, purpose)
-    fresh = _uniform_tokens(uniforms, vocabulary, allowed, allowed_row)
+    fresh = _uniform_tokens(uniforms, vocabulary)
     write = _active(active, batch, tokens.device)[:, None].expand(batch, length)
     if keep is not None:
         write = write & ~keep
     tokens.copy_(torch.where(write, fresh, tokens))
 
 
-def _uniform_tokens(uniforms: Tensor, vocabulary: int, allowed: Tensor | None, allowed_row: Tensor | None) -> Tensor:
-    """The allowed id number floor(u * count) of every position, int32 [batch, length]."""
-    if allowed is None or allowed_row is None:
-        return (uniforms * vocabulary).floor().clamp(max=vocabulary - 1).to(torch.int32)
-    mask = allowed_mask(vocabulary, allowed, allowed_row, (uniforms.shape[0], uniforms.shape[1]), uniforms.device)
-    rank = mask.cumsum(-1)  # how many allowed ids up to and with this one
-    count = rank[..., -1]
-    k = torch.minimum((uniforms * count).floor().to(torch.int64), count - 1)
-    return (rank <= k[..., None]).sum(-1).to(torch.int32)
+def _uniform_tokens(uniforms: Tensor, vocabulary: int) -> Tensor:
+    """floor(u * vocabulary) of every position, int32 [batch, length]."""
+    return (uniforms * vocabulary).floor().clamp(max=vocabulary - 1).to(torch.int32)
 
 
 def update_canvas_(
@@ -208,8 +200,6 @@ def update_canvas_(
     argmax: Tensor,
     entropy: Tensor,
     pinned: Tensor | None,
-    allowed: Tensor | None,
-    allowed_row: Tensor | None,
     uniforms: Tensor | None,
     vocabulary: int,
     seed: Tensor,
@@ -235,7 +225,7 @@ def update_canvas_(
     going = active & finite  # [batch]
     if uniforms is None:
         uniforms = philox_uniforms(seed, canvas_index, step, canvas.shape[1], _RENOISE)
-    fresh = _uniform_tokens(uniforms, vocabulary, allowed, allowed_row)
+    fresh = _uniform_tokens(uniforms, vocabulary)
 
     # Pinned positions sort last, and cannot be accepted.
     entropies = torch.where(fixed, math.inf, entropy).to(torch.float64)
