@@ -48,6 +48,7 @@ class Answer:
         self._middle = middle
         self._call_id = _id_of(tokenizer, _CALL)
         self._calls = 0  # that pieces have told
+        self.pieces: list[Piece] = []
         self.token_ids: list[int] = []
         self.denoising_steps: list[int] = []
         self.text = ""
@@ -76,7 +77,8 @@ class Answer:
         self.text += text
         self.thinking += commit.thinking
         self.calls += calls
-        return Piece(text, commit.thinking, tuple(calls), self.finish_reason)
+        self.pieces.append(Piece(text, commit.thinking, tuple(calls), self.finish_reason))
+        return self.pieces[-1]
 
     @property
     def tokens_per_forward(self) -> float:

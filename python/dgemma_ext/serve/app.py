@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.serve import chat, errors, health, models
+from dgemma_ext.serve import chat, completions, errors, health, models, responses, tokens
 from dgemma_ext.serve.access import ApiKey, BodyLimit
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.logs import RequestLog
@@ -35,7 +35,7 @@ def build(model: DiffusionGemma, options: ServeOptions) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for part in (chat, models, health):
+    for part in (chat, completions, responses, tokens, models, health):
         app.include_router(part.router)
     app.add_exception_handler(errors.ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -84,13 +84,17 @@ async def _invalid(request: Request, error: Any) -> Response:
     return await _api_error(request, errors.bad_request(f"{param or 'the body'}: {first['msg']}", param))
 
 
+# What pydantic calls members of a union.
+_TYPES = ("str", "int", "float", "bool", "dict", "list")
+
+
 def _name_of(place: list[Any]) -> str | None:
     """messages[0].role, from pydantic's path; names of a union's members are left out."""
     name = ""
     for part in place:
         if isinstance(part, int):
             name += f"[{part}]"
-        elif part.isidentifier() and (not name or part.islower()):
+        elif part.isidentifier() and part.islower() and part not in _TYPES:
             name += f".{part}" if name else part
     return name or None
 

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from dgemma_ext.checkpoint import ToolCall
-from dgemma_ext.engine import Draft, PromptOptions
-from dgemma_ext.serve import errors
+from dgemma_ext.engine import Draft
 from dgemma_ext.serve.answer import Answer, Piece
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.prompting import messages_by_roles, options_of
 from dgemma_ext.serve.protocol.chat import ChatCompletion, ChatRequest
 from dgemma_ext.serve.protocol.common import stops_of
 from dgemma_ext.serve.routing import failures, service_of, stated
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
+from dgemma_ext.serve.tool_calls import call_id, tool_call
 from dgemma_ext.serve.usage import choice_diffusion, usage_of
 
 router = APIRouter()
-
-# Values of reasoning_effort that turn thinking off; "instant" is Mercury's.
-_NO_EFFORT = ("none", "instant", "minimal")
 
 
 @router.post(
@@ -39,8 +36,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answers a chat: whole, or as server-sent events with `stream`."""
     service = service_of(request)
     name = service.check_model(body.model)
-    ids = await service.prompt_ids(_messages(body, service), "messages", _options(body))
-    submissions = await submissions_of(service, body, [ids], body.max_completion_tokens or body.max_tokens)
+    tools = None if body.tool_choice == "none" else body.tools
+    options = options_of(tools, body.reasoning_effort, body.chat_template_kwargs)
+    ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
+    submissions = await submissions_of(service, body, [ids], body.max_completion_tokens or body.max_tokens, "messages")
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
     try:
         await call.accepted()
@@ -126,13 +125,7 @@ class _Reply:
         return message
 
     def _tool_call(self, index: int, number: int, call: ToolCall) -> dict[str, Any]:
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        unique = str(self._head["id"]).removeprefix("chatcmpl-")
-        return {
-            "id": f"call_{unique}_{index}_{number}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": arguments},
-        }
+        return tool_call(call_id(str(self._head["id"]), index, number), call)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], name: str | None = None, *, choice: Any = None, **more: Any
@@ -143,26 +136,3 @@ class _Reply:
     def _event(self, choices: list[Any], name: str | None = None, **more: Any) -> bytes:
         chunk = {"object": "chat.completion.chunk", **self._head, "choices": choices, **more}
         return sent_event(chunk, name)
-
-
-def _messages(body: ChatRequest, service: Service) -> list[Mapping[str, Any]]:
-    """The messages; a template that has no developers gets system messages in their place."""
-    template = service.tokenizer.chat_template
-    if template is None or "developer" in template.source:
-        return list(body.messages)
-    return [
-        {**message, "role": "system"} if message.get("role") == "developer" else message for message in body.messages
-    ]
-
-
-def _options(body: ChatRequest) -> PromptOptions:
-    variables = dict(body.chat_template_kwargs or {})
-    thinks = variables.pop("enable_thinking", None)
-    if thinks is None and body.reasoning_effort is not None:
-        thinks = body.reasoning_effort not in _NO_EFFORT
-    if thinks is not None and not isinstance(thinks, bool):
-        raise errors.bad_request(
-            "chat_template_kwargs.enable_thinking must be true or false", "chat_template_kwargs.enable_thinking"
-        )
-    tools = None if body.tool_choice == "none" else body.tools or None
-    return PromptOptions(tools, thinks, variables or None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -28,17 +28,21 @@ def sent_event(data: Any, name: str | None = None) -> bytes:
 class EventStream(Response):
     """Server-sent events of a call, which is closed at their end, an error's or the client's.
 
-    events: bytes of whole events. An error after the first one is an event itself, because the status is sent by then.
+    events: bytes of whole events. An error after the first one is an event itself, because the status is sent by then;
+    failure: makes it in another form than OpenAI's error object.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, call: Call, events: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, call: Call, events: AsyncIterator[bytes], failure: Callable[[errors.ApiError], bytes] | None = None
+    ) -> None:
         self.call = call
         self.events = events
+        self.failure = failure or (lambda error: sent_event(error.body) + DONE)
         self.status_code = 200
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -53,8 +57,7 @@ class EventStream(Response):
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except errors.ApiError as error:
-                body = sent_event(error.body)
-                await send({"type": "http.response.body", "body": body + DONE, "more_body": True})
+                await send({"type": "http.response.body", "body": self.failure(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

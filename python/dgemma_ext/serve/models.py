@@ -60,12 +60,11 @@ async def retrieve_model(model: str, request: Request) -> Response:
 def _described(service: Service, name: str) -> dict[str, Any]:
     config, defaults = service.model.config, service.model.defaults
     settings = {field: getattr(defaults, field) for field in Settings.model_fields if field != "canvas_length"}
-    longest = min(service.engine.scheduler.cache.max_length, config.max_position_embeddings)
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "dgemma_ext",
-        "max_model_len": longest,
+        "max_model_len": service.longest,
         "diffusion": {"canvas_length": config.canvas_length, **settings},
     }

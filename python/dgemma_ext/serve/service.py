@@ -55,6 +55,11 @@ class Service:
     def is_ready(self) -> bool:
         return self.is_started and self.engine.is_alive and not self.is_draining
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer but for the last canvas."""
+        return min(self.engine.scheduler.cache.max_length, self.model.config.max_position_embeddings)
+
     def check_model(self, name: str | None) -> str:
         """The model's name for an answer. Raises ApiError for another model's."""
         if name is None:

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from dgemma_ext.sampling import SamplerConfig
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.engine_thread import Submission
+from dgemma_ext.serve.protocol.common import GeneratingBody
 from dgemma_ext.serve.protocol.diffusion import DiffusionOptions
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.steering import canvas_of, sampler_of, seeds_of
 
 
-class Generating(Protocol):
-    """The fields that say how to generate."""
-
-    @property
-    def temperature(self) -> float | None: ...
-    @property
-    def seed(self) -> int | None: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def stream(self) -> bool: ...
-    @property
-    def diffusing(self) -> bool: ...
-    @property
-    def diffusion(self) -> DiffusionOptions | None: ...
-
-
 async def submissions_of(
-    service: Service, body: Generating, prompts: Sequence[list[int]], max_tokens: int | None
+    service: Service, body: GeneratingBody, prompts: Sequence[list[int]], max_tokens: int | None, field: str
 ) -> list[Submission]:
-    """The submissions of a request: for every prompt `n`, whose seeds follow each other. Raises ApiError.
+    """The submissions of a request: for every prompt its choices, whose seeds follow each other. Raises ApiError.
 
-    Without max_tokens an answer may have as many as the checkpoint's default says and a slot holds.
+    Without max_tokens an answer may have as many as the checkpoint's default says and a slot holds. `field` names the
+    prompts in errors.
     """
     options = body.diffusion or DiffusionOptions()
     if (options.drafts or body.diffusing) and not body.stream:
@@ -47,17 +31,17 @@ async def submissions_of(
     except ValueError as error:
         raise errors.from_value_error(error, "diffusion") from error
     canvas = await service.in_thread("diffusion.start_text", canvas_of, options, service.tokenizer)
-    seeds = seeds_of(body.seed, body.temperature, body.n)
+    seeds = seeds_of(body.seed, body.temperature, body.choices)
     wants_drafts = options.drafts or body.diffusing
     return [
         Submission(ids, limit, sampler, seed, canvas, wants_drafts)
         for ids in prompts
-        for limit in [usual_limit(service, len(ids), sampler) if max_tokens is None else max_tokens]
+        for limit in [usual_limit(service, len(ids), sampler, field) if max_tokens is None else max_tokens]
         for seed in seeds
     ]
 
 
-def usual_limit(service: Service, prompt_tokens: int, sampler: SamplerConfig) -> int:
+def usual_limit(service: Service, prompt_tokens: int, sampler: SamplerConfig, field: str) -> int:
     """The tokens that an answer may have where the request does not say: the checkpoint's default, or what fits.
 
     Raises ApiError, with both numbers, for a prompt that leaves no room for a canvas.
@@ -72,7 +56,7 @@ def usual_limit(service: Service, prompt_tokens: int, sampler: SamplerConfig) ->
         longest = min(service.engine.scheduler.cache.max_length, config.max_position_embeddings - length)
         raise errors.bad_request(
             f"the prompt has {prompt_tokens} tokens, and at most {longest} leave room for an answer here",
-            "messages",
+            field,
             "context_length_exceeded",
         )
     return min(service.model.defaults.max_new_tokens, canvases * length)

@@ -7,17 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from dgemma_ext.serve.protocol.common import (
-    Body,
     ChoiceDiffusion,
+    Choices,
     Count,
+    GeneratingBody,
     Object,
-    Seed,
     Stops,
     StreamOptions,
-    Temperature,
     Usage,
 )
-from dgemma_ext.serve.protocol.diffusion import DiffusionOptions
 
 # The checkpoint's code checks messages and tools, and its errors name what is wrong. This is for readers of the schema.
 _MESSAGE = {
@@ -61,16 +59,12 @@ Tool = Annotated[dict[str, Any], WithJsonSchema(_TOOL)]
 Effort = Literal["none", "instant", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class ChatRequest(Body):
+class ChatRequest(GeneratingBody):
     messages: Annotated[list[Message], Field(min_length=1)]
-    model: str | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    temperature: Temperature | None = None
-    seed: Seed | None = None
     stop: Stops = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    stream: bool = False
+    n: Choices = 1
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
@@ -78,8 +72,10 @@ class ChatRequest(Body):
     response_format: Any = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None
-    diffusion: DiffusionOptions | None = None
-    diffusing: bool = False
+
+    @property
+    def choices(self) -> int:
+        return self.n
 
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:

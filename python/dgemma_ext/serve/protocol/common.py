@@ -7,6 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from dgemma_ext.serve import errors
+from dgemma_ext.serve.protocol.diffusion import Count, DiffusionOptions
+
+__all__ = ["Body", "Count", "GeneratingBody"]
 
 # A field for which only some values are taken; the schema tells which.
 _REFUSED = "changes the answer in a way that this model cannot honour"
@@ -59,9 +62,9 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Stops = Annotated[str | list[str] | None, Field(description="Up to 16 strings that end the answer.")]
+Choices = Annotated[int, Field(ge=1, le=128)]
 # JSON objects that the checkpoint's own code checks.
 Object = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": True})]
 
@@ -76,6 +79,22 @@ def stops_of(stop: str | list[str] | None) -> list[str]:
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+class GeneratingBody(Body):
+    """What every request that generates may say."""
+
+    model: str | None = None
+    temperature: Temperature | None = None
+    seed: Seed | None = None
+    stream: bool = False
+    diffusion: DiffusionOptions | None = None
+    diffusing: Annotated[bool, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
+
+    @property
+    def choices(self) -> int:
+        """How many answers a prompt gets."""
+        return 1
 
 
 class ErrorDetail(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dgemma_ext.serve.protocol.common import Count
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class TextPart(BaseModel):
