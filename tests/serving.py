@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ class Running:
     @property
     def model(self) -> dg.DiffusionGemma:
         return self.service.model
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
 
     def client(self, **settings: Any) -> openai.OpenAI:
         named = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE, **settings}
@@ -64,11 +70,14 @@ def bundled(size: int = 6) -> dg.DiffusionGemma:
 
 
 @contextmanager
-def running(model: dg.DiffusionGemma, **options: Any) -> Iterator[Running]:
+def running(model: dg.DiffusionGemma, send_buffer: int | None = None, **options: Any) -> Iterator[Running]:
+    """send_buffer: bytes that the system takes for a client that does not read."""
     chosen = ServeOptions(port=0, served_model_names=[MODEL], **options)
     app = build_app(model, chosen)
     server = Server(app, chosen)
     sock = bound_socket(chosen)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -11,7 +11,8 @@ from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.engine import Commit, Draft, Failure
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.answer import Answer, Piece
-from dgemma_ext.serve.engine_thread import EngineThread, Submission
+from dgemma_ext.serve.engine_thread import EngineThread
+from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.mailbox import Accepted, JobEvent, Mailbox, Refused
 from dgemma_ext.serve.metrics import Metrics
 

@@ -17,8 +17,8 @@ from dgemma_ext.serve import errors
 from dgemma_ext.serve.answer import Answer, Piece
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
-from dgemma_ext.serve.engine_thread import Submission
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.protocol.common import stops_of
 from dgemma_ext.serve.protocol.completions import Completion, CompletionRequest, InsertionRequest
 from dgemma_ext.serve.routing import failures, service_of, stated

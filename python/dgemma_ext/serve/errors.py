@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from dgemma_ext.engine import NotEnoughMemory
+from dgemma_ext.errors import NonFiniteError
 
 # Engine's arguments by the names that clients know them by.
 _FIELDS = {"max_new_tokens": "max_tokens", "prompt": "prompt"}
@@ -23,6 +24,8 @@ _SAMPLER_FIELDS = (
     "trim_canvas",
     "start_step",
 )
+# In the error of a step that was broken off, which names what broke it.
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|out of memory")
 _NAME = re.compile(r"[a-z_]+(?:\[\d+\]|\['\w+'\]|\.\w+)*")
 
 
@@ -91,8 +94,11 @@ def from_engine(error: BaseException) -> ApiError:
     """What a client is told of an error of the engine."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, NotEnoughMemory | MemoryError):
+    if isinstance(error, NotEnoughMemory | MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return unavailable("there is not enough memory for this request now", "out_of_memory")
+    if isinstance(error, NonFiniteError):
+        message = f"the model's numbers are not finite at denoising step {error.step}"
+        return ApiError(500, message, type="server_error", code="non_finite")
     if isinstance(error, ValueError):
         return from_value_error(error)
     return internal_error()

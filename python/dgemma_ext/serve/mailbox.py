@@ -27,6 +27,11 @@ class Refused:
     error: BaseException
 
 
+@dataclass(frozen=True)
+class Left:
+    """A job that was cancelled has ended; nobody takes this out of a mailbox."""
+
+
 JobEvent = Accepted | Refused | Draft | Commit | Failure
 
 

@@ -11,7 +11,8 @@ from dgemma_ext.engine import Commit
 
 if TYPE_CHECKING:
     from dgemma_ext.serve.answer import Answer
-    from dgemma_ext.serve.engine_thread import EngineThread, Job
+    from dgemma_ext.serve.engine_thread import EngineThread
+    from dgemma_ext.serve.job_runner import Job
 
 # Seconds, from a step of a small model to a long answer on a CPU.
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)

@@ -42,7 +42,11 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     effort = None if body.reasoning is None else body.reasoning.effort
     options = options_of(tools_of(body), effort, body.chat_template_kwargs)
     messages = messages_of(body)
-    ids = await service.prompt_ids(messages_by_roles(messages, service.tokenizer), "input", options)
+    try:
+        ids = await service.prompt_ids(messages_by_roles(messages, service.tokenizer), "input", options)
+    except errors.ApiError as error:  # a message has no place in this request: items became messages
+        param = "input" if (error.param or "").startswith("messages") else error.param
+        raise errors.bad_request(error.message, param, error.code) from error
     submissions = await submissions_of(service, body, [ids], body.max_output_tokens, "input")
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
     try:

@@ -17,7 +17,8 @@ from dgemma_ext.engine.served import prompt_to_ids
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.call import Call
-from dgemma_ext.serve.engine_thread import EngineThread, Submission
+from dgemma_ext.serve.engine_thread import EngineThread
+from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.metrics import Metrics
 from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.version import __version__

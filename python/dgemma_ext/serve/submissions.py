@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dgemma_ext.sampling import SamplerConfig
 from dgemma_ext.serve import errors
-from dgemma_ext.serve.engine_thread import Submission
+from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.protocol.common import GeneratingBody
 from dgemma_ext.serve.protocol.diffusion import DiffusionOptions
 from dgemma_ext.serve.service import Service
