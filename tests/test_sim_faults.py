@@ -108,6 +108,7 @@ REPORTS = {
     "leave_while_others_touch": r"not knowing that thread 0 of block 0 of the cluster is|block 1 .* has ended",
     "block_outside_the_cluster": r"mapa: block 2 of a cluster of 2",
     "arrive_at_a_block_that_left": r"mapa: block 1 of the cluster has ended",
+    "write_and_arrive_at_another_block": r"race: this thread reads .* thread 0 of block 1 wrote \(clusters\.cu:\d+\)",
     "leave_before_the_copy_to_a_block": r"last of its block, while copies .* \(clusters\.cu:\d+\)",
     "multicast_outside_the_cluster": r"tma_load_multicast: blocks 0x5 of a cluster of 2",
     "multicast_to_a_block_that_left": r"tma_load_multicast: block 1 has ended",
@@ -228,13 +229,23 @@ def test_memory_that_was_freed_is_not_the_kernels_in_front(library: ctypes.CDLL)
         assert library.run_fault_in_a_tensor(fault, 0, 1) is None
 
 
+def line_of(function: str, statement: str) -> str:
+    """The line of run.cu, as "run.cu:12", that holds the statement, in the function behind this one's name."""
+    text = (SIM / "kernels" / "faults" / "run.cu").read_text()
+    return f"run.cu:{text[: text.index(statement, text.index(f'SIM_ENTRY {function}('))].count(chr(10)) + 1}"
+
+
 # The most shared memory of a block, in KB: CUDA C++ Programming Guide, "Compute Capabilities".
 @pytest.mark.parametrize(("capability", "most"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)])
 def test_shared_memory_has_a_limit(library: ctypes.CDLL, capability: int, most: int) -> None:
+    place = line_of("launch_with", "return launch(")
     library.sim_set_gpu(capability, 3)
     try:
         assert library.launch_with(most * 1024) is None
-        assert b"more shared memory than a block of this GPU may have" in library.launch_with(most * 1024 + 1)
+        refusal = library.launch_with(most * 1024 + 1).decode()
+        assert re.fullmatch(
+            rf"kernel front_kernel, {place}: launch: more shared memory than a block of this GPU may have", refusal
+        ), refusal
     finally:
         library.sim_set_gpu(90, 3)
 
@@ -270,4 +281,5 @@ def test_an_older_gpu_has_no_tma(library: ctypes.CDLL) -> None:
 )
 def test_tensor_map_keeps_the_rules(library: ctypes.CDLL, what: str, value: int, message: str | None) -> None:
     found = library.encode(what.encode(), ctypes.c_uint64(value))
-    assert (found.decode() if found else None) == message
+    wanted = message and f"{line_of('encode', 'return encode_tensor_map(')}: tensor map: {message}"
+    assert (found.decode() if found else None) == wanted

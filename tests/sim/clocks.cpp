@@ -52,6 +52,7 @@ ClockRef copy_of(const Clock& from) {
   clock->all_fenced = from.all_fenced;
   clock->fenced_form = nullptr;
   clock->others = from.others;
+  clock->reads = from.reads;
   return ClockRef(clock);
 }
 
@@ -59,6 +60,7 @@ void drop(Clock* clock) {
   if (clock == nullptr || --clock->references > 0) return;
   drop(std::exchange(clock->fenced_form, nullptr));
   clock->others.reset();
+  clock->reads = {};
   free_clocks.push_back(clock);
 }
 
@@ -77,10 +79,23 @@ void join(ClusterClocks& into, const ClusterClocks& other) {
   }
 }
 
+// A clock that is shared is not written to.
+void join_reads(Clock& into, const ClockRef& reads) {
+  if (!reads || reads.get() == into.reads.get()) return;
+  into.all_fenced = into.all_fenced && reads->all_fenced;
+  if (!into.reads) {
+    into.reads = reads;
+    return;
+  }
+  into.reads = copy_of(*into.reads.get());
+  join(*into.reads.get(), *reads.get());
+}
+
 void join(Clock& into, const Clock& other) {
   for (uint32_t i = 0; i < 2 * clock_slots; ++i)
     into.known[i] = std::max(into.known[i], other.known[i]);
   into.all_fenced = into.all_fenced && other.all_fenced;
+  join_reads(into, other.reads);
   if (!other.others || other.others == into.others) return;
   auto both = std::make_shared<ClusterClocks>(*other.others);
   if (into.others) join(*both, *into.others);
@@ -141,6 +156,7 @@ void begin_clocks(Cluster& cluster) {
   std::fill(first->known, first->known + 2 * slots, last_epoch);
   first->all_fenced = false;
   first->fenced_form = nullptr;
+  first->reads = {};
   first->known[kInFlightSlot] = first->fenced[kInFlightSlot] = 0;
   if (!machine->shape.overlaps) ++first->known[kFrontSlot];
   const ClockRef shared(first);
@@ -175,6 +191,17 @@ void release(Thread& thread, Gathering& gathering) {
   enter(*gathering.sum.get(), thread);
 }
 
+void release_reads(Thread& thread, Gathering& gathering) {
+  ClockRef known = copy_of(*thread.clock.get());
+  known->others.reset();
+  if (const ClockRef reads = std::exchange(known->reads, {})) join(*known.get(), *reads.get());
+  if (gathering.reads) join(*known.get(), *gathering.reads.get());
+  enter(*known.get(), thread);
+  gathering.reads = std::move(known);
+}
+
+ClockRef publish_reads(Gathering& gathering) { return std::move(gathering.reads); }
+
 ClockRef publish(Gathering& gathering) {
   gathering.last = {};
   return std::move(gathering.sum);
@@ -187,12 +214,30 @@ void acquire(Thread& thread, const ClockRef& others, bool arrived) {
     return;
   }
   Remembered& memory = remembered_at(thread.clock.get(), reinterpret_cast<uintptr_t>(others.get()));
-  if (memory.from.get() != thread.clock.get() || memory.other.get() != others.get()) {
+  if (memory.from.get() != thread.clock.get() || memory.other.get() != others.get() ||
+      memory.slot != 0) {
     ClockRef result = copy_of(*thread.clock.get());
     join(*result.get(), *others.get());
     memory = {thread.clock, others, std::move(result), 0, 0};
   }
   thread.clock = memory.result;
+}
+
+void acquire_reads(Thread& thread, const ClockRef& reads) {
+  if (!reads || reads.get() == thread.clock->reads.get()) return;
+  constexpr uint32_t kReads = ~0u;  // in place of a slot
+  Remembered& memory = remembered_at(thread.clock.get(), reinterpret_cast<uintptr_t>(reads.get()));
+  if (memory.from.get() != thread.clock.get() || memory.other.get() != reads.get() ||
+      memory.slot != kReads) {
+    ClockRef result = copy_of(*thread.clock.get());
+    join_reads(*result.get(), reads);
+    memory = {thread.clock, reads, std::move(result), kReads, 0};
+  }
+  thread.clock = memory.result;
+}
+
+uint32_t reads_known(const Clock& clock, uint32_t slot) {
+  return clock.reads ? std::max(clock.known[slot], clock.reads->known[slot]) : clock.known[slot];
 }
 
 void release(Thread& thread, ClusterClocks& word) {
@@ -246,6 +291,11 @@ void fence(Thread& thread) {
     ClockRef form = copy_of(clock);
     std::memcpy(form->fenced, form->known, sizeof(uint32_t) * clock_slots);
     form->all_fenced = true;
+    if (form->reads) {
+      form->reads = copy_of(*form->reads.get());
+      std::memcpy(form->reads->fenced, form->reads->known, sizeof(uint32_t) * clock_slots);
+      form->reads->all_fenced = true;
+    }
     clock.fenced_form = form.get();
     ++form->references;
   }

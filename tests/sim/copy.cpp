@@ -72,7 +72,7 @@ void begin_write(Block& block, uint32_t offset, uint32_t bytes, const PhaseTime&
                  const char* what, const Source& source) {
   touch_or_fail(block, offset, bytes, kWrite | kAsync, actor(self(), phase.slot, phase.epoch),
                 source, what);
-  visit(block, phase.slot, phase.epoch, place_number(source));
+  visit(block, phase.slot, phase.epoch, place_number(source), true);
   self().touched = true;
 }
 
@@ -188,7 +188,7 @@ void bulk_copy_to_block(void* shared, const void* from, uint32_t bytes, uint64_t
   const PhaseTime phase = running_phase(*counter.block, counter.offset, source);
   touch_or_fail(*here.block, here.offset, bytes, kAsync, actor(self(), phase.slot, phase.epoch),
                 source, "bulk_copy_to_block");
-  visit(*here.block, phase.slot, phase.epoch, place_number(source));
+  visit(*here.block, phase.slot, phase.epoch, place_number(source), false);
   begin_write(*there.block, there.offset, bytes, phase, "bulk_copy_to_block", source);
   poison(*there.block, there.offset, bytes);
   begin_flight(*here.block, source);

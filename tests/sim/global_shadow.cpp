@@ -177,7 +177,11 @@ GlobalProblem touch_all(const Actor& who, const void* address, size_t bytes, uin
   if (bytes == 0) return {};
   if (const std::string problem = outside(address, bytes, manner & kWrite); !problem.empty())
     return {std::string(what) + " " + problem};
-  GlobalAccess access{{who, place, manner, what, "global memory at", {}},
+  const auto where = [](uint64_t at) {
+    return "global memory at " + std::to_string(at) +
+           place_in_host_memory(reinterpret_cast<const void*>(at));
+  };
+  GlobalAccess access{{who, place, manner, what, where, {}},
                       front_first < launch_first && !has_waited(self()),
                       false};
   visit_global(address, bytes, step, true, [&](GlobalWord& word, uintptr_t at, uint8_t mask) {

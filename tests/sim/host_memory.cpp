@@ -75,6 +75,15 @@ std::string host_memory_problem(const void* address, size_t bytes, bool write) {
   return text;
 }
 
+std::string place_in_host_memory(const void* address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const Piece piece = piece_before(at);
+  if (at >= piece.begin + piece.bytes) return {};
+  return " (byte " + std::to_string(at - piece.begin) + " of a tensor's memory of " +
+         std::to_string(piece.bytes) + " bytes)";
+}
+
 void forget_freed_memory() {
   std::vector<Piece> pieces;
   {

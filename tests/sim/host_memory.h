@@ -18,6 +18,9 @@ bool is_host_memory(const void* address, size_t bytes);
 // Empty, or what is wrong with an access there: in a margin, or a write to memory that is no piece.
 std::string host_memory_problem(const void* address, size_t bytes, bool write);
 
+// " (byte 16 of a tensor's memory of 64 bytes)", or empty where the host tells of none there.
+std::string place_in_host_memory(const void* address);
+
 // Kernels know nothing more of what was freed since the last launch.
 void forget_freed_memory();
 

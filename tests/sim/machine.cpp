@@ -1,18 +1,11 @@
 #include "machine.h"
 
-#include <setjmp.h>
-#include <signal.h>
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
-#include <cstdlib>
-#include <map>
 #include <mutex>
 
 #include "device/registers.h"
 #include "kernel_order.h"
+#include "segment_fault.h"
 #include "shadow.h"
 
 namespace sim {
@@ -20,15 +13,15 @@ namespace sim {
 int32_t compute_capability = 90, multiprocessors = 3;
 
 Machine* machine = nullptr;
+Statistics last_statistics;
+uint64_t prefetches[2];
+uint64_t next_seed = 1;
+std::string last_error;
 
 namespace {
 
 StackPool stacks;
 std::mutex one_launch_at_a_time;
-std::string last_error;
-Statistics last_statistics;
-uint64_t prefetches[2];  // of the launches since they were asked for
-uint64_t next_seed = 1;
 uint32_t clusters_begun = 0;
 
 // Clusters that run side by side when a grid has several: more of them mix more, and take more
@@ -37,74 +30,6 @@ constexpr uint32_t kResidentClusters = 2;
 // Rounds in which every thread only looked for something that did not come, after which nothing
 // will.
 constexpr uint64_t kIdleRounds = 20000;
-
-bool delivering = false;  // an asynchronous operation happens
-
-#if !defined(__SANITIZE_ADDRESS__)
-// A touch of memory that is not there, by a fiber, ends the launch like any other error.
-sigjmp_buf out_of_range;
-const void* fault_instruction = nullptr;
-void on_segment_fault(int, siginfo_t* information, void* context) {
-  // Which stops for good where the machine itself is wrong.
-  if (machine == nullptr || (machine->current == nullptr && !delivering)) {
-    signal(SIGSEGV, SIG_DFL);
-    return;
-  }
-  const auto* address = static_cast<const uint8_t*>(information->si_addr);
-  char text[200];
-  std::snprintf(text, sizeof text, "touched address %p, where there is nothing",
-                static_cast<const void*>(address));
-  if (machine->current != nullptr) {
-    const Thread& thread = self();
-    const long offset = address - thread.block->shared;
-    if (address >= thread.fiber.stack.bottom - 4096 && address < thread.fiber.stack.bottom)
-      std::snprintf(text, sizeof text, "its stack is full");
-    else if (offset >= -4096 && offset < static_cast<long>(thread.block->shared_bytes) + 8192)
-      std::snprintf(text, sizeof text,
-                    "touched shared memory at offset %ld; the block has %u bytes", offset,
-                    thread.block->shared_bytes);
-  }
-  machine->error = text;
-  fault_instruction =
-      reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
-  siglongjmp(out_of_range, 1);
-}
-
-// Where the thread is that touched what is not there: a line of the kernel, or, where it is in the
-// test bed, the line of the kernel's last load or store.
-std::string place_of_fault() {
-  if (machine->current == nullptr) return "a copy, " + place_of(machine->delivered);
-  const Thread& thread = self();
-  const std::string place = place_text(
-      place_number(static_cast<const void*>(static_cast<const uint8_t*>(fault_instruction) + 1)));
-  const bool in_kernel = place.find(".cu:") != std::string::npos || thread.last_access == nullptr;
-  return name_of(thread) + ", " +
-         (in_kernel ? place : place_text(place_number(thread.last_access)));
-}
-
-class SegmentFaultHandler {
- public:
-  SegmentFaultHandler() {
-    stack_t alternate{};
-    alternate.ss_sp = memory_;
-    alternate.ss_size = sizeof memory_;
-    sigaltstack(&alternate, &old_stack_);
-    struct sigaction action{};
-    action.sa_sigaction = on_segment_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, &old_action_);
-  }
-  ~SegmentFaultHandler() {
-    sigaction(SIGSEGV, &old_action_, nullptr);
-    sigaltstack(&old_stack_, nullptr);
-  }
-
- private:
-  static inline uint8_t memory_[64 * 1024];
-  stack_t old_stack_;
-  struct sigaction old_action_;
-};
-#endif
 
 void run_thread() {
   entered(machine->scheduler);
@@ -210,9 +135,9 @@ void deliver_events(uint64_t until) {
     machine->delivered = machine->events.top().source;
     machine->events.pop();
     ++machine->progress;
-    delivering = true;
+    machine->delivering = true;
     happen();
-    delivering = false;
+    machine->delivering = false;
   }
 }
 
@@ -269,20 +194,43 @@ uint32_t most_shared_bytes() {
   return (small ? 99u : compute_capability < 90 ? 163u : 227u) * 1024;
 }
 
+// Null, or why no GPU starts such a grid.
+const char* what_is_wrong(const GridShape& shape) {
+  if (shape.threads == 0 || shape.threads % 32 != 0 || shape.threads > 1024)
+    return "threads must be a multiple of 32 up to 1,024";
+  if (shape.shared_bytes > most_shared_bytes())
+    return "more shared memory than a block of this GPU may have";
+  if (shape.cluster_blocks < 1 || shape.cluster_blocks > 8 ||
+      shape.blocks.x % shape.cluster_blocks != 0)
+    return "a cluster has 1 to 8 blocks and divides the grid along x";
+  if (shape.blocks.x == 0 || shape.blocks.y == 0 || shape.blocks.z == 0) return "the grid is empty";
+  return nullptr;
+}
+
+// The whole launch; what goes wrong is told by machine->error.
+void run_to_the_end() {
+  try {
+    run_all();
+  } catch (const Failure& failure) {  // of an event: no thread is to blame
+    machine->error = failure.text;
+  }
+}
+
 }  // namespace
+
+const char* refuse(const Source& source, const std::string& why) {
+  last_error = place_of(source) + ": " + why;
+  return last_error.c_str();
+}
 
 const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   last_error.clear();
-  if (shape.threads == 0 || shape.threads % 32 != 0 || shape.threads > 1024)
-    return "launch: threads must be a multiple of 32 up to 1,024";
-  if (shape.shared_bytes > most_shared_bytes())
-    return "launch: more shared memory than a block of this GPU may have";
-  if (shape.cluster_blocks < 1 || shape.cluster_blocks > 8 ||
-      shape.blocks.x % shape.cluster_blocks != 0)
-    return "launch: a cluster has 1 to 8 blocks and divides the grid along x";
-  if (shape.blocks.x == 0 || shape.blocks.y == 0 || shape.blocks.z == 0)
-    return "launch: the grid is empty";
+  if (const char* why = what_is_wrong(shape)) {
+    refuse(shape.source, std::string("launch: ") + why);
+    last_error = name_of_kernel(shape.kernel) + ", " + last_error;
+    return last_error.c_str();
+  }
 
   Machine here;
   here.shape = shape;
@@ -294,20 +242,8 @@ const char* run_grid(const GridShape& shape, void (*run)(void* context), void* c
   here.patience = here.random.below(3);
   machine = &here;
   begin_kernel();
-#if !defined(__SANITIZE_ADDRESS__)
-  const SegmentFaultHandler handler;
-  if (sigsetjmp(out_of_range, 1) != 0)
-    here.error = place_of_fault() + ": " + here.error;
-  else
-#endif
-  {
-    try {
-      run_all();
-    } catch (const Failure& failure) {  // of an event: no thread is to blame
-      here.error = failure.text;
-    }
-  }
-  delivering = false;
+  run_guarded(run_to_the_end);
+  here.delivering = false;
   here.current = nullptr;
   for (const auto& cluster : here.resident) end_cluster(*cluster);  // after an error
   here.statistics.rounds = here.round;
@@ -359,100 +295,4 @@ uint64_t later(const Source& source, std::function<void()> happen, uint64_t not_
   return time;
 }
 
-void fail(const Source& source, const char* format, ...) {
-  char text[600];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  std::string who = machine->current ? name_of(self()) + ", " : "";
-  throw Failure{who + place_of(source) + ": " + text};
-}
-
-std::string name_of(const Thread& thread) {
-  return name_of(*thread.block) + " thread " + std::to_string(thread.index);
-}
-
-namespace {
-std::string block_text(const uint3& index) {
-  char text[60];
-  std::snprintf(text, sizeof text, "block (%u, %u, %u)", index.x, index.y, index.z);
-  return text;
-}
-}  // namespace
-
-std::string name_of(const Block& block) { return block_text(block.index); }
-
-std::string name_of_block(uint32_t cluster, uint32_t rank) {
-  uint3 index = machine->first_block[cluster - machine->first_cluster];
-  index.x += rank;  // a cluster lies along x
-  return block_text(index);
-}
-
-std::string place_of(const Source& source) {
-  std::string file = source.file_name();
-  file.erase(0, file.find_last_of('/') + 1);
-  return file + ":" + std::to_string(source.line());
-}
-
-std::string waiting_report(const Machine& machine) {
-  // Sorted by block, then by message.
-  std::string report;
-  for (const auto& cluster : machine.resident) {
-    for (const Block& block : cluster->blocks) {
-      std::map<std::string, std::vector<uint32_t>> groups;
-      for (const Thread& thread : block.threads) {
-        std::string words = "has ended";
-        if (thread.state != State::exited) {
-          words = thread.wait.describe ? thread.wait.describe(thread) : "has not begun";
-          if (thread.wait.describe) words += ", at " + place_of(thread.wait.source);
-        }
-        groups[words].push_back(thread.index);
-      }
-      report += name_of(block) + ":\n";
-      for (const auto& [words, threads] : groups) {
-        report += "  thread";
-        for (size_t i = 0; i < threads.size();) {
-          size_t last = i;
-          while (last + 1 < threads.size() && threads[last + 1] == threads[last] + 1) ++last;
-          report += (i ? "," : threads.size() > 1 ? "s " : " ") + std::to_string(threads[i]);
-          if (last > i) report += "-" + std::to_string(threads[last]);
-          i = last + 1;
-        }
-        report += ": " + words + "\n";
-      }
-    }
-  }
-  return report;
-}
-
 }  // namespace sim
-
-// The interface for tests, beside that of the kernels under test.
-extern "C" {
-[[gnu::visibility("default")]] void sim_set_gpu(int32_t compute_capability,
-                                                int32_t multiprocessors) {
-  sim::forget_kernel_in_front();
-  sim::compute_capability = compute_capability;
-  sim::multiprocessors = multiprocessors;
-}
-[[gnu::visibility("default")]] void sim_set_checks(int on) { sim::checking = on != 0; }
-[[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) {
-  sim::next_seed = seed;
-  sim::forget_kernel_in_front();
-}
-// A launch takes one seed: the difference of two calls is how many there were between them.
-[[gnu::visibility("default")]] uint64_t sim_next_seed() { return sim::next_seed; }
-[[gnu::visibility("default")]] void sim_statistics(uint64_t (&out)[6]) {
-  const sim::Statistics& s = sim::last_statistics;
-  const uint64_t values[6] = {
-      s.switches, s.rounds, s.bulk_bytes_read, s.bulk_bytes_written, s.small_copy_bytes_read,
-      s.products};
-  std::copy(values, values + 6, out);
-}
-// Boxes that blocks asked the L2 for since the last call, and how many the same block loaded after.
-[[gnu::visibility("default")]] void sim_prefetches(uint64_t (&out)[2]) {
-  std::copy(sim::prefetches, sim::prefetches + 2, out);
-  std::fill(sim::prefetches, sim::prefetches + 2, 0);
-}
-}

@@ -161,7 +161,7 @@ struct MbarrierState {
   uint32_t slot = 0, epoch = 0;  // of the running phase
   Gathering gathered;
   struct Phase {
-    ClockRef known;
+    ClockRef known, reads;
     uint32_t epoch = 0;
   };
   Phase ended[2];  // the last phases, by parity
@@ -208,6 +208,7 @@ struct Block {
   // the block must know of it before the last one ends.
   struct Visit {
     uint32_t slot, epoch, place;  // see shadow.h
+    bool writes;                  // else it is enough to know that it has been there
   };
   std::vector<Visit> visits;
   Gathering ended;
@@ -232,6 +233,7 @@ struct GridShape {
   uint32_t threads, shared_bytes, cluster_blocks;
   bool overlaps = false;         // may begin before the kernel in front has ended
   const void* kernel = nullptr;  // its function, of which reports tell the name
+  Source source;                 // of the launch
 };
 
 // Counters of a launch, for tests that count traffic.
@@ -273,7 +275,8 @@ struct Machine {
   };
   std::priority_queue<Event> events;
   uint64_t event_count = 0;
-  Source delivered;  // of the event that happens now
+  Source delivered;         // of the event that happens now
+  bool delivering = false;  // whether one does
 };
 
 extern Machine* machine;
@@ -282,6 +285,8 @@ extern Machine* machine;
 
 // Runs a grid to its end. Null, or the error's text (valid until the next launch).
 const char* run_grid(const GridShape& shape, void (*run)(void* context), void* context);
+// What the host asked for in this line is refused: the error's text, valid as long.
+const char* refuse(const Source& source, const std::string& why);
 
 // Stops the current thread until someone wakes `waiters`.
 void block_on(Waiters& waiters, const Wait& wait);
@@ -294,6 +299,8 @@ void yield(std::string (*describe)(const Thread&), const Source& source);
 // Lets something happen after a random while. Returns when.
 uint64_t later(const Source& source, std::function<void()> happen, uint64_t not_before = 0);
 
+// report.cpp
+
 // "block (3, 0, 0) thread 129", "block (3, 0, 0)".
 std::string name_of(const Thread& thread);
 std::string name_of(const Block& block);
@@ -305,6 +312,11 @@ std::string waiting_report(const Machine& machine);
 
 // The GPU that is played, see device/properties.h.
 extern int32_t compute_capability, multiprocessors;
+// What tests set and ask for, see host_interface.cpp.
+extern uint64_t next_seed;
+extern Statistics last_statistics;
+extern uint64_t prefetches[2];  // of the launches since they were asked for
+extern std::string last_error;
 
 // The parts of the machine do this when a block begins and ends, and refuse when a thread ends.
 void begin_block(Block& block);

@@ -38,7 +38,8 @@ void settle(Block& block, MbarrierState& barrier, const Source& source) {
          name_of(block).c_str(), barrier.offset, static_cast<long long>(-barrier.bytes),
          static_cast<unsigned long long>(barrier.phase));
   if (barrier.bytes > 0) return;
-  barrier.ended[barrier.phase & 1] = {publish(barrier.gathered), barrier.epoch};
+  ClockRef reads = publish_reads(barrier.gathered);
+  barrier.ended[barrier.phase & 1] = {publish(barrier.gathered), std::move(reads), barrier.epoch};
   barrier.epoch = ++block.mbarrier_epochs[barrier.slot];
   ++barrier.phase;
   barrier.pending = barrier.count;
@@ -56,7 +57,12 @@ void arrive(Block& block, MbarrierState& barrier, const Source& source) {
   --barrier.pending;
   ++machine->progress;
   if (machine->current == nullptr) return settle(block, barrier, source);
-  release(self(), barrier.gathered);
+  // mbarrier.arrive is .release.cta where nothing else is said: in another block writes before it
+  // may be seen after it.
+  if (&block == self().block)
+    release(self(), barrier.gathered);
+  else
+    release_reads(self(), barrier.gathered);
   settle(block, barrier, source);
 }
 
@@ -96,6 +102,7 @@ void see_end(Block& block, MbarrierState& barrier, uint32_t parity) {
   Thread& thread = self();
   const MbarrierState::Phase& phase = barrier.ended[parity];
   acquire(thread, phase.known, false);
+  acquire_reads(thread, phase.reads);
   if (phase.epoch != 0) learn(thread, mbarrier_slot(block, barrier.slot), phase.epoch);
 }
 
@@ -109,7 +116,8 @@ void check_initialised(Block& block, uint32_t offset, const char* what, const So
 
 void check_use(Block& block, uint32_t offset, const char* what, const Source& source) {
   check_initialised(block, offset, what, source);
-  if (&block != self().block) visit(block, slot_of(self()), self().epoch, place_number(source));
+  if (&block != self().block)
+    visit(block, slot_of(self()), self().epoch, place_number(source), false);
 }
 
 void mbarrier_init(uint64_t* state, uint32_t arrivals, const Source& source) {

@@ -42,8 +42,9 @@ template <typename T, typename Update>
 }
 
 // Someone else does something to this block's shared memory, known under this slot and epoch: a
-// thread of the block must know of it before the block's last one ends.
-void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place);
+// thread of the block must know of it before the block's last one ends. Of what writes nothing
+// there it is enough to know as of a read.
+void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place, bool writes);
 // An asynchronous operation begins that touches the block's shared memory until --block.in_flight.
 inline void begin_flight(Block& block, const Source& source) {
   ++block.in_flight;

@@ -45,7 +45,7 @@ void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uin
       touch(block, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), manner,
             actor(thread), place, "this thread");
   if (!problem.empty()) stop(thread, place, problem);
-  if (&block != thread.block) visit(block, slot_of(thread), thread.epoch, place);
+  if (&block != thread.block) visit(block, slot_of(thread), thread.epoch, place, manner & kWrite);
 }
 
 inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void* instruction) {

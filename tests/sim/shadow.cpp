@@ -112,9 +112,14 @@ void visit_words(uint32_t offset, uint32_t bytes, Visit visit) {
   }
 }
 
+// From this slot on, those of copies that an mbarrier counts, and of wgmmas.
+uint32_t end_of_thread_slots() {
+  return kFirstThreadSlot + machine->shape.cluster_blocks * machine->shape.threads;
+}
+
 std::string describe(const Record& record, const Actor& to) {
   const uint32_t threads = machine->shape.threads, blocks = machine->shape.cluster_blocks;
-  const uint32_t all = kFirstThreadSlot + blocks * threads;
+  const uint32_t all = end_of_thread_slots();
   const char* verb = record.manner & kWrite ? "wrote" : "read";
   std::string who = "a copy still under way";
   if (record.slot >= kFirstThreadSlot && record.slot < all) {
@@ -225,24 +230,27 @@ bool in_order(Access& access, const Record& record, uint64_t address, uint8_t by
   const bool own = same_cluster && record.slot == who.own_slot;
   const uint32_t known = same_cluster ? who.clock->known[record.slot]
                                       : known_of(*who.clock, record.cluster, record.slot);
-  const bool before = own || known >= record.epoch;
-  const char* verb = access.manner & kWrite ? "writes" : "reads";
-  char text[160];
+  // A write over what was read, or over what a copy brought, needs no more than that to be over.
+  const bool by_copy = record.slot >= end_of_thread_slots();
+  const bool over =
+      same_cluster && access.manner & kWrite && (!(record.manner & kWrite) || by_copy);
+  const bool before = own || known >= record.epoch ||
+                      (over && reads_known(*who.clock, record.slot) >= record.epoch);
   address += static_cast<uint64_t>(std::countr_zero(static_cast<unsigned>(bytes & record.bytes)));
-  const auto place = static_cast<unsigned long long>(address);
+  const auto what = [&] {
+    const char* verb = access.manner & kWrite ? " writes " : " reads ";
+    return access.what + std::string(verb) + access.where(address) + ", which " +
+           describe(record, who);
+  };
   if (!before) {
-    std::snprintf(text, sizeof text, "race: %s %s %s %llu, which ", access.what, verb,
-                  access.memory, place);
-    access.problem = text + describe(record, who) + ", and neither comes first";
+    access.problem = "race: " + what() + ", and neither comes first";
     return false;
   }
   if (!same_cluster || !(access.manner & kAsync) || record.manner & kAsync) return true;
-  const uint32_t fenced = std::max(who.clock->fenced[record.slot], own ? who.own_fenced : 0u);
+  uint32_t fenced = std::max(who.clock->fenced[record.slot], own ? who.own_fenced : 0u);
+  if (over && who.clock->reads) fenced = std::max(fenced, who.clock->reads->fenced[record.slot]);
   if (fenced >= record.epoch) return true;
-  std::snprintf(text, sizeof text, "%s %s %s %llu, which ", access.what, verb, access.memory,
-                place);
-  access.problem =
-      text + describe(record, who) + " by ordinary access, with no fence_proxy_async() between";
+  access.problem = what() + " by ordinary access, with no fence_proxy_async() between";
   return false;
 }
 
@@ -260,7 +268,8 @@ Actor actor(const Thread& thread, uint32_t slot, uint32_t epoch) {
 namespace {
 std::string touch_words(Block& block, uint32_t offset, uint32_t bytes, uint8_t manner,
                         const Actor& who, uint32_t place, const char* what, bool keep) {
-  Access access{who, place, manner, what, "shared memory at offset", {}};
+  const auto where = [](uint64_t at) { return "shared memory at offset " + std::to_string(at); };
+  Access access{who, place, manner, what, where, {}};
   auto* words = static_cast<Word*>(block.shadow);
   bool fine = true;
   visit_words(offset, bytes, [&](uint32_t at, uint8_t mask) {

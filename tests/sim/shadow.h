@@ -32,7 +32,7 @@ struct Access {
   uint32_t place;
   uint8_t manner;
   const char* what;
-  const char* memory;  // "shared memory at offset 12": how its place begins
+  std::string (*where)(uint64_t address);  // "shared memory at offset 12"
   std::string problem;
 };
 

@@ -127,13 +127,13 @@ void* shared_of_block(void* pointer, uint32_t rank, const Source& source) {
   return blocks[rank].shared + place.offset;
 }
 
-void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place) {
+void visit(Block& block, uint32_t slot, uint32_t epoch, uint32_t place, bool writes) {
   for (Block::Visit& one : block.visits)
-    if (one.slot == slot) {
-      if (epoch >= one.epoch) one = {slot, epoch, place};
+    if (one.slot == slot && one.writes == writes) {
+      if (epoch >= one.epoch) one = {slot, epoch, place, writes};
       return;
     }
-  block.visits.push_back({slot, epoch, place});
+  block.visits.push_back({slot, epoch, place, writes});
 }
 
 void check_visits(Thread& thread) {
@@ -142,8 +142,8 @@ void check_visits(Thread& thread) {
   if (block.live > 1 || !checking) return;
   const ClockRef all = publish(block.ended);
   const auto threads = static_cast<uint32_t>(block.threads.size());
-  for (const auto& [slot, epoch, place] : block.visits) {
-    if (all->known[slot] >= epoch) continue;
+  for (const auto& [slot, epoch, place, writes] : block.visits) {
+    if ((writes ? all->known[slot] : reads_known(*all.get(), slot)) >= epoch) continue;
     const uint32_t index = slot - kFirstThreadSlot;
     const std::string who = name_of(thread) + " ends as the last of its block, ";
     if (index < threads * block.cluster->blocks.size())

@@ -118,9 +118,10 @@ DGEMMA_DEVICE void multiply_rows(float (&output)[kCount], float factor0, float f
   }
 }
 
-// Row `row` of the tile, counted from the request's first; below 0 where the request has none.
+// Where a row of the tile goes that has_row() says is there: as a part of a split, or as the
+// output.
 struct RowPlace {
-  int64_t partial;  // row of the parts
+  int64_t partial;  // the row of Attention::partial, and of Attention::sums
   bfloat16* output;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/tensor_layout.h"
+#include "machine.h"
 
 namespace dgemma::device {
 
@@ -9,9 +10,10 @@ struct TensorMap {
   TensorLayout layout;
 };
 
-inline const char* encode_tensor_map(TensorMap* map, const TensorLayout& layout) {
+inline const char* encode_tensor_map(TensorMap* map, const TensorLayout& layout, SIM_SOURCE) {
   map->layout = layout;
-  return tensor_layout_error(layout);
+  const char* why = tensor_layout_error(layout);
+  return why == nullptr ? nullptr : sim::refuse(source, std::string("tensor map: ") + why);
 }
 
 }  // namespace dgemma::device

@@ -37,6 +37,20 @@ void arrive_at_a_block_that_left(Arguments) {
   sleep_long();
   if (first()) mbarrier_arrive_at_block(&shared().barrier, 1);
 }
+// The arrival tells the other block that this one has read, and not what it has written.
+void write_and_arrive_at_another_block(Arguments) {
+  begin_barrier();
+  cluster_sync();
+  if (cluster_block_rank() == 1 && first()) {
+    *shared_of_block(&shared().tile[0], 0) = 1;
+    mbarrier_arrive_at_block(&shared().barrier, 0);
+  }
+  if (cluster_block_rank() == 0 && first()) {
+    mbarrier_wait(&shared().barrier, 0);
+    shared().tile[1] = shared().tile[0];
+  }
+  cluster_sync();
+}
 void leave_before_the_copy_to_a_block(Arguments) {
   begin_barrier();
   fence_proxy_async();
@@ -77,6 +91,7 @@ std::vector<Fault> cluster_faults() {
       {"leave_while_others_touch", leave_while_others_touch, 128, 2, 2},
       {"block_outside_the_cluster", block_outside_the_cluster, 128, 2, 2},
       {"arrive_at_a_block_that_left", arrive_at_a_block_that_left, 128, 2, 2},
+      {"write_and_arrive_at_another_block", write_and_arrive_at_another_block, 128, 2, 2},
       {"leave_before_the_copy_to_a_block", leave_before_the_copy_to_a_block, 128, 2, 2},
       {"multicast_outside_the_cluster", multicast_outside_the_cluster, 128, 2, 2},
       {"multicast_to_a_block_that_left", multicast_to_a_block_that_left, 128, 2, 2},

@@ -87,7 +87,7 @@ SIM_ENTRY launch_with(uint32_t shared_bytes) {
   LaunchShape shape;
   shape.threads = 32;
   shape.shared_bytes = shared_bytes;
-  return launch(shape, nullptr, +[](Arguments) {}, Arguments{});
+  return launch(shape, nullptr, front_kernel, Arguments{global_memory(), {}, {}});
 }
 
 SIM_ENTRY run_fault_named(const char* name) { return run(find(name)); }
