@@ -14,7 +14,7 @@ from dgemma_ext.serve.errors import ApiError
 from dgemma_ext.serve.http import json_answer
 
 # Everything that costs or tells something. Health, metrics, the page and the description are open.
-_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/page/sudoku")
 
 
 class ApiKey:

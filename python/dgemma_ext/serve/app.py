@@ -19,6 +19,7 @@ from dgemma_ext.serve.access import ApiKey, BodyLimit
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.logs import RequestLog
 from dgemma_ext.serve.options import ServeOptions
+from dgemma_ext.serve.page import routes as page
 from dgemma_ext.serve.service import Service
 from dgemma_ext.version import __version__
 
@@ -35,7 +36,7 @@ def build(model: DiffusionGemma, options: ServeOptions) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for part in (chat, completions, responses, tokens, models, health):
+    for part in (chat, completions, responses, tokens, models, health, page):
         app.include_router(part.router)
     app.add_exception_handler(errors.ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
