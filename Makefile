@@ -2,6 +2,7 @@
 # make serve      the bundled model behind OpenAI's interface, on port 8000 of this machine (ARGS="--port 9000")
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make cross      the C library for 64-bit ARM and its tests under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
+# make contract   requests that schemathesis makes up from the server's description: more than 1,000 (the suite has some)
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
 # make wheel      the file that pip installs without a compiler, into dist/: all GPUs, Python 3.11 and later
@@ -23,7 +24,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo serve build build-cuda test cross bench wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo serve build build-cuda test cross contract bench wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -59,6 +60,9 @@ $(older_transformers): .venv/%/.installed: requirements/%.txt | .venv/.installed
 
 cross: .venv/.built
 	@$(venv_python) -m pytest tests/test_cross.py -n 0 -rs $(ARGS)
+
+contract: .venv/.built
+	@CONTRACT_CASES=$${CONTRACT_CASES:-90} $(venv_python) -m pytest tests/test_serve_contract.py -n 0 $(ARGS)
 
 bench: .venv/.built
 	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)

@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+# Of a canvas, so that no request holds a slot for good; checkpoints have 48.
+MOST_STEPS = 1024
 
 
 class TextPart(BaseModel):
@@ -40,7 +42,7 @@ class DiffusionOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     drafts: bool = False
-    max_denoising_steps: Count | None = None
+    max_denoising_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     entropy_bound: Annotated[float, Field(ge=0)] | None = None
     t_min: Annotated[float, Field(ge=0)] | None = None
     t_max: Annotated[float, Field(gt=0)] | None = None
@@ -50,4 +52,4 @@ class DiffusionOptions(BaseModel):
     trim_canvas: bool | None = None
     start_text: str | Annotated[list[TextPart | BlankPart], Field(min_length=1)] | None = None
     pinned: list[Span] | None = None
-    start_step: Count | None = None
+    start_step: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
