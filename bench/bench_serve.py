@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint in place of the random model")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the processes below
     rng = random.Random(0)
     prompts = ["".join(rng.choice("123456789.") for _ in range(80)) for _ in range(24)]
     with tempfile.TemporaryDirectory() as temporary:
