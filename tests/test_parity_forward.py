@@ -220,12 +220,17 @@ def with_experts(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes our layers use these experts, weighted by our own router."""
 
     def route(
-        residual: torch.Tensor, scale: torch.Tensor, projection: torch.Tensor, per_expert: torch.Tensor, *rest: Any
+        _: matmul.Matmul,
+        residual: torch.Tensor,
+        scale: torch.Tensor,
+        projection: torch.Tensor,
+        per_expert: torch.Tensor,
+        *rest: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         probabilities = router_plain.probabilities(residual, scale, projection, rest[1])
         return ids.to(torch.int32), router_plain.weights_of(probabilities, ids, per_expert)
 
-    monkeypatch.setattr(matmul, "route", route)
+    monkeypatch.setattr(matmul.Matmul, "route", route)
 
 
 def chunk_rows(network: Network, cache: dg.Cache, ids: torch.Tensor) -> Rows:

@@ -29,7 +29,7 @@ from dgemma_ext.engine import (
 from dgemma_ext.errors import CheckpointError, NonFiniteError
 from dgemma_ext.integrations import accelerate
 from dgemma_ext.model import Cache, Snapshot
-from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.sampling import Canvas, SamplerConfig, TokenLogprobs
 from dgemma_ext.version import __version__
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "Scheduler",
     "Snapshot",
     "SnapshotStore",
+    "TokenLogprobs",
     "Tokenizer",
     "ToolCall",
     "__version__",

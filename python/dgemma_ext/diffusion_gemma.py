@@ -161,6 +161,8 @@ class DiffusionGemma:
         enable_thinking: bool | Sequence[bool | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         special_tokens: str | Sequence[str] = "text",
+        logprobs: int | Sequence[int | None] | None = None,
+        deadline: float | Sequence[float | None] | None = None,
     ) -> Any:
         """Answers a prompt, or each of a list of prompts.
 
@@ -174,6 +176,12 @@ class DiffusionGemma:
         template does. chat_template_kwargs: other variables of the template. special_tokens: whether special tokens
         that are spelled in a prompt are "text", the default, or "tokens"; see Tokenizer.encode.
 
+        logprobs: how many alternatives, 0 to 20, Output.logprobs and Commit.logprobs give for each token beside its own
+        log-probability; None gives neither. They are those of the model's distribution at temperature 1 in the step
+        that gave the token: at its position, given the whole canvas as that step saw it. deadline: seconds; when they
+        are over, after one step at least, the draft of the canvas under work is taken as it is and ends the answer,
+        with finish_reason "deadline".
+
         On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
         frees their memory.
 
@@ -182,8 +190,8 @@ class DiffusionGemma:
         """
         if on_draft is not None and not callable(on_draft):
             raise arguments.refusal("on_draft", "a function or None", on_draft)
-        prompting = (tools, enable_thinking, chat_template_kwargs, special_tokens)
-        return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *prompting).outputs(on_draft)
+        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline)
+        return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).outputs(on_draft)
 
     def stream(
         self,
@@ -196,13 +204,15 @@ class DiffusionGemma:
         enable_thinking: bool | Sequence[bool | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         special_tokens: str | Sequence[str] = "text",
+        logprobs: int | Sequence[int | None] | None = None,
+        deadline: float | Sequence[float | None] | None = None,
     ) -> Iterator[Draft | Commit]:
         """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
         In a batch `event.request.number` is the index of the prompt.
         """
-        prompting = (tools, enable_thinking, chat_template_kwargs, special_tokens)
-        yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *prompting).events()
+        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline)
+        yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).events()
 
     def chat(
         self,

@@ -44,9 +44,11 @@ struct Positions {
   int64_t capacity;
   int64_t stride;  // between rows
 
-  void rows(int64_t first, int64_t count, const T** out) const {
+  // Those of `count` positions from `first` on. In place of positions before `least`, which no row
+  // sees and which may not be stored, stands `least`: their probabilities are zero.
+  void rows(int64_t first, int64_t count, int64_t least, const T** out) const {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t position = first + i;
+      const int64_t position = first + i < least ? least : first + i;
       out[i] = position < prefix_length ? prefix + position % capacity * stride
                                         : block + (position - prefix_length) * stride;
     }
@@ -158,9 +160,13 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
   const Positions<T> keys = positions_of<T>(op, work_tile, op.prefix_key, op.key);
   const Positions<T> values = positions_of<T>(op, work_tile, op.prefix_value, op.value);
   const T* tile_rows[kKeyTile];
-  for (int64_t tile = seen.first; tile < seen.end; tile += kKeyTile) {
+  // Where tiles begin decides in which order a row sums. For encoding they begin at multiples of
+  // kKeyTile, so that a position's bits do not depend on the piece that it is encoded in. A canvas
+  // sees the same positions in every row.
+  const int64_t first_tile = causal ? seen.first / kKeyTile * kKeyTile : seen.first;
+  for (int64_t tile = first_tile; tile < seen.end; tile += kKeyTile) {
     const int64_t count = seen.end - tile < kKeyTile ? seen.end - tile : kKeyTile;
-    keys.rows(tile, count, tile_rows);
+    keys.rows(tile, count, seen.first, tile_rows);
     pack_rows_as_columns<Word>(tile_rows, count, head_dim, query_steps, panels);
     multiply<Word, Held::kDrop>(query_words, query_steps, panels, query_steps, query_steps,
                                 padded_rows, count, scratch.scores, kKeyTile, factor);
@@ -174,7 +180,7 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
     }
 
     constexpr int64_t value_steps = kKeyTile / Word::kValues;
-    values.rows(tile, count, tile_rows);
+    values.rows(tile, count, seen.first, tile_rows);
     pack_rows_as_steps<Word>(tile_rows, count, head_dim, value_steps, panels);
     multiply<Word, Held::kTimesFactorAndAdd>(
         reinterpret_cast<const uint32_t*>(scratch.scores), kKeyTile, panels, value_steps,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dgemma_ext.engine.request import Request
+from dgemma_ext.sampling import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Draft:
 class Commit:
     """A finished canvas: the ids that the answer keeps of it, and what they add to its text and to its thoughts.
 
-    finish_reason is None while the answer goes on, else "eos" or "length".
+    finish_reason is None while the answer goes on, else "eos", "length" or "deadline". logprobs: one for each of
+    token_ids, None where they were not asked for.
     """
 
     request: Request
@@ -50,6 +52,7 @@ class Commit:
     denoising_steps: int
     finish_reason: str | None
     thinking: str = ""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,21 @@ class Generation:
         enable_thinking: Any = None,
         chat_template_kwargs: Any = None,
         special_tokens: Any = "text",
+        logprobs: Any = None,
+        deadline: Any = None,
     ) -> None:
         prompts, self._is_batch = _as_batch(prompt)
         options = _options_per_prompt(tools, enable_thinking, chat_template_kwargs, special_tokens, len(prompts))
         seeds = _one_per_prompt("seed", seed, len(prompts))
         canvases = _one_per_prompt("canvas", canvas, len(prompts))
+        asked = [
+            {"logprobs": one_logprobs, "deadline": one_deadline}
+            for one_logprobs, one_deadline in zip(
+                _one_per_prompt("logprobs", logprobs, len(prompts)),
+                _one_per_prompt("deadline", deadline, len(prompts)),
+                strict=True,
+            )
+        ]
         for one in canvases:
             if one is not None:
                 arguments.instance("canvas", one, Canvas, "a dg.Canvas or None, or a list of them")
@@ -64,8 +74,9 @@ class Generation:
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests: list[Request] = []
         try:
-            for tokens, one_seed, one_canvas in zip(ids, seeds, canvases, strict=True):
-                self.requests.append(self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas))
+            for tokens, one_seed, one_canvas, more in zip(ids, seeds, canvases, asked, strict=True):
+                submitted = self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas, **more)
+                self.requests.append(submitted)
         except BaseException:
             self._cancel()
             raise

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+from weakref import WeakMethod
 
 import torch
+from torch import Tensor
 
 from dgemma_ext.engine.loop import loop_for
 from dgemma_ext.engine.runner import EagerRunner, StepRunner
 from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     Canvas,
     CanvasBatch,
     ResolvedSampler,
     StepBuffers,
     StepOutput,
+    TokenLogprobs,
     begin_canvas,
+    canvas_logprobs,
     make_canvas_batch,
     make_step_buffers,
 )
@@ -40,7 +45,17 @@ class Progress:
     output: StepOutput
     row: int
     num_steps: int  # completed steps; a step that fails does not count
-    error: str | None = None  # the message of a check on the host that failed
+    error: Exception | None = None  # what this member's own part of the step raised
+    out_of_time: bool = False  # whether its time was up before the canvas had finished
+    logprobs: list[TokenLogprobs] | None = None  # of a canvas that is over, where they were asked for
+
+    @property
+    def status(self) -> CanvasStatus:
+        return CanvasStatus(int(self.output.status[self.row]))
+
+    @property
+    def is_over(self) -> bool:
+        return self.out_of_time or self.status is not CanvasStatus.RUNNING
 
 
 @dataclass
@@ -52,6 +67,11 @@ class _Row:
     max_steps: int
     masks: int  # number of masks of allowed tokens
     chunk: PrefillChunk | None  # tokens for the first step to encode
+    num_logprobs: int | None  # alternatives for each token; None for no log-probabilities
+    is_late: Callable[[], bool] | None  # whether its time is up; None where it has no deadline
+    is_looked_at: bool = False  # since the last output
+    out_of_time: bool = False
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class CanvasGroup(Generic[Member]):
@@ -99,16 +119,27 @@ class CanvasGroup(Generic[Member]):
         index: int,
         content: Canvas | None = None,
         chunk: PrefillChunk | None = None,
+        num_logprobs: int | None = None,
+        is_late: Callable[[], bool] | None = None,
     ) -> None:
-        """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes."""
+        """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes.
+
+        num_logprobs: how many alternatives to give for each token, None for no log-probabilities.
+        is_late: asked after every step whether to take the canvas as it is.
+        """
         row, length = len(self._members), self._batch.length
         prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
-        masks = begin_canvas(self._network, self._batch, row, sampler, seed, index, content)
-        positions = torch.arange(prefix, prefix + length, device=self._network.device)
-        self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
+        try:
+            masks = begin_canvas(self._network, self._batch, row, sampler, seed, index, content)
+            positions = torch.arange(prefix, prefix + length, device=self._network.device)
+            self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
+        except BaseException:
+            self._batch.clear(row)  # steps may run over rows that no member has
+            raise
         first_step = 1 if content is None else content.first_step(index, sampler.canvas_length)
         self._members.append(member)
-        self._rows.append(_Row(first_step, first_step, sampler.max_denoising_steps, masks, chunk))
+        last_step = sampler.max_denoising_steps
+        self._rows.append(_Row(first_step, first_step, last_step, masks, chunk, num_logprobs, is_late))
 
     def leave(self, member: Member) -> None:
         """Frees the member's row and moves the last row there. No-op for a non-member."""
@@ -151,7 +182,9 @@ class CanvasGroup(Generic[Member]):
         if rows not in self._runners:
             buffers = self._buffers.first(rows) if self._shared else self._buffers
             batch = self._batch.rows_between(0, rows)
-            self._runners[rows] = self._make_runner(self._network, self._cache, batch, buffers)
+            runner = self._runners[rows] = self._make_runner(self._network, self._cache, batch, buffers)
+            look = WeakMethod(self._look_by_turns)  # weak, so that a dropped scheduler frees its network at once
+            runner.after_row = lambda row: _call(look, row)
         return self._runners[rows]
 
     def _chunks(self) -> list[PrefillChunk]:
@@ -168,5 +201,33 @@ class CanvasGroup(Generic[Member]):
         for index, (member, row) in enumerate(zip(self._members, self._rows, strict=True)):
             row.next_step = int(output.step[index])
             error = runner.errors.pop(index, None)
-            found[member] = Progress(output, index, row.next_step - row.first_step, error)
+            if not row.is_looked_at and error is None:
+                try:
+                    self._look(index, CanvasStatus(int(output.status[index])), self._buffers.logits[index])
+                except Exception as failure:
+                    error = failure
+            row.is_looked_at = False
+            num_steps = row.next_step - row.first_step
+            found[member] = Progress(output, index, num_steps, error, row.out_of_time, row.logprobs)
         return found
+
+    def _look_by_turns(self, index: int) -> None:
+        """After the step of one row by itself; the next row's overwrites the logits."""
+        self._look(index, CanvasStatus(int(self._batch.state.status[index])), self._buffers.logits[0])
+
+    def _look(self, index: int, status: CanvasStatus, logits: Tensor) -> None:
+        """Asks for the time, and reads the log-probabilities of a canvas that is over. logits: raw, of its step."""
+        row, state = self._rows[index], self._batch.state
+        row.is_looked_at = True
+        if status is CanvasStatus.NON_FINITE:
+            return
+        row.out_of_time = status is CanvasStatus.RUNNING and row.is_late is not None and row.is_late()
+        if row.num_logprobs is not None and (row.out_of_time or status is not CanvasStatus.RUNNING):
+            softcap = self._network.config.final_logit_softcapping
+            row.logprobs = canvas_logprobs(logits, softcap, state.draft[index], state.pinned[index], row.num_logprobs)
+
+
+def _call(method: WeakMethod[Callable[[int], None]], row: int) -> None:
+    found = method()
+    if found is not None:
+        found(row)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dgemma_ext.checkpoint import InvalidToolCall, Response, ToolCall
+from dgemma_ext.sampling import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Output:
     text: for people; without thoughts, tool calls and special tokens. token_ids: up to and including the first
     end-of-sequence token, at most max_new_tokens, without padding. denoising_steps: one number per canvas. thinking:
     the model's thoughts. tool_calls: the functions that it calls; invalid_tool_calls: calls that cannot be read.
-    tokens_per_forward: tokens kept / denoising steps.
+    tokens_per_forward: tokens kept / denoising steps. logprobs: one for each of token_ids, None where they were not
+    asked for. cached_tokens: how many tokens of the prompt came from a prefix cache.
     """
 
     text: str
@@ -25,6 +27,8 @@ class Output:
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cached_tokens: int = field(default=0, compare=False)  # the answer does not depend on it
 
     @property
     def tokens_per_forward(self) -> float:

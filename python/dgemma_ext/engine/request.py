@@ -11,7 +11,7 @@ from typing import Any
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.snapshots import SnapshotStore
-from dgemma_ext.sampling import Canvas, ResolvedSampler
+from dgemma_ext.sampling import Canvas, ResolvedSampler, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -36,6 +36,8 @@ class Request:
         snapshots: SnapshotStore | None,
         tokenizer: Tokenizer | None,
         cancel: Callable[[Request], bool],
+        num_logprobs: int | None = None,
+        is_late: Callable[[], bool] | None = None,
     ) -> None:
         self.number = number
         self.prompt_ids = prompt_ids
@@ -44,6 +46,9 @@ class Request:
         self.seed = seed
         self.canvas = canvas
         self.snapshots = snapshots
+        self.num_logprobs = num_logprobs
+        self.logprobs: list[TokenLogprobs] | None = None if num_logprobs is None else []
+        self.cached_tokens = 0  # tokens of the prompt that were not encoded, because a snapshot had them
         self.state = RequestState.WAITING
         self.error: Exception | None = None
         self.token_ids: list[int] = []
@@ -61,10 +66,11 @@ class Request:
         self._uncached = prompt_ids  # ids that the next canvas sees and that are not in the slot yet
         self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
+        self._is_late = is_late  # None without a deadline
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler and to no store of snapshots."""
-        return {**vars(self), "_cancel": _no_scheduler, "snapshots": None}
+        return {**vars(self), "_cancel": _no_scheduler, "snapshots": None, "_is_late": None}
 
     @property
     def done(self) -> bool:
@@ -99,6 +105,8 @@ class Request:
             thinking=response.thinking,
             tool_calls=response.tool_calls,
             invalid_tool_calls=response.invalid_tool_calls,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            cached_tokens=self.cached_tokens,
         )
 
     @property
@@ -116,6 +124,24 @@ class Request:
         self.state = RequestState.CANCELLED  # its scheduler was dropped
         return True
 
+    def keep(self, draft: Sequence[int], out_of_time: bool) -> list[int]:
+        """Adds to the answer what it keeps of a finished canvas, and returns that; sets finish_reason where it ends.
+
+        out_of_time: whether the canvas was taken before it had finished.
+        """
+        room = self.max_new_tokens - len(self.token_ids)
+        kept = self._until_end(draft[:room])
+        if out_of_time:
+            self.finish_reason = "deadline"
+        elif kept[-1] in self.sampler.eos_token_ids:
+            self.finish_reason = "eos"
+        elif len(draft) >= room:
+            self.finish_reason = "length"
+        elif self._is_late is not None and self._is_late():
+            self.finish_reason = "deadline"
+        self.token_ids += kept
+        return kept
+
     def new_words(self) -> tuple[str, str]:
         """The text and the thoughts that the answer has gained since the last call."""
         before, self._emitted = self._emitted, self._parse(self.token_ids, is_whole=self.finish_reason is not None)
@@ -124,9 +150,13 @@ class Request:
     def words_of_draft(self, canvas_index: int, ids: Sequence[int]) -> tuple[str, str]:
         """The text and the thoughts that a draft of a canvas would add to the canvases before it."""
         before = self.token_ids[: canvas_index * self.sampler.canvas_length]  # the last canvas alone may be shorter
-        kept = list(ids[: self.max_new_tokens - len(before)])
-        end = next((i + 1 for i, token in enumerate(kept) if token in self.sampler.eos_token_ids), len(kept))
-        return _gained(self._parse(before, is_whole=False), self._parse(before + kept[:end]))
+        kept = self._until_end(ids[: self.max_new_tokens - len(before)])
+        return _gained(self._parse(before, is_whole=False), self._parse(before + kept))
+
+    def _until_end(self, ids: Sequence[int]) -> list[int]:
+        """The ids up to and including the first end of text."""
+        end = next((i + 1 for i, token in enumerate(ids) if token in self.sampler.eos_token_ids), len(ids))
+        return list(ids[:end])
 
     def _parse(self, ids: Sequence[int], is_whole: bool = True) -> Response:
         """An answer that begins with ids. While it is not whole, what may change with the next canvas is held back: a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dgemma_ext.model import Cache, Network, PrefillChunk
@@ -21,12 +21,14 @@ class AsyncOutput(Protocol):
 class StepRunner(Protocol):
     """Runs the steps of a batch in the order in which they are queued.
 
-    repeats: whether it supports `run_until_finished`. errors: row → message, for rows that failed in a check on the
-    host (of a debug run); the reader of a message removes it.
+    repeats: whether it supports `run_until_finished`. errors: row → exception, for rows whose own part of a step raised
+    one; the reader removes it. after_row: called with a row after each step of a row by itself, while `buffers` hold
+    what that step left there; not called where rows share a pass.
     """
 
     repeats: bool
-    errors: dict[int, str]
+    errors: dict[int, Exception]
+    after_row: Callable[[int], None] | None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         """Queues one step, which also encodes `chunks`."""
@@ -56,7 +58,8 @@ class EagerRunner:
         single = batch.rows == 1 and network.device.type == "cpu"
         self._shared = buffers.rows == batch.rows and not single and not network.options.debug
         self._rows = [] if self._shared else [batch.rows_between(row, row + 1) for row in range(batch.rows)]
-        self.errors: dict[int, str] = {}
+        self.errors: dict[int, Exception] = {}
+        self.after_row: Callable[[int], None] | None = None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         if self._shared:
@@ -70,8 +73,10 @@ class EagerRunner:
         is_first = int(row.state.draft[0, 0]) < 0
         try:
             denoising_step(self._network, self._cache, row, self._buffers.first(1), chunks, not is_first)
-        except FloatingPointError as error:
-            self.errors[index] = str(error)
+            if self.after_row is not None:
+                self.after_row(index)
+        except Exception as error:  # of this row alone: a check of a debug run, no memory, or a fault
+            self.errors[index] = error
             row.state.status.fill_(CanvasStatus.NON_FINITE)
             row.state.active.fill_(False)
 

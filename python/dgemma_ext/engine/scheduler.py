@@ -1,6 +1,6 @@
 """The scheduler: requests share a model, and join and leave between denoising steps.
 
-A request's tokens depend only on its prompt, canvas, sampler and seed, and, where it continues from snapshots, on the
+A request's tokens depend only on its prompt, canvas, sampler and seed.
 pieces in which its prompt was encoded. Its draws are keyed by (seed, canvas, step, position), and on the CPU its dense
 products are computed apart, so its bits are the same alone and in any batch.
 
@@ -13,6 +13,7 @@ Threads take turns: a call waits while another thread's is under way.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
+from dgemma_ext.sampling import MAX_LOGPROBS, Canvas, SamplerConfig, resolve_sampler
 from dgemma_ext.torch_state import in_own_torch_state, own_torch_state
 
 Parameters = ParamSpec("Parameters")
@@ -85,10 +86,12 @@ class Scheduler:
         driver: str = "graph",
         make_runner: MakeRunner | None = None,
         kept_snapshots: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not isinstance(getattr(model, "network", None), Network):
             raise arguments.refusal("model", "a dg.DiffusionGemma", model)
         self._lock = threading.RLock()
+        self._clock = clock
         self._claimed = False
         self.network = network = model.network
         self.tokenizer, self.defaults = model.tokenizer, model.defaults
@@ -159,10 +162,13 @@ class Scheduler:
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: str = "text",
+        logprobs: int | None = None,
+        deadline: float | None = None,
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
-        snapshots: a store to take an encoded prefix of the prompt from, and to add new ones to.
+        snapshots: a store to take an encoded prefix of the prompt from, and to add new ones to. deadline: seconds from
+        now; time in the queue counts.
         Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for canvases of another length
         than the checkpoint's do not fit.
         """
@@ -187,6 +193,8 @@ class Scheduler:
             snapshots=snapshots,
             tokenizer=self.tokenizer,
             cancel=self._cancel,
+            num_logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1),
+            is_late=self._late_after(deadline),
         )
         self._check_length(request, " by default" if max_new_tokens is None else "")
         self._make_groups_for(request)
@@ -218,19 +226,16 @@ class Scheduler:
             self._running.append(request)
         for request in list(self._running):
             if not request._in_canvas:
-                try:
-                    with self._failing([request]):
-                        self._begin_canvas(request)
-                except FloatingPointError as error:  # from the checks of a debug run
-                    request.error = NonFiniteError(str(error), request=request.number, step=0)
-                    self._events[request.number] = [Failure(request, request.error)]
+                with self._failing([request]), self._alone(request):
+                    self._begin_canvas(request)
         for group in self._groups.values():
             if group.members:
                 with self._failing(group.members):
-                    progress_of = group.run() if whole else group.step()
+                    progress_of = _run(group, whole)
                 for request, progress in progress_of.items():
                     if request.state is RequestState.RUNNING:  # not cancelled while the step was under way
-                        self._events[request.number] = self._events_of(request, progress)
+                        with self._failing([request]), self._alone(request):
+                            self._events[request.number] = self._events_of(request, progress)
         events, self._events = self._events, {}
         return [event for number in sorted(events) for event in events[number]]
 
@@ -247,6 +252,14 @@ class Scheduler:
                 self._events[request.number] = [self._fail(request, RuntimeError(f"a step was broken off: {error!r}"))]
             raise
 
+    @contextmanager
+    def _alone(self, request: Request) -> Iterator[None]:
+        """An exception of what runs inside, which is this request's own, becomes its Failure; the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self._events[request.number] = [self._fail(request, _error_of(request, error, step=0))]
+
     def _begin_canvas(self, request: Request) -> None:
         """Adds the next canvas to its group. The tokens that it sees are encoded here, or left to its first step."""
         self._restore_prefix(request)
@@ -261,20 +274,19 @@ class Scheduler:
             # The copy does not wait for the GPU's queued work.
             ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
-        group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk)
+        asked = (request.num_logprobs, request._is_late)
+        group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
         request.denoising_steps.append(0)
         request._in_canvas = True
 
     def _events_of(self, request: Request, progress: Progress) -> list[Event]:
         """The events of a request after its last steps."""
         output, row = progress.output, progress.row
-        status = CanvasStatus(int(output.status[row]))
-        if status is CanvasStatus.NON_FINITE:
+        if progress.error is not None or progress.status is CanvasStatus.NON_FINITE:
             # `step` is the next step to run; a failed step does not advance it.
             request.denoising_steps[-1] = progress.num_steps + 1
-            message = progress.error or "a logit or a statistic is not finite"
-            step = int(output.step[row])
-            return [self._fail(request, NonFiniteError(message, request=request.number, step=step))]
+            error = progress.error or FloatingPointError("a logit or a statistic is not finite")
+            return [self._fail(request, _error_of(request, error, int(output.step[row])))]
         self._note_encoded(request)
         request.denoising_steps[-1] = progress.num_steps
         draft = Draft(
@@ -286,7 +298,7 @@ class Scheduler:
             entropy=output.entropy[row].clone(),
             mean_entropy=float(output.mean_entropy[row]),
         )
-        return [draft] if status is CanvasStatus.RUNNING else [draft, self._commit(request, draft)]
+        return [draft, self._commit(request, draft, progress)] if progress.is_over else [draft]
 
     def _restore_prefix(self, request: Request) -> None:
         """Restores the longest snapshot that is a prefix of the prompt into the slot, where there is one."""
@@ -310,17 +322,12 @@ class Scheduler:
                 request.snapshots.make_room(request._cached)
                 request.snapshots.add(request._cached, self.cache.snapshot(request._slot))
 
-    def _commit(self, request: Request, draft: Draft) -> Commit:
-        """Adds the finished canvas to the answer; ends the request at an end of text or at its length limit."""
-        room = request.max_new_tokens - len(request.token_ids)
-        kept = list(draft.token_ids[:room])
-        ends = [i for i, token in enumerate(kept) if token in request.sampler.eos_token_ids]
-        if ends:
-            kept = kept[: ends[0] + 1]
-            request.finish_reason = "eos"
-        elif len(draft.token_ids) >= room:
-            request.finish_reason = "length"
-        request.token_ids += kept
+    def _commit(self, request: Request, draft: Draft, progress: Progress) -> Commit:
+        """Adds the finished canvas to the answer, which may end with it."""
+        kept = request.keep(draft.token_ids, progress.out_of_time)
+        logprobs = None if progress.logprobs is None else tuple(progress.logprobs[: len(kept)])
+        if logprobs is not None and request.logprobs is not None:
+            request.logprobs += logprobs
         text, thinking = request.new_words()
         self._end_canvas(request)
         if request.finish_reason is not None:
@@ -337,6 +344,7 @@ class Scheduler:
             denoising_steps=request.denoising_steps[-1],
             finish_reason=request.finish_reason,
             thinking=thinking,
+            logprobs=logprobs,
         )
 
     def _fail(self, request: Request, error: Exception) -> Failure:
@@ -368,6 +376,14 @@ class Scheduler:
         group = self._groups.get(request._length)
         if group is not None:
             group.leave(request)
+
+    def _late_after(self, deadline: float | None) -> Callable[[], bool] | None:
+        """Whether so many seconds have passed since this call; None where there is no deadline."""
+        if deadline is None:
+            return None
+        clock = self._clock
+        end = clock() + arguments.number("deadline", deadline)
+        return lambda: clock() >= end
 
     def _check_length(self, request: Request, default: str) -> None:
         """Raises ValueError for a request whose positions do not fit the model's context or a slot of the cache."""
@@ -409,6 +425,26 @@ class Scheduler:
         return CanvasGroup(
             self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
         )
+
+
+def _run(group: CanvasGroup[Request], whole: bool) -> dict[Request, Progress]:
+    """One step of a group, or with `whole` those until a canvas is over. The host looks at the clock after every step
+    where a member has a deadline."""
+    if whole and all(member._is_late is None for member in group.members):
+        return group.run()
+    progress_of = group.step()
+    while whole and not any(progress.is_over for progress in progress_of.values()):
+        progress_of = group.step()
+    return progress_of
+
+
+def _error_of(request: Request, error: Exception, step: int) -> Exception:
+    """What the request of an exception tells its caller."""
+    if isinstance(error, FloatingPointError):  # of a check of a debug run or of the step itself
+        return NonFiniteError(str(error), request=request.number, step=step)
+    failed = RuntimeError(f"a step was broken off: {error!r}")
+    failed.__cause__ = error
+    return failed
 
 
 def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:

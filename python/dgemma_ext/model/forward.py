@@ -85,7 +85,7 @@ def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: f
         ids, soft_embedding = rows.canvases.ids, rows.canvases.soft_embedding
         hidden = functional.embedding(ids.reshape(-1), weights.embed_tokens) * options.embedding_scale
         if soft_embedding is not None:
-            matmul = Matmul(options.matmul, (ids.shape[1],) * ids.shape[0])
+            matmul = Matmul(options.matmul, (ids.shape[1],) * ids.shape[0], (None,) * ids.shape[0])
             hidden = hidden + matmul.gated_mlp(
                 rms_norm(soft_embedding.flatten(0, 1), weights.self_conditioning_pre_norm, epsilon),
                 weights.self_conditioning_gate_proj,
@@ -110,7 +110,7 @@ def decoder_layer(
     cache: Cache,
 ) -> tuple[Tensor, Tensor]:
     """One layer on hidden [n, hidden] and `normed`, its first norm. Returns the output and its norm by `next_norm`."""
-    epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts)
+    epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts, rows.starts)
 
     query, key, value = project_qkv(normed, weights, layer, rows.rotary[layer.rope, layer.head_dim], epsilon, matmul)
     batch_invariant = options.matmul is not MatmulMode.BATCHED
@@ -196,9 +196,9 @@ def _store_chunks(
     """Appends a layer's keys and values of all chunks to the cache, without attention."""
     cosine, sine = rows.rotary[layer.rope, layer.head_dim]
     cached = (cache.keys[layer.index], cache.values[layer.index])
-    for chunk, slot, start, where in zip(
-        rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
+    for chunk, slot, start, position, where in zip(
+        rows.chunks, rows.chunk_slot, rows.chunk_start, rows.positions, rows.chunk_slices(), strict=True
     ):
-        table, matmul = (cosine[where], sine[where]), Matmul(options.matmul, (len(chunk),))
+        table, matmul = (cosine[where], sine[where]), Matmul(options.matmul, (len(chunk),), (position,))
         _, key, value = project_qkv(normed[where], weights, layer, table, epsilon, matmul)
         append_to_cache(key[None], value[None], *cached, slot, start)

@@ -67,6 +67,7 @@ class Rows:
     rotary: RotaryTables  # of all rows
     chunk_slot: tuple[Tensor, ...] = ()  # int32 [1] for each chunk: its slot
     chunk_start: tuple[Tensor, ...] = ()  # int32 [1] for each chunk: the length of its slot before the pass
+    positions: tuple[int, ...] = ()  # the same lengths on the host
     skipped: Tensor | None = None  # bool [rows, 1], True for rows that no expert computes
 
     @classmethod
@@ -95,6 +96,7 @@ class Rows:
             # Filled on the device, because a copy from the host would wait for the work that is queued there.
             chunk_slot=tuple(torch.full((1,), one.slot, dtype=torch.int32, device=device) for one in chunks),
             chunk_start=tuple(torch.full((1,), start, dtype=torch.int32, device=device) for start in starts),
+            positions=tuple(starts),
             skipped=skipped,
         )
 
@@ -102,7 +104,8 @@ class Rows:
         """The same pass without its chunks."""
         assert self.canvases is not None
         skipped = None if self.skipped is None else self.skipped[: self.canvas_rows]
-        return replace(self, chunks=(), rotary=self.canvases.rotary, chunk_slot=(), chunk_start=(), skipped=skipped)
+        rotary = self.canvases.rotary
+        return replace(self, chunks=(), rotary=rotary, chunk_slot=(), chunk_start=(), positions=(), skipped=skipped)
 
     @property
     def canvas_rows(self) -> int:
@@ -113,6 +116,12 @@ class Rows:
         """The number of rows of each request in turn."""
         canvases = () if self.canvases is None else (self.canvases.ids.shape[1],) * self.canvases.ids.shape[0]
         return (*canvases, *map(len, self.chunks))
+
+    @property
+    def starts(self) -> tuple[int | None, ...]:
+        """For each request in turn the position of its first row, None for a canvas."""
+        canvases = () if self.canvases is None else (None,) * self.canvases.ids.shape[0]
+        return (*canvases, *self.positions)
 
     def chunk_slices(self) -> list[slice]:
         """The rows of each chunk."""

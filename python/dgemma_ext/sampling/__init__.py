@@ -1,12 +1,13 @@
 """Sampling of canvases: settings, initial tokens, state, and the one denoising step.
 
 `settings` and `canvas` are the caller's options; `state` holds the tensors of a batch of canvases; `step` begins a
-canvas and advances the batch.
+canvas and advances the batch; `logprobs` reads a finished one's log-probabilities.
 """
 
 from __future__ import annotations
 
 from dgemma_ext.sampling.canvas import Canvas
+from dgemma_ext.sampling.logprobs import MAX_LOGPROBS, TokenLogprobs, canvas_logprobs
 from dgemma_ext.sampling.settings import ResolvedSampler, SamplerConfig, resolve_sampler
 from dgemma_ext.sampling.state import (
     CanvasBatch,
