@@ -183,8 +183,7 @@ class CanvasGroup(Generic[Member]):
             buffers = self._buffers.first(rows) if self._shared else self._buffers
             batch = self._batch.rows_between(0, rows)
             runner = self._runners[rows] = self._make_runner(self._network, self._cache, batch, buffers)
-            look = WeakMethod(self._look_by_turns)  # weak, so that a dropped scheduler frees its network at once
-            runner.after_row = lambda row: _call(look, row)
+            runner.after_row = _weakly(self._look_by_turns)
         return self._runners[rows]
 
     def _chunks(self) -> list[PrefillChunk]:
@@ -227,7 +226,13 @@ class CanvasGroup(Generic[Member]):
             row.logprobs = canvas_logprobs(logits, softcap, state.draft[index], state.pinned[index], row.num_logprobs)
 
 
-def _call(method: WeakMethod[Callable[[int], None]], row: int) -> None:
-    found = method()
-    if found is not None:
-        found(row)
+def _weakly(method: Callable[[int], None]) -> Callable[[int], None]:
+    """The method without a reference to its object, so that a dropped scheduler frees its network at once."""
+    reference: WeakMethod[Callable[[int], None]] = WeakMethod(method)
+
+    def call(row: int) -> None:
+        found = reference()
+        if found is not None:
+            found(row)
+
+    return call

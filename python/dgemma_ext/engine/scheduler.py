@@ -1,8 +1,8 @@
 """The scheduler: requests share a model, and join and leave between denoising steps.
 
-A request's tokens depend only on its prompt, canvas, sampler and seed.
-pieces in which its prompt was encoded. Its draws are keyed by (seed, canvas, step, position), and on the CPU its dense
-products are computed apart, so its bits are the same alone and in any batch.
+A request's tokens depend only on its prompt, canvas, sampler and seed. Its draws are keyed by (seed, canvas, step,
+position), and on the CPU its dense products are computed apart, those of its prompt in blocks of fixed positions: its
+bits are the same alone, in any batch, and in whichever pieces its prompt was encoded.
 
 Requests with canvases of the same length form a group (group.py) and are stepped together; a single request is a group
 of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
