@@ -26,10 +26,19 @@ from dgemma_ext.engine import (
     Scheduler,
     SnapshotStore,
 )
-from dgemma_ext.errors import CheckpointError, NonFiniteError
+from dgemma_ext.errors import CheckpointError, GrammarError, NonFiniteError
 from dgemma_ext.integrations import accelerate
 from dgemma_ext.model import Cache, Snapshot
-from dgemma_ext.sampling import Canvas, SamplerConfig, TokenLogprobs
+from dgemma_ext.sampling import (
+    Canvas,
+    Choice,
+    CompiledGrammar,
+    Grammar,
+    JsonSchema,
+    Regex,
+    SamplerConfig,
+    TokenLogprobs,
+)
 from dgemma_ext.version import __version__
 
 __all__ = [
@@ -37,19 +46,25 @@ __all__ = [
     "Canvas",
     "Chat",
     "CheckpointError",
+    "Choice",
     "Commit",
+    "CompiledGrammar",
     "DiffusionGemma",
     "Draft",
     "Event",
     "Failure",
     "GenerationDefaults",
+    "Grammar",
+    "GrammarError",
     "InvalidToolCall",
+    "JsonSchema",
     "MemoryPlan",
     "ModelConfig",
     "NonFiniteError",
     "NotEnoughMemory",
     "Output",
     "PromptOptions",
+    "Regex",
     "Request",
     "RequestState",
     "Response",

@@ -42,7 +42,7 @@ from dgemma_ext.model import (
     resolve_dtype,
     resolve_matmul,
 )
-from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.sampling import Canvas, CompiledGrammar, Grammar, SamplerConfig, compile_grammar
 from dgemma_ext.torch_state import in_own_torch_state
 
 
@@ -148,6 +148,18 @@ class DiffusionGemma:
     ) -> torch.Tensor:
         """Soft-capped logits of one denoising pass, fp32 [B, L, vocabulary]; see Network.denoise."""
         return self.network.denoise(canvas, cache, slots, self_conditioning)
+
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """The automaton of a grammar over this model's tokens: its states, arcs, bytes, and the tokens of its shortest
+        text. The last 64 are kept.
+
+        Raises ValueError where the checkpoint has no tokenizer, and dg.GrammarError naming what cannot be followed.
+        """
+        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema or dg.Choice")
+        if self.tokenizer is None:
+            raise ValueError("a grammar needs a checkpoint with tokenizer.json")
+        ends = self.defaults.eos_token_ids
+        return compile_grammar(grammar, self.tokenizer, self.config.vocab_size, ends, self.defaults.pad_token_id)
 
     def generate(
         self,

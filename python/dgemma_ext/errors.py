@@ -23,6 +23,26 @@ class CheckpointError(Exception):
         super().__init__(": ".join(part for part in (*where, message) if part is not None))
 
 
+class GrammarError(ValueError):
+    """A grammar cannot be compiled, or not be followed.
+
+    `pointer` is the JSON pointer of the part of a schema that is meant, `keyword` its keyword; or None.
+    """
+
+    pointer: str | None
+    keyword: str | None
+
+    def __init__(self, message: str, *, pointer: str | None = None, keyword: str | None = None) -> None:
+        self.message = message
+        self.pointer = pointer
+        self.keyword = keyword
+        where = (None if pointer is None else f"#{pointer}", keyword)
+        super().__init__(": ".join(part for part in (*where, message) if part is not None))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), pointer=self.pointer, keyword=self.keyword), (self.message,)
+
+
 class NonFiniteError(RuntimeError):
     """A statistic of a denoising step is NaN or infinite.
 

@@ -18,6 +18,7 @@ from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
 from dgemma_ext.checkpoint.response import MARKERS, Response, ResponseParser
 from dgemma_ext.checkpoint.special_tokens import SpecialTokens, is_marker, make_masks, strings_of
+from dgemma_ext.checkpoint.token_bytes import token_bytes
 from dgemma_ext.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -80,6 +81,11 @@ class Tokenizer:
         return cls(model, _special_tokens(settings, folder / TOKENIZER_CONFIG_FILE), _find_template(folder, settings))
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        return self._special_ids
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._model.get_vocab_size(with_added_tokens=True)
@@ -90,6 +96,11 @@ class Tokenizer:
         if token_id is None:
             raise ValueError(f"token is {token!r}, which is not in the vocabulary")
         return token_id
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each id writes; None for special tokens and unused ids. Raises ValueError for a decoder that
+        is not known."""
+        return token_bytes(self._model, self._special_ids)
 
     def encode(self, text: str, add_bos: bool = False, special_tokens: str = "text") -> list[int]:
         """Token ids of `text`.

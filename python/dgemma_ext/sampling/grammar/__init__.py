@@ -1,0 +1,11 @@
+"""Grammars: what an answer must match, compiled to automata over tokens.
+
+`grammars` has what a caller says; `schema`, `json_text`, `formats` and `pattern` make patterns of it; `vocabulary` and
+`compiled` make the automaton over a tokenizer's tokens.
+"""
+
+from __future__ import annotations
+
+from dgemma_ext.sampling.grammar.compiled import FAILED, CompiledGrammar, compile_pattern
+from dgemma_ext.sampling.grammar.grammars import Choice, Grammar, JsonSchema, Regex, compile_grammar
+from dgemma_ext.sampling.grammar.vocabulary import Vocabulary, tokenizer_vocabulary, vocabulary_of
