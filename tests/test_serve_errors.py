@@ -120,7 +120,7 @@ def test_a_field_that_cannot_be_used_is_named(change: dict[str, Any], param: str
         ("completions", {"prompt": "\ud800"}, "prompt"),
         ("completions", {"prompt": "1", "echo": True}, "echo"),
         ("completions", {"prompt": "1", "best_of": 3}, "best_of"),
-        ("completions", {"prompt": "1", "logprobs": 3}, "logprobs"),
+        ("completions", {"prompt": "1", "logprobs": 30}, "logprobs"),
         ("completions", {"prompt": "1", "suffix": "2", "diffusion": {"start_text": "1"}}, "suffix"),
         ("fim/completions", {"suffix": "1"}, "prompt"),
         ("fim/completions", {"prompt": ["1"]}, "prompt"),

@@ -104,6 +104,18 @@ class ResponseParser:
                 current.ids.append(token)
         return segments
 
+    def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
+        """For each id of an answer whether it is part of its text: no special token, and in no thought or call."""
+        part, flags = Part.TEXT, []
+        opening = self._open_part(prefix)
+        for token in (*opening[:1], *ids):
+            if token in self._opens:
+                part = self._opens[token]
+            elif part is not Part.TEXT and token == self._closes[part]:
+                part = Part.TEXT
+            flags.append(part is Part.TEXT and token not in self._special)
+        return flags[len(opening[:1]) :]
+
     def parse(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> Response:
         """Parses an answer that follows the ids `prefix`.
 

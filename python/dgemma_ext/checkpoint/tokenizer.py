@@ -135,6 +135,10 @@ class Tokenizer:
         """An answer's text, thoughts and tool calls. `prefix` are the ids before it, which may have begun a thought."""
         return self._parser.parse(self._checked_ids("ids", ids), self._checked_ids("prefix", prefix))
 
+    def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
+        """For each id of an answer whether it is part of `parse_response(ids, prefix).text`."""
+        return self._parser.is_text(self._checked_ids("ids", ids), self._checked_ids("prefix", prefix))
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],

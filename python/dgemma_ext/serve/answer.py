@@ -10,19 +10,30 @@ from dataclasses import dataclass, replace
 
 from dgemma_ext.checkpoint import Tokenizer, ToolCall
 from dgemma_ext.engine import Commit
+from dgemma_ext.sampling import TokenLogprobs
 from dgemma_ext.serve.stop import StopCutter
 
 _CALL = "<|tool_call>"
 
 
 @dataclass(frozen=True)
+class TextToken:
+    """A token of an answer's text, with its log-probabilities."""
+
+    id: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What a canvas adds to an answer. `calls` are whole, and `finish_reason` is OpenAI's, None but for the last."""
+    """What a canvas adds to an answer. `calls` are whole, and `finish_reason` is OpenAI's, None but for the last.
+    `tokens` are those of the canvas's text, where log-probabilities were asked for."""
 
     text: str = ""
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
     finish_reason: str | None = None
+    tokens: tuple[TextToken, ...] = ()
 
 
 class Answer:
@@ -49,6 +60,8 @@ class Answer:
         self._call_id = _id_of(tokenizer, _CALL)
         self._calls = 0  # that pieces have told
         self.pieces: list[Piece] = []
+        self.tokens: list[TextToken] = []
+        self.cached_tokens = 0
         self.token_ids: list[int] = []
         self.denoising_steps: list[int] = []
         self.text = ""
@@ -62,8 +75,10 @@ class Answer:
         and the request is to be cancelled."""
         if self._middle is not None:
             commit = self._before_suffix(commit, self._middle)
+        begin = len(self.token_ids)
         self.token_ids += commit.token_ids
         self.denoising_steps.append(commit.denoising_steps)
+        self.cached_tokens = commit.request.cached_tokens
         is_last = commit.finish_reason is not None
         self.engine_reason = commit.finish_reason
         calls, unread = self._new_calls(is_last)
@@ -77,7 +92,9 @@ class Answer:
         self.text += text
         self.thinking += commit.thinking
         self.calls += calls
-        self.pieces.append(Piece(text, commit.thinking, tuple(calls), self.finish_reason))
+        tokens = self._text_tokens(commit, begin)
+        self.tokens += tokens
+        self.pieces.append(Piece(text, commit.thinking, tuple(calls), self.finish_reason, tuple(tokens)))
         return self.pieces[-1]
 
     @property
@@ -89,6 +106,24 @@ class Answer:
         kept = commit.token_ids[:middle]
         text = self._tokenizer.parse_response(kept).text
         return replace(commit, token_ids=kept, text=text, thinking="", finish_reason="eos")
+
+    def _text_tokens(self, commit: Commit, begin: int) -> list[TextToken]:
+        """The tokens of a canvas's text, up to a stop string; none where there are no log-probabilities."""
+        if commit.logprobs is None:
+            return []
+        flags = self._tokenizer.is_text(self.token_ids, self._prompt_ids)[begin:]
+        marked = zip(commit.token_ids, commit.logprobs, flags, strict=False)
+        tokens = [TextToken(token, logprobs) for token, logprobs, is_text in marked if is_text]
+        if not self._cutter.found:
+            return tokens
+        length = len(self._tokenizer.decode([one.id for one in self.tokens]))
+        kept = []
+        for one in tokens:
+            if length >= len(self.text):
+                break
+            kept.append(one)
+            length += len(self._tokenizer.decode([one.id]))
+        return kept
 
     def _new_calls(self, is_last: bool) -> tuple[list[ToolCall], str]:
         """The calls that are new, and the text of those that cannot be read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from dgemma_ext.checkpoint import ToolCall
 from dgemma_ext.engine import Draft
-from dgemma_ext.serve.answer import Answer, Piece
+from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.logprobs import chat_logprobs
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
 from dgemma_ext.serve.protocol.chat import ChatCompletion, ChatRequest
 from dgemma_ext.serve.protocol.common import stops_of
@@ -67,7 +68,7 @@ class _Reply:
             {
                 "index": index,
                 "message": self._message(index, answer),
-                "logprobs": None,
+                "logprobs": self._logprobs(answer.tokens),
                 "finish_reason": answer.finish_reason,
                 "diffusion": choice_diffusion(self._call, index),
             }
@@ -90,8 +91,12 @@ class _Reply:
                     draft = draft_fields(event, self._service.tokenizer)
                     yield self._chunk(index, {}, "diffusion.draft", diffusion=draft, **usage)
             elif isinstance(event, Piece):
-                for delta in self._deltas(index, event):
-                    yield self._chunk(index, delta, **usage)
+                deltas = self._deltas(index, event)
+                if event.tokens and not any("content" in delta for delta in deltas):
+                    deltas.append({"content": ""})  # their text is held back, for it may begin a stop string
+                for delta in deltas:
+                    choice = {"logprobs": self._logprobs(event.tokens)} if "content" in delta else None
+                    yield self._chunk(index, delta, choice=choice, **usage)
                 if event.finish_reason is not None:
                     end = {"finish_reason": event.finish_reason, "diffusion": choice_diffusion(self._call, index)}
                     yield self._chunk(index, {}, choice=end, **usage)
@@ -100,6 +105,9 @@ class _Reply:
         if has_usage:
             yield self._event([], usage=usage_of(self._call))
         yield DONE
+
+    def _logprobs(self, tokens: Sequence[TextToken]) -> dict[str, Any] | None:
+        return chat_logprobs(tokens, self._service.tokenizer) if self._body.logprobs else None
 
     def _deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         deltas: list[dict[str, Any]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from starlette.responses import Response
 from dgemma_ext.engine import Draft
 from dgemma_ext.sampling import Canvas
 from dgemma_ext.serve import errors
-from dgemma_ext.serve.answer import Answer, Piece
+from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
 from dgemma_ext.serve.job_runner import Submission
+from dgemma_ext.serve.logprobs import text_logprobs
 from dgemma_ext.serve.protocol.common import stops_of
 from dgemma_ext.serve.protocol.completions import Completion, CompletionRequest, InsertionRequest
 from dgemma_ext.serve.routing import failures, service_of, stated
@@ -113,6 +114,7 @@ class _Reply:
 
     def __init__(self, service: Service, call: Call, model: str, body: InsertionRequest) -> None:
         self._service, self._call, self._body = service, call, body
+        self._told = [0] * len(call.answers)  # tokens, in chunks
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -123,7 +125,12 @@ class _Reply:
 
     def whole(self) -> dict[str, Any]:
         choices = [
-            {"index": index, "text": answer.text, "logprobs": None, **self._end(index, answer)}
+            {
+                "index": index,
+                "text": answer.text,
+                "logprobs": self._logprobs(answer.tokens),
+                **self._end(index, answer),
+            }
             for index, answer in enumerate(self._call.answers)
         ]
         return {**self._head, "choices": choices, "usage": usage_of(self._call)}
@@ -143,13 +150,23 @@ class _Reply:
             elif isinstance(event, Piece):
                 is_last = event.finish_reason is not None
                 text = answer.text if self._body.diffusing else event.text
-                if text or is_last:
-                    yield self._chunk(index, text, choice=self._end(index, answer) if is_last else None, **usage)
+                if text or event.tokens or is_last:
+                    before = self._told[index]
+                    self._told[index] += len(event.tokens)
+                    choice = {"logprobs": self._logprobs(event.tokens, answer.tokens[:before])}
+                    yield self._chunk(
+                        index, text, choice=choice | (self._end(index, answer) if is_last else {}), **usage
+                    )
             else:
                 yield COMMENT
         if has_usage:
             yield sent_event({**self._head, "choices": [], "usage": usage_of(self._call)})
         yield DONE
+
+    def _logprobs(self, tokens: Sequence[TextToken], before: Sequence[TextToken] = ()) -> dict[str, Any] | None:
+        tokenizer = self._service.tokenizer
+        offset = len(tokenizer.decode([token.id for token in before]))
+        return None if self._body.logprobs is None else text_logprobs(tokens, tokenizer, offset)
 
     def _end(self, index: int, answer: Answer) -> dict[str, Any]:
         """What the last chunk of an answer, and a whole one, tell beside the text."""

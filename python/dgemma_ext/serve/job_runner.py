@@ -27,7 +27,10 @@ _MOST_BROKEN_STEPS = 8
 
 @dataclass(frozen=True)
 class Submission:
-    """What a client asks the engine for: the arguments of Scheduler.submit, and whether it wants drafts."""
+    """What a client asks the engine for: the arguments of Scheduler.submit, and whether it wants drafts.
+
+    deadline: seconds from when the engine takes it.
+    """
 
     prompt_ids: Sequence[int]
     max_new_tokens: int | None = None
@@ -35,6 +38,8 @@ class Submission:
     seed: int = 0
     canvas: Canvas | None = None
     wants_drafts: bool = False
+    logprobs: int | None = None
+    deadline: float | None = None
 
 
 class Job:
@@ -136,7 +141,13 @@ class JobRunner:
         is_first = job.request is None
         try:
             job.request = self.scheduler.submit(
-                list(asked.prompt_ids), asked.max_new_tokens, asked.sampler, asked.seed, asked.canvas
+                list(asked.prompt_ids),
+                asked.max_new_tokens,
+                asked.sampler,
+                asked.seed,
+                asked.canvas,
+                logprobs=asked.logprobs,
+                deadline=asked.deadline,
             )
         except Exception as error:
             if not isinstance(error, ValueError | MemoryError):

@@ -33,8 +33,9 @@ async def submissions_of(
     canvas = await service.in_thread("diffusion.start_text", canvas_of, options, service.tokenizer)
     seeds = seeds_of(body.seed, body.temperature, body.choices)
     wants_drafts = options.drafts or body.diffusing
+    deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
     return [
-        Submission(ids, limit, sampler, seed, canvas, wants_drafts)
+        Submission(ids, limit, sampler, seed, canvas, wants_drafts, body.alternatives, deadline)
         for ids in prompts
         for limit in [usual_limit(service, len(ids), sampler, field) if max_tokens is None else max_tokens]
         for seed in seeds

@@ -11,13 +11,17 @@ def usage_of(call: Call) -> dict[str, Any]:
     """Tokens of a call, a prompt of several choices counted once; steps and canvases of all answers."""
     prompts = {id(one.prompt_ids): len(one.prompt_ids) for one in call.submissions}
     prompt_tokens = sum(prompts.values())
+    cached: dict[int, int] = {}
+    for one, answer in zip(call.submissions, call.answers, strict=True):
+        key = id(one.prompt_ids)
+        cached[key] = min(answer.cached_tokens, cached.get(key, answer.cached_tokens))
     completion_tokens = sum(len(answer.token_ids) for answer in call.answers)
     steps = sum(sum(answer.denoising_steps) for answer in call.answers)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         "diffusion": {
             "denoising_steps": steps,
             "canvases": sum(len(answer.denoising_steps) for answer in call.answers),

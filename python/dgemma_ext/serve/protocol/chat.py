@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, WithJsonSchema
 
+from dgemma_ext.sampling import MAX_LOGPROBS
+from dgemma_ext.serve import errors
 from dgemma_ext.serve.protocol.common import (
     ChoiceDiffusion,
     Choices,
@@ -65,6 +67,8 @@ class ChatRequest(GeneratingBody):
     max_completion_tokens: Count | None = None
     stop: Stops = None
     n: Choices = 1
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
@@ -77,14 +81,18 @@ class ChatRequest(GeneratingBody):
     def choices(self) -> int:
         return self.n
 
+    @property
+    def alternatives(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise errors.bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:
         return {
             **super().refused(),
             "tool_choice": ("auto", "none"),
             "response_format": ({"type": "text"},),
-            "logprobs": (False,),
-            "top_logprobs": (0,),
             "functions": ([],),
             "function_call": ("none", "auto"),
             "modalities": (["text"],),
@@ -116,11 +124,26 @@ class AnswerMessage(BaseModel):
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     diffusion: ChoiceDiffusion
 
 

@@ -96,6 +96,11 @@ class GeneratingBody(Body):
         """How many answers a prompt gets."""
         return 1
 
+    @property
+    def alternatives(self) -> int | None:
+        """How many tokens of a position get a log-probability beside the one that was taken; None for none at all."""
+        return None
+
 
 class ErrorDetail(BaseModel):
     message: str

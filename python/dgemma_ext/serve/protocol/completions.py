@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from dgemma_ext.sampling import MAX_LOGPROBS
 from dgemma_ext.serve.protocol.chat import ToolCallMessage
 from dgemma_ext.serve.protocol.common import (
     ChoiceDiffusion,
@@ -29,6 +30,11 @@ class InsertionRequest(GeneratingBody):
     max_tokens: Count | None = None
     stop: Stops = None
     stream_options: StreamOptions | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:
@@ -36,7 +42,6 @@ class InsertionRequest(GeneratingBody):
             **super().refused(),
             "echo": (False,),
             "best_of": (1,),
-            "logprobs": (),
             "response_format": ({"type": "text"},),
         }
 
@@ -52,11 +57,18 @@ class CompletionRequest(InsertionRequest):
         return self.n
 
 
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class TextChoice(BaseModel):
     index: int
     text: str
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallMessage] | None = None
     diffusion: ChoiceDiffusion

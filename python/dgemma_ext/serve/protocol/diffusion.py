@@ -37,11 +37,13 @@ class DiffusionOptions(BaseModel):
     drafts: send the draft of every denoising step (streams only). start_text: text, or parts of text and blanks, that
     the canvas begins with in place of noise. pinned: spans [begin, end) of characters of a start_text that is one
     string; their text is held. start_step: the step to begin with; a later one keeps an edit close to its text.
+    deadline_ms: when so much time is up, in the queue or in steps, the answer ends with the newest draft.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     drafts: bool = False
+    deadline_ms: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_denoising_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
     entropy_bound: Annotated[float, Field(ge=0)] | None = None
     t_min: Annotated[float, Field(ge=0)] | None = None
