@@ -165,7 +165,7 @@ function frameOf(draft, seconds, before, inThought) {
       frame.free++;
       if (token.accepted) frame.accepted++;
     }
-    if (hasEnded) flags |= AFTER;
+    if (hasEnded || token.text === "<pad>") flags |= AFTER;
     else if (ENDS.has(token.text)) {
       flags |= END;
       hasEnded = true;
@@ -530,10 +530,12 @@ let running = null;
 /**
  * Asks for an answer and shows its drafts on a timeline, each for a while at least.
  *
- * onCommit(answer) is called where a canvas is finished, after its drafts were shown. `stop` ends it with what there is.
+ * onCommit(answer) is called where a canvas is finished, after its drafts were shown. isEnough(text) tells whether no
+ * more of it is wanted. `stop` ends it with what there is.
  */
 class Answer {
-  constructor(body, timeline, onCommit = () => {}) {
+  constructor(body, timeline, { onCommit = () => {}, isEnough = () => false } = {}) {
+    this.isEnough = isEnough;
     this.body = body;
     this.timeline = timeline;
     this.onCommit = onCommit;
@@ -602,6 +604,10 @@ class Answer {
       this.usage = chunk.usage ?? this.usage;
       const choice = chunk.choices?.[0];
       if (choice) this.take(choice);
+      if (this.isEnough(this.text)) {
+        this.abort.abort();
+        return;
+      }
     }
     if (!isWhole && !this.isStopped) throw new ServerError(0, "The connection ended before the answer did.");
   }
@@ -635,14 +641,13 @@ class Answer {
     else this.timer = setTimeout(() => this.advance(), Math.max(0, this.lastShown + this.pace - performance.now()));
   }
 
-  /** Shows the next frame, and commits that follow it. */
+  /** Shows the next frame, or puts the text in place of the last one. */
   advance() {
     clearTimeout(this.timer);
     this.timer = null;
     if (this.pace === 0) return this.flush();
     const item = this.queue.shift();
     if (item) this.showItem(item);
-    while (this.queue[0]?.commit) this.showItem(this.queue.shift());
     if (this.queue.length) this.schedule();
     else this.emptied?.();
   }
@@ -989,6 +994,7 @@ const chat = {
 
   open(isSudoku) {
     this.timeline = new Timeline((frame, isLast) => this.drawFrame(frame, isLast));
+    at("chat-timeline").append(this.timeline.element);
     const form = at("composer");
     const field = at("message");
     form.addEventListener("submit", (event) => {
@@ -1028,7 +1034,10 @@ const chat = {
     running?.stop();
     this.messages = [];
     this.canvas = null;
+    this.current = null;
     at("log").replaceChildren(this.welcome);
+    this.timeline.begin();
+    this.timeline.end();
     at("message").focus();
   },
 
@@ -1061,7 +1070,7 @@ const chat = {
     const { article, body } = this.bubble("model", settings.model?.id ?? "Model");
     const words = make("p", { className: "text" });
     const live = make("div", { className: "live", "aria-hidden": "true" }, words);
-    body.append(live, this.timeline.element);
+    body.append(live);
     article.setAttribute("aria-busy", "true");
     this.canvas = new Canvas(words);
     this.current = { article, body, live, text: "", isFinished: false };
@@ -1073,13 +1082,14 @@ const chat = {
     let said = 0;
     try {
       const body = { ...settings.body([...settings.systemMessages(), ...this.messages]), ...settings.toolsOf() };
-      const answer = new Answer(body, this.timeline, (commit) => {
+      const onCommit = (commit) => {
         this.current.text = commit.text;
         this.canvas.settle(commit.text);
         say(commit.text.slice(said));
         said = commit.text.length;
         this.follow();
-      });
+      };
+      const answer = new Answer(body, this.timeline, { onCommit });
       await answer.run();
       if (messages === this.messages) this.finish(answer); // a new chat may have begun
       return true;
@@ -1130,11 +1140,10 @@ const chat = {
     const results = calls.map((call, index) => {
       const field = make("textarea", { id: `result-${this.messages.length}-${index}`, rows: 2, spellcheck: false });
       const given = make("pre", { className: "arguments", textContent: pretty(call.arguments) });
-      body.insertBefore(
+      body.append(
         make("section", { className: "call", "aria-label": `Call of the tool ${call.name}` },
           make("h4", { textContent: call.name }), given,
           make("label", { htmlFor: field.id, textContent: "What the tool gives" }), field),
-        this.timeline.element,
       );
       return field;
     });
@@ -1146,7 +1155,7 @@ const chat = {
       if (await this.answer()) [button, ...results].forEach((one) => (one.disabled = true));
       else this.messages.splice(-sent.length);
     });
-    body.insertBefore(button, this.timeline.element);
+    body.append(button);
   },
 
   drawFrame(frame, isLast) {
@@ -1277,7 +1286,9 @@ const editor = {
         this.canvas.home,
         make("span", { className: "far", textContent: parts.after.slice(near.after.length) }),
       );
-      const answer = new Answer(body, this.timeline);
+      // What the model writes behind the pinned end is not wanted.
+      const isEnough = (text) => near.after !== "" && text.indexOf(near.after, near.before.length) >= 0;
+      const answer = new Answer(body, this.timeline, { isEnough });
       await answer.run();
       this.take(this.middleOf(answer));
     } catch (error) {

@@ -1,0 +1,592 @@
+"""The page of `dgemma serve` in a browser: it chats, draws drafts, scrubs, edits and solves, also without a mouse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from browser import chromium, expect, visiting
+from chats import answering
+from dgemma_ext import demo
+from models import random_model
+from serving import MODEL, Running, bundled, running
+
+SIZE = 6
+PUZZLE = demo.draw(SIZE, seed=5)  # of few clues: it takes several steps
+CONSOLE_401, CONSOLE_400, CONSOLE_429 = (
+    f"Failed to load resource: the server responded with a status of {s}" for s in (401, 400, 429)
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def sudoku() -> Iterator[Running]:
+    with running(bundled(SIZE)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def text() -> Iterator[Running]:
+    """A model with a vocabulary of text, whose answers the tests pin."""
+    with running(random_model(canvas=32, max_positions=1024)) as started:
+        yield started
+
+
+def drafts_of(server: Running, messages: Any, seed: int) -> tuple[list[Any], str]:
+    """The drafts of an answer and its text, without the page."""
+    body = {"messages": messages, "seed": seed, "stream": True, "diffusion": {"drafts": True, "entropy_bound": 0.01}}
+    lines = httpx2.post(f"{server.url}/v1/chat/completions", json=body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    return [chunk["diffusion"] for chunk in chunks if chunk.get("diffusion")], text
+
+
+def setting(page: Any, **values: Any) -> None:
+    """Fills in settings, and closes them again."""
+    page.get_by_role("button", name="Settings").click()
+    for name, value in values.items():
+        field = page.locator(f"#set-{name}")
+        field.select_option(value) if name in ("pace", "thinking") else field.fill(str(value))
+    page.locator("#settings-close").click()
+
+
+def ask(page: Any, message: str) -> None:
+    page.get_by_label("Message", exact=True).fill(message)
+    page.keyboard.press("Enter")
+
+
+def finished(page: Any) -> None:
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def figures(view: Any) -> dict[str, str]:
+    return dict(zip(view.locator("dt").all_inner_texts(), view.locator("dd").all_inner_texts(), strict=True))
+
+
+def put_puzzle(page: Any, puzzle: str) -> None:
+    expect(page.locator(".cell.given").nth(5)).to_be_visible()
+    page.evaluate("(cells) => sudoku.fill(cells)", [digit.strip(".") for digit in puzzle])
+
+
+def digits(page: Any) -> str:
+    return "".join(page.get_by_role("gridcell").all_inner_texts())
+
+
+# A chat ---------------------------------------------------------------------------------------------------------------
+
+WATCH = """() => {
+  window.seen = { built: 0, changed: 0, texts: new Set(), said: [] };
+  const live = document.getElementById("log");
+  new MutationObserver((records) => {
+    for (const record of records) {
+      const home = record.target.parentElement?.closest(".canvas");
+      if (record.target.className === "canvas" && record.addedNodes.length) seen.built += record.addedNodes.length;
+      else if (home) seen.changed++;
+    }
+    const canvas = live.querySelector(".canvas");
+    if (canvas?.textContent) seen.texts.add(canvas.textContent);
+  }).observe(live, { childList: true, characterData: true, attributes: true, subtree: true });
+  const status = document.getElementById("status");
+  new MutationObserver(() => seen.said.push(status.textContent)).observe(status, { childList: true });
+}"""
+
+
+def test_a_chat_draws_its_drafts_and_goes_back_through_them(browser: Any, sudoku: Running) -> None:
+    drafts, answer = drafts_of(sudoku, [{"role": "user", "content": PUZZLE.text}], seed=7)
+    wanted = ["".join(token["text"] for token in draft["tokens"])[: SIZE * SIZE] for draft in drafts]
+    assert len(drafts) > 2
+    assert len(set(wanted)) > 1
+    with visiting(browser, sudoku.url, "/#chat") as page:
+        setting(page, seed=7, pace="100", entropy_bound=0.01)
+        page.evaluate(WATCH)
+        ask(page, PUZZLE.text)
+        finished(page)
+        seen = page.evaluate("() => ({ ...seen, texts: [...seen.texts] })")
+        shown = dict.fromkeys(text[: SIZE * SIZE] for text in seen["texts"])
+        assert list(shown) == list(dict.fromkeys(wanted))
+        assert seen["built"] == SIZE * SIZE + 1, "the elements of a canvas are made once"
+        assert seen["changed"] > 0
+        assert seen["said"] == ["The model is writing.", answer], "drafts are not read out, the answer is"
+        words = page.locator(".message.model .text")
+        assert words.inner_text() == answer
+        assert page.locator(".live[aria-hidden]").count() == 0
+
+        view = page.locator("#view-chat .timeline")
+        assert figures(view)["Step"] == f"{len(drafts)} of {len(drafts)}"
+        slider = view.get_by_role("slider", name="Denoising step")
+        slider.focus()
+        page.keyboard.press("Home")
+        for step, draft in enumerate(drafts, start=1):
+            told = figures(view)
+            assert told["Step"] == f"{step} of {len(drafts)}"
+            assert float(told["Mean entropy"]) == pytest.approx(draft["mean_entropy"], abs=0.0006)
+            assert float(told["Tokens per forward"]) == pytest.approx(SIZE * SIZE / step, abs=0.06)
+            assert told["Time"].endswith(" s")
+            assert f"step {step} of {len(drafts)}" in slider.get_attribute("aria-valuetext")
+            if step < len(drafts):
+                assert words.inner_text()[: SIZE * SIZE] == wanted[step - 1]
+                accepted = page.locator(".canvas .accepted").count()
+                assert accepted == sum(token["accepted"] for token in draft["tokens"][: SIZE * SIZE + 1])
+            page.keyboard.press("ArrowRight")
+        assert words.inner_text() == answer
+        view.get_by_role("button", name="Replay").click()
+        expect(view.locator("dd").first).to_have_text(f"{len(drafts)} of {len(drafts)}")
+
+
+def test_markup_is_text(browser: Any, text: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    markup = '<img src="x" onerror="document.title = 1"><b>bold</b> &amp; <script>1</script>'
+    answering(monkeypatch, f"{markup}<turn|>")
+    with visiting(browser, text.url) as page:
+        expect(page).to_have_title(f"{MODEL} · dgemma")
+        setting(page, pace="0", max_denoising_steps=3)
+        ask(page, markup)
+        finished(page)
+        assert page.locator(".message.user .words").inner_text() == markup
+        assert page.locator(".message.model .text").inner_text() == markup
+        page.locator("#view-chat").get_by_role("slider").focus()
+        page.keyboard.press("Home")
+        first = page.locator(".canvas").inner_text()
+        assert len(first) > 20
+        assert markup.startswith(first)
+        assert page.locator("#log :is(img, b, script)").count() == 0
+        assert page.title() == f"{MODEL} · dgemma"
+
+
+def test_thoughts_are_folded_and_tools_answer(browser: Any, text: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = '<|tool_call>call:look{what:<|"|>the sky<|"|>}<tool_call|>'
+    prompts = answering(
+        monkeypatch,
+        f"<|channel>thought\nLet me see.\n<channel|>One moment.{call}<|tool_response>",
+        "It is blue.<turn|>",
+    )
+    tools = '[{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]'
+    with visiting(browser, text.url) as page:
+        setting(page, tools=tools, max_denoising_steps=2, system="Be brief.")
+        ask(page, "What is there?")
+        finished(page)
+        first = page.locator(".message.model").first
+        assert first.locator(".text").last.inner_text() == "One moment."
+        thoughts = first.get_by_text("Let me see.")
+        expect(thoughts).to_be_hidden()
+        first.get_by_text("Thoughts").click()
+        expect(thoughts).to_be_visible()
+        card = first.get_by_role("region", name="Call of the tool look")
+        assert json.loads(card.locator("pre").inner_text()) == {"what": "the sky"}
+        card.get_by_label("What the tool gives").fill("blue")
+        first.get_by_role("button", name="Send the result").click()
+        expect(page.locator(".message.model .text").last).to_have_text("It is blue.")
+        finished(page)
+    tokenizer = text.service.tokenizer
+    assert "Be brief." in tokenizer.decode(prompts[0])
+    assert "blue" in tokenizer.decode(prompts[1])
+
+
+def test_an_answer_can_be_stopped(browser: Any, text: Running) -> None:
+    with visiting(browser, text.url) as page:
+        setting(page, pace="2000")
+        ask(page, "hi")
+        expect(page.locator("#view-chat dd").first).to_have_text("1 of 48")
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("Stopped; this is a draft.")).to_be_visible()
+        finished(page)
+        page.get_by_role("button", name="New chat").click()
+        expect(page.get_by_text("Ask something")).to_be_visible()
+    text.wait_until_empty()
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_asked_for(browser: Any) -> None:
+    with (
+        running(bundled(SIZE), api_key="a key") as server,
+        visiting(browser, server.url, errors=(CONSOLE_401,)) as page,
+    ):
+        expect(page.get_by_role("alert")).to_contain_text("This server wants a key.")
+        field = page.get_by_label("API key")
+        expect(field).to_be_focused()
+        field.fill("another")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("does not know this key")
+        field.fill("a key")
+        page.keyboard.press("Enter")
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+        page.reload()
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+
+
+def test_errors_are_told_in_words(browser: Any, sudoku: Running) -> None:
+    with visiting(
+        browser, sudoku.url, "/#chat", errors=(CONSOLE_400, CONSOLE_429, "Failed to load resource: net::")
+    ) as page:
+        alert = page.get_by_role("alert")
+        setting(page, temperature=9)
+        ask(page, PUZZLE.text)
+        expect(alert).to_contain_text("temperature")
+        expect(alert).to_contain_text("The server cannot use this request")
+        assert page.get_by_label("Message", exact=True).input_value() == PUZZLE.text, "what was written is not lost"
+        setting(page, temperature="hot")
+        ask(page, PUZZLE.text)
+        expect(alert).to_contain_text("Temperature must be a number")
+        setting(page, temperature="")
+
+        busy = {"error": {"message": "too many", "type": "rate_limit_error", "param": None, "code": None}}
+        answer = {"status": 429, "headers": {"retry-after": "7"}, "json": busy}
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer), times=1)
+        ask(page, PUZZLE.text)
+        expect(alert).to_contain_text("its queue is full. It asks for 7 seconds of patience.")
+        page.route("**/v1/chat/completions", lambda route: route.abort(), times=1)
+        page.get_by_role("button", name="Try again").click()
+        expect(alert).to_contain_text("The server cannot be reached.")
+        torn = 'data: {"choices": [{"delta": {"content": "be"}}]}\n\n'
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=torn), times=1)
+        page.get_by_role("button", name="Try again").click()
+        expect(alert).to_contain_text("The connection ended before the answer did.")
+        page.get_by_role("button", name="Try again").click()
+        finished(page)
+        expect(alert).to_be_hidden()
+        expect(page.locator(".message.model .text")).to_have_text(PUZZLE.solution)
+
+
+# Sudoku ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_board_solves_itself(browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url) as page:
+        setting(page, seed=1, pace="100")
+        put_puzzle(page, PUZZLE.text)
+        expect(page.locator("#verdict")).to_contain_text("one solution")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.get_by_role("button", name="Solve").click()
+        parts = asked.value.post_data_json["diffusion"]["start_text"]
+        spelled = "".join(part.get("text") or "." * part["blank"] for part in parts)
+        assert spelled == PUZZLE.text
+        assert all(part["pinned"] for part in parts if "text" in part)
+        verdict = page.locator("#verdict")
+        expect(verdict).to_contain_text("Solved: every row, column and box is right.")
+        assert demo.check(digits(page), PUZZLE.text)
+
+        page.locator("#view-sudoku").get_by_role("slider").focus()
+        page.keyboard.press("Home")
+        assert figures(page.locator("#view-sudoku"))["Step"].startswith("1 of ")
+        givens = page.locator(".cell.given")
+        assert givens.count() == PUZZLE.clues
+        weight = "(cell) => getComputedStyle(cell).fontWeight"
+        assert givens.first.evaluate(weight) == "700"
+        unsure = page.locator(".cell:is(.level-4, .level-5, .level-6, .level-7)")
+        assert unsure.count() > 0
+        assert unsure.first.evaluate(weight) == "400"
+        page.keyboard.press("End")
+        assert demo.check(digits(page), PUZZLE.text)
+
+
+def test_a_board_is_edited_by_keyboard_and_impossible_ones_are_told(browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url, permissions=["clipboard-read", "clipboard-write"]) as page:
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+        setting(page, pace="0")
+        verdict = page.locator("#verdict")
+        page.get_by_role("button", name="Clear").click()
+        page.get_by_role("gridcell").first.focus()
+        page.keyboard.press("5")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("7")  # there is no such digit in a grid of six
+        page.keyboard.press("5")
+        expect(verdict).to_have_text("Impossible: row 1 has two 5s. The model can only guess.")
+        assert page.locator(".cell.wrong").count() == 2
+        assert (
+            page.get_by_role("gridcell").nth(2).get_attribute("aria-label") == "Row 1, column 3: 5, given, in conflict"
+        )
+        page.keyboard.press("Backspace")
+        expect(verdict).to_have_text(f"{SIZE * SIZE - 1} blanks, more than one solution.")
+        # 1 to 5 in a row, and 6 in the column of its last cell.
+        put = dict(enumerate("12345")) | {2 * SIZE + 5: "6"}
+        page.evaluate("(cells) => sudoku.fill(cells)", [put.get(cell, "") for cell in range(SIZE * SIZE)])
+        expect(verdict).to_have_text("Impossible: no digits fit into all blanks. The model can only guess.")
+        page.get_by_role("button", name="Solve").click()
+        expect(verdict).to_contain_text("Wrong: ")
+
+        page.evaluate("(text) => navigator.clipboard.writeText(text)", PUZZLE.text)
+        page.get_by_role("gridcell").first.focus()
+        page.keyboard.press("Control+v")
+        expect(verdict).to_have_text(f"{SIZE * SIZE - PUZZLE.clues} blanks, one solution.")
+        assert digits(page) == PUZZLE.text.replace(".", "")
+
+
+@pytest.mark.parametrize("size", [6, 9])
+def test_the_pages_rules_are_the_packages(size: int, browser: Any, sudoku: Running) -> None:
+    count = "([size, cells]) => { const board = new Board(size); board.cells = cells; return board.solutions(); }"
+    rules = "(size) => new Board(size).units.map((unit) => unit.cells)"
+    with visiting(browser, sudoku.url) as page:
+        assert page.evaluate(rules, size) == demo.puzzles.units(size)
+        for seed in range(2):
+            puzzle = demo.draw(size, seed)
+            cells = [digit.strip(".") for digit in puzzle.text]
+            assert page.evaluate(count, [size, cells]) == 1
+            other = cells.index("")
+            for digit in map(str, range(1, size + 1)):
+                cells[other] = digit
+                assert page.evaluate(count, [size, cells]) == int(digit == puzzle.solution[other])
+
+
+# Editing --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_rest_of_a_text_stays(browser: Any, text: Running) -> None:
+    before, middle, after = "The sky is ", "green", " today, I think."
+    with visiting(browser, text.url, "/#edit") as page:
+        setting(page, max_denoising_steps=4, pace="100", seed=3)
+        document = page.get_by_label("Text", exact=True)
+        document.fill(before + middle + after)
+        document.evaluate("(field, [a, b]) => field.setSelectionRange(a, b)", [len(before), len(before + middle)])
+        expect(page.locator("#selection")).to_have_text(
+            f"5 characters selected; {len(before + after)} characters pinned."
+        )
+        page.get_by_label("Instruction").fill("Another colour.")
+        page.get_by_label("Room").fill("4")
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.get_by_role("button", name="Rewrite the selection").click()
+        body = asked.value.post_data_json
+        parts = [{"text": before, "pinned": True}, {"blank": 4}, {"text": after, "pinned": True}]
+        assert body["diffusion"]["start_text"] == parts
+        assert "Another colour." in body["messages"][0]["content"]
+        expect(page.locator("#backdrop .pinned").first).to_be_visible()
+        expect(page.get_by_role("button", name="Rewrite the selection")).to_be_visible()
+        written = document.input_value()
+        assert written.startswith(before)
+        assert written.endswith(after)
+        assert written != before + middle + after
+        page.get_by_role("button", name="Undo").click()
+        assert document.input_value() == before + middle + after
+
+        page.get_by_label("Stay close").check()
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.get_by_role("button", name="Rewrite the selection").click()
+        diffusion = asked.value.post_data_json["diffusion"]
+        assert (diffusion["start_text"][1], diffusion["start_step"]) == ({"text": middle}, 2)
+        expect(page.get_by_role("button", name="Rewrite the selection")).to_be_visible()
+
+
+def test_a_model_fills_in_what_was_selected(browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url, "/#edit") as page:
+        document = page.get_by_label("Text", exact=True)
+        expect(document).not_to_have_value("")
+        document.fill(PUZZLE.solution)
+        setting(page, seed=0, pace="0")
+        document.focus()
+        page.keyboard.press("Control+Home")
+        for _ in range(SIZE):
+            page.keyboard.press("ArrowRight")
+        for _ in range(SIZE - 1):
+            page.keyboard.press("Shift+ArrowRight")
+        page.get_by_role("button", name="Rewrite the selection").click()
+        expect(page.locator("#edit-timeline dd").first).to_contain_text(" of ")
+        expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+        assert document.input_value() == PUZZLE.solution
+
+
+# The page as a whole --------------------------------------------------------------------------------------------------
+
+
+def test_the_theme_follows_the_system_and_can_be_switched(browser: Any, sudoku: Running) -> None:
+    paper = "() => getComputedStyle(document.body).backgroundColor"
+    with visiting(browser, sudoku.url, color_scheme="dark") as page:
+        switch = page.get_by_role("button", name="Dark")
+        dark = page.evaluate(paper)
+        assert switch.get_attribute("aria-pressed") == "true"
+        switch.click()
+        light = page.evaluate(paper)
+        assert light != dark
+        page.reload()
+        assert page.evaluate(paper) == light
+        switch.click()
+        assert page.evaluate(paper) == dark
+    with visiting(browser, sudoku.url, color_scheme="light") as page:
+        assert page.evaluate(paper) == light
+
+
+def test_everything_can_be_done_without_a_mouse(browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url) as page:
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+
+        def tab_to(name: str, key: str = "Tab") -> None:
+            for _ in range(30):
+                page.keyboard.press(key)
+                found = page.evaluate(
+                    "() => { const one = document.activeElement; const style = getComputedStyle(one);"
+                    " return [one.getAttribute('aria-label') ?? one.labels?.[0]?.textContent ?? one.textContent,"
+                    " style.outlineStyle, parseFloat(style.outlineWidth)]; }"
+                )
+                assert found[1:] != ["none", 0], f"{found[0]} does not show its focus"
+                if found[0] == name:
+                    return
+            pytest.fail(f"{name} cannot be reached")
+
+        page.evaluate("() => { settings.pace = () => 50; }")
+        page.keyboard.press("Tab")
+        assert page.evaluate("() => document.activeElement.textContent") == "Skip to the content"
+        tab_to("Solve")
+        page.keyboard.press("Enter")
+        expect(page.locator("#verdict")).to_contain_text("Solved")
+        tab_to("Denoising step")
+        page.keyboard.press("ArrowLeft")
+        tab_to("Sudoku", "Shift+Tab")
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_role("tabpanel", name="Chat")).to_be_visible()
+        tab_to("Message")
+        page.keyboard.type(PUZZLE.text)
+        page.keyboard.press("Enter")
+        expect(page.locator(".message.model .text")).to_have_text(PUZZLE.solution)
+        tab_to("Settings", "Shift+Tab")
+        page.keyboard.press("Enter")
+        expect(page.get_by_label("Denoising steps")).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("button", name="Settings")).to_be_focused()
+
+
+def test_motion_is_left_out_where_it_is_not_wanted(browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url, reduced_motion="reduce") as page:
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+        assert page.evaluate("() => getComputedStyle(document.querySelector('.cell')).transitionDuration") == "0s"
+        assert page.evaluate("() => new Answer({}, sudoku.timeline).pace") == 0
+        assert page.evaluate("() => settings.pace()") > 0
+
+
+# WCAG's contrast of every visible text against what lies behind it.
+CONTRAST = """() => {
+  const channels = (colour) => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (colour) => channels(colour).slice(0, 3).map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0);
+  const behind = (element) => {
+    for (let one = element; one; one = one.parentElement) {
+      const colour = getComputedStyle(one).backgroundColor;
+      if (channels(colour)[3] === 255) return colour;
+    }
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const text = [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("");
+    if (!text || element.disabled || !element.checkVisibility({ visibilityProperty: true })) continue;
+    const colour = getComputedStyle(element).color;
+    if (channels(colour)[3] === 0) continue;
+    const [high, low] = [luminance(colour), luminance(behind(element))].sort((a, b) => b - a);
+    found.push([(high + 0.05) / (low + 0.05), `${element.className || element.tagName}: ${text.slice(0, 30)}`]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(scheme: str, browser: Any, sudoku: Running) -> None:
+    with visiting(browser, sudoku.url, color_scheme=scheme, reduced_motion="reduce") as page:
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#verdict")).to_contain_text("Solved")
+        # Every shade, with all that may lie on it.
+        page.evaluate(
+            "() => document.querySelectorAll('.cell').forEach((cell, place) => {"
+            " cell.textContent = '5'; cell.className = `cell token level-${place % 8}` +"
+            " [' accepted', ' noise', ' thought', ' end', ' after'][Math.floor(place / 8)]; })"
+        )
+        found = page.evaluate(CONTRAST)
+        for path in ("chat", "edit"):
+            page.get_by_role("tab", name=path.capitalize()).click()
+            found += page.evaluate(CONTRAST)
+        page.get_by_role("button", name="Settings").click()
+        setting_error = "() => tell(new ServerError(401, ''))"
+        page.evaluate(setting_error)
+        found += page.evaluate(CONTRAST)
+        assert len(found) > 90
+        assert [name for ratio, name in found if ratio < 4.5] == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen(width: int, browser: Any, sudoku: Running) -> None:
+    wide = (
+        "() => Math.max(document.documentElement.scrollWidth, document.querySelector('main').scrollWidth) - innerWidth"
+    )
+    with visiting(browser, sudoku.url, viewport={"width": width, "height": 844}) as page:
+        expect(page.locator(".cell.given").nth(5)).to_be_visible()
+        setting(page, pace="0")
+        page.get_by_role("button", name="Solve").click()
+        expect(page.locator("#verdict")).to_contain_text("Solved")
+        assert page.evaluate(wide) <= 0
+        page.get_by_role("tab", name="Chat").click()
+        ask(page, "8" * 400)
+        expect(page.locator("#view-chat dd").first).to_contain_text(" of ")
+        assert page.evaluate(wide) <= 0
+        page.get_by_role("tab", name="Edit").click()
+        assert page.evaluate(wide) <= 0
+        page.get_by_role("button", name="Settings").click()
+        assert page.evaluate(wide) <= 0
+
+
+def test_a_large_canvas_is_built_once(browser: Any, text: Running) -> None:
+    """256 tokens and 48 steps, as the published model has them."""
+    length, steps = 256, 48
+
+    def draft(step: int) -> dict[str, Any]:
+        tokens = [
+            {"id": place, "text": f" w{place if place < step * 5 else place * step % 97}", "accepted": place < step * 5,
+             "entropy": 0.0 if place < step * 5 else 2.0}
+            for place in range(length)
+        ]  # fmt: skip
+        words = "".join(token["text"] for token in tokens)
+        return {"type": "draft", "canvas_index": 0, "step": step, "max_denoising_steps": steps, "temperature": 0.5,
+                "mean_entropy": 1 / step, "text": words, "thinking": "", "tokens": tokens}  # fmt: skip
+
+    events = [("diffusion.draft", {"choices": [], "diffusion": draft(step)}) for step in range(1, steps + 1)]
+    last = draft(steps)["text"]
+    events += [("message", {"choices": [{"delta": {"content": last}, "finish_reason": "length"}]})]
+    body = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events) + "data: [DONE]\n\n"
+    with visiting(browser, text.url) as page:
+        page.evaluate("() => { settings.pace = () => 20; }")
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=body))
+        page.evaluate(WATCH)
+        ask(page, "hi")
+        finished(page)
+        seen = page.evaluate("() => ({ built: seen.built, changed: seen.changed, steps: seen.texts.size })")
+        assert seen["built"] == length
+        assert seen["steps"] == steps
+        # A step changes the five tokens that it settles and the text of those that it has not: no more.
+        assert seen["changed"] < 2 * length * steps
+        assert page.locator(".message.model .text").inner_text() == last
+        assert page.locator("#view-chat").get_by_role("slider").get_attribute("max") == str(steps - 1)
+
+
+def test_a_bounded_history_is_kept(browser: Any, text: Running) -> None:
+    with visiting(browser, text.url) as page:
+        kept = page.evaluate(
+            """() => {
+              const frames = new Frames();
+              const pieces = new Array(256).fill("a");
+              for (let step = 0; step < 3000; step++) {
+                frames.add({ canvas: Math.floor(step / 48), step: step % 48 + 1, kept: 256, pieces });
+              }
+              return [frames.list.length, frames.dropped, MOST_POSITIONS, frames.list.at(-1).perForward];
+            }"""
+        )
+        count, dropped, most, rate = kept
+        assert count == most // 256
+        assert count + dropped == 3000
+        assert rate == pytest.approx((63 * 256) / 3000)
+
+
+def test_nothing_is_left_on_the_server(sudoku: Running, text: Running) -> None:
+    for server in (sudoku, text):
+        server.wait_until_empty()
