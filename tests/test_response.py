@@ -225,3 +225,16 @@ def test_what_is_read_so_far_is_kept(tokenizer: Tokenizer, written: list[str], c
     assert whole.text.startswith(part.text)
     assert whole.thinking.startswith(part.thinking)
     assert whole.tool_calls[: max(0, len(part.tool_calls) - 1)] == part.tool_calls[:-1]
+
+
+@given(st.lists(st.sampled_from(sorted({*SPECIAL_TOKENS.values(), *range(108, 480)})), max_size=30), st.data())
+def test_which_tokens_are_text(tokenizer: Tokenizer, ids: list[int], data: st.DataObject) -> None:
+    """Decoded by themselves they give the text, where no character is split between its parts."""
+    cut = data.draw(st.integers(0, len(ids)))
+    prefix, answer = ids[:cut], ids[cut:]
+    flags = tokenizer.is_text(answer, prefix)
+    assert len(flags) == len(answer)
+    text = tokenizer.parse_response(answer, prefix).text
+    kept = tokenizer.decode([token for token, is_text in zip(answer, flags, strict=True) if is_text])
+    if "\ufffd" not in text + kept:
+        assert kept == text

@@ -272,6 +272,28 @@ def test_a_body_that_never_arrives(server: Running) -> None:
     assert 0.9 < time.monotonic() - began < 20
 
 
+def test_a_head_that_never_arrives(server: Running) -> None:
+    """Neither the first nor a second one on a connection; and a pause between two whole requests is no such thing."""
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    for before in (b"", whole):
+        with socket.create_connection(server.address, timeout=30) as sock:
+            sock.sendall(before + b"GET /health HTT")
+            began, answer = time.monotonic(), b""
+            while piece := sock.recv(65536):
+                answer += piece
+            assert 0.9 < time.monotonic() - began < 20
+            assert answer.count(b"200 OK") == bool(before)
+    with socket.create_connection(server.address, timeout=30) as sock:
+        for _ in range(3):
+            sock.sendall(whole)
+            answer = b""
+            while b"alive" not in answer:
+                piece = sock.recv(65536)
+                assert piece, "the connection was closed"
+                answer += piece
+            time.sleep(0.7)
+
+
 def test_bombs_of_headers_and_bytes_that_are_no_http(server: Running) -> None:
     many = b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200_000
     one = b"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: " + b"a" * 1_000_000 + b"\r\n\r\n"

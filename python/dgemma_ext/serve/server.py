@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.serve.app import build
+from dgemma_ext.serve.connection import HttpProtocol
 from dgemma_ext.serve.logs import to_stderr
 from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.serve.service import Service
@@ -42,6 +43,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=int(options.drain_timeout) + 1,
                 ws="none",
+                http=type("HttpProtocol", (HttpProtocol,), {"seconds": options.body_timeout}),
             )
         )
         self.service: Service = app.state.service
