@@ -219,7 +219,6 @@ INTEGERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "new_cache.slots": ("slots", lambda value: cache_of(slots=value)),
     "new_cache.max_length": ("max_length", lambda value: cache_of(max_length=value)),
     "Cache slot": ("slot", lambda value: cache_of(slot=value)),
-    "SnapshotStore.limit": ("limit", lambda value: dg.SnapshotStore(value).limit),
     "demo.draw.seed": ("seed", lambda value: demo.draw(6, value)),
     "demo.draw.index": ("index", lambda value: demo.draw(6, 1, value)),
     "chat.max_length": ("max_length", lambda value: random_model().chat(max_length=value)._scheduler.cache.max_length),
@@ -296,7 +295,6 @@ SEQUENCES: dict[str, tuple[str, Callable[[Any], Any], bool, bool]] = {
     "encode.slots": ("slots", lambda value: slotted(value), True, False),
     "encode.lengths": ("lengths", lambda value: encoded(value), True, False),
     "Tokenizer.decode": ("ids", lambda value: random_model().tokenizer.decode(value), False, False),  # type: ignore[union-attr]
-    "SnapshotStore.add": ("ids", lambda value: stored(value), False, False),
 }
 
 
@@ -312,16 +310,6 @@ def encoded(lengths: Any) -> list[int]:
     cache = model.new_cache(3, 24)
     model.encode(np.full((3, 5), 3), cache, lengths=lengths)  # type: ignore[arg-type]
     return [cache.length(slot) for slot in range(3)]
-
-
-def stored(ids: Any) -> int:
-    model, store = smallest_model(), dg.SnapshotStore()
-    cache = model.new_cache(1, 24)
-    model.encode([[3, 4, 5]], cache)  # type: ignore[arg-type]
-    store.add(ids, cache.snapshot(0))
-    found = store.longest_prefix(ids)
-    assert found is not None
-    return found.length
 
 
 @pytest.mark.parametrize("argument", SEQUENCES)
@@ -424,7 +412,6 @@ def test_the_message_says_what_came_and_what_is_wanted(changes: dict[str, Any], 
             r"max_length must be in \[1, 64\], the model's context",
         ),
         (lambda: dg.Scheduler(smallest_model(), batched="no"), "batched must be True or False, got 'no'"),  # type: ignore[arg-type]
-        (lambda: dg.Scheduler(smallest_model()).submit([3], snapshots=[]), r"snapshots must be a dg.SnapshotStore"),  # type: ignore[arg-type]
         (lambda: smallest_model().denoise([[3]], "cache"), "cache must be a dg.Cache, got 'cache'"),  # type: ignore[arg-type]
         (lambda: demo.draw(7, 1), "size must be one of 6, 9, got 7"),
         (lambda: demo.draw("6", 1), r"size must be an integer in \[0, 2\*\*31\), got '6'"),  # type: ignore[arg-type]
@@ -511,7 +498,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
         f"submit.{name}": lambda value, name=name: idle().submit(
             **({"prompt": [3], "max_new_tokens": 3} | {name: value})
         )  # type: ignore[misc]
-        for name in ("prompt", "max_new_tokens", "sampler", "seed", "canvas", "snapshots")
+        for name in ("prompt", "max_new_tokens", "sampler", "seed", "canvas", "logprobs", "deadline")
     },
     **{
         f"SamplerConfig.{name}": lambda value, name=name: sampled(**{name: value})  # type: ignore[misc]

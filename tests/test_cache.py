@@ -79,19 +79,3 @@ def test_sizes_and_snapshots_that_do_not_fit(model: dg.DiffusionGemma) -> None:
     saved = cache.snapshot(0)
     with pytest.raises(ValueError, match="the snapshot holds 20 positions"):
         model.new_cache(1, 10).restore(0, saved)
-
-
-def test_the_store_finds_the_longest_beginning_and_forgets_the_oldest(model: dg.DiffusionGemma) -> None:
-    cache, store = model.new_cache(1, 100), dg.SnapshotStore(limit=2)
-    prompt = ids(30)[0].tolist()
-    for length in (10, 20, 30):
-        cache.free(0)
-        model.encode(torch.tensor([prompt[:length]]), cache)
-        store.add(prompt[:length], cache.snapshot(0))
-    assert len(store) == 2
-    found = store.longest_prefix([*prompt[:25], 1, 2, 3])
-    assert found is not None
-    assert found.length == 20
-    assert store.longest_prefix(prompt[:15]) is None
-    with pytest.raises(ValueError, match="cannot stand for"):
-        store.add(prompt[:5], found)

@@ -48,11 +48,10 @@ def test_events_and_requests(copied: Callable[[Any], Any]) -> None:
 
 def test_a_copied_request_belongs_to_no_scheduler() -> None:
     scheduler = dg.Scheduler(smallest_model(), max_batch=1, max_length=32)
-    request = scheduler.submit([1, 2, 3], 8, SAMPLER, snapshots=dg.SnapshotStore())
+    request = scheduler.submit([1, 2, 3], 8, SAMPLER, deadline=100)
     scheduler.step()
     twin = pickled(request)
     assert twin.state is dg.RequestState.RUNNING
-    assert twin.snapshots is None
     assert twin.cancel()
     assert twin.state is dg.RequestState.CANCELLED
     assert request.state is dg.RequestState.RUNNING

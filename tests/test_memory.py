@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from dgemma_ext.engine import MemoryPlan, batch_plan, check_memory, cuda_graphs,
 from dgemma_ext.engine import memory as memory_module
 from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
-from dgemma_ext.model import Cache, Snapshot
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.units import format_bytes
 from models import random_model
@@ -168,7 +166,7 @@ def test_captured_steps_and_workspaces_of_cublas_are_planned(tmp_path: Path, mon
     assert found.total == sum(nbytes for purpose, nbytes in as_seen(found).items() if purpose != "total")
     assert as_seen(found)["graphs"] == found.graphs
     assert (on_cpu.graphs, on_cpu.cublas) == (0, 0)
-    assert not {"graphs", "cuBLAS", "snapshots"} & as_seen(on_cpu).keys()
+    assert not {"graphs", "cuBLAS", "prefix cache"} & as_seen(on_cpu).keys()
     monkeypatch.setenv("DGEMMA_SYNC", "1")
     launched = plan_of(folder, "auto", CUDA, 8192)
     assert (launched.graphs, launched.cublas) == (0, 32 * MIB)
@@ -227,49 +225,38 @@ def test_later_graphs_use_the_pool_of_earlier_ones(graphs: int, monkeypatch: pyt
         check_memory(replace(plan, cache=free - beyond), 0, device)
 
 
-def test_a_scheduler_makes_sure_that_graphs_and_snapshots_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_makes_sure_that_graphs_and_the_prefix_cache_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     monkeypatch.setattr(scheduler_module, "can_capture", lambda network: True)
     length = model.config.canvas_length
-    slot = model.new_cache(1, 100).nbytes
-    plan = batch_plan(model.network, 4, length, 100, slots=3, captured=True, kept_slots=5)
+    slot, budget = model.new_cache(1, 100).nbytes, 123_456
+    plan = batch_plan(model.network, 4, length, 100, slots=3, captured=True, prefix_cache_bytes=budget)
     assert plan.cache == 3 * slot
-    assert plan.kept == 5 * slot
+    assert plan.prefix_cache == budget
     without = batch_plan(model.network, 4, length, 100, slots=3)
-    assert plan.total == without.total + plan.kept + plan.graphs
+    assert plan.total == without.total + budget + plan.graphs
     assert plan.graphs > 0
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - 1)
     with pytest.raises(dg.NotEnoughMemory) as caught:
-        dg.Scheduler(model, 3, 100, batched=True, make_runner=cuda_graphs.cuda_runner, kept_snapshots=5)
+        dg.Scheduler(model, 3, 100, batched=True, make_runner=cuda_graphs.cuda_runner, prefix_cache_bytes=budget)
     assert caught.value.plan == plan
-    assert "snapshots" in str(caught.value)
-    dg.Scheduler(model, 3, 100, batched=True, kept_snapshots=5)
+    assert "prefix cache" in str(caught.value)
+    dg.Scheduler(model, 3, 100, batched=True, prefix_cache_bytes=budget)
+    # Where requests take turns, the budget alone is looked at.
+    monkeypatch.setattr(memory_module, "available_bytes", lambda device: budget - 1)
+    with pytest.raises(dg.NotEnoughMemory, match="prefix cache"):
+        dg.Scheduler(model, 3, 100, batched=False, prefix_cache_bytes=budget)
+    dg.Scheduler(model, 3, 100, batched=False, prefix_cache_bytes=budget - 1)
 
 
-def test_a_chat_asks_for_its_snapshots_and_never_keeps_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_has_room_for_four_slots() -> None:
     model = random_model()
-    asked: list[int] = []
-    made = dg.Scheduler.__init__
-
-    def note(self: dg.Scheduler, *operands: object, **options: Any) -> None:
-        asked.append(options["kept_snapshots"])
-        made(self, *operands, **options)
-
-    monkeypatch.setattr(dg.Scheduler, "__init__", note)
-    chat = model.chat(max_length=400)
-    held: list[int] = []
-    copy = Cache.snapshot
-
-    def snapshot(self: Cache, slot: int) -> Snapshot:
-        held.append(len(chat._snapshots) + 1)
-        return copy(self, slot)
-
-    monkeypatch.setattr(Cache, "snapshot", snapshot)
-    for turn in range(4):
-        chat.send(f"turn {turn}", 12, dg.SamplerConfig(max_denoising_steps=2), seed=turn)
-    assert asked == [chat._snapshots.limit]
-    assert max(held) == chat._snapshots.limit
-    assert len(held) > chat._snapshots.limit
+    prefixes = model.chat(max_length=400)._scheduler.prefix_cache
+    assert prefixes is not None
+    assert prefixes.max_bytes == 4 * model.new_cache(1, 400).nbytes
+    without_length = model.chat()._scheduler
+    assert without_length.prefix_cache is not None
+    assert without_length.prefix_cache.max_bytes == 4 * without_length.cache.nbytes
 
 
 def test_info_tells_what_a_chat_takes_besides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

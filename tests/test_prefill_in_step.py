@@ -10,7 +10,6 @@ import torch
 import dgemma_ext as dg
 from backend import DTYPES
 from dgemma_ext import _C, SamplerConfig
-from dgemma_ext.engine import SnapshotStore
 from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.model import MatmulMode, PrefillChunk, resolve_matmul
 from dgemma_ext.model import forward as forward_module
@@ -127,11 +126,13 @@ def test_a_short_prompt_needs_no_encode_pass(batched: bool, most: int, monkeypat
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_tokens_that_a_step_encodes_go_to_the_snapshots(batched: bool) -> None:
-    model, store = random_model(), SnapshotStore()
-    scheduler = dg.Scheduler(model, max_batch=1, max_length=100, batched=batched)
+def test_tokens_that_a_step_encodes_go_to_the_prefix_cache(batched: bool) -> None:
+    model = random_model()
+    scheduler = dg.Scheduler(model, max_batch=1, max_length=100, batched=batched, prefix_cache_bytes=1 << 30)
+    store = scheduler.prefix_cache
+    assert store is not None
     prompt = ids(9, 5)[0].tolist()
-    request = scheduler.submit(prompt, 12, SAMPLER, 0, snapshots=store)
+    request = scheduler.submit(prompt, 12, SAMPLER, 0)
     while not scheduler.idle:
         scheduler.step()
     canvas = list(request.output.token_ids[:LENGTH])

@@ -24,7 +24,6 @@ from dgemma_ext.engine import (
     Request,
     RequestState,
     Scheduler,
-    SnapshotStore,
 )
 from dgemma_ext.errors import CheckpointError, GrammarError, NonFiniteError
 from dgemma_ext.integrations import accelerate
@@ -71,7 +70,6 @@ __all__ = [
     "SamplerConfig",
     "Scheduler",
     "Snapshot",
-    "SnapshotStore",
     "TokenLogprobs",
     "Tokenizer",
     "ToolCall",

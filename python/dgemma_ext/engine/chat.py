@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
+
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import InvalidToolCall, Message, ToolCall
 from dgemma_ext.engine.events import Commit, Draft, Failure
+from dgemma_ext.engine.memory import USUAL_CONTEXT
 from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.prefix_cache import USUAL_SNAPSHOTS
 from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import PromptOptions, ServedModel
-from dgemma_ext.engine.snapshots import SnapshotStore
+from dgemma_ext.model import Cache
 from dgemma_ext.sampling import SamplerConfig
 
 _TURN = "text, or messages with role and content"
@@ -50,8 +54,11 @@ class Chat:
         self.options = options or PromptOptions()
         self._lock = threading.Lock()
         self._speaker: int | None = None  # the thread whose turn is under way
-        self._snapshots = SnapshotStore()
-        self._scheduler = Scheduler(model, max_batch=1, max_length=max_length, kept_snapshots=self._snapshots.limit)
+        network = model.network
+        context = min(USUAL_CONTEXT, network.config.max_position_embeddings) if max_length is None else max_length
+        slot = Cache(network.config, 1, context, network.dtype, torch.device("meta"))
+        budget = USUAL_SNAPSHOTS * slot.nbytes
+        self._scheduler = Scheduler(model, max_batch=1, max_length=max_length, prefix_cache_bytes=budget)
 
     @property
     def text(self) -> str:
@@ -108,7 +115,6 @@ class Chat:
                 max_new_tokens,
                 sampler,
                 seed,
-                snapshots=self._snapshots,
                 tools=options.tools,
                 enable_thinking=options.enable_thinking,
                 chat_template_kwargs=options.chat_template_kwargs,

@@ -41,7 +41,7 @@ class MemoryPlan:
     """Bytes by purpose. `weights`: part of the model → (its format or dtype, bytes).
 
     On a GPU also `graphs`, the memory of captured steps, and `cublas`, the workspaces that torch gives cuBLAS for
-    `streams` streams. `kept`: copies of slots that a chat continues from.
+    `streams` streams. `prefix_cache`: the budget for copies of slots from which requests and chats continue.
     """
 
     weights: dict[str, tuple[str, int]]
@@ -53,19 +53,19 @@ class MemoryPlan:
     graphs: int = 0
     cublas: int = 0
     streams: int = 0
-    kept: int = 0
+    prefix_cache: int = 0
 
     @property
     def total(self) -> int:
         weights = sum(nbytes for _, nbytes in self.weights.values())
-        return weights + self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.kept
+        return weights + self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.prefix_cache
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The lines of the table: purpose, format, bytes; the total last."""
         not_everywhere = [
             ("graphs", "largest captured step", self.graphs),
             ("cuBLAS", f"workspaces of {_several(self.streams, 'stream')}", self.cublas),
-            ("snapshots", f"of slots of {self.context:,} tokens", self.kept),
+            ("prefix cache", "copies of slots", self.prefix_cache),
         ]
         return [
             *((f"{part} weights", format, nbytes) for part, (format, nbytes) in self.weights.items()),
@@ -116,6 +116,7 @@ def memory_plan(
     device: torch.device,
     context: int | None = None,
     activations: str | None = None,
+    prefix_cache_bytes: int = 0,
 ) -> MemoryPlan:
     """The memory that loading `info` with these options takes, with one request of `context` positions.
 
@@ -138,6 +139,7 @@ def memory_plan(
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
         graphs=passes.step(config.canvas_length) if captured else 0,
+        prefix_cache=prefix_cache_bytes,
         **_cublas(device, captured),
     )
 
@@ -149,12 +151,12 @@ def batch_plan(
     max_length: int,
     slots: int,
     captured: bool = False,
-    kept_slots: int = 0,
+    prefix_cache_bytes: int = 0,
 ) -> MemoryPlan:
     """The memory that a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache
     of `slots` for `max_length` positions each (0 slots where the cache exists already).
 
-    captured: whether its steps are captured in CUDA graphs. kept_slots: how many snapshots of slots are kept.
+    captured: whether its steps are captured in CUDA graphs. prefix_cache_bytes: its budget.
     """
     config, dtype, device = network.config, network.dtype, network.device
     batch = make_canvas_batch(network, requests, length, device="meta")
@@ -172,7 +174,7 @@ def batch_plan(
         context=max_length,
         requests=requests,
         graphs=passes.step(requests * length) if captured else 0,
-        kept=kept_slots * slot,
+        prefix_cache=prefix_cache_bytes,
         **_cublas(device, captured),
     )
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.output import Output
-from dgemma_ext.engine.snapshots import SnapshotStore
 from dgemma_ext.sampling import Canvas, ResolvedSampler, TokenLogprobs
 
 
@@ -33,7 +32,6 @@ class Request:
         sampler: ResolvedSampler,
         seed: int,
         canvas: Canvas | None,
-        snapshots: SnapshotStore | None,
         tokenizer: Tokenizer | None,
         cancel: Callable[[Request], bool],
         num_logprobs: int | None = None,
@@ -45,10 +43,9 @@ class Request:
         self.sampler = sampler
         self.seed = seed
         self.canvas = canvas
-        self.snapshots = snapshots
         self.num_logprobs = num_logprobs
         self.logprobs: list[TokenLogprobs] | None = None if num_logprobs is None else []
-        self.cached_tokens = 0  # tokens of the prompt that were not encoded, because a snapshot had them
+        self.cached_tokens = 0  # tokens of the prompt that came from the prefix cache
         self.state = RequestState.WAITING
         self.error: Exception | None = None
         self.token_ids: list[int] = []
@@ -69,8 +66,8 @@ class Request:
         self._is_late = is_late  # None without a deadline
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler and to no store of snapshots."""
-        return {**vars(self), "_cancel": _no_scheduler, "snapshots": None, "_is_late": None}
+        """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler."""
+        return {**vars(self), "_cancel": _no_scheduler, "_is_late": None}
 
     @property
     def done(self) -> bool:

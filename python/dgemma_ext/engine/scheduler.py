@@ -24,15 +24,14 @@ import torch
 
 from dgemma_ext import arguments
 from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, can_capture, cuda_runner
-from dgemma_ext.engine.events import Commit, Draft, Event, Failure
+from dgemma_ext.engine.events import Commit, Draft, Event, Failure, error_of
 from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
 from dgemma_ext.engine.loop import LOOPS
-from dgemma_ext.engine.memory import batch_plan, check_memory
+from dgemma_ext.engine.memory import MemoryPlan, batch_plan, check_memory
+from dgemma_ext.engine.prefix_cache import PrefixCache
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.runner import EagerRunner
 from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
-from dgemma_ext.engine.snapshots import SnapshotStore
-from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import MAX_LOGPROBS, Canvas, SamplerConfig, resolve_sampler
@@ -67,7 +66,9 @@ class Scheduler:
     batched: whether requests share the pass of a step; the default is to share on a GPU and to take turns on a CPU.
     driver: the loop of `finish_canvas`, a name of loop.LOOPS; "eager" runs steps operator by operator on a GPU too, the
     others from captured CUDA graphs, which are made here for every batch size (those of canvases shorter than the
-    checkpoint's when they are first needed). kept_snapshots: how many snapshots of a slot must fit beside all this.
+    checkpoint's when they are first needed).
+    prefix_cache_bytes: a budget for copies of slots, from which later requests continue whose prompts begin with the
+    same tokens; on a CPU their answers are the same bits with it. clock: the time in seconds, for deadlines.
 
     Threads may share a scheduler: each call waits until no other thread's is under way. `step` and `finish_canvas`
     return the events of all requests to the thread that called them.
@@ -85,7 +86,7 @@ class Scheduler:
         batched: bool | None = None,
         driver: str = "graph",
         make_runner: MakeRunner | None = None,
-        kept_snapshots: int = 0,
+        prefix_cache_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not isinstance(getattr(model, "network", None), Network):
@@ -99,7 +100,8 @@ class Scheduler:
         self._batched = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
         self._driver = arguments.choice("driver", driver, LOOPS)
         self._make_runner = make_runner or _runner_maker(network.device, self._driver, self._batched)
-        self._kept_snapshots = arguments.integer("kept_snapshots", kept_snapshots)
+        budget = arguments.integer("prefix_cache_bytes", prefix_cache_bytes, end=2**63)
+        self.prefix_cache = PrefixCache(budget) if budget else None
         self._names_length = max_length is not None
         positions = min(network.config.max_position_embeddings, _USUAL_LENGTH)
         if max_length is not None:
@@ -157,7 +159,6 @@ class Scheduler:
         sampler: SamplerConfig | None = None,
         seed: int = 0,
         canvas: Canvas | None = None,
-        snapshots: SnapshotStore | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -167,8 +168,7 @@ class Scheduler:
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
-        snapshots: a store to take an encoded prefix of the prompt from, and to add new ones to. deadline: seconds from
-        now; time in the queue counts.
+        deadline: seconds from now; time in the queue counts.
         Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for canvases of another length
         than the checkpoint's do not fit.
         """
@@ -181,8 +181,6 @@ class Scheduler:
             arguments.instance("canvas", canvas, Canvas, "a dg.Canvas or None").check(
                 config.vocab_size, resolved.max_denoising_steps
             )
-        if snapshots is not None:
-            arguments.instance("snapshots", snapshots, SnapshotStore, "a dg.SnapshotStore or None")
         request = Request(
             number=self._submitted,
             prompt_ids=ids,
@@ -190,7 +188,6 @@ class Scheduler:
             sampler=resolved,
             seed=arguments.integer("seed", seed, end=2**63),
             canvas=canvas,
-            snapshots=snapshots,
             tokenizer=self.tokenizer,
             cancel=self._cancel,
             num_logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1),
@@ -224,14 +221,16 @@ class Scheduler:
             request._slot = self._free_slots.pop(0)
             request.state = RequestState.RUNNING
             self._running.append(request)
-        for request in list(self._running):
-            if not request._in_canvas:
-                with self._failing([request]), self._alone(request):
-                    self._begin_canvas(request)
+        beginning = [request for request in self._running if not request._in_canvas]
+        if self.prefix_cache is not None:
+            beginning.sort(key=lambda request: len(request._uncached))  # a prompt before those that it begins
+        for index, request in enumerate(beginning):
+            with self._failing([request]), self._alone(request):
+                self._begin_canvas(request, beginning[index + 1 :])
         for group in self._groups.values():
             if group.members:
                 with self._failing(group.members):
-                    progress_of = _run(group, whole)
+                    progress_of = group.run() if whole else group.step()
                 for request, progress in progress_of.items():
                     if request.state is RequestState.RUNNING:  # not cancelled while the step was under way
                         with self._failing([request]), self._alone(request):
@@ -258,17 +257,20 @@ class Scheduler:
         try:
             yield
         except Exception as error:
-            self._events[request.number] = [self._fail(request, _error_of(request, error, step=0))]
+            self._events[request.number] = [self._fail(request, error_of(request, error, step=0))]
 
-    def _begin_canvas(self, request: Request) -> None:
-        """Adds the next canvas to its group. The tokens that it sees are encoded here, or left to its first step."""
-        self._restore_prefix(request)
+    def _begin_canvas(self, request: Request, others: Sequence[Request]) -> None:
+        """Adds the next canvas to its group. The tokens that it sees are encoded here, or left to its first step.
+
+        others: requests that begin a canvas after this one. Where the prefix cache can hand them what this one encodes,
+        it is encoded here.
+        """
+        is_shared = self._restore_prefix(request, others)
         index, sampler = len(request.denoising_steps), request.sampler
         request._length = sampler.length_of(index, request._longest)
         group = self._groups[request._length]
-        if len(request._uncached) + group.num_prefill > MAX_PREFILL_TOKENS:
-            self.network.encode(torch.tensor([request._uncached], device="cpu"), self.cache, slots=[request._slot])
-            self._note_encoded(request)
+        if request._uncached and (is_shared or len(request._uncached) + group.num_prefill > MAX_PREFILL_TOKENS):
+            self._encode(request, len(request._uncached))
         chunk = None
         if request._uncached:
             # The copy does not wait for the GPU's queued work.
@@ -286,8 +288,8 @@ class Scheduler:
             # `step` is the next step to run; a failed step does not advance it.
             request.denoising_steps[-1] = progress.num_steps + 1
             error = progress.error or FloatingPointError("a logit or a statistic is not finite")
-            return [self._fail(request, _error_of(request, error, int(output.step[row])))]
-        self._note_encoded(request)
+            return [self._fail(request, error_of(request, error, int(output.step[row])))]
+        self._note_encoded(request, len(request._uncached))
         request.denoising_steps[-1] = progress.num_steps
         draft = Draft(
             request=request,
@@ -300,27 +302,37 @@ class Scheduler:
         )
         return [draft, self._commit(request, draft, progress)] if progress.is_over else [draft]
 
-    def _restore_prefix(self, request: Request) -> None:
-        """Restores the longest snapshot that is a prefix of the prompt into the slot, where there is one."""
-        slot, store = request._slot, request.snapshots
-        if store is None or request._cached:
-            return
-        saved = store.longest_prefix(request._uncached)
+    def _restore_prefix(self, request: Request, others: Sequence[Request]) -> bool:
+        """Puts what the prefix cache has of a prompt into the slot. Returns whether others begin with the prompt."""
+        prefixes = self.prefix_cache
+        if prefixes is None or request._cached:
+            return False
+        prompt = request._uncached
+        saved = prefixes.longest_prefix(prompt)
         if saved is not None:
-            self.cache.restore(slot, saved)
-            request._cached = request._uncached[: saved.length]
-            request._uncached = request._uncached[saved.length :]
-            if not request._uncached:
-                store.add(request._cached, saved)  # marks it as the newest
+            self.cache.restore(request._slot, saved)
+            request.cached_tokens = saved.length
+            request._cached, request._uncached = prompt[: saved.length], prompt[saved.length :]
+        shared = prefixes.shared_length(prompt, request.cached_tokens)
+        if shared:
+            self._encode(request, shared - request.cached_tokens)
+        return any(other.prompt_ids[: len(prompt)] == prompt for other in others)
 
-    def _note_encoded(self, request: Request) -> None:
-        """Records that the slot now holds all tokens that the canvas sees."""
-        if request._uncached:
-            request._cached = request._cached + request._uncached
-            request._uncached = []
-            if request.snapshots is not None:
-                request.snapshots.make_room(request._cached)
-                request.snapshots.add(request._cached, self.cache.snapshot(request._slot))
+    def _encode(self, request: Request, count: int) -> None:
+        """Encodes the next `count` tokens that a canvas sees in passes of their own."""
+        ids = torch.tensor([request._uncached[:count]], device="cpu")
+        self.network.encode(ids, self.cache, slots=[request._slot])
+        self._note_encoded(request, count)
+
+    def _note_encoded(self, request: Request, count: int) -> None:
+        """Records that the slot holds `count` more tokens; the prefix cache takes a copy."""
+        if count:
+            request._cached = request._cached + request._uncached[:count]
+            request._uncached = request._uncached[count:]
+            prefixes = self.prefix_cache
+            nbytes = self.cache.snapshot_nbytes(len(request._cached))
+            if prefixes is not None and prefixes.make_room(request._cached, nbytes):
+                prefixes.add(request._cached, self.cache.snapshot(request._slot))
 
     def _commit(self, request: Request, draft: Draft, progress: Progress) -> Commit:
         """Adds the finished canvas to the answer, which may end with it."""
@@ -414,37 +426,20 @@ class Scheduler:
             self._groups[length] = self._new_group(length)
 
     def _check_memory(self, length: int, positions: int, slots: int) -> None:
-        # Without a shared pass there are buffers for one canvas only, and unused pages of the cache take no memory.
+        kept = self.prefix_cache.max_bytes if self.prefix_cache is not None and slots else 0
         if self._batched:
             captured = self._make_runner is cuda_runner and can_capture(self.network)
-            kept = self._kept_snapshots if slots else 0
-            plan = batch_plan(self.network, bucket_of(self.max_batch), length, positions, slots, captured, kept)
-            check_memory(plan, 0, self.network.device)
+            requests = bucket_of(self.max_batch)
+            plan = batch_plan(self.network, requests, length, positions, slots, captured, prefix_cache_bytes=kept)
+        else:
+            # There are buffers for one canvas only, and unused pages of the cache take no memory.
+            plan = MemoryPlan({}, 0, 0, 0, positions, self.max_batch, prefix_cache=kept)
+        check_memory(plan, 0, self.network.device)
 
     def _new_group(self, length: int) -> CanvasGroup[Request]:
         return CanvasGroup(
             self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
         )
-
-
-def _run(group: CanvasGroup[Request], whole: bool) -> dict[Request, Progress]:
-    """One step of a group, or with `whole` those until a canvas is over. The host looks at the clock after every step
-    where a member has a deadline."""
-    if whole and all(member._is_late is None for member in group.members):
-        return group.run()
-    progress_of = group.step()
-    while whole and not any(progress.is_over for progress in progress_of.values()):
-        progress_of = group.step()
-    return progress_of
-
-
-def _error_of(request: Request, error: Exception, step: int) -> Exception:
-    """What the request of an exception tells its caller."""
-    if isinstance(error, FloatingPointError):  # of a check of a debug run or of the step itself
-        return NonFiniteError(str(error), request=request.number, step=step)
-    failed = RuntimeError(f"a step was broken off: {error!r}")
-    failed.__cause__ = error
-    return failed
 
 
 def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:

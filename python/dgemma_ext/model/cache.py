@@ -82,6 +82,10 @@ class Cache:
             raise ValueError(f"slot {slot} would hold {length} positions, and max_length is {self.max_length}")
         self._lengths[slot] = length
 
+    def snapshot_nbytes(self, length: int) -> int:
+        """Bytes of a snapshot of `length` positions."""
+        return sum(min(length, t.shape[1]) * t[0, 0].nbytes for t in (*self.keys, *self.values))
+
     @in_own_torch_state
     def snapshot(self, slot: int) -> Snapshot:
         """A copy of the slot for `restore`, which may put it into another slot or another cache of the same model."""
