@@ -6,7 +6,12 @@ foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND sim_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
 endforeach()
 file(GLOB_RECURSE sim_kernels CONFIGURE_DEPENDS ${sim_patterns})
-set_source_files_properties(${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, and the line of each.
+set_source_files_properties(
+  ${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS
+                            "-xc++;-fsanitize=thread;--param;tsan-instrument-func-entry-exit=0;-g1")
+# The test bed is what the time goes to.
+set_source_files_properties("${PROJECT_SOURCE_DIR}/tests/sim/all.cpp" PROPERTIES COMPILE_OPTIONS -O3)
 
 add_library(dgemma_sim OBJECT ${sim_kernels} "${PROJECT_SOURCE_DIR}/tests/sim/all.cpp")
 target_include_directories(
@@ -22,3 +27,12 @@ endif()
 
 target_sources(dgemma PRIVATE $<TARGET_OBJECTS:dgemma_sim>)
 target_compile_definitions(dgemma PUBLIC $<BUILD_INTERFACE:DGEMMA_SIM> $<BUILD_INTERFACE:DGEMMA_WITH_CUDA>)
+
+# Where torch's tensors lie. Called by cmake/Python.cmake: torch's C++ headers are not for a file that has its stable ABI.
+function(dgemma_sim_watches_tensors module torch_dir)
+  add_library(dgemma_sim_tensors OBJECT "${PROJECT_SOURCE_DIR}/tests/sim/torch_memory.cpp")
+  target_include_directories(dgemma_sim_tensors SYSTEM PRIVATE "${torch_dir}/include")
+  target_include_directories(dgemma_sim_tensors PRIVATE "${PROJECT_SOURCE_DIR}/tests/sim")
+  target_sources(${module} PRIVATE $<TARGET_OBJECTS:dgemma_sim_tensors>)
+  target_link_libraries(${module} PRIVATE "${torch_dir}/lib/libc10.so")
+endfunction()

@@ -28,6 +28,7 @@ KERNEL_FILES = sorted([*(SIM / "kernels").glob("sm*.cu"), *(ROOT / "csrc").rglob
 OF_THE_LANGUAGE = {
     "atomic_beside_ordinary",
     "barriers_of_two_numbers",
+    "copy_over_what_others_copied",
     "fill_the_stack",
     "lane_outside_its_mask",
     "lanes_part",

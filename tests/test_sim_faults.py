@@ -127,6 +127,7 @@ REPORTS = {
     "wgmma_e4m3_without_fence": r"wgmma without wgmma_fence\(\)",
     "misaligned_load_once": r"load_once: 0x[0-9a-f]+ is not a multiple of 16",
     "misaligned_store_once": r"store_once: 0x[0-9a-f]+ is not a multiple of 16",
+    "copy_over_what_others_copied": r"race: this thread writes global memory at \d+, which thread \d+ wrote \(global",
     "write_the_same_word": r"race: this thread writes global memory at \d+, which thread \d+ wrote \(global_memory",
     "read_what_another_block_writes": rf"race: .* global memory at {OF_ANOTHER_BLOCK}",
     "store_once_over_what_others_read": rf"race: .* global memory at {OF_ANOTHER_BLOCK}",

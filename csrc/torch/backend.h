@@ -71,6 +71,10 @@ class OnCpu {
 };
 
 #if defined(DGEMMA_SIM)
+// A report of the test bed is longer than the C interface has room for: this is the last one,
+// whole.
+extern "C" const char* sim_last_error();
+
 // The CUDA kernels on the host: the suite's build (cmake/Sim.cmake) hands tensors of the CPU to
 // them.
 class OnCuda {
@@ -81,7 +85,8 @@ class OnCuda {
   OnCuda(const char* op, const Tensor& /*tensor*/) : op_(op), cuda_{} {}
 
   void run(const Entry& entry, const void* operation) {
-    check_status(op_, entry.run(operation, &cuda_), cuda_.message);
+    const dgemma_status status = entry.run(operation, &cuda_);
+    check_status(op_, status, status == DGEMMA_CUDA_ERROR ? sim_last_error() : cuda_.message);
   }
 
  private:

@@ -64,12 +64,18 @@ def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: in
     )
 
 
-def run_on_kernels(script: Path, *arguments: str, compute_capability: int = 90, seed: int = 1) -> str:
-    """Runs a Python script whose operators are the CUDA kernels on the host; gives what it prints."""
+def run_on_kernels(
+    script: Path, *arguments: str, compute_capability: int = 90, seed: int = 1, watch: bool = False
+) -> str:
+    """Runs a Python script whose operators are the CUDA kernels on the host; gives what it prints.
+
+    `watch`: also checks the kernels' ordinary loads and stores, and where tensors end.
+    """
     build()
     program = PRELUDE + (
         "import ctypes, runpy\n"
         "_machine = ctypes.CDLL(dgemma_ext._C.__file__)\n"
+        f"{'_machine.sim_watch_tensors()' if watch else '_machine.sim_watch_plain_accesses(0)'}\n"
         f"_machine.sim_set_gpu({compute_capability}, 3)\n"
         f"_machine.sim_set_seed(ctypes.c_uint64({seed}))\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"

@@ -4,6 +4,7 @@
 #include "host_memory.h"
 #include "kernel_order.h"
 #include "machine.h"
+#include "plain_access.h"
 #include "shadow.h"
 
 extern "C" {
@@ -14,6 +15,7 @@ extern "C" {
   sim::multiprocessors = multiprocessors;
 }
 [[gnu::visibility("default")]] void sim_set_checks(int on) { sim::checking = on != 0; }
+[[gnu::visibility("default")]] void sim_watch_plain_accesses(int on) { sim::watching = on != 0; }
 [[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) {
   sim::next_seed = seed;
   sim::forget_kernel_in_front();

@@ -20,6 +20,7 @@ struct Piece {
 std::mutex mutex;  // torch's threads give memory out while a kernel runs
 std::map<uintptr_t, size_t> live;
 std::vector<Piece> freed;
+bool other_memory = false;
 
 // The last piece that begins at the address or before it.
 Piece piece_before(uintptr_t address) {
@@ -43,6 +44,8 @@ void host_freed(const void* memory) {
   freed.push_back({found->first, found->second});
   live.erase(found);
 }
+
+void host_has_other_memory() { other_memory = true; }
 
 bool is_host_memory(const void* address, size_t bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -69,7 +72,7 @@ std::string host_memory_problem(const void* address, size_t bytes, bool write) {
                   verb, bytes, static_cast<size_t>(next->first - first), next->second);
     return text;
   }
-  if (!write) return {};  // constants, and what others than torch have read
+  if (!write || other_memory) return {};  // constants, and what others have read
   std::snprintf(text, sizeof text, "writes %zu bytes at %p, which is in no tensor's memory", bytes,
                 address);
   return text;

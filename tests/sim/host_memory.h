@@ -13,9 +13,13 @@ constexpr size_t kHostMargin = 64;
 void host_allocated(const void* memory, size_t bytes);
 void host_freed(const void* memory);
 
+// From now on kernels may write to memory of which the host does not tell: tensors over numpy's.
+void host_has_other_memory();
+
 // Whether all of this is in one piece.
 bool is_host_memory(const void* address, size_t bytes);
-// Empty, or what is wrong with an access there: in a margin, or a write to memory that is no piece.
+// Empty, or what is wrong with an access there: in a margin, or a write to memory that is no piece
+// where there is no other.
 std::string host_memory_problem(const void* address, size_t bytes, bool write);
 
 // " (byte 16 of a tensor's memory of 64 bytes)", or empty where the host tells of none there.

@@ -5,20 +5,25 @@
 
 #include "global_shadow.h"
 #include "operations.h"
+#include "plain_access.h"
 #include "shadow.h"
 
 namespace sim {
 
+bool watching = true;
+
 namespace {
 
 // A store that comes in no order with another: its value is known when the thread goes on. Where it
-// leaves what is there, both store the same, which is no fault.
+// leaves what is there, both store the same, which is no fault. In front of the copy of a struct
+// comes the call for the store, then the one for the load.
 struct Suspect {
   const void* address = nullptr;
   size_t bytes = 0;
   uint32_t place = 0;
   uint8_t before[16];
   std::string problem;
+  bool may_load = true;
 };
 Suspect suspect;
 
@@ -49,10 +54,14 @@ void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uin
 }
 
 inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void* instruction) {
-  if (machine == nullptr || machine->current == nullptr || !checking) return;
+  if (!watching || machine == nullptr || machine->current == nullptr || !checking) return;
   Thread& thread = *machine->current;
   thread.last_access = instruction;
-  if (suspect.address != nullptr && suspect_stored()) stop(thread, suspect.place, suspect.problem);
+  if (suspect.address != nullptr) {
+    const bool may_be_its_load = !(manner & kWrite) && suspect.may_load;
+    suspect.may_load = false;
+    if (!may_be_its_load && suspect_stored()) stop(thread, suspect.place, suspect.problem);
+  }
   const auto* address = static_cast<const uint8_t*>(pointer);
   Block& own = *thread.block;
   const auto offset = static_cast<size_t>(address - own.shared);
@@ -72,7 +81,7 @@ inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void*
   GlobalProblem problem = touch_global(address, bytes, manner, place, "this thread");
   if (problem.text.empty()) return;
   if (!problem.of_two_writes || bytes > sizeof suspect.before) stop(thread, place, problem.text);
-  suspect = {address, bytes, place, {}, std::move(problem.text)};
+  suspect = {address, bytes, place, {}, std::move(problem.text), true};
   std::memcpy(suspect.before, address, bytes);
 }
 

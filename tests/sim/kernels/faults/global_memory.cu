@@ -15,6 +15,12 @@ void misaligned_store_once(Arguments a) { store_once(a.global + 8 + 16 * threadI
 void write_the_same_word(Arguments a) {
   if (threadIdx.x % 64 == 5) *reinterpret_cast<volatile uint32_t*>(a.global) = threadIdx.x;
 }
+// 16 bytes at once, of zeros and of what the front kernel wrote.
+void copy_over_what_others_copied(Arguments a) {
+  wait_for_previous_kernel();
+  auto* global = reinterpret_cast<uint4*>(a.global);
+  if (threadIdx.x % 64 == 5) global[0] = global[1 + threadIdx.x / 64 * 256];
+}
 void read_what_another_block_writes(Arguments a) {
   volatile uint8_t* global = a.global;
   if (blockIdx.x == 0) global[threadIdx.x] = 1;
@@ -111,6 +117,7 @@ std::vector<Fault> global_memory_faults() {
       FAULT(misaligned_load_once),
       FAULT(misaligned_store_once),
       FAULT(write_the_same_word),
+      FAULT(copy_over_what_others_copied),
       {"read_what_another_block_writes", read_what_another_block_writes, 128, 2},
       {"store_once_over_what_others_read", store_once_over_what_others_read, 128, 2},
       FAULT(wait_for_a_flag),
