@@ -130,8 +130,9 @@ function hideNotice() {
 // Frames ------------------------------------------------------------------------------------------------------------
 
 // Of an answer at most so many positions are kept, about 8 MB: 48 steps of 256 tokens twenty times over. Then the
-// oldest frames go.
+// oldest frames go. The curve is drawn anew at each, so their number has a bound too.
 const MOST_POSITIONS = 250_000;
+const MOST_FRAMES = 2_000;
 const ACCEPTED = 1, PINNED = 2, END = 4, AFTER = 8, THOUGHT = 16;
 const ENDS = new Set(["<turn|>", "<eos>", "<end_of_turn>", "<|tool_response>"]);
 const MARKERS = new Set(["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<pad>", ...ENDS]);
@@ -202,7 +203,7 @@ class Frames {
     frame.perForward = (this.earlier.tokens + frame.kept) / (this.earlier.steps + frame.step);
     this.list.push(frame);
     this.positions += frame.pieces.length;
-    while (this.positions > MOST_POSITIONS && this.list.length > 1) {
+    while ((this.positions > MOST_POSITIONS || this.list.length > MOST_FRAMES) && this.list.length > 1) {
       this.positions -= this.list.shift().pieces.length;
       this.dropped++;
     }
@@ -328,6 +329,8 @@ class Timeline {
     const scrub = make("div", { className: "scrub" }, make("div", { className: "curve" }, chart, dots), this.slider);
     this.element = make("div", { className: "timeline", role: "group", "aria-label": "Steps of the last answer", hidden: true });
     this.element.append(make("div", { className: "scrub-row" }, scrub, this.play), this.figures, legend());
+    this.gone = make("p", { className: "hint", hidden: true });
+    this.element.append(this.gone);
   }
 
   begin() {
@@ -371,9 +374,10 @@ class Timeline {
     this.values.time.textContent = `${fixed(frame.seconds, 2)} s`;
     this.slider.setAttribute(
       "aria-valuetext",
-      `step ${this.values.step.textContent}, mean entropy ${fixed(frame.mean, 3)}, ${fixed(frame.seconds, 2)} seconds`,
+      `step ${this.values.step.textContent}, mean entropy ${fixed(frame.mean, 3)}, ${fixed(frame.perForward, 1)} tokens per forward, ${fixed(frame.seconds, 2)} seconds`,
     );
-    this.element.title = dropped ? `The first ${plural(dropped, "step")} are no longer kept.` : "";
+    this.gone.hidden = !dropped;
+    this.gone.textContent = `Of a long answer the newest steps are kept; the first ${dropped} are gone.`;
     this.chart(known, index);
     if (draws) this.draw(frame, index === list.length - 1);
   }
@@ -531,7 +535,7 @@ let running = null;
  * Asks for an answer and shows its drafts on a timeline, each for a while at least.
  *
  * onCommit(answer) is called where a canvas is finished, after its drafts were shown. isEnough(text) tells whether no
- * more of it is wanted. `stop` ends it with what there is.
+ * more of it is wanted. `stop` ends it with what there is, or shows the rest at once where all has come.
  */
 class Answer {
   constructor(body, timeline, { onCommit = () => {}, isEnough = () => false } = {}) {
@@ -577,9 +581,9 @@ class Answer {
   }
 
   stop() {
+    if (this.hurry) return this.hurry();
     this.isStopped = true;
     this.abort.abort();
-    this.hurry?.();
   }
 
   async read(response, began) {
@@ -1228,7 +1232,7 @@ const editor = {
   noticeSelection() {
     if (this.isBusy) return;
     const { before, middle, after } = this.selected();
-    this.back = this.back ?? {};
+    at("document").parentElement.classList.remove("is-running");
     const mark = make("mark", { textContent: middle });
     at("backdrop").replaceChildren(before, mark, `${after}\n`);
     at("room").placeholder = String(this.usualRoom(middle));
@@ -1404,7 +1408,7 @@ function setUpFrame() {
     event.preventDefault();
   });
   const chosen = (tab) => {
-    running?.stop();
+    if (tab.getAttribute("aria-selected") !== "true") running?.stop();
     openTab(tab.id.slice(4), true);
   };
   const toggle = (isOpen) => {
