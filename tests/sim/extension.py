@@ -75,7 +75,7 @@ def run_on_kernels(
     program = PRELUDE + (
         "import ctypes, runpy\n"
         "_machine = ctypes.CDLL(dgemma_ext._C.__file__)\n"
-        f"{'_machine.sim_watch_tensors()' if watch else '_machine.sim_watch_plain_accesses(0)'}\n"
+        f"if {watch}: _machine.sim_watch_tensors(), _machine.sim_watch_plain_accesses(1)\n"
         f"_machine.sim_set_gpu({compute_capability}, 3)\n"
         f"_machine.sim_set_seed(ctypes.c_uint64({seed}))\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"

@@ -10,7 +10,11 @@
 
 namespace sim {
 
+#if defined(SIM_WATCHES_WHEN_ASKED)
+bool watching = false;
+#else
 bool watching = true;
+#endif
 
 namespace {
 
