@@ -5,6 +5,7 @@ set(dgemma_tables_grouped_gemm moe dense quantized route)
 set(dgemma_tables_block_attention attention)
 set(dgemma_tables_denoise denoise)
 set(dgemma_tables_layer layer)
+set(dgemma_tables_automaton automaton)
 
 # The sets beyond scalar exist on x86-64 alone.
 set(dgemma_variants scalar)

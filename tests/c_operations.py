@@ -197,6 +197,65 @@ def denoise_operations(
     }
 
 
+def automaton_operations(dtype: torch.dtype, batch: int = 2, length: int = 3, vocabulary: int = 300) -> dict[str, Any]:
+    """Arguments of every struct of automaton.h: an automaton of one state that goes on with every token."""
+    tables = ([0] * vocabulary, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
+    begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
+    arena = int32(*(word for table in tables for word in table))
+    automata = {
+        "arena_words": arena.numel(),
+        "arena": arena,
+        "descriptor": torch.tensor([[1, 1, 1, 1, *begins, 0, 0]] * batch),
+    }
+    logits = denoise_operations(dtype, batch, length, vocabulary)["sample"]["logits"]
+
+    def positions(kind: torch.dtype) -> Tensor:
+        return zeros(kind, batch, length)
+
+    def classes() -> dict[str, Any]:
+        statistics = {
+            "class_max": zeros(torch.float32, batch, length, 1),
+            "class_argmax": zeros(torch.int32, batch, length, 1),
+            "class_mass": torch.ones(batch, length, 1, dtype=torch.float64),
+            "class_shifted": zeros(torch.float64, batch, length, 1),
+        }
+        return {"most_classes": 1, **statistics}
+
+    def requests(value: int) -> Tensor:
+        return torch.full((batch,), value, dtype=torch.int32)
+
+    return {
+        "class_statistics": {"logits": logits, **automata, "canvas": positions(torch.int32), **classes()},
+        "constrain": {
+            "batch": batch,
+            "length": length,
+            **automata,
+            **classes(),
+            "most_states": 1,
+            "most_sets": 1,
+            "state": requests(0),
+            "tokens_left": requests(0),
+            "max_steps": requests(8),
+            "seed": zeros(torch.int64, batch),
+            "canvas_index": requests(0),
+            "step": requests(1),
+            "argmax": positions(torch.int32),
+            "entropy": positions(torch.float32),
+            "chosen_class": positions(torch.int32),
+            "remainder": positions(torch.float64),
+            "matches": requests(0),
+        },
+        "sample_class": {
+            "logits": logits,
+            **automata,
+            "chosen_class": positions(torch.int32),
+            "remainder": positions(torch.float64),
+            "matches": requests(1),
+            "tokens": positions(torch.int32),
+        },
+    }
+
+
 def quantized_matrix(format: str, matrices: int, rows: int, columns: int) -> dict[str, Any]:
     """A dgemma_quantized of e4m3 ("fp8"), of 4 bits in groups of 32 ("int4") or of e2m1 ("nvfp4"), all its values 0."""
     number, group, bits, scale = {
@@ -291,6 +350,11 @@ def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, **given}
     if struct == "vocabulary_head":
         return {**values, "statistics": optional_operands("vocabulary_statistics", values["statistics"])}
+    if struct == "constrain":
+        batch, length = values["batch"], values["length"]
+        uniforms = torch.rand(batch, length, dtype=torch.float64)
+        pinned = zeros(torch.uint8, batch, length)
+        return {**values, "active": torch.ones(batch, dtype=torch.uint8), "uniforms": uniforms, "pinned": pinned}
     sizes = values.get("logits", values)
     if "vocabulary" not in sizes or "length" not in sizes:
         return values
@@ -306,7 +370,7 @@ def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
         values |= {"uniforms": torch.rand(batch, length, dtype=torch.float64)}
     if struct == "noise":
         values |= {"active": torch.ones(batch, dtype=torch.uint8), "keep": zeros(torch.uint8, batch, length)}
-    if struct in ("update_canvas", "soft_embedding"):
+    if struct in ("update_canvas", "soft_embedding", "class_statistics", "sample_class"):
         values |= {"pinned": zeros(torch.uint8, batch, length)}
     return values
 

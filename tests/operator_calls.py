@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, quantized_gemm, router
+from dgemma_ext.ops import automaton, block_attention, denoise, grouped_gemm, layer, quantized_gemm, router
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 
@@ -39,7 +39,7 @@ def same(operator: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 
 def calls(dtype: torch.dtype) -> dict[str, OperatorCall]:
     """By the operator's name ("sample.out"). `dtype`: of the tensors that may be float32 or bfloat16."""
-    found = {**_attention(dtype), **_denoise(dtype), **_products(dtype), **_layer(dtype)}
+    found = {**_attention(dtype), **_denoise(dtype), **_automaton(dtype), **_products(dtype), **_layer(dtype)}
     names = torch._C._dispatch_get_all_op_names()
     operators = {name.removeprefix("dgemma::") for name in names if name.startswith("dgemma::")}
     assert set(found) == operators, f"without a call: {operators - set(found)}"
@@ -122,6 +122,31 @@ def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
         "soft_embedding": same(ops.soft_embedding.default, denoise.soft_embedding, soft),
         "soft_embedding.out": same(ops.soft_embedding.out, denoise.soft_embedding, soft, **given),
         "vocabulary_head": head,
+    }
+
+
+def _automaton(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    """An automaton of one state that goes on with every token, for a request that is not active."""
+    ops = torch.ops.dgemma
+    tables = ([0] * 32, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
+    begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
+    arena = torch.tensor([word for table in tables for word in table], dtype=torch.int32)
+    descriptor = torch.tensor([[1, 1, 1, 1, *begins, 0, 0]])
+    off, flags = torch.zeros(1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
+    mask, row, token = denoise.pack_allowed([[3, 5]], 32), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1).int()
+    reading = (torch.randn(1, 1, 32).to(dtype), 30.0, torch.ones(1), off, mask, row, arena, descriptor, flags)
+    statistics = (torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).int(), *(torch.zeros(1, 1, 1).double() for _ in range(2)))
+    position, half = torch.zeros(1, 1), torch.full((1, 1), 0.5, dtype=torch.float64)
+    constrain = (
+        *(arena, descriptor, 1, 1, *statistics, flags, off, ints(0), ints(0), ints(4), torch.zeros(1).long()),
+        *(ints(0), ints(1), half, token.clone(), position, token.clone(), half.clone(), ints(1)),
+    )
+    drawing = (*reading, token.clone(), half, ints(1), token.clone())
+    found = (*reading, token, *(one.clone() for one in statistics))
+    return {
+        "class_statistics_": same(ops.class_statistics_.default, automaton.class_statistics_, found),
+        "constrain_": same(ops.constrain_.default, automaton.constrain_, constrain),
+        "sample_class_": same(ops.sample_class_.default, automaton.sample_class_, drawing),
     }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from backend import BACKEND
 from c_interface import INVALID_ARGUMENT, OK, UNSUPPORTED, WORKSPACE_TOO_SMALL, call, context, load, operation
-from c_operations import denoise_operations, layer_operations, product_operations, with_workspace
+from c_operations import automaton_operations, denoise_operations, layer_operations, product_operations, with_workspace
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 
@@ -18,7 +18,12 @@ BF16 = torch.bfloat16
 
 
 def all_operations() -> dict[str, dict[str, Any]]:
-    return {**layer_operations(BF16), **denoise_operations(BF16), **product_operations(BF16)}
+    return {
+        **layer_operations(BF16),
+        **denoise_operations(BF16),
+        **automaton_operations(BF16),
+        **product_operations(BF16),
+    }
 
 
 NAMES = sorted(all_operations())
@@ -126,11 +131,11 @@ def test_an_unknown_dtype_or_variant_is_unsupported(library: ctypes.CDLL, name: 
         "moe_ffn_quantized": ("ffn",),
         "dense_quantized": ("dense",),
     }.get(name, ("logits",) if "logits" in values else ())
-    if name not in ("update_canvas", "noise"):
+    if name not in ("update_canvas", "noise", "constrain"):
         for status, message in refused(library, name, replaced(values, (*path, "dtype"), 7)):
             assert status == UNSUPPORTED, message
             assert message.startswith("dtype: got 7")
-    if name in ("update_canvas", "noise", "append_to_cache"):  # these have one form for all variants
+    if name in ("update_canvas", "noise", "constrain", "append_to_cache"):  # these have one form for all variants
         return
     for function in functions_of(name):
         place = context()

@@ -16,6 +16,7 @@ from torch import Tensor
 from backend import BACKEND
 from c_interface import INVALID_ARGUMENT, OK, UNSUPPORTED, call, declared_functions, load, pointer_fields
 from c_operations import (
+    automaton_operations,
     denoise_operations,
     layer_operations,
     optional_operands,
@@ -63,7 +64,8 @@ def library() -> ctypes.CDLL:
 def operands(library: ctypes.CDLL, function: str) -> dict[str, Any]:
     """Arguments with every tensor that the function may be given."""
     struct = STRUCT_OF.get(function, function)
-    made = {**layer_operations(BF16), **denoise_operations(BF16), **product_operations(BF16)}[struct]
+    makers = (layer_operations, denoise_operations, automaton_operations, product_operations)
+    made = next(found[struct] for make in makers if struct in (found := make(BF16)))
     if function == "moe_ffn_fp8":
         made = {**made, "gate_up": quantized_matrix("fp8", 3, 32, 32)}
     made = optional_operands(struct, made)

@@ -71,7 +71,7 @@ class OperandList {
   std::span<const Operand> all() const { return {operands_.data(), count_}; }
 
  private:
-  // Of update_canvas, which has the most.
+  // Of update_canvas and constrain, which have the most.
   static constexpr size_t kMost = 24;
 
   Operand& add_bytes(const char* name, const void* pointer, size_t element,

@@ -1,118 +1,89 @@
-// The automata of grammars for Python: bytes in and bytes out, which numpy reads as arrays.
-#include <cstring>
-#include <span>
-#include <stdexcept>
-#include <string>
-#include <vector>
+// The operators of the family automaton.
+#include "dgemma/automaton.h"
 
-#include "automaton/byte_automaton.h"
-#include "automaton/token_automaton.h"
-#include "torch/python.h"
+#include "torch/logits.h"
+#include "torch/registration.h"
 
 namespace dgemma {
 namespace {
 
-// The bytes of a Python object, while this lives.
-class Buffer {
- public:
-  explicit Buffer(PyObject* object) {
-    python::check(PyObject_GetBuffer(object, &view_, PyBUF_SIMPLE));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { PyBuffer_Release(&view_); }
+constexpr Range kMost = {.least = 1, .most = std::numeric_limits<int32_t>::max()};
 
-  template <typename T>
-  std::vector<T> copy() const {
-    std::vector<T> values(static_cast<size_t>(view_.len) / sizeof(T));
-    if (!values.empty()) std::memcpy(values.data(), view_.buf, values.size() * sizeof(T));
-    return values;
-  }
+template <typename Operation>
+constexpr std::array<Argument, 2> automata(Field batch) {
+  using Struct = Operation;
+  return {tensor("arena", AT(arena), {AT(arena_words)}),
+          tensor("descriptor", AT(descriptor), {batch, DGEMMA_AUTOMATON_WORDS})};
+}
 
- private:
-  Py_buffer view_ = {};
+template <typename Operation>
+constexpr std::array<Argument, 4> class_statistics(Field batch, Field length) {
+  using Struct = Operation;
+  const Field most = AT(most_classes);
+  return {tensor("class_max", AT(class_max), {batch, length, most}),
+          tensor("class_argmax", AT(class_argmax), {batch, length, most}),
+          tensor("class_mass", AT(class_mass), {batch, length, most}),
+          tensor("class_shifted", AT(class_shifted), {batch, length, most})};
+}
+
+struct ClassStatistics {
+  using Struct = dgemma_class_statistics;
+  static constexpr std::initializer_list<Extent> kPositions = {AT(logits.batch), AT(logits.length)};
+  static constexpr auto kArguments =
+      join(within(AT(logits), LogitsParams::kAll), automata<Struct>(AT(logits.batch)),
+           std::array{optional("pinned", AT(pinned), kPositions),
+                      tensor("canvas", AT(canvas), kPositions)},
+           class_statistics<Struct>(AT(logits.batch), AT(logits.length)));
+  static constexpr Operator kOperator = {.name = "class_statistics_",
+                                         .operation = operation<Struct>(AT(logits.dtype)),
+                                         .arguments = kArguments,
+                                         .cpu = entry<&dgemma_cpu_class_statistics>()};
 };
 
-template <typename T>
-python::Object bytes_of(const std::vector<T>& values) {
-  return python::Object(
-      PyBytes_FromStringAndSize(reinterpret_cast<const char*>(values.data()),
-                                static_cast<Py_ssize_t>(values.size() * sizeof(T))));
-}
+struct Constrain {
+  using Struct = dgemma_constrain;
+  static constexpr std::initializer_list<Extent> kPositions = {AT(batch), AT(length)};
+  static constexpr std::initializer_list<Extent> kRequests = {AT(batch)};
+  static constexpr auto kArguments = join(
+      automata<Struct>(AT(batch)),
+      std::array{number("most_states", AT(most_states), kMost),
+                 number("most_sets", AT(most_sets), kMost)},
+      class_statistics<Struct>(AT(batch), AT(length)),
+      std::array{
+          optional("pinned", AT(pinned), kPositions), optional("active", AT(active), kRequests),
+          tensor("state", AT(state), kRequests), tensor("tokens_left", AT(tokens_left), kRequests),
+          tensor("max_steps", AT(max_steps), kRequests), tensor("seed", AT(seed), kRequests),
+          tensor("canvas_index", AT(canvas_index), kRequests), tensor("step", AT(step), kRequests),
+          optional("uniforms", AT(uniforms), kPositions), tensor("argmax", AT(argmax), kPositions),
+          tensor("entropy", AT(entropy), kPositions),
+          tensor("chosen_class", AT(chosen_class), kPositions),
+          tensor("remainder", AT(remainder), kPositions),
+          tensor("matches", AT(matches), kRequests)});
+  static constexpr Operator kOperator = {
+      .name = "constrain_",
+      .operation = operation<Struct>(Field{}, AT(workspace), AT(workspace_bytes)),
+      .arguments = kArguments,
+      .cpu = entry<&dgemma_cpu_constrain, &dgemma_cpu_constrain_workspace>()};
+};
 
-PyObject* compile_bytes(PyObject* /*module*/, PyObject* arguments, PyObject* keywords) {
-  return python::guard([&] {
-    static const char* const names[] = {"pattern", nullptr};
-    PyObject* pattern = nullptr;
-    python::parse(arguments, keywords, "O:byte_automaton", names, &pattern);
-    const ByteAutomaton made = byte_automaton(Buffer(pattern).copy<int32_t>());
-    python::Dict found;
-    found.set("states", made.states);
-    found.set("start", made.start);
-    found.set("byte_classes", made.byte_classes);
-    found.set("byte_class", bytes_of(made.byte_class));
-    found.set("next", bytes_of(made.next));
-    found.set("accepting", bytes_of(made.accepting));
-    return found.take();
-  });
-}
-
-PyObject* compile_tokens(PyObject* /*module*/, PyObject* arguments, PyObject* keywords) {
-  return python::guard([&] {
-    static const char* const names[] = {"states",       "start",     "byte_class", "next",
-                                        "accepting",    "strings",   "offset",     "most_states",
-                                        "most_classes", "most_arcs", nullptr};
-    int states = 0, start = 0;
-    PyObject *byte_class = nullptr, *next = nullptr, *accepting = nullptr, *text = nullptr,
-             *offset = nullptr;
-    TokenLimits limits = {};
-    python::parse(arguments, keywords, "iiOOOOOiii:token_automaton", names, &states, &start,
-                  &byte_class, &next, &accepting, &text, &offset, &limits.states, &limits.classes,
-                  &limits.arcs);
-    ByteAutomaton given;
-    given.states = states;
-    given.start = start;
-    given.byte_class = Buffer(byte_class).copy<uint8_t>();
-    given.next = Buffer(next).copy<uint16_t>();
-    given.accepting = Buffer(accepting).copy<uint8_t>();
-    const std::vector<uint8_t> bytes = Buffer(text).copy<uint8_t>();
-    const std::vector<int64_t> offsets = Buffer(offset).copy<int64_t>();
-    if (offsets.empty() || given.byte_class.size() != 256)
-      throw std::invalid_argument("token_automaton: got arrays of other sizes than it wants");
-    const TokenAutomaton made = token_automaton(given, {bytes, offsets}, limits);
-    python::Dict found;
-    found.set("states", made.states);
-    found.set("start", made.start);
-    found.set("classes", made.classes);
-    found.set("vectors", made.vectors);
-    found.set("end_class", made.end_class);
-    found.set("tail_class", made.tail_class);
-    found.set("class_of_string", bytes_of(made.class_of_string));
-    found.set("set_begin", bytes_of(made.set_begin));
-    found.set("set_class", bytes_of(made.set_class));
-    found.set("out_begin", bytes_of(made.out_begin));
-    found.set("out_target", bytes_of(made.out_target));
-    found.set("out_set", bytes_of(made.out_set));
-    found.set("in_begin", bytes_of(made.in_begin));
-    found.set("in_source", bytes_of(made.in_source));
-    found.set("in_set", bytes_of(made.in_set));
-    found.set("distance", bytes_of(made.distance));
-    return found.take();
-  });
-}
+struct SampleClass {
+  using Struct = dgemma_sample_class;
+  static constexpr std::initializer_list<Extent> kPositions = {AT(logits.batch), AT(logits.length)};
+  static constexpr auto kArguments =
+      join(within(AT(logits), LogitsParams::kAll), automata<Struct>(AT(logits.batch)),
+           std::array{optional("pinned", AT(pinned), kPositions),
+                      tensor("chosen_class", AT(chosen_class), kPositions),
+                      tensor("remainder", AT(remainder), kPositions),
+                      tensor("matches", AT(matches), {AT(logits.batch)}),
+                      tensor("tokens", AT(tokens), kPositions)});
+  static constexpr Operator kOperator = {
+      .name = "sample_class_",
+      .operation = operation<Struct>(AT(logits.dtype), AT(workspace), AT(workspace_bytes)),
+      .arguments = kArguments,
+      .cpu = entry<&dgemma_cpu_sample_class, &dgemma_cpu_sample_class_workspace>()};
+};
 
 }  // namespace
-
-void bind_automaton(PyObject* module) {
-  static PyMethodDef methods[] = {
-      python::method(
-          "byte_automaton", compile_bytes,
-          "The least automaton over bytes of a pattern (csrc/automaton/byte_automaton.h)."),
-      python::method(
-          "token_automaton", compile_tokens,
-          "The automaton over tokens of one over bytes (csrc/automaton/token_automaton.h)."),
-      {}};
-  python::check(PyModule_AddFunctions(module, methods));
-}
-
 }  // namespace dgemma
+
+DGEMMA_OPERATORS(dgemma::ClassStatistics, dgemma::Constrain, dgemma::SampleClass)

@@ -14,7 +14,7 @@ namespace dgemma {
 void bind_description(PyObject* module);
 [[gnu::weak]] void bind_moe_plan(PyObject* module);
 void bind_graph_loop(PyObject* module);
-[[gnu::weak]] void bind_automaton(PyObject* module);
+[[gnu::weak]] void bind_grammar(PyObject* module);
 
 namespace {
 
@@ -111,7 +111,7 @@ PyMODINIT_FUNC PyInit__C() {
     bind_description(module.get());
     if (bind_moe_plan) bind_moe_plan(module.get());
     bind_graph_loop(module.get());
-    if (bind_automaton) bind_automaton(module.get());
+    if (bind_grammar) bind_grammar(module.get());
     return module;
   });
 }

@@ -53,8 +53,16 @@ class CompiledGrammar:
         return len(self.out_target)
 
     @property
+    def tables(self) -> tuple[np.ndarray, ...]:
+        """The arrays in the order of the operators (ops.automaton)."""
+        return (
+            *(self.classes, self.set_begin, self.set_class, self.out_begin, self.out_target, self.out_set),
+            *(self.in_begin, self.in_source, self.in_set, self.distance),
+        )
+
+    @property
     def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+        return sum(table.nbytes for table in self.tables)
 
     @property
     def shortest(self) -> int:

@@ -1,0 +1,12 @@
+// The kernel of the automata that reads logits. Included once per instruction set: see
+// cpu/variants.h.
+#pragma once
+
+#include "automaton/cpu/class_statistics_kernel.h"
+
+namespace dgemma::DGEMMA_VARIANT {
+
+const AutomatonKernels automaton_kernels = {
+    {class_statistics_row<float>, class_statistics_row<bfloat16>}};
+
+}  // namespace dgemma::DGEMMA_VARIANT
