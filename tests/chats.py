@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 import dgemma_ext as dg
-from checkpoints import SPECIAL_TOKENS
+from tokenizer_files import SPECIAL_TOKENS
 
 LOOK: dict[str, Any] = {
     "type": "function",

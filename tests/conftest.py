@@ -16,9 +16,9 @@ import torch
 
 import gpu_session
 from backend import BACKEND, VARIANTS
-from checkpoints import write_tokenizer
 from dgemma_ext import _C, ops  # noqa: F401  registers torch.ops.dgemma
 from dgemma_ext.checkpoint import Tokenizer
+from tokenizer_files import write_tokenizer
 
 # A GPU run of the suite sets this (tools/gpu_check.py); a missing GPU is then an error, not a skip.
 GPU_RUN = os.environ.get("DGEMMA_GPU") == "1"

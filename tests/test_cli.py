@@ -15,10 +15,10 @@ import pytest
 from safetensors import safe_open
 
 import dgemma_ext as dg
-from checkpoints import write_published_layout
 from command import CANVAS, ESCAPE, dgemma, library_model, random_checkpoint, started
 from dgemma_ext import _C
 from dgemma_ext.cli import main
+from published_layout import write_published_layout
 
 # A threshold that is never met, so that every canvas takes all its steps.
 UNSURE = ["--confidence-threshold", "0"]

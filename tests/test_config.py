@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoints import FULL, GENERATION_CONFIG, PUBLISHED_CONFIG, SLIDING, config_for
+from checkpoints import FULL, GENERATION_CONFIG, SLIDING, config_for
 from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig
 from dgemma_ext.errors import CheckpointError
+from published_layout import PUBLISHED_CONFIG
 
 MISSING = object()
 

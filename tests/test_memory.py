@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dgemma_ext as dg
-from checkpoints import make_checkpoint, write_published_layout
+from checkpoints import make_checkpoint
 from dgemma_ext import _C
 from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target, resolve_weights
 from dgemma_ext.cli import main
@@ -23,6 +23,7 @@ from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.units import format_bytes
 from models import random_model
+from published_layout import write_published_layout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import dgemma_ext as dg
-from checkpoints import GENERATION_CONFIG, PUBLISHED_CONFIG, config_for, make_checkpoint
+from checkpoints import GENERATION_CONFIG, config_for, make_checkpoint
 from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig, Tokenizer, inspect_checkpoint
 from dgemma_ext.checkpoint.headers import read_header
 from dgemma_ext.checkpoint.json_section import read_json
 from dgemma_ext.model import load_weights
+from published_layout import PUBLISHED_CONFIG
 
 HEADERS, CONFIGS, CHECKPOINTS, TOKENIZERS = 6_000, 4_000, 100, 50
 # Bytes that Python may take while it reads a file of a few thousand. A claimed size would take gigabytes.

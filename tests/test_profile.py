@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import dgemma_ext as dg
-from checkpoints import PUBLISHED_CONFIG
 from dgemma_ext.checkpoint import ModelConfig
 from dgemma_ext.profile import machine, profile, run
 from dgemma_ext.profile.count import PLAIN, total
@@ -20,6 +19,7 @@ from dgemma_ext.profile.parts import Part
 from dgemma_ext.profile.recorder import RANGE, Call, Recorder
 from dgemma_ext.profile.true_size import random_model, true_config
 from profiles import PREFIX, SMALL, STEPS, model, profiled
+from published_layout import PUBLISHED_CONFIG
 
 # The operators of each part of a step, written from modeling_diffusion_gemma.py and not from the package's table.
 # Sums, conversions and norms in torch's operators are left out.

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgemma_ext as dg
-from checkpoints import published_shapes
 from dgemma_ext.checkpoint import ModelConfig, layer_layout, model_layout
 from dgemma_ext.ops.plain import block_attention as block_attention_plain
 from dgemma_ext.ops.plain import denoise as denoise_plain
@@ -36,6 +35,7 @@ from dgemma_ext.profile.recorder import experts_hit
 from dgemma_ext.profile.soft_tiles import soft_tiles
 from dgemma_ext.profile.true_size import true_config
 from profiles import PREFIX, model
+from published_layout import published_shapes
 
 WEIGHTS = ["auto", "fp8", "int4", "nvfp4"]
 SELF_CONDITIONING = [f"self_conditioning_{name}_proj" for name in ("gate", "up", "down")]

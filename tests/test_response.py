@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from chats import json_objects, texts
-from checkpoints import SPECIAL_TOKENS
 from dgemma_ext.checkpoint import Tokenizer
+from tokenizer_files import SPECIAL_TOKENS
 
 CALL, RESPONSE, CHANNEL, TURN = (
     SPECIAL_TOKENS[f"<|{name}>"] for name in ("tool_call", "tool_response", "channel", "turn")

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers.models import BPE
 
 from chats import texts
-from checkpoints import SPECIAL_TOKENS
 from dgemma_ext.checkpoint import ChatTemplate, Tokenizer
 from dgemma_ext.checkpoint.special_tokens import STAND_INS
 from dgemma_ext.errors import CheckpointError
+from tokenizer_files import SPECIAL_TOKENS
 
 TURN = SPECIAL_TOKENS["<|turn>"]
 PLACES = 12  # of chat_of

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 
 from chats import texts
-from checkpoints import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.errors import CheckpointError
+from tokenizer_files import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

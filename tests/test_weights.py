@@ -14,18 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (
-    PUBLISHED_PAYLOAD_BYTES,
-    load_transformers,
-    make_checkpoint,
-    published_names,
-    published_shapes,
-    write_published_layout,
-)
+from checkpoints import load_transformers, make_checkpoint, published_names
 from dgemma_ext.checkpoint import ModelConfig, expected_tensors, inspect_checkpoint, resolve_checkpoint
 from dgemma_ext.checkpoint import reading as loading
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.model import ModelWeights, load_weights
+from published_layout import PUBLISHED_PAYLOAD_BYTES, published_shapes, write_published_layout
 
 LAYER_0 = "model.decoder.layers.0."
 INDEX = "model.safetensors.index.json"

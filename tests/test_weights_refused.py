@@ -11,9 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (
-    make_checkpoint,
-)
+from checkpoints import make_checkpoint
 from dgemma_ext.checkpoint import ModelConfig, inspect_checkpoint
 from dgemma_ext.checkpoint import reading as loading
 from dgemma_ext.errors import CheckpointError

@@ -84,4 +84,10 @@ def prompt_to_ids(
 def _encoded(name: str, prompt: Prompt, tokenizer: Tokenizer | None, options: PromptOptions) -> list[int]:
     if tokenizer is None:
         raise ValueError(f"{name} is text, and the checkpoint has no tokenizer.json; give token ids")
-    return tokenizer.encode_prompt(prompt, options.special_tokens, options.tools, **options.variables)
+    variables = options.variables
+    try:
+        return tokenizer.encode_prompt(prompt, options.special_tokens, options.tools, **variables)
+    except ValueError as error:
+        if name == "prompt":
+            raise
+        raise ValueError(f"{name}: {error}") from error  # one of several prompts
