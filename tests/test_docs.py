@@ -300,6 +300,33 @@ def test_ratios_of_a_step_are_those_that_were_measured() -> None:
         assert shown == pytest.approx(measured, abs=0.0051)
 
 
+def test_figures_beside_other_programs_are_those_that_were_measured() -> None:
+    idle = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2-cores-peers.json").read_text())["idle"]
+    rows: dict[str, list[list[float]]] = {}
+    for line in re.findall(r"^\|.*$", sections(PERFORMANCE)["Beside other programs"], re.MULTILINE):
+        label, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        rows.setdefault(label, []).append([float(number) for cell in cells for number in re.findall(r"[\d.]+", cell)])
+    seconds = idle["least and most seconds of a step, 2 threads"]
+    apart = idle["processor seconds, 1 thread"]
+    layers, whole = apart["30 layers, an estimate"], apart["ratio of 30 layers"]
+    ours = [seconds[f"dgemma_ext, {weights}"] for weights in ("peaked", "flat")]
+    found = {"dgemma_ext": [[*ours[0], *ours[1]]]}
+    for name in ("vLLM", "vLLM with zentorch", "llama.cpp", "transformers"):
+        step = seconds[name] if seconds[name][0] < seconds[name][1] else seconds[name][:1]
+        found[name] = [step + idle["ratio of a step"].get(name, [])]
+    for name in ("dgemma_ext", "vLLM", "vLLM with zentorch"):
+        experts = list(dict.fromkeys(apart["experts of them"][name]))
+        last = (
+            [layers[name], *whole[name]]
+            if name in whole
+            else [layers[f"{name}, {kind}"] for kind in ("peaked", "flat")]
+        )
+        found[name].append([*apart["two layers"][name], *experts, *last])
+    for name, wanted in found.items():
+        # The heading row of the second table numbers the layers.
+        assert [row for row in rows[name] if row] == wanted, name
+
+
 def test_times_inside_transformers_are_those_that_were_measured() -> None:
     results = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2-cores-transformers.json").read_text())
     table = sections(PERFORMANCE)["Inside transformers"]
