@@ -416,3 +416,38 @@ def test_a_prompt_that_is_refused_leaves_the_kept_scheduler_idle(monkeypatch: py
         model.generate(prompts(model, 2), max_new_tokens=8, sampler=SAMPLER, seed=[3, -1])
     assert model.kept_scheduler is not None
     assert model.kept_scheduler.idle
+
+
+@pytest.mark.parametrize("prefix_cache_bytes", [0, 4000])
+def test_nothing_is_left_of_requests_that_have_ended(prefix_cache_bytes: int) -> None:
+    """Finished, cancelled while waiting and while running, out of time, with log-probabilities and canvases of several
+    lengths: the scheduler holds none of them, and its containers do not grow."""
+    model, draw = smallest_model(), random.Random(0)
+    scheduler = dg.Scheduler(model, 3, 40, prefix_cache_bytes=prefix_cache_bytes)
+    known: list[weakref.ref[dg.Request]] = []
+    sizes = []
+    for turn in range(60):
+        for _ in range(draw.randrange(4)):
+            sampler = SamplerConfig(max_denoising_steps=2, canvas_length=draw.choice([3, 4]))
+            asked = {"logprobs": draw.choice([None, 2]), "deadline": draw.choice([None, 0])}
+            request = scheduler.submit([draw.randrange(300)] * 5, 7, sampler, turn, **asked)
+            known.append(weakref.ref(request))
+            if draw.random() < 0.3:
+                request.cancel()
+            del request
+        events = scheduler.step()
+        if events and draw.random() < 0.2:
+            events[0].request.cancel()
+        del events
+        if turn % 20 == 19:
+            while not scheduler.idle:
+                scheduler.step()
+            sizes.append(
+                (len(scheduler._groups), len(scheduler._events), len(scheduler._waiting), scheduler.free_slots)
+            )
+    gc.collect()
+    assert [reference for reference in known if reference() is not None] == []
+    assert {size[1:] for size in sizes} == {(0, 0, 3)}
+    assert max(size[0] for size in sizes) <= 4
+    if scheduler.prefix_cache is not None:
+        assert scheduler.prefix_cache.nbytes <= prefix_cache_bytes
