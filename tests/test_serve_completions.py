@@ -206,5 +206,26 @@ def test_tokens_and_back(server: Running) -> None:
     assert back == {"prompt": text}
 
 
+@pytest.mark.parametrize("budget", [0, 1 << 26])
+def test_a_conversation_is_encoded_once(budget: int) -> None:
+    """The second turn's prompt begins with the first; its answer has the bits that it has without a cache."""
+    client_chat: list[Any] = [{"role": "user", "content": PUZZLE}]
+    with running(bundled(), prefix_cache_bytes=budget) as started:
+        client = started.client()
+        told = []
+        for _ in range(3):
+            answer = client.chat.completions.create(model=MODEL, messages=client_chat, seed=3)
+            text = answer.choices[0].message.content
+            assert text == started.model.generate(client_chat, seed=3, sampler=SAMPLER).text
+            usage = answer.usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            told.append((usage.prompt_tokens_details.cached_tokens or 0, usage.prompt_tokens))
+            client_chat += [{"role": "assistant", "content": text}, {"role": "user", "content": PUZZLE[::-1]}]
+    assert told[0][0] == 0
+    for (cached, tokens), (_, before) in zip(told[1:], told, strict=False):
+        assert (before - 8 <= cached < tokens) if budget else cached == 0
+
+
 def test_nothing_is_left(server: Running) -> None:
     server.wait_until_empty()

@@ -305,6 +305,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-batch", "requests that run together", type=_positive, metavar="N")
     add("--max-length", "tokens of a cache slot (default: 8192, or the model's)", type=_positive, metavar="N")
+    add("--prefix-cache-bytes", "copies of beginnings of prompts to keep; 0 keeps none", type=int, metavar="N")
     add("--max-waiting", "requests that may wait for a slot; more get status 429", type=int, metavar="N")
     add("--max-body-bytes", "of a request; larger ones get status 413", type=_positive, metavar="N")
     add("--request-timeout", "seconds that an answer may take", type=_seconds, metavar="SECONDS")

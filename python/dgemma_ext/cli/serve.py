@@ -23,6 +23,7 @@ def run(arguments: Arguments) -> None:
         served_model_names=arguments.served_model_name or [_usual_name(arguments.model)],
         max_batch=arguments.max_batch,
         max_length=arguments.max_length,
+        prefix_cache_bytes=arguments.prefix_cache_bytes,
         max_waiting=arguments.max_waiting,
         max_body_bytes=arguments.max_body_bytes,
         request_timeout=arguments.request_timeout,

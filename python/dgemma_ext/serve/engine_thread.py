@@ -35,7 +35,9 @@ class EngineThread:
     """
 
     def __init__(self, model: DiffusionGemma, options: ServeOptions) -> None:
-        self.scheduler = Scheduler(model, options.max_batch, options.max_length)
+        self.scheduler = Scheduler(
+            model, options.max_batch, options.max_length, prefix_cache_bytes=options.prefix_cache_bytes
+        )
         self.capacity = options.max_batch + options.max_waiting
         self.max_batch = options.max_batch
         self._runner = JobRunner(self.scheduler)

@@ -28,6 +28,9 @@ class Metrics:
         )
         self._answers = Counter("dgemma_answers", "Finished answers by reason.", ["reason"], registry=registry)
         self._prompt_tokens = Counter("dgemma_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._cached_tokens = Counter(
+            "dgemma_prompt_tokens_cached", "Tokens of prompts that the prefix cache had.", registry=registry
+        )
         self._completion_tokens = Counter("dgemma_completion_tokens", "Tokens of answers.", registry=registry)
         self._steps = Counter("dgemma_denoising_steps", "Denoising steps.", registry=registry)
         self._canvases = Counter("dgemma_canvases", "Finished canvases.", registry=registry)
@@ -60,6 +63,7 @@ class Metrics:
         self._steps.inc(commit.denoising_steps)
         self._canvases.inc()
         if commit.canvas_index == 0:
+            self._cached_tokens.inc(commit.request.cached_tokens)
             self._first_canvas.observe(time.monotonic() - job.began)
 
     def note_answer(self, answer: Answer, seconds: float) -> None:

@@ -17,11 +17,12 @@ class ServeOptions:
 
     host, port: the address to listen on; port 0 takes a free one. api_key: clients must send it; None lets all in.
     served_model_names: what clients may call the model, default "dgemma"; the first is the one in answers.
-    max_batch, max_length: as in dg.Scheduler. max_waiting: further requests that may wait for a slot; those beyond get
-    status 429. max_body_bytes: of a request. request_timeout, body_timeout, drain_timeout: seconds that an answer may
-    take, that a request's body may take to arrive, and that a signal waits for running requests. cors_origins: origins
-    whose pages may call the server, "*" for all; none by default. log_prompts: whether logs hold prompts and answers.
-    trim_canvas: the default of the sampler's setting of this name, so that short answers cost less than a canvas.
+    max_batch, max_length, prefix_cache_bytes: as in dg.Scheduler. max_waiting: further requests that may wait for a
+    slot; those beyond get status 429. max_body_bytes: of a request. request_timeout, body_timeout, drain_timeout:
+    seconds that an answer may take, that a request's head and its body may take to arrive, and that a signal waits for
+    running requests. cors_origins: origins whose pages may call the server, "*" for all; none by default. log_prompts:
+    whether logs hold prompts and answers. trim_canvas: the default of the sampler's setting of this name, so that short
+    answers cost less than a canvas.
 
     Raises ValueError naming the field.
     """
@@ -32,6 +33,7 @@ class ServeOptions:
     served_model_names: Sequence[str] = ("dgemma",)
     max_batch: int = 8
     max_length: int | None = None
+    prefix_cache_bytes: int = 1 << 30
     max_waiting: int = 64
     max_body_bytes: int = 8 * _MEGABYTE
     request_timeout: float = 600.0
@@ -49,6 +51,7 @@ class ServeOptions:
             ("served_model_names", _texts("served_model_names", self.served_model_names)),
             ("max_batch", arguments.integer("max_batch", self.max_batch, least=1)),
             ("max_length", _optional_count("max_length", self.max_length)),
+            ("prefix_cache_bytes", arguments.integer("prefix_cache_bytes", self.prefix_cache_bytes, end=2**63)),
             ("max_waiting", arguments.integer("max_waiting", self.max_waiting)),
             ("max_body_bytes", arguments.integer("max_body_bytes", self.max_body_bytes, least=1)),
             ("request_timeout", arguments.number("request_timeout", self.request_timeout, zero=False)),
