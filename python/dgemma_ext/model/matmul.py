@@ -28,7 +28,8 @@ class MatmulMode(Enum):
 # Rows of a product of torch's when tokens are encoded. The bits of a row depend on how many rows the product has, so
 # every position is computed in the block of this many positions that it belongs to, whichever piece of a prompt the
 # pass has: the cache's content is then a function of the tokens alone. Where AMX multiplies, a product of fewer rows is
-# slower for each row; the rows that only fill a block are lost.
+# slower for each row. The rows that only fill a block are lost: at the published width (three layers, 64 experts, one
+# thread with AMX) encoding 20 tokens took 0.27 s of processor time in place of 0.18, 128 tokens 0.68 in place of 0.69.
 ENCODE_BLOCK = 128
 
 
