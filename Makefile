@@ -3,6 +3,7 @@
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make cross      the C library for 64-bit ARM and its tests under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make contract   requests that schemathesis makes up from the server's description: more than 1,000 (the suite has some)
+# make test-ray   Ray Serve on this machine, in an environment of its own: .venv/ray, about 400 MB from the package index
 # make bench      pytest-benchmark over bench/
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
 # make wheel      the file that pip installs without a compiler, into dist/: all GPUs, Python 3.11 and later
@@ -10,7 +11,7 @@
 # make gpu-check  on a machine with an NVIDIA GPU, torch and nvcc: build for it, run the suite on it, probe it
 # make clean      remove what was built (not .venv)
 #
-# ARGS="-k attention -x" goes to pytest (test, bench, gpu-check), ARGS="--minutes 8" to the report; PYTHON=... chooses the
+# ARGS="-k attention -x" goes to pytest (test, test-ray, bench, gpu-check), ARGS="--minutes 8" to the report; PYTHON=... chooses the
 # interpreter of a new .venv.
 # DGEMMA_CUDA=1 builds the CUDA kernels for demo and bench too where no GPU and no nvcc is found, DGEMMA_CUDA=0 leaves them
 # out; DGEMMA_CUDA_ARCHITECTURES="80;90a" (or 9.0, sm_90, native, all) chooses what for.
@@ -24,7 +25,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo serve build build-cuda test cross contract bench wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo serve build build-cuda test test-ray cross contract bench wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -57,6 +58,18 @@ $(older_transformers): .venv/%/.installed: requirements/%.txt | .venv/.installed
 	@$(venv_python) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target .venv/$* -r $< \
 	  || { rm -rf .venv/$*; mkdir -p .venv/$*; echo "$* could not be fetched: tests under it skip" >&2; }
 	@touch $@
+
+# Ray and what it brings, over the packages of .venv.
+.venv/ray/.installed: requirements/ray.txt | .venv/.installed
+	@rm -rf .venv/ray
+	@$(venv_python) -m venv --without-pip .venv/ray
+	@$(venv_python) -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	  > "$$(.venv/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_packages_of_venv.pth"
+	@.venv/ray/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-ray: .venv/.built .venv/ray/.installed
+	@.venv/ray/bin/python -m pytest tests/test_ray.py tests/test_ray_ingress.py tests/test_ray_parts.py -n 0 -W ignore $(ARGS)
 
 cross: .venv/.built
 	@$(venv_python) -m pytest tests/test_cross.py -n 0 -rs $(ARGS)

@@ -8,13 +8,28 @@ import hmac
 from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dgemma_ext.serve.errors import ApiError
 from dgemma_ext.serve.http import json_answer
+from dgemma_ext.serve.options import ServeOptions
 
 # Everything that costs or tells something. Health, metrics, the page and the description are open.
 _GUARDED = ("/v1/", "/tokenize", "/detokenize", "/page/sudoku")
+
+
+def guards(options: ServeOptions) -> list[Middleware]:
+    """All of them, from the outside to the inside."""
+    stack = []
+    if options.cors_origins:
+        origins = list(options.cors_origins)
+        stack.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
+    if options.api_key is not None:
+        stack.append(Middleware(ApiKey, key=options.api_key))
+    stack.append(Middleware(BodyLimit, limit=options.max_body_bytes, seconds=options.body_timeout))
+    return stack
 
 
 class ApiKey:

@@ -10,12 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.serve import chat, completions, errors, health, models, responses, tokens
-from dgemma_ext.serve.access import ApiKey, BodyLimit
+from dgemma_ext.serve.access import guards
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.logs import RequestLog
 from dgemma_ext.serve.options import ServeOptions
@@ -60,15 +59,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
 
 def _middleware(service: Service) -> list[Middleware]:
     """From the outside to the inside."""
-    options = service.options
-    stack = [Middleware(RequestLog, service=service)]
-    if options.cors_origins:
-        origins = list(options.cors_origins)
-        stack.append(Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]))
-    if options.api_key is not None:
-        stack.append(Middleware(ApiKey, key=options.api_key))
-    stack.append(Middleware(BodyLimit, limit=options.max_body_bytes, seconds=options.body_timeout))
-    return stack
+    return [Middleware(RequestLog, service=service), *guards(service.options)]
 
 
 async def _api_error(request: Request, error: Any) -> Response:
