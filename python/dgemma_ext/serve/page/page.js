@@ -1458,6 +1458,7 @@ async function start() {
     sudoku.open(facts.sudoku);
     sudoku.draw();
   }
+  document.querySelector("[role=tablist]").hidden = false;
   const wanted = location.hash.slice(1);
   const known = ["chat", "edit", ...(facts.sudoku === null ? [] : ["sudoku"])];
   openTab(known.includes(wanted) ? wanted : facts.sudoku === null ? "chat" : "sudoku");
@@ -1465,5 +1466,4 @@ async function start() {
 
 settings.build();
 setUpFrame();
-openTab("chat");
 start();
