@@ -175,6 +175,7 @@ class DiffusionGemma:
         special_tokens: str | Sequence[str] = "text",
         logprobs: int | Sequence[int | None] | None = None,
         deadline: float | Sequence[float | None] | None = None,
+        grammar: Grammar | Sequence[Grammar | None] | None = None,
     ) -> Any:
         """Answers a prompt, or each of a list of prompts.
 
@@ -194,6 +195,9 @@ class DiffusionGemma:
         are over, after one step at least, the draft of the canvas under work is taken as it is and ends the answer,
         with finish_reason "deadline".
 
+        grammar: a dg.Regex, dg.JsonSchema or dg.Choice that the answer matches, and every draft on the way to it; see
+        docs/structured.md. On the CPU alone.
+
         On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
         frees their memory.
 
@@ -202,7 +206,7 @@ class DiffusionGemma:
         """
         if on_draft is not None and not callable(on_draft):
             raise arguments.refusal("on_draft", "a function or None", on_draft)
-        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline)
+        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline, grammar)
         return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).outputs(on_draft)
 
     def stream(
@@ -218,12 +222,13 @@ class DiffusionGemma:
         special_tokens: str | Sequence[str] = "text",
         logprobs: int | Sequence[int | None] | None = None,
         deadline: float | Sequence[float | None] | None = None,
+        grammar: Grammar | Sequence[Grammar | None] | None = None,
     ) -> Iterator[Draft | Commit]:
         """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
         In a batch `event.request.number` is the index of the prompt.
         """
-        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline)
+        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline, grammar)
         yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).events()
 
     def chat(

@@ -240,6 +240,8 @@ void sample_row(const dgemma_sample_class& op, const DenoiseKernels& kernels, in
     if (allowed != nullptr) bits &= static_cast<uint32_t>(allowed[word]);
     work.mask[word] = static_cast<int32_t>(bits);
   }
+  // Of a request whose entropies are not finite no class was chosen.
+  if (!allows_any(work.mask, logits.vocabulary)) return;
   const int32_t mask_row = 0;
   int32_t argmax;
   float entropy, row_max;

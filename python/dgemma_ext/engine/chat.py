@@ -19,7 +19,7 @@ from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import PromptOptions, ServedModel
 from dgemma_ext.model import Cache
-from dgemma_ext.sampling import SamplerConfig
+from dgemma_ext.sampling import Grammar, SamplerConfig
 
 _TURN = "text, or messages with role and content"
 
@@ -89,13 +89,14 @@ class Chat:
         max_new_tokens: int | None = None,
         sampler: SamplerConfig | None = None,
         seed: int = 0,
+        grammar: Grammar | None = None,
     ) -> str:
         """Adds a turn and returns the text of the model's answer.
 
         turn: the user's text, or one or more messages. After an answer that calls tools these are the results, one
         message of the role tool for each call, in the order of the calls or with their "tool_call_id" or "name".
         """
-        for _ in self.stream(turn, max_new_tokens, sampler, seed):
+        for _ in self.stream(turn, max_new_tokens, sampler, seed, grammar):
             pass
         return self.text
 
@@ -105,6 +106,7 @@ class Chat:
         max_new_tokens: int | None = None,
         sampler: SamplerConfig | None = None,
         seed: int = 0,
+        grammar: Grammar | None = None,
     ) -> Iterator[Draft | Commit]:
         """`send` as a stream of events. A turn that is left early, or fails, does not become part of the chat."""
         turns = _messages_of(turn)
@@ -119,6 +121,7 @@ class Chat:
                 enable_thinking=options.enable_thinking,
                 chat_template_kwargs=options.chat_template_kwargs,
                 special_tokens=options.special_tokens,
+                grammar=grammar,
             )
             try:
                 yield from self._events(request)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dgemma_ext.engine.request import Request
-from dgemma_ext.errors import NonFiniteError
+from dgemma_ext.errors import GrammarError, NonFiniteError
 from dgemma_ext.sampling import TokenLogprobs
 
 
@@ -71,6 +71,8 @@ def error_of(request: Request, error: Exception, step: int) -> Exception:
     """What a request that an exception ended tells its caller. step: the denoising step, 0 for the beginning."""
     if isinstance(error, FloatingPointError):  # of a check of a debug run, or of the step itself
         return NonFiniteError(str(error), request=request.number, step=step)
+    if isinstance(error, GrammarError):
+        return error
     failed = RuntimeError(f"a step was broken off: {error!r}")
     failed.__cause__ = error
     return failed

@@ -44,16 +44,18 @@ class Generation:
         special_tokens: Any = "text",
         logprobs: Any = None,
         deadline: Any = None,
+        grammar: Any = None,
     ) -> None:
         prompts, self._is_batch = _as_batch(prompt)
         options = _options_per_prompt(tools, enable_thinking, chat_template_kwargs, special_tokens, len(prompts))
         seeds = _one_per_prompt("seed", seed, len(prompts))
         canvases = _one_per_prompt("canvas", canvas, len(prompts))
         asked = [
-            {"logprobs": one_logprobs, "deadline": one_deadline}
-            for one_logprobs, one_deadline in zip(
+            {"logprobs": one_logprobs, "deadline": one_deadline, "grammar": one_grammar}
+            for one_logprobs, one_deadline, one_grammar in zip(
                 _one_per_prompt("logprobs", logprobs, len(prompts)),
                 _one_per_prompt("deadline", deadline, len(prompts)),
+                _one_per_prompt("grammar", grammar, len(prompts)),
                 strict=True,
             )
         ]

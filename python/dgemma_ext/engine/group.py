@@ -17,6 +17,7 @@ from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     Canvas,
     CanvasBatch,
+    Constraint,
     ResolvedSampler,
     StepBuffers,
     StepOutput,
@@ -121,11 +122,12 @@ class CanvasGroup(Generic[Member]):
         chunk: PrefillChunk | None = None,
         num_logprobs: int | None = None,
         is_late: Callable[[], bool] | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes.
 
         num_logprobs: how many alternatives to give for each token, None for no log-probabilities.
-        is_late: asked after every step whether to take the canvas as it is.
+        is_late: asked after every step whether to take the canvas as it is. constraint: of a grammar.
         """
         row, length = len(self._members), self._batch.length
         prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
@@ -133,6 +135,8 @@ class CanvasGroup(Generic[Member]):
             masks = begin_canvas(self._network, self._batch, row, sampler, seed, index, content)
             positions = torch.arange(prefix, prefix + length, device=self._network.device)
             self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
+            if constraint is not None:
+                self._batch.constraints[row] = constraint
         except BaseException:
             self._batch.clear(row)  # steps may run over rows that no member has
             raise

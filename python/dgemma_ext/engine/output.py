@@ -16,7 +16,8 @@ class Output:
     text: for people; without thoughts, tool calls and special tokens. token_ids: up to and including the first
     end-of-sequence token, at most max_new_tokens, without padding. denoising_steps: one number per canvas. thinking:
     the model's thoughts. tool_calls: the functions that it calls; invalid_tool_calls: calls that cannot be read.
-    tokens_per_forward: tokens kept / denoising steps. logprobs: one for each of token_ids, None where they were not
+    tokens_per_forward: tokens kept / denoising steps. parsed: what an answer with a
+    grammar says. logprobs: one for each of token_ids, None where they were not
     asked for. cached_tokens: how many tokens of the prompt came from a prefix cache.
     """
 
@@ -28,6 +29,7 @@ class Output:
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    parsed: Any = None
     cached_tokens: int = field(default=0, compare=False)  # the answer does not depend on it
 
     @property

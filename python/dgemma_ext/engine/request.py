@@ -10,7 +10,8 @@ from typing import Any
 
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.output import Output
-from dgemma_ext.sampling import Canvas, ResolvedSampler, TokenLogprobs
+from dgemma_ext.errors import GrammarError
+from dgemma_ext.sampling import FAILED, Canvas, CompiledGrammar, Constraint, Grammar, ResolvedSampler, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -36,6 +37,8 @@ class Request:
         cancel: Callable[[Request], bool],
         num_logprobs: int | None = None,
         is_late: Callable[[], bool] | None = None,
+        grammar: Grammar | None = None,
+        compiled: CompiledGrammar | None = None,
     ) -> None:
         self.number = number
         self.prompt_ids = prompt_ids
@@ -44,6 +47,7 @@ class Request:
         self.seed = seed
         self.canvas = canvas
         self.num_logprobs = num_logprobs
+        self.grammar = grammar
         self.logprobs: list[TokenLogprobs] | None = None if num_logprobs is None else []
         self.cached_tokens = 0  # tokens of the prompt that came from the prefix cache
         self.state = RequestState.WAITING
@@ -64,6 +68,8 @@ class Request:
         self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
         self._is_late = is_late  # None without a deadline
+        self._compiled = compiled
+        self._grammar_state = FAILED if compiled is None else compiled.start
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler."""
@@ -104,7 +110,29 @@ class Request:
             invalid_tool_calls=response.invalid_tool_calls,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             cached_tokens=self.cached_tokens,
+            parsed=self._parsed(response.text),
         )
+
+    def constraint(self, length: int) -> Constraint | None:
+        """What holds the next canvas, of `length` positions, to the grammar."""
+        if self._compiled is None:
+            return None
+        left = max(self._longest - len(self.token_ids) - length, 0)
+        return Constraint(self._compiled, self._grammar_state, left)
+
+    def follow(self, draft: Sequence[int]) -> None:
+        """Walks a finished canvas through the grammar once more. Raises GrammarError where it does not match."""
+        if self._compiled is None:
+            return
+        self._grammar_state = self._compiled.walk(self._grammar_state, draft)
+        if self._grammar_state == FAILED:
+            raise GrammarError(f"canvas {len(self.denoising_steps) - 1} of request {self.number} does not match it")
+
+    def _parsed(self, text: str) -> Any:
+        """The value of a whole answer; one that was cut off by its deadline has none."""
+        if self.grammar is None or self.finish_reason == "deadline":
+            return None
+        return self.grammar.parse(text)
 
     @property
     def response(self) -> Response:

@@ -34,7 +34,17 @@ from dgemma_ext.engine.runner import EagerRunner
 from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
 from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
-from dgemma_ext.sampling import MAX_LOGPROBS, Canvas, SamplerConfig, resolve_sampler
+from dgemma_ext.sampling import (
+    MAX_LOGPROBS,
+    Canvas,
+    CompiledGrammar,
+    Grammar,
+    ResolvedSampler,
+    SamplerConfig,
+    closing,
+    compile_grammar,
+    resolve_sampler,
+)
 from dgemma_ext.torch_state import in_own_torch_state, own_torch_state
 
 Parameters = ParamSpec("Parameters")
@@ -165,6 +175,7 @@ class Scheduler:
         special_tokens: str = "text",
         logprobs: int | None = None,
         deadline: float | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
@@ -181,6 +192,17 @@ class Scheduler:
             arguments.instance("canvas", canvas, Canvas, "a dg.Canvas or None").check(
                 config.vocab_size, resolved.max_denoising_steps
             )
+        compiled = self._compile(grammar, resolved)
+        if compiled is not None:
+            longest = arguments.integer("max_new_tokens", limit, least=1)
+            if compiled.shortest > longest:
+                raise ValueError(
+                    f"max_new_tokens is {longest}, and the shortest text that the grammar matches has "
+                    f"{compiled.shortest} tokens"
+                )
+            ends = {*resolved.eos_token_ids, *([] if compiled.pad_id is None else [compiled.pad_id])}
+            positions = -(-longest // resolved.canvas_length) * resolved.canvas_length
+            canvas = closing(canvas, longest, positions, sorted(ends))
         request = Request(
             number=self._submitted,
             prompt_ids=ids,
@@ -192,12 +214,25 @@ class Scheduler:
             cancel=self._cancel,
             num_logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1),
             is_late=self._late_after(deadline),
+            grammar=grammar,
+            compiled=compiled,
         )
         self._check_length(request, " by default" if max_new_tokens is None else "")
         self._make_groups_for(request)
         self._submitted += 1
         self._waiting.append(request)
         return request
+
+    def _compile(self, grammar: Grammar | None, sampler: ResolvedSampler) -> CompiledGrammar | None:
+        if grammar is None:
+            return None
+        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice or None")
+        if self.network.device.type != "cpu":
+            raise ValueError("grammar is given, and there are no kernels of grammars for a GPU yet")
+        if self.tokenizer is None:
+            raise ValueError("grammar needs a checkpoint with tokenizer.json")
+        size, ends = self.network.config.vocab_size, sampler.eos_token_ids
+        return compile_grammar(grammar, self.tokenizer, size, ends, self.defaults.pad_token_id)
 
     def step(self) -> list[Event]:
         """Admits waiting requests, then runs one denoising step of every running one; returns the events in order.
@@ -276,7 +311,7 @@ class Scheduler:
             # The copy does not wait for the GPU's queued work.
             ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
-        asked = (request.num_logprobs, request._is_late)
+        asked = (request.num_logprobs, request._is_late, request.constraint(request._length))
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
         request.denoising_steps.append(0)
         request._in_canvas = True
@@ -336,6 +371,7 @@ class Scheduler:
 
     def _commit(self, request: Request, draft: Draft, progress: Progress) -> Commit:
         """Adds the finished canvas to the answer, which may end with it."""
+        request.follow(draft.token_ids)
         kept = request.keep(draft.token_ids, progress.out_of_time)
         logprobs = None if progress.logprobs is None else tuple(progress.logprobs[: len(kept)])
         if logprobs is not None and request.logprobs is not None:

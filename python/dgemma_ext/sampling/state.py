@@ -120,6 +120,8 @@ class CanvasBatch:
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of every row's positions, [B * L, head_dim] each
     output: Tensor  # the buffer of a StepOutput; the state's tensors of these names are views of it
+    constraints: dict[int, Any]  # by row of the whole batch: the constraint.Constraint of a request with a grammar
+    first_row: int = 0  # of the whole batch, whose constraints views of some rows share
 
     @property
     def rows(self) -> int:
@@ -144,6 +146,7 @@ class CanvasBatch:
             slot=self.slot[begin:end],
             prefix_length=self.prefix_length[begin:end],
             rotary={kind: (cosine[positions], sine[positions]) for kind, (cosine, sine) in self.rotary.items()},
+            first_row=self.first_row + begin,
         )
 
     def place(self, row: int, slot: int, prefix_length: int, tables: RotaryTables) -> None:
@@ -168,11 +171,15 @@ class CanvasBatch:
         self.state.allowed[moved : moved + masks].copy_(self.state.allowed[begin : begin + masks])
         mask = one.state.allowed_row
         other.state.allowed_row.copy_(torch.where(mask < 0, mask, mask + (moved - begin)))
+        self.constraints.pop(target, None)
+        if source in self.constraints:
+            self.constraints[target] = self.constraints.pop(source)
 
     def clear(self, row: int) -> None:
         """Marks the row as unused."""
         self.state.active[row].zero_()
         self.slot[row].fill_(-1)
+        self.constraints.pop(row, None)
 
 
 @dataclass(frozen=True)
@@ -251,6 +258,7 @@ def make_canvas_batch(
         prefix_length=torch.zeros(rows, dtype=torch.int32, device=device),
         rotary={kind: (table(kind[1]), table(kind[1])) for kind in rotary_kinds(config)},
         output=output,
+        constraints={},
     )
 
 

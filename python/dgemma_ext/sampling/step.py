@@ -16,6 +16,7 @@ from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from dgemma_ext.sampling.canvas import Canvas
+from dgemma_ext.sampling.constraint import Constraint, constrain
 from dgemma_ext.sampling.settings import ResolvedSampler
 from dgemma_ext.sampling.state import CanvasBatch, CanvasState, StepBuffers, canvases_of
 
@@ -138,7 +139,8 @@ def denoising_step(
     statistics = buffers.statistics_of(batch.state)
     params = logits_params(network, batch.state, buffers)
     vocabulary_head(hidden, network.weights.embed_tokens, **params, logits=buffers.logits, out=statistics)
-    sample_and_update(network, batch.state, buffers, params)
+    constraints = [batch.constraints.get(batch.first_row + row) for row in range(batch.rows)]
+    sample_and_update(network, batch.state, buffers, params, constraints=constraints)
     soft_embedding(network, batch.state, buffers, params)
 
 
@@ -161,10 +163,12 @@ def sample_and_update(
     params: LogitsParams,
     sample_uniforms: Tensor | None = None,
     renoise_uniforms: Tensor | None = None,
+    constraints: Sequence[Constraint | None] = (),
 ) -> None:
     """Samples, accepts, renoises and decides to stop, from the raw logits and their statistics.
 
-    sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones.
+    sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones. constraints: one for each row, or
+    none; on the CPU alone.
     """
     statistics = buffers.statistics_of(state)
     sampled = denoise.sample(
@@ -177,6 +181,8 @@ def sample_and_update(
         uniforms=sample_uniforms,
         out=buffers.sampled,
     )
+    if any(one is not None for one in constraints):
+        constrain(constraints, buffers.logits, params, state, sample_uniforms, statistics.argmax, sampled)
     denoise.update_canvas_(
         sampled,
         statistics.argmax,

@@ -47,6 +47,7 @@ class CompiledGrammar:
     in_source: np.ndarray
     in_set: np.ndarray
     distance: np.ndarray
+    pad_id: int | None = None  # the padding token that END goes on with; None: it goes on with any
 
     @property
     def arcs(self) -> int:
@@ -118,14 +119,16 @@ def compile_pattern(
 def _with_ends(
     made: dict[str, Any], vocabulary: Vocabulary, end_ids: Sequence[int], pad_id: int | None
 ) -> CompiledGrammar:
-    arrays = {name: np.frombuffer(value, np.int32) for name, value in made.items() if isinstance(value, bytes)}
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(value, np.int32) for name, value in made.items() if isinstance(value, bytes)
+    }
     class_of_string = np.append(arrays.pop("class_of_string"), 0).astype(np.int32)  # entry -1: of ids without a string
     classes = class_of_string[vocabulary.string_of_id]
     size = len(classes)
     classes[[token for token in end_ids if token < size]] = made["end_class"]
     if pad_id is not None and pad_id < size and pad_id not in end_ids:
         classes[pad_id] = made["tail_class"]
-        return CompiledGrammar(made["states"], made["start"], made["classes"], classes, **arrays)
+        return CompiledGrammar(made["states"], made["start"], made["classes"], classes, **arrays, pad_id=pad_id)
     # Without a padding token END goes on with any: a set of all classes takes the place of the last arc's.
     of = int(arrays["out_set"][-1])
     arrays["set_class"] = np.append(arrays["set_class"], np.arange(made["classes"], dtype=np.int32))

@@ -1,0 +1,119 @@
+"""Answers that match, on the bundled 6x6 model, which wants to write digits whatever the grammar says."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import pytest
+
+import dgemma_ext as dg
+from backend import BACKEND
+from dgemma_ext import demo
+from dgemma_ext.sampling import FAILED
+from grammar_cases import SCHEMAS
+
+pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="grammars are on the CPU alone")
+
+FAST = dg.SamplerConfig(max_denoising_steps=3)
+PROMPT = demo.draw(6, 1).text
+
+
+@pytest.fixture(scope="module")
+def model() -> dg.DiffusionGemma:
+    return dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["person", "list", "recursive", "times", "optional"])
+def test_a_schema_holds_over_canvases_and_closes_in_time(model: dg.DiffusionGemma, name: str) -> None:
+    schema = SCHEMAS[name][0]
+    grammar = dg.JsonSchema(schema, "compact")
+    shortest = model.compile(grammar).shortest
+    # Canvases have 37 positions: one and a bit, more than two, and not a token more than is needed.
+    for seed, budget in enumerate((shortest, shortest + 1, shortest + 40, 111)):
+        out = model.generate(PROMPT, max_new_tokens=budget, sampler=FAST, seed=seed, grammar=grammar)
+        assert len(out.token_ids) <= budget
+        assert out.finish_reason in ("eos", "length")
+        jsonschema.validate(out.parsed, schema)
+        assert json.loads(out.text) == out.parsed
+
+
+@pytest.mark.parametrize("expression", [r"[A-Z]{2}[0-9]{4}", r"(ab|c)*d{3,50}", r"x{60}", r"(?s:.)*!"])
+def test_an_expression_holds(model: dg.DiffusionGemma, expression: str) -> None:
+    for seed in range(3):
+        out = model.generate(PROMPT, max_new_tokens=70, sampler=FAST, seed=seed, grammar=dg.Regex(expression))
+        assert re.fullmatch(expression, out.text), out.text
+
+
+def test_every_draft_is_the_beginning_of_a_text_that_matches(model: dg.DiffusionGemma) -> None:
+    grammar = dg.JsonSchema(SCHEMAS["person"][0])
+    compiled = model.compile(grammar)
+    state, drafts = compiled.start, 0
+    for event in model.stream(PROMPT, max_new_tokens=80, sampler=FAST, seed=3, grammar=grammar):
+        if isinstance(event, dg.Draft):
+            drafts += 1
+            after = compiled.walk(state, event.token_ids)
+            assert after != FAILED
+            assert compiled.distance[after] <= max(80 - 37 * (event.canvas_index + 1), 0)
+        elif event.finish_reason is None:
+            state = compiled.walk(state, event.token_ids)
+    assert drafts > 4
+
+
+def test_grammars_differ_in_a_batch_and_give_the_bits_of_each_alone(model: dg.DiffusionGemma) -> None:
+    grammars = [dg.Choice(["yes", "no"]), None, dg.JsonSchema(SCHEMAS["list"][0]), dg.Regex("[0-9]{6}( [0-9]{6})*")]
+    prompts = [demo.draw(6, seed).text for seed in range(4)]
+    given = {"max_new_tokens": 60, "sampler": FAST}
+    together = model.generate(prompts, seed=[1, 2, 3, 4], grammar=grammars, **given)
+    for index, out in enumerate(together):
+        alone = model.generate(prompts[index], seed=index + 1, grammar=grammars[index], **given)
+        assert (out.token_ids, out.denoising_steps, out.parsed) == (
+            alone.token_ids,
+            alone.denoising_steps,
+            alone.parsed,
+        )
+    assert together[0].parsed in ("yes", "no")
+    assert together[1].parsed is None
+
+
+def test_the_shortest_text_and_the_room_for_it(model: dg.DiffusionGemma) -> None:
+    grammar = dg.Regex("q{45}")
+    shortest = model.compile(grammar).shortest
+    assert model.generate(PROMPT, max_new_tokens=shortest, sampler=FAST, grammar=grammar).text == "q" * 45
+    message = f"max_new_tokens is {shortest - 1}, and the shortest text that the grammar matches has {shortest} tokens"
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPT, max_new_tokens=shortest - 1, sampler=FAST, grammar=grammar)
+
+
+def test_pinned_and_allowed_tokens_go_with_a_grammar(model: dg.DiffusionGemma) -> None:
+    assert model.tokenizer is not None
+    three = model.tokenizer.id_of("3")
+    digits = [model.tokenizer.id_of(digit) for digit in "123"]
+    canvas = dg.Canvas([None, three], [False, True], allowed=[digits] * 6)
+    out = model.generate(PROMPT, max_new_tokens=8, sampler=FAST, canvas=canvas, grammar=dg.Regex("[1-6]{6}"))
+    assert re.fullmatch("[123]3[123]{4}", out.text)
+    with pytest.raises(dg.GrammarError, match="no canvas matches it with these pinned and allowed tokens"):
+        model.generate(PROMPT, max_new_tokens=8, sampler=FAST, canvas=canvas, grammar=dg.Regex("[ab]{6}"))
+
+
+def test_a_chat_and_its_arguments(model: dg.DiffusionGemma) -> None:
+    chat = model.chat()
+    assert chat.send(PROMPT, max_new_tokens=20, sampler=FAST, grammar=dg.Choice(["left", "right"])) in ("left", "right")
+    with pytest.raises(ValueError, match=r"grammar must be a dg.Regex, dg.JsonSchema, dg.Choice or None, got 'a'"):
+        model.generate(PROMPT, grammar="a")  # type: ignore[arg-type]
+    with pytest.raises(dg.GrammarError, match="cannot be read"):
+        model.generate(PROMPT, grammar=dg.Regex("("))
+
+
+def test_a_grammar_of_the_format_costs_nothing(model: dg.DiffusionGemma) -> None:
+    """Puzzles are solved as without: noise and self-conditioning stay the model's, and the key keeps its doubt."""
+    puzzles = [demo.draw(6, 20261130, index) for index in range(24)]
+    prompts = [puzzle.text for puzzle in puzzles]
+    solved, steps = {}, {}
+    for name, grammar in (("free", None), ("digits", dg.Regex("[1-6]{36}"))):
+        outputs = model.generate(prompts, max_new_tokens=37, seed=list(range(24)), grammar=grammar)
+        solved[name] = sum(demo.check(out.text, puzzle.text) for out, puzzle in zip(outputs, puzzles, strict=True))
+        steps[name] = sum(sum(out.denoising_steps) for out in outputs) / 24
+    assert solved["digits"] >= solved["free"] - 1
+    assert steps["digits"] <= steps["free"] + 0.5
