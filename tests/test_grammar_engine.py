@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 import dgemma_ext as dg
 from backend import BACKEND
+from command import dgemma
 from dgemma_ext import demo
 from dgemma_ext.sampling import FAILED
 from grammar_cases import SCHEMAS
@@ -117,3 +119,23 @@ def test_a_grammar_of_the_format_costs_nothing(model: dg.DiffusionGemma) -> None
         steps[name] = sum(sum(out.denoising_steps) for out in outputs) / 24
     assert solved["digits"] >= solved["free"] - 1
     assert steps["digits"] <= steps["free"] + 0.5
+
+
+def test_the_command(tmp_path: Path) -> None:
+    command = ["generate", str(demo.checkpoint(6)), PROMPT, "--steps", "2", "--max-new-tokens", "40", "--device", "cpu"]
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMAS["bounded"][0]))
+    run = dgemma(*command, "--json-schema", str(schema))
+    assert run.code == 0
+    jsonschema.validate(json.loads(run.out), SCHEMAS["bounded"][0])
+    assert dgemma(*command, "--choice", "ab", "--choice", "ba").out.strip() in ("ab", "ba")
+    assert re.fullmatch("[xy]{5}", dgemma(*command, "--regex", "[xy]{5}").out.strip())
+    for wrong, message in (
+        (["--json-schema", str(tmp_path / "no.json")], "no.json cannot be read"),
+        (["--regex", "a(?=b)"], "no automaton follows"),
+        (["--regex", "a", "--choice", "b"], "not allowed with"),
+        (["--regex", "a{99}"], "max_new_tokens is 40"),
+    ):
+        run = dgemma(*command, *wrong)
+        assert run.code == 2
+        assert message in run.err

@@ -12,7 +12,7 @@ from dgemma_ext.arguments import integer, number
 from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
-from dgemma_ext.sampling import SamplerConfig
+from dgemma_ext.sampling import Choice, Grammar, JsonSchema, Regex, SamplerConfig
 from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.version import __version__
 
@@ -62,6 +62,18 @@ class Arguments(argparse.Namespace):
         )
 
     @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must match. Raises ValueError for a schema that cannot be read."""
+        if self.json_schema is not None:
+            try:
+                return JsonSchema(Path(self.json_schema).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--json-schema {self.json_schema} cannot be read: {error}") from error
+        if self.regex is not None:
+            return Regex(self.regex)
+        return None if self.choice is None else Choice(self.choice)
+
+    @property
     def prompting(self) -> dict[str, Any]:
         """The arguments of `generate` and `chat` for the chat template."""
         return {
@@ -94,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     generate.add_argument("--system", metavar="TEXT", help="a system message before it")
     _add_prompting(generate)
+    _add_grammar(generate)
     _add_sampling(generate)
     _add_output(generate)
 
@@ -267,6 +280,15 @@ def _add_prompting(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="what special tokens become that the prompt spells (default: text)",
     )
+
+
+def _add_grammar(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer must match (on a CPU)").add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE.json", help="a JSON schema")
+    group.add_argument(
+        "--regex", metavar="EXPRESSION", help="a regular expression, from its first to its last character"
+    )
+    group.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; give it several times")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,9 @@ def run(arguments: Arguments) -> None:
     prompt: Prompt = checked_text("PROMPT", text)
     if arguments.system is not None:
         prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
+    asked = {**arguments.prompting, "grammar": arguments.grammar}
     model = load_model(arguments)
-    events = model.stream(prompt, arguments.max_new_tokens, arguments.sampler, arguments.seed, **arguments.prompting)
+    events = model.stream(prompt, arguments.max_new_tokens, arguments.sampler, arguments.seed, **asked)
     write_answer(events, tokenizer_of(model), arguments)
 
 
