@@ -75,7 +75,7 @@ class Service:
         Raises ApiError naming `field` where the prompt cannot be encoded.
         """
         vocabulary = self.model.config.vocab_size
-        return await self.in_thread(field, prompt_to_ids, prompt, self.tokenizer, vocabulary, field, options)
+        return await self.in_thread(field, prompt_to_ids, prompt, self.tokenizer, vocabulary, options=options)
 
     async def in_thread(self, field: str, function: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
         """What a function of the tokenizer gives in another thread. Raises ApiError for what it refuses."""

@@ -12,6 +12,7 @@ from dgemma_ext.serve.protocol.common import (
     ChoiceDiffusion,
     Choices,
     Count,
+    Flag,
     GeneratingBody,
     Object,
     Stops,
@@ -67,12 +68,12 @@ class ChatRequest(GeneratingBody):
     max_completion_tokens: Count | None = None
     stop: Stops = None
     n: Choices = 1
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     response_format: Any = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None

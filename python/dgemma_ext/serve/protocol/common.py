@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from dgemma_ext.serve import errors
-from dgemma_ext.serve.protocol.diffusion import Count, DiffusionOptions
+from dgemma_ext.serve.protocol.diffusion import Count, DiffusionOptions, Flag
 
-__all__ = ["Body", "Count", "GeneratingBody"]
+__all__ = ["Body", "Count", "Flag", "GeneratingBody"]
 
 # A field for which only some values are taken; the schema tells which.
 _REFUSED = "changes the answer in a way that this model cannot honour"
@@ -61,10 +61,11 @@ def _same(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Temperature = Annotated[float, Field(ge=0, le=2)]
+# Strict numbers and flags: JSON's true is no 1, and "5" no 5.
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)]
+Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 Stops = Annotated[str | list[str] | None, Field(description="Up to 16 strings that end the answer.")]
-Choices = Annotated[int, Field(ge=1, le=128)]
+Choices = Annotated[int, Field(ge=1, le=128, strict=True)]
 # JSON objects that the checkpoint's own code checks.
 Object = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": True})]
 
@@ -78,7 +79,7 @@ def stops_of(stop: str | list[str] | None) -> list[str]:
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: Flag = False
 
 
 class GeneratingBody(Body):
@@ -87,9 +88,9 @@ class GeneratingBody(Body):
     model: str | None = None
     temperature: Temperature | None = None
     seed: Seed | None = None
-    stream: bool = False
+    stream: Flag = False
     diffusion: DiffusionOptions | None = None
-    diffusing: Annotated[bool, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
+    diffusing: Annotated[Flag, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
 
     @property
     def choices(self) -> int:

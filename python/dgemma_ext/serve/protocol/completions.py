@@ -18,7 +18,7 @@ from dgemma_ext.serve.protocol.common import (
     Usage,
 )
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)]
 
 
@@ -30,7 +30,7 @@ class InsertionRequest(GeneratingBody):
     max_tokens: Count | None = None
     stop: Stops = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
 
     @property
     def alternatives(self) -> int | None:

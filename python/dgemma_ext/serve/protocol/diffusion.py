@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 # Of a canvas, so that no request holds a slot for good; checkpoints have 48.
 MOST_STEPS = 1024
 
@@ -17,7 +18,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str
-    pinned: bool = False
+    pinned: Flag = False
 
 
 class BlankPart(BaseModel):
@@ -25,10 +26,10 @@ class BlankPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    blank: Annotated[int, Field(ge=1, le=2**20)]
+    blank: Annotated[int, Field(ge=1, le=2**20, strict=True)]
 
 
-Span = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+Span = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=2, max_length=2)]
 
 
 class DiffusionOptions(BaseModel):
@@ -42,16 +43,16 @@ class DiffusionOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    drafts: bool = False
-    deadline_ms: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_denoising_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
-    entropy_bound: Annotated[float, Field(ge=0)] | None = None
-    t_min: Annotated[float, Field(ge=0)] | None = None
-    t_max: Annotated[float, Field(gt=0)] | None = None
-    stability_threshold: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    confidence_threshold: Annotated[float, Field(ge=0)] | None = None
+    drafts: Flag = False
+    deadline_ms: Annotated[int, Field(ge=1, lt=2**31, strict=True)] | None = None
+    max_denoising_steps: Annotated[int, Field(ge=1, le=MOST_STEPS, strict=True)] | None = None
+    entropy_bound: Annotated[float, Field(ge=0, strict=True)] | None = None
+    t_min: Annotated[float, Field(ge=0, strict=True)] | None = None
+    t_max: Annotated[float, Field(gt=0, strict=True)] | None = None
+    stability_threshold: Annotated[int, Field(ge=0, lt=2**31, strict=True)] | None = None
+    confidence_threshold: Annotated[float, Field(ge=0, strict=True)] | None = None
     canvas_length: Count | None = None
-    trim_canvas: bool | None = None
+    trim_canvas: Flag | None = None
     start_text: str | Annotated[list[TextPart | BlankPart], Field(min_length=1)] | None = None
     pinned: list[Span] | None = None
-    start_step: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    start_step: Annotated[int, Field(ge=1, le=MOST_STEPS, strict=True)] | None = None

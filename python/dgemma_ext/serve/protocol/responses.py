@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from dgemma_ext.serve.protocol.chat import Effort
-from dgemma_ext.serve.protocol.common import Count, GeneratingBody, Object, Stops
+from dgemma_ext.serve.protocol.common import Count, Flag, GeneratingBody, Object, Stops
 
 # Items are checked where they become messages, and errors name what is wrong. This is for readers of the schema.
 _ITEM = {
@@ -44,7 +44,7 @@ class ResponsesRequest(GeneratingBody):
     max_output_tokens: Count | None = None
     tools: list[Tool] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Flag | None = None
     reasoning: Reasoning | None = None
     text: Object | None = None
     metadata: Object | None = None

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from dgemma_ext.serve.protocol.chat import Message, Tool
-from dgemma_ext.serve.protocol.common import Body, Object
+from dgemma_ext.serve.protocol.common import Body, Flag, Object
 
 
 class TokenizeRequest(Body):
@@ -16,8 +16,8 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: Flag = True
+    return_token_strs: Flag = False
     tools: list[Tool] | None = None
     chat_template_kwargs: Object | None = None
 
@@ -31,7 +31,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]]
 
 
 class DetokenizeResponse(BaseModel):
