@@ -69,7 +69,7 @@ $(older_transformers): .venv/%/.installed: requirements/%.txt | .venv/.installed
 	@touch $@
 
 test-ray: .venv/.built .venv/ray/.installed
-	@.venv/ray/bin/python -m pytest tests/test_ray.py tests/test_ray_ingress.py tests/test_ray_parts.py -n 0 -W ignore $(ARGS)
+	@.venv/ray/bin/python -m pytest tests/test_ray.py tests/test_ray_ingress.py tests/test_ray_parts.py -n 0 -W ignore::DeprecationWarning $(ARGS)
 
 cross: .venv/.built
 	@$(venv_python) -m pytest tests/test_cross.py -n 0 -rs $(ARGS)

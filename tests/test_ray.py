@@ -121,6 +121,8 @@ def test_a_conversation_stays_with_its_replica(cluster: Cluster) -> None:
         assert {answer.status_code for answer in followed} == {200}
         (replica,) = {answer.headers["x-replica-id"] for answer in followed}
         told.add(replica)
+        cached = [answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in followed]
+        assert cached[1] > 0, "the prefix is not where the request went"
     assert told == cluster.replicas
     for field, header in (({"prompt_cache_key": "one"}, {}), ({}, {"x-session-id": "two"})):
         answers = [cluster.chat(asked(seed, max_tokens=8, **field), **header) for seed in range(8)]
@@ -196,7 +198,13 @@ def test_a_new_version_takes_over_without_a_lost_request(cluster: Cluster) -> No
     before = cluster.replicas
     asking = cluster.chats([asked(seed, diffusion=SLOW) for seed in range(48)], at_once=12)
     wait(lambda: asking.done >= 4)
-    scaling = {"min_replicas": 1, "max_replicas": 2, "look_back_period_s": 2, "upscale_delay_s": 1}
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 2,
+        "upscale_delay_s": 1,
+    }
     deploy(num_replicas=None, autoscaling_config=json.dumps(scaling | {"downscale_delay_s": 5}))
     answers = asking.answers()
     assert {answer.status_code for answer in answers} == {200}
