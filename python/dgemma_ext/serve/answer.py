@@ -87,8 +87,9 @@ class Answer:
             self.finish_reason = "tool_calls" if self.calls or calls else "stop"
             self.engine_reason = "stop"
         elif is_last:
-            called = commit.finish_reason == "eos" and (self.calls or calls)
-            self.finish_reason = "tool_calls" if called else "stop" if commit.finish_reason == "eos" else "length"
+            is_whole = _is_whole(commit)
+            called = is_whole and (self.calls or calls)
+            self.finish_reason = "tool_calls" if called else "stop" if is_whole else "length"
         self.text += text
         self.thinking += commit.thinking
         self.calls += calls
@@ -140,6 +141,12 @@ class Answer:
         self._calls = max(self._calls, len(certain))
         unread = "".join(call.text for call in response.invalid_tool_calls) if is_last else ""
         return new, unread
+
+
+def _is_whole(commit: Commit) -> bool:
+    """Whether an answer ends by itself. One that a grammar holds is complete at its length limit too."""
+    of_grammar = commit.request.grammar is not None and commit.finish_reason == "length"
+    return of_grammar or commit.finish_reason == "eos"
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> int | None:

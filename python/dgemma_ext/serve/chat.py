@@ -15,6 +15,7 @@ from dgemma_ext.engine import Draft
 from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
+from dgemma_ext.serve.grammars import grammar_of
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
 from dgemma_ext.serve.logprobs import chat_logprobs
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
@@ -39,8 +40,11 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     name = service.check_model(body.model)
     tools = None if body.tool_choice == "none" else body.tools
     options = options_of(tools, body.reasoning_effort, body.chat_template_kwargs)
+    thinks = options.enable_thinking
+    grammar = await grammar_of(service, "response_format", body.response_format, body.structured_outputs, thinks)
     ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
-    submissions = await submissions_of(service, body, [ids], body.max_completion_tokens or body.max_tokens, "messages")
+    limit = body.max_completion_tokens or body.max_tokens
+    submissions = await submissions_of(service, body, [ids], limit, "messages", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
     try:
         await call.accepted()

@@ -17,6 +17,7 @@ from dgemma_ext.serve import errors
 from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
+from dgemma_ext.serve.grammars import grammar_of
 from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
 from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.logprobs import text_logprobs
@@ -51,15 +52,18 @@ async def _complete(body: InsertionRequest, request: Request) -> Response:
     service = service_of(request)
     name = service.check_model(body.model)
     prompts = [await _ids(service, prompt) for prompt in _prompts(body.prompt)]
+    grammar = await grammar_of(service, "response_format", body.response_format, body.structured_outputs)
     middle = None
     if body.suffix:
+        if grammar is not None:
+            raise errors.bad_request("suffix has no grammar; leave out what the answer must match", "suffix")
         if body.diffusion is not None and body.diffusion.start_text is not None:
             raise errors.bad_request("suffix and diffusion.start_text both say what the canvas holds", "suffix")
         suffix = await service.in_thread("suffix", service.tokenizer.encode, body.suffix)
         submissions = await submissions_of(service, body, prompts, 1, "prompt")
         middle, submissions = _insertions(service, submissions, suffix, body.max_tokens)
     else:
-        submissions = await submissions_of(service, body, prompts, body.max_tokens, "prompt")
+        submissions = await submissions_of(service, body, prompts, body.max_tokens, "prompt", grammar)
     call = service.begin(submissions, stops_of(body.stop), middle=middle)
     try:
         await call.accepted()

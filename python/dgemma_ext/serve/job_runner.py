@@ -16,7 +16,7 @@ from typing import Any
 
 from dgemma_ext.engine import Commit, Draft, Failure, Request, Scheduler
 from dgemma_ext.errors import NonFiniteError
-from dgemma_ext.sampling import Canvas, SamplerConfig
+from dgemma_ext.sampling import Canvas, Grammar, SamplerConfig
 from dgemma_ext.serve.mailbox import Accepted, Left, Mailbox, Refused
 
 logger = logging.getLogger("dgemma_ext.serve")
@@ -40,6 +40,7 @@ class Submission:
     wants_drafts: bool = False
     logprobs: int | None = None
     deadline: float | None = None
+    grammar: Grammar | None = None
 
 
 class Job:
@@ -148,6 +149,7 @@ class JobRunner:
                 asked.canvas,
                 logprobs=asked.logprobs,
                 deadline=asked.deadline,
+                grammar=asked.grammar,
             )
         except Exception as error:
             if not isinstance(error, ValueError | MemoryError):

@@ -15,6 +15,7 @@ from dgemma_ext.serve import errors
 from dgemma_ext.serve.answer import Piece
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields
+from dgemma_ext.serve.grammars import grammar_of
 from dgemma_ext.serve.http import COMMENT, EventStream, client_gone, finished, json_answer, sent_event
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
 from dgemma_ext.serve.protocol.common import stops_of
@@ -37,17 +38,17 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     """Answers text, or a conversation of items; nothing is stored, so each request brings all of it."""
     service = service_of(request)
     name = service.check_model(body.model)
-    if body.text is not None and body.text.get("format", {"type": "text"}) not in (None, {"type": "text"}):
-        raise errors.not_supported("text.format", "text.format may only be text here")
     effort = None if body.reasoning is None else body.reasoning.effort
     options = options_of(tools_of(body), effort, body.chat_template_kwargs)
+    form, thinks = (body.text or {}).get("format"), options.enable_thinking
+    grammar = await grammar_of(service, "text.format", form, body.structured_outputs, thinks)
     messages = messages_of(body)
     try:
         ids = await service.prompt_ids(messages_by_roles(messages, service.tokenizer), "input", options)
     except errors.ApiError as error:  # a message has no place in this request: items became messages
         param = "input" if (error.param or "").startswith("messages") else error.param
         raise errors.bad_request(error.message, param, error.code) from error
-    submissions = await submissions_of(service, body, [ids], body.max_output_tokens, "input")
+    submissions = await submissions_of(service, body, [ids], body.max_output_tokens, "input", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
     try:
         await call.accepted()
@@ -134,7 +135,7 @@ class _Reply:
             "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text or {}).get("format") or {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": [{"parameters": None, "strict": False, **tool} for tool in body.tools or []],
             "top_p": 1.0,

@@ -13,6 +13,7 @@ from dgemma_ext.serve.protocol.common import (
     Choices,
     Count,
     Flag,
+    Format,
     GeneratingBody,
     Object,
     Stops,
@@ -74,7 +75,7 @@ class ChatRequest(GeneratingBody):
     tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: Flag | None = None
-    response_format: Any = None
+    response_format: Format = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None
 
@@ -93,7 +94,6 @@ class ChatRequest(GeneratingBody):
         return {
             **super().refused(),
             "tool_choice": ("auto", "none"),
-            "response_format": ({"type": "text"},),
             "functions": ([],),
             "function_call": ("none", "auto"),
             "modalities": (["text"],),

@@ -37,7 +37,6 @@ class Body(BaseModel):
             "ignore_eos": (False,),
             "stop_token_ids": ([],),
             "bad_words": ([],),
-            "structured_outputs": (),
             "guided_json": (),
             "guided_regex": (),
             "guided_choice": (),
@@ -68,6 +67,14 @@ Stops = Annotated[str | list[str] | None, Field(description="Up to 16 strings th
 Choices = Annotated[int, Field(ge=1, le=128, strict=True)]
 # JSON objects that the checkpoint's own code checks.
 Object = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": True})]
+# Checked where they become grammars, and errors name what is wrong. This is for readers of the schema.
+_SCHEMA = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
+}
+Format = Annotated[Any, WithJsonSchema({"anyOf": [_SCHEMA, {"type": "null"}]})]
+Structure = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "minProperties": 1, "maxProperties": 1})]
 
 
 def stops_of(stop: str | list[str] | None) -> list[str]:
@@ -89,6 +96,10 @@ class GeneratingBody(Body):
     temperature: Temperature | None = None
     seed: Seed | None = None
     stream: Flag = False
+    structured_outputs: Annotated[
+        Structure | None,
+        Field(description="vLLM's: what the answer must match, one of json, json_object, regex, choice."),
+    ] = None
     diffusion: DiffusionOptions | None = None
     diffusing: Annotated[Flag, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
 

@@ -12,6 +12,7 @@ from dgemma_ext.serve.protocol.common import (
     ChoiceDiffusion,
     Choices,
     Count,
+    Format,
     GeneratingBody,
     Stops,
     StreamOptions,
@@ -31,6 +32,7 @@ class InsertionRequest(GeneratingBody):
     stop: Stops = None
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
+    response_format: Format = None
 
     @property
     def alternatives(self) -> int | None:
@@ -42,7 +44,6 @@ class InsertionRequest(GeneratingBody):
             **super().refused(),
             "echo": (False,),
             "best_of": (1,),
-            "response_format": ({"type": "text"},),
         }
 
 
