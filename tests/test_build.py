@@ -225,7 +225,7 @@ def test_third_party_files_have_a_row() -> None:
 
 
 def requirement_lines() -> list[str]:
-    texts = [(ROOT / "requirements" / name).read_text() for name in ("dev.txt", "cuda.txt", "wheel.txt")]
+    texts = [(ROOT / "requirements" / name).read_text() for name in ("dev.txt", "cuda.txt", "wheel.txt", "ray.txt")]
     return [line for text in texts for line in text.splitlines() if line and line[0] != "#"]
 
 
@@ -241,7 +241,7 @@ def test_every_dependency_has_a_row_and_a_pin() -> None:
         re.split(r"[=<>~\[; ]", r)[0].lower().replace("_", "-") for r in importlib.metadata.requires("dgemma_ext") or []
     }
     assert required <= requirement_names()
-    pin = r'[A-Za-z0-9_-]+==[0-9.]+(; sys_platform == "linux")?'
+    pin = r'[A-Za-z0-9_-]+(\[[a-z]+\])?==[0-9.]+(; sys_platform == "linux")?'
     assert [line for line in requirement_lines() if not re.fullmatch(pin, line)] == []
     assert requirement_lines()[0].startswith("torch==")
 
