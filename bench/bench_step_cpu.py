@@ -34,27 +34,12 @@ def write_checkpoint(directory: Path, final_norm: float, threads_seed: int = 0) 
     """A random model in the published layout: normal weights of deviation 0.02, unit norms and scalars."""
     from checkpoints import config_for
     from dgemma_ext.checkpoint import ModelConfig, expected_tensors
+    from published_layout import PUBLISHED_SIZES
 
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "model.safetensors").exists():
         return directory
-    config = config_for(
-        layers=("sliding_attention", "full_attention"),
-        hidden=2816,
-        intermediate=2112,
-        moe_intermediate=704,
-        experts=128,
-        top_k=8,
-        vocabulary=262_144,
-        heads=16,
-        kv_heads=8,
-        global_kv_heads=2,
-        head_dim=256,
-        global_head_dim=512,
-        window=1024,
-        canvas=256,
-        max_positions=262_144,
-    )
+    config = config_for(layers=("sliding_attention", "full_attention"), **PUBLISHED_SIZES)
     del config["vision_config"]
     generator = torch.Generator().manual_seed(threads_seed)
     tensors: dict[str, torch.Tensor] = {}

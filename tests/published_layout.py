@@ -11,8 +11,8 @@ import torch
 from checkpoints import GENERATION_CONFIG, config_for, write_json
 
 PUBLISHED_PAYLOAD_BYTES = 51_647_562_456
-PUBLISHED_CONFIG = config_for(
-    layers=30,
+# All but the number of layers.
+PUBLISHED_SIZES: dict[str, int] = dict(
     hidden=2816,
     intermediate=2112,
     moe_intermediate=704,
@@ -27,7 +27,8 @@ PUBLISHED_CONFIG = config_for(
     window=1024,
     canvas=256,
     max_positions=262_144,
-) | {
+)
+PUBLISHED_CONFIG = config_for(layers=30, **PUBLISHED_SIZES) | {
     "vision_config": {
         "model_type": "gemma4_vision",
         "hidden_size": 1152,

@@ -20,6 +20,10 @@ from dgemma_ext.serve.server import Server, bound_socket
 from dgemma_ext.serve.service import Service
 
 MODEL = "demo"
+PUZZLE = demo.draw(6, seed=1).text
+MESSAGES: list[Any] = [{"role": "user", "content": PUZZLE}]
+# The server's defaults, where they differ from the engine's.
+SAMPLER = dg.SamplerConfig(trim_canvas=True)
 # Longer than anything here takes.
 PATIENCE = 60.0
 

@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 
-import dgemma_ext as dg
-from dgemma_ext import demo
-from serving import MODEL, Running, bundled, running
-
-PUZZLE = demo.draw(6, seed=1).text
-MESSAGES: list[Any] = [{"role": "user", "content": PUZZLE}]
-# The server's default differs from the engine's.
-SAMPLER = dg.SamplerConfig(trim_canvas=True)
+from serving import MESSAGES, MODEL, SAMPLER, Running, bundled, running
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,8 @@ import pytest
 
 import dgemma_ext as dg
 from dgemma_ext import demo
-from serving import MODEL, Running, bundled, running
+from serving import MODEL, PUZZLE, SAMPLER, Running, bundled, running
 
-PUZZLE = demo.draw(6, seed=1).text
-SAMPLER = dg.SamplerConfig(trim_canvas=True)
 FAST = {"diffusion": {"max_denoising_steps": 3}}
 QUICK = dg.SamplerConfig(trim_canvas=True, max_denoising_steps=3)
 

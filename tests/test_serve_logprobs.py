@@ -8,15 +8,9 @@ from typing import Any
 import httpx2
 import pytest
 
-import dgemma_ext as dg
 from chats import answering
-from dgemma_ext import demo
 from models import random_model
-from serving import MODEL, PATIENCE, Running, bundled, running
-
-PUZZLE = demo.draw(6, seed=1).text
-MESSAGES: list[Any] = [{"role": "user", "content": PUZZLE}]
-SAMPLER = dg.SamplerConfig(trim_canvas=True)
+from serving import MESSAGES, MODEL, PATIENCE, PUZZLE, SAMPLER, Running, bundled, running
 
 
 @pytest.fixture(scope="module")

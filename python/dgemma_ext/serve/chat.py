@@ -16,12 +16,13 @@ from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
 from dgemma_ext.serve.grammars import grammar_of
-from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.http import COMMENT, DONE, sent_event
 from dgemma_ext.serve.logprobs import chat_logprobs
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
 from dgemma_ext.serve.protocol.chat import ChatCompletion, ChatRequest
 from dgemma_ext.serve.protocol.common import stops_of
-from dgemma_ext.serve.routing import failures, service_of, stated
+from dgemma_ext.serve.reply import Reply, respond
+from dgemma_ext.serve.routing import failures, service_of
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
 from dgemma_ext.serve.tool_calls import call_id, tool_call
@@ -46,19 +47,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     limit = body.max_completion_tokens or body.max_tokens
     submissions = await submissions_of(service, body, [ids], limit, "messages", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
-    try:
-        await call.accepted()
-        stated(request, call, body.messages)
-        answer = _Reply(service, call, name, body)
-        if body.stream:
-            return EventStream(call, answer.chunks())
-        return json_answer(answer.whole()) if await finished(call, request) else client_gone()
-    except BaseException:
-        call.close()
-        raise
+    return await respond(request, call, _Reply(service, call, name, body), body, body.messages)
 
 
-class _Reply:
+class _Reply(Reply):
     """The answers of a call in the form of this interface."""
 
     def __init__(self, service: Service, call: Call, model: str, body: ChatRequest) -> None:
@@ -80,7 +72,7 @@ class _Reply:
         ]
         return {"object": "chat.completion", **self._head, "choices": choices, "usage": usage_of(self._call)}
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         """The stream. A draft is a chunk whose delta is empty, so that a client that does not know it skips it."""
         options = self._body.stream_options
         has_usage = options is not None and options.include_usage

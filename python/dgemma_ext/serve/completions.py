@@ -18,12 +18,13 @@ from dgemma_ext.serve.answer import Answer, Piece, TextToken
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields, whole_text
 from dgemma_ext.serve.grammars import grammar_of
-from dgemma_ext.serve.http import COMMENT, DONE, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.http import COMMENT, DONE, sent_event
 from dgemma_ext.serve.job_runner import Submission
 from dgemma_ext.serve.logprobs import text_logprobs
 from dgemma_ext.serve.protocol.common import stops_of
 from dgemma_ext.serve.protocol.completions import Completion, CompletionRequest, InsertionRequest
-from dgemma_ext.serve.routing import failures, service_of, stated
+from dgemma_ext.serve.reply import Reply, respond
+from dgemma_ext.serve.routing import failures, service_of
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
 from dgemma_ext.serve.tool_calls import call_id, tool_call
@@ -65,16 +66,7 @@ async def _complete(body: InsertionRequest, request: Request) -> Response:
     else:
         submissions = await submissions_of(service, body, prompts, body.max_tokens, "prompt", grammar)
     call = service.begin(submissions, stops_of(body.stop), middle=middle)
-    try:
-        await call.accepted()
-        stated(request, call, body.prompt)
-        reply = _Reply(service, call, name, body)
-        if body.stream:
-            return EventStream(call, reply.chunks())
-        return json_answer(reply.whole()) if await finished(call, request) else client_gone()
-    except BaseException:
-        call.close()
-        raise
+    return await respond(request, call, _Reply(service, call, name, body), body, body.prompt)
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
@@ -113,7 +105,7 @@ def _insertions(
     return middle, [replace(one, max_new_tokens=middle + len(pinned), canvas=canvas) for one in submissions]
 
 
-class _Reply:
+class _Reply(Reply):
     """The answers of a call in the form of these interfaces."""
 
     def __init__(self, service: Service, call: Call, model: str, body: InsertionRequest) -> None:
@@ -139,7 +131,7 @@ class _Reply:
         ]
         return {**self._head, "choices": choices, "usage": usage_of(self._call)}
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         options = self._body.stream_options
         has_usage = options is not None and options.include_usage
         usage = {"usage": None} if has_usage else {}

@@ -29,17 +29,15 @@ class EventStream(Response):
     """Server-sent events of a call, which is closed at their end, an error's or the client's.
 
     events: bytes of whole events. An error after the first one is an event itself, because the status is sent by then;
-    failure: makes it in another form than OpenAI's error object.
+    failure: makes it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, call: Call, events: AsyncIterator[bytes], failure: Callable[[errors.ApiError], bytes] | None = None
-    ) -> None:
+    def __init__(self, call: Call, events: AsyncIterator[bytes], failure: Callable[[errors.ApiError], bytes]) -> None:
         self.call = call
         self.events = events
-        self.failure = failure or (lambda error: sent_event(error.body) + DONE)
+        self.failure = failure
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})

@@ -16,13 +16,14 @@ from dgemma_ext.serve.answer import Piece
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.drafts import draft_fields
 from dgemma_ext.serve.grammars import grammar_of
-from dgemma_ext.serve.http import COMMENT, EventStream, client_gone, finished, json_answer, sent_event
+from dgemma_ext.serve.http import COMMENT, sent_event
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
 from dgemma_ext.serve.protocol.common import stops_of
 from dgemma_ext.serve.protocol.responses import ResponseObject, ResponsesRequest
+from dgemma_ext.serve.reply import Reply, respond
 from dgemma_ext.serve.response_input import messages_of, tools_of
 from dgemma_ext.serve.response_output import Output
-from dgemma_ext.serve.routing import failures, service_of, stated
+from dgemma_ext.serve.routing import failures, service_of
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
 from dgemma_ext.serve.usage import usage_of
@@ -50,19 +51,10 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
         raise errors.bad_request(error.message, param, error.code) from error
     submissions = await submissions_of(service, body, [ids], body.max_output_tokens, "input", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
-    try:
-        await call.accepted()
-        stated(request, call, messages)
-        reply = _Reply(service, call, name, body)
-        if body.stream:
-            return EventStream(call, reply.events(), failure=reply.failed)
-        return json_answer(reply.whole()) if await finished(call, request) else client_gone()
-    except BaseException:
-        call.close()
-        raise
+    return await respond(request, call, _Reply(service, call, name, body), body, messages)
 
 
-class _Reply:
+class _Reply(Reply):
     """The answer of a call in the form of this interface."""
 
     def __init__(self, service: Service, call: Call, model: str, body: ResponsesRequest) -> None:
