@@ -84,10 +84,10 @@ def test_each_request_gets_what_it_asked_for(
                 cap = model.config.final_logit_softcapping
                 capped = cap * torch.tanh(raw.double() / cap)
                 committed.setdefault(event.request.number, []).append(capped[: len(event.token_ids)])
-                if event.request.num_logprobs is None:
+                if event.request.alternatives is None:
                     assert event.logprobs is None
                 else:
-                    check(event, committed[event.request.number][-1], event.request.num_logprobs)
+                    check(event, committed[event.request.number][-1], event.request.alternatives)
     for request, top in zip(requests, asked, strict=True):
         if top is None:
             assert request.output.logprobs is None
@@ -109,7 +109,7 @@ def test_ties_and_signs_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.tensor(
         [[0.0, -0.0, 1.0, 1.0, -3.0], [-1.0, -2.0, -2.0, -0.5, -2.0], [7.0, 7.0, 7.0, 7.0, 7.0]], dtype=torch.bfloat16
     )
-    found = canvas_logprobs(logits, 0.0, torch.tensor([2, 1, 4]), torch.zeros(3, dtype=torch.bool), top=4)
+    found = canvas_logprobs(logits, 0.0, torch.tensor([2, 1, 4]), torch.zeros(3, dtype=torch.bool), 4)
     assert [one.top_ids for one in found] == [(2, 3, 0, 1), (3, 0, 1, 2), (0, 1, 2, 3)]
     wanted = logits.double().log_softmax(-1)
     assert [one.logprob for one in found] == pytest.approx([float(wanted[0, 2]), float(wanted[1, 1]), -1.6094379])

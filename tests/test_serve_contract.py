@@ -33,6 +33,7 @@ OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/fim/completions"),
     ("POST", "/v1/responses"),
+    ("POST", "/v1/decisions"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("GET", "/v1/models"),

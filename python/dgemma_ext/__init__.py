@@ -14,6 +14,7 @@ from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import (
     Chat,
     Commit,
+    Decision,
     Draft,
     Event,
     Failure,
@@ -48,6 +49,7 @@ __all__ = [
     "Choice",
     "Commit",
     "CompiledGrammar",
+    "Decision",
     "DiffusionGemma",
     "Draft",
     "Event",

@@ -20,6 +20,7 @@ from dgemma_ext.checkpoint import (
 )
 from dgemma_ext.engine import (
     Chat,
+    Choices,
     Commit,
     Draft,
     Generation,
@@ -27,6 +28,7 @@ from dgemma_ext.engine import (
     PromptOptions,
     Scheduler,
     check_memory,
+    decide,
     mapped_bytes,
     memory_plan,
 )
@@ -230,6 +232,40 @@ class DiffusionGemma:
         """
         more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline, grammar)
         yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).events()
+
+    def decide(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        choices: Choices | Sequence[Choices],
+        template: str = "{}",
+        canvas_length: int | None = None,
+        seed: int | Sequence[int] = 0,
+        tools: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+        enable_thinking: bool | Sequence[bool | None] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        special_tokens: str | Sequence[str] = "text",
+    ) -> Any:
+        """Which of some choices answers a prompt, or each of a list of prompts, read in one denoising step.
+
+        choices: texts that are one token each, with or without a space before it; or a mapping from choices to such
+        labels ({"yes": ["yes", "Yes"], "no": "no"}), whose tokens are added up; one for all prompts or a list of one
+        per prompt. template: the text of the answer, with {} where the label stands. It is pinned in the canvas, with
+        the end of the turn and padding behind it. canvas_length: default the least of 32, 64, 128, ... that has room.
+        seed: of the noise at the label's position. prompt and the rest: as in `generate`.
+
+        A probability is that of the model at temperature 1, given the prompt, the template, and that the answer is one
+        of the choices; see docs/structured.md on when it can be trusted. The same seed and prompt give the same bits
+        alone and in any batch on the CPU.
+
+        Returns a dg.Decision, or a list of them for a list of prompts. Raises ValueError naming the argument.
+        """
+        options = {
+            "tools": tools,
+            "enable_thinking": enable_thinking,
+            "chat_template_kwargs": chat_template_kwargs,
+            "special_tokens": special_tokens,
+        }
+        return decide(self, prompt, choices, template, canvas_length, seed, **options)
 
     def chat(
         self,

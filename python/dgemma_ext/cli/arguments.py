@@ -126,6 +126,31 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(chat)
     _add_output(chat)
 
+    decide = commands.add_parser(
+        "decide",
+        help="choose between texts, with a probability for each",
+        description="Tells how probable each of some choices is as the answer to a prompt, read in one denoising\n"
+        "step. The last line is their mass: what they hold together of the model's whole distribution.",
+    )
+    _add_model(decide)
+    decide.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
+    decide.add_argument("--system", metavar="TEXT", help="a system message before it")
+    decide.add_argument(
+        "--choice",
+        action="append",
+        metavar="TEXT[=LABEL]",
+        help="a choice; give it several times. Its label, by default itself, is one token",
+    )
+    decide.add_argument(
+        "--template", default="{}", metavar="TEXT", help="the answer's text, {} where the label stands (default: {})"
+    )
+    decide.add_argument(
+        "--canvas-length", type=_positive, metavar="N", help="positions (default: 32, or more where it needs them)"
+    )
+    decide.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the label's noise (default: 0)")
+    _add_prompting(decide)
+    decide.add_argument("--json", action="store_true", help="one JSON object")
+
     info = commands.add_parser(
         "info",
         help="tell what a checkpoint, this build and this machine are",

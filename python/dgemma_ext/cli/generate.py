@@ -11,16 +11,22 @@ from dgemma_ext.engine import Prompt
 
 
 def run(arguments: Arguments) -> None:
-    text = _from_stdin() if arguments.prompt == "-" else arguments.prompt
-    if not text.strip():
-        raise ValueError("PROMPT is empty")
-    prompt: Prompt = checked_text("PROMPT", text)
-    if arguments.system is not None:
-        prompt = [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
+    prompt = prompt_of(arguments)
     asked = {**arguments.prompting, "grammar": arguments.grammar}
     model = load_model(arguments)
     events = model.stream(prompt, arguments.max_new_tokens, arguments.sampler, arguments.seed, **asked)
     write_answer(events, tokenizer_of(model), arguments)
+
+
+def prompt_of(arguments: Arguments) -> Prompt:
+    """The prompt of a command line, from stdin where it is -, with its system message. Raises ValueError for none."""
+    text = _from_stdin() if arguments.prompt == "-" else arguments.prompt
+    if not text.strip():
+        raise ValueError("PROMPT is empty")
+    prompt = checked_text("PROMPT", text)
+    if arguments.system is None:
+        return prompt
+    return [{"role": "system", "content": arguments.system}, {"role": "user", "content": text}]
 
 
 def _from_stdin() -> str:

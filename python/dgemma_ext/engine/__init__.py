@@ -2,12 +2,14 @@
 
 `scheduler` admits requests and turns steps into events; `group` keeps the rows of requests that are stepped together;
 `runner` and `cuda_graphs` run the steps, and `loop` drives the steps of a whole canvas; `prefix_cache` keeps what later
-requests continue from; `memory` counts the memory of all this. `generation` and `chat` are built on the scheduler.
+requests continue from; `memory` counts the memory of all this. `generation`, `chat` and `decision` are built on the
+scheduler.
 """
 
 from __future__ import annotations
 
 from dgemma_ext.engine.chat import Chat
+from dgemma_ext.engine.decision import Choices, Decision, decide, decision_canvas, ids_read, label_ids
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure
 from dgemma_ext.engine.generation import Generation
 from dgemma_ext.engine.memory import (

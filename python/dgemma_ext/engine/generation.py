@@ -45,20 +45,20 @@ class Generation:
         logprobs: Any = None,
         deadline: Any = None,
         grammar: Any = None,
+        logprob_token_ids: Any = None,
     ) -> None:
-        prompts, self._is_batch = _as_batch(prompt)
+        prompts, self._is_batch = as_batch(prompt)
         options = _options_per_prompt(tools, enable_thinking, chat_template_kwargs, special_tokens, len(prompts))
         seeds = _one_per_prompt("seed", seed, len(prompts))
         canvases = _one_per_prompt("canvas", canvas, len(prompts))
-        asked = [
-            {"logprobs": one_logprobs, "deadline": one_deadline, "grammar": one_grammar}
-            for one_logprobs, one_deadline, one_grammar in zip(
-                _one_per_prompt("logprobs", logprobs, len(prompts)),
-                _one_per_prompt("deadline", deadline, len(prompts)),
-                _one_per_prompt("grammar", grammar, len(prompts)),
-                strict=True,
-            )
-        ]
+        by_prompt = {
+            "logprobs": logprobs,
+            "deadline": deadline,
+            "grammar": grammar,
+            "logprob_token_ids": logprob_token_ids,
+        }
+        columns = [_one_per_prompt(name, value, len(prompts)) for name, value in by_prompt.items()]
+        asked = [dict(zip(by_prompt, values, strict=True)) for values in zip(*columns, strict=True)]
         for one in canvases:
             if one is not None:
                 arguments.instance("canvas", one, Canvas, "a dg.Canvas or None, or a list of them")
@@ -141,7 +141,7 @@ def _keeps_schedulers(model: GeneratingModel) -> bool:
     return model.network.device.type == "cuda"
 
 
-def _as_batch(prompt: Any) -> tuple[list[Any], bool]:
+def as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether the caller gave a list of prompts."""
     if isinstance(prompt, str):
         return [prompt], False

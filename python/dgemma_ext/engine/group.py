@@ -15,6 +15,7 @@ from dgemma_ext.engine.runner import EagerRunner, StepRunner
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
+    Alternatives,
     Canvas,
     CanvasBatch,
     Constraint,
@@ -68,7 +69,7 @@ class _Row:
     max_steps: int
     masks: int  # number of masks of allowed tokens
     chunk: PrefillChunk | None  # tokens for the first step to encode
-    num_logprobs: int | None  # alternatives for each token; None for no log-probabilities
+    alternatives: Alternatives | None  # for each token; None for no log-probabilities
     is_late: Callable[[], bool] | None  # whether its time is up; None where it has no deadline
     is_looked_at: bool = False  # since the last output
     out_of_time: bool = False
@@ -120,13 +121,13 @@ class CanvasGroup(Generic[Member]):
         index: int,
         content: Canvas | None = None,
         chunk: PrefillChunk | None = None,
-        num_logprobs: int | None = None,
+        alternatives: Alternatives | None = None,
         is_late: Callable[[], bool] | None = None,
         constraint: Constraint | None = None,
     ) -> None:
         """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes.
 
-        num_logprobs: how many alternatives to give for each token, None for no log-probabilities.
+        alternatives: how many or which to give for each token, None for no log-probabilities.
         is_late: asked after every step whether to take the canvas as it is. constraint: of a grammar.
         """
         row, length = len(self._members), self._batch.length
@@ -143,7 +144,7 @@ class CanvasGroup(Generic[Member]):
         first_step = 1 if content is None else content.first_step(index, sampler.canvas_length)
         self._members.append(member)
         last_step = sampler.max_denoising_steps
-        self._rows.append(_Row(first_step, first_step, last_step, masks, chunk, num_logprobs, is_late))
+        self._rows.append(_Row(first_step, first_step, last_step, masks, chunk, alternatives, is_late))
 
     def leave(self, member: Member) -> None:
         """Frees the member's row and moves the last row there. No-op for a non-member."""
@@ -230,9 +231,9 @@ class CanvasGroup(Generic[Member]):
         if status is CanvasStatus.NON_FINITE:
             return
         row.out_of_time = status is CanvasStatus.RUNNING and row.is_late is not None and row.is_late()
-        if row.num_logprobs is not None and (row.out_of_time or status is not CanvasStatus.RUNNING):
+        if row.alternatives is not None and (row.out_of_time or status is not CanvasStatus.RUNNING):
             softcap = self._network.config.final_logit_softcapping
-            row.logprobs = canvas_logprobs(logits, softcap, state.draft[index], state.pinned[index], row.num_logprobs)
+            row.logprobs = canvas_logprobs(logits, softcap, state.draft[index], state.pinned[index], row.alternatives)
 
 
 def _weakly(method: Callable[[int], None]) -> Callable[[int], None]:

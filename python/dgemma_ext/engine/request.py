@@ -11,7 +11,16 @@ from typing import Any
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.output import Output
 from dgemma_ext.errors import GrammarError
-from dgemma_ext.sampling import FAILED, Canvas, CompiledGrammar, Constraint, Grammar, ResolvedSampler, TokenLogprobs
+from dgemma_ext.sampling import (
+    FAILED,
+    Alternatives,
+    Canvas,
+    CompiledGrammar,
+    Constraint,
+    Grammar,
+    ResolvedSampler,
+    TokenLogprobs,
+)
 
 
 class RequestState(Enum):
@@ -35,7 +44,7 @@ class Request:
         canvas: Canvas | None,
         tokenizer: Tokenizer | None,
         cancel: Callable[[Request], bool],
-        num_logprobs: int | None = None,
+        alternatives: Alternatives | None = None,
         is_late: Callable[[], bool] | None = None,
         grammar: Grammar | None = None,
         compiled: CompiledGrammar | None = None,
@@ -46,9 +55,9 @@ class Request:
         self.sampler = sampler
         self.seed = seed
         self.canvas = canvas
-        self.num_logprobs = num_logprobs
+        self.alternatives = alternatives  # of each token's log-probabilities; None for none
         self.grammar = grammar
-        self.logprobs: list[TokenLogprobs] | None = None if num_logprobs is None else []
+        self.logprobs: list[TokenLogprobs] | None = None if alternatives is None else []
         self.cached_tokens = 0  # tokens of the prompt that came from the prefix cache
         self.state = RequestState.WAITING
         self.error: Exception | None = None

@@ -36,6 +36,7 @@ from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     MAX_LOGPROBS,
+    Alternatives,
     Canvas,
     CompiledGrammar,
     Grammar,
@@ -176,10 +177,12 @@ class Scheduler:
         logprobs: int | None = None,
         deadline: float | None = None,
         grammar: Grammar | None = None,
+        logprob_token_ids: Sequence[int] | None = None,
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
-        deadline: seconds from now; time in the queue counts.
+        deadline: seconds from now; time in the queue counts. logprob_token_ids: the alternatives of the
+        log-probabilities by their ids, in place of the most probable.
         Raises ValueError naming the argument, and dg.NotEnoughMemory where the buffers for canvases of another length
         than the checkpoint's do not fit.
         """
@@ -212,7 +215,7 @@ class Scheduler:
             canvas=canvas,
             tokenizer=self.tokenizer,
             cancel=self._cancel,
-            num_logprobs=None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1),
+            alternatives=_alternatives(logprobs, logprob_token_ids, config.vocab_size),
             is_late=self._late_after(deadline),
             grammar=grammar,
             compiled=compiled,
@@ -311,7 +314,7 @@ class Scheduler:
             # The copy does not wait for the GPU's queued work.
             ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
-        asked = (request.num_logprobs, request._is_late, request.constraint(request._length))
+        asked = (request.alternatives, request._is_late, request.constraint(request._length))
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
         request.denoising_steps.append(0)
         request._in_canvas = True
@@ -476,6 +479,15 @@ class Scheduler:
         return CanvasGroup(
             self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
         )
+
+
+def _alternatives(logprobs: int | None, ids: Sequence[int] | None, vocab_size: int) -> Alternatives | None:
+    if ids is not None:
+        if logprobs is not None:
+            raise ValueError("logprob_token_ids is given, and logprobs too; they say the same in two ways")
+        found = arguments.integers("logprob_token_ids", ids, "a list of token ids", end=vocab_size, entry="a token id")
+        return tuple(found)
+    return None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1)
 
 
 def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:

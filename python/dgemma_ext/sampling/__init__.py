@@ -8,8 +8,17 @@ from __future__ import annotations
 
 from dgemma_ext.sampling.canvas import Canvas
 from dgemma_ext.sampling.constraint import Constraint, closing
-from dgemma_ext.sampling.grammar import FAILED, Choice, CompiledGrammar, Grammar, JsonSchema, Regex, compile_grammar
-from dgemma_ext.sampling.logprobs import MAX_LOGPROBS, TokenLogprobs, canvas_logprobs
+from dgemma_ext.sampling.grammar import (
+    FAILED,
+    Choice,
+    CompiledGrammar,
+    Grammar,
+    JsonSchema,
+    Regex,
+    compile_grammar,
+    tokenizer_vocabulary,
+)
+from dgemma_ext.sampling.logprobs import MAX_LOGPROBS, Alternatives, TokenLogprobs, canvas_logprobs
 from dgemma_ext.sampling.settings import ResolvedSampler, SamplerConfig, resolve_sampler
 from dgemma_ext.sampling.state import (
     CanvasBatch,

@@ -19,9 +19,14 @@ MAX_LOGPROBS = 20
 _CHUNK_ELEMENTS = 1 << 22
 
 
+# What a request wants beside a token's own log-probability: how many of the most probable tokens, or which ones.
+Alternatives = int | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The log-probability of a token of the answer, and the most probable tokens of its position, the best first.
+    """The log-probability of a token of the answer, and the most probable tokens of its position, the best first, or
+    the tokens that were asked for.
 
     A pinned token has log-probability 0 and no alternatives, because nothing was chosen there.
     """
@@ -31,33 +36,41 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-def canvas_logprobs(logits: Tensor, softcap: float, tokens: Tensor, pinned: Tensor, top: int) -> list[TokenLogprobs]:
+def canvas_logprobs(
+    logits: Tensor, softcap: float, tokens: Tensor, pinned: Tensor, wanted: Alternatives
+) -> list[TokenLogprobs]:
     """The log-probabilities of the tokens of one canvas.
 
-    logits: raw, [L, vocabulary]. softcap: 0 for none. tokens: integer [L]. pinned: bool [L]. top: how many
-    alternatives, ordered by raw logit with ties to the lowest id.
+    logits: raw, [L, vocabulary]. softcap: 0 for none. tokens: integer [L]. pinned: bool [L]. wanted: how many
+    alternatives, ordered by raw logit with ties to the lowest id; or their ids.
     """
-    top = min(top, logits.shape[-1])
+    found = [TokenLogprobs(0.0)] * len(tokens)
     rows = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    parts = [
-        _logprobs_of_rows(chunk, softcap, chosen.long(), top)
-        for chunk, chosen in zip(logits.split(rows), tokens.split(rows), strict=True)
-    ]
-    chosen, ids, best = (torch.cat(each).tolist() for each in zip(*parts, strict=True))
-    return [
-        TokenLogprobs(0.0) if given else TokenLogprobs(one, tuple(top_ids), tuple(top_values))
-        for one, top_ids, top_values, given in zip(chosen, ids, best, pinned.tolist(), strict=True)
-    ]
+    for places in pinned.logical_not().nonzero()[:, 0].split(rows):
+        parts = _logprobs_of_rows(logits[places], softcap, tokens[places].long(), wanted)
+        for place, one, ids, values in zip(places.tolist(), *(part.tolist() for part in parts), strict=True):
+            found[place] = TokenLogprobs(one, tuple(ids), tuple(values))
+    return found
 
 
-def _logprobs_of_rows(logits: Tensor, softcap: float, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _logprobs_of_rows(
+    logits: Tensor, softcap: float, tokens: Tensor, wanted: Alternatives
+) -> tuple[Tensor, Tensor, Tensor]:
     raw = logits.float()
-    # The order of fp32 numbers is that of these integers; -0 becomes 0. An id in the low half breaks ties.
-    bits = (raw + 0.0).view(torch.int32)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    order -= torch.arange(logits.shape[-1], device=logits.device)
-    ids = order.topk(top, dim=-1).indices
+    if isinstance(wanted, tuple):
+        ids = torch.tensor(wanted, device=logits.device).expand(len(raw), -1)
+    else:
+        ids = _most_probable(raw, min(wanted, logits.shape[-1]))
     capped = softcap * torch.tanh(raw / softcap) if softcap else raw
     total = capped.logsumexp(-1, keepdim=True)
     chosen = capped.gather(-1, tokens[:, None]) - total
     return chosen[:, 0], ids, capped.gather(-1, ids) - total
+
+
+def _most_probable(raw: Tensor, count: int) -> Tensor:
+    """The ids of the largest of fp32 logits, ties to the lowest id."""
+    # The order of fp32 numbers is that of these integers; -0 becomes 0. An id in the low half breaks ties.
+    bits = (raw + 0.0).view(torch.int32)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    order -= torch.arange(raw.shape[-1], device=raw.device)
+    return order.topk(count, dim=-1).indices

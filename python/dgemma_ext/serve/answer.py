@@ -61,6 +61,7 @@ class Answer:
         self._calls = 0  # that pieces have told
         self.pieces: list[Piece] = []
         self.tokens: list[TextToken] = []
+        self.logprobs: list[TokenLogprobs] = []  # of all tokens, where they were asked for
         self.cached_tokens = 0
         self.token_ids: list[int] = []
         self.denoising_steps: list[int] = []
@@ -78,6 +79,7 @@ class Answer:
         begin = len(self.token_ids)
         self.token_ids += commit.token_ids
         self.denoising_steps.append(commit.denoising_steps)
+        self.logprobs += commit.logprobs or ()
         self.cached_tokens = commit.request.cached_tokens
         is_last = commit.finish_reason is not None
         self.engine_reason = commit.finish_reason

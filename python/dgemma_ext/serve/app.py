@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.serve import chat, completions, errors, health, models, responses, tokens
+from dgemma_ext.serve import chat, completions, decisions, errors, health, models, responses, tokens
 from dgemma_ext.serve.access import guards
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.logs import RequestLog
@@ -35,7 +35,7 @@ def build(model: DiffusionGemma, options: ServeOptions) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for part in (chat, completions, responses, tokens, models, health, page):
+    for part in (chat, completions, responses, decisions, tokens, models, health, page):
         app.include_router(part.router)
     app.add_exception_handler(errors.ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -41,6 +41,7 @@ class Submission:
     logprobs: int | None = None
     deadline: float | None = None
     grammar: Grammar | None = None
+    logprob_token_ids: Sequence[int] | None = None
 
 
 class Job:
@@ -150,6 +151,7 @@ class JobRunner:
                 logprobs=asked.logprobs,
                 deadline=asked.deadline,
                 grammar=asked.grammar,
+                logprob_token_ids=asked.logprob_token_ids,
             )
         except Exception as error:
             if not isinstance(error, ValueError | MemoryError):
