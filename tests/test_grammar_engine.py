@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -95,8 +96,74 @@ def test_pinned_and_allowed_tokens_go_with_a_grammar(model: dg.DiffusionGemma) -
     canvas = dg.Canvas([None, three], [False, True], allowed=[digits] * 6)
     out = model.generate(PROMPT, max_new_tokens=8, sampler=FAST, canvas=canvas, grammar=dg.Regex("[1-6]{6}"))
     assert re.fullmatch("[123]3[123]{4}", out.text)
-    with pytest.raises(dg.GrammarError, match="no canvas matches it with these pinned and allowed tokens"):
-        model.generate(PROMPT, max_new_tokens=8, sampler=FAST, canvas=canvas, grammar=dg.Regex("[ab]{6}"))
+
+
+def pinned_at(model: dg.DiffusionGemma, at: int, text: str) -> dg.Canvas:
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(text)
+    return dg.Canvas([*[None] * at, *ids], [*[False] * at, *[True] * len(ids)])
+
+
+def test_pins_of_a_later_canvas_are_seen_by_the_one_before(model: dg.DiffusionGemma) -> None:
+    # With 37 positions a canvas: x may not stand in the first canvas, from which nothing leads to the pinned y.
+    grammar, canvas = dg.Regex("x[ab]*|[ab]*y[ab]*"), pinned_at(model, 50, "y")
+    for seed in range(4):
+        out = model.generate(PROMPT, max_new_tokens=70, sampler=FAST, seed=seed, canvas=canvas, grammar=grammar)
+        assert re.fullmatch("[ab]{50}y[ab]*", out.text)
+
+
+@pytest.mark.parametrize(
+    ("expression", "at", "text", "budget"),
+    [
+        ("[1-6]{6}", 1, "a", 8),
+        ("[ab]{10}", 10, "a", 12),
+        ("[ab]*", 50, "c", 70),
+        ("(?:ab)*", 51, "a", 70),
+        ("[ab]{60}", 60, "<turn|>", 58 + 37),
+        ("[ab]*c", 19, "b", 20),
+    ],
+)
+def test_pins_that_leave_no_text_are_refused_when_a_request_is_submitted(
+    expression: str, at: int, text: str, budget: int, model: dg.DiffusionGemma
+) -> None:
+    scheduler = dg.Scheduler(model, max_batch=1)
+    given = {"max_new_tokens": budget, "canvas": pinned_at(model, at, text), "grammar": dg.Regex(expression)}
+    with pytest.raises(dg.GrammarError, match="canvas has pinned and allowed tokens with which no text"):
+        scheduler.submit(PROMPT, **given)  # type: ignore[arg-type]
+    assert scheduler.idle
+    assert scheduler.free_slots == 1
+
+
+def test_allowed_tokens_that_leave_no_text_are_refused(model: dg.DiffusionGemma) -> None:
+    assert model.tokenizer is not None
+    digits = [model.tokenizer.id_of(digit) for digit in "123"]
+    grammar = dg.Regex("[1-3]{40}")
+    with pytest.raises(
+        dg.GrammarError, match="ends within 74 tokens"
+    ):  # neither the end of text nor padding is allowed
+        model.generate(PROMPT, max_new_tokens=74, sampler=FAST, canvas=dg.Canvas(allowed=digits), grammar=grammar)
+    out = model.generate(PROMPT, max_new_tokens=40, sampler=FAST, canvas=dg.Canvas(allowed=digits), grammar=grammar)
+    assert re.fullmatch("[1-3]{40}", out.text)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_request_that_does_not_match_fails_alone(
+    batched: bool, model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are checked when they are submitted, so one is made to fail: nothing may follow its canvas."""
+    scheduler = dg.Scheduler(model, max_batch=3, batched=batched)
+    given = {"max_new_tokens": 20, "sampler": FAST, "grammar": dg.Regex("[ab]{10,}")}
+    requests = [scheduler.submit(PROMPT, seed=seed, **given) for seed in range(3)]  # type: ignore[arg-type]
+    impossible = requests[1].constraint
+    monkeypatch.setattr(requests[1], "constraint", lambda length: replace(impossible(length), tokens_left=-1))
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    with pytest.raises(dg.GrammarError, match="no canvas matches it"):
+        requests[1].output  # noqa: B018
+    assert requests[1].denoising_steps == [1]
+    for seed in (0, 2):
+        alone = model.generate(PROMPT, seed=seed, **given)
+        assert requests[seed].output.token_ids == alone.token_ids
 
 
 def test_a_chat_and_its_arguments(model: dg.DiffusionGemma) -> None:

@@ -151,6 +151,14 @@ def test_requests_with_and_without_grammars_share_the_engine(server: Running) ->
         ),
         ({"structured_outputs": {"regex": "a"}, "reasoning_effort": "high"}, "structured_outputs.regex", "thinking"),
         ({"structured_outputs": {"regex": "[0-9]{61}"}}, "max_tokens", "61"),
+        (
+            {
+                "structured_outputs": {"regex": "[0-9]*"},
+                "diffusion": {"start_text": [{"blank": 2}, {"text": "a", "pinned": True}]},
+            },
+            "diffusion",
+            "pinned",
+        ),
     ],
     ids=str,
 )

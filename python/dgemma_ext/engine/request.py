@@ -9,18 +9,10 @@ from enum import Enum
 from typing import Any
 
 from dgemma_ext.checkpoint import Response, Tokenizer
+from dgemma_ext.engine.matching import Matching
 from dgemma_ext.engine.output import Output
 from dgemma_ext.errors import GrammarError
-from dgemma_ext.sampling import (
-    FAILED,
-    Alternatives,
-    Canvas,
-    CompiledGrammar,
-    Constraint,
-    Grammar,
-    ResolvedSampler,
-    TokenLogprobs,
-)
+from dgemma_ext.sampling import Alternatives, Canvas, Constraint, Grammar, ResolvedSampler, TokenLogprobs
 
 
 class RequestState(Enum):
@@ -46,8 +38,7 @@ class Request:
         cancel: Callable[[Request], bool],
         alternatives: Alternatives | None = None,
         is_late: Callable[[], bool] | None = None,
-        grammar: Grammar | None = None,
-        compiled: CompiledGrammar | None = None,
+        matching: Matching | None = None,
     ) -> None:
         self.number = number
         self.prompt_ids = prompt_ids
@@ -56,7 +47,6 @@ class Request:
         self.seed = seed
         self.canvas = canvas
         self.alternatives = alternatives  # of each token's log-probabilities; None for none
-        self.grammar = grammar
         self.logprobs: list[TokenLogprobs] | None = None if alternatives is None else []
         self.cached_tokens = 0  # tokens of the prompt that came from the prefix cache
         self.state = RequestState.WAITING
@@ -77,12 +67,15 @@ class Request:
         self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
         self._is_late = is_late  # None without a deadline
-        self._compiled = compiled
-        self._grammar_state = FAILED if compiled is None else compiled.start
+        self._matching = matching
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler."""
         return {**vars(self), "_cancel": _no_scheduler, "_is_late": None}
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return None if self._matching is None else self._matching.grammar
 
     @property
     def done(self) -> bool:
@@ -124,17 +117,11 @@ class Request:
 
     def constraint(self, length: int) -> Constraint | None:
         """What holds the next canvas, of `length` positions, to the grammar."""
-        if self._compiled is None:
-            return None
-        left = max(self._longest - len(self.token_ids) - length, 0)
-        return Constraint(self._compiled, self._grammar_state, left)
+        return None if self._matching is None else self._matching.constraint(len(self.token_ids), length)
 
     def follow(self, draft: Sequence[int]) -> None:
         """Walks a finished canvas through the grammar once more. Raises GrammarError where it does not match."""
-        if self._compiled is None:
-            return
-        self._grammar_state = self._compiled.walk(self._grammar_state, draft)
-        if self._grammar_state == FAILED:
+        if self._matching is not None and not self._matching.follow(draft):
             raise GrammarError(f"canvas {len(self.denoising_steps) - 1} of request {self.number} does not match it")
 
     def _parsed(self, text: str) -> Any:

@@ -67,6 +67,8 @@ class EagerRunner:
         for index, row in enumerate(self._rows):
             if bool(row.state.active):
                 self._step_row(index, row, [chunk for chunk in chunks if chunk.slot == int(row.slot)])
+        self.errors.update(self._batch.failures)
+        self._batch.failures.clear()
 
     def _step_row(self, index: int, row: CanvasBatch, chunks: Sequence[PrefillChunk]) -> None:
         # The first step has no self-conditioning. A shared or captured step reads zeros instead.

@@ -27,6 +27,7 @@ from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, can_capture, cuda_run
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure, error_of
 from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
 from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.engine.matching import Matching, matching_of
 from dgemma_ext.engine.memory import MemoryPlan, batch_plan, check_memory
 from dgemma_ext.engine.prefix_cache import PrefixCache
 from dgemma_ext.engine.request import Request, RequestState
@@ -38,12 +39,9 @@ from dgemma_ext.sampling import (
     MAX_LOGPROBS,
     Alternatives,
     Canvas,
-    CompiledGrammar,
     Grammar,
     ResolvedSampler,
     SamplerConfig,
-    closing,
-    compile_grammar,
     resolve_sampler,
 )
 from dgemma_ext.torch_state import in_own_torch_state, own_torch_state
@@ -195,30 +193,20 @@ class Scheduler:
             arguments.instance("canvas", canvas, Canvas, "a dg.Canvas or None").check(
                 config.vocab_size, resolved.max_denoising_steps
             )
-        compiled = self._compile(grammar, resolved)
-        if compiled is not None:
-            longest = arguments.integer("max_new_tokens", limit, least=1)
-            if compiled.shortest > longest:
-                raise ValueError(
-                    f"max_new_tokens is {longest}, and the shortest text that the grammar matches has "
-                    f"{compiled.shortest} tokens"
-                )
-            ends = {*resolved.eos_token_ids, *([] if compiled.pad_id is None else [compiled.pad_id])}
-            positions = -(-longest // resolved.canvas_length) * resolved.canvas_length
-            canvas = closing(canvas, longest, positions, sorted(ends))
+        limit = arguments.integer("max_new_tokens", limit, least=1)
+        matching = None if grammar is None else self._matching(grammar, resolved, limit, canvas)
         request = Request(
             number=self._submitted,
             prompt_ids=ids,
-            max_new_tokens=arguments.integer("max_new_tokens", limit, least=1),
+            max_new_tokens=limit,
             sampler=resolved,
             seed=arguments.integer("seed", seed, end=2**63),
-            canvas=canvas,
+            canvas=canvas if matching is None else matching.content,
             tokenizer=self.tokenizer,
             cancel=self._cancel,
             alternatives=_alternatives(logprobs, logprob_token_ids, config.vocab_size),
             is_late=self._late_after(deadline),
-            grammar=grammar,
-            compiled=compiled,
+            matching=matching,
         )
         self._check_length(request, " by default" if max_new_tokens is None else "")
         self._make_groups_for(request)
@@ -226,16 +214,16 @@ class Scheduler:
         self._waiting.append(request)
         return request
 
-    def _compile(self, grammar: Grammar | None, sampler: ResolvedSampler) -> CompiledGrammar | None:
-        if grammar is None:
-            return None
+    def _matching(
+        self, grammar: Grammar, sampler: ResolvedSampler, max_new_tokens: int, canvas: Canvas | None
+    ) -> Matching:
         arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice or None")
         if self.network.device.type != "cpu":
             raise ValueError("grammar is given, and there are no kernels of grammars for a GPU yet")
         if self.tokenizer is None:
             raise ValueError("grammar needs a checkpoint with tokenizer.json")
-        size, ends = self.network.config.vocab_size, sampler.eos_token_ids
-        return compile_grammar(grammar, self.tokenizer, size, ends, self.defaults.pad_token_id)
+        size, pad_id = self.network.config.vocab_size, self.defaults.pad_token_id
+        return matching_of(grammar, self.tokenizer, size, pad_id, sampler, max_new_tokens, canvas)
 
     def step(self) -> list[Event]:
         """Admits waiting requests, then runs one denoising step of every running one; returns the events in order.

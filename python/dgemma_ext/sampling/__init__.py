@@ -1,7 +1,8 @@
 """Sampling of canvases: settings, initial tokens, state, and the one denoising step.
 
 `settings` and `canvas` are the caller's options; `state` holds the tensors of a batch of canvases; `step` begins a
-canvas and advances the batch; `logprobs` reads a finished one's log-probabilities.
+canvas and advances the batch; `constraint` holds a step to a grammar, and `viable` tells what pins leave of one;
+`logprobs` reads a finished canvas's log-probabilities.
 """
 
 from __future__ import annotations
@@ -29,3 +30,4 @@ from dgemma_ext.sampling.state import (
     make_step_buffers,
 )
 from dgemma_ext.sampling.step import begin_canvas, denoising_step
+from dgemma_ext.sampling.viable import AnswerShape, grammars_of_canvases

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgemma_ext.errors import GrammarError
 from dgemma_ext.ops import automaton
+from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling.canvas import Canvas
 from dgemma_ext.sampling.grammar import CompiledGrammar
 from dgemma_ext.sampling.state import CanvasState
@@ -34,10 +35,11 @@ def constrain(
     uniforms: Tensor | None,
     argmax: Tensor,
     sampled: Tensor,
-) -> None:
+) -> dict[int, GrammarError]:
     """Makes the draft, the draw and the acceptance key of a step what they are given its requests' grammars.
 
-    Writes argmax, sampled and the state's entropy. Raises GrammarError where no canvas matches.
+    Writes argmax, sampled and the state's entropy. A row for which no canvas matches is no longer active, and its
+    status is that of a step that failed; returned are these rows with their errors.
     """
     packed = _packed(tuple(None if one is None else one.grammar for one in constraints))
     batch, length = state.canvas.shape
@@ -65,11 +67,14 @@ def constrain(
         remainder=remainder,
         matches=matches,
     )
-    if not bool(matches.all()):
-        raise GrammarError("no canvas matches it with these pinned and allowed tokens, and within max_new_tokens")
     automaton.sample_class_(
         logits, **params, **held, chosen_class=chosen, remainder=remainder, matches=matches, tokens=sampled
     )
+    failed = (matches == 0).nonzero().flatten().tolist()
+    for row in failed:
+        state.active[row].zero_()
+        state.status[row].fill_(CanvasStatus.NON_FINITE)
+    return {row: GrammarError("no canvas matches it") for row in failed}
 
 
 def closing(content: Canvas | None, end: int, positions: int, end_ids: Sequence[int]) -> Canvas:

@@ -120,8 +120,10 @@ class CanvasBatch:
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of every row's positions, [B * L, head_dim] each
     output: Tensor  # the buffer of a StepOutput; the state's tensors of these names are views of it
-    constraints: dict[int, Any]  # by row of the whole batch: the constraint.Constraint of a request with a grammar
-    first_row: int = 0  # of the whole batch, whose constraints views of some rows share
+    # By row of the whole batch, for views of some rows too:
+    constraints: dict[int, Any]  # the constraint.Constraint of a request with a grammar
+    failures: dict[int, Exception]  # what ended a row in a step; the runner removes it
+    first_row: int = 0  # of the whole batch
 
     @property
     def rows(self) -> int:
@@ -259,6 +261,7 @@ def make_canvas_batch(
         rotary={kind: (table(kind[1]), table(kind[1])) for kind in rotary_kinds(config)},
         output=output,
         constraints={},
+        failures={},
     )
 
 

@@ -12,6 +12,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from dgemma_ext.errors import GrammarError
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
@@ -140,7 +141,8 @@ def denoising_step(
     params = logits_params(network, batch.state, buffers)
     vocabulary_head(hidden, network.weights.embed_tokens, **params, logits=buffers.logits, out=statistics)
     constraints = [batch.constraints.get(batch.first_row + row) for row in range(batch.rows)]
-    sample_and_update(network, batch.state, buffers, params, constraints=constraints)
+    failed = sample_and_update(network, batch.state, buffers, params, constraints=constraints)
+    batch.failures.update({batch.first_row + row: error for row, error in failed.items()})
     soft_embedding(network, batch.state, buffers, params)
 
 
@@ -164,11 +166,11 @@ def sample_and_update(
     sample_uniforms: Tensor | None = None,
     renoise_uniforms: Tensor | None = None,
     constraints: Sequence[Constraint | None] = (),
-) -> None:
+) -> dict[int, GrammarError]:
     """Samples, accepts, renoises and decides to stop, from the raw logits and their statistics.
 
     sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones. constraints: one for each row, or
-    none; on the CPU alone.
+    none; on the CPU alone. Returns the rows whose grammar no canvas matches; for them the step has failed.
     """
     statistics = buffers.statistics_of(state)
     sampled = denoise.sample(
@@ -181,8 +183,10 @@ def sample_and_update(
         uniforms=sample_uniforms,
         out=buffers.sampled,
     )
+    failed: dict[int, GrammarError] = {}
     if any(one is not None for one in constraints):
-        constrain(constraints, buffers.logits, params, state, sample_uniforms, statistics.argmax, sampled)
+        given = (sample_uniforms, statistics.argmax, sampled)
+        failed = constrain(constraints, buffers.logits, params, state, *given)
     denoise.update_canvas_(
         sampled,
         statistics.argmax,
@@ -208,6 +212,7 @@ def sample_and_update(
         mean_entropy=state.mean_entropy,
         status=state.status,
     )
+    return failed
 
 
 def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, params: LogitsParams) -> None:

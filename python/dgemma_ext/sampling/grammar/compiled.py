@@ -31,7 +31,8 @@ class CompiledGrammar:
 
     classes: int32 [vocabulary], the class of each id. out_*: arcs by source, in_*: the same arcs by target, as CSR:
     begin [states + 1], the other state and the set of each arc. set_begin, set_class: the classes of each set.
-    distance: int32 [states], the fewest tokens after which the text may end.
+    distance: int32 [states], the fewest tokens after which the text may end. closing: int32 [states], the fewest after
+    which a thought that is open in a state is closed; 0 where none is open.
     """
 
     states: int
@@ -47,6 +48,7 @@ class CompiledGrammar:
     in_source: np.ndarray
     in_set: np.ndarray
     distance: np.ndarray
+    closing: np.ndarray
     pad_id: int | None = None  # the padding token that END goes on with; None: it goes on with any
 
     @property
@@ -125,6 +127,7 @@ def _with_ends(
     class_of_string = np.append(arrays.pop("class_of_string"), 0).astype(np.int32)  # entry -1: of ids without a string
     classes = class_of_string[vocabulary.string_of_id]
     size = len(classes)
+    arrays["closing"] = np.zeros(made["states"], dtype=np.int32)
     classes[[token for token in end_ids if token < size]] = made["end_class"]
     if pad_id is not None and pad_id < size and pad_id not in end_ids:
         classes[pad_id] = made["tail_class"]
