@@ -100,6 +100,41 @@ def automaton_mask(ids: list[int]) -> torch.Tensor:
     return denoise.pack_allowed([ids], 7)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.85, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_class_statistics_over_many_tiles(dtype: torch.dtype, share: float, cpu_variant: str) -> None:
+    """share: of the class that most tokens have. Rising and falling logits, so that its maximum moves late and early;
+    bfloat16 has many ties."""
+    random, vocabulary, kinds = np.random.default_rng(3), 1000, 40
+    classes = np.where(random.random(vocabulary) < share, 7, random.integers(1, kinds, vocabulary))
+    one = small(np.where(classes == np.arange(kinds)[:, None], 0, -1), [0] * kinds)
+    slope = np.linspace(-60, 60, vocabulary) * np.array([1, -1, 0.02])[:, None]
+    raw = torch.from_numpy(random.standard_normal((3, vocabulary)) * 3 + slope).to(dtype)[None]
+    absent = set(range(100, 400)) | set(np.nonzero(classes == 11)[0].tolist())
+    mask = denoise.pack_allowed([sorted(set(range(vocabulary)) - absent)], vocabulary)
+    out = step(
+        [one], raw, [0], [9], softcap=30.0, temperature=torch.tensor([0.7]), allowed=mask,
+        allowed_row=torch.tensor([[-1, 0, 0]], dtype=torch.int32),
+    )  # fmt: skip
+    z = 30 / 0.7 * torch.tanh(raw[0].double() / 30)
+    for row in range(3):
+        allowed = [token for token in range(vocabulary) if row == 0 or token not in absent]
+        for k in range(one.num_classes):
+            tokens = [token for token in allowed if one.tables[0][token] == k]
+            found = [out[name][0, row, k].item() for name in ("class_max", "class_argmax", "class_mass")]
+            if not tokens:
+                assert found == [-math.inf, -1, 0]
+                continue
+            best = max(tokens, key=lambda token: (raw[0, row, token].item(), -token))
+            top = float(z[row, best])
+            below = z[row, tokens] - top
+            mass, shifted = float(below.exp().sum()), float((below.exp() * below).sum())
+            assert found[1] == best
+            assert found[0] == pytest.approx(top, rel=1e-6, abs=1e-6)
+            assert found[2] == pytest.approx(mass, rel=1e-5)
+            assert float(out["class_shifted"][0, row, k]) == pytest.approx(shifted, rel=2e-5, abs=2e-5)
+
+
 def test_ties_of_the_draft_go_to_the_lowest_id() -> None:
     # Every token is as good as any; 4 and 1 lead to other states, which accept all.
     delta = np.array([[2, 1, 2, 1, 0], [1] * 5, [2] * 5])
