@@ -71,10 +71,22 @@ def test_an_answer_that_is_cut() -> None:
     assert output.invalid_tool_calls[0].error == "it is not closed, and a string is not closed"
 
 
-@pytest.mark.parametrize("text", [ANSWER, "<|channel>thought\né\n<channel|>ü<|channel>thought\nb\n<channel|>!<turn|>"])
-def test_events_add_up_to_the_answer(text: str) -> None:
-    model, ids = random_model(), ids_of(text)
-    events = list(model.stream("hi", sampler=SAMPLER, canvas=pinned(ids)))
+# Characters of several tokens, the first of which ends with its canvas.
+WIDE = "abcd😀€😀€!<turn|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        (ANSWER, 256),
+        ("<|channel>thought\né\n<channel|>ü<|channel>thought\nb\n<channel|>!<turn|>", 256),
+        (WIDE, 256),
+        *((WIDE, limit) for limit in range(9, 19)),
+    ],
+)
+def test_events_add_up_to_the_answer(text: str, limit: int) -> None:
+    model, ids = random_model(), ids_of(text)[:limit]
+    events = list(model.stream("hi", limit, sampler=SAMPLER, canvas=pinned(ids)))
     commits = [event for event in events if isinstance(event, dg.Commit)]
     output = events[-1].request.output
     assert len(commits) == -(-len(ids) // model.config.canvas_length)
@@ -84,8 +96,10 @@ def test_events_add_up_to_the_answer(text: str) -> None:
     for event, following in itertools.pairwise(events):
         if isinstance(event, dg.Draft) and isinstance(following, dg.Commit):
             assert event.token_ids[: len(following.token_ids)] == following.token_ids
-            assert event.text.rstrip("\ufffd") == following.text
-            assert event.thinking.rstrip("\ufffd") == following.thinking
+            # A character of several tokens waits for what follows it.
+            is_certain = following.finish_reason is not None or (event.text + event.thinking).isascii()
+            words, told = (event.text, event.thinking), (following.text, following.thinking)
+            assert words == told if is_certain else all(map(str.startswith, words, told))
 
 
 def test_a_draft_ends_where_its_answer_does() -> None:

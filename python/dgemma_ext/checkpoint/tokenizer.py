@@ -56,6 +56,8 @@ class Tokenizer:
         self.pad_token_id = model.token_to_id(self.special_tokens["pad_token"])
         unknown = model.token_to_id(self.special_tokens["unk_token"])
         self._never_of_text = self._special_ids - {unknown}
+        bytes_by_name = (model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._byte_ids = frozenset(token for token in bytes_by_name if token is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -134,6 +136,20 @@ class Tokenizer:
     def parse_response(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> Response:
         """An answer's text, thoughts and tool calls. `prefix` are the ids before it, which may have begun a thought."""
         return self._parser.parse(self._checked_ids("ids", ids), self._checked_ids("prefix", prefix))
+
+    def settled(self, ids: Sequence[int]) -> list[int]:
+        """The ids without those at their end whose text may be another one once more ids follow.
+
+        Bytes that are tokens of their own are decoded together, special tokens between them left out: one that is still
+        to come may make a character of the last of them, and without it all of them are replacement characters.
+        """
+        checked = self._checked_ids("ids", ids)
+        end = last = len(checked)
+        while last and (checked[last - 1] in self._byte_ids or checked[last - 1] in self._special_ids):
+            last -= 1
+            if checked[last] in self._byte_ids:
+                end = last
+        return checked[:end]
 
     def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
         """For each id of an answer whether it is part of `parse_response(ids, prefix).text`."""

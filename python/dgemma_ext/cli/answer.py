@@ -188,17 +188,14 @@ class _TextWriter:
         self._written = ""
 
     def write(self, request: Request, is_whole: bool) -> None:
-        """Writes the new part of the answer so far, and of a whole one its tool calls, an object of JSON on each line.
-
-        Bytes at its end may be an incomplete character until the next canvas, so only a whole answer is exact.
-        """
-        response = request.response
+        """Writes what is new of the answer, and of a whole one its tool calls, an object of JSON on each line."""
+        response = request.settled_response
         calls = [json.dumps(asdict(call), ensure_ascii=False) for call in response.tool_calls] if is_whole else []
         if is_whole and not self._is_terminal:
             lines = [response.text.removesuffix("\n")] if response.text or not calls else []
             print("\n".join(lines + calls), flush=True)
         elif self._is_terminal:
-            ready = response.text if is_whole else response.text.rstrip("\ufffd")
+            ready = response.text
             if calls:
                 ready = "\n".join([ready.removesuffix("\n"), *calls]).removeprefix("\n")
             print(visible(ready[len(self._written) :]), end="", flush=True)

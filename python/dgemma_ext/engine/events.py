@@ -28,6 +28,12 @@ class Draft:
     mean_entropy: float
 
     @property
+    def end(self) -> int:
+        """How many of token_ids the answer would keep: up to its first end of text, which is the last of them, or its
+        length limit."""
+        return len(self.request.kept_of_draft(self.canvas_index, self.token_ids))
+
+    @property
     def text(self) -> str:
         """What the draft would add to the answer's text, which has no thoughts, tool calls and special tokens."""
         return self.request.words_of_draft(self.canvas_index, self.token_ids)[0]

@@ -135,6 +135,11 @@ class Request:
         """The answer so far, taken apart; empty for a checkpoint without a tokenizer."""
         return self._parse(self.token_ids)
 
+    @property
+    def settled_response(self) -> Response:
+        """The answer so far without what the next canvas may change at its end; of an ended one, all."""
+        return self._parse(self.token_ids, is_whole=self.finish_reason is not None)
+
     def cancel(self) -> bool:
         """Stops the request and frees its slot. Returns False for a request that has ended already."""
         cancel = self._cancel()
@@ -165,13 +170,17 @@ class Request:
 
     def new_words(self) -> tuple[str, str]:
         """The text and the thoughts that the answer has gained since the last call."""
-        before, self._emitted = self._emitted, self._parse(self.token_ids, is_whole=self.finish_reason is not None)
+        before, self._emitted = self._emitted, self.settled_response
         return _gained(before, self._emitted)
+
+    def kept_of_draft(self, canvas_index: int, ids: Sequence[int]) -> list[int]:
+        """The ids that the answer would keep of a draft of a canvas."""
+        return self._until_end(ids[: self.max_new_tokens - canvas_index * self.sampler.canvas_length])
 
     def words_of_draft(self, canvas_index: int, ids: Sequence[int]) -> tuple[str, str]:
         """The text and the thoughts that a draft of a canvas would add to the canvases before it."""
         before = self.token_ids[: canvas_index * self.sampler.canvas_length]  # the last canvas alone may be shorter
-        kept = self._until_end(ids[: self.max_new_tokens - len(before)])
+        kept = self.kept_of_draft(canvas_index, ids)
         return _gained(self._parse(before, is_whole=False), self._parse(before + kept))
 
     def _until_end(self, ids: Sequence[int]) -> list[int]:
@@ -180,13 +189,13 @@ class Request:
         return list(ids[:end])
 
     def _parse(self, ids: Sequence[int], is_whole: bool = True) -> Response:
-        """An answer that begins with ids. While it is not whole, what may change with the next canvas is held back: a
-        trailing replacement character may be a character whose last bytes are still to come."""
+        """An answer that begins with ids. While it is not whole, what may change with the next canvas is held back:
+        bytes at its end may be those of a character that is not whole yet."""
         if self._tokenizer is None:
             return Response()
-        response = self._tokenizer.parse_response(ids, prefix=self.prompt_ids)
         if is_whole:
-            return response
+            return self._tokenizer.parse_response(ids, prefix=self.prompt_ids)
+        response = self._tokenizer.parse_response(self._tokenizer.settled(ids), prefix=self.prompt_ids)
         return replace(response, text=response.text.rstrip("\ufffd"), thinking=response.thinking.rstrip("\ufffd"))
 
 
