@@ -16,8 +16,22 @@ from dgemma_ext.serve.errors import ApiError
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.options import ServeOptions
 
-# Everything that costs or tells something. Health, metrics, the page and the description are open.
-_GUARDED = ("/v1/", "/tokenize", "/detokenize", "/page/sudoku")
+# What anybody may have: whether the server is alive, its counts, the page, the description. All else wants the key, so
+# that nothing is open by an oversight.
+_OPEN = frozenset(
+    (
+        "/",
+        "/page/facts",
+        "/page/icon.svg",
+        "/page/page.css",
+        "/page/page.js",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+    )
+)
 
 
 def guards(options: ServeOptions) -> list[Middleware]:
@@ -33,14 +47,14 @@ def guards(options: ServeOptions) -> list[Middleware]:
 
 
 class ApiKey:
-    """Lets a request of the interfaces through where it has the key: `Authorization: Bearer KEY`."""
+    """Lets a request through where its path is open or it has the key: `Authorization: Bearer KEY`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._digest = _digest(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._has_key(scope):
+        if scope["type"] == "http" and _own_path(scope) not in _OPEN and not self._has_key(scope):
             error = ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -102,6 +116,12 @@ class BodyLimit:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
+
+
+def _own_path(scope: Scope) -> str:
+    """The path below the one that the application is mounted at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _digest(key: bytes) -> bytes:

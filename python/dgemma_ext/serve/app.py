@@ -40,6 +40,7 @@ def build(model: DiffusionGemma, options: ServeOptions) -> FastAPI:
     app.add_exception_handler(errors.ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RecursionError, _too_deep)
     _describe_failures(app)
     return app
 
@@ -49,11 +50,11 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     """Runs the engine between startup and shutdown."""
     service: Service = app.state.service
     service.engine.start()
-    service.is_started = True
+    service.is_started, service.is_draining = True, False
     try:
         yield
     finally:
-        service.is_draining = True
+        service.is_started, service.is_draining = False, True
         await service.engine.stop()
 
 
@@ -74,6 +75,10 @@ async def _invalid(request: Request, error: Any) -> Response:
         return await _api_error(request, errors.bad_request(f"the body is not JSON: {first['ctx']['error']}"))
     param = _name_of(place)
     return await _api_error(request, errors.bad_request(f"{param or 'the body'}: {first['msg']}", param))
+
+
+async def _too_deep(request: Request, error: Any) -> Response:
+    return await _api_error(request, errors.bad_request("the body has lists or objects too deep in each other"))
 
 
 # What pydantic calls members of a union.

@@ -46,19 +46,21 @@ class EngineThread:
         self._mean_seconds = 1.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._commands: queue.SimpleQueue[tuple[str, Sequence[Job]]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="dgemma-engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # On the event loop ------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="dgemma-engine", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread; requests that are left are cancelled."""
+        """Ends the thread; requests that are left are cancelled. The engine may be started again."""
         self.leave(list(self._live))
         self._commands.put(("stop", ()))
-        await asyncio.to_thread(self._thread.join)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
 
     @property
     def live(self) -> int:
@@ -74,12 +76,18 @@ class EngineThread:
     def waiting(self) -> int:
         return max(0, self.live - self.running)
 
+    def check_count(self, prompts: int, choices: int) -> None:
+        """Raises ApiError for more answers than there are places, before anything is made for them."""
+        if prompts > self.capacity:
+            raise errors.bad_request(f"prompt may have {self.capacity} prompts at most here, got {prompts}", "prompt")
+        if prompts * choices > self.capacity:
+            count = f"{choices}" if prompts == 1 else f"{choices} for each of {prompts} prompts"
+            raise errors.bad_request(f"n must be at most {self.capacity // prompts} here, got {count}", "n")
+
     def enter(self, submissions: Sequence[Submission], mailbox: Mailbox) -> list[Job]:
         """Queues submissions together, or raises ApiError: 429 where they do not all fit, 503 for a dead engine."""
         if not self.is_alive:
             raise _stopped()
-        if len(submissions) > self.capacity:
-            raise errors.bad_request(f"n must be at most {self.capacity} here, got {len(submissions)}", "n")
         if len(self._live) + len(submissions) > self.capacity:
             raise errors.busy(self._retry_after())
         jobs = [Job(submission, mailbox, index) for index, submission in enumerate(submissions)]

@@ -86,6 +86,10 @@ def draining() -> ApiError:
     return unavailable("the server is shutting down", "shutting_down")
 
 
+def not_started() -> ApiError:
+    return unavailable("the engine does not run: nothing has run the application's lifespan", "not_ready")
+
+
 def internal_error() -> ApiError:
     return ApiError(500, "the server failed; its log has the reason under this request's id", type="server_error")
 

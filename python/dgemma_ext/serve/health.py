@@ -31,7 +31,7 @@ async def ready(request: Request) -> Response:
     """Whether the server takes new requests: the model is loaded and no signal has told it to end."""
     service = service_of(request)
     if not service.is_ready:
-        raise errors.draining() if service.is_draining else errors.unavailable("the engine does not run", "not_ready")
+        raise errors.draining() if service.is_draining else errors.not_started()
     return json_answer({"status": "ready"})
 
 

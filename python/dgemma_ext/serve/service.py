@@ -96,6 +96,8 @@ class Service:
         """Queues submissions, which the caller closes. Raises ApiError where they cannot be queued now."""
         if self.is_draining:
             raise errors.draining()
+        if not self.is_started:
+            raise errors.not_started()
         timeout = self.options.request_timeout
         call = Call(self.engine, self.tokenizer, self.metrics, submissions, timeout, stops, one_call, middle)
         self.metrics.note_prompt(sum(len(one.prompt_ids) for one in submissions))
