@@ -9,25 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dgemma_ext.checkpoint import Tokenizer, ToolCall
-from dgemma_ext.engine import Commit
+from dgemma_ext.engine import Commit, Draft
 from dgemma_ext.sampling import TokenLogprobs
 from dgemma_ext.serve.stop import StopCutter
 
 _CALL = "<|tool_call>"
+# In place of bytes that are no character, such as those of a token that is a part of one.
+NO_TEXT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class TextToken:
-    """A token of an answer's text, with its log-probabilities."""
+    """A token of an answer's text, with its log-probabilities. offset: where its text begins in the answer's; that of a
+    token within a character is where the character begins."""
 
     id: int
     logprobs: TokenLogprobs
+    offset: int
 
 
 @dataclass(frozen=True)
 class Piece:
     """What a canvas adds to an answer. `calls` are whole, and `finish_reason` is OpenAI's, None but for the last.
-    `tokens` are those of the canvas's text, where log-probabilities were asked for."""
+    `tokens` are those of its text, where log-probabilities were asked for."""
 
     text: str = ""
     thinking: str = ""
@@ -59,6 +63,8 @@ class Answer:
         self._middle = middle
         self._call_id = _id_of(tokenizer, _CALL)
         self._calls = 0  # that pieces have told
+        self._places = _Places(tokenizer)
+        self._held_tokens: list[TextToken] = []  # their text is held back
         self.pieces: list[Piece] = []
         self.tokens: list[TextToken] = []
         self.logprobs: list[TokenLogprobs] = []  # of all tokens, where they were asked for
@@ -104,29 +110,39 @@ class Answer:
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / max(1, sum(self.denoising_steps))
 
+    def end_of(self, draft: Draft) -> int:
+        """How many tokens of a draft's canvas the answer would keep."""
+        return draft.end if self._middle is None else min(draft.end, self._middle)
+
+    def text_of(self, draft: Draft) -> str:
+        """What a draft would add to the text, with what is held back of it, and up to a stop string."""
+        if self._middle is None:
+            return self._cutter.preview(draft.text)
+        return self._cutter.preview(self._tokenizer.parse_response(draft.token_ids[: self.end_of(draft)]).text)
+
     def _before_suffix(self, commit: Commit, middle: int) -> Commit:
         """The commit up to the suffix. A middle that reaches it is whole, as one that ends by itself is."""
         kept = commit.token_ids[:middle]
         text = self._tokenizer.parse_response(kept).text
-        return replace(commit, token_ids=kept, text=text, thinking="", finish_reason="eos")
+        reason = "deadline" if commit.finish_reason == "deadline" else "eos"
+        return replace(commit, token_ids=kept, text=text, thinking="", finish_reason=reason)
 
     def _text_tokens(self, commit: Commit, begin: int) -> list[TextToken]:
-        """The tokens of a canvas's text, up to a stop string; none where there are no log-probabilities."""
+        """The tokens whose text begins in what is certain of the text by now; none where there are no
+        log-probabilities."""
         if commit.logprobs is None:
             return []
         flags = self._tokenizer.is_text(self.token_ids, self._prompt_ids)[begin:]
-        marked = zip(commit.token_ids, commit.logprobs, flags, strict=False)
-        tokens = [TextToken(token, logprobs) for token, logprobs, is_text in marked if is_text]
-        if not self._cutter.found:
-            return tokens
-        length = len(self._tokenizer.decode([one.id for one in self.tokens]))
-        kept = []
-        for one in tokens:
-            if length >= len(self.text):
-                break
-            kept.append(one)
-            length += len(self._tokenizer.decode([one.id]))
-        return kept
+        tokens = self._held_tokens
+        for token, logprobs, is_text in zip(commit.token_ids, commit.logprobs, flags, strict=False):
+            if is_text:
+                tokens.append(TextToken(token, logprobs, self._places.next(token)))
+        if self.finish_reason is not None and not self._cutter.found:
+            certain = len(tokens)
+        else:
+            certain = sum(one.offset < len(self.text) for one in tokens)
+        self._held_tokens = tokens[certain:]
+        return tokens[:certain]
 
     def _new_calls(self, is_last: bool) -> tuple[list[ToolCall], str]:
         """The calls that are new, and the text of those that cannot be read.
@@ -143,6 +159,25 @@ class Answer:
         self._calls = max(self._calls, len(certain))
         unread = "".join(call.text for call in response.invalid_tool_calls) if is_last else ""
         return new, unread
+
+
+class _Places:
+    """Where tokens begin in the text of all. `next` takes them in turn."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._at = 0
+        self._part: list[int] = []  # tokens of a character that is not whole yet
+
+    def next(self, token: int) -> int:
+        place = self._at
+        self._part.append(token)
+        text = self._tokenizer.decode(self._part)
+        # A character has four bytes at most, so a longer part is none.
+        if len(self._part) == 4 or not text.endswith(NO_TEXT):
+            self._at += len(text)
+            self._part = []
+        return place
 
 
 def _is_whole(commit: Commit) -> bool:

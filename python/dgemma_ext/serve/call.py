@@ -61,6 +61,7 @@ class Call:
         """Waits until the engine has taken all submissions; raises ApiError where it refuses one."""
         for _ in self._jobs:
             _, event = await self._next()
+            _raise_failure(event)
             assert isinstance(event, Accepted)  # the submissions of a call are taken one after the other
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
@@ -75,13 +76,14 @@ class Call:
                 yield -1, Silence()
                 continue
             index, event = found
+            answer = self.answers[index]
+            if answer.finish_reason is not None:
+                continue  # a stop string has ended it, and what came after that was in the mailbox already
+            _raise_failure(event)
             if isinstance(event, Draft):
                 self._metrics.note_first_draft(self._jobs[index])
                 yield index, event
             elif isinstance(event, Commit):
-                answer = self.answers[index]
-                if answer.finish_reason is not None:
-                    continue  # a stop string has ended it, and the engine has not heard of that yet
                 piece = answer.commit(event)
                 self._metrics.note_commit(self._jobs[index], event)
                 if piece.finish_reason is not None:
@@ -104,7 +106,6 @@ class Call:
             if silence is not None and time.monotonic() < self._ends:
                 return None
             raise errors.unavailable("the answer has taken too long", "request_timeout") from None
-        _raise_failure(event)
         return index, event
 
 

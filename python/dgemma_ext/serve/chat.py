@@ -84,12 +84,10 @@ class _Reply(Reply):
                 if self._body.diffusing:
                     yield self._chunk(index, {"content": whole_text(self._call.answers[index], event)}, **usage)
                 else:
-                    draft = draft_fields(event, self._service.tokenizer)
+                    draft = draft_fields(event, self._call.answers[index], self._service.tokenizer)
                     yield self._chunk(index, {}, "diffusion.draft", diffusion=draft, **usage)
             elif isinstance(event, Piece):
                 deltas = self._deltas(index, event)
-                if event.tokens and not any("content" in delta for delta in deltas):
-                    deltas.append({"content": ""})  # their text is held back, for it may begin a stop string
                 for delta in deltas:
                     choice = {"logprobs": self._logprobs(event.tokens)} if "content" in delta else None
                     yield self._chunk(index, delta, choice=choice, **usage)

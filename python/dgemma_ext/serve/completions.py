@@ -52,7 +52,9 @@ async def create_insertion(body: InsertionRequest, request: Request) -> Response
 async def _complete(body: InsertionRequest, request: Request) -> Response:
     service = service_of(request)
     name = service.check_model(body.model)
-    prompts = [await _ids(service, prompt) for prompt in _prompts(body.prompt)]
+    given = _prompts(body.prompt)
+    service.engine.check_count(len(given), body.choices)
+    prompts = [await _ids(service, prompt) for prompt in given]
     grammar = await grammar_of(service, "response_format", body.response_format, body.structured_outputs)
     middle = None
     if body.suffix:
@@ -110,7 +112,6 @@ class _Reply(Reply):
 
     def __init__(self, service: Service, call: Call, model: str, body: InsertionRequest) -> None:
         self._service, self._call, self._body = service, call, body
-        self._told = [0] * len(call.answers)  # tokens, in chunks
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -141,15 +142,13 @@ class _Reply(Reply):
                 if self._body.diffusing:
                     yield self._chunk(index, whole_text(answer, event), **usage)
                 else:
-                    draft = draft_fields(event, self._service.tokenizer)
+                    draft = draft_fields(event, answer, self._service.tokenizer)
                     yield self._chunk(index, "", "diffusion.draft", diffusion=draft, **usage)
             elif isinstance(event, Piece):
                 is_last = event.finish_reason is not None
                 text = answer.text if self._body.diffusing else event.text
-                if text or event.tokens or is_last:
-                    before = self._told[index]
-                    self._told[index] += len(event.tokens)
-                    choice = {"logprobs": self._logprobs(event.tokens, answer.tokens[:before])}
+                if text or is_last:
+                    choice = {"logprobs": self._logprobs(event.tokens)}
                     yield self._chunk(
                         index, text, choice=choice | (self._end(index, answer) if is_last else {}), **usage
                     )
@@ -159,10 +158,8 @@ class _Reply(Reply):
             yield sent_event({**self._head, "choices": [], "usage": usage_of(self._call)})
         yield DONE
 
-    def _logprobs(self, tokens: Sequence[TextToken], before: Sequence[TextToken] = ()) -> dict[str, Any] | None:
-        tokenizer = self._service.tokenizer
-        offset = len(tokenizer.decode([token.id for token in before]))
-        return None if self._body.logprobs is None else text_logprobs(tokens, tokenizer, offset)
+    def _logprobs(self, tokens: Sequence[TextToken]) -> dict[str, Any] | None:
+        return None if self._body.logprobs is None else text_logprobs(tokens, self._service.tokenizer)
 
     def _end(self, index: int, answer: Answer) -> dict[str, Any]:
         """What the last chunk of an answer, and a whole one, tell beside the text."""

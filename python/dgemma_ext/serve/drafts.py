@@ -12,13 +12,15 @@ from dgemma_ext.serve.answer import Answer
 _DECIMALS = 4
 
 
-def draft_fields(draft: Draft, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A draft as JSON: what it would add to the answer, and for every position its token.
+def draft_fields(draft: Draft, answer: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A draft of an answer as JSON: what it would add to it, and for every position its token.
 
-    canvas_index counts from 0 and step from 1; entropy is in nats; accepted tells which sampled tokens are kept for the
-    next step; pinned, which positions the request holds.
+    canvas_index counts from 0 and step from 1; end is how many of the tokens the answer would keep; entropy is in nats;
+    accepted tells which sampled tokens are kept for the next step; pinned, which positions the request holds; ends,
+    which token is the end of the text.
     """
-    pinned = pinned_positions(draft)
+    pinned, end = pinned_positions(draft), answer.end_of(draft)
+    last = end - 1 if draft.token_ids[end - 1] in draft.request.sampler.eos_token_ids else None
     columns = zip(draft.token_ids, draft.accepted.tolist(), draft.entropy.tolist(), pinned, strict=True)
     return {
         "type": "draft",
@@ -27,7 +29,8 @@ def draft_fields(draft: Draft, tokenizer: Tokenizer) -> dict[str, Any]:
         "max_denoising_steps": draft.request.sampler.max_denoising_steps,
         "temperature": draft.request.sampler.temperature(draft.step),
         "mean_entropy": round(draft.mean_entropy, _DECIMALS),
-        "text": draft.text,
+        "text": answer.text_of(draft),
+        "end": end,
         "thinking": draft.thinking,
         "tokens": [
             {
@@ -36,8 +39,9 @@ def draft_fields(draft: Draft, tokenizer: Tokenizer) -> dict[str, Any]:
                 "accepted": accepted,
                 "entropy": round(entropy, _DECIMALS),
                 **({"pinned": True} if is_pinned else {}),
+                **({"ends": True} if place == last else {}),
             }
-            for token, accepted, entropy, is_pinned in columns
+            for place, (token, accepted, entropy, is_pinned) in enumerate(columns)
         ],
     }
 
@@ -52,4 +56,4 @@ def pinned_positions(draft: Draft) -> list[bool]:
 
 def whole_text(answer: Answer, draft: Draft) -> str:
     """The answer's text with a draft's in place of what is still to come."""
-    return answer.text + draft.text
+    return answer.text + answer.text_of(draft)

@@ -9,10 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dgemma_ext.checkpoint import Tokenizer
-from dgemma_ext.serve.answer import TextToken
-
-# Of a token that is a part of a character.
-_NO_TEXT = "\ufffd"
+from dgemma_ext.serve.answer import NO_TEXT, TextToken
 
 
 def chat_logprobs(tokens: Sequence[TextToken], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -30,8 +27,8 @@ def chat_logprobs(tokens: Sequence[TextToken], tokenizer: Tokenizer) -> dict[str
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokens: Iterable[TextToken], tokenizer: Tokenizer, offset: int = 0) -> dict[str, Any]:
-    """The field `logprobs` of a completion's choice. offset: where the first token's text begins in the answer."""
+def text_logprobs(tokens: Iterable[TextToken], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The field `logprobs` of a completion's choice."""
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for one in tokens:
         text = _text(tokenizer, one.id)
@@ -41,14 +38,13 @@ def text_logprobs(tokens: Iterable[TextToken], tokenizer: Tokenizer, offset: int
         found["tokens"].append(text)
         found["token_logprobs"].append(one.logprobs.logprob)
         found["top_logprobs"].append(best)
-        found["text_offset"].append(offset)
-        offset += len(text)
+        found["text_offset"].append(one.offset)
     return found
 
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     text = _text(tokenizer, token)
-    return {"token": text, "logprob": logprob, "bytes": None if _NO_TEXT in text else list(text.encode())}
+    return {"token": text, "logprob": logprob, "bytes": None if NO_TEXT in text else list(text.encode())}
 
 
 def _text(tokenizer: Tokenizer, token: int) -> str:

@@ -77,7 +77,7 @@ class _Reply(Reply):
             yield self._event({"type": f"response.{state}", "response": self._response("in_progress")})
         async for _, event in self._call.events():
             if isinstance(event, Draft):
-                draft = draft_fields(event, self._service.tokenizer)
+                draft = draft_fields(event, self._call.answers[0], self._service.tokenizer)
                 yield self._event({"type": "diffusion.draft", "diffusion": draft})
             elif isinstance(event, Piece):
                 for one in self._output.add(event):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 
@@ -29,6 +30,10 @@ class StopCutter:
         certain = len(text) if is_last else len(text) - self._beginning(text)
         self._held = text[certain:]
         return text[:certain]
+
+    def preview(self, text: str) -> str:
+        """What `feed` would give for a last text; nothing changes."""
+        return copy.copy(self).feed(text, is_last=True)
 
     def _beginning(self, text: str) -> int:
         """The length of the longest end of the text that begins a stop string."""

@@ -134,8 +134,7 @@ function hideNotice() {
 const MOST_POSITIONS = 250_000;
 const MOST_FRAMES = 2_000;
 const ACCEPTED = 1, PINNED = 2, END = 4, AFTER = 8, THOUGHT = 16;
-const ENDS = new Set(["<turn|>", "<eos>", "<end_of_turn>", "<|tool_response>"]);
-const MARKERS = new Set(["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<pad>", ...ENDS]);
+const MARKERS = new Set(["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", '<|"|>', "<pad>"]);
 
 /** A draft in few bytes. before: the answer in front of its canvas; inThought: whether a thought was open there. */
 function frameOf(draft, seconds, before, inThought) {
@@ -151,12 +150,11 @@ function frameOf(draft, seconds, before, inThought) {
     pieces: new Array(length),
     entropy: new Float32Array(length),
     flags: new Uint8Array(length),
-    kept: length, // tokens up to the end of the answer
+    kept: draft.end, // tokens of the answer, without the one that ends it
     accepted: 0,
     free: 0,
     endsInThought: inThought,
   };
-  let hasEnded = false;
   let thinks = inThought;
   for (let place = 0; place < length; place++) {
     const token = draft.tokens[place];
@@ -166,10 +164,9 @@ function frameOf(draft, seconds, before, inThought) {
       frame.free++;
       if (token.accepted) frame.accepted++;
     }
-    if (hasEnded || token.text === "<pad>") flags |= AFTER;
-    else if (ENDS.has(token.text)) {
+    if (place >= draft.end || token.text === "<pad>") flags |= AFTER;
+    else if (token.ends) {
       flags |= END;
-      hasEnded = true;
       frame.kept = place;
     } else if (token.text === "<|channel>") thinks = true;
     if (thinks || (isMarker && !(flags & END))) flags |= THOUGHT;
