@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -202,6 +203,19 @@ def test_tokens_and_back(server: Running) -> None:
     assert bare["tokens"] == made["tokens"][1:]
     back = httpx2.post(f"{server.url}/detokenize", json={"model": MODEL, "tokens": bare["tokens"]}).json()
     assert back == {"prompt": text}
+
+
+def test_a_long_lists_texts_are_made_in_another_thread(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, threads = dg.Tokenizer.decode, set()
+
+    def noted(self: dg.Tokenizer, *args: Any, **named: Any) -> str:
+        threads.add(threading.current_thread().name)
+        return decode(self, *args, **named)
+
+    monkeypatch.setattr(dg.Tokenizer, "decode", noted)
+    asked = {"prompt": "62..14", "return_token_strs": True}
+    assert httpx2.post(f"{server.url}/tokenize", json=asked).json()["token_strs"][1:] == list("62..14")
+    assert {name.partition(" worker")[0] for name in threads} == {"AnyIO"}
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 26])

@@ -100,6 +100,8 @@ def error_of(response: httpx2.Response) -> dict[str, Any]:
         ({"diffusion": {"drafts": True}}, "diffusion.drafts"),
         ({"diffusion": {"start_text": "1", "start_step": 100}}, "diffusion"),
         ({"diffusion": {"start_text": "1", "pinned": [[0, 9]]}}, "diffusion.pinned"),
+        ({"diffusion": {"start_text": [{"blank": 2**20}] * 2}}, "diffusion.start_text"),
+        ({"diffusion": {"start_text": "1" * 2000}}, "diffusion.start_text"),
         ({"diffusing": True}, "diffusing"),
     ],
     ids=str,
@@ -121,6 +123,8 @@ def test_a_field_that_cannot_be_used_is_named(change: dict[str, Any], param: str
         ("completions", {"prompt": [10**6]}, "prompt[0]"),
         ("completions", {"prompt": [-1]}, "prompt[0]"),
         ("completions", {"prompt": "\ud800"}, "prompt"),
+        ("completions", {"prompt": ["1"] * 5000, "n": 128}, "prompt"),
+        ("completions", {"prompt": ["1"] * 10, "n": 100}, "n"),
         ("completions", {"prompt": "1", "echo": True}, "echo"),
         ("completions", {"prompt": "1", "best_of": 3}, "best_of"),
         ("completions", {"prompt": "1", "logprobs": 30}, "logprobs"),
@@ -163,6 +167,28 @@ def test_bodies_that_are_no_request(body: bytes, server: Running) -> None:
     response = post(server, body)
     assert response.status_code == 400
     error_of(response)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_of_a_surrogate_pair_comes_back_as_it_was_sent(stream: bool, server: Running) -> None:
+    metadata = {"\ud800": "\udfff"}
+    asked = {"input": "1", "max_output_tokens": 4, "metadata": metadata, "stream": stream, **QUICK}
+    response = post(server, asked, "/v1/responses")
+    assert response.status_code == 200
+    told = [json.loads(line[6:])["response"] for line in response.text.splitlines() if '"response":' in line]
+    assert [one["metadata"] for one in told or [response.json()]] == [metadata] * (3 if stream else 1)
+    refused = post(server, CHAT | {"structured_outputs": {"json": {"\ud800": 1}}})
+    assert refused.status_code == 400
+    assert "\ud800" in error_of(refused)["message"]
+
+
+def test_a_body_that_is_too_deep(server: Running) -> None:
+    """Python reads it, and code that walks it does not come to its end."""
+    schema = b'{"const": ' + b"[" * 900 + b"]" * 900 + b"}"
+    body = json.dumps(CHAT | {"structured_outputs": {"json": 0}}).encode().replace(b'"json": 0', b'"json": ' + schema)
+    response = post(server, body)
+    assert response.status_code == 400
+    assert "too deep" in error_of(response)["message"]
 
 
 def test_a_body_must_say_that_it_is_json(server: Running) -> None:

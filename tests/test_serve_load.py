@@ -16,10 +16,13 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 
 import dgemma_ext as dg
 from dgemma_ext import demo
 from dgemma_ext.errors import NonFiniteError
+from dgemma_ext.serve import job_runner
+from dgemma_ext.serve.mailbox import Mailbox
 from serving import MODEL, PATIENCE, Running, bundled, running, wait_until
 
 CLIENTS, REQUESTS = 16, 200
@@ -192,6 +195,17 @@ def test_a_slow_client_keeps_nobody_waiting() -> None:
     assert 8 <= drafts < sum(out.denoising_steps), "drafts that nobody took were kept"
 
 
+def test_a_client_that_never_reads_is_left() -> None:
+    asked = SLOW | {"max_tokens": 900, "stream": True}
+    asked["diffusion"] = SLOW["diffusion"] | {"drafts": True}
+    with running(bundled(), send_buffer=4096, request_timeout=1.0) as started, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(started.address)
+        sock.sendall(raw(asked))
+        wait_until(lambda: started.service.open_requests == 1)
+        started.wait_until_empty()
+
+
 def test_an_answer_that_takes_too_long() -> None:
     with running(bundled(), request_timeout=0.2) as hurried:
         slow = SLOW | {"max_tokens": 900}
@@ -256,22 +270,55 @@ def test_a_step_that_breaks_off_fails_the_request_to_blame_alone(
     server.wait_until_empty()
 
 
+def broken(self: Any) -> Any:
+    raise RuntimeError("the device is gone")
+
+
 def test_an_engine_that_cannot_go_on_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on for as long as its device answers, whatever requests do to their steps."""
+    url = "{}/v1/chat/completions"
     with running(bundled(), max_batch=2) as doomed:
-
-        def breaking(self: Any) -> Any:
-            raise RuntimeError("the device is gone")
-
-        monkeypatch.setattr(dg.engine.group.CanvasGroup, "step", breaking)
-        for _ in range(8):
-            answer = httpx2.post(f"{doomed.url}/v1/chat/completions", json=LONG_CHAT, timeout=PATIENCE)
-            assert answer.status_code in (500, 503)
-            assert "device" not in answer.text
+        with monkeypatch.context() as patch:
+            patch.setattr(dg.engine.group.CanvasGroup, "step", broken)
+            for _ in range(20):
+                answer = httpx2.post(url.format(doomed.url), json=LONG_CHAT, timeout=PATIENCE)
+                assert answer.status_code == 500
+                assert "device" not in answer.text
+        assert httpx2.post(url.format(doomed.url), json=LONG_CHAT, timeout=PATIENCE).status_code == 200
+        monkeypatch.setattr(dg.engine.group.CanvasGroup, "step", broken)
+        monkeypatch.setattr(job_runner, "answers", lambda device: False)
+        assert httpx2.post(url.format(doomed.url), json=LONG_CHAT, timeout=PATIENCE).status_code == 503
         wait_until(lambda: not doomed.service.engine.is_alive)
         for path in ("health", "ready"):
             assert httpx2.get(f"{doomed.url}/{path}").status_code == 503
+        answer = httpx2.post(url.format(doomed.url), json=LONG_CHAT, timeout=PATIENCE)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+
+
+def test_an_error_that_ends_no_request_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step would break off in the same way, and the one after it."""
+    with running(bundled()) as doomed:
+        monkeypatch.setattr(dg.Scheduler, "step", broken)
         answer = httpx2.post(f"{doomed.url}/v1/chat/completions", json=LONG_CHAT, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stopped")
+
+
+def test_a_device_answers() -> None:
+    assert job_runner.answers(torch.device("cpu"))
+
+
+def test_a_deadline_counts_from_when_the_request_came() -> None:
+    """Not from when the scheduler gets it, which may be a step later, nor anew for one that is run again."""
+    sampler = dg.SamplerConfig(max_denoising_steps=1000, confidence_threshold=0)
+    asked = job_runner.Submission([1], sampler=sampler, deadline=PATIENCE)
+    job = job_runner.Job(asked, Mailbox(), 0)
+    job.began -= PATIENCE + 1
+    runner = job_runner.JobRunner(dg.Scheduler(bundled(), max_batch=1))
+    runner.submit(job)
+    runner.advance()
+    (_, last) = runner.take_events()[-1]
+    assert isinstance(last, dg.Commit)
+    assert (last.finish_reason, last.denoising_steps) == ("deadline", 1)
 
 
 LONG = dg.SamplerConfig(trim_canvas=True, max_denoising_steps=6, confidence_threshold=0, eos_token_ids=())

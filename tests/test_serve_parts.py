@@ -148,12 +148,13 @@ def test_parts_of_a_canvas() -> None:
             {"start_text": [{"text": "12", "pinned": True}, {"blank": 2}, {"text": "3"}], "start_step": 4}
         ),
         tokenizer,
+        37,
     )
     one, two, three = tokenizer.encode("123")
     assert canvas == dg.Canvas([one, two, None, None, three], [True, True, False, False, False], start_step=4)
     spans = DiffusionOptions(start_text="12345", pinned=[[3, 5], [0, 1]])
-    assert canvas_of(spans, tokenizer) == dg.Canvas(tokenizer.encode("12345"), [True, False, False, True, True])
-    assert canvas_of(AS_IT_IS, tokenizer) is None
+    assert canvas_of(spans, tokenizer, 5) == dg.Canvas(tokenizer.encode("12345"), [True, False, False, True, True])
+    assert canvas_of(AS_IT_IS, tokenizer, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -165,13 +166,16 @@ def test_parts_of_a_canvas() -> None:
         {"start_text": "12", "pinned": [[1, 1]]},
         {"start_text": "123", "pinned": [[0, 2], [1, 3]]},
         {"start_text": [{"blank": 1}], "pinned": [[0, 1]]},
+        {"start_text": [{"blank": 3}, {"blank": 2}]},
+        {"start_text": [{"blank": 2**20}] * 3},
+        {"start_text": "12345"},
     ],
 )
 def test_canvases_that_cannot_be_made(given: dict[str, Any]) -> None:
     tokenizer = bundled().tokenizer
     assert tokenizer is not None
     with pytest.raises(ApiError) as caught:
-        canvas_of(DiffusionOptions.model_validate(given), tokenizer)
+        canvas_of(DiffusionOptions.model_validate(given), tokenizer, 4)
     assert (caught.value.param or "").startswith("diffusion.")
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, for clients that never finish the head of a request as well."""
+"""HTTP/1.1 as uvicorn speaks it, for clients too that never finish the head of a request or never read an answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class HttpProtocol(H11Protocol):
-    """Closes a connection on which the head of a request has not arrived in so many seconds.
+    """Closes a connection on which the head of a request has not arrived in `head_seconds`, and one whose client has
+    read so little for `stalled_seconds` that no more can be written.
 
-    uvicorn itself waits for it without end. A body has its own limit (access.py), and a connection between two requests
-    has uvicorn's.
+    uvicorn itself waits for both without end. A body has its own limit (access.py), and a connection between two
+    requests has uvicorn's.
     """
 
-    seconds = 30.0
+    head_seconds = 30.0
+    stalled_seconds = 600.0
     _head: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -30,7 +33,18 @@ class HttpProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._stalled is not None:
+            self._stalled.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self.stalled_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     @property
     def _is_between_requests(self) -> bool:
@@ -39,7 +53,7 @@ class HttpProtocol(H11Protocol):
 
     def _wait_for_head(self) -> None:
         if self._head is None:
-            self._head = self.loop.call_later(self.seconds, self._give_up)
+            self._head = self.loop.call_later(self.head_seconds, self._give_up)
 
     def _stop_waiting(self) -> None:
         if self._head is not None:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dgemma_ext.serve import errors
@@ -19,10 +19,16 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": the answer is on its way\n\n"
 
 
+def json_bytes(data: Any) -> bytes:
+    """JSON in UTF-8. Half of a surrogate pair, which a client may have sent as an escape, is told as one again."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")
+
+
 def sent_event(data: Any, name: str | None = None) -> bytes:
     """A server-sent event with JSON as its data."""
     head = "" if name is None else f"event: {name}\n"
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return head.encode() + b"data: " + json_bytes(data) + b"\n\n"
 
 
 class EventStream(Response):
@@ -56,6 +62,10 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except errors.ApiError as error:
                 await send({"type": "http.response.body", "body": self.failure(error), "more_body": True})
+            except Exception:  # which the log gets from whoever called this
+                failed = self.failure(errors.internal_error())
+                await send({"type": "http.response.body", "body": failed, "more_body": False})
+                raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -88,8 +98,8 @@ def client_gone() -> Response:
     return Response(status_code=499)
 
 
-def json_answer(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(content, status, headers)
+def json_answer(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json_bytes(content), status, headers, media_type="application/json")
 
 
 async def _gone(receive: Receive) -> None:

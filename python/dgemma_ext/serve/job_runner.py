@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dgemma_ext.engine import Commit, Draft, Failure, Request, Scheduler
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.sampling import Canvas, Grammar, SamplerConfig
@@ -21,15 +23,12 @@ from dgemma_ext.serve.mailbox import Accepted, Left, Mailbox, Refused
 
 logger = logging.getLogger("dgemma_ext.serve")
 
-# After so many steps in a row that broke off, no request can be served any more.
-_MOST_BROKEN_STEPS = 8
-
 
 @dataclass(frozen=True)
 class Submission:
     """What a client asks the engine for: the arguments of Scheduler.submit, and whether it wants drafts.
 
-    deadline: seconds from when the engine takes it.
+    deadline: seconds from when its job is made.
     """
 
     prompt_ids: Sequence[int]
@@ -72,12 +71,11 @@ class JobRunner:
         self._suspects: deque[Job] = deque()  # to be run alone
         self._held: deque[Job] = deque()  # that wait until there is no suspect
         self._alone: Job | None = None
-        self._has_failures = False  # that the next step tells
-        self._broken_steps = 0
+        self._untold = 0  # requests that steps have ended by breaking off; the next one that does not tells it
 
     @property
     def is_idle(self) -> bool:
-        return not self._has_failures and not self._suspects and not self._held and self.scheduler.idle
+        return not self._untold and not self._suspects and not self._held and self.scheduler.idle
 
     def take_events(self) -> list[tuple[Job, Any]]:
         """The events since the last call, in order."""
@@ -105,22 +103,22 @@ class JobRunner:
         self._events.append((job, Left()))
 
     def advance(self) -> None:
-        """Runs a step. Raises what breaks steps off for good."""
+        """Runs a step. Raises what breaks all steps off from now on: an error of a device that does not answer any
+        more, or one that no request is to blame for."""
         self._next_suspect()
-        self._has_failures = False
         try:
             events = self.scheduler.step()
         except Exception:
             logger.exception("a step was broken off")
-            self._has_failures = True
-            self._broken_steps += 1
-            if self._broken_steps == _MOST_BROKEN_STEPS:
+            ended = sum(job.request is not None and job.request.done for job in self._jobs.values())
+            if ended == self._untold or not answers(self.scheduler.network.device):
                 raise
+            self._untold = ended
             return
-        failures = [event for event in events if isinstance(event, Failure)]
-        if not failures:
-            self._broken_steps = 0
-        broken = [event for event in failures if not isinstance(event.error, NonFiniteError)]
+        self._untold = 0
+        broken = [
+            event for event in events if isinstance(event, Failure) and not isinstance(event.error, NonFiniteError)
+        ]
         for event in events:
             job = self._jobs.get(event.request.number)
             if job is not None:
@@ -149,7 +147,7 @@ class JobRunner:
                 asked.seed,
                 asked.canvas,
                 logprobs=asked.logprobs,
-                deadline=asked.deadline,
+                deadline=None if asked.deadline is None else max(0.0, job.began + asked.deadline - time.monotonic()),
                 grammar=asked.grammar,
                 logprob_token_ids=asked.logprob_token_ids,
             )
@@ -194,3 +192,13 @@ class JobRunner:
             self._begin(self._alone)
         while self._held and self._alone is None and not self._suspects:
             self._begin(self._held.popleft())
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes. After some errors CUDA refuses every call until the process ends."""
+    try:
+        return bool(torch.ones(1, device=device).item())
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False

@@ -43,7 +43,11 @@ class Server(uvicorn.Server):
                 server_header=False,
                 timeout_graceful_shutdown=int(options.drain_timeout) + 1,
                 ws="none",
-                http=type("HttpProtocol", (HttpProtocol,), {"seconds": options.body_timeout}),
+                http=type(
+                    "Connection",
+                    (HttpProtocol,),
+                    {"head_seconds": options.body_timeout, "stalled_seconds": options.request_timeout},
+                ),
             )
         )
         self.service: Service = app.state.service

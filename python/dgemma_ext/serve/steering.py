@@ -54,8 +54,11 @@ def seeds_of(seed: int | None, temperature: float | None, count: int) -> list[in
     return [(seed + index) % _SEEDS for index in range(count)]
 
 
-def canvas_of(options: DiffusionOptions, tokenizer: Tokenizer) -> Canvas | None:
-    """The canvas that a request begins with; raises ApiError for one that cannot be made. It tokenizes text."""
+def canvas_of(options: DiffusionOptions, tokenizer: Tokenizer, longest: int) -> Canvas | None:
+    """The canvas that a request begins with; raises ApiError for one that cannot be made. It tokenizes text.
+
+    longest: the most tokens that it may have, those of the model's context.
+    """
     if options.start_text is None:
         for name in ("pinned", "start_step"):
             if getattr(options, name) is not None:
@@ -64,10 +67,20 @@ def canvas_of(options: DiffusionOptions, tokenizer: Tokenizer) -> Canvas | None:
     tokens: list[int | None] = []
     pinned: list[bool] = []
     for part in _parts(options.start_text, options.pinned):
+        if isinstance(part, BlankPart) and part.blank > longest:
+            raise _too_long(longest)
         ids = [None] * part.blank if isinstance(part, BlankPart) else tokenizer.encode(part.text)
+        if len(tokens) + len(ids) > longest:
+            raise _too_long(longest)
         tokens += ids
         pinned += [isinstance(part, TextPart) and part.pinned] * len(ids)
     return Canvas(tokens=tokens, pinned=pinned, start_step=options.start_step or 1)
+
+
+def _too_long(longest: int) -> errors.ApiError:
+    return errors.bad_request(
+        f"start_text has more than the {longest} tokens of the model's context", "diffusion.start_text"
+    )
 
 
 def _parts(

@@ -26,6 +26,7 @@ async def submissions_of(
     Without max_tokens an answer may have as many as the checkpoint's default says and a slot holds. `field` names the
     prompts in errors.
     """
+    service.engine.check_count(len(prompts), body.choices)
     options = body.diffusion or DiffusionOptions()
     if (options.drafts or body.diffusing) and not body.stream:
         raise errors.bad_request(
@@ -35,7 +36,8 @@ async def submissions_of(
         sampler = sampler_of(body.temperature, options, service.model.defaults, service.options.trim_canvas)
     except ValueError as error:
         raise errors.from_value_error(error, "diffusion") from error
-    canvas = await service.in_thread("diffusion.start_text", canvas_of, options, service.tokenizer)
+    longest = service.model.config.max_position_embeddings
+    canvas = await service.in_thread("diffusion.start_text", canvas_of, options, service.tokenizer, longest)
     seeds = seeds_of(body.seed, body.temperature, body.choices)
     wants_drafts = options.drafts or body.diffusing
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.http import json_answer
 from dgemma_ext.serve.prompting import messages_by_roles, options_of
@@ -30,8 +31,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         ids = await service.in_thread("prompt", tokenizer.encode, body.prompt, add_bos)
     answer = {"count": len(ids), "max_model_len": service.longest, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        answer["token_strs"] = await service.in_thread("prompt", _texts, tokenizer, ids)
     return json_answer(answer)
+
+
+def _texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
 
 
 @router.post("/detokenize", responses={200: {"model": DetokenizeResponse}, **failures(400, 401, 404, 408, 413, 500)})
