@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from dgemma_ext.sampling.grammar import CompiledGrammar, Grammar, compile_pattern, vocabulary_of
 from dgemma_ext.sampling.grammar.pattern import Pattern
@@ -93,6 +94,25 @@ def random_walk(grammar: CompiledGrammar, seed: int, wander: int = 40) -> list[i
         classes = grammar.set_class[grammar.set_begin[of] : grammar.set_begin[of + 1]]
         tokens.append(rng.choice([token for one in classes.tolist() for token in ids_of_class.get(one, [])]))
         state = int(grammar.out_target[arc])
+
+
+def expressions() -> st.SearchStrategy[str]:
+    """Regular expressions that Python's re reads as the grammars do."""
+    atoms = st.sampled_from(
+        ["a", "b", "[ab]", "[^a]", "é", "[à-ü]", "日", ".", "0", r"\n", r"\d", r"[^\W1]", r"\S", "(?s:.)"]
+    )
+    return st.recursive(
+        atoms,
+        lambda inner: (
+            st.lists(inner, min_size=1, max_size=3).map("".join)
+            | st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})")
+            | inner.map(lambda part: f"(?:{part})*")
+            | st.tuples(inner, st.integers(0, 2), st.integers(0, 2)).map(
+                lambda t: f"(?:{t[0]}){{{t[1]},{t[1] + t[2]}}}"
+            )
+        ),
+        max_leaves=6,
+    )
 
 
 def spelled(text: str | bytes) -> list[int]:

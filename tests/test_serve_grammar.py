@@ -141,6 +141,7 @@ def test_requests_with_and_without_grammars_share_the_engine(server: Running) ->
         ({"structured_outputs": {"json": {"$ref": "https://a/b"}}}, "structured_outputs.json", "$ref"),
         ({"structured_outputs": {"regex": "["}}, "structured_outputs.regex", "structured_outputs.regex"),
         ({"structured_outputs": {"regex": "(a{900}){900}"}}, "structured_outputs.regex", "lower"),
+        ({"structured_outputs": {"regex": "(?:a|b)*a(?:a|b){24}"}}, "structured_outputs.regex", "too many states"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "empty"),
         ({"structured_outputs": {"choice": "yes"}}, "structured_outputs.choice", "list"),
         ({"structured_outputs": {}}, "structured_outputs", "one of"),
@@ -169,6 +170,17 @@ def test_what_cannot_be_matched_is_refused_by_name(
         server.client().chat.completions.create(messages=MESSAGES, extra_body=asked, **SETTINGS)
     assert caught.value.param == param
     assert said in caught.value.message
+
+
+def test_a_large_schema_is_refused(server: Running) -> None:
+    large = {"type": "string", "description": "x" * 2_000_000}
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client().chat.completions.create(
+            messages=MESSAGES, extra_body={"structured_outputs": {"json": large}}, **SETTINGS
+        )
+    assert caught.value.param == "structured_outputs.json"
+    assert "more than the limit of 1000000" in caught.value.message
+    assert len(caught.value.message) < 300
 
 
 def test_a_suffix_has_no_grammar(server: Running) -> None:

@@ -1,4 +1,5 @@
-"""The share of held-out puzzles that a checkpoint solves: clues pinned, nothing pinned, digits alone allowed.
+"""The share of held-out puzzles that a checkpoint solves: clues pinned, nothing pinned, digits alone allowed, and
+answers held to a grammar.
 
 python evaluate.py ../../python/dgemma_ext/demo --count 1000
 python evaluate.py runs/9x9 --count 1000 --engine transformers
@@ -17,8 +18,13 @@ import puzzles
 Outcome = tuple[list[str], list[int]]  # answers and denoising steps, one per puzzle
 Solve = Callable[[list[str], str, int], Outcome]  # puzzles, what rules their answers, seed
 
-# What rules an answer: its clues are pinned, nothing, or it may hold the digits alone.
-RULES = ("clues", "nothing", "digits")
+# What rules an answer: its clues are pinned, nothing, it may hold the digits alone, or it matches an expression: of
+# digits, or of rows that have the puzzle's clues and every digit once.
+RULES = ("clues", "nothing", "digits", "digit-grammar", "row-grammar")
+# An expression may have 64 KiB. A row with more blanks than these has any missing digit at each of them, twice or not:
+# 8 blanks alone would be 109,601 branches. The first that fits is taken.
+MOST_ORDERED = (7, 6)
+LONGEST_EXPRESSION = 65_536
 
 
 def with_transformers(folder: Path, batch: int, weights: str, activations: str | None) -> Solve:
@@ -35,8 +41,8 @@ def with_transformers(folder: Path, batch: int, weights: str, activations: str |
     text = tokenizer.build()
 
     def solve(lines: list[str], rule: str, seed: int) -> Outcome:
-        if rule == "digits":
-            raise ValueError("transformers has no allowed tokens")
+        if rule not in ("clues", "nothing"):
+            raise ValueError("transformers has no allowed tokens and no grammars")
         torch.manual_seed(seed)
         answers: list[str] = []
         steps: list[int] = []
@@ -62,10 +68,16 @@ def with_dgemma(folder: Path, batch: int, weights: str, activations: str | None)
     def canvas_of(line: str, rule: str) -> dg.Canvas | None:
         if rule == "clues":
             return pinned_clues(Puzzle(line, ""), model)
-        if rule == "nothing":
+        if rule != "digits":
             return None
         digits = [vocabulary.id_of(str(digit)) for digit in range(1, round(len(line) ** 0.5) + 1)]
         return dg.Canvas(allowed=[*[digits] * len(line), [vocabulary.id_of("<turn|>")]])
+
+    def grammar_of(line: str, rule: str) -> dg.Regex | None:
+        if rule == "digit-grammar":
+            size = round(len(line) ** 0.5)
+            return dg.Regex(f"[1-{size}]{{{len(line)}}}")
+        return dg.Regex(rows_expression(line)) if rule == "row-grammar" else None
 
     def solve(lines: list[str], rule: str, seed: int) -> Outcome:
         answers: list[str] = []
@@ -77,12 +89,37 @@ def with_dgemma(folder: Path, batch: int, weights: str, activations: str | None)
                 max_new_tokens=len(lines[0]) + 1,
                 seed=[seed + start + row for row in range(len(part))],
                 canvas=[canvas_of(line, rule) for line in part],
+                grammar=[grammar_of(line, rule) for line in part],
             )
             answers += [output.text for output in outputs]
             steps += [sum(output.denoising_steps) for output in outputs]
         return answers, steps
 
     return solve
+
+
+def rows_expression(line: str) -> str:
+    """An expression of the grids with the clues of a puzzle whose rows have every digit once."""
+    size = round(len(line) ** 0.5)
+    rows = [line[start : start + size] for start in range(0, len(line), size)]
+    missing = ["".join(digit for digit in map(str, range(1, size + 1)) if digit not in row) for row in rows]
+    for most in MOST_ORDERED:
+        expression = "".join(
+            _row_expression(row, digits) if len(digits) <= most else row.replace(puzzles.BLANK, f"[{digits}]")
+            for row, digits in zip(rows, missing, strict=True)
+        )
+        if len(expression) <= LONGEST_EXPRESSION:
+            break
+    return expression
+
+
+def _row_expression(row: str, missing: str) -> str:
+    """The rest of a row whose blanks take the missing digits, in any order."""
+    if not missing:
+        return row
+    before, _, after = row.partition(puzzles.BLANK)
+    branches = [digit + _row_expression(after, missing.replace(digit, "")) for digit in missing]
+    return before + (branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})")
 
 
 ENGINES = {"dgemma_ext": with_dgemma, "transformers": with_transformers}

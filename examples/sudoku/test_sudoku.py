@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
 
 import checkpoint
+import evaluate
 import puzzles
 import sampling
 import tokenizer
@@ -77,6 +79,19 @@ def test_training_puzzles_are_still_unique_after_their_symmetry(
         assert blanks[0] <= open_cells.sum() <= blanks[1]
         puzzle = np.where(open_cells, 0, cells).tolist()
         assert puzzles.solutions(puzzle, limit=2) == [cells.tolist()]
+
+
+def test_the_expression_of_rows_takes_the_solution_and_no_digit_twice_in_a_row() -> None:
+    for puzzle in puzzles.held_out(9, (35, 45), 5):
+        expression = evaluate.rows_expression(puzzle.text)
+        assert re.fullmatch(expression, puzzle.solution)
+        clue = next(cell for cell in range(81) if puzzle.text[cell] != puzzles.BLANK)
+        other = "1" if puzzle.solution[clue] != "1" else "2"
+        assert not re.fullmatch(expression, puzzle.solution[:clue] + other + puzzle.solution[clue + 1 :])
+        row = min(range(0, 81, 9), key=lambda start: puzzle.text[start : start + 9].count(puzzles.BLANK))
+        blank = puzzle.text.index(puzzles.BLANK, row)
+        taken = puzzle.solution[blank - 1 if blank % 9 else blank + 1]
+        assert not re.fullmatch(expression, puzzle.solution[:blank] + taken + puzzle.solution[blank + 1 :])
 
 
 def test_the_tokenizer_spells_any_text_and_keeps_the_published_ids() -> None:
