@@ -128,6 +128,56 @@ def test_thoughts_are_folded_and_tools_answer(browser: Any, text: Running, monke
     assert "blue" in tokenizer.decode(prompts[1])
 
 
+def test_an_answer_by_a_schema_is_shown_parsed(browser: Any, sudoku: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "solved": {"type": "boolean"},
+            "rows": {
+                "type": "array",
+                "items": {"type": "string", "pattern": "^[1-6]{2}$"},
+                "minItems": 2,
+                "maxItems": 2,
+            },
+            "left": {"enum": [None]},
+        },
+        "required": ["solved", "rows", "left"],
+    }
+    with visiting(browser, sudoku.url, "/#chat", errors=(CONSOLE_400,)) as page:
+        steady(page)
+        setting(page, max_tokens=90, max_denoising_steps=3)
+        page.get_by_role("button", name="Settings").focus()
+        page.keyboard.press("Enter")
+        field = page.get_by_label("Answers of the chat match this JSON schema")
+        field.focus()
+        page.keyboard.insert_text("{")
+        expect(field).to_have_attribute("aria-invalid", "true")
+        ask(page, "1.3.5.")
+        alert = page.get_by_role("alert")
+        expect(alert).to_contain_text("the schema in the settings is not JSON")
+        field.fill('{"not": {}}')
+        expect(field).to_have_attribute("aria-invalid", "false")
+        page.get_by_label("Message", exact=True).focus()
+        page.keyboard.press("Enter")
+        expect(alert).to_contain_text("response_format")
+        expect(alert).to_contain_text("not")
+        field.fill(json.dumps(schema))
+        page.get_by_label("Message", exact=True).focus()
+        with page.expect_request("**/v1/chat/completions") as asked:
+            page.keyboard.press("Enter")
+        assert asked.value.post_data_json["response_format"]["json_schema"]["schema"] == schema
+        finished(page)
+        parsed = page.get_by_role("region", name="The answer, parsed")
+        answer = json.loads(page.locator(".message.model .text").inner_text())
+        assert parsed.locator("dt").all_inner_texts() == ["solved", "rows", "left"]
+        assert parsed.locator("dd > .value").all_inner_texts() == [json.dumps(answer["solved"]), "null"]
+        assert parsed.get_by_role("listitem").all_inner_texts() == answer["rows"]
+        field.fill("")
+        ask(page, EASY.text)
+        finished(page)
+        assert parsed.count() == 1, "an answer without a schema is shown as it is"
+
+
 def test_an_answer_can_be_stopped(browser: Any, text: Running) -> None:
     with visiting(browser, text.url) as page:
         setting(page, pace="2000", max_tokens=900)

@@ -460,6 +460,10 @@ const settings = {
     };
     this.system = area("set-system", "System message", "");
     this.tools = area("set-tools", "Tools, as a JSON list", '[{"type": "function", "function": {"name": …}}]');
+    this.schema = area("set-schema", "Answers of the chat match this JSON schema", '{"type": "object", "properties": {…}}');
+    for (const field of [this.tools, this.schema]) {
+      field.addEventListener("input", () => field.setAttribute("aria-invalid", String(!isJson(field.value.trim() || "null"))));
+    }
     form.addEventListener("submit", (event) => event.preventDefault());
   },
 
@@ -511,15 +515,22 @@ const settings = {
     return this.system.value.trim() ? [{ role: "system", content: this.system.value.trim() }] : [];
   },
 
-  /** The tools for a chat; raises ServerError where they are not JSON. */
-  toolsOf() {
-    const text = this.tools.value.trim();
-    if (!text) return {};
-    try {
-      return { tools: JSON.parse(text) };
-    } catch (error) {
-      throw new ServerError(400, `the tools in the settings are not JSON (${error.message})`, "tools");
+  /** What a chat's request says besides: its tools, and what the answer matches. Raises ServerError for what is no JSON. */
+  ofChat() {
+    const read = (field, name, what) => {
+      try {
+        return JSON.parse(field.value);
+      } catch (error) {
+        throw new ServerError(400, `${what} in the settings is not JSON (${error.message})`, name);
+      }
+    };
+    const body = {};
+    if (this.tools.value.trim()) body.tools = read(this.tools, "tools", "the list of tools");
+    if (this.schema.value.trim()) {
+      const schema = read(this.schema, "response_format", "the schema");
+      body.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
     }
+    return body;
   },
 };
 
@@ -1082,7 +1093,7 @@ const chat = {
     const { messages } = this;
     let said = 0;
     try {
-      const body = { ...settings.body([...settings.systemMessages(), ...this.messages]), ...settings.toolsOf() };
+      const body = { ...settings.body([...settings.systemMessages(), ...this.messages]), ...settings.ofChat() };
       const onCommit = (commit) => {
         this.current.text = commit.text;
         this.canvas.settle(commit.text);
@@ -1126,6 +1137,10 @@ const chat = {
     const remark = answer.isStopped ? "Stopped; this is a draft." : answer.reason === "length" ? "Cut at the longest length." : "";
     if (remark) live.after(make("p", { className: "remark", textContent: remark }));
     live.hidden = !text;
+    if (answer.body.response_format && isJson(text)) {
+      const heading = make("h4", { textContent: "Parsed" });
+      body.append(make("section", { className: "parsed", "aria-label": "The answer, parsed" }, heading, valueView(JSON.parse(text))));
+    }
     if (answer.isStopped) say(`Stopped. The draft: ${text}`);
     else if (answer.calls.length) say(`The model calls ${answer.calls.map(({ name }) => name).join(", ")}.`);
     this.follow();
@@ -1178,11 +1193,28 @@ const chat = {
 };
 
 function pretty(json) {
+  return isJson(json) ? JSON.stringify(JSON.parse(json), null, 2) : json;
+}
+
+function isJson(text) {
   try {
-    return JSON.stringify(JSON.parse(json), null, 2);
+    JSON.parse(text);
+    return true;
   } catch {
-    return json;
+    return false;
   }
+}
+
+/** A JSON value as lists that can be read: an object's fields by name, an array's items by number. */
+function valueView(value) {
+  const plain = (kind, text) => make("span", { className: `value ${kind}`, textContent: text });
+  if (value === null || typeof value !== "object") {
+    return plain(value === null ? "null" : typeof value, typeof value === "string" ? value : JSON.stringify(value));
+  }
+  const entries = Object.entries(value);
+  if (!entries.length) return plain("empty", Array.isArray(value) ? "empty list" : "no fields");
+  if (Array.isArray(value)) return make("ol", { className: "items" }, ...value.map((one) => make("li", {}, valueView(one))));
+  return make("dl", { className: "fields" }, ...entries.flatMap(([name, one]) => [make("dt", { textContent: name }), make("dd", {}, valueView(one))]));
 }
 
 // Edit --------------------------------------------------------------------------------------------------------------
