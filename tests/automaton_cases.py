@@ -22,6 +22,7 @@ class Small:
     states: int
     num_classes: int
     tables: tuple[np.ndarray, ...]
+    closing: np.ndarray | None = None
 
     @property
     def arcs(self) -> int:
@@ -108,7 +109,7 @@ def step(
     }
     found = denoise.vocabulary_statistics(**params)
     sampled = denoise.sample(**params, **softmax_statistics(found), **given, uniforms=uniforms)
-    packed = automaton.pack_automata(automata)
+    packed = automaton.pack_automata(automata, changes.get("closing_left"))
     statistics = automaton.make_class_statistics(batch, length, packed.most_classes)
     canvas = torch.zeros(batch, length, dtype=torch.int32) if canvas is None else canvas
     held = {"arena": packed.arena, "descriptor": packed.descriptor}

@@ -36,20 +36,35 @@ def ends_of(one: Small, left: int) -> set[int]:
     return {q for q in range(one.states) if one.tables[-1][q] <= left}
 
 
-def test_random_automata_against_enumeration() -> None:
+@pytest.mark.parametrize("closes", [False, True])
+def test_random_automata_against_enumeration(closes: bool) -> None:
+    """closes: states have parts that are open, which must be closed within some tokens of the canvas, or before it."""
     counts = {0: 0, 1: 0}
     for seed in range(160):
         one, logits, state, left, uniforms = random_case(seed)
-        out = step([one], logits, [state], [left], uniforms)
-        wanted = reference.conditioned(logits[0].double().numpy(), one.arcs_of, state, ends_of(one, left))
+        given, closing_left = {}, LENGTH
+        if closes:
+            random = np.random.default_rng(seed)
+            one.closing = random.integers(0, 4, one.states).astype(np.int32)
+            closing_left = int(random.integers(-1, LENGTH + 3))
+            given = {"closing_left": [closing_left]}
+        number = 4 if closes else 1  # of four steps: where s is small, the entropy given acceptance shows
+        out = step([one], logits, [state], [left], uniforms, step=torch.tensor([number], dtype=torch.int32), **given)
+        open_in = np.zeros(one.states) if one.closing is None else one.closing
+        wanted = reference.conditioned(
+            logits[0].double().numpy(),
+            one.arcs_of,
+            state,
+            ends_of(one, left),
+            lambda i, q, open_in=open_in, end=closing_left: open_in[q] == 0 or open_in[q] <= end - i,
+        )
         counts[int(out["matches"])] += 1
         if wanted is None:
             assert int(out["matches"]) == 0, seed
             assert bits(out["entropy"]) == bits(out["own"])
             continue
         assert int(out["matches"]) == 1, seed
-        # The first step of four: s is 1, then 3/4.
-        key = np.maximum(wanted.entropy, out["own"][0].double().numpy())
+        key = np.maximum(wanted.entropy, (5 - number) / 4 * out["own"][0].double().numpy())
         np.testing.assert_allclose(out["entropy"][0].numpy(), key, atol=2e-6, rtol=2e-6, err_msg=f"seed {seed}")
         draft = out["argmax"][0].tolist()
         of = {tuple(word): p for word, p in zip(wanted.words.tolist(), wanted.probability, strict=True)}

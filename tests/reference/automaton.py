@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +22,22 @@ class Conditioned:
     log_mass: float  # of all accepted, with softmaxes of the rows
 
 
-def conditioned(z: np.ndarray, arcs: Arcs, start: int, ends: set[int]) -> Conditioned | None:
-    """z: float64 [L, V]. None where no canvas is accepted. Probabilities are relative to the greatest."""
+def conditioned(
+    z: np.ndarray, arcs: Arcs, start: int, ends: set[int], passes: Callable[[int, int], bool] = lambda i, q: True
+) -> Conditioned | None:
+    """z: float64 [L, V]. None where no canvas is accepted. Probabilities are relative to the greatest.
+
+    passes(i, state): whether a canvas may be in a state after i tokens.
+    """
     length, vocabulary = z.shape
     logs = z - z.max(1, keepdims=True)
     logs = logs - np.log(np.exp(logs).sum(1, keepdims=True))
     words, scores = [], []
     for word in itertools.product(range(vocabulary), repeat=length):
-        state: int | None = start
-        for token in word:
+        state: int | None = start if passes(0, start) else None
+        for i, token in enumerate(word, start=1):
             state = arcs.get((state, token)) if state is not None else None
+            state = state if state is not None and passes(i, state) else None
         score = sum(logs[i, token] for i, token in enumerate(word))
         if state in ends and score > -np.inf:
             words.append(word)

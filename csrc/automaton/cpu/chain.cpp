@@ -65,7 +65,11 @@ class Chain {
   }
 
  private:
-  bool ends(int64_t state) const { return a_.distance[state] <= op_.tokens_left[request_]; }
+  bool ends(int64_t state) const {
+    return a_.distance[state] <= op_.tokens_left[request_] && a_.passes(op_.length, state);
+  }
+  // A state in which the canvas may not be after i tokens has no arcs there.
+  int32_t out_end(int64_t i, int64_t q) const { return a_.out_begin[a_.passes(i, q) ? q + 1 : q]; }
   int64_t statistic(int64_t i, int64_t k) const { return (first_ + i) * op_.most_classes + k; }
   bool pinned(int64_t i) const { return op_.pinned != nullptr && op_.pinned[first_ + i] != 0; }
 
@@ -109,7 +113,7 @@ class Chain {
       Scaled* const here = work_.backward + i * a_.states;
       for (int64_t q = 0; q < a_.states; ++q) {
         ScaledSum sum;
-        for (int32_t x = a_.out_begin[q]; x < a_.out_begin[q + 1]; ++x)
+        for (int32_t x = a_.out_begin[q]; x < out_end(i, q); ++x)
           sum.add_product(after[a_.out_target[x]], sets[a_.out_set[x]]);
         here[q] = sum.value();
       }
@@ -133,7 +137,8 @@ class Chain {
       const Scaled* const sets = work_.set_mass + i * a_.sets;
       for (int64_t q = 0; q < a_.states; ++q) {
         ScaledSum sum;
-        for (int32_t x = a_.in_begin[q]; x < a_.in_begin[q + 1]; ++x)
+        const int32_t end = a_.passes(i + 1, q) ? a_.in_begin[q + 1] : a_.in_begin[q];
+        for (int32_t x = a_.in_begin[q]; x < end; ++x)
           sum.add_product(here[a_.in_source[x]], sets[a_.in_set[x]]);
         next[q] = sum.value();
       }
@@ -244,7 +249,7 @@ class Chain {
       for (int64_t q = 0; q < a_.states; ++q) {
         here[q] = -INFINITY;
         int32_t chosen = -1;
-        for (int32_t x = a_.out_begin[q]; x < a_.out_begin[q + 1]; ++x) {
+        for (int32_t x = a_.out_begin[q]; x < out_end(i, q); ++x) {
           const Best& one = best[a_.out_set[x]];
           const double score = one.largest + after[a_.out_target[x]];
           const bool ties = chosen >= 0 && score == here[q];

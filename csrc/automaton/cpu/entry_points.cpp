@@ -68,15 +68,17 @@ dgemma_status check_automaton(const int32_t* arena, int64_t arena_words, const i
                 " outside the arena, wants it inside",
                 request);
   const int64_t entries = arena[word[DGEMMA_AUTOMATON_SET_BEGIN] + sets];
-  const Part parts[] = {{"class_of_token", DGEMMA_AUTOMATON_CLASS_OF_TOKEN, vocabulary},
-                        {"set_class", DGEMMA_AUTOMATON_SET_CLASS, entries},
-                        {"out_begin", DGEMMA_AUTOMATON_OUT_BEGIN, states + 1},
-                        {"out_target", DGEMMA_AUTOMATON_OUT_TARGET, arcs},
-                        {"out_set", DGEMMA_AUTOMATON_OUT_SET, arcs},
-                        {"in_begin", DGEMMA_AUTOMATON_IN_BEGIN, states + 1},
-                        {"in_source", DGEMMA_AUTOMATON_IN_SOURCE, arcs},
-                        {"in_set", DGEMMA_AUTOMATON_IN_SET, arcs},
-                        {"distance", DGEMMA_AUTOMATON_DISTANCE, states}};
+  const Part parts[] = {
+      {"class_of_token", DGEMMA_AUTOMATON_CLASS_OF_TOKEN, vocabulary},
+      {"set_class", DGEMMA_AUTOMATON_SET_CLASS, entries},
+      {"out_begin", DGEMMA_AUTOMATON_OUT_BEGIN, states + 1},
+      {"out_target", DGEMMA_AUTOMATON_OUT_TARGET, arcs},
+      {"out_set", DGEMMA_AUTOMATON_OUT_SET, arcs},
+      {"in_begin", DGEMMA_AUTOMATON_IN_BEGIN, states + 1},
+      {"in_source", DGEMMA_AUTOMATON_IN_SOURCE, arcs},
+      {"in_set", DGEMMA_AUTOMATON_IN_SET, arcs},
+      {"distance", DGEMMA_AUTOMATON_DISTANCE, states},
+      {"closing", DGEMMA_AUTOMATON_CLOSING, word[DGEMMA_AUTOMATON_CLOSING] == 0 ? 0 : states}};
   for (const Part& part : parts)
     if (part.count < 0 || !fits(part.word, part.count))
       return fail(cpu, DGEMMA_INVALID_ARGUMENT,

@@ -32,7 +32,10 @@ typedef enum dgemma_automaton_word {
   DGEMMA_AUTOMATON_IN_BEGIN = 10, /* [states + 1]: the same arcs by target */
   DGEMMA_AUTOMATON_IN_SOURCE = 11,
   DGEMMA_AUTOMATON_IN_SET = 12,
-  DGEMMA_AUTOMATON_DISTANCE = 13 /* [states]: the fewest tokens after which the text may end */
+  DGEMMA_AUTOMATON_DISTANCE = 13, /* [states]: the fewest tokens after which the text may end */
+  DGEMMA_AUTOMATON_CLOSING = 14, /* [states]: the fewest after which an open part is closed, 0 where
+                                    none is open; where the word itself is 0, no part opens */
+  DGEMMA_AUTOMATON_CLOSING_LEFT = 15 /* no place: after so many tokens of the canvas none is open */
 } dgemma_automaton_word;
 #define DGEMMA_AUTOMATON_WORDS 16
 
@@ -58,7 +61,8 @@ DGEMMA_API dgemma_status dgemma_cpu_class_statistics(const dgemma_class_statisti
                                                      dgemma_cpu* cpu);
 
 /* Conditions a canvas on its automaton: it leads from `state` to a state from which a text may end
- * within `tokens_left` more tokens.
+ * within `tokens_left` more tokens. After i of its tokens, 0 to `length`, it is in no state whose
+ * open part needs more than CLOSING_LEFT - i tokens to be closed.
  *
  *   draw     a class for every position, from the product of the rows' distributions given that the
  *            automaton accepts; of each position's uniform, `remainder` is left for the token

@@ -20,6 +20,7 @@ from torch import Tensor
 from dgemma_ext.ops.operators import operator
 
 DESCRIPTOR_WORDS = 16
+_CLOSING = 14  # the word that says where an automaton's `closing` begins, 0 for none; the last word is what is left
 
 _class_statistics, _constrain, _sample_class = (
     operator(name) for name in ("class_statistics_", "constrain_", "sample_class_")
@@ -40,6 +41,11 @@ class Arrays(Protocol):
         """classes, set_begin, set_class, out_begin, out_target, out_set, in_begin, in_source, in_set, distance."""
         ...
 
+    @property
+    def closing(self) -> np.ndarray | None:
+        """int32 [states]: the fewest tokens after which a part that is open is closed; None where none ever is."""
+        ...
+
 
 class Automata(NamedTuple):
     """The automata of a batch in one arena, and the most of each that one of them has."""
@@ -51,8 +57,12 @@ class Automata(NamedTuple):
     most_sets: int
 
 
-def pack_automata(automata: Sequence[Arrays | None]) -> Automata:
-    """One automaton, or None, for every request; the same one is held once."""
+def pack_automata(automata: Sequence[Arrays | None], closing_left: Sequence[int | None] | None = None) -> Automata:
+    """One automaton, or None, for every request; the same one is held once.
+
+    closing_left: for each request the tokens of its canvas after which no part of the text is open any more; None for
+    one, or for all, where a part may stay open.
+    """
     descriptor = np.zeros((len(automata), DESCRIPTOR_WORDS), dtype=np.int64)
     parts, begins, size = list[np.ndarray](), dict[int, list[int]](), 0
     for row, one in enumerate(automata):
@@ -60,12 +70,18 @@ def pack_automata(automata: Sequence[Arrays | None]) -> Automata:
             continue
         if id(one) not in begins:
             begins[id(one)] = []
-            for table in one.tables:
+            for table in (*one.tables, *([] if one.closing is None else [one.closing])):
                 begins[id(one)].append(size)
                 parts.append(table)
                 size += len(table)
         sets = len(one.tables[1]) - 1
-        descriptor[row, : 4 + len(one.tables)] = [one.states, one.num_classes, sets, one.arcs, *begins[id(one)]]
+        found = [one.states, one.num_classes, sets, one.arcs, *begins[id(one)]]
+        left = None if closing_left is None else closing_left[row]
+        if one.closing is not None and left is not None:
+            found.append(left)
+        else:
+            found = found[:_CLOSING]
+        descriptor[row, : len(found)] = found
     arena = np.concatenate(parts) if parts else np.zeros(0)
     most = descriptor.max(axis=0, initial=1)
     return Automata(

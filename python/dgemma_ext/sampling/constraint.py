@@ -20,11 +20,15 @@ from dgemma_ext.sampling.state import CanvasState
 
 @dataclass(frozen=True)
 class Constraint:
-    """state: where the text before the canvas has led. tokens_left: how many tokens may follow the canvas."""
+    """state: where the text before the canvas has led. tokens_left: how many tokens may follow the canvas.
+
+    closing_left: after how many tokens of the canvas no thought may be open; None: it may stay open.
+    """
 
     grammar: CompiledGrammar
     state: int
     tokens_left: int
+    closing_left: int | None = None
 
 
 def constrain(
@@ -41,7 +45,7 @@ def constrain(
     Writes argmax, sampled and the state's entropy. A row for which no canvas matches is no longer active, and its
     status is that of a step that failed; returned are these rows with their errors.
     """
-    packed = _packed(tuple(None if one is None else one.grammar for one in constraints))
+    packed = _packed(tuple(None if one is None else (one.grammar, one.closing_left) for one in constraints))
     batch, length = state.canvas.shape
     statistics = automaton.make_class_statistics(batch, length, packed.most_classes)
     chosen, remainder = torch.zeros_like(state.canvas), torch.zeros(batch, length, dtype=torch.float64, device="cpu")
@@ -94,5 +98,6 @@ def _numbers(values: Sequence[int]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _packed(grammars: tuple[CompiledGrammar | None, ...]) -> automaton.Automata:
-    return automaton.pack_automata(grammars)
+def _packed(held: tuple[tuple[CompiledGrammar, int | None] | None, ...]) -> automaton.Automata:
+    grammars, left = zip(*[one or (None, None) for one in held], strict=True)
+    return automaton.pack_automata(grammars, left)
