@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from pathlib import Path
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dgemma_ext as dg
+from chats import LOOK
+from command import dgemma
 from dgemma_ext import demo
 from dgemma_ext.sampling.grammar import FAILED, compile_grammar, pattern, vocabulary_of
 from grammar_cases import (
@@ -17,6 +22,7 @@ from grammar_cases import (
     END,
     OPEN,
     PAD,
+    SCHEMAS,
     SPECIAL,
     TEXTS,
     VOCABULARY,
@@ -174,3 +180,57 @@ def test_the_bytes_of_a_tokenizers_tokens() -> None:
             assert tokenizer.decode([token]) == text.decode()
     ids = tokenizer.encode("A wörd, 12 日\n")
     assert b"".join(texts[token] or b"?" for token in ids).decode() == "A wörd, 12 日\n"
+
+
+def test_the_command_tells_what_a_grammar_becomes(tmp_path: Path) -> None:
+    schema, tools = tmp_path / "schema.json", tmp_path / "tools.json"
+    schema.write_text(json.dumps(SCHEMAS["person"][0]))
+    tools.write_text(json.dumps([LOOK]))
+    for arguments, grammar, valid in (
+        (
+            [str(schema)],
+            dg.JsonSchema(SCHEMAS["person"][0]),
+            lambda text: jsonschema.validate(json.loads(text), SCHEMAS["person"][0]),
+        ),
+        (["--regex", "a{3}b*"], dg.Regex("a{3}b*"), re.compile("a{3}b*").fullmatch),
+        (["--choice", "x", "--choice", "y"], dg.Choice(["x", "y"]), lambda text: text in "xy"),
+        (
+            ["--tools", str(tools)],
+            dg.ToolCalls([LOOK], "required"),
+            lambda text: text.startswith("<|tool_call>call:look{"),
+        ),
+        (["--tools", str(tools), "--tool-choice", "auto"], dg.ToolCalls([LOOK]), lambda text: True),
+    ):
+        run = dgemma("grammar", *arguments, "--model", "6x6", "--json")
+        assert run.code == 0, run.err
+        found, tokenizer = run.object, dg.Tokenizer.from_directory(demo.checkpoint(6))
+        compiled = compile_grammar(grammar, tokenizer, 384, (1, 106, 50), 0)
+        assert [found[name] for name in ("states", "arcs", "bytes")] == [
+            compiled.states,
+            compiled.arcs,
+            compiled.nbytes,
+        ]
+        assert found["shortest_tokens"] == compiled.shortest
+        assert len(found["walks"]) == 10
+        for text in (found["shortest"], *found["walks"]):
+            assert valid(text) is not False
+        lines = dgemma("grammar", *arguments, "--model", "6x6").out.splitlines()
+        assert lines[0].startswith(
+            f"{compiled.states} states, {compiled.num_classes} classes of tokens, {compiled.arcs} arcs"
+        )
+        assert len(lines) == 13
+
+
+def test_the_command_names_what_it_refuses(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"a/b": {"type": "array", "uniqueItems": True}}}))
+    for arguments, message in (
+        ([str(schema)], "#/properties/a~1b: uniqueItems: is not supported for array"),
+        (["--regex", "(?=a)b"], "no automaton follows"),
+        ([str(schema), "--regex", "a"], "one of FILE.json, --regex, --choice and --tools is wanted"),
+        ([], "one of FILE.json, --regex, --choice and --tools is wanted"),
+        (["no.json"], "no.json cannot be read"),
+    ):
+        run = dgemma("grammar", *arguments)
+        assert run.code == 2
+        assert message in run.err

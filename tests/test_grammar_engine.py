@@ -169,7 +169,9 @@ def test_a_request_that_does_not_match_fails_alone(
 def test_a_chat_and_its_arguments(model: dg.DiffusionGemma) -> None:
     chat = model.chat()
     assert chat.send(PROMPT, max_new_tokens=20, sampler=FAST, grammar=dg.Choice(["left", "right"])) in ("left", "right")
-    with pytest.raises(ValueError, match=r"grammar must be a dg.Regex, dg.JsonSchema, dg.Choice or None, got 'a'"):
+    with pytest.raises(
+        ValueError, match=r"grammar must be a dg.Regex, dg.JsonSchema, dg.Choice, dg.ToolCalls or None, got 'a'"
+    ):
         model.generate(PROMPT, grammar="a")  # type: ignore[arg-type]
     with pytest.raises(dg.GrammarError, match="cannot be read"):
         model.generate(PROMPT, grammar=dg.Regex("("))

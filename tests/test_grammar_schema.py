@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from grammar_cases import SCHEMAS, accepts, compiled, random_walk, record, text_of
+from schema_strategies import schemas
 
 
 class _Bytes:
@@ -220,43 +221,8 @@ def test_schemas_that_are_too_large_or_no_schemas() -> None:
         compiled(dg.JsonSchema({"type": "array", "items": {"type": "string", "maxLength": 5000}, "maxItems": 50}))
 
 
-# Schemas of all kinds, small enough that they compile in milliseconds.
-_names = st.sampled_from(["a", "b", "naïve", 'q"'])
-_plain = st.sampled_from(
-    [
-        {"type": "integer", "minimum": -3, "maximum": 40},
-        {"type": "number", "exclusiveMinimum": -1, "maximum": 3},
-        {"type": "string", "maxLength": 4},
-        {"type": "string", "format": "date"},
-        {"type": ["null", "boolean"]},
-        {"enum": [1, "x", None, [True], {"k": 2}]},
-        {"const": "\u2028\\"},
-        {"type": "number"},
-        {"type": "string"},
-    ]
-)
-
-
-def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    properties = st.dictionaries(_names, inner, min_size=1, max_size=3)
-    return properties.flatmap(lambda p: st.lists(st.sampled_from(list(p)), unique=True).map(lambda r: record(r, **p)))
-
-
-_schemas = st.recursive(
-    _plain,
-    lambda inner: (
-        _objects(inner)
-        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: {"anyOf": parts})
-        | st.tuples(inner, st.integers(0, 2), st.integers(0, 2)).map(
-            lambda t: {"type": "array", "items": t[0], "minItems": t[1], "maxItems": t[1] + t[2]}
-        )
-    ),
-    max_leaves=5,
-)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(_schemas, st.integers(0, 1000))
+@given(schemas, st.integers(0, 1000))
 def test_any_schema_gives_valid_texts(schema: Any, seed: int) -> None:
     text = text_of(random_walk(compiled(dg.JsonSchema(schema)), seed, wander=30))
     judge(schema, text)

@@ -38,6 +38,7 @@ from dgemma_ext.sampling import (
     Regex,
     SamplerConfig,
     TokenLogprobs,
+    ToolCalls,
 )
 from dgemma_ext.version import __version__
 
@@ -75,6 +76,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "ToolCall",
+    "ToolCalls",
     "__version__",
     "accelerate",
 ]

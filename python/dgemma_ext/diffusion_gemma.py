@@ -151,17 +151,17 @@ class DiffusionGemma:
         """Soft-capped logits of one denoising pass, fp32 [B, L, vocabulary]; see Network.denoise."""
         return self.network.denoise(canvas, cache, slots, self_conditioning)
 
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar, enable_thinking: bool = False) -> CompiledGrammar:
         """The automaton of a grammar over this model's tokens: its states, arcs, bytes, and the tokens of its shortest
-        text. The last 64 are kept.
+        text. The last 64 are kept. enable_thinking: whether it is for prompts that let the model think.
 
         Raises ValueError where the checkpoint has no tokenizer, and dg.GrammarError naming what cannot be followed.
         """
-        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema or dg.Choice")
+        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice or dg.ToolCalls")
         if self.tokenizer is None:
             raise ValueError("a grammar needs a checkpoint with tokenizer.json")
-        ends = self.defaults.eos_token_ids
-        return compile_grammar(grammar, self.tokenizer, self.config.vocab_size, ends, self.defaults.pad_token_id)
+        ends, pad, thinks = self.defaults.eos_token_ids, self.defaults.pad_token_id, enable_thinking
+        return compile_grammar(grammar, self.tokenizer, self.config.vocab_size, ends, pad, thinks)
 
     def generate(
         self,
@@ -197,8 +197,8 @@ class DiffusionGemma:
         are over, after one step at least, the draft of the canvas under work is taken as it is and ends the answer,
         with finish_reason "deadline".
 
-        grammar: a dg.Regex, dg.JsonSchema or dg.Choice that the answer matches, and every draft on the way to it; see
-        docs/structured.md. On the CPU alone.
+        grammar: a dg.Regex, dg.JsonSchema, dg.Choice or dg.ToolCalls that the answer matches, and every draft on the
+        way to it; see docs/structured.md. On the CPU alone.
 
         On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
         frees their memory.

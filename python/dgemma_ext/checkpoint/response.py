@@ -107,7 +107,7 @@ class ResponseParser:
     def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
         """For each id of an answer whether it is part of its text: no special token, and in no thought or call."""
         part, flags = Part.TEXT, []
-        opening = self._open_part(prefix)
+        opening = self.open_part(prefix)
         for token in (*opening[:1], *ids):
             if token in self._opens:
                 part = self._opens[token]
@@ -125,7 +125,7 @@ class ResponseParser:
         thoughts: list[str] = []
         calls: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
-        for segment in self.split([*self._open_part(prefix), *ids]):
+        for segment in self.split([*self.open_part(prefix), *ids]):
             if segment.part is Part.TEXT:
                 text += self._decode(segment.ids, True)
             elif segment.part is Part.THOUGHT:
@@ -148,7 +148,7 @@ class ResponseParser:
                 text += QUOTE.join(self._decode(run, True) for run in runs)
         return text
 
-    def _open_part(self, prefix: Sequence[int]) -> Sequence[int]:
+    def open_part(self, prefix: Sequence[int]) -> Sequence[int]:
         """The end of `prefix` from the marker of a part that it leaves open."""
         for position in reversed(range(len(prefix))):
             token = prefix[position]

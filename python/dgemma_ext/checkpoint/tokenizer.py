@@ -88,6 +88,11 @@ class Tokenizer:
         return self._special_ids
 
     @property
+    def markers(self) -> Mapping[str, int]:
+        """The special tokens: their ids by their text."""
+        return self._specials.ids
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._model.get_vocab_size(with_added_tokens=True)
@@ -150,6 +155,10 @@ class Tokenizer:
             if checked[last] in self._byte_ids:
                 end = last
         return checked[:end]
+
+    def open_part(self, ids: Sequence[int]) -> list[int]:
+        """The end of a prompt's ids, from the marker of a thought or a tool call that it leaves open; else empty."""
+        return list(self._parser.open_part(self._checked_ids("ids", ids)))
 
     def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
         """For each id of an answer whether it is part of `parse_response(ids, prefix).text`."""

@@ -12,7 +12,7 @@ from dgemma_ext.arguments import integer, number
 from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
-from dgemma_ext.sampling import Choice, Grammar, JsonSchema, Regex, SamplerConfig
+from dgemma_ext.sampling import Choice, Grammar, JsonSchema, Regex, SamplerConfig, ToolCalls
 from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.version import __version__
 
@@ -63,15 +63,26 @@ class Arguments(argparse.Namespace):
 
     @property
     def grammar(self) -> Grammar | None:
-        """What the answer must match. Raises ValueError for a schema that cannot be read."""
+        """What the answer must match. Raises ValueError for a schema that cannot be read, and for flags that do not go
+        together."""
+        thinking: dict[str, Any] = {"thinking_budget": self.thinking_budget}
         if self.json_schema is not None:
             try:
-                return JsonSchema(Path(self.json_schema).read_text(encoding="utf-8"))
+                text = Path(self.json_schema).expanduser().read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"--json-schema {self.json_schema} cannot be read: {error}") from error
+                raise ValueError(f"the schema {self.json_schema} cannot be read: {error}") from error
+            return JsonSchema(text, **thinking)
         if self.regex is not None:
-            return Regex(self.regex)
-        return None if self.choice is None else Choice(self.choice)
+            return Regex(self.regex, **thinking)
+        if self.choice is not None:
+            return Choice(self.choice, **thinking)
+        if self.tool_choice is not None:
+            if self.tools is None:
+                raise ValueError("--tool-choice needs --tools")
+            return ToolCalls(self.tools, self.tool_choice, **thinking)
+        if self.thinking_budget is not None:
+            raise ValueError("--thinking-budget needs --json-schema, --regex, --choice or --tool-choice")
+        return None
 
     @property
     def prompting(self) -> dict[str, Any]:
@@ -150,6 +161,21 @@ def build_parser() -> argparse.ArgumentParser:
     decide.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the label's noise (default: 0)")
     _add_prompting(decide)
     decide.add_argument("--json", action="store_true", help="one JSON object")
+
+    grammar = commands.add_parser(
+        "grammar",
+        help="tell what a JSON schema or another grammar compiles to",
+        description="Compiles what an answer must match, over a checkpoint's tokens, and tells its size, its shortest\n"
+        "text and ten texts at random. What cannot be followed is exit code 2, with the JSON pointer and the keyword.",
+    )
+    grammar.add_argument("json_schema", metavar="FILE.json", nargs="?", help="a JSON schema; or one of these:")
+    _add_patterns(grammar)
+    grammar.add_argument("--tools", type=_tools, metavar="FILE.json", help="functions, a list of JSON schemas")
+    grammar.add_argument("--tool-choice", metavar="CHOICE", help="auto, required (the default), or a tool's name")
+    grammar.add_argument("--thinking", action="store_true", help="for prompts that let the model think")
+    grammar.add_argument("--model", default=DEMO, metavar="MODEL", help=f"{_MODEL} (default: {DEMO})")
+    grammar.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the texts at random (default: 0)")
+    grammar.add_argument("--json", action="store_true", help="one JSON object")
 
     info = commands.add_parser(
         "info",
@@ -308,8 +334,17 @@ def _add_prompting(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_grammar(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the answer must match (on a CPU)").add_mutually_exclusive_group()
-    group.add_argument("--json-schema", metavar="FILE.json", help="a JSON schema")
+    group = parser.add_argument_group("what the answer must match (on a CPU)")
+    group.add_argument(
+        "--thinking-budget", type=_positive, metavar="N", help="end a thought before it within N tokens of the answer"
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", metavar="FILE.json", help="a JSON schema")
+    one.add_argument("--tool-choice", metavar="CHOICE", help="calls of --tools: auto, required, or a tool's name")
+    _add_patterns(one)
+
+
+def _add_patterns(group: Any) -> None:
     group.add_argument(
         "--regex", metavar="EXPRESSION", help="a regular expression, from its first to its last character"
     )

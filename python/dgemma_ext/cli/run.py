@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dgemma_ext.cli import chat, decide, demo, generate, info, profile, quantize, serve
+from dgemma_ext.cli import chat, decide, demo, generate, grammar, info, profile, quantize, serve
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.engine import NotEnoughMemory
 from dgemma_ext.environment import check_environment, debug
@@ -19,6 +19,7 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "generate": generate.run,
     "chat": chat.run,
     "decide": decide.run,
+    "grammar": grammar.run,
     "info": info.run,
     "demo": demo.run,
     "quantize": quantize.run,

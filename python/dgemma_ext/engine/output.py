@@ -17,8 +17,9 @@ class Output:
     end-of-sequence token, at most max_new_tokens, without padding. denoising_steps: one number per canvas. thinking:
     the model's thoughts. tool_calls: the functions that it calls; invalid_tool_calls: calls that cannot be read.
     tokens_per_forward: tokens kept / denoising steps. parsed: what an answer with a
-    grammar says. logprobs: one for each of token_ids, None where they were not
-    asked for. cached_tokens: how many tokens of the prompt came from a prefix cache.
+    grammar says: the value of a JSON schema's, a list of (name, arguments) of tool calls, else the text. logprobs: one
+    for each of token_ids, None where they were not asked for. cached_tokens: how many tokens of the prompt came from a
+    prefix cache.
     """
 
     text: str

@@ -112,7 +112,7 @@ class Request:
             invalid_tool_calls=response.invalid_tool_calls,
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             cached_tokens=self.cached_tokens,
-            parsed=self._parsed(response.text),
+            parsed=self._parsed(response),
         )
 
     def constraint(self, length: int) -> Constraint | None:
@@ -124,11 +124,11 @@ class Request:
         if self._matching is not None and not self._matching.follow(draft):
             raise GrammarError(f"canvas {len(self.denoising_steps) - 1} of request {self.number} does not match it")
 
-    def _parsed(self, text: str) -> Any:
+    def _parsed(self, response: Response) -> Any:
         """The value of a whole answer; one that was cut off by its deadline has none."""
         if self.grammar is None or self.finish_reason == "deadline":
             return None
-        return self.grammar.parse(text)
+        return self.grammar.parse(response)
 
     @property
     def response(self) -> Response:

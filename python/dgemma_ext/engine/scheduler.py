@@ -194,7 +194,7 @@ class Scheduler:
                 config.vocab_size, resolved.max_denoising_steps
             )
         limit = arguments.integer("max_new_tokens", limit, least=1)
-        matching = None if grammar is None else self._matching(grammar, resolved, limit, canvas)
+        matching = None if grammar is None else self._matching(grammar, ids, resolved, limit, canvas)
         request = Request(
             number=self._submitted,
             prompt_ids=ids,
@@ -215,15 +215,15 @@ class Scheduler:
         return request
 
     def _matching(
-        self, grammar: Grammar, sampler: ResolvedSampler, max_new_tokens: int, canvas: Canvas | None
+        self, grammar: Grammar, ids: list[int], sampler: ResolvedSampler, max_new_tokens: int, canvas: Canvas | None
     ) -> Matching:
-        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice or None")
+        arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice, dg.ToolCalls or None")
         if self.network.device.type != "cpu":
             raise ValueError("grammar is given, and there are no kernels of grammars for a GPU yet")
         if self.tokenizer is None:
             raise ValueError("grammar needs a checkpoint with tokenizer.json")
         size, pad_id = self.network.config.vocab_size, self.defaults.pad_token_id
-        return matching_of(grammar, self.tokenizer, size, pad_id, sampler, max_new_tokens, canvas)
+        return matching_of(grammar, self.tokenizer, size, pad_id, ids, sampler, max_new_tokens, canvas)
 
     def step(self) -> list[Event]:
         """Admits waiting requests, then runs one denoising step of every running one; returns the events in order.

@@ -11,11 +11,14 @@ from dgemma_ext.sampling.canvas import Canvas
 from dgemma_ext.sampling.constraint import Constraint, closing
 from dgemma_ext.sampling.grammar import (
     FAILED,
+    THINK,
     Choice,
     CompiledGrammar,
     Grammar,
     JsonSchema,
     Regex,
+    ToolCalls,
+    Walks,
     compile_grammar,
     tokenizer_vocabulary,
 )

@@ -50,6 +50,7 @@ def grammars_of_canvases(
 def _viable_states(grammar: CompiledGrammar, content: Canvas, shape: AnswerShape) -> dict[int, np.ndarray]:
     """bool [states] for position 0 and for each canvas's end that a restricted position follows."""
     positions, budget = shape.canvas_ends[-1], shape.thinking_budget
+    closing_in = np.zeros(grammar.states, np.int32) if grammar.closing is None else grammar.closing
     restrictions = _restrictions(content, positions)
     last = max((position + 1 for position, one in enumerate(restrictions) if one is not None), default=0)
     if last > shape.longest:
@@ -57,7 +58,7 @@ def _viable_states(grammar: CompiledGrammar, content: Canvas, shape: AnswerShape
         restrictions = _restrictions(content, positions)
     here = grammar.distance <= max(shape.longest - last, 0)
     if budget is not None:
-        here = here & (grammar.closing <= max(budget - last, 0))
+        here = here & (closing_in <= max(budget - last, 0))
     arcs_of, found, settled = dict[int, np.ndarray](), dict[int, np.ndarray](), -1
     for position in reversed(range(last)):
         # Positions that share a list of ids have the same one, which may be as long as the vocabulary.
@@ -68,7 +69,7 @@ def _viable_states(grammar: CompiledGrammar, content: Canvas, shape: AnswerShape
             leads_on = arcs_of[id(restriction)] & here[grammar.out_target]
             before = np.logical_or.reduceat(leads_on, grammar.out_begin[:-1])
             if position == budget:
-                before &= grammar.closing == 0
+                before &= closing_in == 0
             settled = id(restriction) if np.array_equal(before, here) else -1
             here = before
         if position == 0 or position in shape.canvas_ends:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class CompiledGrammar:
     classes: int32 [vocabulary], the class of each id. out_*: arcs by source, in_*: the same arcs by target, as CSR:
     begin [states + 1], the other state and the set of each arc. set_begin, set_class: the classes of each set.
     distance: int32 [states], the fewest tokens after which the text may end. closing: int32 [states], the fewest after
-    which a thought that is open in a state is closed; 0 where none is open.
+    which a thought that is open in a state, or must still come, is closed, else 0; None where none ever is.
     """
 
     states: int
@@ -48,7 +48,7 @@ class CompiledGrammar:
     in_source: np.ndarray
     in_set: np.ndarray
     distance: np.ndarray
-    closing: np.ndarray
+    closing: np.ndarray | None = None
     pad_id: int | None = None  # the padding token that END goes on with; None: it goes on with any
 
     @property
@@ -127,7 +127,6 @@ def _with_ends(
     class_of_string = np.append(arrays.pop("class_of_string"), 0).astype(np.int32)  # entry -1: of ids without a string
     classes = class_of_string[vocabulary.string_of_id]
     size = len(classes)
-    arrays["closing"] = np.zeros(made["states"], dtype=np.int32)
     classes[[token for token in end_ids if token < size]] = made["end_class"]
     if pad_id is not None and pad_id < size and pad_id not in end_ids:
         classes[pad_id] = made["tail_class"]
@@ -140,3 +139,35 @@ def _with_ends(
     for name in ("out_set", "in_set"):
         arrays[name] = np.where(arrays[name] == of, np.int32(every), arrays[name])
     return CompiledGrammar(made["states"], made["start"], made["classes"], classes, **arrays)
+
+
+def with_end_after(grammar: CompiledGrammar, last: int, end: int) -> CompiledGrammar:
+    """The grammar in which a text that ends by the token `last` is followed by the token `end`, and no other text is.
+
+    Both are special tokens; `end` is one of the end-of-sequence tokens.
+    """
+    own_class, of = grammar.num_classes, len(grammar.set_begin) - 1
+    classes = grammar.classes.copy()
+    classes[end] = own_class
+    set_class = np.append(grammar.set_class, np.int32(own_class))
+    set_begin = np.append(grammar.set_begin, np.int32(len(set_class)))
+    of_last = np.isin(grammar.set_class, grammar.classes[last])
+    has_last = np.logical_or.reduceat(of_last, grammar.set_begin[:-1])
+    after_last = np.zeros(grammar.states, dtype=bool)
+    after_last[grammar.out_target[has_last[grammar.out_set]]] = True
+
+    def sets(source: np.ndarray, target: np.ndarray, given: np.ndarray) -> np.ndarray:
+        return np.where((target == grammar.end) & after_last[source], np.int32(of), given)
+
+    states = np.arange(grammar.states)
+    by_source = (np.repeat(states, np.diff(grammar.out_begin)), grammar.out_target, grammar.out_set)
+    by_target = (grammar.in_source, np.repeat(states, np.diff(grammar.in_begin)), grammar.in_set)
+    return replace(
+        grammar,
+        num_classes=own_class + 1,
+        classes=classes,
+        set_class=set_class,
+        set_begin=set_begin,
+        out_set=sets(*by_source),
+        in_set=sets(*by_target),
+    )

@@ -7,7 +7,7 @@ before a closing bracket a space, or a line break with at most twelve spaces; af
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgemma_ext.sampling.grammar.pattern import (
@@ -39,7 +39,6 @@ _RAW = characters((0x20, 0x21), (0x23, 0x5B), (0x5D, LAST))
 _ESCAPES = union([characters('"\\/bfnrt'), concat(literal("u"), _ESCAPED_CODE)])
 # A character of a string, however it is written.
 CHARACTER = union([_RAW, concat(literal("\\"), _ESCAPES)])
-STRING = concat(literal('"'), repeat(CHARACTER), literal('"'))
 
 BOOLEAN = union([literal("true"), literal("false")])
 NULL = literal("null")
@@ -51,7 +50,12 @@ NUMBER = concat(INTEGER, optional(_FRACTION), optional(_EXPONENT))
 
 
 class JsonLayout:
-    """How objects and arrays are written: with white space as models and people write it, or with none."""
+    """How values are written: with white space as models and people write it, or with none.
+
+    character: one of a string, however it is written.
+    """
+
+    character = CHARACTER
 
     def __init__(self, flexible: bool) -> None:
         break_or_space = concat(literal("\n"), repeat(literal(" "), 0, 12))
@@ -59,8 +63,31 @@ class JsonLayout:
         self._after_colon = optional(literal(" ")) if flexible else EMPTY
         self._comma = concat(literal(","), self._gap)
 
+    def quoted(self, content: Pattern) -> Pattern:
+        """The string with this content."""
+        return concat(literal('"'), content, literal('"'))
+
+    @property
+    def string(self) -> Pattern:
+        return self.quoted(repeat(self.character))
+
+    def written(self, ranges: list[tuple[int, int]]) -> Pattern:
+        """One character of the ranges as a string has it."""
+        return written(ranges)
+
+    def text(self, text: str) -> Pattern:
+        """The string of a text."""
+        return literal(json.dumps(text, ensure_ascii=False))
+
     def key(self, name: str) -> Pattern:
-        return concat(literal(json.dumps(name, ensure_ascii=False)), literal(":"), self._after_colon)
+        return concat(self.text(name), literal(":"), self._after_colon)
+
+    def any_key(self) -> Pattern:
+        return concat(self.string, literal(":"), self._after_colon)
+
+    def in_order(self, members: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The members of an object in the order in which they are written."""
+        return list(members.items())
 
     def object(self, members: Sequence[tuple[bool, Pattern]]) -> Pattern:
         """Members in order, each (required, key and value)."""
@@ -70,8 +97,7 @@ class JsonLayout:
 
     def map(self, value: Pattern) -> Pattern:
         """An object with any keys."""
-        member = concat(STRING, literal(":"), self._after_colon, value)
-        return self._enclosed("{", separated(member, self._comma), "}")
+        return self._enclosed("{", separated(concat(self.any_key(), value), self._comma), "}")
 
     def array(self, item: Pattern, least: int = 0, most: int | None = None) -> Pattern:
         return self._enclosed("[", separated(item, self._comma, least, most), "]")
@@ -85,14 +111,17 @@ class JsonLayout:
     def value(self, value: Any) -> Pattern:
         """The text of a value."""
         if isinstance(value, dict):
-            return self.object([(True, concat(self.key(name), self.value(part))) for name, part in value.items()])
+            members = self.in_order(value)
+            return self.object([(True, concat(self.key(name), self.value(part))) for name, part in members])
         if isinstance(value, list):
             return self.tuple([self.value(part) for part in value])
+        if isinstance(value, str):
+            return self.text(value)
         return literal(json.dumps(value, ensure_ascii=False))
 
     def any_value(self, depth: int) -> Pattern:
         """Any value, with objects and arrays nested to `depth`."""
-        plain = [STRING, NUMBER, BOOLEAN, NULL]
+        plain = [self.string, NUMBER, BOOLEAN, NULL]
         if depth == 0:
             return union(plain)
         inner = self.any_value(depth - 1)

@@ -13,19 +13,16 @@ from dgemma_ext.errors import GrammarError
 from dgemma_ext.sampling.grammar.formats import formats
 from dgemma_ext.sampling.grammar.json_text import (
     BOOLEAN,
-    CHARACTER,
     INTEGER,
     LARGEST_OPEN_BOUND,
     NULL,
     NUMBER,
-    STRING,
     Bound,
     JsonLayout,
     integers_between,
     numbers_between,
-    written,
 )
-from dgemma_ext.sampling.grammar.pattern import LAST, Pattern, concat, literal, repeat, union
+from dgemma_ext.sampling.grammar.pattern import LAST, Pattern, concat, repeat, union
 from dgemma_ext.sampling.grammar.regex import search
 
 # Keywords that say nothing of what is valid.
@@ -52,8 +49,11 @@ class _TooDeep(Exception):
     """A recursion has been unrolled to its depth: this alternative is left out."""
 
 
-def schema_pattern(schema: Any, flexible: bool, max_depth: int) -> Pattern:
-    """The pattern of the texts that are valid. Raises GrammarError with the JSON pointer and the keyword."""
+def schema_pattern(schema: Any, layout: JsonLayout, max_depth: int, place: str = "") -> Pattern:
+    """The pattern of the texts that are valid. Raises GrammarError with the JSON pointer and the keyword.
+
+    place: the JSON pointer of the schema itself, which those of errors begin with.
+    """
     try:
         size = len(json.dumps(schema))
     except (TypeError, ValueError, RecursionError) as error:
@@ -61,18 +61,24 @@ def schema_pattern(schema: Any, flexible: bool, max_depth: int) -> Pattern:
     if size > _MOST_SCHEMA:
         raise GrammarError(f"the schema has {size} bytes, more than the limit of {_MOST_SCHEMA}; shorten it")
     try:
-        return _Compiler(schema, JsonLayout(flexible), max_depth).compile(schema, "", ())
+        return _Compiler(schema, layout, max_depth, place).compile(schema, place, ())
     except _TooDeep:
-        raise GrammarError(f"no value ends within the recursion depth {max_depth}; raise max_depth") from None
+        message = f"no value ends within the recursion depth {max_depth}; raise max_depth"
+        raise GrammarError(message, pointer=place or None) from None
+
+
+def describes_objects(schema: Any) -> bool:
+    """Whether all values of a schema are objects, as its types, properties, references and alternatives say."""
+    return _Compiler(schema, JsonLayout(flexible=False), 1, "").has_objects_alone(schema)
 
 
 class _Compiler:
-    def __init__(self, root: Any, layout: JsonLayout, max_depth: int) -> None:
-        self._root, self._layout, self._max_depth = root, layout, max_depth
+    def __init__(self, root: Any, layout: JsonLayout, max_depth: int, place: str) -> None:
+        self._root, self._layout, self._max_depth, self._place = root, layout, max_depth, place
         self._formats: dict[str, Pattern] | None = None
 
     def compile(self, schema: Any, pointer: str, references: tuple[str, ...]) -> Pattern:
-        if pointer.count("/") > _MOST_NESTING:
+        if pointer.count("/") - self._place.count("/") > _MOST_NESTING:
             raise GrammarError(f"is nested deeper than {_MOST_NESTING} levels", pointer=pointer)
         if schema is True:
             return self._layout.any_value(self._max_depth)
@@ -142,7 +148,7 @@ class _Compiler:
             raise _TooDeep
         if len(references) >= _MOST_NESTING:
             raise GrammarError("refers to itself without a value between", pointer=pointer, keyword="$ref")
-        return self.compile(found, target.removeprefix("#"), (*references, target))
+        return self.compile(found, self._place + target.removeprefix("#"), (*references, target))
 
     def _find(self, target: Any, pointer: str) -> Any:
         if not isinstance(target, str) or not (target == "#" or target.startswith("#/")):
@@ -205,6 +211,19 @@ class _Compiler:
             schema = self._find(schema["$ref"], pointer)
         return schema
 
+    def has_objects_alone(self, schema: Any, depth: int = 0) -> bool:
+        found = self._resolved(schema, "")
+        if not isinstance(found, Mapping) or depth > _MOST_NESTING:
+            return False
+        for keyword in ("anyOf", "oneOf", "allOf"):
+            if keyword in found:
+                parts = found[keyword]
+                return isinstance(parts, list) and all(self.has_objects_alone(part, depth + 1) for part in parts)
+        values = _values_of(found)
+        if isinstance(values, list):
+            return all(isinstance(value, Mapping) for value in values)
+        return found.get("type", "object" if "properties" in found else None) in ("object", ["object"])
+
     def _resolved_property(self, pointer: str) -> Callable[[Any], Any]:
         return lambda schema: self._resolved(schema, pointer)
 
@@ -237,7 +256,7 @@ class _Compiler:
             message = f"names {unknown[0]!r}, which properties do not describe"
             raise GrammarError(message, pointer=pointer, keyword="required")
         members = []
-        for name, one in properties.items():
+        for name, one in self._layout.in_order(properties):
             place = f"{pointer}/properties/{name.replace('~', '~0').replace('/', '~1')}"
             try:
                 if one is False and name not in required:
@@ -299,20 +318,18 @@ class _Compiler:
             if schema["format"] not in self._formats:
                 message = f"{schema['format']!r} is not supported; of {', '.join(self._formats)}"
                 raise GrammarError(message, pointer=pointer, keyword="format")
-            return concat(literal('"'), self._formats[schema["format"]], literal('"'))
-        if least == 0 and most is None:
-            return STRING
-        return concat(literal('"'), repeat(CHARACTER, least, most), literal('"'))
+            return self._layout.quoted(self._formats[schema["format"]])
+        return self._layout.quoted(repeat(self._layout.character, least, most))
 
     def _matching(self, expression: Any, pointer: str) -> Pattern:
         """A pattern of JSON schema matches anywhere in a text."""
         if not isinstance(expression, str):
             raise GrammarError("must be a regular expression", pointer=pointer, keyword="pattern")
         try:
-            found = search(expression, written, written([(0, LAST)]))
+            found = search(expression, self._layout.written, self._layout.written([(0, LAST)]))
         except GrammarError as error:
             raise GrammarError(error.message, pointer=pointer, keyword="pattern") from error
-        return concat(literal('"'), found, literal('"'))
+        return self._layout.quoted(found)
 
     def _number(self, schema: Any, pointer: str, kind: str) -> Pattern:
         if kind == "integer" and schema.get("multipleOf", 1) != 1:
