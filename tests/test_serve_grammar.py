@@ -150,7 +150,6 @@ def test_requests_with_and_without_grammars_share_the_engine(server: Running) ->
             "response_format",
             "both",
         ),
-        ({"structured_outputs": {"regex": "a"}, "reasoning_effort": "high"}, "structured_outputs.regex", "thinking"),
         ({"structured_outputs": {"regex": "[0-9]{61}"}}, "max_tokens", "61"),
         (
             {

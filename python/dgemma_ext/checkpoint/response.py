@@ -106,15 +106,19 @@ class ResponseParser:
 
     def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
         """For each id of an answer whether it is part of its text: no special token, and in no thought or call."""
-        part, flags = Part.TEXT, []
-        opening = self.open_part(prefix)
-        for token in (*opening[:1], *ids):
-            if token in self._opens:
-                part = self._opens[token]
-            elif part is not Part.TEXT and token == self._closes[part]:
+        parts = self.parts(ids, prefix)
+        return [part is Part.TEXT and token not in self._special for part, token in zip(parts, ids, strict=True)]
+
+    def parts(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[Part]:
+        """For each id of an answer the part that it belongs to; the markers of a part belong to it."""
+        part, found = Part.TEXT, []
+        opening = self.open_part(prefix)[:1]
+        for token in (*opening, *ids):
+            part = self._opens.get(token, part)
+            found.append(part)
+            if part is not Part.TEXT and token == self._closes[part]:
                 part = Part.TEXT
-            flags.append(part is Part.TEXT and token not in self._special)
-        return flags[len(opening[:1]) :]
+        return found[len(opening) :]
 
     def parse(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> Response:
         """Parses an answer that follows the ids `prefix`.

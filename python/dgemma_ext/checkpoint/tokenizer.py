@@ -16,7 +16,7 @@ from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
 from dgemma_ext.checkpoint.file_faults import read_file
 from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
-from dgemma_ext.checkpoint.response import MARKERS, Response, ResponseParser
+from dgemma_ext.checkpoint.response import MARKERS, Part, Response, ResponseParser
 from dgemma_ext.checkpoint.special_tokens import SpecialTokens, is_marker, make_masks, strings_of
 from dgemma_ext.checkpoint.token_bytes import token_bytes
 from dgemma_ext.errors import CheckpointError
@@ -159,6 +159,12 @@ class Tokenizer:
     def open_part(self, ids: Sequence[int]) -> list[int]:
         """The end of a prompt's ids, from the marker of a thought or a tool call that it leaves open; else empty."""
         return list(self._parser.open_part(self._checked_ids("ids", ids)))
+
+    def thought_tokens(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> int:
+        """How many of an answer's ids belong to thoughts, with the markers around them."""
+        return self._parser.parts(self._checked_ids("ids", ids), self._checked_ids("prefix", prefix)).count(
+            Part.THOUGHT
+        )
 
     def is_text(self, ids: Sequence[int], prefix: Sequence[int] = ()) -> list[bool]:
         """For each id of an answer whether it is part of `parse_response(ids, prefix).text`."""

@@ -107,6 +107,11 @@ class Answer:
         return self.pieces[-1]
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thoughts, with those that open and close them."""
+        return self._tokenizer.thought_tokens(self.token_ids, self._prompt_ids)
+
+    @property
     def tokens_per_forward(self) -> float:
         return len(self.token_ids) / max(1, sum(self.denoising_steps))
 

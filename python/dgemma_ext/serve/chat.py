@@ -26,6 +26,7 @@ from dgemma_ext.serve.routing import failures, service_of
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
 from dgemma_ext.serve.tool_calls import call_id, tool_call
+from dgemma_ext.serve.tool_choice import tool_choice_of
 from dgemma_ext.serve.usage import choice_diffusion, usage_of
 
 router = APIRouter()
@@ -39,10 +40,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answers a chat: whole, or as server-sent events with `stream`."""
     service = service_of(request)
     name = service.check_model(body.model)
-    tools = None if body.tool_choice == "none" else body.tools
-    options = options_of(tools, body.reasoning_effort, body.chat_template_kwargs)
+    tools = tool_choice_of(body.tools, body.tool_choice, body.parallel_tool_calls)
+    options = options_of(tools.tools, body.reasoning_effort, body.chat_template_kwargs)
     thinks = options.enable_thinking
-    grammar = await grammar_of(service, "response_format", body.response_format, body.structured_outputs, thinks)
+    grammar = await grammar_of(service, body, "response_format", body.response_format, tools, thinks)
     ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
     limit = body.max_completion_tokens or body.max_tokens
     submissions = await submissions_of(service, body, [ids], limit, "messages", grammar)

@@ -55,7 +55,7 @@ async def _complete(body: InsertionRequest, request: Request) -> Response:
     given = _prompts(body.prompt)
     service.engine.check_count(len(given), body.choices)
     prompts = [await _ids(service, prompt) for prompt in given]
-    grammar = await grammar_of(service, "response_format", body.response_format, body.structured_outputs)
+    grammar = await grammar_of(service, body, "response_format", body.response_format)
     middle = None
     if body.suffix:
         if grammar is not None:

@@ -12,7 +12,7 @@ from dgemma_ext.engine import NotEnoughMemory
 from dgemma_ext.errors import NonFiniteError
 
 # Engine's arguments by the names that clients know them by.
-_FIELDS = {"max_new_tokens": "max_tokens", "prompt": "prompt"}
+_FIELDS = {"max_new_tokens": "max_tokens", "prompt": "prompt", "thinking_budget": "thinking_token_budget"}
 _SAMPLER_FIELDS = (
     "max_denoising_steps",
     "entropy_bound",

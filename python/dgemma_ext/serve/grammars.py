@@ -9,8 +9,11 @@ from typing import Any
 from dgemma_ext.errors import GrammarError
 from dgemma_ext.sampling import Choice, Grammar, JsonSchema, Regex
 from dgemma_ext.serve import errors
+from dgemma_ext.serve.protocol.common import GeneratingBody
 from dgemma_ext.serve.service import Service
+from dgemma_ext.serve.tool_choice import ToolChoice
 
+_BUDGET = "thinking_token_budget"
 _FORMATS = "text, json_object or json_schema"
 _STRUCTURES = ("json", "json_object", "regex", "choice")
 
@@ -24,32 +27,53 @@ class Wanted:
 
 
 async def grammar_of(
-    service: Service, field: str, response_format: Any, structured_outputs: Any, thinks: bool | None = None
+    service: Service,
+    body: GeneratingBody,
+    field: str,
+    response_format: Any,
+    tools: ToolChoice | None = None,
+    thinks: bool | None = None,
 ) -> Grammar | None:
     """The grammar of a request, compiled, or None.
 
     field: the name of `response_format` in this interface, whose json_schema may stand in an object of that name or
-    beside its type. thinks: whether the request turns thinking on, which no grammar allows for.
+    beside its type. tools: those that may be called, which a format of the text does not rule out. thinks: whether the
+    request turns thinking on.
     Raises ApiError naming the field, and for a schema the JSON pointer and the keyword that cannot be followed.
     """
     formatted = _of_format(field, response_format)
-    structured = _of_structure(structured_outputs)
+    structured = _of_structure(body.structured_outputs)
     if formatted is not None and structured is not None:
         raise errors.bad_request(f"{field} and structured_outputs both say what the answer must match", field)
     wanted = formatted or structured
-    if wanted is None:
+    calls = tools is not None and (tools.is_held or (wanted is not None and bool(tools.tools)))
+    budget = body.thinking_token_budget
+    if wanted is None and not calls:
+        if budget is not None:
+            message = f"{_BUDGET} needs {field}, structured_outputs, or a tool_choice that is held to"
+            raise errors.bad_request(message, _BUDGET)
         return None
-    if thinks:
-        raise errors.not_supported(wanted.field, f"{wanted.field} does not go with thinking; turn one of them off")
+    at_fault = wanted.field if wanted is not None else "tool_choice"
     if service.model.device.type != "cpu":
-        raise errors.not_supported(wanted.field, f"{wanted.field} is for models on a CPU; there are no GPU kernels yet")
+        raise errors.not_supported(at_fault, f"{at_fault} is for models on a CPU; there are no GPU kernels yet")
+    # In another thread, where it delays nobody; the scheduler then finds it among those that are kept.
+    grammar = None
+    if wanted is not None:
+        await _compiled(service, wanted, thinks)
+        grammar = wanted.grammar.with_thinking_budget(budget)
+    if calls and tools is not None:
+        markers = service.tokenizer.markers
+        grammar = await service.in_thread("tools", tools.grammar, markers, grammar, thinking_budget=budget)
+        await _compiled(service, Wanted("tools", grammar), thinks)
+    return grammar
+
+
+async def _compiled(service: Service, wanted: Wanted, thinks: bool | None) -> None:
     try:
-        # In another thread, where it delays nobody; the scheduler then finds it among those that are kept.
-        await service.in_thread(wanted.field, service.model.compile, wanted.grammar)
+        await service.in_thread(wanted.field, service.model.compile, wanted.grammar, bool(thinks))
     except errors.ApiError as error:
         message = f"{wanted.field}: {error.message}"
         raise errors.bad_request(message, wanted.field, "invalid_grammar") from error
-    return wanted.grammar
 
 
 def _of_format(field: str, value: Any) -> Wanted | None:

@@ -22,11 +22,11 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 
 def tools_of(body: ResponsesRequest) -> list[dict[str, Any]] | None:
-    """The tools as the template takes them; None for none. Raises ApiError for OpenAI's own tools."""
+    """The tools of a request. Raises ApiError for OpenAI's own tools."""
     for index, tool in enumerate(body.tools or []):
         if tool.get("type") != "function":
             raise errors.not_supported(f"tools[{index}].type", f"tools[{index}].type must be function here")
-    return None if body.tool_choice == "none" else body.tools or None
+    return body.tools
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], name: str) -> None:

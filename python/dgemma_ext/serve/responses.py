@@ -26,6 +26,7 @@ from dgemma_ext.serve.response_output import Output
 from dgemma_ext.serve.routing import failures, service_of
 from dgemma_ext.serve.service import Service
 from dgemma_ext.serve.submissions import submissions_of
+from dgemma_ext.serve.tool_choice import tool_choice_of
 from dgemma_ext.serve.usage import usage_of
 
 router = APIRouter()
@@ -40,9 +41,10 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     service = service_of(request)
     name = service.check_model(body.model)
     effort = None if body.reasoning is None else body.reasoning.effort
-    options = options_of(tools_of(body), effort, body.chat_template_kwargs)
+    tools = tool_choice_of(tools_of(body), body.tool_choice, body.parallel_tool_calls)
+    options = options_of(tools.tools, effort, body.chat_template_kwargs)
     form, thinks = (body.text or {}).get("format"), options.enable_thinking
-    grammar = await grammar_of(service, "text.format", form, body.structured_outputs, thinks)
+    grammar = await grammar_of(service, body, "text.format", form, tools, thinks)
     messages = messages_of(body)
     try:
         ids = await service.prompt_ids(messages_by_roles(messages, service.tokenizer), "input", options)
@@ -142,7 +144,7 @@ class _Reply(Reply):
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],
             "diffusion": usage["diffusion"],
         }

@@ -22,6 +22,7 @@ def usage_of(call: Call) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.reasoning_tokens for answer in call.answers)},
         "diffusion": {
             "denoising_steps": steps,
             "canvases": sum(len(answer.denoising_steps) for answer in call.answers),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import Response, Tokenizer, checked_tools
@@ -54,6 +54,16 @@ class Grammar:
     def parse(self, response: Response) -> Any:
         """The value of an answer that matches."""
         return response.text
+
+    def with_thinking_budget(self, budget: int | None) -> Self:
+        """The same grammar with another budget of thoughts."""
+        return self._with(thinking_budget=budget)
+
+    def _with(self, **values: Any) -> Self:
+        found = copy.copy(self)
+        found._set(**values)
+        Grammar.__post_init__(found)
+        return found
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -226,8 +236,7 @@ def compile_grammar(
 
     thinks: whether the prompt lets the model think.
     """
-    answer = copy.copy(grammar)  # budgets of thoughts are no part of the automaton
-    answer._set(thinking="auto", thinking_budget=None)
+    answer = grammar._with(thinking="auto", thinking_budget=None)  # budgets are no part of the automaton
     may_think = thinks and grammar.thinking == "auto"
     return _compile(answer, grammar.thinking, may_think, tokenizer, vocabulary_size, end_ids, pad_id)
 

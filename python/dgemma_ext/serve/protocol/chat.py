@@ -18,6 +18,7 @@ from dgemma_ext.serve.protocol.common import (
     Object,
     Stops,
     StreamOptions,
+    ToolChoice,
     Usage,
 )
 
@@ -54,6 +55,7 @@ _TOOL = {
                 "name": {"type": "string"},
                 "description": {"type": "string"},
                 "parameters": {"type": "object"},
+                "strict": {"type": ["boolean", "null"]},
             },
         },
     },
@@ -73,7 +75,7 @@ class ChatRequest(GeneratingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)] | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
-    tool_choice: Any = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: Flag | None = None
     response_format: Format = None
     reasoning_effort: Effort | None = None
@@ -93,7 +95,6 @@ class ChatRequest(GeneratingBody):
     def refused(cls) -> dict[str, tuple[Any, ...]]:
         return {
             **super().refused(),
-            "tool_choice": ("auto", "none"),
             "functions": ([],),
             "function_call": ("none", "auto"),
             "modalities": (["text"],),

@@ -74,6 +74,9 @@ _SCHEMA = {
     "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}},
 }
 Format = Annotated[Any, WithJsonSchema({"anyOf": [_SCHEMA, {"type": "null"}]})]
+_NAMED = {"type": "object", "required": ["type"], "properties": {"type": {"const": "function"}}}
+_CHOICE = {"anyOf": [{"enum": ["auto", "none", "required"]}, _NAMED, {"type": "null"}]}
+ToolChoice = Annotated[Any, WithJsonSchema(_CHOICE)]
 Structure = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "minProperties": 1, "maxProperties": 1})]
 
 
@@ -99,6 +102,12 @@ class GeneratingBody(Body):
     structured_outputs: Annotated[
         Structure | None,
         Field(description="vLLM's: what the answer must match, one of json, json_object, regex, choice."),
+    ] = None
+    thinking_token_budget: Annotated[
+        Count | None,
+        Field(
+            description="vLLM's: where an answer is held to a format, a thought before it ends within so many tokens."
+        ),
     ] = None
     diffusion: DiffusionOptions | None = None
     diffusing: Annotated[Flag, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
@@ -131,6 +140,12 @@ class PromptDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionDetails(BaseModel):
+    """reasoning_tokens: of thoughts, with the tokens that open and close them."""
+
+    reasoning_tokens: int
+
+
 class DiffusionUsage(BaseModel):
     """What the answers of a request took: steps and canvases of all, seeds one by one."""
 
@@ -145,6 +160,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
     diffusion: DiffusionUsage
 
 

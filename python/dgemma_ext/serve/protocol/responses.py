@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from dgemma_ext.serve.protocol.chat import Effort
-from dgemma_ext.serve.protocol.common import Count, Flag, GeneratingBody, Object, Stops
+from dgemma_ext.serve.protocol.common import Count, Flag, GeneratingBody, Object, Stops, ToolChoice
 
 # Items are checked where they become messages, and errors name what is wrong. This is for readers of the schema.
 _ITEM = {
@@ -26,6 +26,7 @@ _TOOL = {
         "name": {"type": "string"},
         "description": {"type": "string"},
         "parameters": {"type": "object"},
+        "strict": {"type": ["boolean", "null"]},
     },
 }
 Item = Annotated[dict[str, Any], WithJsonSchema(_ITEM)]
@@ -43,7 +44,7 @@ class ResponsesRequest(GeneratingBody):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     tools: list[Tool] | None = None
-    tool_choice: Any = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: Flag | None = None
     reasoning: Reasoning | None = None
     text: Object | None = None
@@ -55,7 +56,6 @@ class ResponsesRequest(GeneratingBody):
     def refused(cls) -> dict[str, tuple[Any, ...]]:
         return {
             **super().refused(),
-            "tool_choice": ("auto", "none"),
             "previous_response_id": (),
             "conversation": (),
             "prompt": (),
@@ -100,7 +100,7 @@ class ResponseObject(BaseModel):
     output: list[Object]
     parallel_tool_calls: bool
     temperature: float | None
-    tool_choice: str
+    tool_choice: str | Object
     tools: list[Object]
     top_p: float | None
     usage: ResponsesUsage | None
