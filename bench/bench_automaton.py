@@ -30,7 +30,7 @@ from typing import Any
 from grammar_schemas import END, PAD, SCHEMAS, VOCABULARY_SIZE, make_texts
 
 # Seconds and bytes after which a program is given up for a schema.
-PATIENCE = 90
+PATIENCE = 300
 MOST_BYTES = 8 << 30
 GOAL_MILLISECONDS = 150
 GOAL_SHARE = 0.03

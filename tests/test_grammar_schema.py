@@ -137,6 +137,34 @@ def test_a_pattern_matches_anywhere_and_is_escaped() -> None:
     assert not accepts(anchored, '"yes!"')
 
 
+def test_annotations_say_nothing() -> None:
+    plain = record(id={"type": "null"})
+    notes = {"$schema": "http://json-schema.org/draft-04/schema#", "id": "https://x.example/s", "title": "t"}
+    assert dg.JsonSchema(plain | notes).pattern() == dg.JsonSchema(plain).pattern()
+
+
+def test_a_type_beside_alternatives_of_that_type() -> None:
+    schema = {
+        "$defs": {"name": {"type": "string", "maxLength": 3}},
+        "type": ["object", "number", "string"],
+        "anyOf": [record(a={"const": 1}), {"type": "integer"}, {"$ref": "#/$defs/name", "type": "string"}],
+    }
+    grammar = compiled(dg.JsonSchema(schema))
+    assert all(accepts(grammar, text) for text in ('{"a":1}', "7", '"abc"'))
+    assert not any(accepts(grammar, text) for text in ("null", "7.5", '"abcd"'))
+    for narrower in ("object", ["object", "integer"], ["object", "string"]):
+        with pytest.raises(dg.GrammarError) as caught:
+            dg.JsonSchema(schema | {"type": narrower}).pattern()
+        assert (caught.value.pointer, caught.value.keyword) == ("", "type")
+    for malformed in (
+        {"type": {}, "anyOf": [True]},
+        {"type": "null", "anyOf": [{"enum": 3}]},
+        {"type": "null", "anyOf": [3]},
+    ):
+        with pytest.raises(dg.GrammarError):
+            dg.JsonSchema(malformed).pattern()
+
+
 def test_recursion_is_unrolled_to_a_depth() -> None:
     schema = {
         "$defs": {"list": {"anyOf": [{"const": 0}, record(next={"$ref": "#/$defs/list"})]}},

@@ -28,7 +28,7 @@ from dgemma_ext.sampling.grammar.regex import search
 # Keywords that say nothing of what is valid.
 _ANNOTATIONS = {
     *("title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions"),
-    *("deprecated", "readOnly", "writeOnly"),
+    *("deprecated", "readOnly", "writeOnly", "id"),  # id is $id's name up to draft 4
 }
 _TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 _OF_TYPE = {
@@ -87,7 +87,8 @@ class _Compiler:
         keywords = [keyword for keyword in schema if keyword not in _ANNOTATIONS]
         for keyword, method in self._whole().items():
             if keyword in schema:
-                allowed = {keyword, "type"} if keyword in ("enum", "const") else {keyword}
+                says_type = keyword in ("enum", "const") or self._have_its_type(schema, keyword, pointer)
+                allowed = {keyword, "type"} if says_type else {keyword}
                 self._only(keywords, allowed, pointer, f"does not go with {keyword}")
                 return method(schema, pointer, references)
         if not keywords:
@@ -107,6 +108,18 @@ class _Compiler:
             "oneOf": self._one_of,
             "allOf": self._all_of,
         }
+
+    def _have_its_type(self, schema: Any, keyword: str, pointer: str) -> bool:
+        """Whether all that a keyword refers to is of the types that stand beside it, which then say nothing more."""
+        referred = [{"$ref": schema["$ref"]}] if keyword == "$ref" else schema[keyword]
+        if "type" not in schema or not isinstance(referred, list):
+            return False
+        try:
+            own = _types_of({"type": schema["type"]}) or set()
+            found = [_types_of(self._resolved(one, pointer)) for one in referred]
+        except (TypeError, AttributeError):  # what is no schema is refused where it is compiled
+            return False
+        return all(types is not None and types <= own for types in found)
 
     def _only(self, keywords: list[str], known: set[str], pointer: str, why: str) -> None:
         for keyword in keywords:
