@@ -80,9 +80,10 @@ def processor_seconds(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def server(folder: str) -> Iterator[Server]:
+def server(folder: str, prefix_cache_bytes: int = 1 << 30) -> Iterator[Server]:
     command = [sys.executable, "-c", SERVE, "serve", folder, "--port", "0", "--device", "cpu"]
     command += ["--max-batch", str(SLOTS), "--max-waiting", str(WAITING), "--served-model-name", "bench"]
+    command += ["--prefix-cache-bytes", str(prefix_cache_bytes)]
     with tempfile.NamedTemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
             while True:
@@ -156,7 +157,7 @@ def with_client(url: str, work: Callable[[httpx2.AsyncClient], Awaitable[Any]]) 
 
 def throughput(folder: str, prompts: list[str], rounds: int) -> float:
     """Prints tokens per second by turns; gives the median ratio."""
-    with server(folder) as served, engine(folder) as (pid, direct):
+    with server(folder, prefix_cache_bytes=0) as served, engine(folder) as (pid, direct):  # the prompts come again
 
         async def together(client: httpx2.AsyncClient) -> tuple[float, int]:
             began = time.perf_counter()

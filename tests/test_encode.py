@@ -41,11 +41,11 @@ def test_any_pieces_leave_the_same_bits_in_the_cache(dtype: torch.dtype, weights
     prompt, whole = ids(length), model.new_cache(1, length)
     model.encode(prompt, whole)
     draw = random.Random(window)
-    for first in (1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 127, 128, 129):
+    for first in (1, 7, WINDOW - 1, WINDOW, WINDOW + 1, 63, 64, 65):
         pieces, at, size = model.new_cache(1, length), 0, first
         while at < length:
             model.encode(prompt[:, at : at + size], pieces)
-            at, size = at + size, draw.choice([1, 2, 3, 31, 64, 100, 127, 128, 129, 256, 300])
+            at, size = at + size, draw.choice([1, 2, 3, 31, 63, 64, 65, 100, 128, 256, 300])
         for one, other in zip(contents(whole, 0), contents(pieces, 0), strict=True):
             assert torch.equal(one, other), f"first piece {first}"
 
