@@ -58,7 +58,7 @@ def build() -> None:
 
 
 def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: int = 1) -> None:
-    """Runs pytest with these arguments on the CUDA kernels; with DGEMMA_TEST_WATCH=1, watched as `run_on_kernels` says."""
+    """Runs pytest with these arguments on the CUDA kernels, watched where DGEMMA_TEST_WATCH is 1."""
     script = ROOT / "tests" / "sim" / "run_tests.py"
     watch = os.environ.get("DGEMMA_TEST_WATCH") == "1"
     run_on_kernels(script, *arguments, compute_capability=compute_capability, seed=seed, watch=watch)
