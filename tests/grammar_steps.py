@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 
 import dgemma_ext as dg
 from automaton_cases import step
-from dgemma_ext import demo
 from dgemma_ext.engine.matching import matching_of
 from dgemma_ext.ops import denoise
 from dgemma_ext.sampling import Constraint, resolve_sampler
+from models import random_model
 
 # Positions of a canvas, few enough that answers have several.
 CANVAS = 24
 Logits = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
-@cache
 def tokenizer() -> dg.Tokenizer:
-    return dg.Tokenizer.from_directory(demo.checkpoint(6))
+    """One whose chat template lets a model think."""
+    found = random_model().tokenizer
+    assert found is not None
+    return found
 
 
-@cache
 def defaults() -> dg.GenerationDefaults:
-    path = demo.checkpoint(6)
-    return dg.GenerationDefaults.from_file(path, dg.ModelConfig.from_file(path))
+    return random_model().defaults
 
 
 def ids_of(text: str) -> list[int]:

@@ -52,10 +52,9 @@ def accepts(grammar: CompiledGrammar, text: str) -> bool:
     return state != FAILED and bool(grammar.distance[state] == 0)
 
 
-def check(tokens: list[int], tools: list[dict[str, Any]], names: set[str], parallel: bool = True) -> None:
+def check(response: dg.Response, tools: list[dict[str, Any]], names: set[str], parallel: bool = True) -> None:
     """That an answer's calls are of these tools, and valid."""
     parameters = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
-    response = tokenizer().parse_response(tokens)
     assert response.invalid_tool_calls == ()
     assert len(response.tool_calls) <= 1 or parallel
     for call in response.tool_calls:
@@ -77,9 +76,9 @@ _tools = st.lists(
 def test_random_walks_are_calls_with_valid_arguments(tools: list[dict[str, Any]], seed: int) -> None:
     walks, rng = Walks(compiled(dg.ToolCalls(tools, "required"))), random.Random(seed)
     for wander in (0, 10, 60):
-        tokens = walks.draw(rng, wander)
-        check(tokens, tools, {one["function"]["name"] for one in tools})
-        assert tokenizer().parse_response(tokens).tool_calls
+        response = tokenizer().parse_response(walks.draw(rng, wander))
+        check(response, tools, {one["function"]["name"] for one in tools})
+        assert response.tool_calls
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -92,8 +91,8 @@ def test_whatever_the_logits_say_the_calls_are_valid_and_closed(
     grammar = dg.ToolCalls(tools, choice, parallel)
     budget = compiled(grammar).shortest + data.draw(st.sampled_from([1, 2, 7, 60]))
     tokens = answer(grammar, budget, data.draw(st.integers(0, 99)), logits, drawn=drawn)
-    check(tokens, tools, names if choice in ("auto", "required") else {choice}, parallel)
     response = tokenizer().parse_response(tokens)
+    check(response, tools, names if choice in ("auto", "required") else {choice}, parallel)
     assert response.tool_calls or choice == "auto"
     assert choice == "auto" or response.text == ""
 
@@ -227,7 +226,8 @@ def test_the_engine_calls_tools(model: dg.DiffusionGemma) -> None:
     together = model.generate([PROMPT] * 3, seed=[1, 2, 3], grammar=grammars, **given)
     for seed, (grammar, out) in enumerate(zip(grammars, together, strict=True), start=1):
         assert model.generate(PROMPT, seed=seed, grammar=grammar, **given).token_ids == out.token_ids
-        check(list(out.token_ids), [WEATHER, SEARCH], {"get_weather", "search"})
+        assert model.tokenizer is not None
+        check(model.tokenizer.parse_response(out.token_ids), [WEATHER, SEARCH], {"get_weather", "search"})
         assert out.parsed == ([(call.name, call.arguments) for call in out.tool_calls] or out.text)
     assert together[0].tool_calls
     assert {call.name for call in together[1].tool_calls} == {"get_weather"}

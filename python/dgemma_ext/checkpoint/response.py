@@ -29,6 +29,7 @@ _PAIRS = {
     Part.TOOL_CALL: ("<|tool_call>", "<tool_call|>"),
     Part.TOOL_RESPONSE: ("<|tool_response>", "<tool_response|>"),
 }
+THOUGHT_MARKS = _PAIRS[Part.THOUGHT]
 MARKERS = frozenset({QUOTE}.union(*_PAIRS.values()))
 _THOUGHT = "thought"  # the name of the channel, on a line of its own
 

@@ -16,7 +16,7 @@ from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
 from dgemma_ext.checkpoint.file_faults import read_file
 from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
-from dgemma_ext.checkpoint.response import MARKERS, Part, Response, ResponseParser
+from dgemma_ext.checkpoint.response import MARKERS, THOUGHT_MARKS, Part, Response, ResponseParser
 from dgemma_ext.checkpoint.special_tokens import SpecialTokens, is_marker, make_masks, strings_of
 from dgemma_ext.checkpoint.token_bytes import token_bytes
 from dgemma_ext.errors import CheckpointError
@@ -96,6 +96,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._model.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def knows_thoughts(self) -> bool:
+        """Whether the chat template spells the markers of thoughts: such a model may write an empty one untold."""
+        return self.chat_template is not None and any(mark in self.chat_template.source for mark in THOUGHT_MARKS)
 
     def id_of(self, token: str) -> int:
         """The id of a token of the vocabulary; raises ValueError where there is none."""

@@ -121,6 +121,7 @@ def event_fields(event: Draft | Commit) -> dict[str, Any]:
 
 
 def result_fields(output: Output, seconds: float) -> dict[str, Any]:
+    choices = {} if output.choices is None else {"choices": dict(output.choices)}
     return {
         "event": "result",
         "text": output.text,
@@ -132,6 +133,7 @@ def result_fields(output: Output, seconds: float) -> dict[str, Any]:
         "tool_calls": [asdict(call) for call in output.tool_calls],
         "invalid_tool_calls": [asdict(call) for call in output.invalid_tool_calls],
         "seconds": seconds,
+        **choices,
     }
 
 

@@ -32,8 +32,9 @@ _WATCH = "--watch draws on stderr, so that stdout holds the answer alone.\n" + _
 _JSON = """\
 --json writes one JSON object per answer and line: "event" is "result", with text, token_ids, finish_reason,
 denoising_steps (one number per canvas), tokens_per_forward, thinking, tool_calls (name and arguments),
-invalid_tool_calls (text and error), seed, seconds. With --watch, a "draft" for every denoising step (token_ids,
-entropy and accepted by position, ...) and a "commit" for every finished canvas come before it.
+invalid_tool_calls (text and error), seed, seconds; with --choice also choices, the score of each. With --watch, a
+"draft" for every denoising step (token_ids, entropy and accepted by position, ...) and a "commit" for every finished
+canvas come before it.
 """
 
 _CODES = """\

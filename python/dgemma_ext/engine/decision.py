@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
@@ -214,13 +211,7 @@ def _texts(name: str, value: Any, wanted: str = "a text or a list of texts") -> 
 def _ids_of_text(text: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """The ids of tokens that write a text with or without a space before it, from the sorted strings of all."""
     vocabulary = tokenizer_vocabulary(tokenizer, vocab_size)
-    offset, strings = vocabulary.offset, vocabulary.strings
-    ids: list[int] = []
-    for spelled in (text.encode(), f" {text}".encode()):
-        at = bisect_left(range(len(offset) - 1), spelled, key=lambda index: strings[offset[index] : offset[index + 1]])
-        if at < len(offset) - 1 and strings[offset[at] : offset[at + 1]] == spelled:
-            ids += np.flatnonzero(vocabulary.string_of_id == at).tolist()
-    return ids
+    return [token for spelled in (text, f" {text}") for token in vocabulary.ids_of(spelled.encode())]
 
 
 def ids_read(ids_of: Mapping[str, Sequence[int]]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from dgemma_ext.sampling import (
 )
 
 Member = TypeVar("Member")
+Scorer = Callable[[Tensor, float, list[int]], dict[str, float] | None]
 
 # make_runner(network, cache, batch, buffers) → the runner for the batch.
 MakeRunner = Callable[[Network, Cache, CanvasBatch, StepBuffers], StepRunner]
@@ -50,6 +51,7 @@ class Progress:
     error: Exception | None = None  # what this member's own part of the step raised
     out_of_time: bool = False  # whether its time was up before the canvas had finished
     logprobs: list[TokenLogprobs] | None = None  # of a canvas that is over, where they were asked for
+    choices: dict[str, float] | None = None  # of a canvas that is over, where it has a scorer
 
     @property
     def status(self) -> CanvasStatus:
@@ -71,9 +73,11 @@ class _Row:
     chunk: PrefillChunk | None  # tokens for the first step to encode
     alternatives: Alternatives | None  # for each token; None for no log-probabilities
     is_late: Callable[[], bool] | None  # whether its time is up; None where it has no deadline
+    scorer: Scorer | None  # of the choices that it is between
     is_looked_at: bool = False  # since the last output
     out_of_time: bool = False
     logprobs: list[TokenLogprobs] | None = None
+    choices: dict[str, float] | None = None
 
 
 class CanvasGroup(Generic[Member]):
@@ -124,11 +128,13 @@ class CanvasGroup(Generic[Member]):
         alternatives: Alternatives | None = None,
         is_late: Callable[[], bool] | None = None,
         constraint: Constraint | None = None,
+        scorer: Scorer | None = None,
     ) -> None:
         """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes.
 
         alternatives: how many or which to give for each token, None for no log-probabilities.
-        is_late: asked after every step whether to take the canvas as it is. constraint: of a grammar.
+        is_late: asked after every step whether to take the canvas as it is. constraint: of a grammar. scorer: gives
+        the scores of choices by the raw logits of a canvas's last step, their softcap, and its draft.
         """
         row, length = len(self._members), self._batch.length
         prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
@@ -144,7 +150,7 @@ class CanvasGroup(Generic[Member]):
         first_step = 1 if content is None else content.first_step(index, sampler.canvas_length)
         self._members.append(member)
         last_step = sampler.max_denoising_steps
-        self._rows.append(_Row(first_step, first_step, last_step, masks, chunk, alternatives, is_late))
+        self._rows.append(_Row(first_step, first_step, last_step, masks, chunk, alternatives, is_late, scorer))
 
     def leave(self, member: Member) -> None:
         """Frees the member's row and moves the last row there. No-op for a non-member."""
@@ -217,7 +223,7 @@ class CanvasGroup(Generic[Member]):
                     error = failure
             row.is_looked_at = False
             num_steps = row.next_step - row.first_step
-            found[member] = Progress(output, index, num_steps, error, row.out_of_time, row.logprobs)
+            found[member] = Progress(output, index, num_steps, error, row.out_of_time, row.logprobs, row.choices)
         return found
 
     def _look_by_turns(self, index: int) -> None:
@@ -225,14 +231,18 @@ class CanvasGroup(Generic[Member]):
         self._look(index, CanvasStatus(int(self._batch.state.status[index])), self._buffers.logits[0])
 
     def _look(self, index: int, status: CanvasStatus, logits: Tensor) -> None:
-        """Asks for the time, and reads the log-probabilities of a canvas that is over. logits: raw, of its step."""
+        """Asks for the time, and reads what is asked for of a canvas that is over. logits: raw, of its step."""
         row, state = self._rows[index], self._batch.state
         row.is_looked_at = True
         if status is CanvasStatus.NON_FINITE:
             return
         row.out_of_time = status is CanvasStatus.RUNNING and row.is_late is not None and row.is_late()
-        if row.alternatives is not None and (row.out_of_time or status is not CanvasStatus.RUNNING):
-            softcap = self._network.config.final_logit_softcapping
+        if status is CanvasStatus.RUNNING and not row.out_of_time:
+            return
+        softcap = self._network.config.final_logit_softcapping
+        if row.scorer is not None:
+            row.choices = row.scorer(logits, softcap, state.draft[index].tolist())
+        if row.alternatives is not None:
             row.logprobs = canvas_logprobs(logits, softcap, state.draft[index], state.pinned[index], row.alternatives)
 
 

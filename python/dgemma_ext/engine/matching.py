@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.errors import GrammarError
 from dgemma_ext.sampling import (
+    CLOSE,
     FAILED,
+    OPEN,
     THINK,
     AnswerShape,
     Canvas,
+    Choice,
     CompiledGrammar,
     Constraint,
     Grammar,
     ResolvedSampler,
+    choice_scores,
     closing,
     compile_grammar,
     grammars_of_canvases,
+    tokenizer_vocabulary,
 )
 
 
@@ -40,12 +47,42 @@ class Matching:
         self.grammar, self.compiled, self.content = grammar, compiled, content
         self._shape, self._by_end = shape, by_end
         self._state = start
+        self._begins_in_text = start == compiled.start
 
     def constraint(self, begin: int, length: int) -> Constraint:
         """What holds the canvas of `length` positions from `begin` on to the grammar."""
         end, budget = begin + length, self._shape.thinking_budget
         compiled, tokens_left = self._by_end.get(end, self.compiled), max(self._shape.longest - end, 0)
         return Constraint(compiled, self._state, tokens_left, None if budget is None else budget - begin)
+
+    def choice_scores(
+        self, tokenizer: Tokenizer, before: Sequence[int], draft: Sequence[int], logits: Tensor, softcap: float
+    ) -> dict[str, float] | None:
+        """The scores of a dg.Choice's texts after a canvas, given what stands before the answer; None within a thought.
+
+        before: the answer's tokens before the canvas. logits: raw, [L, vocabulary], of the canvas's last step.
+        """
+        begin = self._text_begin(tokenizer, [*before, *draft])
+        if not isinstance(self.grammar, Choice) or begin is None:
+            return None
+        vocabulary = tokenizer_vocabulary(tokenizer, logits.shape[-1])
+        said = b"".join(vocabulary.texts[token] or b"" for token in before[begin:])
+        texts = {text: text.encode() for text in self.grammar.choices}
+        rests = {text: own[len(said) :] if own.startswith(said) else None for text, own in texts.items()}
+        first, length = max(begin, len(before)), len(before) + len(draft)
+        ends = [token for token in self._shape.end_ids if token != self.compiled.pad_id]
+        room = max(min(self._shape.longest, length) - first, 0)
+        own_logits = logits[first - len(before) :]
+        given = (self.content, first, room, ends, self.compiled.pad_id)
+        return choice_scores(rests, vocabulary, own_logits, softcap, *given)
+
+    def _text_begin(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> int | None:
+        """Where an answer's text begins, behind its thought; None where the thought is open."""
+        markers = tokenizer.markers
+        if self._begins_in_text and tokens[0] != markers.get(OPEN):
+            return 0
+        close = markers.get(CLOSE)
+        return next((index + 1 for index, token in enumerate(tokens) if token == close), None)
 
     def follow(self, draft: Sequence[int]) -> bool:
         """Walks a finished canvas through the grammar once more. Returns whether it matches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ class Output:
     end-of-sequence token, at most max_new_tokens, without padding. denoising_steps: one number per canvas. thinking:
     the model's thoughts. tool_calls: the functions that it calls; invalid_tool_calls: calls that cannot be read.
     tokens_per_forward: tokens kept / denoising steps. parsed: what an answer with a
-    grammar says: the value of a JSON schema's, a list of (name, arguments) of tool calls, else the text. logprobs: one
+    grammar says: the value of a JSON schema's, a list of (name, arguments) of tool calls, else the text. choices: of a
+    dg.Choice, text → its score in the last step. logprobs: one
     for each of token_ids, None where they were not asked for. cached_tokens: how many tokens of the prompt came from a
     prefix cache.
     """
@@ -31,6 +33,7 @@ class Output:
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     parsed: Any = None
+    choices: Mapping[str, float] | None = field(default=None, hash=False)
     cached_tokens: int = field(default=0, compare=False)  # the answer does not depend on it
 
     @property

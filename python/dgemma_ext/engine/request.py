@@ -8,6 +8,8 @@ from dataclasses import replace
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.matching import Matching
 from dgemma_ext.engine.output import Output
@@ -48,6 +50,7 @@ class Request:
         self.canvas = canvas
         self.alternatives = alternatives  # of each token's log-probabilities; None for none
         self.logprobs: list[TokenLogprobs] | None = None if alternatives is None else []
+        self.choices: dict[str, float] | None = None  # the scores of a dg.Choice's texts
         self.cached_tokens = 0  # tokens of the prompt that came from the prefix cache
         self.state = RequestState.WAITING
         self.error: Exception | None = None
@@ -113,11 +116,18 @@ class Request:
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
             cached_tokens=self.cached_tokens,
             parsed=self._parsed(response),
+            choices=self.choices,
         )
 
     def constraint(self, length: int) -> Constraint | None:
         """What holds the next canvas, of `length` positions, to the grammar."""
         return None if self._matching is None else self._matching.constraint(len(self.token_ids), length)
+
+    def choice_scores(self, logits: Tensor, softcap: float, draft: list[int]) -> dict[str, float] | None:
+        """The scores of a dg.Choice's texts after a canvas with this draft; logits: raw, [L, vocabulary]."""
+        if self._matching is None or self._tokenizer is None:
+            return None
+        return self._matching.choice_scores(self._tokenizer, self.token_ids, draft, logits, softcap)
 
     def follow(self, draft: Sequence[int]) -> None:
         """Walks a finished canvas through the grammar once more. Raises GrammarError where it does not match."""

@@ -39,6 +39,7 @@ from dgemma_ext.sampling import (
     MAX_LOGPROBS,
     Alternatives,
     Canvas,
+    Choice,
     Grammar,
     ResolvedSampler,
     SamplerConfig,
@@ -302,7 +303,8 @@ class Scheduler:
             # The copy does not wait for the GPU's queued work.
             ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
             chunk = PrefillChunk(request._slot, ids)
-        asked = (request.alternatives, request._is_late, request.constraint(request._length))
+        scorer = request.choice_scores if isinstance(request.grammar, Choice) else None
+        asked = (request.alternatives, request._is_late, request.constraint(request._length), scorer)
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
         request.denoising_steps.append(0)
         request._in_canvas = True
@@ -363,6 +365,7 @@ class Scheduler:
     def _commit(self, request: Request, draft: Draft, progress: Progress) -> Commit:
         """Adds the finished canvas to the answer, which may end with it."""
         request.follow(draft.token_ids)
+        request.choices = progress.choices
         kept = request.keep(draft.token_ids, progress.out_of_time)
         logprobs = None if progress.logprobs is None else tuple(progress.logprobs[: len(kept)])
         if logprobs is not None and request.logprobs is not None:

@@ -2,15 +2,18 @@
 
 `settings` and `canvas` are the caller's options; `state` holds the tensors of a batch of canvases; `step` begins a
 canvas and advances the batch; `constraint` holds a step to a grammar, and `viable` tells what pins leave of one;
-`logprobs` reads a finished canvas's log-probabilities.
+`logprobs` and `choices` read a finished canvas's log-probabilities and scores.
 """
 
 from __future__ import annotations
 
 from dgemma_ext.sampling.canvas import Canvas
+from dgemma_ext.sampling.choices import choice_scores
 from dgemma_ext.sampling.constraint import Constraint, closing
 from dgemma_ext.sampling.grammar import (
+    CLOSE,
     FAILED,
+    OPEN,
     THINK,
     Choice,
     CompiledGrammar,

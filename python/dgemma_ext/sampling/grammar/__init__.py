@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from dgemma_ext.sampling.grammar.compiled import FAILED, CompiledGrammar, compile_pattern
 from dgemma_ext.sampling.grammar.grammars import Choice, Grammar, JsonSchema, Regex, ToolCalls, compile_grammar
-from dgemma_ext.sampling.grammar.thinking import THINK
+from dgemma_ext.sampling.grammar.thinking import CLOSE, OPEN, THINK
 from dgemma_ext.sampling.grammar.vocabulary import Vocabulary, tokenizer_vocabulary, vocabulary_of
 from dgemma_ext.sampling.grammar.walks import Walks

@@ -34,8 +34,9 @@ class Grammar:
 
     thinking: what may stand before the answer. "auto": a thought where the prompt lets the model think (it has
     <|think|>, or ends in a thought), else at most the empty one that models write; "none": at most the empty one;
-    "required": a thought. thinking_budget: tokens of the answer, markers included, after which no thought is open;
-    None: as many as leave room for the shortest text that matches.
+    "required": a thought. Where the chat template does not spell the markers of thoughts, there is no empty one either.
+    thinking_budget: tokens of the answer, markers included, after which no thought is open; None: as many as leave room
+    for the shortest text that matches.
     """
 
     thinking: str = field(default="auto", kw_only=True)
@@ -253,7 +254,9 @@ def _compile(
 ) -> CompiledGrammar:
     vocabulary = tokenizer_vocabulary(tokenizer, vocabulary_size)
     markers = {text: token for text, token in tokenizer.markers.items() if token < vocabulary_size}
-    pattern = with_thought(answer.pattern(markers), thinking, thinks, markers)
+    pattern = answer.pattern(markers)
+    if tokenizer.knows_thoughts or thinks or thinking == "required":
+        pattern = with_thought(pattern, thinking, thinks, markers)
     compiled = compile_pattern(pattern, vocabulary, end_ids, pad_id)
     if isinstance(answer, ToolCalls) and markers.get(RESPONSE) in end_ids:
         compiled = with_end_after(compiled, markers[CALL_END], markers[RESPONSE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,6 +26,13 @@ class Vocabulary(NamedTuple):
     strings: bytes
     offset: np.ndarray
     string_of_id: np.ndarray
+
+    def ids_of(self, text: bytes) -> list[int]:
+        """The tokens that are these bytes."""
+        strings, offset, count = self.strings, self.offset, len(self.offset) - 1
+        at = bisect_left(range(count), text, key=lambda index: strings[offset[index] : offset[index + 1]])
+        is_there = at < count and strings[offset[at] : offset[at + 1]] == text
+        return np.flatnonzero(self.string_of_id == at).tolist() if is_there else []
 
 
 def vocabulary_of(texts: Sequence[bytes | None], special_ids: Sequence[int], size: int) -> Vocabulary:
