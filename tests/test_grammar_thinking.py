@@ -149,7 +149,8 @@ def test_budgets_that_cannot_be_kept() -> None:
 def test_a_model_without_markers_writes_no_thoughts() -> None:
     vocabulary = vocabulary_of([None, None, b"a"], [0, 1], 3)
     of_thought = dg.sampling.grammar.thinking.with_thought
-    assert of_thought(pattern.literal("a"), "auto", True, {}) == pattern.literal("a")
+    for markers in ({}, {OPEN: 2}, {OPEN: 70_000, CLOSE: 70_001}):
+        assert of_thought(pattern.literal("a"), "auto", True, markers) == pattern.literal("a")
     assert closing_distances(compile_pattern(pattern.literal("a"), vocabulary, [1], 0), {}) is None
     with pytest.raises(dg.GrammarError, match="thinking is required, and the tokenizer has no"):
         of_thought(pattern.literal("a"), "required", True, {})
@@ -180,6 +181,22 @@ def test_thinking_in_the_engine_alone_and_in_a_batch() -> None:
     assert together[2].thinking == ""
     assert together[3].tool_calls
     assert CLOSE not in "".join(out.text for out in together)
+
+
+def test_a_turn_that_goes_on_after_a_tool_s_result_goes_on_with_its_thought() -> None:
+    """The template then begins the thought itself."""
+    model = random_model()
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"what": "x"}}}]},
+        {"role": "tool", "content": "blue"},
+    ]
+    given = {"max_new_tokens": 40, "sampler": FAST, "enable_thinking": True}
+    out = model.generate(messages, grammar=dg.Choice(["yes", "no"], thinking_budget=12), **given)
+    assert model.tokenizer is not None
+    assert list(out.token_ids).index(model.tokenizer.id_of(CLOSE)) < 12
+    assert out.parsed in ("yes", "no")
+    assert sum(out.choices.values()) == pytest.approx(1)
 
 
 def test_pins_of_a_thought_that_leave_no_time_to_close_it_are_refused() -> None:

@@ -197,7 +197,7 @@ class JobRunner:
 def answers(device: torch.device) -> bool:
     """Whether a device still computes. After some errors CUDA refuses every call until the process ends."""
     try:
-        return bool(torch.ones(1, device=device).item())
+        return bool(torch.ones(1, dtype=torch.float32, device=device).item())
     except torch.OutOfMemoryError:
         return True
     except RuntimeError:

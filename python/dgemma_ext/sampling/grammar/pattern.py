@@ -16,6 +16,7 @@ _CHARACTERS, _BYTES, _CONCAT, _UNION, _REPEAT, _LIST, _FIELDS = range(7)
 
 # U+100000 + id stands for a special token: private use, which no text needs.
 SYMBOLS = 0x100000
+LARGEST_SYMBOL = 0xFFFF
 # The first byte of such a character, which no other has.
 SYMBOL_BYTE = 0xF4
 # The last character that a text may have.
@@ -72,8 +73,10 @@ def fields(items: Sequence[tuple[bool, Pattern]], separator: Pattern) -> Pattern
 
 def symbol(token: int) -> Pattern:
     """A special token."""
-    if token > 0xFFFF:
-        raise GrammarError(f"the special token {token} has too large an id for a grammar, which takes ids to {0xFFFF}")
+    if token > LARGEST_SYMBOL:
+        raise GrammarError(
+            f"the special token {token} has too large an id for a grammar, which takes ids to {LARGEST_SYMBOL}"
+        )
     return literal(chr(SYMBOLS + token).encode())
 
 

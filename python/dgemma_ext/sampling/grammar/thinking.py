@@ -11,7 +11,17 @@ import numpy as np
 
 from dgemma_ext.errors import GrammarError
 from dgemma_ext.sampling.grammar.compiled import FAILED, CompiledGrammar
-from dgemma_ext.sampling.grammar.pattern import ANY, EMPTY, Pattern, concat, literal, optional, repeat, symbol
+from dgemma_ext.sampling.grammar.pattern import (
+    ANY,
+    EMPTY,
+    LARGEST_SYMBOL,
+    Pattern,
+    concat,
+    literal,
+    optional,
+    repeat,
+    symbol,
+)
 
 OPEN, CLOSE = "<|channel>", "<channel|>"
 # What a prompt has that lets the model think.
@@ -26,9 +36,9 @@ def with_thought(answer: Pattern, thinking: str, thinks: bool, markers: Mapping[
     thinking: of THINKING. thinks: whether the prompt lets the model think. markers: special tokens by their text; a
     model without those of thoughts writes none. Raises GrammarError where one is required of such a model.
     """
-    if OPEN not in markers or CLOSE not in markers:
+    if any(markers.get(marker, LARGEST_SYMBOL + 1) > LARGEST_SYMBOL for marker in (OPEN, CLOSE)):
         if thinking == "required":
-            raise GrammarError(f"thinking is required, and the tokenizer has no {OPEN} and {CLOSE}")
+            raise GrammarError(f"thinking is required, and the tokenizer has no {OPEN} and {CLOSE} with small ids")
         return answer
     may_think = thinking == "required" or (thinking == "auto" and thinks)
     content = repeat(ANY) if may_think else EMPTY

@@ -11,7 +11,7 @@ import numpy as np
 
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.errors import GrammarError
-from dgemma_ext.sampling.grammar.pattern import SYMBOL_BYTE, SYMBOLS
+from dgemma_ext.sampling.grammar.pattern import LARGEST_SYMBOL, SYMBOL_BYTE, SYMBOLS
 
 
 class Vocabulary(NamedTuple):
@@ -44,7 +44,7 @@ def vocabulary_of(texts: Sequence[bytes | None], special_ids: Sequence[int], siz
     written = [b"" if text is None or SYMBOL_BYTE in text else text for text in texts[:size]]
     written += [b""] * (size - len(written))
     for token in special_ids:
-        written[token] = chr(SYMBOLS + token).encode() if token <= 0xFFFF else b""
+        written[token] = chr(SYMBOLS + token).encode() if token <= LARGEST_SYMBOL else b""
     ids = sorted((token for token in range(size) if written[token]), key=written.__getitem__)
     strings: list[bytes] = []
     string_of_id = np.full(size, -1, dtype=np.int32)
