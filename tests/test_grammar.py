@@ -35,6 +35,7 @@ from grammar_cases import (
     spelled,
     text_of,
 )
+from other_threads import turns_during
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -168,6 +169,13 @@ def test_compiled_grammars_are_kept_by_grammar_and_tokenizer() -> None:
     assert compile_grammar(dg.Choice(["12", "22"]), tokenizer, 384, (106,), 0) is not one
     ids = tokenizer.encode("21")
     assert one.after(one.walk(one.start, ids), 106) == one.end
+
+
+def test_other_threads_go_on_while_a_grammar_is_compiled() -> None:
+    properties = {f"key {number}": {"type": "integer"} for number in range(300)}
+    grammar = dg.JsonSchema({"type": "object", "properties": properties})
+    tokenizer = dg.Tokenizer.from_directory(demo.checkpoint(6))
+    assert turns_during(lambda: compile_grammar(grammar, tokenizer, 384, (106,), 0)) > 100
 
 
 def test_the_bytes_of_a_tokenizers_tokens() -> None:

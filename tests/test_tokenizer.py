@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from chats import texts
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.errors import CheckpointError
+from other_threads import turns_during
 from tokenizer_files import CHAT_TEMPLATE, SPECIAL_TOKENS, write_tokenizer
 
 CHAT: list[dict[str, Any]] = [
@@ -270,3 +271,16 @@ def test_settings_to_cut_or_pad_are_ignored(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert len(tokenizer.encode("abcdef")) == 6
     assert len(tokenizer.encode("a")) == 1
+
+
+@settings(max_examples=50)
+@given(texts())
+def test_long_texts_are_encoded_as_short_ones_are(tokenizer: Tokenizer, text: str) -> None:
+    long = text + "the sky " * 512
+    length = len(tokenizer.encode("the sky " * 512))
+    assert tokenizer.encode(long)[:-length] == tokenizer.encode(text + "the sky ")[: -len(tokenizer.encode("the sky "))]
+    assert tokenizer.decode(tokenizer.encode(long)) == tokenizer.decode(tokenizer.encode(text)) + "the sky " * 512
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    assert turns_during(lambda: tokenizer._ids_of("1" * 500_000)) > 100

@@ -45,7 +45,8 @@ PyObject* compile_bytes(PyObject* /*module*/, PyObject* arguments, PyObject* key
     static const char* const names[] = {"pattern", nullptr};
     PyObject* pattern = nullptr;
     python::parse(arguments, keywords, "O:byte_automaton", names, &pattern);
-    const ByteAutomaton made = byte_automaton(Buffer(pattern).copy<int32_t>());
+    const std::vector<int32_t> nodes = Buffer(pattern).copy<int32_t>();
+    const ByteAutomaton made = python::unlocked([&] { return byte_automaton(nodes); });
     python::Dict found;
     found.set("states", made.states);
     found.set("start", made.start);
@@ -79,7 +80,8 @@ PyObject* compile_tokens(PyObject* /*module*/, PyObject* arguments, PyObject* ke
     const std::vector<int64_t> offsets = Buffer(offset).copy<int64_t>();
     if (offsets.empty() || given.byte_class.size() != 256)
       throw std::invalid_argument("token_automaton: got arrays of other sizes than it wants");
-    const TokenAutomaton made = token_automaton(given, {bytes, offsets}, limits);
+    const TokenAutomaton made =
+        python::unlocked([&] { return token_automaton(given, {bytes, offsets}, limits); });
     python::Dict found;
     found.set("states", made.states);
     found.set("start", made.start);

@@ -140,6 +140,21 @@ PyObject* guard(Function function) noexcept {
   return nullptr;
 }
 
+// What a function gives that touches no object of Python's. Other threads of Python's run
+// meanwhile.
+template <typename Function>
+auto unlocked(Function function) {
+  struct Lock {
+    Lock() = default;
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() { PyEval_RestoreThread(state); }
+    PyThreadState* state = PyEval_SaveThread();
+  };
+  const Lock given_away;
+  return function();
+}
+
 // As PyArg_ParseTupleAndKeywords, with an exception.
 template <size_t count, typename... Pointers>
 void parse(PyObject* arguments, PyObject* keywords, const char* format,
