@@ -24,3 +24,8 @@ def test_operators_on_the_kernels(compute_capability: int, seed: int) -> None:
 
 def test_bad_input_before_a_launch() -> None:
     run_tests_on_kernels("tests/test_cuda_refusals.py", "tests/test_c_tensors.py")
+
+
+def test_one_thread_chooses_the_tile_of_a_draw() -> None:
+    """Uniforms at the ends of the unit interval: running totals are not monotonic there, and several threads could."""
+    run_tests_on_kernels("tests/test_denoise_sampling.py", "-k", "given_uniforms and 1000", seed=2, watch=True)

@@ -57,10 +57,10 @@ def build() -> None:
         shutil.copy2(module, copy)
 
 
-def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: int = 1) -> None:
-    """Runs pytest with these arguments on the CUDA kernels, watched where DGEMMA_TEST_WATCH is 1."""
+def run_tests_on_kernels(*arguments: str, compute_capability: int = 90, seed: int = 1, watch: bool = False) -> None:
+    """Runs pytest with these arguments on the CUDA kernels, watched with `watch` or DGEMMA_TEST_WATCH=1."""
     script = ROOT / "tests" / "sim" / "run_tests.py"
-    watch = os.environ.get("DGEMMA_TEST_WATCH") == "1"
+    watch = watch or os.environ.get("DGEMMA_TEST_WATCH") == "1"
     run_on_kernels(script, *arguments, compute_capability=compute_capability, seed=seed, watch=watch)
 
 

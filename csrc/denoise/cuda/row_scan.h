@@ -25,7 +25,8 @@ DGEMMA_DEVICE TileRun tile_run(int32_t tiles) {
 }
 
 // A thread's `after` is the very `before` of the next, so that a number below the total lies
-// between the two of one thread.
+// between the two of some thread. Of several, where they are rounded: sums of more threads may be
+// smaller by a unit in the last place, as each is added up in an order of its own.
 struct RunningTotal {
   double before;  // of the threads before this one
   double after;   // and this one

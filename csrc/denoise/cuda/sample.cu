@@ -22,9 +22,10 @@ struct Sample {
 
 struct Shared {
   double total[kRowWarps];
-  double left;   // the part of the target that is inside the tile
-  int32_t tile;  // -1 when no tile has mass
-  int32_t last;  // the last tile that has any
+  double left;     // the part of the target that is inside the tile
+  int32_t tile;    // the tile that holds the target
+  uint32_t owner;  // the thread whose run holds it; kRowThreads where none does
+  int32_t last;    // the last tile that has mass, -1 when none has any
 };
 
 // The first tile of this thread's run whose cumulative mass exceeds the target. Rounding may leave
@@ -96,7 +97,10 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(const Sample p) {
   const float* const tile_max = p.tile_max + row * logits.tiles;
   const float* const tile_sum = p.tile_sum + row * logits.tiles;
   const float row_max = p.row_max[row];
-  if (threadIdx.x == 0) shared.tile = shared.last = -1;
+  if (threadIdx.x == 0) {
+    shared.owner = kRowThreads;
+    shared.last = -1;
+  }
 
   const TileRun run = tile_run(logits.tiles);
   double mass = 0.0;
@@ -115,19 +119,26 @@ __global__ void __launch_bounds__(kRowThreads) sample_kernel(const Sample p) {
           : draw_uniform(p.seed[request], p.canvas_index[request], p.step[request],
                          row % logits.length, DGEMMA_PURPOSE_SAMPLE);
   const double target = uniform * p.row_sum[row];
-  if (has_mass && masses.before <= target && target < masses.after)
-    choose_tile(tile_max, tile_sum, row_max, run, masses.before, target, shared);
-  if (has_mass && !(target < masses.total)) {
-    last = __reduce_max_sync(device::kAllLanes, last);
-    if (device::lane_index() == 0) atomicMax(&shared.last, last);
+  // The first thread with mass that reaches beyond the target. Several may lie around it, as
+  // running totals fall where they are rounded; then that is the one.
+  const uint32_t reaching =
+      __ballot_sync(device::kAllLanes, has_mass && mass > 0.0 && target < masses.after);
+  last = __reduce_max_sync(device::kAllLanes, last);
+  if (device::lane_index() == 0) {
+    if (reaching != 0)
+      atomicMin(&shared.owner, threadIdx.x + __ffs(static_cast<int>(reaching)) - 1);
+    atomicMax(&shared.last, last);
   }
   __syncthreads();
+  if (threadIdx.x == shared.owner)
+    choose_tile(tile_max, tile_sum, row_max, run, masses.before, target, shared);
+  __syncthreads();
   if (threadIdx.x >= 32) return;
-  int32_t tile = shared.tile;
-  double left = shared.left;
-  if (tile < 0 && shared.last >= 0) {
-    tile = shared.last;
-    left = INFINITY;
+  int32_t tile = has_mass ? shared.last : -1;
+  double left = INFINITY;
+  if (shared.owner < kRowThreads) {
+    tile = shared.tile;
+    left = shared.left;
   }
   const int32_t token =
       tile < 0 ? -1 : choose_entry<T>(p, row, tile, tile_max[tile], row_max, left);
