@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import dgemma_ext as dg
 from backend import BACKEND
 from chats import LOOK
+from command import dgemma
 from dgemma_ext import demo
 from dgemma_ext.sampling import FAILED, Canvas
 from dgemma_ext.sampling.grammar import compile_pattern, pattern, vocabulary_of
@@ -127,6 +128,27 @@ def test_a_model_whose_template_has_no_thoughts_writes_no_empty_ones() -> None:
     assert compiled.after(compiled.start, other.markers[OPEN]) == FAILED
     thinking = dg.sampling.compile_grammar(dg.Choice(["yes"]), other, other.vocab_size, (106,), 0, thinks=True)
     assert thinking.after(thinking.start, other.markers[OPEN]) != FAILED
+
+
+def test_the_command_bounds_a_thought() -> None:
+    command = [
+        "generate",
+        "6x6",
+        demo.draw(6, 1).text,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "60",
+        "--steps",
+        "2",
+        "--json",
+    ]
+    for more in (["--choice", "yes"], []):
+        run = dgemma(*command, "--thinking", "--thinking-budget", "14", *more)
+        assert run.code == 0, run.err
+        thought, _ = parts(run.object["token_ids"])
+        assert len(thought) <= 14
+        assert run.object.get("choices") == ({"yes": 1.0} if more else None)
 
 
 def test_budgets_that_cannot_be_kept() -> None:

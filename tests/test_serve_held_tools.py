@@ -194,6 +194,34 @@ def test_a_format_goes_with_thinking(server: Running) -> None:
     jsonschema.validate(json.loads(response.output_text), SCHEMA)
 
 
+def test_a_budget_of_thoughts_by_itself(server: Running, grammars: list[dg.Grammar | None]) -> None:
+    budget = {"reasoning_effort": "high", "thinking_token_budget": 20}
+    for seed in range(2):
+        answer = ask(server, budget, tools=None, seed=seed)
+        assert answer.usage.completion_tokens_details.reasoning_tokens <= 20
+        is_long = answer.usage.completion_tokens == 90
+        assert answer.choices[0].finish_reason == ("length" if is_long else "stop")
+    ask(server, budget)
+    assert grammars[1:] == [dg.Regex("(?s:.*)", thinking_budget=20), dg.ToolCalls([LOOK, COUNT], thinking_budget=20)]
+
+
+@pytest.mark.parametrize(
+    ("structure", "limit", "reason"),
+    [
+        ({"regex": "[ab]{40}[ab]*"}, 40, "length"),
+        ({"regex": "[ab]{40}"}, 40, "stop"),
+        ({"choice": ["a" * 40, "a" * 41]}, 40, "stop"),
+        ({"json": {"type": "integer"}}, 1, "stop"),
+    ],
+    ids=str,
+)
+def test_text_that_might_have_gone_on_is_cut_by_its_limit(
+    structure: dict[str, Any], limit: int, reason: str, server: Running
+) -> None:
+    answer = ask(server, {"structured_outputs": structure}, tools=None, max_tokens=limit)
+    assert answer.choices[0].finish_reason == reason
+
+
 @pytest.mark.parametrize("text", ["Yes.", THOUGHT + "Yes.", "<|channel>thought\n<channel|>Yes."])
 def test_reasoning_tokens_are_those_of_thoughts(text: str, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     answering(monkeypatch, *[text + "<turn|>"] * 3)
@@ -221,7 +249,6 @@ def test_reasoning_tokens_are_those_of_thoughts(text: str, server: Running, monk
         ({"tools": [strict(COUNT, strict="yes")]}, {}, "tools[0].function.strict", "true or false"),
         ({"tools": [LOOK, LOOK], "tool_choice": "required"}, {}, "tools[1].function.name", "a name of its own"),
         ({"tool_choice": "required", "max_tokens": 4}, {}, "max_tokens", "the shortest text"),
-        ({}, {"thinking_token_budget": 9}, "thinking_token_budget", "needs response_format"),
         ({"response_format": FORMAT}, {"thinking_token_budget": 0}, "thinking_token_budget", "greater"),
     ],
     ids=str,

@@ -81,9 +81,10 @@ class Arguments(argparse.Namespace):
             if self.tools is None:
                 raise ValueError("--tool-choice needs --tools")
             return ToolCalls(self.tools, self.tool_choice, **thinking)
-        if self.thinking_budget is not None:
-            raise ValueError("--thinking-budget needs --json-schema, --regex, --choice or --tool-choice")
-        return None
+        if self.thinking_budget is None:
+            return None
+        # A thought is bounded where a grammar holds what follows it: here any text, and calls.
+        return Regex("(?s:.*)", **thinking) if self.tools is None else ToolCalls(self.tools, **thinking)
 
     @property
     def prompting(self) -> dict[str, Any]:
@@ -337,7 +338,7 @@ def _add_prompting(parser: argparse.ArgumentParser) -> None:
 def _add_grammar(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the answer must match (on a CPU)")
     group.add_argument(
-        "--thinking-budget", type=_positive, metavar="N", help="end a thought before it within N tokens of the answer"
+        "--thinking-budget", type=_positive, metavar="N", help="end the thought before it within N tokens"
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", metavar="FILE.json", help="a JSON schema")

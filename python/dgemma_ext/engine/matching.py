@@ -84,6 +84,12 @@ class Matching:
         close = markers.get(CLOSE)
         return next((index + 1 for index, token in enumerate(tokens) if token == close), None)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether more than its end could follow what the canvases so far have said."""
+        begin, end = self.compiled.out_begin[self._state], self.compiled.out_begin[self._state + 1]
+        return bool((self.compiled.out_target[begin:end] != self.compiled.end).any())
+
     def follow(self, draft: Sequence[int]) -> bool:
         """Walks a finished canvas through the grammar once more. Returns whether it matches."""
         self._state = self.compiled.walk(self._state, draft)

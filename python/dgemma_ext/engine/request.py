@@ -123,6 +123,16 @@ class Request:
         """What holds the next canvas, of `length` positions, to the grammar."""
         return None if self._matching is None else self._matching.constraint(len(self.token_ids), length)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the length limit has ended an answer that the model might have gone on with.
+
+        With a grammar of JSON, a choice or calls an answer is whole wherever it may end.
+        """
+        if self.finish_reason != "length" or self._matching is None:
+            return self.finish_reason == "length"
+        return self._matching.goes_on and self._matching.grammar.is_open(self.response)
+
     def choice_scores(self, logits: Tensor, softcap: float, draft: list[int]) -> dict[str, float] | None:
         """The scores of a dg.Choice's texts after a canvas with this draft; logits: raw, [L, vocabulary]."""
         if self._matching is None or self._tokenizer is None:

@@ -186,9 +186,8 @@ class _Places:
 
 
 def _is_whole(commit: Commit) -> bool:
-    """Whether an answer ends by itself. One that a grammar holds is complete at its length limit too."""
-    of_grammar = commit.request.grammar is not None and commit.finish_reason == "length"
-    return of_grammar or commit.finish_reason == "eos"
+    """Whether an answer ends by itself. One that a grammar holds may be complete at its length limit too."""
+    return commit.finish_reason == "eos" or (commit.finish_reason == "length" and not commit.request.is_cut)
 
 
 def _id_of(tokenizer: Tokenizer, token: str) -> int | None:

@@ -46,14 +46,13 @@ async def grammar_of(
     if formatted is not None and structured is not None:
         raise errors.bad_request(f"{field} and structured_outputs both say what the answer must match", field)
     wanted = formatted or structured
-    calls = tools is not None and (tools.is_held or (wanted is not None and bool(tools.tools)))
-    budget = body.thinking_token_budget
+    budget, has_tools = body.thinking_token_budget, tools is not None and bool(tools.tools)
+    if budget is not None and wanted is None and not has_tools:
+        wanted = Wanted(_BUDGET, Regex("(?s:.*)"))  # a thought is bounded where a grammar holds the answer behind it
+    calls = tools is not None and has_tools and (tools.is_held or wanted is not None or budget is not None)
     if wanted is None and not calls:
-        if budget is not None:
-            message = f"{_BUDGET} needs {field}, structured_outputs, or a tool_choice that is held to"
-            raise errors.bad_request(message, _BUDGET)
         return None
-    at_fault = wanted.field if wanted is not None else "tool_choice"
+    at_fault = wanted.field if wanted is not None else "tool_choice" if budget is None else _BUDGET
     if service.model.device.type != "cpu":
         raise errors.not_supported(at_fault, f"{at_fault} is for models on a CPU; there are no GPU kernels yet")
     # In another thread, where it delays nobody; the scheduler then finds it among those that are kept.

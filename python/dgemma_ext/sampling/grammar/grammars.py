@@ -56,6 +56,10 @@ class Grammar:
         """The value of an answer that matches."""
         return response.text
 
+    def is_open(self, response: Response) -> bool:
+        """Whether an answer that matches is text which may say more where the grammar lets it go on."""
+        return False
+
     def with_thinking_budget(self, budget: int | None) -> Self:
         """The same grammar with another budget of thoughts."""
         return self._with(thinking_budget=budget)
@@ -87,6 +91,9 @@ class Regex(Grammar):
 
     def pattern(self, markers: Mapping[str, int] = _NO_MARKERS) -> Pattern:
         return full_match(self.expression)
+
+    def is_open(self, response: Response) -> bool:
+        return True
 
 
 @dataclass(frozen=True, init=False)
@@ -216,6 +223,9 @@ class ToolCalls(Grammar):
         if response.tool_calls:
             return [(call.name, call.arguments) for call in response.tool_calls]
         return response.text if self.text is None else self.text.parse(response)
+
+    def is_open(self, response: Response) -> bool:
+        return not response.tool_calls and (self.text is None or self.text.is_open(response))
 
 
 def _json_text(name: str, value: Any) -> str:

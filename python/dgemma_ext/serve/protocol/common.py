@@ -104,10 +104,7 @@ class GeneratingBody(Body):
         Field(description="vLLM's: what the answer must match, one of json, json_object, regex, choice."),
     ] = None
     thinking_token_budget: Annotated[
-        Count | None,
-        Field(
-            description="vLLM's: where an answer is held to a format, a thought before it ends within so many tokens."
-        ),
+        Count | None, Field(description="vLLM's: a thought before the answer ends within so many tokens.")
     ] = None
     diffusion: DiffusionOptions | None = None
     diffusing: Annotated[Flag, Field(description="Mercury's: a stream's pieces hold the whole text so far.")] = False
