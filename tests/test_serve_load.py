@@ -21,7 +21,7 @@ import torch
 import dgemma_ext as dg
 from dgemma_ext import demo
 from dgemma_ext.errors import NonFiniteError
-from dgemma_ext.serve import job_runner
+from dgemma_ext.serve import ServeOptions, build_app, job_runner
 from dgemma_ext.serve.mailbox import Mailbox
 from serving import MODEL, PATIENCE, Running, bundled, running, wait_until
 
@@ -370,6 +370,30 @@ def test_the_loop_turns_while_a_long_prompt_is_tokenized(monkeypatch: pytest.Mon
         assert httpx2.get(f"{started.url}/health").status_code == 200
         assert time.monotonic() - began < 0.8
         thread.join(PATIENCE)
+
+
+def test_long_texts_wait_for_each_other() -> None:
+    """Each takes memory while it is tokenized, and there may be as many as clients."""
+    service = build_app(bundled(), ServeOptions()).state.service
+    begun, may_end = [0], threading.Event()
+
+    def work() -> None:
+        begun[0] += 1
+        may_end.wait(PATIENCE)
+
+    async def run() -> int:
+        tasks = [asyncio.ensure_future(service.in_thread("prompt", work)) for _ in range(20)]
+        while begun[0] < 8:
+            await asyncio.sleep(0)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        most = begun[0]
+        may_end.set()
+        await asyncio.gather(*tasks)
+        return most
+
+    assert asyncio.run(run()) == 8
+    assert begun == [20]
 
 
 def test_nothing_is_left(server: Running) -> None:

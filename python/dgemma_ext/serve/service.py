@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 
 from dgemma_ext.checkpoint import Tokenizer
@@ -25,6 +26,9 @@ from dgemma_ext.version import __version__
 
 Value = TypeVar("Value")
 
+# Texts that are tokenized and grammars that are compiled at once. A text of 8 MB takes 1 GB while it is tokenized.
+_THREADS = 8
+
 
 class Service:
     """A model that is served.
@@ -41,6 +45,7 @@ class Service:
         self.options = options
         self.engine = EngineThread(model, options)
         self.metrics = Metrics(self.engine)
+        self._threads = anyio.CapacityLimiter(_THREADS)
         self.created = int(time.time())
         self.is_started = False
         self.is_draining = False
@@ -80,7 +85,7 @@ class Service:
     async def in_thread(self, field: str, function: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
         """What a function of the tokenizer gives in another thread. Raises ApiError for what it refuses."""
         try:
-            return await anyio.to_thread.run_sync(partial(function, *arguments, **named))
+            return await anyio.to_thread.run_sync(partial(function, *arguments, **named), limiter=self._threads)
         except ValueError as error:
             raise errors.from_value_error(self._without_paths(error), field) from error
         except CheckpointError as error:  # of a template that met something that it is not made for
