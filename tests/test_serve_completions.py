@@ -205,6 +205,13 @@ def test_tokens_and_back(server: Running) -> None:
     assert back == {"prompt": text}
 
 
+def test_a_raw_texts_tokens_have_no_tools(server: Running) -> None:
+    for field, value in (("tools", [3]), ("tools", [{"type": "x"}]), ("chat_template_kwargs", {"x": 1})):
+        refused = httpx2.post(f"{server.url}/tokenize", json={"prompt": "1", field: value})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"].startswith(field)
+
+
 def test_a_long_lists_texts_are_made_in_another_thread(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, threads = dg.Tokenizer.decode, set()
 

@@ -27,6 +27,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         options = options_of(body.tools, None, body.chat_template_kwargs)
         ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
     else:
+        for field in ("tools", "chat_template_kwargs"):
+            if getattr(body, field):
+                raise errors.bad_request(f"{field} go through the chat template, and a prompt does not", field)
         add_bos = body.add_special_tokens and tokenizer.bos_token_id is not None
         ids = await service.in_thread("prompt", tokenizer.encode, body.prompt, add_bos)
     answer = {"count": len(ids), "max_model_len": service.longest, "tokens": ids}
