@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch
 import dgemma_ext as dg
 from backend import BACKEND
 from dgemma_ext import demo
-from dgemma_ext.sampling import choice_scores, tokenizer_vocabulary
+from dgemma_ext.sampling import choice_scores, spellings_of, tokenizer_vocabulary
 from dgemma_ext.sampling.grammar import vocabulary_of
 
 PAD, END, STOP = 0, 1, 2
 TEXTS = [None, None, None, b"a", b"b", b"ab", b"a"]  # two tokens write the same
 VOCABULARY = vocabulary_of(TEXTS, [PAD, END, STOP], len(TEXTS))
+SPELL = partial(spellings_of, vocabulary=VOCABULARY)
 LENGTH = 4
 CHOICES = ["a", "ab", "abb", "", "bbbb", "abab", "babab"]
 FAST = dg.SamplerConfig(max_denoising_steps=3)
@@ -63,7 +65,7 @@ def test_scores_are_the_mass_of_all_spellings(pad: int | None) -> None:
         logits = random.standard_normal((LENGTH, len(TEXTS))) * scale
         given: Any = (torch.from_numpy(logits), 0.0, content, 0, room, [END, STOP], pad)
         texts = {choice: choice.encode() for choice in CHOICES}
-        found = choice_scores(texts, VOCABULARY, *given)
+        found = choice_scores(texts, SPELL, *given)
         wanted = enumerated(logits.astype(np.float32).astype(np.float64), CHOICES, content, room, pad)
         assert found == pytest.approx(wanted, abs=2e-6), (scale, content, room)
         assert sum(found.values()) == pytest.approx(1 if sum(wanted.values()) else 0)
@@ -73,9 +75,9 @@ def test_the_softcap_and_what_an_answer_has_said_already() -> None:
     logits = torch.randn(LENGTH, len(TEXTS), generator=torch.Generator().manual_seed(1)) * 9
     rest: dict[str, bytes | None] = {"xa": b"a", "xb": b"b", "y": None}
     given: Any = (dg.Canvas(), 7, LENGTH, [END], PAD)
-    found = choice_scores(rest, VOCABULARY, logits, 5.0, *given)
+    found = choice_scores(rest, SPELL, logits, 5.0, *given)
     capped = 5.0 * torch.tanh(logits / 5.0)
-    assert found == pytest.approx(choice_scores(rest, VOCABULARY, capped, 0.0, *given), abs=1e-6)
+    assert found == pytest.approx(choice_scores(rest, SPELL, capped, 0.0, *given), abs=1e-6)
     assert found["y"] == 0
     assert found["xa"] + found["xb"] == pytest.approx(1)
 

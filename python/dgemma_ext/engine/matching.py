@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 
 from torch import Tensor
 
@@ -20,10 +21,12 @@ from dgemma_ext.sampling import (
     Constraint,
     Grammar,
     ResolvedSampler,
+    Spellings,
     choice_scores,
     closing,
     compile_grammar,
     grammars_of_canvases,
+    spellings_of,
     tokenizer_vocabulary,
 )
 
@@ -74,7 +77,8 @@ class Matching:
         room = max(min(self._shape.longest, length) - first, 0)
         own_logits = logits[first - len(before) :]
         given = (self.content, first, room, ends, self.compiled.pad_id)
-        return choice_scores(rests, vocabulary, own_logits, softcap, *given)
+        spell = partial(_spellings, tokenizer, logits.shape[-1])
+        return choice_scores(rests, spell, own_logits, softcap, *given)
 
     def _text_begin(self, tokenizer: Tokenizer, tokens: Sequence[int]) -> int | None:
         """Where an answer's text begins, behind its thought; None where the thought is open."""
@@ -94,6 +98,11 @@ class Matching:
         """Walks a finished canvas through the grammar once more. Returns whether it matches."""
         self._state = self.compiled.walk(self._state, draft)
         return self._state != FAILED
+
+
+@lru_cache(maxsize=1024)
+def _spellings(tokenizer: Tokenizer, vocabulary_size: int, text: bytes) -> Spellings:
+    return spellings_of(text, tokenizer_vocabulary(tokenizer, vocabulary_size))
 
 
 def matching_of(

@@ -8,7 +8,7 @@ canvas and advances the batch; `constraint` holds a step to a grammar, and `viab
 from __future__ import annotations
 
 from dgemma_ext.sampling.canvas import Canvas
-from dgemma_ext.sampling.choices import choice_scores
+from dgemma_ext.sampling.choices import Spellings, choice_scores, spellings_of
 from dgemma_ext.sampling.constraint import Constraint, closing
 from dgemma_ext.sampling.grammar import (
     CLOSE,

@@ -8,7 +8,7 @@ of a mixture over all texts, and their product favours texts of fewer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dgemma_ext.sampling.canvas import Canvas
 from dgemma_ext.sampling.grammar import Vocabulary
-from dgemma_ext.sampling.logprobs import canvas_logprobs
 
 # Spellings of a text: (begin, end) of its bytes → the tokens that are these bytes.
 Spellings = dict[tuple[int, int], list[int]]
@@ -24,7 +23,7 @@ Spellings = dict[tuple[int, int], list[int]]
 
 def choice_scores(
     texts: Mapping[str, bytes | None],
-    vocabulary: Vocabulary,
+    spell: Callable[[bytes], Spellings],
     logits: Tensor,
     softcap: float,
     content: Canvas,
@@ -36,18 +35,18 @@ def choice_scores(
     """Choice → its score, 0 for all where none of them has mass.
 
     texts: of each choice the bytes that stand in this canvas and later; None for one that the answer has left already.
+    spell: gives the spellings of a text (`spellings_of`).
     logits: raw, [L, vocabulary], of the canvas's positions from the answer's beginning on. content: the answer's pinned
     and allowed tokens, and first: the position of the answer that the first of these has. room: how many positions its
     text may take at most. pad_id: None: any token follows the end.
     """
-    spellings = {choice: _spellings(text, vocabulary) for choice, text in texts.items() if text is not None}
+    spellings = {choice: spell(text) for choice, text in texts.items() if text is not None}
     pads = [] if pad_id is None else [pad_id]
     ids = sorted(
         {token for one in spellings.values() for found in one.values() for token in found}.union(end_ids, pads)
     )
-    logs = _log_probabilities(logits, softcap, ids, content, first)
-    if pad_id is None:  # else every canvas has the same factor
-        logs -= _allowed_mass(logits, softcap, content, first)[:, None]
+    # With padding all canvases have a token of these at each position, so that its constant is that of all masses.
+    logs = _logs(logits, softcap, ids, content, first, normalised=pad_id is None)
     column = {token: index for index, token in enumerate(ids)}
     length = len(logs)
     # The mass of an answer's end at each position, and of padding behind it; a text may also fill the canvas.
@@ -68,58 +67,54 @@ def _mass(spellings: Spellings, size: int, logs: np.ndarray, closed: np.ndarray,
     reached = np.full(size + 1, -np.inf)
     reached[0] = 0.0
     mass = closed[0] if size == 0 else -np.inf
-    columns = {span: [column[token] for token in ids] for span, ids in spellings.items()}
-    for position, row in enumerate(logs[:size], start=1):
+    if not spellings:
+        return float(mass)
+    begins, ends = np.array(list(spellings)).T
+    firsts = np.cumsum([0, *map(len, spellings.values())])[:-1]
+    columns = [column[token] for ids in spellings.values() for token in ids]
+    of_spans = np.logaddexp.reduceat(logs[:size, columns], firsts, axis=1)
+    for position, of_span in enumerate(of_spans, start=1):
         after = np.full(size + 1, -np.inf)
-        for (begin, end), places in columns.items():
-            if reached[begin] > -np.inf:
-                one = reached[begin] + np.logaddexp.reduce(row[places])
-                after[end] = np.logaddexp(after[end], one)
+        np.logaddexp.at(after, ends, reached[begins] + of_span)
         reached = after
         mass = np.logaddexp(mass, reached[size] + closed[position])
     return float(mass)
 
 
-def _log_probabilities(logits: Tensor, softcap: float, ids: Sequence[int], content: Canvas, first: int) -> np.ndarray:
-    """float64 [L, ids]: of pinned positions those of their token alone, of others without what is not allowed."""
-    nothing = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-    found = np.array(
-        [one.top_logprobs for one in canvas_logprobs(logits, softcap, nothing, nothing.bool(), tuple(ids))],
-        dtype=np.float64,
-    ).reshape(len(logits), len(ids))
+def _logs(
+    logits: Tensor, softcap: float, ids: Sequence[int], content: Canvas, first: int, normalised: bool
+) -> np.ndarray:
+    """float64 [L, ids]: log-probabilities given the pinned and allowed tokens; not normalised, they lack a constant of
+    each position."""
+    found = _capped(logits[:, torch.tensor(ids, device=logits.device)], softcap).cpu().numpy()
     given = np.array(ids)
     for row, position in enumerate(range(first, first + len(logits))):
         if content.pinned is not None and position < len(content.pinned) and content.pinned[position]:
             found[row] = np.where(given == content.tokens[position], 0.0, -np.inf)
             continue
         allowed = content.allowed_at(position)
+        if normalised:
+            held = logits[row] if allowed is None else logits[row][torch.tensor(allowed, device=logits.device)]
+            found[row] -= float(_capped(held, softcap).logsumexp(0))
         if allowed is not None:
             found[row][~np.isin(given, allowed)] = -np.inf
     return found
 
 
-def _allowed_mass(logits: Tensor, softcap: float, content: Canvas, first: int) -> np.ndarray:
-    """float64 [L]: the logarithm of what the allowed tokens hold of each position's distribution."""
-    found = np.zeros(len(logits))
-    for row, position in enumerate(range(first, first + len(logits))):
-        allowed = content.allowed_at(position)
-        is_pinned = content.pinned is not None and position < len(content.pinned) and content.pinned[position]
-        if allowed is not None and not is_pinned:
-            raw = logits[row].double()
-            capped = softcap * torch.tanh(raw / softcap) if softcap else raw
-            held = capped[torch.tensor(allowed, device=capped.device)].logsumexp(0)
-            found[row] = float(held - capped.logsumexp(0))
-    return found
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    raw = logits.double()
+    return softcap * torch.tanh(raw / softcap) if softcap else raw
 
 
-def _spellings(text: bytes, vocabulary: Vocabulary) -> Spellings:
+def spellings_of(text: bytes, vocabulary: Vocabulary) -> Spellings:
+    """The tokens of each piece of a text."""
     found: Spellings = {}
-    for begin, end in _spans(len(text)):
-        ids = vocabulary.ids_of(text[begin:end])
-        if ids:
-            found[begin, end] = ids
+    for begin in range(len(text)):
+        for end in range(begin + 1, len(text) + 1):
+            piece = text[begin:end]
+            if not vocabulary.begins_some(piece):
+                break
+            ids = vocabulary.ids_of(piece)
+            if ids:
+                found[begin, end] = ids
     return found
-
-
-def _spans(size: int) -> Iterator[tuple[int, int]]:
-    return ((begin, end) for begin in range(size) for end in range(begin + 1, size + 1))

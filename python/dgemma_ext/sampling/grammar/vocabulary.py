@@ -29,10 +29,20 @@ class Vocabulary(NamedTuple):
 
     def ids_of(self, text: bytes) -> list[int]:
         """The tokens that are these bytes."""
-        strings, offset, count = self.strings, self.offset, len(self.offset) - 1
-        at = bisect_left(range(count), text, key=lambda index: strings[offset[index] : offset[index + 1]])
-        is_there = at < count and strings[offset[at] : offset[at + 1]] == text
+        at = self._place_of(text)
+        is_there = at < len(self.offset) - 1 and self._string(at) == text
         return np.flatnonzero(self.string_of_id == at).tolist() if is_there else []
+
+    def begins_some(self, text: bytes) -> bool:
+        """Whether the bytes of some token begin with these."""
+        at = self._place_of(text)
+        return at < len(self.offset) - 1 and self._string(at).startswith(text)
+
+    def _place_of(self, text: bytes) -> int:
+        return bisect_left(range(len(self.offset) - 1), text, key=self._string)
+
+    def _string(self, index: int) -> bytes:
+        return self.strings[self.offset[index] : self.offset[index + 1]]
 
 
 def vocabulary_of(texts: Sequence[bytes | None], special_ids: Sequence[int], size: int) -> Vocabulary:
