@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,16 @@ from torch import Tensor
 from denoise_cases import softmax_statistics
 from dgemma_ext.ops import automaton, denoise
 from reference.automaton import Arcs
+
+# The functions of a step, of dgemma_ext.ops or like them (automaton_library.py).
+Operators = SimpleNamespace
+OPERATORS = Operators(
+    vocabulary_statistics=denoise.vocabulary_statistics,
+    sample=denoise.sample,
+    class_statistics_=automaton.class_statistics_,
+    constrain_=automaton.constrain_,
+    sample_class_=automaton.sample_class_,
+)
 
 
 @dataclass
@@ -88,6 +99,7 @@ def step(
     uniforms: Tensor | None = None,
     pinned: Tensor | None = None,
     canvas: Tensor | None = None,
+    on: Operators = OPERATORS,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """A step's operators from the statistics to the draw; logits [B, L, V], outputs by name."""
@@ -107,13 +119,13 @@ def step(
         "canvas_index": torch.zeros(batch, dtype=torch.int32),
         "step": changes.get("step", torch.ones(batch, dtype=torch.int32)),
     }
-    found = denoise.vocabulary_statistics(**params)
-    sampled = denoise.sample(**params, **softmax_statistics(found), **given, uniforms=uniforms)
+    found = on.vocabulary_statistics(**params)
+    sampled = on.sample(**params, **softmax_statistics(found), **given, uniforms=uniforms)
     packed = automaton.pack_automata(automata, changes.get("closing_left"))
     statistics = automaton.make_class_statistics(batch, length, packed.most_classes)
     canvas = torch.zeros(batch, length, dtype=torch.int32) if canvas is None else canvas
     held = {"arena": packed.arena, "descriptor": packed.descriptor}
-    automaton.class_statistics_(**params, **held, pinned=pinned, canvas=canvas, **statistics._asdict())
+    on.class_statistics_(**params, **held, pinned=pinned, canvas=canvas, **statistics._asdict())
     out = {
         "argmax": found.argmax,
         "entropy": found.entropy,
@@ -122,7 +134,7 @@ def step(
         "matches": torch.full((batch,), -1, dtype=torch.int32),
     }
     own = found.entropy.clone()
-    automaton.constrain_(
+    on.constrain_(
         *held.values(),
         packed.most_states,
         packed.most_sets,
@@ -137,5 +149,5 @@ def step(
         **out,
     )
     drawing = {name: out[name] for name in ("chosen_class", "remainder", "matches")}
-    automaton.sample_class_(**params, **held, pinned=pinned, **drawing, tokens=sampled)
+    on.sample_class_(**params, **held, pinned=pinned, **drawing, tokens=sampled)
     return {**out, "sampled": sampled, "own": own, **statistics._asdict()}

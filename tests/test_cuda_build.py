@@ -23,7 +23,7 @@ from sim.build import (
 )
 
 CSRC = ROOT / "csrc"
-FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer"}
+FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer", "automaton"}
 SOURCES = sorted(CSRC.rglob("*.cu"))
 KERNELS = [source for source in SOURCES if "__global__" in source.read_text()]
 HOPPER = [source for source in KERNELS if source.parent.name == "sm90"]

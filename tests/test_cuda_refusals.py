@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+import operator_calls
 from backend import BACKEND
 from block_attention_cases import Built, Request
 from block_attention_cases import Case as AttentionCase
 from denoise_cases import make_case, softmax_statistics
 from dgemma_ext import _C
-from dgemma_ext.ops import block_attention, denoise, grouped_gemm, layer, router
+from dgemma_ext.ops import automaton, block_attention, denoise, grouped_gemm, layer, router
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from test_grouped_gemm import make_case as make_moe_case
 from test_layer import head_operands, residual_operands
@@ -21,6 +22,7 @@ from test_layer import head_operands, residual_operands
 pytestmark = pytest.mark.skipif(BACKEND != "sim", reason="of the CUDA kernels, on the test bed")
 
 BF16 = torch.bfloat16
+OF_AUTOMATA = ("class_statistics_", "constrain_", "sample_class_")
 
 
 def set_gpu(compute_capability: int) -> None:
@@ -34,6 +36,13 @@ def moe(dtype: torch.dtype = BF16, hidden: int = 64, expert: int = 32) -> tuple[
 
 def attend(head_dim: int = 32, dtype: torch.dtype = BF16) -> torch.Tensor:
     return Built(AttentionCase([Request(9, 4)], head_dim=head_dim), dtype).run()
+
+
+def class_statistics(classes: int) -> None:
+    """Of a row of the most classes that a GPU takes, or of more."""
+    *given, _, _, _, _ = operator_calls.calls(BF16)["class_statistics_"].given
+    statistics = automaton.make_class_statistics(1, 1, classes)
+    automaton.class_statistics_(*given, **statistics._asdict())
 
 
 def calls() -> dict[str, Any]:
@@ -63,6 +72,8 @@ def calls() -> dict[str, Any]:
         "normalise_heads": lambda: layer.normalise_heads(*head_operands(3, 4, 2, 32, BF16, True)),
         "attention_residual": lambda: layer.attention_residual(*residual_operands(3, 64, BF16)),
         "gelu_product": lambda: layer.gelu_product(rows, rows),
+        **{name: call.wrapped for name, call in operator_calls.calls(BF16).items() if name in OF_AUTOMATA},
+        "class_statistics_ of many": lambda: class_statistics(4096),
     }
 
 
@@ -102,6 +113,7 @@ def test_types_and_sizes_are_named_with_what_is_wanted() -> None:
         (lambda: layer.gelu_product(torch.ones(8), torch.ones(8)), "dtype: got 0, wants bfloat16"),
         (lambda: layer.attention_residual(*residual_operands(2, 60, BF16)), "hidden_size: got 60, wants a multiple"),
         (lambda: layer.normalise_heads(*head_operands(2, 1, 1, 514, BF16, True)), "head_dim: got 514, wants an even"),
+        (lambda: class_statistics(4097), "most_classes: got 4097, wants 1 to 4096"),
     ]
     for call, words in refusals:
         with pytest.raises((ValueError, RuntimeError), match=words):

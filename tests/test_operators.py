@@ -20,13 +20,11 @@ from operator_calls import OperatorCall, calls
 
 # Products of FP8 by FP8 are for compute capability 8.9, 9.0 and 12.x; the CPU has a form in torch's operators.
 HAS_FP8 = BACKEND == "cpu" or COMPUTE_CAPABILITY in (89, 90, 120, 121)
-# No GPU has kernels of these yet.
-ON_CPU_ALONE = ("class_statistics_", "constrain_", "sample_class_")
-ABSENT = {*(() if HAS_FP8 else ("moe_ffn_fp8",)), *(() if BACKEND == "cpu" else ON_CPU_ALONE)}
+ABSENT = set() if HAS_FP8 else {"moe_ffn_fp8"}
 NAMES = sorted(set(calls(DTYPES[-1])) - ABSENT)
 # Whose last extent is told by no other argument.
 FREE = {"dgemma::soft_embedding": ("embedding",)}
-FREE |= {f"dgemma::{name}": ("arena",) for name in ON_CPU_ALONE}
+FREE |= {f"dgemma::{name}": ("arena",) for name in ("class_statistics_", "constrain_", "sample_class_")}
 # torch before 2.13 keeps no more of a std::invalid_argument than its words.
 RAW_ERRORS = (ValueError, RuntimeError)
 

@@ -29,6 +29,7 @@ OPERATOR_TESTS = (
     "test_vocabulary_head.py",
     "test_router_and_dense.py",
     "test_layer.py",
+    "test_automaton.py",
     "test_operators.py",
 )
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "dgemma/automaton.h"
 
 namespace dgemma {
@@ -17,12 +18,13 @@ struct Automaton {
   int64_t closing_left;
 
   // Whether a canvas may be in a state after i of its tokens.
-  bool passes(int64_t i, int64_t state) const {
+  DGEMMA_HOST_DEVICE bool passes(int64_t i, int64_t state) const {
     return closing == nullptr || closing[state] == 0 || closing[state] <= closing_left - i;
   }
 };
 
-inline Automaton automaton_of(const int32_t* arena, const int64_t* descriptor, int64_t request) {
+DGEMMA_HOST_DEVICE Automaton automaton_of(const int32_t* arena, const int64_t* descriptor,
+                                          int64_t request) {
   const int64_t* const word = descriptor + request * DGEMMA_AUTOMATON_WORDS;
   const auto at = [&](dgemma_automaton_word which) { return arena + word[which]; };
   return {word[DGEMMA_AUTOMATON_STATES],
@@ -43,7 +45,7 @@ inline Automaton automaton_of(const int32_t* arena, const int64_t* descriptor, i
           word[DGEMMA_AUTOMATON_CLOSING_LEFT]};
 }
 
-inline bool has_automaton(const int64_t* descriptor, int64_t request) {
+DGEMMA_HOST_DEVICE bool has_automaton(const int64_t* descriptor, int64_t request) {
   return descriptor[request * DGEMMA_AUTOMATON_WORDS + DGEMMA_AUTOMATON_STATES] > 0;
 }
 

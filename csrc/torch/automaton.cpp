@@ -37,7 +37,8 @@ struct ClassStatistics {
   static constexpr Operator kOperator = {.name = "class_statistics_",
                                          .operation = operation<Struct>(AT(logits.dtype)),
                                          .arguments = kArguments,
-                                         .cpu = entry<&dgemma_cpu_class_statistics>()};
+                                         .cpu = entry<&dgemma_cpu_class_statistics>(),
+                                         .cuda = ON_CUDA(&dgemma_cuda_class_statistics)};
 };
 
 struct Constrain {
@@ -63,7 +64,8 @@ struct Constrain {
       .name = "constrain_",
       .operation = operation<Struct>(Field{}, AT(workspace), AT(workspace_bytes)),
       .arguments = kArguments,
-      .cpu = entry<&dgemma_cpu_constrain, &dgemma_cpu_constrain_workspace>()};
+      .cpu = entry<&dgemma_cpu_constrain, &dgemma_cpu_constrain_workspace>(),
+      .cuda = ON_CUDA(&dgemma_cuda_constrain, &dgemma_cuda_constrain_workspace)};
 };
 
 struct SampleClass {
@@ -80,7 +82,8 @@ struct SampleClass {
       .name = "sample_class_",
       .operation = operation<Struct>(AT(logits.dtype), AT(workspace), AT(workspace_bytes)),
       .arguments = kArguments,
-      .cpu = entry<&dgemma_cpu_sample_class, &dgemma_cpu_sample_class_workspace>()};
+      .cpu = entry<&dgemma_cpu_sample_class, &dgemma_cpu_sample_class_workspace>(),
+      .cuda = ON_CUDA(&dgemma_cuda_sample_class, &dgemma_cuda_sample_class_workspace)};
 };
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "automaton/automaton.h"
-#include "automaton/cpu/scaled.h"
+#include "automaton/scaled.h"
 #include "cpu/entry.h"
 #include "device/philox.h"
 
@@ -54,11 +54,13 @@ class Chain {
   }
 
   void run() {
+    op_.matches[request_] = 1;
+    if (!entropies_are_finite()) return;
     find_masses();
     pass_backward();
     const Scaled all = work_.backward[op_.state[request_]];
     op_.matches[request_] = all.mantissa > 0.0 ? 1 : 0;
-    if (all.mantissa == 0.0 || !entropies_are_finite()) return;
+    if (all.mantissa == 0.0) return;
     draw();
     pass_forward(all);
     write_draft();
@@ -173,9 +175,7 @@ class Chain {
       if (any == nullptr) any = &weight;
       alike = alike && weight.total == any->total && weight.exponent == any->exponent;
       const Scaled w = weight.value();
-      const double probability =
-          masses[k].mantissa * w.mantissa / all.mantissa *
-          power_of_two(int64_t{masses[k].exponent} + w.exponent - all.exponent);
+      const double probability = share_of(masses[k], w, all);
       if (!(probability > 0.0)) continue;
       const int64_t at = statistic(i, k);
       const double inside =

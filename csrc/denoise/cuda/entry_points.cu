@@ -11,7 +11,10 @@ namespace {
 // Keeps rows times their blocks in a grid's first extent.
 constexpr int64_t kMostRows = 1 << 20;
 
-dgemma_status check_rows(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cuda* cuda) {
+}  // namespace
+
+dgemma_status check_cuda_rows(int64_t batch, int64_t length, int64_t vocabulary,
+                              dgemma_cuda* cuda) {
   const dgemma_status status = check_sizes(batch, length, vocabulary, cuda);
   if (status != DGEMMA_OK) return status;
   if (length > kLongestCanvas)
@@ -24,15 +27,8 @@ dgemma_status check_rows(int64_t batch, int64_t length, int64_t vocabulary, dgem
   return DGEMMA_OK;
 }
 
-// True when there is nothing to do; then `status` says whether that is an error.
-bool is_done(dgemma_status status, int64_t batch, int64_t length) {
-  return status != DGEMMA_OK || batch == 0 || length == 0;
-}
-
-}  // namespace
-
 dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda) {
-  dgemma_status status = check_rows(logits.batch, logits.length, logits.vocabulary, cuda);
+  dgemma_status status = check_cuda_rows(logits.batch, logits.length, logits.vocabulary, cuda);
   if (status != DGEMMA_OK) return status;
   if (logits.dtype != DGEMMA_FLOAT32 && logits.dtype != DGEMMA_BFLOAT16)
     return fail(cuda, DGEMMA_UNSUPPORTED, "dtype: got %d, wants float32 (0) or bfloat16 (1)",
@@ -85,7 +81,7 @@ dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda* cuda) {
 
 dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda) {
   using namespace dgemma;
-  dgemma_status status = check_rows(op->batch, op->length, op->vocabulary, cuda);
+  dgemma_status status = check_cuda_rows(op->batch, op->length, op->vocabulary, cuda);
   if (status == DGEMMA_OK &&
       (op->purpose < DGEMMA_PURPOSE_INITIAL_NOISE || op->purpose > DGEMMA_PURPOSE_RENOISE))
     return fail(cuda, DGEMMA_INVALID_ARGUMENT,
@@ -101,7 +97,7 @@ dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda) {
 
 dgemma_status dgemma_cuda_update_canvas(const dgemma_update_canvas* op, dgemma_cuda* cuda) {
   using namespace dgemma;
-  dgemma_status status = check_rows(op->batch, op->length, op->vocabulary, cuda);
+  dgemma_status status = check_cuda_rows(op->batch, op->length, op->vocabulary, cuda);
   if (is_done(status, op->batch, op->length)) return status;
   status = check_operands(operands_of(*op), cuda);
   if (status != DGEMMA_OK) return status;

@@ -7,6 +7,14 @@
 
 namespace dgemma {
 
+// True when there is nothing to do; then `status` says whether that is an error.
+inline bool is_done(dgemma_status status, int64_t batch, int64_t length) {
+  return status != DGEMMA_OK || batch == 0 || length == 0;
+}
+
+// Sizes alone.
+dgemma_status check_cuda_rows(int64_t batch, int64_t length, int64_t vocabulary, dgemma_cuda* cuda);
+
 // Sizes, dtype and softcap. Temperatures and rows are on the device and cannot be checked.
 dgemma_status check_cuda_logits(const dgemma_logits& logits, dgemma_cuda* cuda);
 

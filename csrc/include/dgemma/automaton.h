@@ -128,6 +128,21 @@ typedef struct dgemma_sample_class {
 DGEMMA_API size_t dgemma_cpu_sample_class_workspace(const dgemma_sample_class* op);
 DGEMMA_API dgemma_status dgemma_cpu_sample_class(const dgemma_sample_class* op, dgemma_cpu* cpu);
 
+/* The same on a GPU; all pointers but the structs' are to its memory, the descriptors too. In
+ * builds with CUDA kernels alone. They take canvases of at most 4,096 positions, at most 2^20 rows
+ * (batch x length) and automata of at most 4,096 classes. Values on the device (the arena,
+ * descriptors, states, steps, uniforms, pinned tokens) are not checked: an automaton has at most
+ * the states, classes and sets that the struct says. A class's sums are integers of 62 bits over
+ * the vocabulary, in units of at most 2^-31; sums over states and draws are as on the CPU but for
+ * the rounding of exponentials, so a draw within rounding of a boundary may fall on its other side.
+ */
+DGEMMA_API dgemma_status dgemma_cuda_class_statistics(const dgemma_class_statistics* op,
+                                                      dgemma_cuda* cuda);
+DGEMMA_API size_t dgemma_cuda_constrain_workspace(const dgemma_constrain* op);
+DGEMMA_API dgemma_status dgemma_cuda_constrain(const dgemma_constrain* op, dgemma_cuda* cuda);
+DGEMMA_API size_t dgemma_cuda_sample_class_workspace(const dgemma_sample_class* op);
+DGEMMA_API dgemma_status dgemma_cuda_sample_class(const dgemma_sample_class* op, dgemma_cuda* cuda);
+
 #ifdef __cplusplus
 }
 #endif

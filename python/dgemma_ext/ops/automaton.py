@@ -2,7 +2,8 @@
 
 csrc/include/dgemma/automaton.h says what each operator means, and how an arena and its descriptors hold the automata of
 a batch. The order of a step is `class_statistics_`, `constrain_`, `sample_class_`. Requests whose descriptor has no
-states, and those whose `active` is False, are left as they are. The CPU has these operators, a GPU has not yet.
+states, and those whose `active` is False, are left as they are. On a GPU automata of at most 4,096 classes are taken,
+and what an arena and its descriptors say is not checked.
 
 Shapes: arena int32 [words]; descriptor int64 [batch, DESCRIPTOR_WORDS]; class statistics [batch, length, most_classes];
 the others as in ops.denoise. Every function raises ValueError, naming the argument, what it got and what it wants.
@@ -55,27 +56,29 @@ class Automata(NamedTuple):
     most_classes: int
     most_states: int
     most_sets: int
+    most_words: int  # of all its tables
 
 
 def pack_automata(automata: Sequence[Arrays | None], closing_left: Sequence[int | None] | None = None) -> Automata:
-    """One automaton, or None, for every request; the same one is held once.
+    """One automaton, or None, for every request; a table that several have is held once.
 
     closing_left: for each request the tokens of its canvas after which no part of the text is open any more; None for
     one, or for all, where a part may stay open.
     """
     descriptor = np.zeros((len(automata), DESCRIPTOR_WORDS), dtype=np.int64)
-    parts, begins, size = list[np.ndarray](), dict[int, list[int]](), 0
+    parts, begins, size, most_words = list[np.ndarray](), dict[int, int](), 0, 0
     for row, one in enumerate(automata):
         if one is None:
             continue
-        if id(one) not in begins:
-            begins[id(one)] = []
-            for table in (*one.tables, *([] if one.closing is None else [one.closing])):
-                begins[id(one)].append(size)
+        tables = (*one.tables, *([] if one.closing is None else [one.closing]))
+        most_words = max(most_words, sum(map(len, tables)))
+        for table in tables:
+            if id(table) not in begins:
+                begins[id(table)] = size
                 parts.append(table)
                 size += len(table)
         sets = len(one.tables[1]) - 1
-        found = [one.states, one.num_classes, sets, one.arcs, *begins[id(one)]]
+        found = [one.states, one.num_classes, sets, one.arcs, *(begins[id(table)] for table in tables)]
         left = None if closing_left is None else closing_left[row]
         if one.closing is not None and left is not None:
             found.append(left)
@@ -84,9 +87,8 @@ def pack_automata(automata: Sequence[Arrays | None], closing_left: Sequence[int 
         descriptor[row, : len(found)] = found
     arena = np.concatenate(parts) if parts else np.zeros(0)
     most = descriptor.max(axis=0, initial=1)
-    return Automata(
-        torch.from_numpy(arena.astype(np.int32)), torch.from_numpy(descriptor), int(most[1]), int(most[0]), int(most[2])
-    )
+    held = (torch.from_numpy(arena.astype(np.int32)), torch.from_numpy(descriptor))
+    return Automata(*held, int(most[1]), int(most[0]), int(most[2]), most_words)
 
 
 class ClassStatistics(NamedTuple):
@@ -98,10 +100,12 @@ class ClassStatistics(NamedTuple):
     class_shifted: Tensor  # float64, sum of exp(z - class_max) * (z - class_max)
 
 
-def make_class_statistics(batch: int, length: int, most_classes: int) -> ClassStatistics:
+def make_class_statistics(
+    batch: int, length: int, most_classes: int, device: torch.device | str = "cpu"
+) -> ClassStatistics:
     shape = (batch, length, most_classes)
     kinds = (torch.float32, torch.int32, torch.float64, torch.float64)
-    return ClassStatistics(*(torch.zeros(shape, dtype=kind, device="cpu") for kind in kinds))
+    return ClassStatistics(*(torch.zeros(shape, dtype=kind, device=device) for kind in kinds))
 
 
 def class_statistics_(
