@@ -11,12 +11,15 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from automaton_cases import random_automaton
 from dgemma_ext import _C
 from dgemma_ext.model import MatmulMode
 from dgemma_ext.sampling import SamplerConfig, begin_canvas, denoising_step, make_canvas_batch, make_step_buffers
+from dgemma_ext.sampling.constraint import Constraint
 from models import random_model
 
 LAYERS = ("sliding_attention",) * 5 + ("full_attention",)
@@ -50,6 +53,18 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def counts(*operands: Any) -> dict[str, Any]:
+    """Of a denoising step."""
+    with Counted() as counted:
+        denoising_step(*operands)
+    return {
+        "kernels": counted.kernels,
+        "torch": sum(counted.torchs.values()),
+        "waits": counted.waits,
+        "by name": dict(counted.torchs.most_common()),
+    }
+
+
 def main() -> None:
     model = random_model(
         torch.bfloat16, layers=LAYERS * 5, hidden=64, head_dim=32, global_head_dim=64, window=24, canvas=16
@@ -67,14 +82,11 @@ def main() -> None:
             begin_canvas(network, batch, slot, sampler, seed=slot, index=0)
             batch.place(slot, slot, prefix, network.rotary_tables(torch.arange(prefix, prefix + 16)))
         for step in range(2):
-            with Counted() as counted:
-                denoising_step(network, cache, batch, buffers)
-            found[f"rows {rows}, step {step + 1}"] = {
-                "kernels": counted.kernels,
-                "torch": sum(counted.torchs.values()),
-                "waits": counted.waits,
-                "by name": dict(counted.torchs.most_common()),
-            }
+            found[f"rows {rows}, step {step + 1}"] = counts(network, cache, batch, buffers)
+    one = random_automaton(np.random.default_rng(1), model.config.vocab_size)
+    batch.constraints.place(2, Constraint(one, 0, 3))  # type: ignore[arg-type]
+    batch.constraints.update()
+    found["rows 4, with a grammar"] = counts(network, cache, batch, buffers)
     print(json.dumps(found))
 
 

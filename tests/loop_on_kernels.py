@@ -65,7 +65,11 @@ def main(count: int) -> None:
     # The first canvas ends when it is stable, the others at caps of 4, 6 ... steps: some steps finish none.
     samplers = [dg.SamplerConfig(max_denoising_steps=20)]
     samplers += [dg.SamplerConfig(max_denoising_steps=2 + 2 * n, confidence_threshold=0.0) for n in range(1, count)]
-    alone: list[Any] = [model.generate(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
+    # One of them with a grammar, which the steps of the others leave alone.
+    grammars = [dg.Regex("[1-6]{36}") if n == 1 else None for n in range(count)]
+    alone: list[Any] = [
+        model.generate(chat, length, samplers[seed], seed, grammar=grammars[seed]) for seed, chat in enumerate(chats)
+    ]
     found: dict[str, Any] = {"steps": [list(output.denoising_steps) for output in alone]}
     original = EagerRunner.step
     for driver in LOOPS:
@@ -77,7 +81,10 @@ def main(count: int) -> None:
 
         EagerRunner.step = counted  # type: ignore[method-assign]
         scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_runner=HostGraphRunner)
-        requests = [scheduler.submit(chat, length, samplers[seed], seed) for seed, chat in enumerate(chats)]
+        requests = [
+            scheduler.submit(chat, length, samplers[seed], seed, grammar=grammars[seed])
+            for seed, chat in enumerate(chats)
+        ]
         while not scheduler.idle:
             runs += 1
             assert scheduler.finish_canvas(), "a loop ends when a canvas is finished"

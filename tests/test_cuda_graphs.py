@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import dgemma_ext as dg
-from dgemma_ext import _C
+from dgemma_ext import _C, demo
 from dgemma_ext.engine import cuda_graphs
 from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.sampling.constraint import Constraint, Constraints
 from models import random_model
 from test_loop import SAMPLER, plain, prompts
 
@@ -159,6 +160,93 @@ def test_what_a_driver_does_not_have_is_told_once_and_done_without(
         "kernels": [],
     }
     assert [str(warning.message) for warning in told] == wanted[missing]
+
+
+# Grammars -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+@pytest.mark.parametrize("driver", list(LOOPS))
+def test_rows_with_grammars_are_captured_when_they_come(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step reads grammars where they lie; one that is larger than all before it is captured anew."""
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    prompts, length = [demo.draw(6, seed).text for seed in range(2)], model.config.canvas_length
+    sampler = dg.SamplerConfig(max_denoising_steps=4, confidence_threshold=0.0)
+    captured: list[bool] = []
+    capture = cuda_graphs.CudaGraphRunner._capture
+
+    def counted(self: cuda_graphs.CudaGraphRunner, constrained: bool) -> Any:
+        captured.append(constrained)
+        return capture(self, constrained)
+
+    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_capture", counted)
+    make = cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.cuda_runner
+    scheduler = dg.Scheduler(model, 2, 200, batched=True, driver=driver, make_runner=make)
+    rounds: list[tuple[list[str | None], int]] = [
+        ([None, None], 0),
+        (["[1-6]{20}", None], 1),
+        (["[ab]{6}", "[1-6]{20}"], 0),
+        ([None, "([a-f]{3}[0-9]{2}){1,7}x?"], 1),
+    ]
+    for expressions, captures in rounds:
+        before = len(captured)
+        grammars = [None if one is None else dg.Regex(one) for one in expressions]
+        requests = [
+            scheduler.submit(prompt, length, sampler, seed, grammar=grammar)
+            for seed, (prompt, grammar) in enumerate(zip(prompts, grammars, strict=True))
+        ]
+        while not scheduler.idle:
+            scheduler.step()
+        new = captured[before:] if before else captured[2:]
+        assert new == [True] * (captures if driver != "eager" else 0), expressions
+        for seed, request in enumerate(requests):
+            assert request.output == model.generate(prompts[seed], length, sampler, seed, grammar=grammars[seed])
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+def test_rows_with_grammars_run_launch_by_launch_where_they_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    scheduler = dg.Scheduler(model, 2, 200, batched=True, driver="graph", make_runner=cuda_graphs.cuda_runner)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(cuda_graphs, "_captured", refuse)
+    prompt, sampler, grammar = demo.draw(6, 0).text, dg.SamplerConfig(max_denoising_steps=3), dg.Regex("[ab]{6}")
+    request = scheduler.submit(prompt, 20, sampler, 5, grammar=grammar)
+    with pytest.warns(RuntimeWarning, match="with grammars could not be captured, so it runs launch by launch: not"):
+        scheduler.finish_canvas()
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    assert request.output == model.generate(prompt, 20, sampler, 5, grammar=grammar)
+
+
+def test_the_tensors_of_grammars_stay_where_they_are() -> None:
+    """Until a grammar comes that is larger than all before: then a step that reads them is captured anew."""
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    small, other, large = (model.compile(dg.Regex(one)) for one in ("[ab]{5}", "[cd]{4}", "([a-f]{3}[0-9]{2}){1,7}x?"))
+    held = Constraints(2, torch.device("cpu"))
+
+    def places() -> tuple[int, list[int]]:
+        held.update()
+        rows = held.rows_between(0, 2)
+        return held.version, [tensor.data_ptr() for tensor in rows[:4]]
+
+    held.place(0, Constraint(small, small.start, 7))
+    before = places()
+    held.clear(0)
+    held.place(1, Constraint(other, 2, 3))
+    assert places() == before
+    rows = held.rows_between(1, 2)
+    assert [int(rows.state), int(rows.tokens_left), int(rows.descriptor[0, 0])] == [2, 3, other.states]
+    assert held.rows_between(0, 1).descriptor.abs().sum() == 0
+    held.move(1, 0)
+    held.place(1, Constraint(large, large.start, 0))
+    assert places()[0] == before[0] + 1
+    assert [int(count) for count in held.rows_between(0, 2).descriptor[:, 0]] == [other.states, large.states]
+    assert held.any_between(0, 1)
+    held.clear(0)
+    assert not held.any_between(0, 1)
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -110,6 +111,32 @@ def test_rules_of_every_request_hold_in_captured_steps(batch_invariant: bool) ->
         for position, token in enumerate(output.token_ids):
             allowed = None if canvas is None else canvas.allowed_at(position)
             assert allowed is None or token in allowed
+    assert_same(found, batch_invariant)
+
+
+@products
+def test_grammars_of_every_request_hold_in_captured_steps(batch_invariant: bool) -> None:
+    """Of several sizes, beside requests without one; the second round has one that is larger than all before."""
+    made = model(batch_invariant)
+    length = made.config.canvas_length
+    rounds: list[list[str | None]] = [
+        [r"[1-6]{36}", None, r"(ab|c)*d{3,20}", r"[A-Z]{2}[0-9]{4}"],
+        [None, r"([a-f]{3}[0-9]{2}){1,6}x?", r"[1-6]{36}", None],
+    ]
+    found: dict[str, list[dg.Output]] = {}
+    for driver in LOOPS:
+        scheduler, found[driver] = dg.Scheduler(made, 4, 256, driver=driver), []
+        for expressions in rounds:
+            grammars = [None if one is None else dg.Regex(one) for one in expressions]
+            requests = [
+                scheduler.submit(chat, length, TO_THE_CAP, seed, grammar=grammar)
+                for seed, (chat, grammar) in enumerate(zip(chats(4), grammars, strict=True))
+            ]
+            while not scheduler.idle:
+                scheduler.finish_canvas()
+            found[driver] += [request.output for request in requests]
+    for output, expression in zip(found["eager"], [one for each in rounds for one in each], strict=True):
+        assert expression is None or re.fullmatch(expression, output.text)
     assert_same(found, batch_invariant)
 
 

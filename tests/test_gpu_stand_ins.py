@@ -46,6 +46,7 @@ def test_the_tests_of_the_loop_pass_where_all_drivers_agree(monkeypatch: pytest.
     test_gpu_loop.test_the_same_tokens_by_every_driver_alone(True)
     test_gpu_loop.test_the_same_tokens_by_every_driver_in_a_batch(3, False)
     test_gpu_loop.test_rules_of_every_request_hold_in_captured_steps(True)
+    test_gpu_loop.test_grammars_of_every_request_hold_in_captured_steps(True)
     for name, stand_in in (("synchronize", lambda: None), ("Stream", object), ("stream", nullcontext)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     test_gpu_loop.test_schedulers_of_two_streams_and_threads_take_turns()

@@ -45,3 +45,7 @@ def test_a_step_of_a_batch_reads_no_value_and_launches_no_more_kernels() -> None
     # A request alone is split to fill the GPU, and in each of the 30 layers its parts are combined. Four fill it.
     assert four["kernels"] == one["kernels"] - 30
     assert four["torch"] <= one["torch"] + 1  # the flags of the rows, copied out to their positions
+    ruled = counts["rows 4, with a grammar"]
+    assert ruled["waits"] == 0
+    assert ruled["kernels"] == four["kernels"] + 5
+    assert ruled["torch"] <= four["torch"] + 9

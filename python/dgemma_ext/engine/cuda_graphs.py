@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -69,34 +69,79 @@ class CudaEagerRunner(EagerRunner):
 
 
 class CudaGraphRunner(CudaEagerRunner):
-    """Runs a step as one graph launch, and a whole canvas too where the driver can repeat a step by itself."""
+    """Runs a step as one graph launch, and a whole canvas too where the driver can repeat a step by itself.
+
+    A step without grammars is captured when the runner is made, and one with grammars when a row first has one, or one
+    larger than all before (Constraints.version).
+    """
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         super().__init__(network, cache, batch, buffers)
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=network.device)
-        flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
-        with torch.cuda.device(network.device), _nothing_active(batch):
-            self._place = _capture_place(batch.slot.device)
-            self._graph = _captured(self._place, super().step)
-            try:
-                self._loop = _C.GraphLoop(self._graph.raw_cuda_graph(), *flags)
-                # Run once, because a driver may reject the graph only when it is launched.
-                self.run_until_finished(1)
-                torch.cuda.current_stream().synchronize()
-                self.repeats = True
-            except RuntimeError as error:
-                _warn_once(f"the host queues every denoising step by itself, one ahead: {error}")
+        self._place = _capture_place(batch.slot.device)
+        self._free = self._capture(constrained=False)
+        self._constrained: _CapturedStep | None = None
+        self._version = -1  # of the constraints that it was captured with
+        self.repeats = self._free.loop is not None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
-        if chunks:
-            super().step(chunks)  # not captured: its shapes depend on the chunks
+        captured = None if chunks else self._captured_step()  # with chunks shapes depend on them
+        if captured is None:
+            super().step(chunks)
         else:
-            self._place.launch(lambda _stream: self._graph.replay())
+            self._place.launch(lambda _stream: captured.graph.replay())
 
     def run_until_finished(self, max_steps: int) -> None:
+        captured = self._captured_step()
+        if captured is None or captured.loop is None:
+            super().run_until_finished(max_steps)  # the host looks after every step
+        else:
+            self._launch_loop(captured.loop, max_steps)
+
+    def _captured_step(self) -> _CapturedStep | None:
+        """The step for what the rows have now; None where it could not be captured."""
+        constraints, begin = self._batch.constraints, self._batch.first_row
+        if not constraints.any_between(begin, begin + self._batch.rows):
+            return self._free
+        constraints.update()
+        if self._version != constraints.version:
+            self._version, self._constrained = constraints.version, None
+            try:
+                self._constrained = self._capture(constrained=True)
+            except RuntimeError as error:
+                _warn_once(
+                    f"a denoising step with grammars could not be captured, so it runs launch by launch: {error}"
+                )
+        return self._constrained
+
+    def _capture(self, constrained: bool) -> _CapturedStep:
+        step = partial(self._run_step, constrained=constrained)
+        batch = self._batch
+        flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
+        with torch.cuda.device(self._network.device), _nothing_active(batch):
+            captured = _CapturedStep(_captured(self._place, step))
+            try:
+                loop = _C.GraphLoop(captured.graph.raw_cuda_graph(), *flags)
+                # Run once, because a driver may reject the graph only when it is launched.
+                self._launch_loop(loop, 1)
+                torch.cuda.current_stream().synchronize()
+                captured.loop = loop
+            except RuntimeError as error:
+                _warn_once(f"the host queues every denoising step by itself, one ahead: {error}")
+        return captured
+
+    def _launch_loop(self, loop: _C.GraphLoop, max_steps: int) -> None:
         self._steps_left.fill_(max_steps)
         with torch.cuda.device(self._place.device):
-            self._place.launch(lambda stream: self._loop.launch(stream.cuda_stream))
+            self._place.launch(lambda stream: loop.launch(stream.cuda_stream))
+
+
+@dataclass
+class _CapturedStep:
+    """The graph of a step, and its repetition on the GPU where the driver has that."""
+
+    graph: torch.cuda.CUDAGraph
+    loop: _C.GraphLoop | None = None
 
 
 class _PinnedOutput:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgemma_ext.engine.loop import loop_for
 from dgemma_ext.engine.runner import EagerRunner, StepRunner
+from dgemma_ext.errors import GrammarError
 from dgemma_ext.model import Cache, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
@@ -143,7 +144,7 @@ class CanvasGroup(Generic[Member]):
             positions = torch.arange(prefix, prefix + length, device=self._network.device)
             self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
             if constraint is not None:
-                self._batch.constraints[row] = constraint
+                self._batch.constraints.place(row, constraint)
         except BaseException:
             self._batch.clear(row)  # steps may run over rows that no member has
             raise
@@ -216,6 +217,8 @@ class CanvasGroup(Generic[Member]):
         for index, (member, row) in enumerate(zip(self._members, self._rows, strict=True)):
             row.next_step = int(output.step[index])
             error = runner.errors.pop(index, None)
+            if not int(output.matches[index]):
+                error = GrammarError("no canvas matches it")
             if not row.is_looked_at and error is None:
                 try:
                     self._look(index, CanvasStatus(int(output.status[index])), self._buffers.logits[index])

@@ -62,13 +62,16 @@ class EagerRunner:
         self.after_row: Callable[[int], None] | None = None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
+        self._run_step(chunks)
+
+    def _run_step(self, chunks: Sequence[PrefillChunk] = (), constrained: bool = True) -> None:
+        """constrained: False leaves the rows' grammars out, of which there are none."""
         if self._shared:
-            denoising_step(self._network, self._cache, self._batch, self._buffers, chunks)
+            operands = (self._network, self._cache, self._batch, self._buffers)
+            denoising_step(*operands, chunks, constrained=constrained)
         for index, row in enumerate(self._rows):
             if bool(row.state.active):
                 self._step_row(index, row, [chunk for chunk in chunks if chunk.slot == int(row.slot)])
-        self.errors.update(self._batch.failures)
-        self._batch.failures.clear()
 
     def _step_row(self, index: int, row: CanvasBatch, chunks: Sequence[PrefillChunk]) -> None:
         # The first step has no self-conditioning. A shared or captured step reads zeros instead.

@@ -22,6 +22,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import torch
 
+import dgemma_ext._C as _C
 from dgemma_ext import arguments
 from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, can_capture, cuda_runner
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure, error_of
@@ -219,8 +220,8 @@ class Scheduler:
         self, grammar: Grammar, ids: list[int], sampler: ResolvedSampler, max_new_tokens: int, canvas: Canvas | None
     ) -> Matching:
         arguments.instance("grammar", grammar, Grammar, "a dg.Regex, dg.JsonSchema, dg.Choice, dg.ToolCalls or None")
-        if self.network.device.type != "cpu":
-            raise ValueError("grammar is given, and there are no kernels of grammars for a GPU yet")
+        if self.network.device.type != "cpu" and not _C.has_cuda():
+            raise ValueError("grammar is given, and this build has no kernels for a GPU")
         if self.tokenizer is None:
             raise ValueError("grammar needs a checkpoint with tokenizer.json")
         size, pad_id = self.network.config.vocab_size, self.defaults.pad_token_id

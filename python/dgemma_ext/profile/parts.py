@@ -49,6 +49,9 @@ PART_OF_OPERATOR: dict[str, Part] = {
     "sample": Part.SAMPLING,
     "update_canvas_": Part.SAMPLING,
     "noise_": Part.SAMPLING,
+    "class_statistics_": Part.SAMPLING,
+    "constrain_": Part.SAMPLING,
+    "sample_class_": Part.SAMPLING,
     "soft_embedding": Part.SOFT_EMBEDDING,
 }
 

@@ -1,21 +1,17 @@
-"""A request's grammar during its canvases: where its text has led so far, and the operators that hold a step to it."""
+"""A request's grammar during its canvases, and the grammars of a batch's rows where a step's operators read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dgemma_ext.errors import GrammarError
 from dgemma_ext.ops import automaton
-from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling.canvas import Canvas
 from dgemma_ext.sampling.grammar import CompiledGrammar
-from dgemma_ext.sampling.state import CanvasState
 
 
 @dataclass(frozen=True)
@@ -31,54 +27,90 @@ class Constraint:
     closing_left: int | None = None
 
 
-def constrain(
-    constraints: Sequence[Constraint | None],
-    logits: Tensor,
-    params: Mapping[str, Any],
-    state: CanvasState,
-    uniforms: Tensor | None,
-    argmax: Tensor,
-    sampled: Tensor,
-) -> dict[int, GrammarError]:
-    """Makes the draft, the draw and the acceptance key of a step what they are given its requests' grammars.
+class ConstraintRows(NamedTuple):
+    """What the operators read of some rows (ops.automaton): views, and the greatest sizes of their automata."""
 
-    Writes argmax, sampled and the state's entropy. A row for which no canvas matches is no longer active, and its
-    status is that of a step that failed; returned are these rows with their errors.
+    arena: Tensor
+    descriptor: Tensor  # int64 [B, DESCRIPTOR_WORDS]; zeros for a row without a grammar
+    state: Tensor  # int32 [B]
+    tokens_left: Tensor  # int32 [B]
+    most_classes: int
+    most_states: int
+    most_sets: int
+
+
+class Constraints:
+    """The constraints of a batch's rows, and their tensors on its device.
+
+    Rows may change at any time; `update` then writes what they have into the tensors, in the order of the stream. The
+    tensors keep their addresses and the sizes their values, so a captured step reads what was written last, until a
+    grammar comes that is larger than all before it: then `version` changes, and a step that was captured must not run.
     """
-    packed = _packed(tuple(None if one is None else (one.grammar, one.closing_left) for one in constraints))
-    batch, length = state.canvas.shape
-    statistics = automaton.make_class_statistics(batch, length, packed.most_classes)
-    chosen, remainder = torch.zeros_like(state.canvas), torch.zeros(batch, length, dtype=torch.float64, device="cpu")
-    matches = torch.ones(batch, dtype=torch.int32, device="cpu")
-    held: dict[str, Any] = {"arena": packed.arena, "descriptor": packed.descriptor, "pinned": state.pinned}
-    automaton.class_statistics_(logits, **params, **held, canvas=state.canvas, **statistics._asdict())
-    automaton.constrain_(
-        **held,
-        most_states=packed.most_states,
-        most_sets=packed.most_sets,
-        **statistics._asdict(),
-        active=params["active"],
-        state=_numbers([0 if one is None else one.state for one in constraints]),
-        tokens_left=_numbers([0 if one is None else one.tokens_left for one in constraints]),
-        max_steps=state.max_steps,
-        seed=state.seed,
-        canvas_index=state.canvas_index,
-        step=state.step,
-        uniforms=uniforms,
-        argmax=argmax,
-        entropy=state.entropy,
-        chosen_class=chosen,
-        remainder=remainder,
-        matches=matches,
-    )
-    automaton.sample_class_(
-        logits, **params, **held, chosen_class=chosen, remainder=remainder, matches=matches, tokens=sampled
-    )
-    failed = (matches == 0).nonzero().flatten().tolist()
-    for row in failed:
-        state.active[row].zero_()
-        state.status[row].fill_(CanvasStatus.NON_FINITE)
-    return {row: GrammarError("no canvas matches it") for row in failed}
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.version = 0
+        self._by_row: dict[int, Constraint] = {}
+        self._rows, self._is_written = rows, True
+        self._arena = torch.zeros(0, dtype=torch.int32, device=device)
+        self._descriptor = torch.zeros(rows, automaton.DESCRIPTOR_WORDS, dtype=torch.int64, device=device)
+        self._state = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._tokens_left = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._most = (1, 1, 1, 0)
+        self._packed: list[tuple[CompiledGrammar, int | None] | None] = []
+
+    def place(self, row: int, constraint: Constraint) -> None:
+        self._by_row[row], self._is_written = constraint, False
+
+    def clear(self, row: int) -> None:
+        """No-op for a row without a grammar."""
+        if self._by_row.pop(row, None) is not None:
+            self._is_written = False
+
+    def move(self, source: int, target: int) -> None:
+        self.clear(target)
+        if source in self._by_row:
+            self.place(target, self._by_row.pop(source))
+
+    def any_between(self, begin: int, end: int) -> bool:
+        """Whether one of these rows has a grammar."""
+        return any(begin <= row < end for row in self._by_row)
+
+    def update(self) -> None:
+        """Writes what has changed."""
+        if self._is_written:
+            return
+        self._is_written = True
+        rows = [self._by_row.get(row) for row in range(self._rows)]
+        self._pack([None if row is None else (row.grammar, row.closing_left) for row in rows])
+        for tensor, values in (
+            (self._state, [0 if row is None else row.state for row in rows]),
+            (self._tokens_left, [0 if row is None else row.tokens_left for row in rows]),
+        ):
+            tensor.copy_(torch.tensor(values, dtype=torch.int32, device="cpu"), non_blocking=True)
+
+    def rows_between(self, begin: int, end: int) -> ConstraintRows:
+        """As of the last `update`."""
+        rows = slice(begin, end)
+        return ConstraintRows(
+            self._arena, self._descriptor[rows], self._state[rows], self._tokens_left[rows], *self._most[:3]
+        )
+
+    def _pack(self, held: list[tuple[CompiledGrammar, int | None] | None]) -> None:
+        """Writes arena and descriptors, where they are others than the last time."""
+        if held == self._packed:
+            return
+        grammars, closing_left = zip(*[one or (None, None) for one in held], strict=True)
+        packed = automaton.pack_automata(grammars, closing_left)
+        most = (packed.most_classes, packed.most_states, packed.most_sets, packed.most_words)
+        if any(new > old for new, old in zip(most, self._most, strict=True)):
+            # Powers of two, so that a slightly larger grammar does not change them again; and room for one in each row.
+            self._most = tuple(max(old, _power(new)) for new, old in zip(most, self._most, strict=True))  # type: ignore[assignment]
+            room = self._rows * self._most[-1]
+            self._arena = torch.zeros(room, dtype=torch.int32, device=self._descriptor.device)
+            self.version += 1
+        self._arena[: packed.arena.numel()].copy_(packed.arena, non_blocking=True)
+        self._descriptor.copy_(packed.descriptor, non_blocking=True)
+        self._packed = held
 
 
 def closing(content: Canvas | None, end: int, positions: int, end_ids: Sequence[int]) -> Canvas:
@@ -93,11 +125,6 @@ def closing(content: Canvas | None, end: int, positions: int, end_ids: Sequence[
     return replace(content, allowed=(*allowed, *[tuple(end_ids)] * (positions - end)))
 
 
-def _numbers(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cpu")
-
-
-@lru_cache(maxsize=16)
-def _packed(held: tuple[tuple[CompiledGrammar, int | None] | None, ...]) -> automaton.Automata:
-    grammars, left = zip(*[one or (None, None) for one in held], strict=True)
-    return automaton.pack_automata(grammars, left)
+def _power(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()

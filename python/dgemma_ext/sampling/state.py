@@ -17,12 +17,14 @@ from dgemma_ext.model import Canvases, Network, RotaryTables
 from dgemma_ext.model.layers import rotary_kinds
 from dgemma_ext.ops.denoise import VocabularyStatistics, soft_embedding_workspace
 from dgemma_ext.ops.vocabulary_head import statistics_layout
+from dgemma_ext.sampling.constraint import Constraints
 
 # Fields of StepOutput with their dtypes, and whether they have a value for every position. They share one buffer, so
 # that one device-to-host copy returns a step's outputs; the widest come first, so that each is aligned.
 _OUTPUT = {
     "status": (torch.int32, False),
     "step": (torch.int32, False),
+    "matches": (torch.int32, False),
     "mean_entropy": (torch.float32, False),
     "draft": (torch.int32, True),
     "entropy": (torch.float32, True),
@@ -53,6 +55,7 @@ class StepOutput:
 
     status: Tensor  # int32 [B], ops.denoise.CanvasStatus
     step: Tensor  # int32 [B], the next step to run; a failed step does not advance it
+    matches: Tensor  # int32 [B], 0 where no canvas matched the row's grammar in the last step, else 1
     mean_entropy: Tensor  # fp32 [B]
     draft: Tensor  # int32 [B, L]
     entropy: Tensor  # fp32 [B, L]
@@ -100,6 +103,7 @@ class CanvasState:
     stable_steps: Tensor  # int32 [B]
     mean_entropy: Tensor  # fp32 [B]
     status: Tensor  # int32 [B], ops.denoise.CanvasStatus
+    matches: Tensor  # int32 [B], as in StepOutput
     soft_embedding: Tensor  # [B, L, hidden]; zeros before the first step
 
     @property
@@ -120,9 +124,7 @@ class CanvasBatch:
     prefix_length: Tensor  # int32 [B]
     rotary: RotaryTables  # of every row's positions, [B * L, head_dim] each
     output: Tensor  # the buffer of a StepOutput; the state's tensors of these names are views of it
-    # By row of the whole batch, for views of some rows too:
-    constraints: dict[int, Any]  # the constraint.Constraint of a request with a grammar
-    failures: dict[int, Exception]  # what ended a row in a step; the runner removes it
+    constraints: Constraints  # of the rows of the whole batch, also in views of some rows
     first_row: int = 0  # of the whole batch
 
     @property
@@ -173,15 +175,13 @@ class CanvasBatch:
         self.state.allowed[moved : moved + masks].copy_(self.state.allowed[begin : begin + masks])
         mask = one.state.allowed_row
         other.state.allowed_row.copy_(torch.where(mask < 0, mask, mask + (moved - begin)))
-        self.constraints.pop(target, None)
-        if source in self.constraints:
-            self.constraints[target] = self.constraints.pop(source)
+        self.constraints.move(source, target)
 
     def clear(self, row: int) -> None:
         """Marks the row as unused."""
         self.state.active[row].zero_()
         self.slot[row].fill_(-1)
-        self.constraints.pop(row, None)
+        self.constraints.clear(row)
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,7 @@ def make_canvas_batch(
         prefix_length=torch.zeros(rows, dtype=torch.int32, device=device),
         rotary={kind: (table(kind[1]), table(kind[1])) for kind in rotary_kinds(config)},
         output=output,
-        constraints={},
-        failures={},
+        constraints=Constraints(rows, device),
     )
 
 

@@ -12,12 +12,11 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from dgemma_ext.errors import GrammarError
 from dgemma_ext.model import Cache, Network, PrefillChunk
-from dgemma_ext.ops import denoise
+from dgemma_ext.ops import automaton, denoise
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from dgemma_ext.sampling.canvas import Canvas
-from dgemma_ext.sampling.constraint import Constraint, constrain
+from dgemma_ext.sampling.constraint import ConstraintRows
 from dgemma_ext.sampling.settings import ResolvedSampler
 from dgemma_ext.sampling.state import CanvasBatch, CanvasState, StepBuffers, canvases_of
 
@@ -84,6 +83,7 @@ def begin_canvas(
         (state.stable_steps, 0),
         (state.mean_entropy, 0.0),
         (state.status, denoise.CanvasStatus.RUNNING),
+        (state.matches, 1),
         (state.soft_embedding, 0.0),
     ):
         tensor.fill_(value)
@@ -126,12 +126,15 @@ def denoising_step(
     buffers: StepBuffers,
     chunks: Sequence[PrefillChunk] = (),
     self_conditioned: bool = True,
+    constrained: bool = True,
 ) -> None:
     """Advances every active row by one step, in place; other rows stay as they are.
 
     buffers: for as many rows as the batch has. chunks: tokens that the same pass encodes; each row's prefix_length
     counts its chunk already. A step with chunks cannot be captured, because its shapes depend on their lengths.
     self_conditioned: False leaves the self-conditioning out, which is exact where no row has made a step.
+    constrained: False leaves grammars out, which is exact where no row has one. A captured step with grammars runs as
+    long as `batch.constraints.version` is what it was.
 
     Inactive rows only cost their part of the dense products: attention, experts, head and everything after skip them.
     """
@@ -140,10 +143,19 @@ def denoising_step(
     statistics = buffers.statistics_of(batch.state)
     params = logits_params(network, batch.state, buffers)
     vocabulary_head(hidden, network.weights.embed_tokens, **params, logits=buffers.logits, out=statistics)
-    constraints = [batch.constraints.get(batch.first_row + row) for row in range(batch.rows)]
-    failed = sample_and_update(network, batch.state, buffers, params, constraints=constraints)
-    batch.failures.update({batch.first_row + row: error for row, error in failed.items()})
+    sample_and_update(
+        network, batch.state, buffers, params, constraints=_constraints_of(batch) if constrained else None
+    )
     soft_embedding(network, batch.state, buffers, params)
+
+
+def _constraints_of(batch: CanvasBatch) -> ConstraintRows | None:
+    """Those of the batch's rows, None where no row has a grammar."""
+    begin, end = batch.first_row, batch.first_row + batch.rows
+    if not batch.constraints.any_between(begin, end):
+        return None
+    batch.constraints.update()
+    return batch.constraints.rows_between(begin, end)
 
 
 def logits_params(network: Network, state: CanvasState, buffers: StepBuffers) -> LogitsParams:
@@ -165,12 +177,12 @@ def sample_and_update(
     params: LogitsParams,
     sample_uniforms: Tensor | None = None,
     renoise_uniforms: Tensor | None = None,
-    constraints: Sequence[Constraint | None] = (),
-) -> dict[int, GrammarError]:
+    constraints: ConstraintRows | None = None,
+) -> None:
     """Samples, accepts, renoises and decides to stop, from the raw logits and their statistics.
 
-    sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones. constraints: one for each row, or
-    none; on the CPU alone. Returns the rows whose grammar no canvas matches; for them the step has failed.
+    sample_uniforms, renoise_uniforms: float64 [B, L], to use in place of drawn ones. constraints: of the rows, None
+    where no row has a grammar.
     """
     statistics = buffers.statistics_of(state)
     sampled = denoise.sample(
@@ -183,10 +195,8 @@ def sample_and_update(
         uniforms=sample_uniforms,
         out=buffers.sampled,
     )
-    failed: dict[int, GrammarError] = {}
-    if any(one is not None for one in constraints):
-        given = (sample_uniforms, statistics.argmax, sampled)
-        failed = constrain(constraints, buffers.logits, params, state, *given)
+    if constraints is not None:
+        _constrain(constraints, buffers.logits, params, state, sample_uniforms, statistics.argmax, sampled)
     denoise.update_canvas_(
         sampled,
         statistics.argmax,
@@ -212,7 +222,53 @@ def sample_and_update(
         mean_entropy=state.mean_entropy,
         status=state.status,
     )
-    return failed
+
+
+def _constrain(
+    constraints: ConstraintRows,
+    logits: Tensor,
+    params: LogitsParams,
+    state: CanvasState,
+    uniforms: Tensor | None,
+    argmax: Tensor,
+    sampled: Tensor,
+) -> None:
+    """Makes the draft, the draw and the acceptance key of a step what they are given the rows' grammars.
+
+    Writes argmax, sampled and the state's entropy and matches. A row without a canvas that matches ends here.
+    """
+    batch, length = state.canvas.shape
+    device = logits.device
+    statistics = automaton.make_class_statistics(batch, length, constraints.most_classes, device)
+    chosen = torch.zeros_like(state.canvas)
+    remainder = torch.zeros(batch, length, dtype=torch.float64, device=device)
+    held = {"arena": constraints.arena, "descriptor": constraints.descriptor, "pinned": state.pinned}
+    automaton.class_statistics_(logits, **params, **held, canvas=state.canvas, **statistics._asdict())
+    automaton.constrain_(
+        **held,
+        most_states=constraints.most_states,
+        most_sets=constraints.most_sets,
+        **statistics._asdict(),
+        active=state.active,
+        state=constraints.state,
+        tokens_left=constraints.tokens_left,
+        max_steps=state.max_steps,
+        seed=state.seed,
+        canvas_index=state.canvas_index,
+        step=state.step,
+        uniforms=uniforms,
+        argmax=argmax,
+        entropy=state.entropy,
+        chosen_class=chosen,
+        remainder=remainder,
+        matches=state.matches,
+    )
+    # Not active, it is left as it is by all that follows, and the host finds it as one that has failed.
+    state.active.logical_and_(state.matches)
+    state.status.masked_fill_(state.matches == 0, denoise.CanvasStatus.NON_FINITE)
+    automaton.sample_class_(
+        logits, **params, **held, chosen_class=chosen, remainder=remainder, matches=state.matches, tokens=sampled
+    )
 
 
 def soft_embedding(network: Network, state: CanvasState, buffers: StepBuffers, params: LogitsParams) -> None:
