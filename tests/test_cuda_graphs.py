@@ -187,6 +187,7 @@ def test_rows_with_grammars_are_captured_when_they_come(driver: str, monkeypatch
         (["[1-6]{20}", None], 1),
         (["[ab]{6}", "[1-6]{20}"], 0),
         ([None, "([a-f]{3}[0-9]{2}){1,7}x?"], 1),
+        ([None, None], 0),
     ]
     for expressions, captures in rounds:
         before = len(captured)

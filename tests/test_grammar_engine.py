@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 
 import dgemma_ext as dg
 from backend import BACKEND
 from command import dgemma
-from dgemma_ext import demo
+from dgemma_ext import _C, demo
 from dgemma_ext.sampling import FAILED
 from grammar_cases import SCHEMAS
 
@@ -208,3 +209,14 @@ def test_the_command(tmp_path: Path) -> None:
         run = dgemma(*command, *wrong)
         assert run.code == 2
         assert message in run.err
+
+
+def test_a_build_without_kernels_refuses_a_grammar_on_a_gpu(
+    model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = dg.Scheduler(model, max_batch=1)
+    monkeypatch.setattr(model.network, "device", torch.device("cuda"))
+    monkeypatch.setattr(_C, "has_cuda", lambda: False)
+    with pytest.raises(ValueError, match="grammar is given, and this build has no kernels for a GPU"):
+        scheduler.submit(PROMPT, 20, grammar=dg.Regex("[ab]{6}"))
+    assert scheduler.idle
