@@ -248,8 +248,26 @@ inline bool tile_is_empty(const int32_t* allowed, int64_t vocabulary, int64_t ti
   return any == 0;
 }
 
-// A tile that is short or has entries that are not allowed: those take part as if they were not
-// there, whatever their raw logit.
+// A whole tile of which some entries are not allowed: those take part as if they were not there,
+// whatever their raw logit.
+template <typename T>
+inline void read_masked_tile(const LogitRow<T>& row, int64_t tile, TileLogits* out) {
+  const int64_t first = tile * kTile;
+  const int32_t* const words = row.allowed + first / 32;
+  for (int i = 0; i < kTile; i += kLanes) {
+    const auto bits = static_cast<int32_t>(static_cast<uint32_t>(words[i / 32]) >> (i % 32));
+    const Ints present = ((broadcast(bits) >> lane_index()) & 1) != 0;
+    const Floats raw = load(row.raw + first + i);
+    const Floats a = present ? raw : broadcast(0.0f);
+    out->poison = fmadd(a, broadcast(0.0f), out->poison);
+    const Floats z = present ? scaled_logit(a, row.scale) : broadcast(-INFINITY);
+    out->largest_raw = larger(present ? raw : broadcast(-INFINITY), out->largest_raw);
+    out->largest_z = larger(z, out->largest_z);
+    store(out->z + i, z);
+  }
+}
+
+// The same for a tile that ends beyond the vocabulary.
 template <typename T>
 inline void read_partial_tile(const LogitRow<T>& row, int64_t tile, TileLogits* out) {
   alignas(64) float raw[kTile];
@@ -297,8 +315,10 @@ template <typename T>
 inline void read_tile(const LogitRow<T>& row, int64_t tile, TileLogits* out) {
   begin_tile(out);
   const int64_t first = tile * kTile;
-  if (row.allowed != nullptr || first + kTile > row.vocabulary)
+  if (first + kTile > row.vocabulary)
     read_partial_tile(row, tile, out);
+  else if (row.allowed != nullptr)
+    read_masked_tile(row, tile, out);
   else if (row.scale.capped)
     read_whole_tile<T, true>(row.raw + first, row.scale, out);
   else
