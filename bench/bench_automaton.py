@@ -190,9 +190,9 @@ def step_table(names: list[str], rounds: int, threads: int, final_norm: float) -
     def step(name: str | None) -> None:
         if not bool(batch.state.active):
             sampling.begin_canvas(network, batch, 0, settings, seed=0, index=0)
-        batch.constraints.clear()
+        batch.constraints.clear(0)
         if name is not None:
-            batch.constraints[0] = sampling.Constraint(grammars[name], grammars[name].start, 1024)
+            batch.constraints.place(0, sampling.Constraint(grammars[name], grammars[name].start, 1024))
         sampling.denoising_step(network, cache, batch, buffers)
 
     calls: dict[str, Callable[[], Any]] = {
