@@ -27,18 +27,23 @@ from bench_step_cpu import FLATTENING, ROOT, Worker, step_worker, write_checkpoi
 
 CLOCKS = ("seconds", "processor")  # of the wall, and of all threads together
 Seconds = dict[str, float]
-# Never confident, so that a canvas has all its 48 steps; the published settings otherwise.
+# Never confident, so that a canvas has all its 48 steps; the published settings otherwise. transformers refuses a zero.
 STEPS_WITHOUT_END = {"confidence_threshold": 0.0}
 
 
-def add_what_vllm_reads(checkpoint: Path) -> None:
-    """The settings of generation and a tokenizer, which vLLM asks for."""
+def folder_for_vllm(checkpoint: Path) -> Path:
+    """The same weights with the settings of generation and a tokenizer, which vLLM asks for."""
     from checkpoints import GENERATION_CONFIG
     from tokenizer_files import write_tokenizer
 
-    settings = {**GENERATION_CONFIG, **STEPS_WITHOUT_END}
-    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-    write_tokenizer(checkpoint, 512)
+    folder = checkpoint.with_name("vllm")
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to((checkpoint / name).resolve())
+    (folder / "generation_config.json").write_text(json.dumps({**GENERATION_CONFIG, **STEPS_WITHOUT_END}))
+    write_tokenizer(folder, 512)
+    return folder
 
 
 def vllm_worker(python: Path, checkpoint: Path, threads: int, zentorch: Path | None = None) -> Worker:
@@ -103,18 +108,18 @@ def main() -> None:
         for name, final_norm in (("peaked", 1.0), ("flat", FLATTENING))
     }
     peaked = checkpoints["peaked"]
-    add_what_vllm_reads(peaked)
     peers = {"transformers": lambda: step_worker("transformers", peaked, threads)}
     if vllm is not None:
-        peers["vLLM"] = lambda: vllm_worker(vllm, peaked, threads)
+        folder = folder_for_vllm(peaked)
+        peers["vLLM"] = lambda: vllm_worker(vllm, folder, threads)
         if arguments.zentorch is not None:
-            peers["vLLM with zentorch"] = lambda: vllm_worker(vllm, peaked, threads, arguments.zentorch)
+            peers["vLLM with zentorch"] = lambda: vllm_worker(vllm, folder, threads, arguments.zentorch)
     report: dict[str, Any] = {"threads": threads, "rounds": arguments.rounds, "load": os.getloadavg()[0], "results": []}
     for name, peer in peers.items():
         for weights, checkpoint in checkpoints.items():
             found = beside(peer, checkpoint, threads, arguments.rounds)
             print_row(name, weights, found)
-            report["results"].append({"peer": name, "weights": weights, **found})
+            report["results"].append({"name": name, "weights": weights, **found})
             if arguments.json:  # after each, as memory may not be enough for the next
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
