@@ -143,6 +143,11 @@ def test_annotations_say_nothing() -> None:
     assert dg.JsonSchema(plain | notes).pattern() == dg.JsonSchema(plain).pattern()
 
 
+def test_properties_that_may_be_added_are_not() -> None:
+    plain = record(a={"type": "null"})
+    assert dg.JsonSchema(plain | {"additionalProperties": True}).pattern() == dg.JsonSchema(plain).pattern()
+
+
 def test_a_type_beside_alternatives_of_that_type() -> None:
     schema = {
         "$defs": {"name": {"type": "string", "maxLength": 3}},
@@ -205,7 +210,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "unknown format": ({"type": "string", "format": "uri"}, "", "format"),
     "pattern and length": ({"type": "string", "pattern": "a", "maxLength": 3}, "", "maxLength"),
     "look-around": (record(a={"type": "string", "pattern": "(?=a)b"}), "/properties/a", "pattern"),
-    "additionalProperties": ({**record(a={"type": "null"}), "additionalProperties": True}, "", "additionalProperties"),
+    "additionalProperties": ({**record(a={"type": "null"}), "additionalProperties": {}}, "", "additionalProperties"),
     "required of nothing": (record(["b"], a={"type": "null"}), "", "required"),
     "overlap of oneOf": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "", "oneOf"),
     "items after prefixItems": ({"type": "array", "prefixItems": [True], "items": True}, "", "items"),

@@ -261,8 +261,8 @@ class _Compiler:
             if "properties" in schema and further is None:
                 return self._layout.object([])
             return self._layout.map(self._map_value(further, pointer, references))
-        if further not in (None, False):
-            message = "is supported as false beside properties"
+        if further is not None and not isinstance(further, bool):
+            message = "is supported as true or false beside properties"
             raise GrammarError(message, pointer=pointer, keyword="additionalProperties")
         unknown = [name for name in required if name not in properties]
         if unknown:
