@@ -1,0 +1,115 @@
+"""The vision tower from a checkpoint's files: all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints import make_checkpoint
+from dgemma_ext import CheckpointError
+from dgemma_ext.checkpoint import ModelConfig, inspect_checkpoint
+from dgemma_ext.model.vision import VisionTower, load_tower, patches_of
+from pictures import gradient
+
+LAYER = "model.encoder.vision_tower.encoder.layers.1."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("vision"), layers=1, with_tokenizer=False)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16) -> VisionTower | None:
+    config = ModelConfig.from_file(folder)
+    return load_tower(inspect_checkpoint(folder, config), config, dtype, "cpu")
+
+
+def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], Any], **vision: Any) -> Path:
+    """A copy of the checkpoint with other tensors, or other fields of vision_config."""
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= vision
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_every_tensor_is_the_stored_one(folder: Path) -> None:
+    tower = load(folder)
+    assert tower is not None
+    tensors = load_file(folder / "model.safetensors")
+    assert torch.equal(tower.layers[1].up, tensors[f"{LAYER}mlp.up_proj.linear.weight"])
+    assert torch.equal(tower.layers[1].query_norm, tensors[f"{LAYER}self_attn.q_norm.weight"])
+    assert torch.equal(tower.projection, tensors["model.encoder.embed_vision.embedding_projection.weight"])
+    patches = patches_of(gradient(97, 61), 70)
+    reference = VisionTower.from_tensors(tower.config, tensors)
+    assert torch.equal(tower.features(patches), reference.features(patches))
+
+
+def test_a_tower_in_float16_is_converted(folder: Path, tmp_path: Path) -> None:
+    def to_half(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.startswith("model.encoder.") and "layer_scalar" not in name:
+                tensors[name] = tensors[name].half()
+
+    tower = load(changed(folder, tmp_path, to_half))
+    original = load(folder)
+    assert tower is not None
+    assert original is not None
+    assert tower.projection.dtype == torch.bfloat16
+    assert torch.equal(tower.projection, original.projection)
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_a_checkpoint_without_a_tower_has_none(folder: Path, tmp_path: Path, vision: bool) -> None:
+    def without(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            if name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")):
+                del tensors[name]
+
+    changed(folder, tmp_path, without)
+    if not vision:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": None}))
+    assert load(tmp_path) is None
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = {
+    "missing": (
+        lambda tensors: tensors.pop(f"{LAYER}self_attn.q_norm.weight"),
+        {},
+        r"q_norm\.weight: is missing, and other tensors",
+    ),
+    "extra": (
+        lambda tensors: tensors.update({f"{LAYER}mlp.gate_proj.input_max": torch.ones(1)}),
+        {},
+        r"gate_proj\.input_max: is not part of the vision tower",
+    ),
+    "misshapen": (
+        lambda tensors: tensors.update({f"{LAYER}self_attn.q_norm.weight": torch.ones(3)}),
+        {},
+        r"q_norm\.weight: .*\[3\]",
+    ),
+    "not finite": (
+        lambda tensors: tensors[f"{LAYER}self_attn.q_norm.weight"].fill_(float("nan")),
+        {},
+        r"q_norm\.weight: has nan at \[0\]",
+    ),
+    "another tower": (lambda tensors: None, {"use_clipped_linears": True}, "vision_config.use_clipped_linears is True"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_half_a_tower_is_refused_by_name(folder: Path, tmp_path: Path, what: str) -> None:
+    change, vision, message = WRONG[what]
+    changed(folder, tmp_path, change, **vision)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
