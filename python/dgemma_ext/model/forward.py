@@ -32,12 +32,14 @@ class ForwardOptions:
     """Options of a pass.
 
     embedding_scale: factor of the token embeddings. activations: "fp8" rounds the inputs of the experts' products.
+    image_attention: on which layers the tokens of an image see each other, "sliding" or "all".
     debug: checks the output of every layer and raises FloatingPointError where a value is not finite.
     """
 
     matmul: MatmulMode
     embedding_scale: float
     activations: str | None = None
+    image_attention: str = "sliding"
     debug: bool = False
 
 
@@ -78,7 +80,7 @@ def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: f
     """The input of the first layer, [rows, hidden].
 
     The input of a canvas token is its embedding plus the self-conditioning, normalised; that of a token of a chunk is
-    its embedding.
+    its embedding, or an image's features as they are.
     """
     parts = []
     if rows.canvases is not None:
@@ -94,7 +96,10 @@ def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: f
             )
         parts.append(rms_norm(hidden, None, epsilon))
     for chunk in rows.chunks:
-        parts.append(functional.embedding(chunk.ids, weights.embed_tokens) * options.embedding_scale)
+        hidden = functional.embedding(chunk.ids, weights.embed_tokens) * options.embedding_scale
+        for offset, features in chunk.features:
+            hidden[offset : offset + len(features)] = features
+        parts.append(hidden)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -162,7 +167,8 @@ def _attention(
         rows.chunks, rows.chunk_slot, rows.chunk_start, rows.chunk_slices(), strict=True
     ):
         new = (key[None, where], value[None, where])
-        attended = causal_attention(query[None, where], *new, *cached, slot, start, spans=chunk.spans, window=window)
+        spans = chunk.sliding_spans if layer.is_sliding else chunk.full_spans
+        attended = causal_attention(query[None, where], *new, *cached, slot, start, spans=spans, window=window)
         append_to_cache(*new, *cached, slot, start)
         parts.append(attended[0])
     if rows.canvases is not None:

@@ -26,6 +26,7 @@ from dgemma_ext.torch_state import in_own_torch_state
 ENCODE_CHUNK = 4096
 
 _SPANS = "a list of ranges [start, end) per row"
+IMAGE_ATTENTION = ("sliding", "all")
 
 # The relative error that skipping vocabulary tiles may add to a soft embedding: half a unit in the last place of
 # bfloat16. In fp32 no tile is skipped.
@@ -46,6 +47,7 @@ class Network:
         weights: ModelWeights,
         matmul: MatmulMode | None = None,
         activations: str | None = None,
+        image_attention: str = "sliding",
     ) -> None:
         self.config = config
         self.weights = weights
@@ -59,6 +61,7 @@ class Network:
             matmul=matmul or resolve_matmul(False, self.device, self.dtype),
             embedding_scale=self.embedding_scale,
             activations=activations,
+            image_attention=arguments.choice("image_attention", image_attention, IMAGE_ATTENTION),
             debug=environment.debug(),
         )
         self.soft_embedding_tolerance = SOFT_EMBEDDING_TOLERANCE[self.dtype]
@@ -85,14 +88,19 @@ class Network:
         lengths: Sequence[int] | None = None,
         bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
         chunk: int = ENCODE_CHUNK,
+        images: Sequence[Sequence[tuple[int, Tensor]]] | None = None,
     ) -> None:
         """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
 
         ids: integer [B, T], a tensor, an array or lists, right padded where `lengths` (one per row) are given. slots:
         the slot of each row, default 0 .. B - 1. bidirectional_spans: per row, ranges [start, end) of absolute
-        positions whose tokens all see each other (an image's soft tokens); a chunk border never cuts one.
+        positions whose tokens all see each other, on layers of every kind; a chunk border never cuts one. images: per
+        row, the absolute position of each image's first soft token, and its features [soft tokens, hidden], which stand
+        in place of the tokens' embeddings. The tokens of an image see each other on sliding layers, or with
+        image_attention "all" on every layer.
 
-        Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache.
+        Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache, images outside
+        the new positions or on top of each other.
         """
         ids, slot_list = self._checked_ids("ids", ids, cache, slots)
         counts = [ids.shape[1]] * len(slot_list)
@@ -108,14 +116,27 @@ class Network:
                     f"the cache's max_length is {cache.max_length}"
                 )
         spans = _checked_spans(bidirectional_spans, len(slot_list))
+        placed = self._checked_images(images, slot_list, counts, cache)
         # One pass for each row: the bits of a dense product may depend on its number of rows, and those of a request
         # must not depend on other requests.
         for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
             start = cache.length(slot)
-            for first, last in _chunks(start, start + count, chunk, spans[row]):
-                inside = [span for span in spans[row] if span[0] < last and span[1] > first]
-                span_tensor = torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
-                self.forward(cache, None, [PrefillChunk(slot, ids[row, first - start : last - start], span_tensor)])
+            of_images = [(first, first + len(features)) for first, features in placed[row]]
+            everywhere = spans[row] + (of_images if self.options.image_attention == "all" else [])
+            for first, last in _chunks(start, start + count, chunk, spans[row] + of_images):
+                part = PrefillChunk(
+                    slot,
+                    ids[row, first - start : last - start],
+                    sliding_spans=self._span_tensor(spans[row] + of_images, first, last),
+                    full_spans=self._span_tensor(everywhere, first, last),
+                    features=tuple((at - first, features) for at, features in placed[row] if first <= at < last),
+                )
+                self.forward(cache, None, [part])
+
+    def _span_tensor(self, spans: list[tuple[int, int]], first: int, last: int) -> Tensor | None:
+        """Those of some spans that reach into [first, last)."""
+        inside = [span for span in spans if span[0] < last and span[1] > first]
+        return torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
 
     @in_own_torch_state
     def denoise(
@@ -188,6 +209,34 @@ class Network:
             tolerance=0.0,
             max_embedding_norm=self.max_embedding_norm,
         )
+
+    def _checked_images(
+        self, images: Any, slots: list[int], counts: list[int], cache: Cache
+    ) -> list[list[tuple[int, Tensor]]]:
+        """The images of each row, in order, with features of the model's dtype on its device."""
+        wanted = f"(position, features) per image, with features a tensor [soft tokens, {self.config.hidden_size}]"
+        rows = [[] for _ in slots] if images is None else arguments.sequence("images", images, "a list per row of ids")
+        if len(rows) != len(slots):
+            raise ValueError(f"images must have {len(slots)} entries, one per row of ids, got {len(rows)}")
+        placed = []
+        for row, slot, count in zip(rows, slots, counts, strict=True):
+            found = []
+            for position, features in arguments.sequence("images", row, f"a list of {wanted}"):
+                given = arguments.instance("images", features, Tensor, wanted)
+                if given.dim() != 2 or given.shape[0] < 1 or given.shape[1] != self.config.hidden_size:
+                    raise arguments.refusal("images", wanted, given)
+                found.append((arguments.integer("images", position), given.to(self.device, self.dtype)))
+            found.sort(key=lambda one: one[0])
+            start = cache.length(slot)
+            ends = [start, *(position + len(features) for position, features in found)]
+            begins = [*(position for position, _ in found), start + count]
+            if any(end > begin for end, begin in zip(ends, begins, strict=True)):
+                where = ", ".join(f"[{begin}, {end})" for begin, end in zip(begins, ends[1:], strict=False))
+                raise ValueError(
+                    f"images must lie apart in [{start}, {start + count}), where the new tokens are, got {where}"
+                )
+            placed.append(found)
+        return placed
 
     def _checked_ids(self, name: str, ids: Any, cache: Cache, slots: Sequence[int] | None) -> tuple[Tensor, list[int]]:
         checked = arguments.integer_matrix(name, ids, "token ids [B, T]")

@@ -26,12 +26,15 @@ MAX_PREFILL_TOKENS = 1024
 class PrefillChunk:
     """Tokens that a pass appends to the cache. Each sees its slot's positions and, causally, the chunk itself.
 
-    spans: int32 [1, spans, 2], ranges of absolute positions whose tokens all see each other.
+    sliding_spans, full_spans: int32 [1, spans, 2], ranges of absolute positions whose tokens all see each other, on
+    layers of either kind. features: (offset, [k, hidden]), what stands in place of the embeddings of k tokens.
     """
 
     slot: int
     ids: Tensor  # int [n]
-    spans: Tensor | None = None
+    sliding_spans: Tensor | None = None
+    full_spans: Tensor | None = None
+    features: tuple[tuple[int, Tensor], ...] = ()
 
     def __len__(self) -> int:
         return self.ids.shape[0]
