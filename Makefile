@@ -44,8 +44,9 @@ build-cuda: .venv/.built-cuda
 # Up to four processes: while one compiles kernels, another runs them. ARGS="-n 0" is one process, for a debugger.
 workers := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 
+# Files run in the order of their names: by their number of tests, the longest would come last, as they have few.
 test: .venv/.built-cuda older-transformers
-	@$(venv_python) -m pytest -n $(workers) --dist loadfile $(ARGS)
+	@$(venv_python) -m pytest -n $(workers) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Releases of transformers besides the newest, each in a folder of its own: about 11 MB from the package index. Where one
 # cannot be had, the tests under it skip.
