@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 
 PROMPT_TOKENS = 128
 CANVAS = 256
 
 
-def let_torchvision_load() -> torch.library.Library:
+def declare_torchvision_operators() -> library.Library:
     """Declares the operators that torchvision registers a shape function for; they live as long as the result."""
-    library = torch.library.Library("torchvision", "DEF")
+    declared = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared
 
 
 def let_triton_interpret() -> None:
@@ -98,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout too
     os.dup2(2, 1)
-    library = let_torchvision_load()
+    declared = declare_torchvision_operators()
     let_triton_interpret()
     torch.set_num_threads(arguments.threads)
     side = Vllm(arguments.checkpoint)
@@ -108,7 +109,7 @@ def main() -> None:
         side.step()
         figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
         print(json.dumps(figures), file=answers, flush=True)
-    del library
+    del declared
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ A random model says nothing that can be read, so answers are pinned into its can
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from tokenizer_files import SPECIAL_TOKENS
+
+Noted = TypeVar("Noted")
 
 LOOK: dict[str, Any] = {
     "type": "function",
@@ -53,12 +56,17 @@ def pinned(ids: list[int]) -> dg.Canvas:
 
 def prompts_of(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The prompts of the requests to come."""
-    seen: list[list[int]] = []
+    return noted(monkeypatch, lambda request: request.prompt_ids)
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, part: Callable[[dg.Request], Noted]) -> list[Noted]:
+    """A part of each request to come."""
+    seen: list[Noted] = []
     original = dg.Scheduler.submit
 
     def spy(self: dg.Scheduler, *arguments: Any, **named: Any) -> dg.Request:
         request = original(self, *arguments, **named)
-        seen.append(request.prompt_ids)
+        seen.append(part(request))
         return request
 
     monkeypatch.setattr(dg.Scheduler, "submit", spy)

@@ -35,21 +35,21 @@ def write(folder: Path, name: str, values: Any) -> None:
 
 
 def test_a_folder_without_either_file_has_the_default(tmp_path: Path) -> None:
-    assert read_soft_tokens(tmp_path, SOFT_TOKENS) == 280
+    assert read_soft_tokens(tmp_path) == 280
 
 
 @pytest.mark.parametrize("soft_tokens", SOFT_TOKENS)
 def test_both_files_are_read_and_the_newer_one_first(tmp_path: Path, soft_tokens: int) -> None:
     write(tmp_path, "preprocessor_config.json", {**PUBLISHED, "max_soft_tokens": soft_tokens})
-    assert read_soft_tokens(tmp_path, SOFT_TOKENS) == soft_tokens
+    assert read_soft_tokens(tmp_path) == soft_tokens
     write(tmp_path, "processor_config.json", {"image_processor": {**PUBLISHED, "max_soft_tokens": 140}})
-    assert read_soft_tokens(tmp_path, SOFT_TOKENS) == 140
+    assert read_soft_tokens(tmp_path) == 140
 
 
 def test_what_copies_of_the_model_say_beside_is_ignored(tmp_path: Path) -> None:
     block = {**PUBLISHED, "size": {"height": 224, "width": 224}}
     write(tmp_path, "processor_config.json", {"processor_class": "DiffusionGemma4Processor", "image_processor": block})
-    assert read_soft_tokens(tmp_path, SOFT_TOKENS) == 280
+    assert read_soft_tokens(tmp_path) == 280
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_what_copies_of_the_model_say_beside_is_ignored(tmp_path: Path) -> None:
 def test_other_pixels_are_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
     write(tmp_path, "processor_config.json", {"image_processor": {**PUBLISHED, field: value}})
     with pytest.raises(CheckpointError, match=rf"processor_config\.json: image_processor\.{field} is "):
-        read_soft_tokens(tmp_path, SOFT_TOKENS)
+        read_soft_tokens(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"image_processor": 3}'])
 def test_files_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "processor_config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"processor_config\.json: "):
-        read_soft_tokens(tmp_path, SOFT_TOKENS)
+        read_soft_tokens(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 
 import dgemma_ext as dg
 from backend import BACKEND
-from chats import LOOK, answering, prompts_of
+from chats import LOOK, answering, noted, prompts_of
 from models import random_model
 from serving import MODEL, Running, running
 
@@ -63,16 +63,7 @@ def server() -> Iterator[Running]:
 @pytest.fixture
 def grammars(monkeypatch: pytest.MonkeyPatch) -> list[dg.Grammar | None]:
     """The grammars of the requests to come."""
-    seen: list[dg.Grammar | None] = []
-    original = dg.Scheduler.submit
-
-    def spy(self: dg.Scheduler, *arguments: Any, **named: Any) -> dg.Request:
-        request = original(self, *arguments, **named)
-        seen.append(request.grammar)
-        return request
-
-    monkeypatch.setattr(dg.Scheduler, "submit", spy)
-    return seen
+    return noted(monkeypatch, lambda request: request.grammar)
 
 
 def ask(server: Running, body: dict[str, Any] | None = None, **changes: Any) -> Any:

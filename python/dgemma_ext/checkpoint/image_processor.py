@@ -12,6 +12,7 @@ from typing import Any
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint.json_section import Section, read_object
+from dgemma_ext.checkpoint.vision_config import PATCH, POOL, SOFT_TOKENS
 from dgemma_ext.errors import CheckpointError
 
 # What the pixels are made by; a file may leave a field out.
@@ -22,16 +23,16 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "do_resize": (True,),
     "image_mean": ([0, 0, 0], [0.0, 0.0, 0.0], None),
     "image_std": ([1, 1, 1], [1.0, 1.0, 1.0], None),
-    "patch_size": (16,),
-    "pooling_kernel_size": (3,),
+    "patch_size": (PATCH,),
+    "pooling_kernel_size": (POOL,),
     "resample": (3,),  # bicubic
     "rescale_factor": (1 / 255,),
 }
 DEFAULT_SOFT_TOKENS = 280
 
 
-def read_soft_tokens(folder: str | os.PathLike[str], supported: tuple[int, ...]) -> int:
-    """The soft tokens that an image may take at most, one of `supported`; 280 for a folder without either file.
+def read_soft_tokens(folder: str | os.PathLike[str]) -> int:
+    """The soft tokens that an image may take at most, one of SOFT_TOKENS; 280 for a folder without either file.
 
     Raises CheckpointError naming the file and the field whose value is not supported.
     """
@@ -45,8 +46,8 @@ def read_soft_tokens(folder: str | os.PathLike[str], supported: tuple[int, ...])
             section = Section("" if block is None else block, values if block is None else values.get(block, {}))
             section.check_neutral(_FIELDS)
             found = section.integer("max_soft_tokens", DEFAULT_SOFT_TOKENS)
-            if found not in supported:
-                raise section.error("max_soft_tokens", ", ".join(map(str, supported)))
+            if found not in SOFT_TOKENS:
+                raise section.error("max_soft_tokens", ", ".join(map(str, SOFT_TOKENS)))
         except ValueError as error:
             raise CheckpointError(str(error), file=file) from error
         return found

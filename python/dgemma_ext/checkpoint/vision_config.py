@@ -14,16 +14,18 @@ from typing import Any
 from dgemma_ext.checkpoint.json_section import Section
 
 _PREFIX = "model.encoder."
-# The patch of 16 x 16 pixels and the cell of 3 x 3 patches, which the processor makes.
-_PATCH, _POOL = 16, 3
+PATCH = 16  # pixels of a patch's side
+POOL = 3  # patches of a cell's side; a cell becomes one soft token
+# Numbers of soft tokens that an image may take at most; the model was trained with these.
+SOFT_TOKENS = (70, 140, 280, 560, 1120)
 _MAX_LAYERS = 1_000
 
 _NEUTRAL_FIELDS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "hidden_activation": ("gelu_pytorch_tanh",),
     "model_type": ("gemma4_vision",),
-    "patch_size": (_PATCH,),
-    "pooling_kernel_size": (_POOL,),
+    "patch_size": (PATCH,),
+    "pooling_kernel_size": (POOL,),
     "use_clipped_linears": (False, None),
 }
 
@@ -85,7 +87,7 @@ def vision_tensors(config: VisionConfig, text_hidden_size: int) -> dict[str, tup
     hidden, heads = config.hidden_size, config.num_heads * config.head_dim
     tower = f"{_PREFIX}vision_tower."
     shapes: dict[str, tuple[int, ...]] = {
-        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * _PATCH**2),
+        f"{tower}patch_embedder.input_proj.weight": (hidden, 3 * PATCH**2),
         f"{tower}patch_embedder.position_embedding_table": (2, config.position_embeddings, hidden),
         f"{_PREFIX}embed_vision.embedding_projection.weight": (text_hidden_size, hidden),
     }

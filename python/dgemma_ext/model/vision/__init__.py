@@ -6,8 +6,9 @@ from a checkpoint.
 
 from __future__ import annotations
 
+from dgemma_ext.checkpoint.vision_config import SOFT_TOKENS
 from dgemma_ext.model.vision.loading import load_tower
-from dgemma_ext.model.vision.pixels import SOFT_TOKENS, Patches, image_size, patches_of, read_image
+from dgemma_ext.model.vision.pixels import Patches, image_size, patches_of, read_image
 from dgemma_ext.model.vision.tower import VisionTower
 
 __all__ = ["SOFT_TOKENS", "Patches", "VisionTower", "image_size", "load_tower", "patches_of", "read_image"]

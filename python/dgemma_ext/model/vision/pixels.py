@@ -20,14 +20,11 @@ import numpy as np
 import torch
 
 from dgemma_ext import arguments
+from dgemma_ext.checkpoint.vision_config import PATCH, POOL, SOFT_TOKENS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Numbers of soft tokens that an image may take at most; the model was trained with these.
-SOFT_TOKENS = (70, 140, 280, 560, 1120)
-PATCH = 16  # pixels of a patch's side
-POOL = 3  # patches of a cell's side; a cell becomes one soft token
 CELL = PATCH * POOL
 
 # Pillow's own limit, above which it warns of decompression bombs.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext.checkpoint.vision_config import VisionConfig
-from dgemma_ext.model.vision.pixels import POOL, Patches
+from dgemma_ext.checkpoint.vision_config import POOL, VisionConfig
+from dgemma_ext.model.vision.pixels import Patches
 from dgemma_ext.ops import layer as layer_ops
 
 _TOWER = "model.encoder.vision_tower."
