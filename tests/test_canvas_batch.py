@@ -13,6 +13,7 @@ from backend import BACKEND
 from dgemma_ext import SamplerConfig
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.model import forward as forward_module
+from dgemma_ext.model import matmul as matmul_module
 from dgemma_ext.sampling import (
     CanvasBatch,
     CanvasState,
@@ -109,7 +110,7 @@ def test_experts_and_attention_see_no_row_that_is_not_active(monkeypatch: pytest
     cache = model.new_cache(4, 64)
     batch, buffers, _ = canvases_begun(model, cache, PROMPTS, [1, 2, 6])
     seen, slots = [], []
-    original, attention = forward_module.experts, forward_module.canvas_attention
+    original, attention = matmul_module.experts, forward_module.canvas_attention
 
     def spy(rows: torch.Tensor, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append((ids.view(4, 8, -1) >= 0).flatten(1).all(1).tolist())
@@ -120,7 +121,7 @@ def test_experts_and_attention_see_no_row_that_is_not_active(monkeypatch: pytest
         slots.append(more["slot"].tolist())
         return attention(*operands, **more)
 
-    monkeypatch.setattr(forward_module, "experts", spy)
+    monkeypatch.setattr(matmul_module, "experts", spy)
     monkeypatch.setattr(forward_module, "canvas_attention", spy_on_slots)
     denoising_step(model.network, cache, batch, buffers)
     denoising_step(model.network, cache, batch, buffers)

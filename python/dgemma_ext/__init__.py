@@ -9,7 +9,15 @@ print(model.generate("Why is the sky blue?").text)
 from __future__ import annotations
 
 import dgemma_ext.openmp  # noqa: F401  It stands first: it acts before torch is loaded.
-from dgemma_ext.checkpoint import GenerationDefaults, InvalidToolCall, ModelConfig, Response, Tokenizer, ToolCall
+from dgemma_ext.checkpoint import (
+    Adapter,
+    GenerationDefaults,
+    InvalidToolCall,
+    ModelConfig,
+    Response,
+    Tokenizer,
+    ToolCall,
+)
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import (
     Chat,
@@ -28,7 +36,7 @@ from dgemma_ext.engine import (
 )
 from dgemma_ext.errors import CheckpointError, GrammarError, NonFiniteError
 from dgemma_ext.integrations import accelerate
-from dgemma_ext.model import Cache, Snapshot
+from dgemma_ext.model import Cache, LoadedAdapter, Snapshot
 from dgemma_ext.sampling import (
     Canvas,
     Choice,
@@ -43,6 +51,7 @@ from dgemma_ext.sampling import (
 from dgemma_ext.version import __version__
 
 __all__ = [
+    "Adapter",
     "Cache",
     "Canvas",
     "Chat",
@@ -60,6 +69,7 @@ __all__ = [
     "GrammarError",
     "InvalidToolCall",
     "JsonSchema",
+    "LoadedAdapter",
     "MemoryPlan",
     "ModelConfig",
     "NonFiniteError",

@@ -5,12 +5,17 @@
 weight is stored (`stored`), tied ones once or more often (`tied`); `reading` reads the values; `quantization` describes
 a format to quantize to, and `quantize` writes a checkpoint in it.
 
+`adapter` reads an adapter: its settings (`adapter_settings`), which weights its tensors belong to (`adapter_names`),
+and those of the experts (`adapter_experts`).
+
 `tokenizer` makes token ids of a chat (`messages`, `chat_template`, `special_tokens`), and takes answers apart
 (`response`, `tool_call`).
 """
 
 from __future__ import annotations
 
+from dgemma_ext.checkpoint.adapter import Adapter, Factors, FactorsOf
+from dgemma_ext.checkpoint.adapter_settings import AdapterSettings
 from dgemma_ext.checkpoint.bundled import BUNDLED, DEMO
 from dgemma_ext.checkpoint.chat_template import ChatTemplate
 from dgemma_ext.checkpoint.config import FULL, SLIDING, LayerConfig, ModelConfig, RopeConfig

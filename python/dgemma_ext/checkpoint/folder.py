@@ -10,7 +10,13 @@ from pathlib import Path
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint.bundled import bundled_checkpoint
 from dgemma_ext.checkpoint.file_faults import check_link
-from dgemma_ext.checkpoint.foreign import CONFIG_FILE, check_not_foreign, check_not_foreign_file, weight_files
+from dgemma_ext.checkpoint.foreign import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    check_not_foreign,
+    check_not_foreign_file,
+    weight_files,
+)
 from dgemma_ext.checkpoint.json_section import read_json
 from dgemma_ext.errors import CheckpointError
 
@@ -20,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 # The hub's form: owner/name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_ADAPTER_FILES = ["*.json", "*.safetensors"]
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -53,6 +60,34 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
         check_not_foreign_file(path)
     if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(name):
         raise CheckpointError("does not exist; wanted: the checkpoint's folder, or a hub id (owner/name)", file=name)
+    folder = _downloaded(name, _HUB_FILES)
+    check_not_foreign(folder)
+    return folder
+
+
+def resolve_adapter(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter: itself, or a hub id (`owner/name`) downloaded, or found in the hub's cache.
+
+    Raises ValueError for what is no path; CheckpointError for what is not there or holds no adapter of PEFT.
+    """
+    path = Path(arguments.path("adapter", path_or_hub_id))
+    if path.is_dir():
+        folder = path
+    elif path.exists():
+        raise CheckpointError("is a file; wanted: an adapter's folder, or a hub id (owner/name)", file=path)
+    else:
+        name = os.fsdecode(path_or_hub_id)
+        if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(name):
+            raise CheckpointError("does not exist; wanted: an adapter's folder, or a hub id (owner/name)", file=name)
+        folder = _downloaded(name, _ADAPTER_FILES)
+    check_link(folder / ADAPTER_FILE)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(f"holds no adapter of PEFT: {ADAPTER_FILE} is missing", file=folder)
+    return folder
+
+
+def _downloaded(name: str, patterns: list[str]) -> Path:
+    """The folder of a hub id."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -62,13 +97,11 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
             file=name,
         ) from error
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises its own, requests' and the operating system's errors
         raise CheckpointError(
             f"is no folder here, and downloading it as a hub id failed: {error}", file=name
         ) from error
-    check_not_foreign(folder)
-    return folder
 
 
 def _snapshot(folder: Path) -> Path:

@@ -84,5 +84,5 @@ def _adapter(file: Path) -> str:
     made_for = f" for {base}" if isinstance(base, str) else ""
     return (
         f"holds an adapter of PEFT ({kind if isinstance(kind, str) else 'of no kind'}){made_for}, not a whole model: "
-        "merge it into its base (peft's merge_and_unload, then save_pretrained) and load that folder"
+        "load the base and give this folder as its adapter"
     )

@@ -24,7 +24,6 @@ from dgemma_ext.model.rows import Canvases, PrefillChunk, Rows
 from dgemma_ext.model.weights import LayerWeights, ModelWeights
 from dgemma_ext.ops.block_attention import append_to_cache, canvas_attention, causal_attention
 from dgemma_ext.ops.layer import attention_residual, layer_output, rms_norm
-from dgemma_ext.ops.weights import experts
 
 
 @dataclass
@@ -87,12 +86,14 @@ def embed(rows: Rows, weights: ModelWeights, options: ForwardOptions, epsilon: f
         ids, soft_embedding = rows.canvases.ids, rows.canvases.soft_embedding
         hidden = functional.embedding(ids.reshape(-1), weights.embed_tokens) * options.embedding_scale
         if soft_embedding is not None:
-            matmul = Matmul(options.matmul, (ids.shape[1],) * ids.shape[0], (None,) * ids.shape[0])
+            alone = rows.canvases_alone()
+            matmul = Matmul(options.matmul, alone.counts, alone.starts, alone.side(None))
             hidden = hidden + matmul.gated_mlp(
                 rms_norm(soft_embedding.flatten(0, 1), weights.self_conditioning_pre_norm, epsilon),
                 weights.self_conditioning_gate_proj,
                 weights.self_conditioning_up_proj,
                 weights.self_conditioning_down_proj,
+                prefix="self_conditioning_",
             )
         parts.append(rms_norm(hidden, None, epsilon))
     for chunk in rows.chunks:
@@ -115,14 +116,15 @@ def decoder_layer(
     cache: Cache,
 ) -> tuple[Tensor, Tensor]:
     """One layer on hidden [n, hidden] and `normed`, its first norm. Returns the output and its norm by `next_norm`."""
-    epsilon, matmul = config.rms_norm_eps, Matmul(options.matmul, rows.counts, rows.starts)
+    epsilon = config.rms_norm_eps
+    matmul = Matmul(options.matmul, rows.counts, rows.starts, rows.side(layer.index))
 
     query, key, value = project_qkv(normed, weights, layer, rows.rotary[layer.rope, layer.head_dim], epsilon, matmul)
     batch_invariant = options.matmul is not MatmulMode.BATCHED
     attended = _attention(query, key, value, rows, layer, cache, batch_invariant)
     residual, mlp_input, experts_input = attention_residual(
         hidden,
-        matmul.linear(attended.flatten(-2), weights.o_proj),
+        matmul.linear(attended.flatten(-2), weights.o_proj, "o_proj"),
         weights.post_attention_layernorm,
         weights.pre_feedforward_layernorm,
         weights.pre_feedforward_layernorm_2,
@@ -134,7 +136,7 @@ def decoder_layer(
     if rows.skipped is not None:
         expert_ids.masked_fill_(rows.skipped, -1)
     mlp_output = matmul.gated_mlp(mlp_input, weights.gate_proj, weights.up_proj, weights.down_proj)
-    moe_output = experts(
+    moe_output = matmul.experts(
         experts_input, expert_ids, expert_weights, weights.experts_gate_up, weights.experts_down, options.activations
     )
 
@@ -205,6 +207,7 @@ def _store_chunks(
     for chunk, slot, start, position, where in zip(
         rows.chunks, rows.chunk_slot, rows.chunk_start, rows.positions, rows.chunk_slices(), strict=True
     ):
-        table, matmul = (cosine[where], sine[where]), Matmul(options.matmul, (len(chunk),), (position,))
+        table, side = (cosine[where], sine[where]), chunk.side(layer.index)
+        matmul = Matmul(options.matmul, (len(chunk),), (position,), side)
         _, key, value = project_qkv(normed[where], weights, layer, table, epsilon, matmul)
         append_to_cache(key[None], value[None], *cached, slot, start)

@@ -56,7 +56,7 @@ def project_qkv(
     and the rotation.
     """
     heads = (x.shape[0], -1, layer.head_dim)
-    query = matmul.linear(x, weights.q_proj).view(heads)
-    key = matmul.linear(x, weights.k_proj).view(heads)
-    value = None if weights.v_proj is None else matmul.linear(x, weights.v_proj).view(heads)
+    query = matmul.linear(x, weights.q_proj, "q_proj").view(heads)
+    key = matmul.linear(x, weights.k_proj, "k_proj").view(heads)
+    value = None if weights.v_proj is None else matmul.linear(x, weights.v_proj, "v_proj").view(heads)
     return normalise_heads(query, key, value, weights.q_norm, weights.k_norm, *table, epsilon)

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgemma_ext import arguments, environment
-from dgemma_ext.checkpoint import ModelConfig
+from dgemma_ext.checkpoint import Adapter, ModelConfig
+from dgemma_ext.model.adapter_set import AdapterSet
 from dgemma_ext.model.cache import Cache
 from dgemma_ext.model.forward import ForwardOptions, forward
 from dgemma_ext.model.layers import RotaryTables, rotary_tables
+from dgemma_ext.model.loaded_adapter import EXPERT_ATTRIBUTES, LoadedAdapter
 from dgemma_ext.model.matmul import MatmulMode
 from dgemma_ext.model.placement import resolve_matmul
 from dgemma_ext.model.rows import Canvases, PrefillChunk
@@ -28,6 +30,9 @@ ENCODE_CHUNK = 4096
 _SPANS = "a list of ranges [start, end) per row"
 IMAGE_ATTENTION = ("sliding", "all")
 
+# An adapter by its name, or itself; None is the default one.
+AdapterName = str | LoadedAdapter | None
+
 # The relative error that skipping vocabulary tiles may add to a soft embedding: half a unit in the last place of
 # bfloat16. In fp32 no tile is skipped.
 SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
@@ -36,8 +41,8 @@ SOFT_EMBEDDING_TOLERANCE = {torch.bfloat16: 2.0**-9, torch.float32: 0.0}
 class Network:
     """Weights and passes.
 
-    Attributes: `config`, `weights`, `dtype`, `device`, `options` (of every pass), `embedding_scale`, and for
-    ops.denoise.soft_embedding `soft_embedding_tolerance` and `max_embedding_norm`.
+    Attributes: `config`, `weights`, `adapters`, `dtype`, `device`, `options` (of every pass), `embedding_scale`, and
+    for ops.denoise.soft_embedding `soft_embedding_tolerance` and `max_embedding_norm`.
     """
 
     @in_own_torch_state
@@ -51,6 +56,7 @@ class Network:
     ) -> None:
         self.config = config
         self.weights = weights
+        self.adapters = AdapterSet()
         self.dtype = weights.embed_tokens.dtype
         self.device = weights.embed_tokens.device
         # The factor is rounded to the model's dtype before it multiplies: 53.0 and not 53.066 for 2,816 in bfloat16.
@@ -71,6 +77,19 @@ class Network:
         """An empty cache for `slots` requests of up to `max_length` positions each (prompt and committed canvases)."""
         return Cache(self.config, slots, max_length, self.dtype, self.device)
 
+    def load_adapter(self, name: str, adapter: Adapter) -> LoadedAdapter:
+        """Copies an adapter to the device, in the model's dtype. Raises ValueError for a name that is taken, and for
+        weights that an adapter cannot stand beside here."""
+        self.adapters.check_new(name)
+        modules, options = adapter.modules, self.options
+        if options.activations is not None and any(attribute in modules for attribute in EXPERT_ATTRIBUTES):
+            raise ValueError(f"adapter: it adapts experts, whose inputs activations {options.activations} rounds")
+        if options.matmul is MatmulMode.INVARIANT and "router_proj" in modules:
+            raise ValueError("adapter: it adapts the router, which batch_invariant on a GPU cannot run")
+        loaded = LoadedAdapter.load(name, adapter, self.dtype, self.device)
+        self.adapters.add(loaded)
+        return loaded
+
     def rotary_tables(self, positions: Tensor) -> RotaryTables:
         """Cosines and sines of int positions [n] for every kind of layer, each [n, head_dim]."""
         return rotary_tables(self.config, positions, self.dtype)
@@ -89,6 +108,7 @@ class Network:
         bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
         chunk: int = ENCODE_CHUNK,
         images: Sequence[Sequence[tuple[int, Tensor]]] | None = None,
+        adapter: AdapterName | Sequence[AdapterName] = None,
     ) -> None:
         """Appends tokens to the cache: causal attention over what each slot holds and over the new tokens.
 
@@ -97,7 +117,8 @@ class Network:
         positions whose tokens all see each other, on layers of every kind; a chunk border never cuts one. images: per
         row, the absolute position of each image's first soft token, and its features [soft tokens, hidden], which stand
         in place of the tokens' embeddings. The tokens of an image see each other on sliding layers, or with
-        image_attention "all" on every layer.
+        image_attention "all" on every layer. adapter: the name of a loaded one, or a list of one per row; None is the
+        default one, "base" none.
 
         Raises ValueError for ids outside the vocabulary, slots used twice, rows too long for the cache, images outside
         the new positions or on top of each other.
@@ -117,6 +138,7 @@ class Network:
                 )
         spans = _checked_spans(bidirectional_spans, len(slot_list))
         placed = self._checked_images(images, slot_list, counts, cache)
+        adapters = self.adapters.named_each(adapter, len(slot_list))
         # One pass for each row: the bits of a dense product may depend on its number of rows, and those of a request
         # must not depend on other requests.
         for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
@@ -130,6 +152,7 @@ class Network:
                     sliding_spans=self._span_tensor(spans[row] + of_images, first, last),
                     full_spans=self._span_tensor(everywhere, first, last),
                     features=tuple((at - first, features) for at, features in placed[row] if first <= at < last),
+                    adapter=adapters[row],
                 )
                 self.forward(cache, None, [part])
 
@@ -145,12 +168,13 @@ class Network:
         cache: Cache,
         slots: Sequence[int] | None = None,
         self_conditioning: Tensor | None = None,
+        adapter: AdapterName | Sequence[AdapterName] = None,
     ) -> Tensor:
         """One denoising pass; returns soft-capped logits, fp32 [B, L, vocabulary]. The cache is only read.
 
         canvas: integer [B, L], a tensor, an array or lists. self_conditioning: the last step's processed
         (temperature-scaled) logits, a tensor [B, L, vocabulary], or None for exact zero; no gradient flows through
-        them. Parity tests use this interface; `generate` stores no fp32 logits.
+        them. adapter: as in `encode`. Parity tests use this interface; `generate` stores no fp32 logits.
         """
         canvas, slot_list = self._checked_ids("canvas", canvas, cache, slots)
         shape = (*canvas.shape, self.config.vocab_size)
@@ -159,19 +183,27 @@ class Network:
             given = arguments.instance("self_conditioning", self_conditioning, Tensor, wanted)
             if tuple(given.shape) != shape or not given.is_floating_point() or given.is_meta:
                 raise arguments.refusal("self_conditioning", wanted, given)
+        adapters = self.adapters.named_each(adapter, len(slot_list))
         cap, logits = self.config.final_logit_softcapping, []
         for row, slot in enumerate(slot_list):
             soft_embedding = None
             if self_conditioning is not None:
                 soft_embedding = self.soft_embedding_of_logits(self_conditioning[row : row + 1])
-            hidden = self.forward(cache, self.canvas_in_slot(canvas[row : row + 1], cache, slot, soft_embedding))
+            of_row = self.canvas_in_slot(canvas[row : row + 1], cache, slot, soft_embedding, adapter=adapters[row])
+            hidden = self.forward(cache, of_row)
             assert hidden is not None, "the pass has a canvas"
             raw = functional.linear(hidden, self.weights.embed_tokens)
             logits.append(torch.tanh(raw.float() / cap) * cap)
         return torch.cat(logits)
 
     def canvas_in_slot(
-        self, ids: Tensor, cache: Cache, slot: int, soft_embedding: Tensor | None = None, appended: int = 0
+        self,
+        ids: Tensor,
+        cache: Cache,
+        slot: int,
+        soft_embedding: Tensor | None = None,
+        appended: int = 0,
+        adapter: LoadedAdapter | None = None,
     ) -> Canvases:
         """One canvas, int [1, L], that sees a slot's positions and `appended` more, which the same pass encodes."""
         prefix = cache.length(slot) + appended
@@ -182,6 +214,7 @@ class Network:
             prefix_length=torch.full((1,), prefix, dtype=torch.int32, device=self.device),
             rotary=self.rotary_tables(torch.arange(prefix, prefix + ids.shape[1], device=self.device)),
             soft_embedding=soft_embedding,
+            adapters=(adapter,),
         )
 
     def soft_embedding_of_logits(self, processed: Tensor) -> Tensor:

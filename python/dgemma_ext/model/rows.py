@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from dgemma_ext.checkpoint import ModelConfig
+from dgemma_ext.model.adapter_table import CanvasAdapters
 from dgemma_ext.model.cache import Cache
 from dgemma_ext.model.layers import RotaryTables, rotary_tables
+from dgemma_ext.model.loaded_adapter import LoadedAdapter
+from dgemma_ext.model.low_rank import NO_FACTORS, LowRanks, Side
 
 # The most tokens that a canvas's first step encodes. They take memory at the same time as the canvases
 # (engine/memory.py counts it), so a longer prompt is encoded by passes of its own.
@@ -28,6 +31,7 @@ class PrefillChunk:
 
     sliding_spans, full_spans: int32 [1, spans, 2], ranges of absolute positions whose tokens all see each other, on
     layers of either kind. features: (offset, [k, hidden]), what stands in place of the embeddings of k tokens.
+    adapter: whose factors for the encode pass stand beside the weights.
     """
 
     slot: int
@@ -35,6 +39,15 @@ class PrefillChunk:
     sliding_spans: Tensor | None = None
     full_spans: Tensor | None = None
     features: tuple[tuple[int, Tensor], ...] = ()
+    adapter: LoadedAdapter | None = None
+
+    def factors(self, layer: int | None) -> LowRanks:
+        return NO_FACTORS if self.adapter is None else self.adapter.encoder.of(layer)
+
+    def side(self, layer: int) -> Side | None:
+        """What stands beside a layer's weights for the chunk by itself."""
+        factors = self.factors(layer)
+        return Side((factors,)) if factors else None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -46,6 +59,9 @@ class Canvases:
 
     The prefix includes the chunks that the same pass encodes. A canvas whose slot is -1 is skipped by attention and
     experts; its rows only take part in dense products.
+
+    adapters: whose factors for the denoise pass stand beside the weights, one for each canvas; empty for none.
+    adapter_rows: the same on the device, where one product has the rows of all canvases.
     """
 
     ids: Tensor  # int [B, L]
@@ -55,6 +71,8 @@ class Canvases:
     soft_embedding: Tensor | None = None  # [B, L, hidden], the self-conditioning; None is exact zero
     # Head dimension → buffer for the attention's output, [B, L, heads, head_dim]. None allocates one.
     attention_out: dict[int, Tensor] | None = None
+    adapters: tuple[LoadedAdapter | None, ...] = ()
+    adapter_rows: CanvasAdapters | None = None
 
     @property
     def rows(self) -> int:
@@ -125,6 +143,18 @@ class Rows:
         """For each request in turn the position of its first row, None for a canvas."""
         canvases = () if self.canvases is None else (None,) * self.canvases.ids.shape[0]
         return (*canvases, *self.positions)
+
+    def side(self, layer: int | None) -> Side | None:
+        """What stands beside a layer's weights, None where nothing does. layer None: the self-conditioning."""
+        canvases = self.canvases
+        factors: list[LowRanks] = []
+        by_canvas = None
+        if canvases is not None:
+            adapters = canvases.adapters or (None,) * canvases.ids.shape[0]
+            factors += [NO_FACTORS if adapter is None else adapter.decoder.of(layer) for adapter in adapters]
+            by_canvas = None if canvases.adapter_rows is None else canvases.adapter_rows.of(layer)
+        factors += [chunk.factors(layer) for chunk in self.chunks]
+        return Side(tuple(factors), by_canvas) if any(factors) or by_canvas else None
 
     def chunk_slices(self) -> list[slice]:
         """The rows of each chunk."""

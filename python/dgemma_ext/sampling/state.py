@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.model import Canvases, Network, RotaryTables
+from dgemma_ext.model import Canvases, MatmulMode, Network, RotaryTables
 from dgemma_ext.model.layers import rotary_kinds
 from dgemma_ext.ops.denoise import VocabularyStatistics, soft_embedding_workspace
 from dgemma_ext.ops.vocabulary_head import statistics_layout
+from dgemma_ext.sampling.adapter_rows import AdapterRows
 from dgemma_ext.sampling.constraint import Constraints
 
 # Fields of StepOutput with their dtypes, and whether they have a value for every position. They share one buffer, so
@@ -125,6 +126,7 @@ class CanvasBatch:
     rotary: RotaryTables  # of every row's positions, [B * L, head_dim] each
     output: Tensor  # the buffer of a StepOutput; the state's tensors of these names are views of it
     constraints: Constraints  # of the rows of the whole batch, also in views of some rows
+    adapters: AdapterRows  # the same
     first_row: int = 0  # of the whole batch
 
     @property
@@ -176,12 +178,14 @@ class CanvasBatch:
         mask = one.state.allowed_row
         other.state.allowed_row.copy_(torch.where(mask < 0, mask, mask + (moved - begin)))
         self.constraints.move(source, target)
+        self.adapters.move(source, target)
 
     def clear(self, row: int) -> None:
         """Marks the row as unused."""
         self.state.active[row].zero_()
         self.slot[row].fill_(-1)
         self.constraints.clear(row)
+        self.adapters.clear(row)
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,12 @@ class StepBuffers:
         return VocabularyStatistics(argmax, state.entropy, *softmax)
 
 
-def canvases_of(batch: CanvasBatch, buffers: StepBuffers, self_conditioned: bool) -> Canvases:
+def canvases_of(batch: CanvasBatch, buffers: StepBuffers, self_conditioned: bool, adapted: bool = True) -> Canvases:
     """The batch's canvases for the forward pass, which skips requests that are not active."""
-    state = batch.state
+    state, rows = batch.state, (batch.first_row, batch.first_row + batch.rows)
+    adapters = batch.adapters.between(*rows) if adapted else ()
+    if adapters:
+        batch.adapters.update()
     return Canvases(
         ids=state.canvas,
         slot=batch.slot.masked_fill(state.active.logical_not(), -1),
@@ -231,6 +238,8 @@ def canvases_of(batch: CanvasBatch, buffers: StepBuffers, self_conditioned: bool
         rotary=batch.rotary,
         soft_embedding=state.soft_embedding if self_conditioned else None,
         attention_out=buffers.attention_out,
+        adapters=adapters,
+        adapter_rows=batch.adapters.on_device(*rows) if adapters else None,
     )
 
 
@@ -261,6 +270,7 @@ def make_canvas_batch(
         rotary={kind: (table(kind[1]), table(kind[1])) for kind in rotary_kinds(config)},
         output=output,
         constraints=Constraints(rows, device),
+        adapters=AdapterRows(rows, device, network.adapters, network.options.matmul is not MatmulMode.PER_REQUEST),
     )
 
 

@@ -127,18 +127,20 @@ def denoising_step(
     chunks: Sequence[PrefillChunk] = (),
     self_conditioned: bool = True,
     constrained: bool = True,
+    adapted: bool = True,
 ) -> None:
     """Advances every active row by one step, in place; other rows stay as they are.
 
     buffers: for as many rows as the batch has. chunks: tokens that the same pass encodes; each row's prefix_length
     counts its chunk already. A step with chunks cannot be captured, because its shapes depend on their lengths.
     self_conditioned: False leaves the self-conditioning out, which is exact where no row has made a step.
-    constrained: False leaves grammars out, which is exact where no row has one. A captured step with grammars runs as
-    long as `batch.constraints.version` is what it was.
+    constrained, adapted: False leaves grammars, and adapters, out, which is exact where no row has one. A captured step
+    with grammars runs as long as `batch.constraints.version` is what it was, one with adapters as long as
+    `batch.adapters.version` is.
 
     Inactive rows only cost their part of the dense products: attention, experts, head and everything after skip them.
     """
-    hidden = network.forward(cache, canvases_of(batch, buffers, self_conditioned), chunks)
+    hidden = network.forward(cache, canvases_of(batch, buffers, self_conditioned, adapted), chunks)
     assert hidden is not None, "a step has canvases"
     statistics = buffers.statistics_of(batch.state)
     params = logits_params(network, batch.state, buffers)
