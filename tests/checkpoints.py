@@ -142,21 +142,26 @@ def make_checkpoint(
     seed: int = 0,
     with_tokenizer: bool = True,
     final_norm_scale: float = 3.0,
+    images: bool = False,
     **sizes: Any,
 ) -> Path:
     """Writes a random checkpoint in the published layout and returns its folder; `sizes` go to `config_for`.
 
     Every tensor's values depend on `seed` and its name alone. Matrices keep the variance of what they multiply; norms,
     scales and layer scalars spread around 1 (the encoder's scalars differ from the decoder's); `final_norm_scale`
-    widens the logits. Drawn in `dtype`, one shard in memory at a time.
+    widens the logits. images: whether prompts may have them, because the tokenizer knows their tokens. Drawn in
+    `dtype`, one shard in memory at a time.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = config_for(dtype=dtype, **sizes)
+    if images:
+        config |= {"boi_token_id": 501, "image_token_id": 500, "eoi_token_id": 502}
+        config["vision_config"]["position_embedding_size"] = 128
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", GENERATION_CONFIG)
     if with_tokenizer:
-        write_tokenizer(directory, config["text_config"]["vocab_size"])
+        write_tokenizer(directory, config["text_config"]["vocab_size"], images)
 
     shapes = published_names(config)
     names = list(shapes)

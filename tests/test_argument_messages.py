@@ -46,7 +46,7 @@ def test_the_message_says_what_came_and_what_is_wanted(changes: dict[str, Any], 
     [
         (
             [{"role": "user", "content": 3}],
-            r"messages\[0\]\['content'\] must be a string or a list of text parts, got 3",
+            r"messages\[0\]\['content'\] must be a string or a list of parts, texts and images, got 3",
         ),
         (
             [{"role": "user", "content": "hi"}, {"role": "robot"}],

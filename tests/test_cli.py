@@ -296,6 +296,6 @@ def test_info_of_the_published_layout_reads_headers_alone(tmp_path: Path, monkey
     shown = dgemma("info", str(folder)).out
     assert "25 sliding (8 key/value heads of 256, window 1,024), 5 full (2 key/value heads of 512)" in shown
     assert re.search(r"^files +11, 51.65 GB of tensors\ntensors +1,047 in BF16, 51.65 GB$", shown, re.MULTILINE)
-    assert re.search(r"^vision, skipped +356 tensors, ", shown, re.MULTILINE)
+    assert re.search(r"^vision +27 layers of hidden 1,152, 356 tensors, ", shown, re.MULTILINE)
     assert re.search(r"^missing for text +tokenizer.json, chat template$", shown, re.MULTILINE)
     assert ESCAPE not in shown

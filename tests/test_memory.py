@@ -20,6 +20,7 @@ from dgemma_ext.engine import MemoryPlan, batch_plan, check_memory, cuda_graphs,
 from dgemma_ext.engine import memory as memory_module
 from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
+from dgemma_ext.model.vision import resolve_images
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.units import format_bytes
 from models import random_model
@@ -28,10 +29,13 @@ from published_layout import write_published_layout
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def plan_of(folder: Path, weights: str, device: torch.device = CPU, context: int | None = None) -> MemoryPlan:
+def plan_of(
+    folder: Path, weights: str, device: torch.device = CPU, context: int | None = None, images: str | bool = "auto"
+) -> MemoryPlan:
     config = ModelConfig.from_file(folder)
     info = inspect_checkpoint(folder, config)
-    return memory_plan(config, info, resolve_weights(weights), torch.bfloat16, device, context)
+    vision = resolve_images(images, info, config)
+    return memory_plan(config, info, resolve_weights(weights), torch.bfloat16, device, context, vision=vision)
 
 
 def bytes_of(model: dg.DiffusionGemma) -> int:
@@ -39,7 +43,8 @@ def bytes_of(model: dg.DiffusionGemma) -> int:
     values = list(vars(model.weights).values())
     for layer in model.weights.layers:
         values += vars(layer).values()
-    return sum(value.nbytes for value in values if isinstance(value, Tensor | QuantizedWeight))
+    tower = 0 if model.vision is None else model.vision.tower.nbytes
+    return tower + sum(value.nbytes for value in values if isinstance(value, Tensor | QuantizedWeight))
 
 
 @pytest.mark.parametrize("weights", ["auto", "unquantized", "fp8", "int4", "int4-64", "nvfp4"])
@@ -65,13 +70,13 @@ def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
     """Text only, a context of 8,192, on a GPU where the build knows the workspaces of its kernels."""
     folder = write_published_layout(tmp_path)
     device = CUDA if _C.has_cuda() else CPU
-    plan = plan_of(folder, "int4", device, 8192)
+    plan = plan_of(folder, "int4", device, 8192, images=False)
     print(f"\n{plan.table()}")
     assert plan.total <= 18_000_000_000
     assert plan.cache == 25 * 2 * 1023 * 8 * 256 * 2 + 5 * 2 * 8192 * 2 * 512 * 2
     assert plan.logits == 256 * 262_144 * 2
     for weights, least, most in (("auto", 50.4e9, 50.6e9), ("fp8", 25e9, 28e9), ("nvfp4", 16e9, 18e9)):
-        total = sum(nbytes for _, nbytes in plan_of(folder, weights, device, 8192).weights.values())
+        total = sum(nbytes for _, nbytes in plan_of(folder, weights, device, 8192, False).weights.values())
         assert least < total < most, (weights, total)
 
 
@@ -104,7 +109,8 @@ def test_a_load_that_does_not_fit_is_refused_with_the_table(tmp_path: Path, monk
     folder = make_checkpoint(tmp_path, with_tokenizer=False)
     config = ModelConfig.from_file(folder)
     plan = plan_of(folder, "auto")
-    mapped = mapped_bytes(config, inspect_checkpoint(folder, config), "auto", torch.bfloat16)
+    info = inspect_checkpoint(folder, config)
+    mapped = mapped_bytes(config, info, "auto", torch.bfloat16, resolve_images("auto", info, config))
     # bfloat16 weights stay in the file, so only the rest must fit.
     assert mapped == sum(nbytes for _, nbytes in plan.weights.values())
     loads: list[object] = []
@@ -231,10 +237,12 @@ def test_a_scheduler_makes_sure_that_graphs_and_the_prefix_cache_fit(monkeypatch
     monkeypatch.setattr(scheduler_module, "can_capture", lambda network: True)
     length = model.config.canvas_length
     slot, budget = model.new_cache(1, 100).nbytes, 123_456
-    plan = batch_plan(model.network, 4, length, 100, slots=3, captured=True, prefix_cache_bytes=budget)
+    assert model.vision is not None
+    vision = model.vision.tower.config
+    plan = batch_plan(model.network, 4, length, 100, slots=3, captured=True, prefix_cache_bytes=budget, vision=vision)
     assert plan.cache == 3 * slot
     assert plan.prefix_cache == budget
-    without = batch_plan(model.network, 4, length, 100, slots=3)
+    without = batch_plan(model.network, 4, length, 100, slots=3, vision=vision)
     assert plan.total == without.total + budget + plan.graphs
     assert plan.graphs > 0
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total - 1)

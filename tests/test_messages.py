@@ -102,7 +102,7 @@ def test_a_result_may_be_data_and_the_caller_s_messages_stay_as_they_were() -> N
         ([{"role": "user", "content": [["x"]]}], r"messages\[0\]\['content'\]\[0\] must be text, .*, got \['x'\]"),
         (
             [{"role": "user", "content": [{"type": "input_image"}]}],
-            r"not supported\), got {'type': 'input_image'}",
+            r"\['content'\]\[0\] must be an image: .*, got {'type': 'input_image'}",
         ),
         (
             [{"role": "user", "content": "a\udcff"}],

@@ -173,7 +173,7 @@ def test_options_differ_by_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "match"),
     [
-        ([5, 6], {"tools": [LOOK]}, "prompt is token ids; tools, thinking and special_tokens are for text"),
+        ([5, 6], {"tools": [LOOK]}, "prompt is token ids; tools, thinking, images and special_tokens are for text"),
         ([5, 6], {"enable_thinking": False}, "prompt is token ids"),
         ([5, 6], {"special_tokens": "tokens"}, "prompt is token ids"),
         ("hi", {"enable_thinking": "yes"}, "enable_thinking must be True or False, got 'yes'"),

@@ -135,13 +135,13 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ([{"role": "user"}], r"messages\[0\]\['content'\] must be .*, got None"),
         (
             [{"role": "user", "content": 3}],
-            r"\['content'\] must be a string or a list of text parts, got 3",
+            r"\['content'\] must be a string or a list of parts, .*, got 3",
         ),
         ([{"role": "user", "content": [7]}], r"messages\[0\]\['content'\]\[0\] must be text, .*, got 7"),
         ("\ud800 hi", r"prompt must be text that UTF-8 can hold, got a lone surrogate, '\\ud800', at character 0"),
         (
             [{"role": "user", "content": [{"type": "image"}]}],
-            r"\[0\] must be text, .*not supported\), got {'type': 'image'}",
+            r"\['content'\]\[0\] must be an image: .*, got {'type': 'image'}",
         ),
         ([{"role": "user", "content": [{"type": "audio"}]}], "got {'type': 'audio'}"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"\['content'\]\[0\]\['text'\] must be a string, got None"),

@@ -26,6 +26,9 @@ SPECIAL_TOKENS = {
     "<turn|>": 106,
 }
 
+# Those of images; their published ids are beyond the vocabularies of tests.
+IMAGE_TOKENS = {"<|image>": 501, "<|image|>": 500, "<image|>": 502}
+
 # The format of the published template in short: turns, thoughts since the last question, tools, calls and results.
 CHAT_TEMPLATE = """\
 {%- macro value_of(value) -%}
@@ -50,7 +53,9 @@ CHAT_TEMPLATE = """\
     {%- if content is string -%}
         {{ content | trim }}
     {%- else -%}
-        {%- for part in content %}{{ part['text'] | trim }}{% endfor -%}
+        {%- for part in content -%}
+            {{ '<|image|>' if part['type'] == 'image' else part['text'] | trim }}
+        {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {{ bos_token }}
@@ -98,16 +103,17 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_tokenizer(directory: Path, vocabulary: int) -> None:
+def write_tokenizer(directory: Path, vocabulary: int, images: bool = False) -> None:
     """Writes a small tokenizer.json of the published kind (BPE with byte fallback, spaces as ▁) and a chat template.
 
     Ids: the special tokens where the published tokenizer has them, a newline at 107, 256 bytes, printable ASCII, a few
-    words, then unused entries up to `vocabulary`.
+    words, then unused entries up to `vocabulary`. images: with IMAGE_TOKENS, for which it takes 503 entries.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    ids = dict(SPECIAL_TOKENS)
+    special = SPECIAL_TOKENS | (IMAGE_TOKENS if images else {})
+    ids = dict(special)
     ids["\n"] = 107
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁"] + [chr(code) for code in range(33, 127)]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("u", "s"), ("us", "e"), ("use", "r"), ("s", "k"), ("sk", "y")]
@@ -122,7 +128,7 @@ def write_tokenizer(directory: Path, vocabulary: int) -> None:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}

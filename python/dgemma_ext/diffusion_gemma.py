@@ -15,6 +15,7 @@ from dgemma_ext.checkpoint import (
     ModelConfig,
     Tokenizer,
     inspect_checkpoint,
+    read_soft_tokens,
     resolve_checkpoint,
     resolve_weights,
 )
@@ -35,6 +36,7 @@ from dgemma_ext.engine import (
 from dgemma_ext.environment import check_environment
 from dgemma_ext.model import (
     ENCODE_CHUNK,
+    IMAGE_ATTENTION,
     Cache,
     ModelWeights,
     Network,
@@ -44,6 +46,7 @@ from dgemma_ext.model import (
     resolve_dtype,
     resolve_matmul,
 )
+from dgemma_ext.model.vision import Vision, load_tower, resolve_images
 from dgemma_ext.sampling import Canvas, CompiledGrammar, Grammar, SamplerConfig, compile_grammar
 from dgemma_ext.torch_state import in_own_torch_state
 
@@ -52,13 +55,21 @@ class DiffusionGemma:
     """A DiffusionGemma; `from_pretrained` makes one.
 
     Attributes: `network` (weights and passes), `tokenizer` (None where the checkpoint has none), `defaults`
-    (generation_config.json), and the network's `config`, `weights`, `dtype` and `device`.
+    (generation_config.json), `vision` (the vision tower, None without one), and the network's `config`, `weights`,
+    `dtype` and `device`.
     """
 
-    def __init__(self, network: Network, defaults: GenerationDefaults, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        defaults: GenerationDefaults,
+        tokenizer: Tokenizer | None,
+        vision: Vision | None = None,
+    ) -> None:
         self.network = network
         self.defaults = defaults
         self.tokenizer = tokenizer
+        self.vision = vision
         # On a GPU `generate` keeps a scheduler (cache, buffers, graphs) from call to call. None gives the memory back.
         self.kept_scheduler: Scheduler | None = None
 
@@ -76,6 +87,8 @@ class DiffusionGemma:
         weights: str = "auto",
         batch_invariant: bool = False,
         activations: str | None = None,
+        images: str | bool = "auto",
+        image_attention: str = "sliding",
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, or a Hugging Face Hub id where huggingface_hub is installed.
 
@@ -89,6 +102,10 @@ class DiffusionGemma:
         `activations`: "fp8" also rounds the inputs of the experts' products to FP8, with a scale for each token, where
         their weights are fp8; this changes tokens. It needs a GPU of compute capability 8.9, 9.0 or 12.x; the CPU makes
         the same roundings, slowly.
+        `images`: whether the vision tower is loaded; "auto" loads it where the checkpoint has one. The published one
+        takes 1.1 GB.
+        `image_attention`: on which layers the tokens of an image see each other: "sliding", as in Google's own code, or
+        "all", as in transformers' DiffusionGemma; see docs/guide.md.
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, for
         activations that do not go with the weights or the device and for an environment variable of this package with
@@ -102,12 +119,20 @@ class DiffusionGemma:
         resolved, place = resolve_dtype(dtype, config), resolve_device(device)
         matmul = resolve_matmul(arguments.flag("batch_invariant", batch_invariant), place, resolved)
         info = inspect_checkpoint(path, config)
-        plan = memory_plan(config, info, wanted, resolved, place, activations=activations)
-        check_memory(plan, mapped_bytes(config, info, wanted, resolved) if place.type == "cpu" else 0, place)
+        vision_config = resolve_images(images, info, config)
+        soft_tokens = 0 if vision_config is None else read_soft_tokens(path)
+        plan = memory_plan(config, info, wanted, resolved, place, activations=activations, vision=vision_config)
+        mapped = mapped_bytes(config, info, wanted, resolved, vision_config) if place.type == "cpu" else 0
+        check_memory(plan, mapped, place)
         rounded = resolve_activations(activations, plan.weights["experts"][0], config, place, resolved)
+        arguments.choice("image_attention", image_attention, IMAGE_ATTENTION)
         loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)
+        network = Network(config, loaded, matmul, rounded, image_attention)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
-        return cls(Network(config, loaded, matmul, rounded), GenerationDefaults.from_file(path, config), tokenizer)
+        defaults = GenerationDefaults.from_file(path, config)
+        tower = None if vision_config is None else load_tower(info, config, resolved, place)
+        vision = None if tower is None else Vision(tower, soft_tokens)
+        return cls(network, defaults, tokenizer, vision)
 
     @property
     def config(self) -> ModelConfig:
@@ -137,9 +162,10 @@ class DiffusionGemma:
         lengths: Sequence[int] | None = None,
         bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
         chunk: int = ENCODE_CHUNK,
+        images: Sequence[Sequence[tuple[int, torch.Tensor]]] | None = None,
     ) -> None:
         """Appends tokens, integer [B, T], to the cache; see Network.encode."""
-        self.network.encode(ids, cache, slots, lengths, bidirectional_spans, chunk)
+        self.network.encode(ids, cache, slots, lengths, bidirectional_spans, chunk, images)
 
     def denoise(
         self,
@@ -178,6 +204,8 @@ class DiffusionGemma:
         logprobs: int | Sequence[int | None] | None = None,
         deadline: float | Sequence[float | None] | None = None,
         grammar: Grammar | Sequence[Grammar | None] | None = None,
+        images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
+        image_tokens: int | Sequence[int | None] | None = None,
     ) -> Any:
         """Answers a prompt, or each of a list of prompts.
 
@@ -200,6 +228,11 @@ class DiffusionGemma:
         grammar: a dg.Regex, dg.JsonSchema, dg.Choice or dg.ToolCalls that the answer matches, and every draft on the
         way to it; see docs/structured.md. On the CPU alone.
 
+        images: of a prompt that is text: a list of paths, bytes of files, data URLs and Pillow images, which stand
+        before the text in this order; in a batch one such list or None per prompt. Chats have them as parts of their
+        messages; see docs/guide.md. image_tokens: the most soft tokens that an image becomes, 70, 140, 280, 560 or
+        1120, default the checkpoint's; one for all prompts or one per prompt.
+
         On a GPU the model keeps the cache, buffers and graphs of the call for the next one; `kept_scheduler = None`
         frees their memory.
 
@@ -208,7 +241,8 @@ class DiffusionGemma:
         """
         if on_draft is not None and not callable(on_draft):
             raise arguments.refusal("on_draft", "a function or None", on_draft)
-        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline, grammar)
+        of_template = (tools, enable_thinking, chat_template_kwargs, special_tokens)
+        more = (*of_template, logprobs, deadline, grammar, images, image_tokens)
         return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).outputs(on_draft)
 
     def stream(
@@ -225,12 +259,15 @@ class DiffusionGemma:
         logprobs: int | Sequence[int | None] | None = None,
         deadline: float | Sequence[float | None] | None = None,
         grammar: Grammar | Sequence[Grammar | None] | None = None,
+        images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
+        image_tokens: int | Sequence[int | None] | None = None,
     ) -> Iterator[Draft | Commit]:
         """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
         In a batch `event.request.number` is the index of the prompt.
         """
-        more = (tools, enable_thinking, chat_template_kwargs, special_tokens, logprobs, deadline, grammar)
+        of_template = (tools, enable_thinking, chat_template_kwargs, special_tokens)
+        more = (*of_template, logprobs, deadline, grammar, images, image_tokens)
         yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).events()
 
     def decide(
@@ -244,6 +281,8 @@ class DiffusionGemma:
         enable_thinking: bool | Sequence[bool | None] | None = None,
         chat_template_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         special_tokens: str | Sequence[str] = "text",
+        images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
+        image_tokens: int | Sequence[int | None] | None = None,
     ) -> Any:
         """Which of some choices answers a prompt, or each of a list of prompts, read in one denoising step.
 
@@ -264,6 +303,8 @@ class DiffusionGemma:
             "enable_thinking": enable_thinking,
             "chat_template_kwargs": chat_template_kwargs,
             "special_tokens": special_tokens,
+            "images": images,
+            "image_tokens": image_tokens,
         }
         return decide(self, prompt, choices, template, canvas_length, seed, **options)
 
@@ -275,7 +316,8 @@ class DiffusionGemma:
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: str = "text",
+        image_tokens: int | None = None,
     ) -> Chat:
         """A conversation that keeps its cache from turn to turn; arguments as in `generate`."""
-        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens)
+        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens, image_tokens)
         return Chat(self, system=system, max_length=max_length, options=options)

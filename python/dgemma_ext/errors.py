@@ -17,6 +17,7 @@ class CheckpointError(Exception):
     tensor: str | None
 
     def __init__(self, message: str, *, file: str | os.PathLike[str] | None = None, tensor: str | None = None) -> None:
+        self.message = message
         self.file = None if file is None else os.fspath(file)
         self.tensor = tensor
         where = (self.file, None if tensor is None else f"tensor {tensor}")

@@ -1,8 +1,9 @@
 """Checks a chat's messages and tools, and writes them in the one form that chat templates expect.
 
 Taken are the forms of OpenAI's interfaces and of transformers: content as a string, as None in an assistant's turn, or
-as a list of parts; tool calls with arguments as a mapping or as JSON text; tools as schemas with or without the
-"function" level. Fields with the value None are left out, because templates would print them or loop over them.
+as a list of parts, texts and images (image_parts.py); tool calls with arguments as a mapping or as JSON text; tools as
+schemas with or without the "function" level. Fields with the value None are left out, because templates would print
+them or loop over them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgemma_ext import arguments
+from dgemma_ext.checkpoint.image_parts import IMAGE_TYPES, image_source
 
 Message = Mapping[str, Any]
 
@@ -22,7 +24,10 @@ _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
 def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain dictionaries. Raises ValueError naming the message and what is wrong with it."""
+    """The messages as plain dictionaries. Raises ValueError naming the message and what is wrong with it.
+
+    A part that is an image is {"type": "image"} afterwards; `images_of` has the images.
+    """
     given = arguments.sequence("messages", messages, _MESSAGES)
     if not given:
         raise arguments.refusal("messages", _MESSAGES, messages)
@@ -43,6 +48,23 @@ def checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return checked
 
 
+def images_of(messages: Sequence[Message]) -> list[tuple[str, str, Any]]:
+    """The images of messages in their order: what errors call each, the key that holds it, and the image as given.
+
+    Raises ValueError as `checked_messages` does for an image's part.
+    """
+    found = []
+    for index, message in enumerate(arguments.sequence("messages", messages, _MESSAGES)):
+        plain = _plain(message)
+        content = plain.get("content") if isinstance(plain, Mapping) else None
+        parts: Sequence[Any] = content if content is not None and arguments.is_sequence(content) else ()
+        for place, part in enumerate(parts):
+            name = f"messages[{index}]['content'][{place}]"
+            if isinstance(part, Mapping) and part.get("type") in IMAGE_TYPES:
+                found.append((name, *image_source(name, part)))
+    return found
+
+
 def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
     """The tools as {"type": "function", "function": schema}; None for no tools. Raises ValueError naming the tool."""
     if tools is None:
@@ -60,8 +82,7 @@ def checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, A
 
 
 def _checked_message(name: str, message: Any) -> dict[str, Any]:
-    if hasattr(message, "model_dump"):  # the objects that OpenAI's package returns
-        message = message.model_dump()
+    message = _plain(message)
     if not isinstance(message, Mapping):
         raise arguments.refusal(name, "a mapping with role and content", message)
     arguments.choice(f"{name}['role']", message.get("role"), _ROLES)
@@ -74,6 +95,11 @@ def _checked_message(name: str, message: Any) -> dict[str, Any]:
     return made
 
 
+def _plain(message: Any) -> Any:
+    """The objects that OpenAI's package returns as mappings, and anything else as it is."""
+    return message.model_dump() if hasattr(message, "model_dump") else message
+
+
 def _checked_content(name: str, content: Any, role: str) -> Any:
     if content is None and role in _MODEL_ROLES:
         return ""
@@ -81,7 +107,7 @@ def _checked_content(name: str, content: Any, role: str) -> Any:
         return arguments.text(name, content)
     if role == "tool" and isinstance(content, Mapping):
         return dict(content)
-    parts = arguments.sequence(name, content, "a string or a list of text parts")
+    parts = arguments.sequence(name, content, "a string or a list of parts, texts and images")
     return [_checked_part(f"{name}[{index}]", part) for index, part in enumerate(parts)]
 
 
@@ -91,8 +117,11 @@ def _checked_part(name: str, part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "refusal":
         kind, part = "text", {"text": part.get("refusal")}
+    if kind in IMAGE_TYPES:
+        image_source(name, part)
+        return {"type": "image"}
     if kind not in _TEXT_TYPES:
-        wanted = 'text, or {"type": "text", "text": ...} (images and audio are not supported)'
+        wanted = 'text, {"type": "text", "text": ...} or an image (audio and video are not supported)'
         raise arguments.refusal(name, wanted, part)
     return {"type": "text", "text": arguments.text(f"{name}['text']", part.get("text"))}
 

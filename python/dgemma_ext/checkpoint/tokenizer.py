@@ -15,7 +15,7 @@ from dgemma_ext import arguments
 from dgemma_ext.checkpoint.chat_template import ChatTemplate, json_value
 from dgemma_ext.checkpoint.file_faults import read_file
 from dgemma_ext.checkpoint.json_section import read_object
-from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools
+from dgemma_ext.checkpoint.messages import Message, checked_messages, checked_tools, images_of
 from dgemma_ext.checkpoint.response import MARKERS, THOUGHT_MARKS, Part, Response, ResponseParser
 from dgemma_ext.checkpoint.special_tokens import SpecialTokens, is_marker, make_masks, strings_of
 from dgemma_ext.checkpoint.token_bytes import token_bytes
@@ -27,6 +27,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 # Gemma's special tokens, for a tokenizer_config.json that does not name them.
 _SPECIAL_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+# What a chat template writes where an image stands.
+IMAGE_MARK = "<|image|>"
 
 # How special tokens that are spelled in a text are encoded: as text like any other, or as those tokens.
 _SPELLED = ("text", "tokens")
@@ -191,9 +194,10 @@ class Tokenizer:
         """Renders a chat to the model's prompt text, with its begin-of-sequence token.
 
         `messages`: mappings with "role" (system, developer, user, assistant, model or tool) and "content" (a string, or
-        a list of strings and of {"type": "text", "text": ...}), as OpenAI's interfaces write them: an assistant's turn
-        may have "tool_calls", and then the results follow in messages of the role tool, with "tool_call_id" or "name".
-        `tools`: JSON schemas of functions. `variables` go to the template, such as `enable_thinking`.
+        a list of strings, of {"type": "text", "text": ...} and of images), as OpenAI's interfaces write them: an
+        assistant's turn may have "tool_calls", and then the results follow in messages of the role tool, with
+        "tool_call_id" or "name". `tools`: JSON schemas of functions. `variables` go to the template, such as
+        `enable_thinking`.
 
         In the text nobody can tell the template's special tokens from those that a message spells; `encode_prompt` can.
 
@@ -217,6 +221,9 @@ class Tokenizer:
 
         special_tokens: as in `encode`. With "text" only the template writes special tokens, whatever messages, tools
         and variables spell.
+
+        An image of a chat becomes one `<|image|>`; the engine puts its soft tokens there. Raises ValueError where text
+        spells that token, or the template leaves an image out.
         """
         arguments.choice("special_tokens", special_tokens, _SPELLED)
         parts: list[Any] = []
@@ -231,12 +238,27 @@ class Tokenizer:
         if is_chat:
             checked = self._variables(parts, True, tools, variables)
             stays_text = special_tokens == "text"
-            return self._encode_chat(checked) if stays_text else self._encode_marked(self._template().render(checked))
+            ids = self._encode_chat(checked) if stays_text else self._encode_marked(self._template().render(checked))
+            self._check_images(ids, len(images_of(parts)))
+            return ids
         if isinstance(prompt, str):
-            return self.encode(prompt, self.bos_token_id is not None, special_tokens)
+            ids = self.encode(prompt, self.bos_token_id is not None, special_tokens)
+            self._check_images(ids, 0)
+            return ids
         if not parts:
             raise arguments.refusal("prompt", _PROMPT, prompt)
         return self._checked_ids("prompt", parts)
+
+    def _check_images(self, ids: Sequence[int], images: int) -> None:
+        """Raises ValueError where a prompt's ids have another number of places for images than it has images."""
+        mark = self._specials.ids.get(IMAGE_MARK)
+        if mark is None and images:
+            raise ValueError(f"messages have an image, and the tokenizer has no {IMAGE_MARK}")
+        places = 0 if mark is None else ids.count(mark)
+        if places > images:
+            raise ValueError(f"the text of the prompt spells {IMAGE_MARK}, which stands for an image")
+        if places < images:
+            raise ValueError(f"the prompt has {images} images, and the chat template writes {places}")
 
     def _template(self) -> ChatTemplate:
         if self.chat_template is None:

@@ -23,10 +23,13 @@ from dgemma_ext.checkpoint import (
     expected_tensors,
     ignored_settings,
     inspect_checkpoint,
+    read_soft_tokens,
     resolve_weights,
 )
 from dgemma_ext.engine import USUAL_CONTEXT, USUAL_SNAPSHOTS, memory_plan
+from dgemma_ext.errors import CheckpointError
 from dgemma_ext.model import Cache, resolve_dtype
+from dgemma_ext.model.vision import resolve_images
 from dgemma_ext.version import __version__
 
 
@@ -84,12 +87,7 @@ def checkpoint_facts(
         "context": config.max_position_embeddings,
         "canvas_length": config.canvas_length,
         "parameters": {"text": loaded, "active": loaded - _resting_parameters(config)},
-        "vision": {
-            "tensors": len(headers.vision_tensors),
-            "bytes": headers.vision_bytes,
-            # model.encoder.vision_tower and the like: three parts name the module.
-            "prefixes": sorted({".".join(name.split(".")[:3]) for name in headers.vision_tensors}),
-        },
+        "vision": _vision(folder, config, headers),
         "cache": _cache(config, context or min(USUAL_CONTEXT, config.max_position_embeddings)),
         "memory": _memory(config, headers, context, weights, dtype, device, activations),
         # Stored without need: copies of tied weights, compared when they are loaded, and buffers, not read.
@@ -99,6 +97,25 @@ def checkpoint_facts(
         "ignored_settings": ignored_settings(folder),
         "text_files": _text_files(folder),
     }
+
+
+def _vision(folder: Path, config: ModelConfig, headers: CheckpointInfo) -> dict[str, Any]:
+    """The vision tower; "refused" says why it cannot be loaded, and is None for one that can."""
+    facts: dict[str, Any] = {
+        "tensors": len(headers.vision_tensors),
+        "bytes": headers.vision_bytes,
+        # model.encoder.vision_tower and the like: three parts name the module.
+        "prefixes": sorted({".".join(name.split(".")[:3]) for name in headers.vision_tensors}),
+        "refused": None,
+    }
+    try:
+        vision = resolve_images("auto", headers, config)
+        soft_tokens = read_soft_tokens(folder)
+    except CheckpointError as error:
+        return {**facts, "refused": str(error)}
+    if vision is None:
+        return facts
+    return {**facts, "layers": vision.num_layers, "hidden_size": vision.hidden_size, "soft_tokens": soft_tokens}
 
 
 def _layers(layers: list[LayerConfig]) -> dict[str, Any]:
@@ -154,7 +171,11 @@ def _memory(
 ) -> dict[str, Any]:
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     wanted, resolved = resolve_weights(weights), resolve_dtype(dtype, config)
-    plan = memory_plan(config, headers, wanted, resolved, place, context, activations)
+    try:
+        vision = resolve_images("auto", headers, config)
+    except CheckpointError:  # which the facts of the tower say
+        vision = None
+    plan = memory_plan(config, headers, wanted, resolved, place, context, activations, vision=vision)
     return {
         "device": place.type,
         "weights": {part: {"kept": format, "bytes": nbytes} for part, (format, nbytes) in plan.weights.items()},

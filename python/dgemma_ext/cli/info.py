@@ -90,12 +90,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
         ("vocabulary", f"{facts['vocabulary']:,} tokens"),
         ("context", f"{facts['context']:,} tokens, canvas of {facts['canvas_length']}"),
         ("parameters", f"{parameters['text']:,} for text, {parameters['active']:,} active per token"),
-        (
-            "vision, skipped",
-            f"{vision['tensors']} tensors, {format_bytes(vision['bytes'])}: {', '.join(vision['prefixes'])}"
-            if vision["tensors"]
-            else "none stored",
-        ),
+        ("vision", _vision(vision)),
         (
             "cache",
             f"{cache['bytes_per_token']:,} bytes per token ({cache['bytes_per_token_after_window']:,} beyond the "
@@ -120,6 +115,17 @@ def _checkpoint_rows(facts: dict[str, Any]) -> Rows:
     if missing:
         rows.append(("missing for text", ", ".join(missing)))
     return rows
+
+
+def _vision(facts: dict[str, Any]) -> str:
+    if facts["refused"] is not None:
+        return f"cannot be loaded: {facts['refused']}"
+    if "layers" not in facts:
+        return "none stored" if not facts["tensors"] else "not described in config.json, so skipped"
+    return (
+        f"{facts['layers']} layers of hidden {facts['hidden_size']:,}, {facts['tensors']} tensors, "
+        f"{format_bytes(facts['bytes'])}; an image takes up to {facts['soft_tokens']} tokens"
+    )
 
 
 def _several(names: list[str]) -> str:

@@ -1,8 +1,9 @@
 """Runs requests: scheduling, batching, and driving the device.
 
-`scheduler` admits requests and turns steps into events; `group` keeps the rows of requests that are stepped together;
-`runner` and `cuda_graphs` run the steps, and `loop` drives the steps of a whole canvas; `prefix_cache` keeps what later
-requests continue from; `memory` counts the memory of all this. `generation`, `chat` and `decision` are built on the
+`prompt` makes tokens and images of a prompt; `scheduler` admits requests and turns steps into events; `prefill` brings
+what a canvas sees into its slot, and `prefix_cache` keeps what later requests continue from; `group` keeps the rows of
+requests that are stepped together; `runner` and `cuda_graphs` run the steps, and `loop` drives the steps of a whole
+canvas; `memory` counts the memory of all this. `generation`, `chat` and `decision` are built on the
 scheduler.
 """
 
@@ -25,6 +26,7 @@ from dgemma_ext.engine.memory import (
 )
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.prefix_cache import USUAL_SNAPSHOTS, PrefixCache
+from dgemma_ext.engine.prompt import Prompt, PromptOptions, TokenizedPrompt, tokenize_prompt
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel
+from dgemma_ext.engine.served import ServedModel

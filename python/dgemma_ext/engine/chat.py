@@ -15,9 +15,10 @@ from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.memory import USUAL_CONTEXT
 from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.prefix_cache import USUAL_SNAPSHOTS
+from dgemma_ext.engine.prompt import PromptOptions, with_images, with_images_read
 from dgemma_ext.engine.request import Request
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import PromptOptions, ServedModel
+from dgemma_ext.engine.served import ServedModel
 from dgemma_ext.model import Cache
 from dgemma_ext.sampling import Grammar, SamplerConfig
 
@@ -90,13 +91,15 @@ class Chat:
         sampler: SamplerConfig | None = None,
         seed: int = 0,
         grammar: Grammar | None = None,
+        images: Sequence[Any] | None = None,
     ) -> str:
         """Adds a turn and returns the text of the model's answer.
 
         turn: the user's text, or one or more messages. After an answer that calls tools these are the results, one
         message of the role tool for each call, in the order of the calls or with their "tool_call_id" or "name".
+        images: of a turn that is text, put before it; `messages` keeps them as they were read.
         """
-        for _ in self.stream(turn, max_new_tokens, sampler, seed, grammar):
+        for _ in self.stream(turn, max_new_tokens, sampler, seed, grammar, images):
             pass
         return self.text
 
@@ -107,10 +110,12 @@ class Chat:
         sampler: SamplerConfig | None = None,
         seed: int = 0,
         grammar: Grammar | None = None,
+        images: Sequence[Any] | None = None,
     ) -> Iterator[Draft | Commit]:
         """`send` as a stream of events. A turn that is left early, or fails, does not become part of the chat."""
-        turns = _messages_of(turn)
         options = self.options
+        given = _messages_of(turn if images is None else with_images("turn", turn, images))
+        turns = with_images_read(given, self._scheduler, options.image_tokens)
         with self._speaking():
             request = self._scheduler.submit(
                 [*self.messages, *turns],
@@ -121,6 +126,7 @@ class Chat:
                 enable_thinking=options.enable_thinking,
                 chat_template_kwargs=options.chat_template_kwargs,
                 special_tokens=options.special_tokens,
+                image_tokens=options.image_tokens,
                 grammar=grammar,
             )
             try:

@@ -16,7 +16,7 @@ from typing import Any
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
 from dgemma_ext.engine.generation import GeneratingModel, Generation, as_batch
-from dgemma_ext.engine.served import Prompt
+from dgemma_ext.engine.prompt import Prompt
 from dgemma_ext.sampling import Canvas, SamplerConfig, TokenLogprobs, tokenizer_vocabulary
 
 # What a template has where the label stands.

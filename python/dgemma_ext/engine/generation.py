@@ -10,9 +10,10 @@ from dgemma_ext import arguments
 from dgemma_ext.engine.events import Commit, Draft, Failure
 from dgemma_ext.engine.group import bucket_of
 from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.prompt import Prompt, PromptOptions, TokenizedPrompt, tokenize_prompt
 from dgemma_ext.engine.request import Request, cached_positions
 from dgemma_ext.engine.scheduler import Scheduler
-from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
+from dgemma_ext.engine.served import ServedModel
 from dgemma_ext.sampling import Canvas, SamplerConfig, resolve_sampler
 
 # Further requests wait their turn: a larger batch is no faster on a CPU, and each slot costs memory.
@@ -45,10 +46,15 @@ class Generation:
         logprobs: Any = None,
         deadline: Any = None,
         grammar: Any = None,
+        images: Any = None,
+        image_tokens: Any = None,
         logprob_token_ids: Any = None,
     ) -> None:
         prompts, self._is_batch = as_batch(prompt)
-        options = _options_per_prompt(tools, enable_thinking, chat_template_kwargs, special_tokens, len(prompts))
+        count = len(prompts)
+        given = (enable_thinking, chat_template_kwargs, special_tokens, image_tokens)
+        options = _options_per_prompt(tools, *given, count)
+        images_of_prompts = _one_per_prompt("images", images, count) if self._is_batch else [images]
         seeds = _one_per_prompt("seed", seed, len(prompts))
         canvases = _one_per_prompt("canvas", canvas, len(prompts))
         by_prompt = {
@@ -64,20 +70,20 @@ class Generation:
                 arguments.instance("canvas", one, Canvas, "a dg.Canvas or None, or a list of them")
         config = model.network.config
         names = [f"prompt[{index}]" if self._is_batch else "prompt" for index in range(len(prompts))]
-        ids = [
-            prompt_to_ids(prompt, model.tokenizer, config.vocab_size, name, one)
-            for prompt, name, one in zip(prompts, names, options, strict=True)
+        tokenized = [
+            tokenize_prompt(prompt, model, name, *more)
+            for prompt, name, *more in zip(prompts, names, options, images_of_prompts, strict=True)
         ]
         length = resolve_sampler(sampler, model.defaults, config.canvas_length).canvas_length
         limit = model.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         limit = arguments.integer("max_new_tokens", limit, least=1)
-        longest = cached_positions(max(map(len, ids)), limit, length)
+        longest = cached_positions(max(map(len, tokenized)), limit, length)
         context = config.max_position_embeddings
         self.scheduler = _scheduler_for(model, min(len(prompts), _MAX_BATCH), min(longest, context))
         self.requests: list[Request] = []
         try:
-            for tokens, one_seed, one_canvas, more in zip(ids, seeds, canvases, asked, strict=True):
-                submitted = self.scheduler.submit(tokens, max_new_tokens, sampler, one_seed, one_canvas, **more)
+            for one_prompt, one_seed, one_canvas, extra in zip(tokenized, seeds, canvases, asked, strict=True):
+                submitted = self.scheduler.submit(one_prompt, max_new_tokens, sampler, one_seed, one_canvas, **extra)
                 self.requests.append(submitted)
         except BaseException:
             self._cancel()
@@ -143,18 +149,18 @@ def _keeps_schedulers(model: GeneratingModel) -> bool:
 
 def as_batch(prompt: Any) -> tuple[list[Any], bool]:
     """The prompts as a list, and whether the caller gave a list of prompts."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | TokenizedPrompt):
         return [prompt], False
     parts = arguments.sequence("prompt", prompt, "a string, a chat, token ids, or a list of these")
     if not parts:
         raise ValueError("prompt is empty")
     # The messages of a chat are mappings, and ids are numbers.
-    is_batch = any(isinstance(part, str) or arguments.is_sequence(part) for part in parts)
+    is_batch = any(isinstance(part, str | TokenizedPrompt) or arguments.is_sequence(part) for part in parts)
     return (parts, True) if is_batch else ([parts], False)
 
 
 def _options_per_prompt(
-    tools: Any, enable_thinking: Any, chat_template_kwargs: Any, special_tokens: Any, count: int
+    tools: Any, enable_thinking: Any, chat_template_kwargs: Any, special_tokens: Any, image_tokens: Any, count: int
 ) -> list[PromptOptions]:
     """Each prompt's options. Every argument is one for all prompts or a list of one per prompt; of tools, lists."""
     given = arguments.sequence("tools", tools, "a list") if arguments.is_sequence(tools) else []
@@ -164,6 +170,7 @@ def _options_per_prompt(
         _one_per_prompt("enable_thinking", enable_thinking, count),
         _one_per_prompt("chat_template_kwargs", chat_template_kwargs, count),
         _one_per_prompt("special_tokens", special_tokens, count),
+        _one_per_prompt("image_tokens", image_tokens, count),
     ]
     return [PromptOptions(*values) for values in zip(*columns, strict=True)]
 

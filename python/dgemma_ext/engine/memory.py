@@ -22,9 +22,11 @@ from dgemma_ext.checkpoint import (
     model_layout,
     names_of,
 )
+from dgemma_ext.checkpoint.vision_config import SOFT_TOKENS, VisionConfig, vision_tensors
 from dgemma_ext.engine.cuda_graphs import CAPTURE_STREAMS, capture_pool, operators_can_be_captured
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, free_bytes, unused_in_pools
 from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
+from dgemma_ext.model.vision import KEPT_FEATURES, tower_workspace_bytes
 from dgemma_ext.ops.block_attention import attention_workspace_bytes
 from dgemma_ext.ops.denoise import soft_embedding_workspace
 from dgemma_ext.ops.formats import FORMATS, QuantizedWeight
@@ -117,16 +119,20 @@ def memory_plan(
     context: int | None = None,
     activations: str | None = None,
     prefix_cache_bytes: int = 0,
+    vision: VisionConfig | None = None,
 ) -> MemoryPlan:
     """The memory that loading `info` with these options takes, with one request of `context` positions.
 
-    weights, dtype: as in load_weights; activations: "fp8" where the experts' inputs are rounded to it. On the CPU,
-    weights that stay in their mapped file count as well. Raises ValueError for a context that the model does not have,
-    and for activations that do not match the format of the experts' weights.
+    weights, dtype: as in load_weights; activations: "fp8" where the experts' inputs are rounded to it; vision: of the
+    tower that is loaded too. On the CPU, weights that stay in their mapped file count as well. Raises ValueError for a
+    context that the model does not have, and for activations that do not match the format of the experts' weights.
     """
     chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
     cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
     bytes_of_parts = _weights(config, info, weights, dtype)
+    if vision is not None:
+        tensors = vision_tensors(vision, config.hidden_size).values()
+        bytes_of_parts["vision"] = (str(dtype).removeprefix("torch."), sum(map(math.prod, tensors)) * dtype.itemsize)
     experts = bytes_of_parts["experts"][0]
     check_activations(activations, experts)
     positions = _positions(1, config.canvas_length, chosen)
@@ -135,7 +141,7 @@ def memory_plan(
     return MemoryPlan(
         weights=bytes_of_parts,
         cache=cache.nbytes,
-        workspace=passes.workspace(positions),
+        workspace=max(passes.workspace(positions), _of_images(vision, config, dtype)),
         logits=config.canvas_length * config.vocab_size * dtype.itemsize,
         context=chosen,
         graphs=passes.step(config.canvas_length) if captured else 0,
@@ -152,11 +158,13 @@ def batch_plan(
     slots: int,
     captured: bool = False,
     prefix_cache_bytes: int = 0,
+    vision: VisionConfig | None = None,
 ) -> MemoryPlan:
     """The memory that a batch takes beside the model: buffers for `requests` canvases of `length` tokens, and a cache
     of `slots` for `max_length` positions each (0 slots where the cache exists already).
 
-    captured: whether its steps are captured in CUDA graphs. prefix_cache_bytes: its budget.
+    captured: whether its steps are captured in CUDA graphs. prefix_cache_bytes: its budget. vision: of the model's
+    tower.
     """
     config, dtype, device = network.config, network.dtype, network.device
     batch = make_canvas_batch(network, requests, length, device="meta")
@@ -169,7 +177,10 @@ def batch_plan(
     return MemoryPlan(
         weights={},
         cache=slots * slot,
-        workspace=passes.workspace(positions) + batch.nbytes + buffers.nbytes - buffers.logits.nbytes,
+        workspace=max(passes.workspace(positions), _of_images(vision, config, dtype))
+        + batch.nbytes
+        + buffers.nbytes
+        - buffers.logits.nbytes,
         logits=buffers.logits.nbytes,
         context=max_length,
         requests=requests,
@@ -177,6 +188,14 @@ def batch_plan(
         prefix_cache=prefix_cache_bytes,
         **_cublas(device, captured),
     )
+
+
+def _of_images(vision: VisionConfig | None, config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the tower takes for the largest image, beside the features that are kept."""
+    if vision is None:
+        return 0
+    most = max(SOFT_TOKENS)
+    return tower_workspace_bytes(vision, dtype, most) + KEPT_FEATURES * most * config.hidden_size * dtype.itemsize
 
 
 def _cublas(device: torch.device, captured: bool) -> dict[str, int]:
@@ -212,10 +231,17 @@ def available_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def mapped_bytes(config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype) -> int:
+def mapped_bytes(
+    config: ModelConfig,
+    info: CheckpointInfo,
+    weights: Target | str,
+    dtype: torch.dtype,
+    vision: VisionConfig | None = None,
+) -> int:
     """Bytes of the weights that stay in their mapped file on the CPU: unquantized, and stored in `dtype`."""
     stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
-    total = 0
+    of_tower = info.vision_tensors if vision is not None else ()
+    total = sum(info.tensors[name].nbytes for name in of_tower if info.tensors[name].dtype == stored_as)
     for attribute, stored in _by_attribute(config, info):
         changed = isinstance(weights, Target) and weights.wants(attribute)
         if stored.kind == "unquantized" and not isinstance(stored, Experts) and not changed:

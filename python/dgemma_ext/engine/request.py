@@ -13,6 +13,8 @@ from torch import Tensor
 from dgemma_ext.checkpoint import Response, Tokenizer
 from dgemma_ext.engine.matching import Matching
 from dgemma_ext.engine.output import Output
+from dgemma_ext.engine.prompt import TokenizedPrompt
+from dgemma_ext.engine.tokens import ContextTokens
 from dgemma_ext.errors import GrammarError
 from dgemma_ext.sampling import Alternatives, Canvas, Constraint, Grammar, ResolvedSampler, TokenLogprobs
 
@@ -31,7 +33,8 @@ class Request:
     def __init__(
         self,
         number: int,
-        prompt_ids: list[int],
+        prompt: TokenizedPrompt,
+        vocab_size: int,
         max_new_tokens: int,
         sampler: ResolvedSampler,
         seed: int,
@@ -43,7 +46,7 @@ class Request:
         matching: Matching | None = None,
     ) -> None:
         self.number = number
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = prompt.ids
         self.max_new_tokens = max_new_tokens
         self.sampler = sampler
         self.seed = seed
@@ -65,8 +68,7 @@ class Request:
         self._longest = max_new_tokens if certain is None else min(max_new_tokens, certain)
         # The scheduler's state.
         self._slot = -1  # in the cache
-        self._cached: list[int] = []  # the ids that the slot holds
-        self._uncached = prompt_ids  # ids that the next canvas sees and that are not in the slot yet
+        self._tokens = ContextTokens(prompt, vocab_size)
         self._length = sampler.canvas_length  # of the current canvas
         self._in_canvas = False
         self._is_late = is_late  # None without a deadline

@@ -30,11 +30,13 @@ from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
 from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.engine.matching import Matching, matching_of
 from dgemma_ext.engine.memory import MemoryPlan, batch_plan, check_memory
+from dgemma_ext.engine.prefill import Prefill
 from dgemma_ext.engine.prefix_cache import PrefixCache
+from dgemma_ext.engine.prompt import Prompt, PromptOptions, tokenize_prompt
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.runner import EagerRunner
-from dgemma_ext.engine.served import Prompt, PromptOptions, ServedModel, prompt_to_ids
-from dgemma_ext.model import MAX_PREFILL_TOKENS, Network, PrefillChunk
+from dgemma_ext.engine.served import ServedModel
+from dgemma_ext.model import MAX_PREFILL_TOKENS, Network
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     MAX_LOGPROBS,
@@ -106,7 +108,7 @@ class Scheduler:
         self._clock = clock
         self._claimed = False
         self.network = network = model.network
-        self.tokenizer, self.defaults = model.tokenizer, model.defaults
+        self.tokenizer, self.defaults, self.vision = model.tokenizer, model.defaults, model.vision
         self.max_batch = max_batch = arguments.integer("max_batch", max_batch, least=1)
         self._batched = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
         self._driver = arguments.choice("driver", driver, LOOPS)
@@ -120,6 +122,7 @@ class Scheduler:
         length = network.config.canvas_length
         self._check_memory(length, positions, slots=max_batch)
         self.cache = network.new_cache(max_batch, positions)
+        self._prefill = Prefill(network, self.cache, self.prefix_cache, self.vision)
         # Canvas length → group. The group of the checkpoint's canvas length always exists.
         self._groups: dict[int, CanvasGroup[Request]] = {length: self._new_group(length)}
         if self._make_runner is cuda_runner:
@@ -154,7 +157,7 @@ class Scheduler:
             if self._claimed or not self.idle:
                 return False
             self._claimed = True
-            self.tokenizer, self.defaults = model.tokenizer, model.defaults
+            self.tokenizer, self.defaults, self.vision = model.tokenizer, model.defaults, model.vision
             self._submitted, self._events = 0, {}
             return True
 
@@ -178,6 +181,8 @@ class Scheduler:
         deadline: float | None = None,
         grammar: Grammar | None = None,
         logprob_token_ids: Sequence[int] | None = None,
+        images: Sequence[Any] | None = None,
+        image_tokens: int | None = None,
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
@@ -187,8 +192,8 @@ class Scheduler:
         than the checkpoint's do not fit.
         """
         config = self.network.config
-        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens)
-        ids = prompt_to_ids(prompt, self.tokenizer, config.vocab_size, options=options)
+        options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens, image_tokens)
+        tokenized = tokenize_prompt(prompt, self, options=options, images=images)
         resolved = resolve_sampler(sampler, self.defaults, config.canvas_length)
         limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         if canvas is not None:
@@ -196,10 +201,11 @@ class Scheduler:
                 config.vocab_size, resolved.max_denoising_steps
             )
         limit = arguments.integer("max_new_tokens", limit, least=1)
-        matching = None if grammar is None else self._matching(grammar, ids, resolved, limit, canvas)
+        matching = None if grammar is None else self._matching(grammar, tokenized.ids, resolved, limit, canvas)
         request = Request(
             number=self._submitted,
-            prompt_ids=ids,
+            prompt=tokenized,
+            vocab_size=config.vocab_size,
             max_new_tokens=limit,
             sampler=resolved,
             seed=arguments.integer("seed", seed, end=2**63),
@@ -251,7 +257,7 @@ class Scheduler:
             self._running.append(request)
         beginning = [request for request in self._running if not request._in_canvas]
         if self.prefix_cache is not None:
-            beginning.sort(key=lambda request: len(request._uncached))  # a prompt before those that it begins
+            beginning.sort(key=lambda request: request._tokens.waiting)  # a prompt before those that it begins
         for index, request in enumerate(beginning):
             with self._failing([request]), self._alone(request):
                 self._begin_canvas(request, beginning[index + 1 :])
@@ -293,17 +299,14 @@ class Scheduler:
         others: requests that begin a canvas after this one. Where the prefix cache can hand them what this one encodes,
         it is encoded here.
         """
-        is_shared = self._restore_prefix(request, others)
+        is_shared = self._prefill.restore(request, others)
         index, sampler = len(request.denoising_steps), request.sampler
         request._length = sampler.length_of(index, request._longest)
         group = self._groups[request._length]
-        if request._uncached and (is_shared or len(request._uncached) + group.num_prefill > MAX_PREFILL_TOKENS):
-            self._encode(request, len(request._uncached))
-        chunk = None
-        if request._uncached:
-            # The copy does not wait for the GPU's queued work.
-            ids = torch.tensor(request._uncached, device="cpu").to(self.network.device, non_blocking=True)
-            chunk = PrefillChunk(request._slot, ids)
+        waiting = request._tokens.waiting
+        if waiting and (is_shared or waiting + group.num_prefill > MAX_PREFILL_TOKENS):
+            self._prefill.encode(request, waiting)
+        chunk = self._prefill.chunk(request)
         scorer = request.choice_scores if isinstance(request.grammar, Choice) else None
         asked = (request.alternatives, request._is_late, request.constraint(request._length), scorer)
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
@@ -318,7 +321,7 @@ class Scheduler:
             request.denoising_steps[-1] = progress.num_steps + 1
             error = progress.error or FloatingPointError("a logit or a statistic is not finite")
             return [self._fail(request, error_of(request, error, int(output.step[row])))]
-        self._note_encoded(request, len(request._uncached))
+        self._prefill.note(request, request._tokens.waiting)
         request.denoising_steps[-1] = progress.num_steps
         draft = Draft(
             request=request,
@@ -330,38 +333,6 @@ class Scheduler:
             mean_entropy=float(output.mean_entropy[row]),
         )
         return [draft, self._commit(request, draft, progress)] if progress.is_over else [draft]
-
-    def _restore_prefix(self, request: Request, others: Sequence[Request]) -> bool:
-        """Puts what the prefix cache has of a prompt into the slot. Returns whether others begin with the prompt."""
-        prefixes = self.prefix_cache
-        if prefixes is None or request._cached:
-            return False
-        prompt = request._uncached
-        saved = prefixes.longest_prefix(prompt)
-        if saved is not None:
-            self.cache.restore(request._slot, saved)
-            request.cached_tokens = saved.length
-            request._cached, request._uncached = prompt[: saved.length], prompt[saved.length :]
-        shared = prefixes.shared_length(prompt, request.cached_tokens)
-        if shared:
-            self._encode(request, shared - request.cached_tokens)
-        return any(other.prompt_ids[: len(prompt)] == prompt for other in others)
-
-    def _encode(self, request: Request, count: int) -> None:
-        """Encodes the next `count` tokens that a canvas sees in passes of their own."""
-        ids = torch.tensor([request._uncached[:count]], device="cpu")
-        self.network.encode(ids, self.cache, slots=[request._slot])
-        self._note_encoded(request, count)
-
-    def _note_encoded(self, request: Request, count: int) -> None:
-        """Records that the slot holds `count` more tokens; the prefix cache takes a copy."""
-        if count:
-            request._cached = request._cached + request._uncached[:count]
-            request._uncached = request._uncached[count:]
-            prefixes = self.prefix_cache
-            nbytes = self.cache.snapshot_nbytes(len(request._cached))
-            if prefixes is not None and prefixes.make_room(request._cached, nbytes):
-                prefixes.add(request._cached, self.cache.snapshot(request._slot))
 
     def _commit(self, request: Request, draft: Draft, progress: Progress) -> Commit:
         """Adds the finished canvas to the answer, which may end with it."""
@@ -378,7 +349,7 @@ class Scheduler:
             self._release(request)
         else:
             # The first step of the next canvas encodes this one; the last canvas of an answer is never encoded.
-            request._uncached = list(draft.token_ids)
+            request._tokens.append(draft.token_ids)
         return Commit(
             request=request,
             canvas_index=draft.canvas_index,
@@ -461,7 +432,8 @@ class Scheduler:
         if self._batched:
             captured = self._make_runner is cuda_runner and can_capture(self.network)
             requests = bucket_of(self.max_batch)
-            plan = batch_plan(self.network, requests, length, positions, slots, captured, prefix_cache_bytes=kept)
+            tower = None if self.vision is None else self.vision.tower.config
+            plan = batch_plan(self.network, requests, length, positions, slots, captured, kept, tower)
         else:
             # There are buffers for one canvas only, and unused pages of the cache take no memory.
             plan = MemoryPlan({}, 0, 0, 0, positions, self.max_batch, prefix_cache=kept)

@@ -14,7 +14,7 @@ from dgemma_ext.model.cache import Cache, Snapshot
 from dgemma_ext.model.layers import RotaryTables
 from dgemma_ext.model.loaded_adapter import LoadedAdapter
 from dgemma_ext.model.matmul import MatmulMode
-from dgemma_ext.model.network import ENCODE_CHUNK, AdapterName, Network
+from dgemma_ext.model.network import ENCODE_CHUNK, IMAGE_ATTENTION, AdapterName, Network
 from dgemma_ext.model.placement import (
     check_activations,
     resolve_activations,

@@ -144,22 +144,48 @@ class Network:
         for row, (slot, count) in enumerate(zip(slot_list, counts, strict=True)):
             start = cache.length(slot)
             of_images = [(first, first + len(features)) for first, features in placed[row]]
-            everywhere = spans[row] + (of_images if self.options.image_attention == "all" else [])
             for first, last in _chunks(start, start + count, chunk, spans[row] + of_images):
-                part = PrefillChunk(
-                    slot,
-                    ids[row, first - start : last - start],
-                    sliding_spans=self._span_tensor(spans[row] + of_images, first, last),
-                    full_spans=self._span_tensor(everywhere, first, last),
-                    features=tuple((at - first, features) for at, features in placed[row] if first <= at < last),
-                    adapter=adapters[row],
-                )
+                tokens = ids[row, first - start : last - start]
+                part = self.prefill_chunk(slot, tokens, first, placed[row], spans[row], adapters[row])
                 self.forward(cache, None, [part])
+
+    def prefill_chunk(
+        self,
+        slot: int,
+        ids: Tensor,
+        start: int,
+        images: Sequence[tuple[int, Tensor]] = (),
+        spans: Sequence[tuple[int, int]] = (),
+        adapter: LoadedAdapter | None = None,
+    ) -> PrefillChunk:
+        """The chunk of ids, int [n] on the model's device, at positions from `start` on.
+
+        images, spans: as in `encode`, those of one row; what lies outside the chunk is left out.
+        """
+        end = start + ids.shape[0]
+        placed = [(first, features) for first, features in images if start <= first < end]
+        everywhere, sliding = list(spans), list(spans)
+        # Without "vision" in config.json's use_bidirectional_attention a model reads images as it reads text.
+        if self.config.bidirectional_attention is not None:
+            of_images = [(first, first + len(features)) for first, features in placed]
+            sliding += of_images
+            everywhere += of_images if self.options.image_attention == "all" else []
+        return PrefillChunk(
+            slot,
+            ids,
+            sliding_spans=self._span_tensor(sliding, start, end),
+            full_spans=self._span_tensor(everywhere, start, end),
+            features=tuple((first - start, features) for first, features in placed),
+            adapter=adapter,
+        )
 
     def _span_tensor(self, spans: list[tuple[int, int]], first: int, last: int) -> Tensor | None:
         """Those of some spans that reach into [first, last)."""
         inside = [span for span in spans if span[0] < last and span[1] > first]
-        return torch.tensor([inside], dtype=torch.int32, device=self.device) if inside else None
+        if not inside:
+            return None
+        # The copy does not wait for a GPU's queued work.
+        return torch.tensor([inside], dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
 
     @in_own_torch_state
     def denoise(

@@ -13,8 +13,7 @@ import anyio.to_thread
 
 from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.diffusion_gemma import DiffusionGemma
-from dgemma_ext.engine import Prompt, PromptOptions
-from dgemma_ext.engine.served import prompt_to_ids
+from dgemma_ext.engine import Prompt, PromptOptions, tokenize_prompt
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.call import Call
@@ -79,8 +78,11 @@ class Service:
 
         Raises ApiError naming `field` where the prompt cannot be encoded.
         """
-        vocabulary = self.model.config.vocab_size
-        return await self.in_thread(field, prompt_to_ids, prompt, self.tokenizer, vocabulary, options=options)
+        made = partial(tokenize_prompt, options=options, local_files=False)
+        tokenized = await self.in_thread(field, made, prompt, self.model)
+        if tokenized.images:
+            raise errors.bad_request("images are not taken here", field)
+        return tokenized.ids
 
     async def in_thread(self, field: str, function: Callable[..., Value], *arguments: Any, **named: Any) -> Value:
         """What a function of the tokenizer gives in another thread. Raises ApiError for what it refuses."""

@@ -7,9 +7,35 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dgemma_ext import arguments
 from dgemma_ext.checkpoint import CheckpointInfo, LoadProgress, MappedFiles, ModelConfig, weight_reader
+from dgemma_ext.checkpoint.vision_config import VisionConfig
 from dgemma_ext.checkpoint.vision_files import find_vision
+from dgemma_ext.errors import CheckpointError
 from dgemma_ext.model.vision.tower import VisionTower
+
+
+def resolve_images(images: str | bool, info: CheckpointInfo, config: ModelConfig) -> VisionConfig | None:
+    """The tower to load by the option `images` of from_pretrained: "auto" is the checkpoint's where it has one.
+
+    None for no tower. Raises ValueError for another value, and CheckpointError as `find_vision` does and, with True,
+    for a checkpoint without a tower.
+    """
+    if not (isinstance(images, str) and images == "auto"):
+        try:
+            wanted = arguments.flag("images", images)
+        except ValueError as error:
+            raise arguments.refusal("images", "auto, True or False", images) from error
+        if not wanted:
+            return None
+    try:
+        found = find_vision(info, config)
+    except CheckpointError as error:
+        message = f"{error.message}; images=False loads the model without its vision tower"
+        raise CheckpointError(message, file=error.file, tensor=error.tensor) from error
+    if found is None and images != "auto":
+        raise CheckpointError("images is True, and the checkpoint has no vision tower", file=info.files[0].parent)
+    return None if found is None else found[0]
 
 
 def load_tower(

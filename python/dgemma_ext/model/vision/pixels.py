@@ -158,15 +158,28 @@ def image_size(height: int, width: int, soft_tokens: int = 280) -> tuple[int, in
 
 
 def patches_of(rgb: np.ndarray[Any, np.dtype[np.uint8]], soft_tokens: int = 280) -> Patches:
-    """An image, uint8 [height, width, 3], resized (bicubic with antialias, as Pillow does it) and cut into patches.
+    """An image, uint8 [height, width, 3], resized and cut into patches. Raises ValueError as `image_size` does."""
+    return cut(resized(rgb, soft_tokens))
 
-    The tower gets no padding: an image has as many patches as it needs, so its bits depend on nothing beside it.
+
+def resized(rgb: np.ndarray[Any, np.dtype[np.uint8]], soft_tokens: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image at the size that `image_size` gives (bicubic with antialias, as Pillow does it), uint8 as it was.
+
     Raises ValueError as `image_size` does.
     """
     pillow = _pillow()
     height, width = image_size(rgb.shape[0], rgb.shape[1], soft_tokens)
-    if rgb.shape[:2] != (height, width):
-        rgb = np.array(pillow.Image.fromarray(rgb).resize((width, height), pillow.Image.Resampling.BICUBIC))
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    return np.array(pillow.Image.fromarray(rgb).resize((width, height), pillow.Image.Resampling.BICUBIC))
+
+
+def cut(rgb: np.ndarray[Any, np.dtype[np.uint8]]) -> Patches:
+    """An image of whole cells, uint8 [height, width, 3], as patches.
+
+    The tower gets no padding: an image has as many patches as it needs, so its bits depend on nothing beside it.
+    """
+    height, width = rgb.shape[:2]
     # Multiplied in float64 and rounded once, as transformers does.
     values = (np.arange(256) * (1 / 255)).astype(np.float32)
     rows, columns = height // PATCH, width // PATCH

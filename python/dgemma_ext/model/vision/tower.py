@@ -84,19 +84,28 @@ class VisionTower:
             projection=tensors["model.encoder.embed_vision.embedding_projection.weight"],
         )
 
+    @property
+    def nbytes(self) -> int:
+        ends = (self.patches, self.positions, self.bias, self.scale, self.projection)
+        tensors = [*ends, *(tensor for layer in self.layers for tensor in vars(layer).values())]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def check_length(self, patches: int) -> None:
+        """Raises ValueError for an image of more columns or rows of patches than there are embeddings for."""
+        if patches > self.config.position_embeddings:
+            raise ValueError(
+                f"the image has {patches} patches in a line, and the model's vision tower has "
+                f"{self.config.position_embeddings} positions; give it fewer soft tokens"
+            )
+
     @torch.no_grad()
     def features(self, image: Patches) -> Tensor:
         """What stands for an image's soft tokens in place of their embeddings: [soft_tokens, text hidden].
 
-        Raises ValueError for an image of more columns or rows of patches than the tower has embeddings for.
+        Raises ValueError as `check_length` does.
         """
         device, dtype = self.patches.device, self.patches.dtype
-        most = int(image.positions.max()) + 1
-        if most > self.config.position_embeddings:
-            raise ValueError(
-                f"the image has {most} patches in a line, and the model's vision tower has "
-                f"{self.config.position_embeddings} positions; give it fewer soft tokens"
-            )
+        self.check_length(int(image.positions.max()) + 1)
         pixels, positions = image.pixels.to(device), image.positions.to(device)
         # 2 (p - 1/2) in float32: of a rounded p it would be another number.
         hidden = functional.linear((2 * (pixels - 0.5)).to(dtype), self.patches)
@@ -135,7 +144,8 @@ class VisionTower:
         """
         cells = positions // POOL
         cell = cells[:, 0] + cells[:, 1] * (cells[:, 0].max() + 1)
-        ninths = functional.one_hot(cell, len(hidden) // POOL**2).float() / POOL**2
+        ninths = hidden.new_zeros(len(hidden), len(hidden) // POOL**2, dtype=torch.float32)
+        ninths.scatter_(1, cell[:, None], 1 / POOL**2)
         pooled = (ninths.t() @ hidden.float()).to(hidden.dtype).float() * self.config.hidden_size**0.5
         if self.bias is not None and self.scale is not None:
             pooled = (pooled - self.bias.float()) * self.scale.float()
@@ -146,6 +156,21 @@ class VisionTower:
 
     def _norm(self, input: Tensor, weight: Tensor | None) -> Tensor:
         return layer_ops.rms_norm(input, weight, self.config.rms_norm_eps)
+
+
+def tower_workspace_bytes(config: VisionConfig, dtype: torch.dtype, soft_tokens: int) -> int:
+    """The largest memory that the tower takes for an image of so many soft tokens, beside its weights.
+
+    For each patch the largest of three: what attention holds (residual and norm, the three projections, and what
+    normalising and rotating one of them makes), what the MLP holds (residual, norm and attention; gate, up and
+    product), and the matrix of cells with the float32 copies at the end. Attention itself keeps no scores.
+    """
+    patches, heads = soft_tokens * POOL**2, config.num_heads * config.head_dim
+    hidden = config.hidden_size
+    attention = (2 * hidden + 8 * heads) * dtype.itemsize
+    mlp = 3 * (hidden + config.intermediate_size) * dtype.itemsize
+    pooling = 4 * soft_tokens + hidden * (4 + dtype.itemsize)
+    return patches * max(attention, mlp, pooling)
 
 
 def rotation(positions: Tensor, config: VisionConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
