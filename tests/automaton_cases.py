@@ -80,6 +80,7 @@ def small(delta: np.ndarray, distance: list[int]) -> Small:
         *(begins(out[:, 0], states), out[:, 1].copy(), out[:, 2].copy()),
         *(begins(into[:, 1], states), into[:, 0].copy(), into[:, 2].copy()),
         np.array(distance, dtype=np.int32),
+        *automaton.tokens_by_class(classes, len(columns)),
     )
     arcs_of = {(q, v): int(delta[q, v]) for q in range(states) for v in range(vocabulary) if delta[q, v] >= 0}
     return Small(arcs_of, states, len(columns), tables)

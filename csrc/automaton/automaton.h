@@ -16,6 +16,7 @@ struct Automaton {
   const int32_t* distance;
   const int32_t* closing;  // nullptr: no part opens
   int64_t closing_left;
+  const int32_t *token_begin, *tokens;
 
   // Whether a canvas may be in a state after i of its tokens.
   DGEMMA_HOST_DEVICE bool passes(int64_t i, int64_t state) const {
@@ -42,7 +43,9 @@ DGEMMA_HOST_DEVICE Automaton automaton_of(const int32_t* arena, const int64_t* d
           at(DGEMMA_AUTOMATON_IN_SET),
           at(DGEMMA_AUTOMATON_DISTANCE),
           word[DGEMMA_AUTOMATON_CLOSING] > 0 ? at(DGEMMA_AUTOMATON_CLOSING) : nullptr,
-          word[DGEMMA_AUTOMATON_CLOSING_LEFT]};
+          word[DGEMMA_AUTOMATON_CLOSING_LEFT],
+          at(DGEMMA_AUTOMATON_TOKEN_BEGIN),
+          at(DGEMMA_AUTOMATON_TOKENS)};
 }
 
 DGEMMA_HOST_DEVICE bool has_automaton(const int64_t* descriptor, int64_t request) {

@@ -2,6 +2,7 @@
 #include "automaton/cpu/chain.h"
 
 #include <cmath>
+#include <utility>
 
 #include "automaton/automaton.h"
 #include "automaton/scaled.h"
@@ -20,7 +21,8 @@ struct Workspace {
   Scaled* class_mass;  // [length, classes]
   Scaled* set_mass;    // [length, sets]
   Scaled* backward;    // [length + 1, states]: the mass of what leads from there to an end
-  Scaled* forward;     // [2, states]
+  Scaled* forward;     // [states]: the mass of what leads there
+  ScaledSum* next;     // [states]: the same a token later
   ScaledSum* set_weight;
   ScaledSum* class_weight;
   double* score;  // [2, states]: of the best way from there
@@ -33,7 +35,8 @@ size_t carve(const dgemma_constrain& op, char* base, Workspace* work) {
   work->class_mass = carver.take<Scaled>(op.length * op.most_classes);
   work->set_mass = carver.take<Scaled>(op.length * op.most_sets);
   work->backward = carver.take<Scaled>((op.length + 1) * op.most_states);
-  work->forward = carver.take<Scaled>(2 * op.most_states);
+  work->forward = carver.take<Scaled>(op.most_states);
+  work->next = carver.take<ScaledSum>(op.most_states);
   work->set_weight = carver.take<ScaledSum>(op.most_sets);
   work->class_weight = carver.take<ScaledSum>(op.most_classes);
   work->score = carver.take<double>(2 * op.most_states);
@@ -107,59 +110,84 @@ class Chain {
     }
   }
 
+  // From every state the mass of the ways to an end, and the best of them: its score is the
+  // greatest sum of logits.
   void pass_backward() {
     Scaled* after = work_.backward + op_.length * a_.states;
-    for (int64_t q = 0; q < a_.states; ++q) after[q] = ends(q) ? Scaled{1.0, 0} : Scaled();
+    double* score_after = work_.score;
+    double* score = work_.score + a_.states;
+    for (int64_t q = 0; q < a_.states; ++q) {
+      after[q] = ends(q) ? Scaled{1.0, 0} : Scaled();
+      score_after[q] = ends(q) ? 0.0 : -INFINITY;
+    }
     for (int64_t i = op_.length - 1; i >= 0; --i) {
       const Scaled* const sets = work_.set_mass + i * a_.sets;
+      const Best* const best = work_.best + i * a_.sets;
       Scaled* const here = work_.backward + i * a_.states;
       for (int64_t q = 0; q < a_.states; ++q) {
         ScaledSum sum;
-        for (int32_t x = a_.out_begin[q]; x < out_end(i, q); ++x)
-          sum.add_product(after[a_.out_target[x]], sets[a_.out_set[x]]);
+        double greatest = -INFINITY;
+        int32_t chosen = -1;
+        for (int32_t x = a_.out_begin[q]; x < out_end(i, q); ++x) {
+          const int32_t target = a_.out_target[x], j = a_.out_set[x];
+          sum.add_product(after[target], sets[j]);
+          const double way = best[j].largest + score_after[target];
+          const bool ties = chosen >= 0 && way == greatest;
+          if (way > greatest || (ties && best[j].token < best[a_.out_set[chosen]].token)) {
+            greatest = way;
+            chosen = x;
+          }
+        }
         here[q] = sum.value();
+        score[q] = greatest;
+        work_.step[i * a_.states + q] = chosen;
       }
       after = here;
+      std::swap(score, score_after);
     }
   }
 
+  // Whether a state has less than 2^-118 of the accepted canvases. All such states, at most 2^20,
+  // are less than what the rounding of a sum loses, 2^-53 of it.
+  static bool is_rare(const Scaled& from_start, const Scaled& to_end, const Scaled& all) {
+    return int64_t{from_start.exponent} + to_end.exponent - all.exponent < -120;
+  }
+
+  // To every state the mass of the ways from the start, and by it the entropies. Ways that lead to
+  // no end are left out, and those through rare states.
   void pass_forward(const Scaled& all) {
-    Scaled* here = work_.forward;
-    Scaled* next = work_.forward + a_.states;
+    Scaled* const here = work_.forward;
     for (int64_t q = 0; q < a_.states; ++q) here[q] = Scaled();
     here[op_.state[request_]] = {1.0, 0};
     const double remaining = op_.max_steps[request_] - op_.step[request_] + 1;
     const double share = remaining / op_.max_steps[request_];
     for (int64_t i = 0; i < op_.length; ++i) {
+      const Scaled* const sets = work_.set_mass + i * a_.sets;
+      const Scaled* const after = work_.backward + (i + 1) * a_.states;
+      for (int64_t j = 0; j < a_.sets; ++j) work_.set_weight[j] = {};
+      for (int64_t q = 0; q < a_.states; ++q) work_.next[q] = {};
+      const Scaled* const to_end = work_.backward + i * a_.states;
+      for (int64_t q = 0; q < a_.states; ++q) {
+        if (here[q].mantissa == 0.0 || is_rare(here[q], to_end[q], all)) continue;
+        for (int32_t x = a_.out_begin[q]; x < a_.out_begin[q + 1]; ++x) {
+          const int32_t target = a_.out_target[x], j = a_.out_set[x];
+          if (after[target].mantissa == 0.0) continue;
+          work_.set_weight[j].add_product(here[q], after[target]);
+          work_.next[target].add_product(here[q], sets[j]);
+        }
+      }
       if (!pinned(i)) {
         float& entropy = op_.entropy[first_ + i];
-        const double own = entropy, given = entropy_given_acceptance(i, here, all, own);
+        const double own = entropy, given = entropy_given_acceptance(i, all, own);
         entropy = static_cast<float>(std::fmax(given, share * own));
       }
-      const Scaled* const sets = work_.set_mass + i * a_.sets;
-      for (int64_t q = 0; q < a_.states; ++q) {
-        ScaledSum sum;
-        const int32_t end = a_.passes(i + 1, q) ? a_.in_begin[q + 1] : a_.in_begin[q];
-        for (int32_t x = a_.in_begin[q]; x < end; ++x)
-          sum.add_product(here[a_.in_source[x]], sets[a_.in_set[x]]);
-        next[q] = sum.value();
-      }
-      Scaled* const previous = here;
-      here = next;
-      next = previous;
+      for (int64_t q = 0; q < a_.states; ++q) here[q] = work_.next[q].value();
     }
   }
 
   // Given acceptance a token's probability is its own times a weight of its class. With P the
   // probability of a class and h the entropy inside it, H = sum of P (h - log P).
-  double entropy_given_acceptance(int64_t i, const Scaled* here, const Scaled& all, double own) {
-    const Scaled* const after = work_.backward + (i + 1) * a_.states;
-    for (int64_t j = 0; j < a_.sets; ++j) work_.set_weight[j] = {};
-    for (int64_t q = 0; q < a_.states; ++q) {
-      if (here[q].mantissa == 0.0) continue;
-      for (int32_t x = a_.out_begin[q]; x < a_.out_begin[q + 1]; ++x)
-        work_.set_weight[a_.out_set[x]].add_product(here[q], after[a_.out_target[x]]);
-    }
+  double entropy_given_acceptance(int64_t i, const Scaled& all, double own) {
     for (int64_t k = 0; k < a_.classes; ++k) work_.class_weight[k] = {};
     for (int64_t j = 0; j < a_.sets; ++j)
       for (int32_t x = a_.set_begin[j]; x < a_.set_begin[j + 1]; ++x)
@@ -238,32 +266,7 @@ class Chain {
     }
   }
 
-  // The best ways backward, then the one from the start. A state's score is the greatest sum of
-  // logits that leads from it to an end.
   void write_draft() {
-    double* after = work_.score;
-    double* here = work_.score + a_.states;
-    for (int64_t q = 0; q < a_.states; ++q) after[q] = ends(q) ? 0.0 : -INFINITY;
-    for (int64_t i = op_.length - 1; i >= 0; --i) {
-      const Best* const best = work_.best + i * a_.sets;
-      for (int64_t q = 0; q < a_.states; ++q) {
-        here[q] = -INFINITY;
-        int32_t chosen = -1;
-        for (int32_t x = a_.out_begin[q]; x < out_end(i, q); ++x) {
-          const Best& one = best[a_.out_set[x]];
-          const double score = one.largest + after[a_.out_target[x]];
-          const bool ties = chosen >= 0 && score == here[q];
-          if (score > here[q] || (ties && one.token < best[a_.out_set[chosen]].token)) {
-            here[q] = score;
-            chosen = x;
-          }
-        }
-        work_.step[i * a_.states + q] = chosen;
-      }
-      double* const previous = after;
-      after = here;
-      here = previous;
-    }
     int64_t q = op_.state[request_];
     for (int64_t i = 0; i < op_.length; ++i) {
       const int32_t arc = work_.step[i * a_.states + q];

@@ -7,9 +7,7 @@
 #include "automaton/operands.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry.h"
-#include "denoise/cpu/allowed.h"
 #include "denoise/cpu/checks.h"
-#include "denoise/cpu/kernels.h"
 
 namespace dgemma {
 namespace {
@@ -46,7 +44,7 @@ struct Part {
   int64_t count;
 };
 
-// vocabulary 0: the classes of tokens are not read.
+// vocabulary 0: tokens and their classes are not read.
 dgemma_status check_automaton(const int32_t* arena, int64_t arena_words, const int64_t* descriptor,
                               int64_t request, int64_t vocabulary, dgemma_cpu* cpu) {
   const int64_t* const word = descriptor + request * DGEMMA_AUTOMATON_WORDS;
@@ -70,6 +68,8 @@ dgemma_status check_automaton(const int32_t* arena, int64_t arena_words, const i
   const int64_t entries = arena[word[DGEMMA_AUTOMATON_SET_BEGIN] + sets];
   const Part parts[] = {
       {"class_of_token", DGEMMA_AUTOMATON_CLASS_OF_TOKEN, vocabulary},
+      {"token_begin", DGEMMA_AUTOMATON_TOKEN_BEGIN, vocabulary == 0 ? 0 : classes + 1},
+      {"tokens", DGEMMA_AUTOMATON_TOKENS, vocabulary},
       {"set_class", DGEMMA_AUTOMATON_SET_CLASS, entries},
       {"out_begin", DGEMMA_AUTOMATON_OUT_BEGIN, states + 1},
       {"out_target", DGEMMA_AUTOMATON_OUT_TARGET, arcs},
@@ -87,6 +87,8 @@ dgemma_status check_automaton(const int32_t* arena, int64_t arena_words, const i
   const Automaton a = automaton_of(arena, descriptor, request);
   const dgemma_status found[] = {
       check_indices("class_of_token", a.class_of_token, vocabulary, 0, classes, cpu),
+      check_begins("token_begin", a.token_begin, vocabulary == 0 ? 0 : classes, vocabulary, cpu),
+      check_indices("tokens", a.tokens, vocabulary, 0, vocabulary, cpu),
       check_begins("set_begin", a.set_begin, sets, entries, cpu),
       check_indices("set_class", a.set_class, entries, 0, classes, cpu),
       check_begins("out_begin", a.out_begin, states, arcs, cpu),
@@ -191,9 +193,8 @@ dgemma_status check(const dgemma_constrain& op, dgemma_cpu* cpu) {
   return DGEMMA_OK;
 }
 
-// What a row of sample_class needs: a mask of the class's tokens, and statistics under it.
+// What a row of sample_class needs: the masses of the tiles of its class.
 struct RowWorkspace {
-  int32_t* mask;
   float *tile_max, *tile_sum;
 };
 
@@ -201,7 +202,6 @@ size_t carve(const dgemma_sample_class& op, char* base, RowWorkspace* work) {
   const int64_t tiles =
       (op.logits.vocabulary + DGEMMA_VOCABULARY_TILE - 1) / DGEMMA_VOCABULARY_TILE;
   Carver carver = {base};
-  work->mask = carver.take<int32_t>(words_per_row(op.logits.vocabulary));
   work->tile_max = carver.take<float>(tiles);
   work->tile_sum = carver.take<float>(tiles);
   return carver.used;
@@ -220,59 +220,6 @@ dgemma_status check(const dgemma_sample_class& op, dgemma_cpu* cpu) {
           check_uniforms(op.remainder, op.logits.batch, op.logits.length, op.logits.active, cpu))
     return status;
   return check_automata(op, op.logits.batch, op.logits.active, op.logits.vocabulary, cpu);
-}
-
-void sample_row(const dgemma_sample_class& op, const DenoiseKernels& kernels, int64_t row,
-                const RowWorkspace& work) {
-  const dgemma_logits& logits = op.logits;
-  const int64_t request = row / logits.length;
-  const bool skipped = (logits.active != nullptr && logits.active[request] == 0) ||
-                       !has_automaton(op.descriptor, request) || op.matches[request] == 0 ||
-                       (op.pinned != nullptr && op.pinned[row] != 0);
-  if (skipped) return;
-  const int32_t* const class_of = automaton_of(op.arena, op.descriptor, request).class_of_token;
-  const int32_t* const allowed = allowed_bits(logits.allowed, logits.vocabulary, row);
-  const int32_t chosen = op.chosen_class[row];
-  for (int64_t word = 0; word < words_per_row(logits.vocabulary); ++word) {
-    const int64_t first = word * 32;
-    const int64_t end = logits.vocabulary - first < 32 ? logits.vocabulary - first : 32;
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < end; ++i)
-      bits |= static_cast<uint32_t>(class_of[first + i] == chosen) << i;
-    if (allowed != nullptr) bits &= static_cast<uint32_t>(allowed[word]);
-    work.mask[word] = static_cast<int32_t>(bits);
-  }
-  // Of a request whose entropies are not finite no class was chosen.
-  if (!allows_any(work.mask, logits.vocabulary)) return;
-  const int32_t mask_row = 0;
-  int32_t argmax;
-  float entropy, row_max;
-  double row_sum;
-  dgemma_vocabulary_statistics statistics = {};
-  statistics.logits = logits;
-  statistics.logits.batch = statistics.logits.length = 1;
-  const size_t row_bytes = static_cast<size_t>(logits.vocabulary) * bytes_of(logits.dtype);
-  statistics.logits.raw =
-      static_cast<const char*>(logits.raw) + static_cast<size_t>(row) * row_bytes;
-  statistics.logits.temperature = logits.temperature + request;
-  statistics.logits.active = nullptr;
-  statistics.logits.allowed = {work.mask, 1, &mask_row};
-  statistics.argmax = &argmax;
-  statistics.entropy = &entropy;
-  statistics.row_max = &row_max;
-  statistics.row_sum = &row_sum;
-  statistics.tile_max = work.tile_max;
-  statistics.tile_sum = work.tile_sum;
-  kernels.statistics[logits.dtype](statistics, 0);
-  dgemma_sample sample = {};
-  sample.logits = statistics.logits;
-  sample.row_max = &row_max;
-  sample.row_sum = &row_sum;
-  sample.tile_max = work.tile_max;
-  sample.tile_sum = work.tile_sum;
-  sample.uniforms = op.remainder + row;
-  sample.tokens = op.tokens + row;
-  kernels.sample[logits.dtype](sample, 0);
 }
 
 }  // namespace
@@ -324,13 +271,13 @@ dgemma_status dgemma_cpu_sample_class(const dgemma_sample_class* op, dgemma_cpu*
   dgemma_cpu_variant variant;
   if (status == DGEMMA_OK) status = dgemma::resolve_cpu_variant(cpu, &variant);
   if (status != DGEMMA_OK) return status;
-  const dgemma::DenoiseKernels& kernels = DGEMMA_TABLE_OF(variant, denoise_kernels);
+  const auto kernel = DGEMMA_TABLE_OF(variant, automaton_kernels).sample_class[op->logits.dtype];
   dgemma::RowWorkspace unused;
   const size_t bytes = dgemma::carve(*op, nullptr, &unused);
   dgemma::run_tasks(cpu, op->logits.batch * op->logits.length, [&](int64_t row) {
     dgemma::RowWorkspace work;
     dgemma::carve(*op, static_cast<char*>(op->workspace) + static_cast<size_t>(row) * bytes, &work);
-    dgemma::sample_row(*op, kernels, row, work);
+    kernel(*op, row, work.tile_max, work.tile_sum);
   });
   return DGEMMA_OK;
 }

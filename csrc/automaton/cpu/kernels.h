@@ -1,4 +1,4 @@
-// The interface between the entry points and the kernel that reads logits, which is compiled once
+// The interface between the entry points and the kernels that read logits, which are compiled once
 // per instruction set.
 #pragma once
 
@@ -10,6 +10,8 @@ namespace dgemma {
 struct AutomatonKernels {
   // Indexed by dgemma_dtype.
   void (*class_statistics[2])(const dgemma_class_statistics& op, int64_t row);
+  void (*sample_class[2])(const dgemma_sample_class& op, int64_t row, float* tile_max,
+                          float* tile_sum);
 };
 
 DGEMMA_DECLARE_PER_VARIANT(AutomatonKernels automaton_kernels)

@@ -267,20 +267,13 @@ inline void read_masked_tile(const LogitRow<T>& row, int64_t tile, TileLogits* o
   }
 }
 
-// The same for a tile that ends beyond the vocabulary.
-template <typename T>
-inline void read_partial_tile(const LogitRow<T>& row, int64_t tile, TileLogits* out) {
-  alignas(64) float raw[kTile];
-  bool present[kTile];
-  const int64_t first = tile * kTile;
-  for (int i = 0; i < kTile; ++i) {
-    present[i] = first + i < row.vocabulary && is_allowed(row.allowed, first + i);
-    raw[i] = present[i] ? to_float(row.raw[first + i]) : 0.0f;
-  }
+// The same for entries of which some are not there, given their raw logits.
+inline void read_present(float* raw, const bool* present, const LogitScale& scale,
+                         TileLogits* out) {
   for (int i = 0; i < kTile; i += kLanes) {
     const Floats a = load(raw + i);
     out->poison = fmadd(a, broadcast(0.0f), out->poison);
-    store(out->z + i, scaled_logit(a, row.scale));
+    store(out->z + i, scaled_logit(a, scale));
   }
   for (int i = 0; i < kTile; ++i) {
     if (present[i]) continue;
@@ -291,6 +284,19 @@ inline void read_partial_tile(const LogitRow<T>& row, int64_t tile, TileLogits* 
     out->largest_z = larger(load(out->z + i), out->largest_z);
     out->largest_raw = larger(load(raw + i), out->largest_raw);
   }
+}
+
+// The same for a tile that ends beyond the vocabulary.
+template <typename T>
+inline void read_partial_tile(const LogitRow<T>& row, int64_t tile, TileLogits* out) {
+  alignas(64) float raw[kTile];
+  bool present[kTile];
+  const int64_t first = tile * kTile;
+  for (int i = 0; i < kTile; ++i) {
+    present[i] = first + i < row.vocabulary && is_allowed(row.allowed, first + i);
+    raw[i] = present[i] ? to_float(row.raw[first + i]) : 0.0f;
+  }
+  read_present(raw, present, row.scale, out);
 }
 
 template <typename T, bool kCapped>

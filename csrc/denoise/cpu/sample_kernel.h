@@ -35,23 +35,21 @@ inline TileChoice choose_tile(const float* tile_max, const float* tile_sum, int6
   return choice;
 }
 
-// The first entry whose cumulative mass exceeds what is left, or the last that has any.
-template <typename T>
-int32_t choose_entry(const LogitRow<T>& row, const TileChoice& choice, float tile_max) {
-  TileLogits tile;
-  read_tile(row, choice.tile, &tile);
+// The first entry of the chosen tile whose cumulative mass exceeds what is left, or the last that
+// has any.
+inline int choose_entry(const TileLogits& tile, const TileChoice& choice, float tile_max) {
   alignas(64) float masses[kTile];
   for (int i = 0; i < kTile; i += kLanes)
     store(masses + i, mass(load(tile.z + i), broadcast(tile_max)));
-  int64_t token = choice.tile * kTile;
+  int chosen = 0;
   double cumulative = 0.0;
   for (int i = 0; i < kTile; ++i) {
     if (!(masses[i] > 0.0f)) continue;
-    token = choice.tile * kTile + i;
+    chosen = i;
     cumulative += static_cast<double>(masses[i]) * choice.factor;
     if (cumulative > choice.left) break;
   }
-  return static_cast<int32_t>(token);
+  return chosen;
 }
 
 template <typename T>
@@ -72,8 +70,14 @@ void sample_row(const dgemma_sample& op, int64_t row_number) {
     choice = choose_tile(tile_max, op.tile_sum + row_number * tiles, tiles, op.row_max[row_number],
                          uniform * row_sum);
   // A row that is not finite has no distribution; its request ends with the update.
-  op.tokens[row_number] = choice.tile < 0 ? nth_allowed(row.allowed, row.vocabulary, 0)
-                                          : choose_entry(row, choice, tile_max[choice.tile]);
+  if (choice.tile < 0) {
+    op.tokens[row_number] = nth_allowed(row.allowed, row.vocabulary, 0);
+    return;
+  }
+  TileLogits tile;
+  read_tile(row, choice.tile, &tile);
+  op.tokens[row_number] =
+      static_cast<int32_t>(choice.tile * kTile + choose_entry(tile, choice, tile_max[choice.tile]));
 }
 
 }  // namespace

@@ -1,49 +1,10 @@
 // Statistics of one row in one pass over its raw logits.
-//
-// Inside a tile everything is fp32 and relative to the tile's maximum; across tiles it is double in
-// index order. So a row's result depends on the row alone.
 #pragma once
 
-#include <cmath>
-
-#include "denoise/cpu/logits.h"
+#include "denoise/cpu/masses.h"
 
 namespace dgemma {
 namespace {
-
-// Tiles whose shifted sums wait on the stack until they are brought to the row's maximum.
-constexpr int64_t kSpanTiles = 512;
-
-// sum of exp(z - max) and of exp(z - max)(z - max) over the tiles so far.
-struct ShiftedSums {
-  float max = -INFINITY;
-  double mass = 0.0;
-  double shifted = 0.0;
-
-  void raise(float new_max) {
-    if (!(new_max > max)) return;
-    if (mass > 0.0) {
-      const double change = static_cast<double>(max) - new_max;
-      const double factor = std::exp(change);
-      shifted = factor * (shifted + change * mass);
-      mass *= factor;
-    }
-    max = new_max;
-  }
-
-  void add(const float* tile_max, const float* tile_sum, const float* tile_shifted, int64_t tiles) {
-    for (int64_t j = 0; j < tiles; ++j) raise(tile_max[j]);
-    float factors[kFactors];
-    for (int64_t j = 0; j < tiles; ++j) {
-      if (j % kFactors == 0) tile_factors(tile_max + j, tiles - j, max, factors);
-      if (!(tile_sum[j] > 0.0f)) continue;
-      const double factor = factors[j % kFactors];
-      const double change = static_cast<double>(tile_max[j]) - max;
-      mass += factor * tile_sum[j];
-      shifted += factor * (tile_shifted[j] + change * tile_sum[j]);
-    }
-  }
-};
 
 // The lowest allowed index in the tile whose raw logit is `value`.
 template <typename T>
@@ -75,17 +36,10 @@ void statistics_row(const dgemma_vocabulary_statistics& op, int64_t row_number) 
     if (!tile_is_empty(row.allowed, row.vocabulary, j)) {
       read_tile(row, j, &tile);
       poison += tile.poison;
-      const float reference = horizontal_max(tile.largest_z);
-      TileSum mass_sum, shifted_sum;
-      for (int i = 0; i < kTile; i += kLanes) {
-        const Floats d = larger(load(tile.z + i) - reference, broadcast(kLeastExponent));
-        const Floats e = exponential(d);
-        mass_sum.add(i, e);
-        shifted_sum.add_product(i, e, d);
-      }
-      tile_max[j] = reference;
-      tile_sum[j] = mass_sum.total();
-      tile_shifted[j % kSpanTiles] = shifted_sum.total();
+      const TileMasses masses = tile_masses(tile);
+      tile_max[j] = masses.max;
+      tile_sum[j] = masses.mass;
+      tile_shifted[j % kSpanTiles] = masses.shifted;
       const float largest = horizontal_max(tile.largest_raw);
       if (largest > best) {
         best = largest;
@@ -97,12 +51,7 @@ void statistics_row(const dgemma_vocabulary_statistics& op, int64_t row_number) 
       sums.add(tile_max + j + 1 - span, tile_sum + j + 1 - span, tile_shifted, span);
   }
 
-  double total = 0.0;
-  float factors[kFactors];
-  for (int64_t j = 0; j < tiles; ++j) {
-    if (j % kFactors == 0) tile_factors(tile_max + j, tiles - j, sums.max, factors);
-    total += static_cast<double>(tile_sum[j]) * factors[j % kFactors];
-  }
+  const double total = row_mass(tile_max, tile_sum, tiles, sums.max);
   const bool finite = horizontal_sum(poison) == 0.0f && __builtin_isfinite(total);
   op.argmax[row_number] = argmax;
   op.row_max[row_number] = sums.max;

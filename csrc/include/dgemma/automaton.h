@@ -35,9 +35,11 @@ typedef enum dgemma_automaton_word {
   DGEMMA_AUTOMATON_DISTANCE = 13, /* [states]: the fewest tokens after which the text may end */
   DGEMMA_AUTOMATON_CLOSING = 14, /* [states]: the fewest after which an open part is closed, 0 where
                                     none is open; where the word itself is 0, no part opens */
-  DGEMMA_AUTOMATON_CLOSING_LEFT = 15 /* no place: after so many tokens of the canvas none is open */
+  DGEMMA_AUTOMATON_CLOSING_LEFT = 15, /* a count: no part is open after so many tokens */
+  DGEMMA_AUTOMATON_TOKEN_BEGIN = 16,  /* [classes + 1], into TOKENS */
+  DGEMMA_AUTOMATON_TOKENS = 17        /* [vocabulary]: the tokens by class, and by id within it */
 } dgemma_automaton_word;
-#define DGEMMA_AUTOMATON_WORDS 16
+#define DGEMMA_AUTOMATON_WORDS 18
 
 /* Of every row and class: the greatest z, the entry with the greatest raw logit (ties to the lowest
  * id), mass = sum exp(z - class_max) and shifted = sum exp(z - class_max) (z - class_max). A class

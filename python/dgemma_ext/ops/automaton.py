@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dgemma_ext.ops.operators import operator
 
-DESCRIPTOR_WORDS = 16
-_CLOSING = 14  # the word that says where an automaton's `closing` begins, 0 for none; the last word is what is left
+DESCRIPTOR_WORDS = 18
+# The words of a descriptor behind its four counts: where each table begins. `closing` begins at 0 where there is none.
+_TABLES, _CLOSING, _CLOSING_LEFT = (*range(4, 14), 16, 17), 14, 15
 
 _class_statistics, _constrain, _sample_class = (
     operator(name) for name in ("class_statistics_", "constrain_", "sample_class_")
@@ -39,13 +40,23 @@ class Arrays(Protocol):
     def arcs(self) -> int: ...
     @property
     def tables(self) -> tuple[np.ndarray, ...]:
-        """classes, set_begin, set_class, out_begin, out_target, out_set, in_begin, in_source, in_set, distance."""
+        """classes, set_begin, set_class, out_begin, out_target, out_set, in_begin, in_source, in_set, distance, and
+        the two of `tokens_by_class`."""
         ...
 
     @property
     def closing(self) -> np.ndarray | None:
         """int32 [states]: the fewest tokens after which a part that is open is closed; None where none ever is."""
         ...
+
+
+def tokens_by_class(classes: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens by class and within a class by id, int32 [vocabulary], and before it where each class begins, int32
+    [num_classes + 1]; classes: of each id, fewer than 65,536."""
+    counts = np.bincount(classes, minlength=num_classes)
+    begin = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    # numpy sorts integers of 16 bits by radix.
+    return begin, np.argsort(classes.astype(np.uint16), kind="stable").astype(np.int32)
 
 
 class Automata(NamedTuple):
@@ -77,14 +88,11 @@ def pack_automata(automata: Sequence[Arrays | None], closing_left: Sequence[int 
                 begins[id(table)] = size
                 parts.append(table)
                 size += len(table)
-        sets = len(one.tables[1]) - 1
-        found = [one.states, one.num_classes, sets, one.arcs, *(begins[id(table)] for table in tables)]
+        descriptor[row, :4] = one.states, one.num_classes, len(one.tables[1]) - 1, one.arcs
+        descriptor[row, _TABLES] = [begins[id(table)] for table in one.tables]
         left = None if closing_left is None else closing_left[row]
         if one.closing is not None and left is not None:
-            found.append(left)
-        else:
-            found = found[:_CLOSING]
-        descriptor[row, : len(found)] = found
+            descriptor[row, _CLOSING], descriptor[row, _CLOSING_LEFT] = begins[id(one.closing)], left
     arena = np.concatenate(parts) if parts else np.zeros(0)
     most = descriptor.max(axis=0, initial=1)
     held = (torch.from_numpy(arena.astype(np.int32)), torch.from_numpy(descriptor))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 import dgemma_ext._C as _C
 from dgemma_ext.errors import GrammarError
+from dgemma_ext.ops.automaton import tokens_by_class
 from dgemma_ext.sampling.grammar.pattern import Pattern
 from dgemma_ext.sampling.grammar.vocabulary import Vocabulary
 
@@ -61,7 +63,12 @@ class CompiledGrammar:
         return (
             *(self.classes, self.set_begin, self.set_class, self.out_begin, self.out_target, self.out_set),
             *(self.in_begin, self.in_source, self.in_set, self.distance),
+            *self._tokens_by_class,
         )
+
+    @cached_property
+    def _tokens_by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        return tokens_by_class(self.classes, self.num_classes)
 
     @property
     def nbytes(self) -> int:
