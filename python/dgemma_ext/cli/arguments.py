@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from dgemma_ext.arguments import integer, number
-from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
+from dgemma_ext.checkpoint import DEMO
+from dgemma_ext.cli.flags import (
+    MODEL,
+    add_activations,
+    add_device,
+    add_grammar,
+    add_model,
+    add_output,
+    add_patterns,
+    add_prompting,
+    add_sampling,
+    add_serving,
+    add_weights,
+    positive,
+    seconds,
+    seed,
+    tools_of,
+)
 from dgemma_ext.cli.palette import LEGEND
 from dgemma_ext.demo.puzzles import BOX_SHAPES
 from dgemma_ext.sampling import Choice, Grammar, JsonSchema, Regex, SamplerConfig, ToolCalls
-from dgemma_ext.serve.options import ServeOptions
 from dgemma_ext.version import __version__
 
 _PICTURE = f"""\
@@ -24,8 +37,6 @@ Accepted tokens (those whose sampled token is kept for the next step) are underl
 it stand canvas, step, temperature, mean entropy and how many are accepted. Where there is no terminal each step is one
 plain line.
 """
-
-_MODEL = f"a checkpoint's folder, a hub id (owner/name) to download, or a bundled model: {', '.join((DEMO, *BUNDLED))}"
 
 _WATCH = "--watch draws on stderr, so that stdout holds the answer alone.\n" + _PICTURE
 
@@ -41,9 +52,6 @@ _CODES = """\
 exit code: 0 done, 1 failed, 2 an argument, an input or a checkpoint that cannot be used, 130 interrupted.
 DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. NO_COLOR=1 leaves colours out.
 """
-
-
-Value = TypeVar("Value")
 
 
 class Arguments(argparse.Namespace):
@@ -115,13 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser(
         "generate", help="answer a prompt", description="Answers a prompt.", epilog=f"{_WATCH}\n{_JSON}"
     )
-    _add_model(generate)
+    add_model(generate)
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     generate.add_argument("--system", metavar="TEXT", help="a system message before it")
-    _add_prompting(generate)
-    _add_grammar(generate)
-    _add_sampling(generate)
-    _add_output(generate)
+    add_prompting(generate)
+    add_grammar(generate)
+    add_sampling(generate)
+    add_output(generate)
 
     chat = commands.add_parser(
         "chat",
@@ -130,14 +138,14 @@ def build_parser() -> argparse.ArgumentParser:
         "conversation; end of input leaves. Turn n (the first is 0) samples with seed + n.",
         epilog=f"{_WATCH}\n{_JSON}",
     )
-    _add_model(chat)
+    add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     chat.add_argument(
-        "--context", type=_positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
+        "--context", type=positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
     )
-    _add_prompting(chat)
-    _add_sampling(chat)
-    _add_output(chat)
+    add_prompting(chat)
+    add_sampling(chat)
+    add_output(chat)
 
     decide = commands.add_parser(
         "decide",
@@ -145,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tells how probable each of some choices is as the answer to a prompt, read in one denoising\n"
         "step. The last line is their mass: what they hold together of the model's whole distribution.",
     )
-    _add_model(decide)
+    add_model(decide)
     decide.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     decide.add_argument("--system", metavar="TEXT", help="a system message before it")
     decide.add_argument(
@@ -158,10 +166,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--template", default="{}", metavar="TEXT", help="the answer's text, {} where the label stands (default: {})"
     )
     decide.add_argument(
-        "--canvas-length", type=_positive, metavar="N", help="positions (default: 32, or more where it needs them)"
+        "--canvas-length", type=positive, metavar="N", help="positions (default: 32, or more where it needs them)"
     )
-    decide.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the label's noise (default: 0)")
-    _add_prompting(decide)
+    decide.add_argument("--seed", type=seed, default=0, metavar="N", help="of the label's noise (default: 0)")
+    add_prompting(decide)
     decide.add_argument("--json", action="store_true", help="one JSON object")
 
     grammar = commands.add_parser(
@@ -171,12 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
         "text and ten texts at random. What cannot be followed is exit code 2, with the JSON pointer and the keyword.",
     )
     grammar.add_argument("json_schema", metavar="FILE.json", nargs="?", help="a JSON schema; or one of these:")
-    _add_patterns(grammar)
-    grammar.add_argument("--tools", type=_tools, metavar="FILE.json", help="functions, a list of JSON schemas")
+    add_patterns(grammar)
+    grammar.add_argument("--tools", type=tools_of, metavar="FILE.json", help="functions, a list of JSON schemas")
     grammar.add_argument("--tool-choice", metavar="CHOICE", help="auto, required (the default), or a tool's name")
     grammar.add_argument("--thinking", action="store_true", help="for prompts that let the model think")
-    grammar.add_argument("--model", default=DEMO, metavar="MODEL", help=f"{_MODEL} (default: {DEMO})")
-    grammar.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the texts at random (default: 0)")
+    grammar.add_argument("--model", default=DEMO, metavar="MODEL", help=f"{MODEL} (default: {DEMO})")
+    grammar.add_argument("--seed", type=seed, default=0, metavar="N", help="of the texts at random (default: 0)")
     grammar.add_argument("--json", action="store_true", help="one JSON object")
 
     info = commands.add_parser(
@@ -185,12 +193,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tells what a checkpoint's headers say (no weight is read), what this build has and what this\n"
         "machine can run.",
     )
-    info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL} (info downloads nothing)")
-    info.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
+    info.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL} (info downloads nothing)")
+    info.add_argument("--context", type=positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
     info.add_argument("--device", default="auto", help="where the memory is planned: auto, cpu or cuda")
     info.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
-    _add_weights(info)
-    _add_activations(info)
+    add_weights(info)
+    add_activations(info)
     info.add_argument("--json", action="store_true", help="one JSON object")
 
     quantize = commands.add_parser(
@@ -199,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Writes a checkpoint's quantized form in the layout of compressed-tensors, and tells the error of\n"
         "every layer. OUT appears when it is whole; an interrupted run is continued by the same command.",
     )
-    quantize.add_argument("model", metavar="IN", help=_MODEL)
+    quantize.add_argument("model", metavar="IN", help=MODEL)
     quantize.add_argument("out", metavar="OUT", help="the folder to write, which must not exist")
     quantize.add_argument(
         "--to",
@@ -223,19 +231,19 @@ def build_parser() -> argparse.ArgumentParser:
         "measured in the same run).",
         epilog="MODEL random has the published sizes and no checkpoint; --layers makes it fit.",
     )
-    profile.add_argument("model", metavar="MODEL", help=f"{_MODEL}; or random")
-    _add_device(profile)
-    _add_weights(profile)
-    _add_activations(profile)
-    profile.add_argument("--steps", type=_positive, default=4, metavar="N", help="steps to watch (default: 4)")
+    profile.add_argument("model", metavar="MODEL", help=f"{MODEL}; or random")
+    add_device(profile)
+    add_weights(profile)
+    add_activations(profile)
+    profile.add_argument("--steps", type=positive, default=4, metavar="N", help="steps to watch (default: 4)")
     profile.add_argument(
-        "--prefix", type=_positive, default=128, metavar="N", help="random tokens before the canvas (default: 128)"
+        "--prefix", type=positive, default=128, metavar="N", help="random tokens before the canvas (default: 128)"
     )
-    profile.add_argument("--batch", type=_positive, default=1, metavar="N", help="requests side by side (default: 1)")
-    profile.add_argument("--context", type=_positive, metavar="N", help="tokens of a cache slot (default: the prefix)")
-    profile.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the tokens and draws (default: 0)")
-    profile.add_argument("--layers", type=_positive, metavar="N", help="random: of so many layers (default: 30)")
-    profile.add_argument("--experts-hit", type=_positive, metavar="N", help="random: route to N experts (default: all)")
+    profile.add_argument("--batch", type=positive, default=1, metavar="N", help="requests side by side (default: 1)")
+    profile.add_argument("--context", type=positive, metavar="N", help="tokens of a cache slot (default: the prefix)")
+    profile.add_argument("--seed", type=seed, default=0, metavar="N", help="of the tokens and draws (default: 0)")
+    profile.add_argument("--layers", type=positive, metavar="N", help="random: of so many layers (default: 30)")
+    profile.add_argument("--experts-hit", type=positive, metavar="N", help="random: route to N experts (default: all)")
     profile.add_argument("--flat", action="store_true", help="random: flat distributions (default: peaked)")
     profile.add_argument("--chart", metavar="FILE.png", help="draw time against floor (needs the extra: report)")
     profile.add_argument("--trace", metavar="FILE.json", help="write every operator for Perfetto or chrome://tracing")
@@ -248,8 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
         "it. The first SIGTERM or Ctrl-C lets running requests finish, a second one ends at once.",
         epilog="DGEMMA_API_KEY=KEY does what --api-key KEY does, which other users of the machine could read.",
     )
-    _add_model(serve)
-    _add_serving(serve)
+    add_model(serve)
+    add_serving(serve)
 
     demo = commands.add_parser(
         "demo",
@@ -259,8 +267,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_PICTURE,
     )
     demo.add_argument("--size", type=int, choices=sorted(BOX_SHAPES), help="of the grid (default: the largest bundled)")
-    demo.add_argument("--count", type=_positive, default=1, metavar="N", help="so many puzzles (default: 1)")
-    demo.add_argument("--seed", type=_seed, metavar="N", help="draws puzzle and samples (default: a new one each time)")
+    demo.add_argument("--count", type=positive, default=1, metavar="N", help="so many puzzles (default: 1)")
+    demo.add_argument("--seed", type=seed, metavar="N", help="draws puzzle and samples (default: a new one each time)")
     demo.add_argument(
         "--no-pin",
         dest="pin",
@@ -270,189 +278,14 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", metavar="MODEL", help="another checkpoint for the same task")
     demo.add_argument(
         "--pause",
-        type=_seconds,
+        type=seconds,
         default=0.25,
         metavar="SECONDS",
         help="between steps in a terminal, not counted (default: 0.25)",
     )
-    _add_device(demo)
-    _add_weights(demo)
-    _add_activations(demo)
+    add_device(demo)
+    add_weights(demo)
+    add_activations(demo)
     demo.add_argument("--watch", action="store_true", help="with --json: drafts and commits too")
     demo.add_argument("--json", action="store_true", help="one JSON object per puzzle and line")
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    _add_device(parser)
-    _add_weights(parser)
-    _add_activations(parser)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto (a GPU where torch sees one), cpu or cuda[:N]")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        default="auto",
-        metavar="FORMAT",
-        help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes weights while loading, unquantized does the reverse "
-        "(default: auto, as stored)",
-    )
-
-
-def _add_activations(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--activations",
-        choices=["fp8"],
-        help="round what goes into experts with fp8 weights to fp8 as well, which changes tokens (default: no)",
-    )
-
-
-def _add_prompting(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prompt (what the checkpoint's chat template understands)")
-    group.add_argument("--thinking", action="store_true", help="let the model think; its thoughts go to stderr, dimmed")
-    group.add_argument(
-        "--tools", type=_tools, metavar="FILE.json", help="functions that the model may call, a list of JSON schemas"
-    )
-    group.add_argument(
-        "--template-variable",
-        type=_variable,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="another variable of the template; VALUE is JSON, or else text",
-    )
-    group.add_argument(
-        "--special-tokens",
-        choices=["text", "tokens"],
-        default="text",
-        help="what special tokens become that the prompt spells (default: text)",
-    )
-
-
-def _add_grammar(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the answer must match (on a CPU)")
-    group.add_argument(
-        "--thinking-budget", type=_positive, metavar="N", help="end the thought before it within N tokens"
-    )
-    one = group.add_mutually_exclusive_group()
-    one.add_argument("--json-schema", metavar="FILE.json", help="a JSON schema")
-    one.add_argument("--tool-choice", metavar="CHOICE", help="calls of --tools: auto, required, or a tool's name")
-    _add_patterns(one)
-
-
-def _add_patterns(group: Any) -> None:
-    group.add_argument(
-        "--regex", metavar="EXPRESSION", help="a regular expression, from its first to its last character"
-    )
-    group.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; give it several times")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (defaults: the checkpoint's generation_config.json)")
-    group.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same answer (default: 0)")
-    group.add_argument("--max-new-tokens", type=_positive, metavar="N", help="length of the answer at most")
-    group.add_argument("--steps", type=_positive, metavar="N", help="denoising steps per canvas at most")
-    group.add_argument("--entropy-bound", type=float, metavar="NATS", help="accept while surer tokens sum to no more")
-    group.add_argument("--t-min", type=float, metavar="T", help="the temperature that the last step comes near")
-    group.add_argument("--t-max", type=float, metavar="T", help="the temperature of the first step")
-    group.add_argument("--stability-threshold", type=int, metavar="N", help="stop when unchanged for so many steps ...")
-    group.add_argument("--confidence-threshold", type=float, metavar="NATS", help="... and mean entropy is below this")
-    group.add_argument("--canvas-length", type=_positive, metavar="N", help="tokens per canvas, at most the model's")
-    group.add_argument(
-        "--trim-canvas",
-        action="store_true",
-        help="cut the last canvas to --max-new-tokens, in quarters: less work, perhaps other tokens",
-    )
-
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    usual = ServeOptions()
-    group = parser.add_argument_group("server")
-
-    def add(flag: str, help: str, **settings: Any) -> None:
-        default = getattr(usual, settings.setdefault("dest", flag.strip("-").replace("-", "_")))
-        is_number = isinstance(default, int | float) and not isinstance(default, bool)
-        shown = f" (default: {default:.10g})" if is_number else ""
-        group.add_argument(flag, help=help + shown, default=default, **settings)
-
-    add("--host", f"address to listen on (default: {usual.host}, this machine alone)", metavar="ADDRESS")
-    add("--port", "port to listen on; 0 takes a free one", type=int, metavar="N")
-    add("--api-key", "what clients must send as Authorization: Bearer KEY (default: no key)", metavar="KEY")
-    group.add_argument(
-        "--served-model-name", action="append", metavar="NAME", help="what clients call the model (default: as MODEL)"
-    )
-    add("--max-batch", "requests that run together", type=_positive, metavar="N")
-    add("--max-length", "tokens of a cache slot (default: 8192, or the model's)", type=_positive, metavar="N")
-    add("--prefix-cache-bytes", "copies of beginnings of prompts to keep; 0 keeps none", type=int, metavar="N")
-    add("--max-waiting", "requests that may wait for a slot; more get status 429", type=int, metavar="N")
-    add("--max-body-bytes", "of a request; larger ones get status 413", type=_positive, metavar="N")
-    add("--request-timeout", "seconds that an answer may take", type=_seconds, metavar="SECONDS")
-    add("--body-timeout", "seconds in which a request's body must arrive", type=_seconds, metavar="SECONDS")
-    add("--drain-timeout", "seconds that a signal waits for running requests", type=_seconds, metavar="SECONDS")
-    group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="let pages of ORIGIN call (default: none)"
-    )
-    add("--log-prompts", "write prompts and answers into the log", action="store_true")
-    group.add_argument(
-        "--no-trim-canvas",
-        dest="trim_canvas",
-        action="store_false",
-        help="let short answers take whole canvases, as dgemma generate does",
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--watch", action="store_true", help="show the canvas settle (see below)")
-    parser.add_argument("--json", action="store_true", help="for machines (see below)")
-
-
-def _positive(text: str) -> int:
-    return _refusing(integer, int(text), least=1)
-
-
-def _seed(text: str) -> int:
-    return _refusing(integer, int(text), end=2**63)
-
-
-def _seconds(text: str) -> float:
-    return _refusing(number, float(text))
-
-
-def _refusing(check: Callable[..., Value], value: object, **limits: int) -> Value:
-    """argparse puts the flag's name before a message."""
-    try:
-        return check("", value, **limits)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).strip()) from error
-
-
-def _tools(file: str) -> list[dict[str, Any]] | None:
-    """The tools in a JSON file: a list, an object with the list "tools", or one tool."""
-    try:
-        tools = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-        if isinstance(tools, Mapping):
-            tools = tools.get("tools", [tools])
-        return checked_tools(tools)
-    except (OSError, ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{file}: {error}") from error
-
-
-def _variable(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-# argparse's error messages name a type by its __name__.
-_positive.__name__ = _seed.__name__ = "whole number"
-_seconds.__name__ = "number"
