@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import dgemma_ext as dg
 import transformers_oracle as oracle
 from checkpoints import FULL, SLIDING, make_checkpoint
-from dgemma_ext.checkpoint import inspect_checkpoint
-from dgemma_ext.model.vision import Patches, load_tower, patches_of
+from dgemma_ext.engine import tokenize_prompt
+from dgemma_ext.model.vision import Patches, patches_of
 from pictures import gradient
-from test_parity_forward import assert_same_cache
+from test_parity_forward import assert_same_cache, assert_within
+from tokenizer_files import IMAGE_TOKENS
 
-IMAGE, BEGIN, END = 300, 301, 302
+BEGIN, IMAGE, END = (IMAGE_TOKENS[text] for text in ("<|image>", "<|image|>", "<image|>"))
 SOFT_TOKENS = 70
 WINDOW = 16
+# Largest difference in float32, as a share of the largest magnitude.
+BOUND = 1e-5
 # Where the images stand among the text: sizes, or a number of text tokens.
 PROMPTS: dict[str, list[tuple[int, int] | int]] = {
     "one": [5, (48, 48), 6],
@@ -28,6 +35,7 @@ PROMPTS: dict[str, list[tuple[int, int] | int]] = {
     "last": [5, (60, 30)],
     "two, apart": [4, (48, 48), 3, (60, 30), 5],
     "two, side by side": [4, (90, 60), (60, 30), 5],
+    "text": [9],
 }
 
 
@@ -65,58 +73,116 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> oracle.Pair:
         dtype=torch.float32,
         window=WINDOW,
         vocabulary=512,
+        images=True,
     )
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"image_token_id": IMAGE, "boi_token_id": BEGIN, "eoi_token_id": END}
-    (folder / "config.json").write_text(json.dumps(config))
     return oracle.load_pair(folder, torch.float32)
 
 
 def placed(pair: oracle.Pair, prompt: Prompt) -> list[tuple[int, Tensor]]:
-    config = pair.ours.config
-    tower = load_tower(inspect_checkpoint(pair.directory, config), config, torch.float32, "cpu")
-    assert tower is not None
-    return [(start, tower.features(image)) for start, image in zip(prompt.starts, prompt.images, strict=True)]
+    assert pair.ours.vision is not None
+    features = pair.ours.vision.tower.features
+    return [(start, features(image)) for start, image in zip(prompt.starts, prompt.images, strict=True)]
 
 
-def encoded(pair: oracle.Pair, prompt: Prompt, image_attention: str, chunk: int = 4096, **changes: Any) -> dg.Cache:
+@contextmanager
+def rule(pair: oracle.Pair, image_attention: str) -> Iterator[None]:
     network = pair.ours.network
     options, network.options = network.options, replace(network.options, image_attention=image_attention)
     try:
-        cache = pair.ours.new_cache(1, prompt.ids.shape[1])
-        network.encode(prompt.ids, cache, chunk=chunk, **{"images": [placed(pair, prompt)], **changes})
+        yield
     finally:
         network.options = options
+
+
+def encoded(pair: oracle.Pair, prompt: Prompt, image_attention: str, chunk: int = 4096, **changes: Any) -> dg.Cache:
+    with rule(pair, image_attention):
+        cache = pair.ours.new_cache(1, prompt.ids.shape[1])
+        pair.ours.encode(prompt.ids, cache, chunk=chunk, **{"images": [placed(pair, prompt)], **changes})
     return cache
 
 
-@torch.no_grad()
-def by_generate(pair: oracle.Pair, prompt: Prompt) -> Any:
-    """transformers' cache of the prompt, from its processor's tensors, which are padded."""
+def their_inputs(prompt: Prompt) -> dict[str, Tensor]:
+    """The tensors of transformers' processor, which pads patches."""
     room = 9 * SOFT_TOKENS
     pixels = torch.zeros(len(prompt.images), room, 768)
     positions = torch.full((len(prompt.images), room, 2), -1)
     for row, image in enumerate(prompt.images):
         pixels[row, : len(image.pixels)], positions[row, : len(image.pixels)] = image.pixels, image.positions
-    torch.manual_seed(0)
-    out = pair.theirs.generate(
-        prompt.ids,
-        pixel_values=pixels,
-        image_position_ids=positions,
-        mm_token_type_ids=(prompt.ids == IMAGE).long(),
-        max_new_tokens=pair.ours.config.canvas_length,
-        max_denoising_steps=1,
-        return_dict_in_generate=True,
-    )
-    return out.past_key_values
+    kinds = (prompt.ids == IMAGE).long()
+    return {"pixel_values": pixels, "image_position_ids": positions, "mm_token_type_ids": kinds}
 
 
-@pytest.mark.parametrize("chunk", [4096, 7])
-@pytest.mark.parametrize("name", PROMPTS)
-def test_the_cache_is_that_of_transformers(pair: oracle.Pair, name: str, chunk: int) -> None:
+@pytest.fixture(scope="module")
+def by_generate(pair: oracle.Pair) -> Callable[[str], Any]:
+    """transformers' cache of a prompt, by its name."""
+
+    @cache
+    @torch.no_grad()
+    def made(name: str) -> Any:
+        prompt = make_prompt(PROMPTS[name])
+        torch.manual_seed(0)
+        length = pair.ours.config.canvas_length
+        few = {"max_new_tokens": length, "max_denoising_steps": 1, "return_dict_in_generate": True}
+        inputs = their_inputs(prompt) if prompt.images else {}
+        return pair.theirs.generate(prompt.ids, **inputs, **few).past_key_values
+
+    return made
+
+
+# In "one" the image is at positions 7 to 70: a chunk ends at its begin, inside, at its end, and behind that.
+CHUNKS = [*((name, 4096) for name in PROMPTS), ("two, side by side", 7), *(("one", n) for n in (7, 8, 64, 71, 72))]
+
+
+@pytest.mark.parametrize(("name", "chunk"), CHUNKS)
+def test_cache_and_logits_are_those_of_transformers(
+    pair: oracle.Pair, by_generate: Callable[[str], Any], name: str, chunk: int
+) -> None:
     """With image_attention "all", which is transformers' rule, whole and in chunks that would cut an image."""
-    prompt = make_prompt(PROMPTS[name])
-    assert_same_cache(pair, encoded(pair, prompt, "all", chunk), 0, by_generate(pair, prompt))
+    prompt, theirs = make_prompt(PROMPTS[name]), by_generate(name)
+    ours = encoded(pair, prompt, "all", chunk)
+    assert_same_cache(pair, ours, 0, theirs, BOUND)
+    if chunk == 4096:
+        canvas = torch.randint(0, 200, (1, pair.ours.config.canvas_length), generator=torch.Generator().manual_seed(5))
+        assert_within(pair.ours.denoise(canvas, ours), oracle.denoise(pair.theirs, canvas, theirs), "logits", BOUND)
+
+
+def test_rows_of_a_batch_and_turns_are_those_of_transformers(
+    pair: oracle.Pair, by_generate: Callable[[str], Any]
+) -> None:
+    """Prompts with one, two and no images in one call, and a prompt in three turns, the images in two of them."""
+    prompts = [make_prompt(PROMPTS[name]) for name in ("one", "text", "two, apart")]
+    lengths = [prompt.ids.shape[1] for prompt in prompts]
+    ids = torch.zeros(3, max(lengths), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : lengths[row]] = prompt.ids[0]
+    batch, turns = pair.ours.new_cache(3, max(lengths)), pair.ours.new_cache(1, max(lengths))
+    images = [placed(pair, prompt) for prompt in prompts]
+    apart, (first, second) = prompts[2], images[2]
+    with rule(pair, "all"):
+        pair.ours.encode(ids, batch, lengths=lengths, images=images)
+        # Behind the first image; behind the text after it; the second image and the rest.
+        begins = [0, first[0] + len(first[1]) + 1, second[0] - 1, lengths[2]]
+        for (begin, end), of_turn in zip(pairwise(begins), ([first], [], [second]), strict=True):
+            pair.ours.encode(apart.ids[:, begin:end], turns, images=[of_turn])
+    for row, name in enumerate(("one", "text", "two, apart")):
+        assert_same_cache(pair, batch, row, by_generate(name), BOUND)
+    assert_same_cache(pair, turns, 0, by_generate("two, apart"), BOUND)
+
+
+def test_an_answer_is_that_of_transformers(pair: oracle.Pair) -> None:
+    """From a Pillow image to the tokens of two canvases."""
+    model, picture = pair.ours, Image.fromarray(gradient(60, 30))
+    prompt = tokenize_prompt("What?", model, options=dg.PromptOptions(image_tokens=SOFT_TOKENS), images=[picture])
+    start, patches = prompt.images[0].start, patches_of(gradient(60, 30), SOFT_TOKENS)
+    ids = Prompt(torch.tensor([prompt.ids]), [patches], [start])
+    settings, length = oracle.Settings(max_denoising_steps=4), 2 * model.config.canvas_length
+    theirs = oracle.generate(pair.theirs, prompt.ids, length, settings, 38, inputs=their_inputs(ids))
+    with rule(pair, "all"):
+        ours = oracle.generate_ours(model, prompt, length, settings, 38)
+        otherwise = oracle.generate_ours(model, prompt.ids, length, settings, 38)
+    assert theirs.well_conditioned
+    assert ours.outcome == theirs.outcome
+    assert otherwise.outcome != theirs.outcome, "the image changes nothing here"
 
 
 def test_an_image_is_seen_whole_on_sliding_layers_alone(pair: oracle.Pair) -> None:

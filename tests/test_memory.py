@@ -15,16 +15,19 @@ import dgemma_ext as dg
 from checkpoints import make_checkpoint
 from dgemma_ext import _C
 from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target, resolve_weights
+from dgemma_ext.checkpoint.vision_config import VisionConfig
 from dgemma_ext.cli import main
 from dgemma_ext.engine import MemoryPlan, batch_plan, check_memory, cuda_graphs, mapped_bytes, memory_plan
 from dgemma_ext.engine import memory as memory_module
 from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
-from dgemma_ext.model.vision import resolve_images
+from dgemma_ext.model.vision import PromptImage, VisionTower, resolve_images, tower_workspace_bytes
 from dgemma_ext.ops.formats import QuantizedWeight
 from dgemma_ext.units import format_bytes
 from models import random_model
+from pictures import gradient
 from published_layout import write_published_layout
+from test_vision_tower import SMALL, tensors_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -64,6 +67,41 @@ def test_a_stored_format_takes_as_much_as_one_made_while_loading(to: str, tmp_pa
     convert(folder, tmp_path / "out", parse_target(to))
     assert plan_of(tmp_path / "out", "auto") == plan_of(folder, to)
     assert plan_of(tmp_path / "out", "unquantized") == plan_of(folder, "auto")
+
+
+def test_the_tower_is_planned(tmp_path: Path) -> None:
+    """Its bytes, what stays in its file, and the memory that its operators ask for, for the largest image."""
+    folder = make_checkpoint(tmp_path, with_tokenizer=False)
+    with_tower, without = (plan_of(folder, "auto", images=images) for images in ("auto", False))
+    model = dg.DiffusionGemma.from_pretrained(folder, device="cpu")
+    assert model.vision is not None
+    tower = model.vision.tower
+    assert with_tower.weights["vision"] == ("bfloat16", tower.nbytes)
+    assert "vision" not in without.weights
+    assert with_tower.total > without.total + tower.nbytes
+    assert "vision weights" in with_tower.table()
+    config = ModelConfig.from_file(folder)
+    stored = mapped_bytes(config, inspect_checkpoint(folder, config), "auto", torch.bfloat16, tower.config)
+    assert stored - mapped_bytes(config, inspect_checkpoint(folder, config), "auto", torch.bfloat16) == tower.nbytes
+
+
+@pytest.mark.parametrize("widths", [(64, 96, 2), (256, 1536, 2), (256, 64, 24)], ids=["entry", "MLP", "attention"])
+def test_the_tower_s_workspace_is_what_it_takes(widths: tuple[int, int, int]) -> None:
+    """The largest sum of tensors at a time, beside weights and input. Each width makes another part the largest."""
+    sizes = dict(zip(("hidden_size", "intermediate_size", "num_attention_heads"), widths, strict=True))
+    config = VisionConfig.from_dict({**SMALL, **sizes, "num_key_value_heads": widths[-1]})
+    tower = VisionTower.from_tensors(config, tensors_of(config, torch.bfloat16))
+    image = PromptImage(gradient(14 * 48, 20 * 48)).patches  # 280 soft tokens
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        tower.features(image)
+    held = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    planned = tower_workspace_bytes(config, torch.bfloat16, 280)
+    on_cpu = planned - image.pixels.nbytes  # where the pixels lie already
+    assert 0.7 * on_cpu < most < planned
 
 
 def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:

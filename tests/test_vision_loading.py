@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import dgemma_ext as dg
+import dgemma_ext.diffusion_gemma as facade
 from checkpoints import make_checkpoint
 from dgemma_ext import CheckpointError
-from dgemma_ext.checkpoint import ModelConfig, inspect_checkpoint
+from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target
 from dgemma_ext.model.vision import VisionTower, load_tower, patches_of
 from pictures import gradient
 
@@ -40,6 +43,12 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], An
     change(tensors)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def without_tower(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        if name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")):
+            del tensors[name]
 
 
 def test_every_tensor_is_the_stored_one(folder: Path) -> None:
@@ -70,12 +79,7 @@ def test_a_tower_in_float16_is_converted(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vision", [True, False])
 def test_a_checkpoint_without_a_tower_has_none(folder: Path, tmp_path: Path, vision: bool) -> None:
-    def without(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            if name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")):
-                del tensors[name]
-
-    changed(folder, tmp_path, without)
+    changed(folder, tmp_path, without_tower)
     if not vision:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "vision_config": None}))
@@ -113,3 +117,66 @@ def test_half_a_tower_is_refused_by_name(folder: Path, tmp_path: Path, what: str
     changed(folder, tmp_path, change, **vision)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+# With the rest of a model ---------------------------------------------------------------------------------------------
+
+
+def loaded(folder: Path, **options: Any) -> dg.DiffusionGemma:
+    return dg.DiffusionGemma.from_pretrained(folder, device="cpu", **options)
+
+
+def test_a_model_is_loaded_with_its_tower_or_without(folder: Path, tmp_path: Path) -> None:
+    for images, attention in (("auto", "sliding"), (True, "all")):
+        model = loaded(folder, images=images, image_attention=attention)
+        assert model.vision is not None
+        assert model.vision.tower.projection.dtype == model.dtype
+        assert model.vision.soft_tokens == 280
+        assert model.network.options.image_attention == attention
+    assert loaded(folder, images=False).vision is None
+    bare = changed(folder, tmp_path, without_tower)
+    assert loaded(bare).vision is None
+    with pytest.raises(CheckpointError, match="images is True, and the checkpoint has no vision tower"):
+        loaded(bare, images=True)
+    for images in ("on", 2, None):
+        with pytest.raises(ValueError, match="images must be auto, True or False, got"):
+            loaded(folder, images=images)
+    with pytest.raises(ValueError, match="image_attention must be one of sliding, all, got 'full'"):
+        loaded(folder, image_attention="full")
+
+
+def test_the_checkpoint_says_how_many_tokens_an_image_takes(folder: Path, tmp_path: Path) -> None:
+    changed(folder, tmp_path, lambda tensors: None)
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_soft_tokens": 140}}')
+    model = loaded(tmp_path)
+    assert model.vision is not None
+    assert model.vision.read("a", Image.fromarray(gradient(97, 61))).soft_tokens == 126
+
+
+@pytest.mark.parametrize("what", [*WRONG, "a processor"])
+def test_a_model_with_half_a_tower_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for values that are not finite, which are found while they are read; without its images it is loaded."""
+    change, vision, message = WRONG.get(what, (lambda tensors: None, {}, "do_normalize is True"))
+    changed(folder, tmp_path, change, **vision)
+    if what == "a processor":
+        (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    loads: list[object] = []
+    load = facade.load_weights
+    monkeypatch.setattr(facade, "load_weights", lambda *a, **k: (loads.append(a), load(*a, **k))[1])
+    with pytest.raises(CheckpointError, match=message) as caught:
+        loaded(tmp_path)
+    if what not in ("not finite", "a processor"):
+        assert "images=False loads the model without its vision tower" in str(caught.value)
+    assert len(loads) == (what == "not finite")
+    assert loaded(tmp_path, images=False).vision is None
+
+
+def test_an_unquantized_tower_stays_beside_quantized_weights(folder: Path, tmp_path: Path) -> None:
+    plain = load(folder)
+    convert(folder, tmp_path / "out", parse_target("int4"))
+    for model in (loaded(tmp_path / "out"), loaded(folder, weights="int4")):
+        assert model.vision is not None
+        assert plain is not None
+        assert torch.equal(model.vision.tower.layers[1].up, plain.layers[1].up)

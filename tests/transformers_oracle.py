@@ -342,8 +342,10 @@ def generate(
     settings: Settings,
     seed: int,
     canvas: Sequence[int] | None = None,
+    inputs: dict[str, torch.Tensor] | None = None,
 ) -> OracleTrace:
-    """transformers' own generate on one prompt, its draws replaced; `canvas` are the tokens of the first canvas."""
+    """transformers' own generate on one prompt, its draws replaced; `canvas` are the tokens of the first canvas, and
+    `inputs` what its processor makes of images."""
     trace = OracleTrace()
     config = settings.theirs(max_new_tokens)
     sampler = _InjectedSampler(
@@ -356,6 +358,7 @@ def generate(
         trace=trace,
     )
     extra = {} if canvas is None else {"decoder_input_ids": torch.tensor([canvas])}
+    extra |= inputs or {}
     with (
         mock.patch.object(torch, "multinomial", sampler.multinomial),
         mock.patch.object(model, "_prepare_sampler", return_value=sampler),
@@ -385,7 +388,7 @@ def _kept(answer: list[int], max_new_tokens: int, eos_token_ids: Sequence[int]) 
 
 def generate_ours(
     model: dg.DiffusionGemma,
-    prompt: Sequence[int] | str,
+    prompt: Any,
     max_new_tokens: int,
     settings: Settings,
     seed: int,

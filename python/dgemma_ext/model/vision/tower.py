@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgemma_ext.checkpoint.vision_config import POOL, VisionConfig
+from dgemma_ext.checkpoint.vision_config import PATCH, POOL, VisionConfig
 from dgemma_ext.model.vision.pixels import Patches
 from dgemma_ext.ops import layer as layer_ops
 
@@ -161,16 +161,15 @@ class VisionTower:
 def tower_workspace_bytes(config: VisionConfig, dtype: torch.dtype, soft_tokens: int) -> int:
     """The largest memory that the tower takes for an image of so many soft tokens, beside its weights.
 
-    For each patch the largest of three: what attention holds (residual and norm, the three projections, and what
-    normalising and rotating one of them makes), what the MLP holds (residual, norm and attention; gate, up and
-    product), and the matrix of cells with the float32 copies at the end. Attention itself keeps no scores.
+    For each patch its pixels, and the largest of three: their two float32 forms and what the first product makes of
+    them; what attention holds (residual and norm, the three projections, and what normalising and rotating one of them
+    makes), which keeps no scores; what the MLP holds (residual, norm and attention; gate, up and product).
     """
-    patches, heads = soft_tokens * POOL**2, config.num_heads * config.head_dim
-    hidden = config.hidden_size
+    pixels, heads, hidden = 3 * PATCH**2, config.num_heads * config.head_dim, config.hidden_size
+    entry = 8 * pixels + (pixels + hidden) * dtype.itemsize
     attention = (2 * hidden + 8 * heads) * dtype.itemsize
     mlp = 3 * (hidden + config.intermediate_size) * dtype.itemsize
-    pooling = 4 * soft_tokens + hidden * (4 + dtype.itemsize)
-    return patches * max(attention, mlp, pooling)
+    return soft_tokens * POOL**2 * (4 * pixels + max(entry, attention, mlp))
 
 
 def rotation(positions: Tensor, config: VisionConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
