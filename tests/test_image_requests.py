@@ -22,7 +22,7 @@ from models import random_model
 from pictures import gradient
 
 SAMPLER = dg.SamplerConfig(max_denoising_steps=3, confidence_threshold=4.0, entropy_bound=6.0)
-ROOM = 1 << 30
+ROOM = 1 << 26
 WIDE, SQUARE = Image.fromarray(gradient(97, 61)), Image.fromarray(gradient(48, 48))  # 60 and 64 soft tokens of 70
 TURNED = WIDE.transpose(Image.Transpose.ROTATE_180)
 CONTEXT = 400
