@@ -24,11 +24,15 @@ def assert_close(
     exact64: torch.Tensor | np.ndarray[Any, Any],
     dtype: torch.dtype,
     low_precision: torch.Tensor | np.ndarray[Any, Any] | None = None,
+    chained: bool = False,
 ) -> None:
     """Asserts that `actual`, computed in `dtype`, is the float64 result `exact64` up to rounding.
 
     `low_precision` is the result of the same maths in plain torch of that dtype; without it the element-wise bound is
     two ulp of the largest output alone. NaN and infinities must stand at the same positions with the same sign.
+
+    chained: the result is made of several products in turn, each rounded to `dtype`, so that the whole tensor may be
+    as far off as `low_precision` is, where that is more than the usual bound.
     """
     got, wanted = _as_float64(actual), _as_float64(exact64)
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
@@ -43,9 +47,11 @@ def assert_close(
         f"{int(excess.sum())} of {excess.numel()} elements are off by more than {bound:.3e}; "
         f"worst: {_worst_positions(difference, got, wanted)}"
     )
-    distance = relative_distance(finite_got, finite_wanted)
-    assert distance <= GLOBAL_BOUND[dtype], (
-        f"1 - 2<x,y>/(|x|^2+|y|^2) is {distance:.3e}, wanted at most {GLOBAL_BOUND[dtype]:.0e}; "
+    distance, most = relative_distance(finite_got, finite_wanted), GLOBAL_BOUND[dtype]
+    if chained and low_precision is not None:
+        most = max(most, relative_distance(torch.where(finite, _as_float64(low_precision), 0.0), finite_wanted))
+    assert distance <= most, (
+        f"1 - 2<x,y>/(|x|^2+|y|^2) is {distance:.3e}, wanted at most {most:.0e}; "
         f"worst: {_worst_positions(difference, got, wanted)}"
     )
 

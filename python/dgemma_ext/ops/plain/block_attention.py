@@ -28,12 +28,19 @@ def canvas_attention(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Every query sees the last `window - 1` prefix positions (all when `window` is 0) and the whole block."""
+    first, end = canvas_visibility(query, prefix_length, length, window)
+    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix_length, length, first, end, scale)
+
+
+def canvas_visibility(
+    query: torch.Tensor, prefix_length: torch.Tensor, length: torch.Tensor | None, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row i of request b sees positions first[b, i] .. end[b, i] - 1; both int64 [batch, block]."""
     prefix = prefix_length.long()
     first = (prefix - (window - 1)).clamp_min(0) if window > 0 else torch.zeros_like(prefix)
     end = prefix + _block_rows(query, length)
     rows = query.shape[1]
-    first, end = first[:, None].expand(-1, rows), end[:, None].expand(-1, rows)
-    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix, length, first, end, scale)
+    return first[:, None].expand(-1, rows), end[:, None].expand(-1, rows)
 
 
 def causal_attention(
@@ -50,6 +57,14 @@ def causal_attention(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """The query at position q sees max(0, q - window + 1) .. q, and the spans that hold q."""
+    first, end = causal_visibility(query, prefix_length, spans, window)
+    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix_length, length, first, end, scale)
+
+
+def causal_visibility(
+    query: torch.Tensor, prefix_length: torch.Tensor, spans: torch.Tensor | None, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `canvas_visibility`, of a block that is encoded."""
     prefix = prefix_length.long()
     position = prefix[:, None] + torch.arange(query.shape[1], dtype=torch.int64, device=query.device)  # [batch, block]
     first = (position - (window - 1)).clamp_min(0) if window > 0 else torch.zeros_like(position)
@@ -60,7 +75,7 @@ def causal_attention(
         # [batch, block, spans]; a span that does not hold the query changes nothing.
         first = torch.minimum(first, torch.where(inside, start[:, None], first[..., None]).amin(-1))
         end = torch.maximum(end, torch.where(inside, stop[:, None], end[..., None]).amax(-1))
-    return _attend(query, key, value, prefix_key, prefix_value, slot, prefix, length, first, end, scale)
+    return first, end
 
 
 def append_to_cache(
@@ -91,28 +106,27 @@ def _block_rows(query: torch.Tensor, length: torch.Tensor | None) -> torch.Tenso
     return length.long()
 
 
-def _attend(
+def gathered(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     prefix_key: torch.Tensor,
     prefix_value: torch.Tensor,
     slot: torch.Tensor,
-    prefix: torch.Tensor,
+    prefix_length: torch.Tensor,
     length: torch.Tensor | None,
     first: torch.Tensor,
     end: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Row i of request b sees positions first[b, i] .. end[b, i] - 1, as far as they are stored; first and end are
-    int64 [batch, block].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values of prefix and block, [batch, capacity + block, key heads, head dim], zero where no row sees
+    them; which row sees which, bool [batch, block, keys]; and which rows are a query's, bool [batch, block].
+
+    Row i of request b sees positions first[b, i] .. end[b, i] - 1, as far as they are stored; first and end are int64
+    [batch, block].
     """
-    if prefix_key.shape[0] == 0:  # without slots every request is skipped
-        return torch.zeros_like(query)
-    batch, block, query_heads, head_dim = query.shape
-    capacity, key_heads = prefix_key.shape[1:3]
+    prefix, capacity = prefix_length.long(), prefix_key.shape[1]
     rows = _block_rows(query, length)
-    row = torch.arange(block, device=query.device)
+    row = torch.arange(query.shape[1], device=query.device)
     used = (row < rows[:, None]) & (slot[:, None] >= 0)  # [batch, block]
 
     # Cache row r holds the largest position below the prefix length that is r modulo the capacity.
@@ -127,14 +141,37 @@ def _attend(
     # Rows that nobody sees may hold anything, NaN too.
     anyone = seen.any(dim=1)[..., None, None]
     stored = slot.clamp_min(0).long()
+    keys = torch.where(anyone, torch.cat([prefix_key[stored], key], dim=1), 0)
+    values = torch.where(anyone, torch.cat([prefix_value[stored], value], dim=1), 0)
+    return keys, values, seen, used
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    slot: torch.Tensor,
+    prefix: torch.Tensor,
+    length: torch.Tensor | None,
+    first: torch.Tensor,
+    end: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of rows that see what `gathered` says of first and end."""
+    if prefix_key.shape[0] == 0:  # without slots every request is skipped
+        return torch.zeros_like(query)
+    cached = (prefix_key, prefix_value, slot, prefix)
+    keys, values, seen, used = gathered(query, key, value, *cached, length, first, end)
+    batch, block, query_heads, head_dim = query.shape
+    key_heads = key.shape[2]
     group = query_heads // key_heads
-    keys = torch.where(anyone, torch.cat([prefix_key[stored], key], dim=1), 0).float()
-    values = torch.where(anyone, torch.cat([prefix_value[stored], value], dim=1), 0).float()
     queries = torch.where(used[..., None, None], query, 0).float().view(batch, block, key_heads, group, head_dim)
-    scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys) * scale
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys.float()) * scale
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
     # A row without keys is padding: its softmax is NaN and is replaced.
-    attended = torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(dim=-1), values)
+    attended = torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(dim=-1), values.float())
     attended = torch.where(used[..., None, None, None], attended, 0)
     return attended.reshape(query.shape).to(query.dtype)
 
