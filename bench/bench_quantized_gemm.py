@@ -49,8 +49,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def quantized(format: str, plain: tuple[Tensor, Tensor]) -> tuple[QuantizedWeight, QuantizedWeight]:
     """Both weights in a format; the first expert's codes are copied to all."""
     target = parse_target(format)
-    gate_up = stack_weights([target.quantize(list(plain[0][0].chunk(2)))], 1)
-    down = stack_weights([target.quantize([plain[1][0]])], 1)
+    gate_up = stack_weights([[q.weight for q in target.quantize(list(plain[0][0].chunk(2)))]], 1)
+    down = stack_weights([[q.weight for q in target.quantize([plain[1][0]])]], 1)
 
     def of_all(weight: QuantizedWeight) -> QuantizedWeight:
         copies = {name: part.expand(EXPERTS, *part.shape[1:]).contiguous() for name, part in weight.tensors().items()}

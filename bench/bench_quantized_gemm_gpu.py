@@ -41,8 +41,8 @@ def quantized(format: str) -> tuple[QuantizedWeight, QuantizedWeight]:
     target = parse_target(format)
     gate_up, down = plain()
     return (
-        stack_weights((target.quantize(list(expert.chunk(2))) for expert in gate_up), EXPERTS),
-        stack_weights((target.quantize([expert]) for expert in down), EXPERTS),
+        stack_weights(([q.weight for q in target.quantize(list(expert.chunk(2)))] for expert in gate_up), EXPERTS),
+        stack_weights(([q.weight for q in target.quantize([expert])] for expert in down), EXPERTS),
     )
 
 

@@ -6,6 +6,7 @@ set(dgemma_tables_block_attention attention)
 set(dgemma_tables_denoise denoise)
 set(dgemma_tables_layer layer)
 set(dgemma_tables_automaton automaton)
+set(dgemma_tables_quantize quantize)
 
 # The sets beyond scalar exist on x86-64 alone.
 set(dgemma_variants scalar)
@@ -22,9 +23,9 @@ function(dgemma_add_cpu_table family table variant)
   set(source "${PROJECT_BINARY_DIR}/cpu_variants/${family}/${table}_${variant}.cpp")
   configure_file("${PROJECT_SOURCE_DIR}/cmake/cpu_variant.cpp.in" "${source}" @ONLY)
   set(flags ${dgemma_flags_${variant}})
-  # csrc/cpu/rows.h: the kernels between the products round every product and every sum, as torch does. So does all of the
-  # scalar variant, for the same bits on every machine: on some a compiler would fuse them.
-  if(family STREQUAL "layer" OR table STREQUAL "route" OR variant STREQUAL "scalar")
+  # csrc/cpu/rows.h: the kernels between the products round every product and every sum, as torch does. So do those that
+  # quantize, and all of the scalar variant, for the same bits on every machine: on some a compiler would fuse them.
+  if(family MATCHES "^(layer|quantize)$" OR table STREQUAL "route" OR variant STREQUAL "scalar")
     list(APPEND flags -ffp-contract=off)
   endif()
   # A tile's sums fill the registers; with this flag fewer of them are kept in memory (csrc/grouped_gemm/LOG.md).

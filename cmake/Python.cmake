@@ -29,7 +29,7 @@ file(GLOB binding_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/torch/*.
 set(family_of_vocabulary_head denoise)
 set(family_of_moe_plan grouped_gemm)
 set(family_of_grammar automaton)
-foreach(family IN ITEMS grouped_gemm block_attention denoise layer automaton)
+foreach(family IN ITEMS grouped_gemm block_attention denoise layer automaton quantize)
   set(family_of_${family} ${family})
 endforeach()
 foreach(source IN LISTS binding_sources)

@@ -340,6 +340,27 @@ def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     }
 
 
+def quantize_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Arguments of the struct of quantize.h."""
+    rows, columns, groups = 5, 96, 3
+    return {
+        "quantize_weight": {
+            "rows": rows,
+            "columns": columns,
+            "groups": groups,
+            "row_bytes": columns // 2,
+            "format": 2,
+            "multiplier": 1.0,
+            "dtype": dtype,
+            "weight": tensor(dtype, rows, columns),
+            "importance": torch.rand(columns),
+            "values": zeros(torch.uint8, rows, columns // 2),
+            "scales": torch.zeros(rows, groups),
+            "errors": zeros(torch.float64, rows, 3),
+        }
+    }
+
+
 def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
     """The arguments with all tensors that the struct may do without, which change nothing but the draws."""
     if struct == "block_attention" or struct == "append_to_cache":

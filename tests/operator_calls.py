@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgemma_ext.ops import automaton, block_attention, denoise, grouped_gemm, layer, quantized_gemm, router
+from dgemma_ext.ops import automaton, block_attention, denoise, grouped_gemm, layer, quantize, quantized_gemm, router
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 
@@ -164,6 +164,7 @@ def _products(dtype: torch.dtype) -> dict[str, OperatorCall]:
     codes = tuple(part for matrix in fp8 for part in (matrix.values, matrix.scales))
     parts = tuple(part for matrix in int4 for part in (2, matrix.values, matrix.scales, None))
     scale, projection, per_expert = (torch.randn(*shape).to(dtype) for shape in ((32,), (4, 32), (4,)))
+    quantizing = (weight, torch.ones(32), 2, 1.0, narrow.values.clone(), torch.empty(8, 1), torch.empty(8, 3).double())
     routing = (input, scale, projection, per_expert, 2, 1e-6)
     return {
         "moe_ffn": same(ops.moe_ffn.default, grouped_gemm.moe_ffn, experts),
@@ -182,6 +183,7 @@ def _products(dtype: torch.dtype) -> dict[str, OperatorCall]:
             (input, narrow),
         ),
         "route": same(ops.route.default, router.route, routing),
+        "quantize_weight": same(ops.quantize_weight.default, quantize.quantize_weight, quantizing),
     }
 
 

@@ -21,6 +21,7 @@ from c_operations import (
     layer_operations,
     optional_operands,
     product_operations,
+    quantize_operations,
     quantized_matrix,
     with_workspace,
 )
@@ -46,7 +47,7 @@ FUNCTIONS = [
 # Pointers that may be NULL.
 OPTIONAL = {
     "conditioning", "raw_value", "next_norm", "active", "mask", "pinned", "keep", "uniforms", "length", "spans",
-    "factors",
+    "factors", "importance",
 }  # fmt: skip
 OPTIONAL_IN = {"rms_norm": {"weight"}}
 REQUIRED_IN = {"update_canvas": {"active"}}
@@ -64,7 +65,7 @@ def library() -> ctypes.CDLL:
 def operands(library: ctypes.CDLL, function: str) -> dict[str, Any]:
     """Arguments with every tensor that the function may be given."""
     struct = STRUCT_OF.get(function, function)
-    makers = (layer_operations, denoise_operations, automaton_operations, product_operations)
+    makers = (layer_operations, denoise_operations, automaton_operations, product_operations, quantize_operations)
     made = next(found[struct] for make in makers if struct in (found := make(BF16)))
     if function == "moe_ffn_fp8":
         made = {**made, "gate_up": quantized_matrix("fp8", 3, 32, 32)}

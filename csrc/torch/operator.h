@@ -174,6 +174,12 @@ constexpr Argument with_previous(const char* name, Field field,
   argument.with_previous = true;
   return argument;
 }
+// Numbers of one byte, where the type of the field would say flags.
+constexpr Argument bytes(const char* name, Field field, std::initializer_list<Extent> shape) {
+  Argument argument = tensor(name, field, shape);
+  argument.content = Content::kBytes;
+  return argument;
+}
 // Of any shape, which all such tensors of an operator share; `elements` is the field for how many.
 constexpr Argument of_any_shape(const char* name, Field field, Field elements) {
   Argument argument = tensor(name, field, {elements});

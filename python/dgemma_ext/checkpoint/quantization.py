@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint.json_section import kind_of
-from dgemma_ext.ops.formats import FORMATS, INT4_GROUPS, QuantizedWeight
+from dgemma_ext.ops.formats import FORMATS, INT4_GROUPS
+from dgemma_ext.ops.quantize import Quantized, quantize
 
 _ADVICE = "load the unquantized checkpoint: weights quantizes it while loading, `dgemma quantize` once for all"
 # What other methods and layouts are called by those who use them.
@@ -110,14 +111,14 @@ class Target:
             group //= 2
         return group
 
-    def quantize(self, matrices: list[Tensor]) -> list[QuantizedWeight]:
+    def quantize(self, matrices: list[Tensor], importance: Tensor | None = None) -> list[Quantized]:
         """Quantizes matrices [rows, columns] that other engines multiply as one (an expert's gate and up).
 
-        In nvfp4 they share the global scale. `group_for` of their columns must not be None.
+        In nvfp4 they share the global scale. importance: ops.quantize. `group_for` of their columns must not be None.
         """
         group = self.group_for(matrices[0].shape[-1])
         assert group is not None, "the caller has checked that a group divides the columns"
-        return list(FORMATS[self.format].weight.quantize_together(matrices, group))
+        return quantize(matrices, self.format, group, importance)
 
 
 def parse_target(text: str, parts: Sequence[str] | None = None, name: str = "weights") -> Target:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,22 +43,41 @@ _LAYOUTS = {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-
 _IGNORED = ["lm_head", "re:.*embed_tokens.*", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision.*"]
 
 
+# Mean squares of the inputs of quantized matrices, by layer and attribute of LayerWeights: [columns], and of experts
+# [experts, columns] (model/calibration.py).
+Moments = Mapping[tuple[int, str], Tensor]
+
+
 @dataclass
 class PartError:
     """The quantization error of one part of one layer.
 
-    `error` and `size` are the sums of the squared differences and of the squared original values.
+    `error` and `size` are the sums of the squared differences and of the squared original values, `before` what `error`
+    would be with the scales of the largest magnitudes. With second moments each square is multiplied by its column's.
     """
 
     layer: int
     part: str
     error: float = 0.0
     size: float = 0.0
+    before: float = 0.0
 
     @property
     def relative(self) -> float:
         """||quantized - original|| / ||original||."""
-        return (self.error / self.size) ** 0.5 if self.size else 0.0
+        return self._relative(self.error)
+
+    @property
+    def relative_before(self) -> float:
+        return self._relative(self.before)
+
+    def add(self, other: PartError) -> None:
+        self.error += other.error
+        self.size += other.size
+        self.before += other.before
+
+    def _relative(self, error: float) -> float:
+        return (error / self.size) ** 0.5 if self.size else 0.0
 
 
 @dataclass(frozen=True)
@@ -81,9 +100,10 @@ class Conversion:
     target: Target
     shards: list[list[Work]]
     groups: dict[int, list[str]] = field(default_factory=dict)
+    moments: Moments | None = None
 
 
-def plan_conversion(source: Path, target: Target) -> Conversion:
+def plan_conversion(source: Path, target: Target, moments: Moments | None = None) -> Conversion:
     """Plans from the headers alone which weights are quantized and which shard each goes to.
 
     Raises CheckpointError for a source that cannot be loaded, ValueError where a wanted matrix is quantized already.
@@ -96,7 +116,7 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
         for attribute, (name, _) in layer_layout(config, layer).items()
         if target.wants(attribute)
     }
-    conversion = Conversion(info, target, [[]])
+    conversion = Conversion(info, target, [[]], moments=moments)
     # Copies of tied weights and buffers are not written.
     taken = {*info.copies, *info.buffers}
     works = []
@@ -130,18 +150,23 @@ def plan_conversion(source: Path, target: Target) -> Conversion:
 
 
 def convert(
-    source: Path, destination: Path, target: Target, advance: Callable[[int], None] = lambda nbytes: None
+    source: Path,
+    destination: Path,
+    target: Target,
+    advance: Callable[[int], None] = lambda nbytes: None,
+    moments: Moments | None = None,
 ) -> list[PartError]:
     """Writes `source` as `target` to `destination`, which must not exist; returns the error of each layer's parts.
 
-    advance: called with the number of the source's bytes that were converted since the last call.
+    advance: called with the number of the source's bytes that were converted since the last call. moments: by which
+    errors are weighed where scales are searched; None weighs all alike.
     Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
     one of another source or format, CheckpointError when a file cannot be written (what is finished is kept for the
     next run).
     """
     if destination.exists():
         raise ValueError(f"OUT: {destination} exists; wants a folder that does not")
-    conversion = plan_conversion(source, target)
+    conversion = plan_conversion(source, target, moments)
     partial = destination.with_name(destination.name + ".partial")
     with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -155,7 +180,7 @@ def convert(
             advance(sum(conversion.info.tensors[name].nbytes for work in works for name in work.names))
         else:
             with _writing(file), MappedFiles(conversion.info) as reader, ShardWriter(file) as shard:
-                _write_shard(works, reader, target, shard, advance)
+                _write_shard(works, reader, conversion, shard, advance)
                 names = shard.finish()
                 errors = [PartError(**note) for note in shard.notes if note is not None]
             state.finish(number, names, _summed(errors))
@@ -169,7 +194,7 @@ def convert(
 
 
 def _write_shard(
-    works: list[Work], source: MappedFiles, target: Target, shard: ShardWriter, advance: Callable[[int], None]
+    works: list[Work], source: MappedFiles, conversion: Conversion, shard: ShardWriter, advance: Callable[[int], None]
 ) -> None:
     """Writes the weights of a shard in units: a copied tensor, or matrices that are quantized together. Those that the
     shard has from an earlier run are not made again."""
@@ -177,32 +202,40 @@ def _write_shard(
     number = 0
     for work in works:
         left = sum(source.info.tensors[name].nbytes for name in work.names)
-        for names, values in _units(work, source):
+        for unit in _units(work, source, conversion.moments):
             if number >= finished:
-                _write_unit(work, names, values, source, target, shard)
+                _write_unit(work, unit, source, conversion.target, shard)
             number += 1
-            done = min(left, sum(value.nbytes for value in values))
+            done = min(left, sum(value.nbytes for value in unit.values))
             advance(done)
             left -= done
         advance(left)
 
 
-def _write_unit(
-    work: Work, names: list[str], values: list[Tensor], source: MappedFiles, target: Target, shard: ShardWriter
-) -> None:
+@dataclass(frozen=True)
+class Unit:
+    """At most some seconds' work: the published name and the values of a tensor to copy, or the names without their
+    suffix of matrices that are quantized together, with the second moments of their input. Values are mapped, not read.
+    """
+
+    names: list[str]
+    values: list[Tensor]
+    importance: Tensor | None = None
+
+
+def _write_unit(work: Work, unit: Unit, source: MappedFiles, target: Target, shard: ShardWriter) -> None:
     """Copies a tensor, or quantizes matrices and notes their error."""
     if work.attribute is None:
-        shard.write(dict(zip(names, values, strict=True)), None, source.info.tensors[work.names[0]].dtype)
+        tensors = dict(zip(unit.names, unit.values, strict=True))
+        shard.write(tensors, None, source.info.tensors[work.names[0]].dtype)
         return
-    _check_finite(work, source, values)
+    _check_finite(work, source, unit.values)
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
     error = PartError(work.layer, part)
-    tensors: dict[str, Tensor] = {}
-    for base, matrix, quantized in zip(names, values, target.quantize(values), strict=True):
-        tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(quantized).items()}
-        difference = quantized.dequantized(torch.float32) - matrix.float()
-        error.error += float(difference.square().sum(dtype=torch.float64))
-        error.size += float(matrix.float().square().sum(dtype=torch.float64))
+    tensors = {}
+    for base, made in zip(unit.names, target.quantize(unit.values, unit.importance), strict=True):
+        tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in stored_parts(made.weight).items()}
+        error.add(PartError(work.layer, part, made.error, made.size, made.before))
     shard.write(tensors, vars(error))
 
 
@@ -213,26 +246,31 @@ def _check_finite(work: Work, source: MappedFiles, values: list[Tensor]) -> None
             raise source.error(work.names[0], "has values that are not finite")
 
 
-def _units(work: Work, source: MappedFiles) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """A weight in units, each in at most some seconds' work: the published names and the values of a tensor to copy,
-    or, without their suffix, of matrices that are quantized together. Values are mapped, not read."""
+def _units(work: Work, source: MappedFiles, moments: Moments | None) -> Iterator[Unit]:
+    """A weight in units."""
     if work.attribute is None:
-        yield [published_name(work.names[0])], [source.tensor(work.names[0])]
+        yield Unit([published_name(work.names[0])], [source.tensor(work.names[0])])
         return
+    found = None if moments is None else moments[work.layer, work.attribute]
+
+    def importance(expert: int) -> Tensor | None:
+        return None if found is None else found[expert]
+
     if isinstance(work.stored, Experts):
-        for matrices in work.stored.matrices:
+        for expert, matrices in enumerate(work.stored.matrices):
             names = [matrix.parts["values"] for matrix in matrices]
             bases = [published_name(name).removesuffix(".weight") for name in names]
-            yield bases, [source.tensor(name) for name in names]
+            yield Unit(bases, [source.tensor(name) for name in names], importance(expert))
         return
     name, tensor = published_name(work.names[0]), source.tensor(work.names[0])
     if tensor.dim() == 2:
-        yield [name.removesuffix(".weight")], [tensor]
+        yield Unit([name.removesuffix(".weight")], [tensor], found)
         return
     folder = name.rpartition(".")[0]
     projections = ["gate_proj", "up_proj"] if work.attribute == "experts_gate_up" else ["down_proj"]
     for expert, stacked in enumerate(tensor):
-        yield [f"{folder}.{expert}.{each}" for each in projections], list(stacked.chunk(len(projections)))
+        bases = [f"{folder}.{expert}.{each}" for each in projections]
+        yield Unit(bases, list(stacked.chunk(len(projections))), importance(expert))
 
 
 def stored_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -350,17 +388,18 @@ def _summed(errors: list[PartError]) -> list[PartError]:
     """The errors of each part of a layer added up, in order."""
     sums: dict[tuple[int, str], PartError] = {}
     for error in errors:
-        total = sums.setdefault((error.layer, error.part), PartError(error.layer, error.part))
-        total.error += error.error
-        total.size += error.size
+        sums.setdefault((error.layer, error.part), PartError(error.layer, error.part)).add(error)
     return [sums[key] for key in sorted(sums)]
 
 
 def _fingerprint(source: Path, conversion: Conversion) -> str:
-    """A hash of the source's files (names, sizes, times) and of the target."""
+    """A hash of the source's files (names, sizes, times), of the target and of the second moments."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.info.files]
     text = json.dumps([str(source.resolve()), files, repr(conversion.target), _SHARD_BYTES])
-    return hashlib.sha256(text.encode()).hexdigest()
+    hashed = hashlib.sha256(text.encode())
+    for key, moments in sorted((conversion.moments or {}).items()):
+        hashed.update(repr(key).encode() + moments.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _write_companions(source: Path, partial: Path, conversion: Conversion) -> None:

@@ -221,6 +221,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="some of experts, attention, mlp; default, as published checkpoints do: all of them for fp8, experts and "
         "attention for int4, experts for nvfp4",
     )
+    quantize.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="a text by which errors are weighed: what the model's products take in over it; IN must fit into memory",
+    )
     quantize.add_argument("--json", action="store_true", help="one JSON object")
 
     profile = commands.add_parser(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from torch import Tensor
+
 from dgemma_ext.arguments import path
 from dgemma_ext.checkpoint import (
     PARTS,
@@ -17,6 +19,8 @@ from dgemma_ext.checkpoint import (
 )
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
+from dgemma_ext.diffusion_gemma import DiffusionGemma
+from dgemma_ext.model import second_moments
 from dgemma_ext.units import format_bytes
 
 
@@ -25,9 +29,10 @@ def run(arguments: Arguments) -> None:
     target = parse_target(arguments.to, parts, name="--to")
     source, destination = resolve_checkpoint(arguments.model), Path(path("OUT", arguments.out))
     before = plan_conversion(source, target).info.total_bytes
+    moments = None if arguments.calibrate is None else _moments(source, arguments.calibrate)
     began = time.monotonic()
     with LoadProgress("quantizing", before, None, lines=True) as bar:
-        errors = convert(source, destination, target, bar.advance)
+        errors = convert(source, destination, target, bar.advance, moments)
     seconds = time.monotonic() - began
     after = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     if arguments.json:
@@ -36,31 +41,55 @@ def run(arguments: Arguments) -> None:
                 "event": "quantized",
                 "path": str(destination),
                 "weights": arguments.to,
+                "calibrated": moments is not None,
                 "bytes": {"before": before, "after": after},
                 "seconds": seconds,
-                "errors": [{"layer": e.layer, "part": e.part, "relative": e.relative} for e in errors],
+                "errors": [
+                    {"layer": e.layer, "part": e.part, "relative": e.relative, "relative_before": e.relative_before}
+                    for e in errors
+                ],
             }
         )
         return
-    print(_table(errors))
+    print(_table(errors, moments is not None))
     print(f"{destination}: {format_bytes(before)} to {format_bytes(after)} as {arguments.to}, {seconds:.1f} s")
 
 
-def _table(errors: list[PartError]) -> str:
-    """Relative errors: a line for each layer, and one over all layers."""
+def _moments(source: Path, file: str) -> dict[tuple[int, str], Tensor]:
+    """The second moments of the products' inputs over the text of a file, whose special tokens count as such."""
+    try:
+        text = Path(path("--calibrate", file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--calibrate: {file} cannot be read as text: {error}") from error
+    model = DiffusionGemma.from_pretrained(source, device="cpu")
+    if model.tokenizer is None:
+        raise ValueError("--calibrate: the checkpoint has no tokenizer.json, which a text needs")
+    return second_moments(model.network, model.tokenizer.encode(text, special_tokens="tokens"))
+
+
+def _table(errors: list[PartError], calibrated: bool) -> str:
+    """Relative errors: a line for each layer, and one over all layers; of each part under the scales of the largest
+    magnitudes, and as written."""
     parts = [part for part in PARTS if any(error.part == part for error in errors)]
-    by_place = {(error.layer, error.part): error.relative for error in errors}
-    lines = ["||quantized - plain|| / ||plain||", f"{'layer':>5}" + "".join(f"{part:>12}" for part in parts)]
+    by_place = {(error.layer, error.part): error for error in errors}
+    weighed = ", columns weighed by their inputs" if calibrated else ""
+    lines = [
+        f"||quantized - plain|| / ||plain||{weighed}; before: by the largest value",
+        f"{'layer':>5}" + "".join(f"{part:>18}" for part in parts),
+        f"{'':>5}" + f"{'before':>11}{'now':>7}" * len(parts),
+    ]
     for layer in sorted({error.layer for error in errors}):
-        cells = (f"{by_place[layer, part]:>12.4f}" if (layer, part) in by_place else f"{'-':>12}" for part in parts)
-        lines.append(f"{layer:>5}" + "".join(cells))
+        lines.append(f"{layer:>5}" + "".join(_cell(by_place.get((layer, part))) for part in parts))
     totals = []
     for part in parts:
         total = PartError(-1, part)
         for error in errors:
             if error.part == part:
-                total.error += error.error
-                total.size += error.size
-        totals.append(f"{total.relative:>12.4f}")
+                total.add(error)
+        totals.append(_cell(total))
     lines.append(f"{'all':>5}" + "".join(totals))
     return "\n".join(lines)
+
+
+def _cell(error: PartError | None) -> str:
+    return f"{'-':>18}" if error is None else f"{error.relative_before:>11.4f}{error.relative:>7.4f}"

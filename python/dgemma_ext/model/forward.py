@@ -9,7 +9,7 @@ The order of operations and the roundings are those of transformers' modeling_di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,29 @@ from dgemma_ext.ops.block_attention import append_to_cache, canvas_attention, ca
 from dgemma_ext.ops.layer import attention_residual, layer_output, rms_norm
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What goes into the products of one layer, a row for each token: `attention` [rows, hidden] into queries, keys and
+    values, `attended` [rows, heads * head_dim] into the output projection, `mlp` and `experts` [rows, hidden] into the
+    two feed-forwards, the latter by `expert_ids` [rows, top_k]."""
+
+    layer: int
+    weights: LayerWeights
+    attention: Tensor
+    attended: Tensor
+    mlp: Tensor
+    experts: Tensor
+    expert_ids: Tensor
+
+
 @dataclass
 class ForwardOptions:
     """Options of a pass.
 
     embedding_scale: factor of the token embeddings. activations: "fp8" rounds the inputs of the experts' products.
     image_attention: on which layers the tokens of an image see each other, "sliding" or "all".
-    debug: checks the output of every layer and raises FloatingPointError where a value is not finite.
+    debug: checks the output of every layer and raises FloatingPointError where a value is not finite. observe: is given
+    the inputs of every layer's products (calibration.py).
     """
 
     matmul: MatmulMode
@@ -40,6 +56,7 @@ class ForwardOptions:
     activations: str | None = None
     image_attention: str = "sliding"
     debug: bool = False
+    observe: Callable[[LayerInputs], None] | None = None
 
 
 def forward(
@@ -135,6 +152,9 @@ def decoder_layer(
     expert_ids, expert_weights = matmul.route(residual, *router, config.top_k_experts, epsilon)
     if rows.skipped is not None:
         expert_ids.masked_fill_(rows.skipped, -1)
+    if options.observe is not None:
+        inputs = (normed, attended.flatten(-2), mlp_input, experts_input, expert_ids)
+        options.observe(LayerInputs(layer.index, weights, *inputs))
     mlp_output = matmul.gated_mlp(mlp_input, weights.gate_proj, weights.up_proj, weights.down_proj)
     moe_output = matmul.experts(
         experts_input, expert_ids, expert_weights, weights.experts_gate_up, weights.experts_down, options.activations

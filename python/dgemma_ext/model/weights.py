@@ -172,6 +172,7 @@ def quantized_weight(attribute: str, weight: Tensor, target: Target) -> Weight:
     if target.group_for(weight.shape[-1]) is None:
         return weight
     if weight.dim() < 3:
-        return target.quantize([weight])[0]
+        return target.quantize([weight])[0].weight
     matrices = 2 if attribute == "experts_gate_up" else 1
-    return stack_weights((target.quantize(list(expert.chunk(matrices))) for expert in weight), len(weight))
+    made = (target.quantize(list(expert.chunk(matrices))) for expert in weight)
+    return stack_weights(([one.weight for one in of_expert] for of_expert in made), len(weight))

@@ -16,6 +16,7 @@ from dgemma_ext.ops import (
     grouped_gemm,
     layer,
     plain,
+    quantize,
     quantized_gemm,
     router,
     vocabulary_head,

@@ -67,10 +67,14 @@ class QuantizedWeight:
         """The matrix [..., rows, columns], computed in float32 and rounded once to `dtype`."""
         raise NotImplementedError
 
+    @staticmethod
+    def nearest(x: Tensor) -> Tensor:
+        """Of every number the nearest that the format has under a scale of one, ties to the even code; float32."""
+        raise NotImplementedError
+
     @classmethod
-    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
-        """Matrices [rows, columns] that other engines multiply as one; what they must share, they share. `group`: 0, or
-        columns that share a scale."""
+    def codes_of(cls, x: Tensor) -> Tensor:
+        """The codes of the nearest, as they are stored: uint8 [..., bytes]."""
         raise NotImplementedError
 
     @classmethod
@@ -114,12 +118,15 @@ class Fp8Weight(QuantizedWeight):
     def quantize(cls, weight: Tensor) -> Self:
         """The nearest codes under a row's largest magnitude / 448, rounded to bfloat16 as checkpoints store it."""
         scales = _scales_of(weight.float().abs().amax(-1) / _E4M3_MAX, torch.bfloat16).float()
-        scaled = (weight.float() / scales[..., None]).clamp(-_E4M3_MAX, _E4M3_MAX)
-        return cls(scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales)
+        return cls(cls.codes_of(weight.float() / scales[..., None]), scales)
+
+    @staticmethod
+    def nearest(x: Tensor) -> Tensor:
+        return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).float()
 
     @classmethod
-    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
-        return [cls.quantize(matrix) for matrix in matrices]
+    def codes_of(cls, x: Tensor) -> Tensor:
+        return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
     @classmethod
     def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
@@ -155,12 +162,15 @@ class Int4Weight(QuantizedWeight):
         """The nearest q under a group's largest magnitude / 7.5, rounded to bfloat16."""
         grouped = weight.float().unflatten(-1, (-1, group))
         scales = _scales_of(grouped.abs().amax(-1) / _INT4_MAX, torch.bfloat16)
-        codes = (grouped / scales.float()[..., None]).round().clamp(-8, 7) + 8
-        return cls(_packed(codes.flatten(-2).to(torch.uint8)), scales)
+        return cls(cls.codes_of(grouped / scales.float()[..., None]).flatten(-2), scales)
+
+    @staticmethod
+    def nearest(x: Tensor) -> Tensor:
+        return x.round().clamp(-8, 7)
 
     @classmethod
-    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
-        return [cls.quantize(matrix, group) for matrix in matrices]
+    def codes_of(cls, x: Tensor) -> Tensor:
+        return _packed((cls.nearest(x) + 8).to(torch.uint8))
 
     @classmethod
     def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
@@ -215,22 +225,30 @@ class Nvfp4Weight(QuantizedWeight):
         grouped = weight.float().unflatten(-1, (-1, NVFP4_GROUP)).unflatten(-3, (runs, -1))
         largest = grouped.abs().amax(-1)
         if global_scales is None:
-            whole = largest.amax((-1, -2)).clamp(min=torch.finfo(torch.float32).tiny)
-            global_scales = torch.nan_to_num(_E4M3_MAX * _E2M1_MAX / whole, nan=1.0, posinf=1.0)
+            global_scales = cls.global_scale_of(largest.amax((-1, -2)))
         divisor = global_scales[..., None, None]
         scales = _scales_of((largest / _E2M1_MAX * divisor).clamp(max=_E4M3_MAX), torch.float8_e4m3fn)
-        codes = _nearest_e2m1(grouped / (scales.float() / divisor)[..., None])
+        codes = cls.codes_of(grouped / (scales.float() / divisor)[..., None])
         return cls(
-            _packed(codes.flatten(-2)).flatten(-3, -2),
+            codes.flatten(-2).flatten(-3, -2),
             scales.view(torch.uint8).flatten(-3, -2),
             global_scales,
             divides=True,
         )
 
+    @staticmethod
+    def global_scale_of(largest: Tensor) -> Tensor:
+        """448 * 6 / the largest magnitude, with which group scales use e4m3's whole range; 1 where all are zero."""
+        whole = largest.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.nan_to_num(_E4M3_MAX * _E2M1_MAX / whole, nan=1.0, posinf=1.0)
+
+    @staticmethod
+    def nearest(x: Tensor) -> Tensor:
+        return torch.tensor(E2M1_VALUES, device=x.device)[_nearest_e2m1(x).long()]
+
     @classmethod
-    def quantize_together(cls, matrices: list[Tensor], group: int) -> list[Self]:
-        together = cls.quantize(torch.cat(matrices)).global_scales
-        return [cls.quantize(matrix, global_scales=together) for matrix in matrices]
+    def codes_of(cls, x: Tensor) -> Tensor:
+        return _packed(_nearest_e2m1(x))
 
     @classmethod
     def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:

@@ -7,10 +7,20 @@ Who needs them, and why each is still there:
   the environment of the process chooses them in every build. Tests take them for a second opinion.
 - layer, router, vocabulary_head, and moe_ffn_fp8 of quantized_gemm: the same, and they are the CPU's own form; each
   module says why.
+- quantize: a GPU, which has no kernel for it.
 
 Importing this registers them all (registration.py).
 """
 
 from __future__ import annotations
 
-from dgemma_ext.ops.plain import block_attention, denoise, grouped_gemm, layer, quantized_gemm, router, vocabulary_head
+from dgemma_ext.ops.plain import (
+    block_attention,
+    denoise,
+    grouped_gemm,
+    layer,
+    quantize,
+    quantized_gemm,
+    router,
+    vocabulary_head,
+)
