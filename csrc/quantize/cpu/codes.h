@@ -106,7 +106,7 @@ struct Fp8 {
   typedef Bfloat16Scales Scales;
   static constexpr float kMost = 448.0f;
   static constexpr float kFrom = 1.0f, kTo = 1.95f;
-  static constexpr int kStep = 16;
+  static constexpr int kStep = 8;
   static constexpr bool kTwoToAByte = false;
   static Floats nearest(Floats x) {
     const Floats m = min(magnitude(x), broadcast(448.0f));
