@@ -161,5 +161,10 @@ def test_refusals() -> None:
     assert "scales: got 4 for a row of 64 columns of INT4" in complaint(scales=torch.empty(4, 4))
     assert "scales: got 2 for a row of FP8, wants one" in complaint(format=1)
     assert "values: got 31 bytes for a row" in complaint(values=torch.empty(4, 31, dtype=torch.uint8))
+    for wrong in ((9, 1.0, scales, values), (2, 0.0, scales, values), (1, 1.0, scales, values)):
+        with pytest.raises(ValueError, match=r"dgemma::quantize_weight: \w+: got .*, wants"):
+            plain.quantize_weight(weight, None, wrong[0], wrong[1], wrong[3], wrong[2], errors)
+    with pytest.raises(ValueError, match=r"values: got 31 bytes"):
+        plain.quantize_weight(weight, None, 2, 1.0, torch.empty(4, 31, dtype=torch.uint8), scales, errors)
     with pytest.raises(ValueError, match="group: got 48 for 64 columns, wants a divisor"):
         quantize([weight], "int4", 48)

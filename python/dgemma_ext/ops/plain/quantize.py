@@ -7,11 +7,12 @@ tries some: errors of normal weights are 0.5 % larger than the kernel's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from dgemma_ext.ops.formats import QuantizedWeight, format_by_number
+from dgemma_ext.ops.formats import FORMATS, QuantizedWeight, format_by_number
 from dgemma_ext.ops.plain.registration import register
 
 
@@ -41,6 +42,7 @@ def quantize_weight(
     errors: Tensor,
 ) -> None:
     """As csrc/include/dgemma/quantize.h says, from a float32 copy of the weight."""
+    _check(weight, format, multiplier, values, scales)
     name = format_by_number(format).name
     kind, search = format_by_number(format).weight, _SEARCHES[name]
     grouped = weight.float().unflatten(-1, (scales.shape[-1], -1))
@@ -59,6 +61,24 @@ def quantize_weight(
     values.copy_(kind.codes_of(grouped / (best / multiplier)[..., None]).view(values.shape))
     for column, squares in enumerate((factors * grouped.square(), before, least)):
         errors[:, column] = squares.double().flatten(1).sum(-1)
+
+
+def _check(weight: Tensor, format: int, multiplier: float, values: Tensor, scales: Tensor) -> None:
+    """Refuses what csrc/quantize/cpu/entry_points.cpp does beyond the description, in like words."""
+
+    def refuse(name: str, got: object, wants: str) -> NoReturn:
+        raise ValueError(f"dgemma::quantize_weight: {name}: got {got}, wants {wants}")
+
+    if format not in {form.number for form in FORMATS.values()}:
+        refuse("format", format, "the number of one")
+    if not multiplier > 0:
+        refuse("multiplier", multiplier, "a number above 0")
+    form, columns = format_by_number(format), weight.shape[-1]
+    groups = {columns} if not form.groups else set(form.groups)
+    if columns % scales.shape[-1] or columns // scales.shape[-1] not in groups:
+        refuse("scales", f"{scales.shape[-1]} for a row of {columns} columns of {form.name}", "one for each group")
+    if values.shape[-1] * 8 != columns * form.bits:
+        refuse("values", f"{values.shape[-1]} bytes for a row of {columns} columns", f"{columns * form.bits // 8}")
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
