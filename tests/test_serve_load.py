@@ -310,7 +310,7 @@ def test_a_device_answers() -> None:
 def test_a_deadline_counts_from_when_the_request_came() -> None:
     """Not from when the scheduler gets it, which may be a step later, nor anew for one that is run again."""
     sampler = dg.SamplerConfig(max_denoising_steps=1000, confidence_threshold=0)
-    asked = job_runner.Submission([1], sampler=sampler, deadline=PATIENCE)
+    asked = job_runner.Submission(dg.engine.TokenizedPrompt([1]), sampler=sampler, deadline=PATIENCE)
     job = job_runner.Job(asked, Mailbox(), 0)
     job.began -= PATIENCE + 1
     runner = job_runner.JobRunner(dg.Scheduler(bundled(), max_batch=1))

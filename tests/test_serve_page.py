@@ -22,6 +22,7 @@ FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 
@@ -70,11 +71,12 @@ class Addresses(HTMLParser):
 def test_nothing_is_inline_or_from_elsewhere() -> None:
     html = Addresses()
     html.feed((FOLDER / "index.html").read_text(encoding="utf-8"))
-    assert set(html.found) == {"page/page.css", "page/page.js", "page/icon.svg", "#main"}
+    assert set(html.found) == {"page/page.css", "page/pictures.js", "page/page.js", "page/icon.svg", "#main"}
     assert len(html.ids) == len(set(html.ids))
     assert set(html.named) <= set(html.ids)
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
-    for name, text in (("page.js", script), ("page.css", (FOLDER / "page.css").read_text(encoding="utf-8"))):
+    texts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in ("page.js", "pictures.js", "page.css")}
+    script = texts["page.js"] + texts["pictures.js"]
+    for name, text in texts.items():
         addresses = re.findall(r"https?://[^\s\"')]+|url\(|@import", text)
         assert addresses == (["http://www.w3.org/2000/svg"] if name == "page.js" else []), name
     for unsafe in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
@@ -82,11 +84,12 @@ def test_nothing_is_inline_or_from_elsewhere() -> None:
     assert set(re.findall(r'\bat\("([\w-]+)"\)', script)) <= set(html.ids), "the script asks for elements that are not"
 
 
-def test_the_script_parses() -> None:
+@pytest.mark.parametrize("name", ["page.js", "pictures.js"])
+def test_the_script_parses(name: str) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node")
-    run = subprocess.run([node, "--check", str(FOLDER / "page.js")], capture_output=True, text=True, check=False)
+    run = subprocess.run([node, "--check", str(FOLDER / name)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 

@@ -30,7 +30,7 @@ from dgemma_ext.checkpoint.files import (
 )
 from dgemma_ext.checkpoint.folder import resolve_checkpoint
 from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults, ignored_settings
-from dgemma_ext.checkpoint.image_parts import LOCAL_KEYS
+from dgemma_ext.checkpoint.image_parts import IMAGE_TYPES, LOCAL_KEYS, image_source
 from dgemma_ext.checkpoint.image_processor import read_soft_tokens
 from dgemma_ext.checkpoint.messages import Message, checked_tools, images_of
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dgemma_ext.checkpoint import GenerationDefaults, ModelConfig, Tokenizer, resolve_checkpoint
+from dgemma_ext.cli import images
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.watch import Watch, canvas_picture, status_line, visible
 from dgemma_ext.diffusion_gemma import DiffusionGemma
@@ -30,14 +31,16 @@ def load_model(arguments: Arguments) -> DiffusionGemma:
 
 
 def load_checkpoint(path: Path, arguments: Arguments) -> DiffusionGemma:
-    """Loads a checkpoint with the command line's device, dtype, weights and activations."""
-    return DiffusionGemma.from_pretrained(
-        path,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        activations=arguments.activations,
-    )
+    """Loads a checkpoint with the command line's device, dtype, weights, activations and images."""
+    with images.spelled_as_flags():
+        return DiffusionGemma.from_pretrained(
+            path,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            weights=arguments.weights,
+            activations=arguments.activations,
+            **images.loading(arguments),
+        )
 
 
 def tokenizer_of(model: DiffusionGemma) -> Tokenizer:

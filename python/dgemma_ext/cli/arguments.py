@@ -12,6 +12,8 @@ from dgemma_ext.cli.flags import (
     add_activations,
     add_device,
     add_grammar,
+    add_image_tokens,
+    add_images,
     add_model,
     add_output,
     add_patterns,
@@ -126,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(generate)
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     generate.add_argument("--system", metavar="TEXT", help="a system message before it")
+    add_images(generate)
     add_prompting(generate)
     add_grammar(generate)
     add_sampling(generate)
@@ -143,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--context", type=positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
     )
+    add_image_tokens(chat)
     add_prompting(chat)
     add_sampling(chat)
     add_output(chat)
@@ -156,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(decide)
     decide.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     decide.add_argument("--system", metavar="TEXT", help="a system message before it")
+    add_images(decide)
     decide.add_argument(
         "--choice",
         action="append",

@@ -10,17 +10,20 @@ from types import FrameType
 from typing import Any, cast
 
 from dgemma_ext.arguments import text as checked_text
+from dgemma_ext.cli import images
 from dgemma_ext.cli.answer import load_model, tokenizer_of, write_answer
 from dgemma_ext.cli.arguments import Arguments
 from dgemma_ext.cli.watch import visible
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import Chat, Commit, Draft
+from dgemma_ext.model.vision import PromptImage
 
 _HELP = """\
 /help         this list
 /reset        begin a new conversation (with the same system message)
 /system TEXT  begin a new conversation with another system message
 /seed N       sample the next turns with N, N + 1, ...
+/image FILE   put an image before the next message; several may be given
 /watch        show the canvas settle, or stop showing it
 /quit         leave (so does the end of input)
 After an answer that calls tools the next lines are the results of the calls, a line for each.
@@ -53,6 +56,7 @@ class _Session:
         self._seed = arguments.seed
         self._turn = 0
         self._results: list[str] = []  # of the last answer's tool calls
+        self._images: list[PromptImage] = []  # of the next message
         self._chat = self._begin()
 
     def asks_for(self) -> str:
@@ -76,6 +80,10 @@ class _Session:
             if not rest.strip().isdecimal():
                 raise ValueError(f"/seed takes a whole number, got {rest.strip()!r}")
             self._seed, self._turn = int(rest), 0
+        elif command == "/image":
+            image = images.read_for_chat(self._model.vision, rest.strip(), self._arguments.image_tokens)
+            self._images.append(image)
+            _print_note(f"(the image takes {image.soft_tokens} tokens; it goes before the next message)")
         elif command == "/watch":
             self._arguments.watch = not self._arguments.watch
         elif command.startswith("/"):
@@ -86,18 +94,23 @@ class _Session:
                 results, self._results = self._results, []
                 self._answer([{"role": "tool", "content": result} for result in results])
         elif line:
-            self._answer(checked_text("the message", line))
+            given, self._images = self._images, []
+            self._answer(checked_text("the message", line), given or None)
         return True
 
     def _begin(self) -> Chat:
-        self._turn, self._results = 0, []
+        self._turn, self._results, self._images = 0, [], []
         settings = self._arguments
-        return self._model.chat(system=settings.system, max_length=settings.context, **settings.prompting)
-
-    def _answer(self, turn: str | list[dict[str, Any]]) -> None:
-        stream = self._chat.stream(
-            turn, self._arguments.max_new_tokens, self._arguments.sampler, self._seed + self._turn
+        return self._model.chat(
+            system=settings.system,
+            max_length=settings.context,
+            image_tokens=settings.image_tokens,
+            **settings.prompting,
         )
+
+    def _answer(self, turn: str | list[dict[str, Any]], given: list[PromptImage] | None = None) -> None:
+        asked, seed = self._arguments, self._seed + self._turn
+        stream = self._chat.stream(turn, asked.max_new_tokens, asked.sampler, seed, images=given)
         # Closing the stream before its end takes the turn back.
         with closing(cast(Generator[Draft | Commit], stream)) as events, _stop_on_interrupt() as stopped:
             try:

@@ -15,7 +15,13 @@ def run(arguments: Arguments) -> None:
     choices = _choices(arguments.choice or [])
     model = load_checkpoint(resolve_checkpoint(arguments.model), arguments)
     decision = model.decide(
-        prompt, choices, arguments.template, arguments.canvas_length, arguments.seed, **arguments.prompting
+        prompt,
+        choices,
+        arguments.template,
+        arguments.canvas_length,
+        arguments.seed,
+        image_tokens=arguments.image_tokens,
+        **arguments.prompting,
     )
     if arguments.json:
         facts: dict[str, Any] = {

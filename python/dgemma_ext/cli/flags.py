@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from dgemma_ext.arguments import integer, number
 from dgemma_ext.checkpoint import BUNDLED, DEMO, checked_tools
+from dgemma_ext.model import IMAGE_ATTENTION
+from dgemma_ext.model.vision import SOFT_TOKENS
 from dgemma_ext.serve.options import ServeOptions
 
 MODEL = f"a checkpoint's folder, a hub id (owner/name) to download, or a bundled model: {', '.join((DEMO, *BUNDLED))}"
@@ -22,6 +24,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_weights(parser)
     add_activations(parser)
+    _add_vision(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,37 @@ def add_activations(parser: argparse.ArgumentParser) -> None:
         "--activations",
         choices=["fp8"],
         help="round what goes into experts with fp8 weights to fp8 as well, which changes tokens (default: no)",
+    )
+
+
+def _add_vision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="load the vision tower, which images need; auto: where the checkpoint has one",
+    )
+    parser.add_argument(
+        "--image-attention",
+        choices=IMAGE_ATTENTION,
+        default=IMAGE_ATTENTION[0],
+        help=f"layers in which the tokens of an image see each other whole (default: {IMAGE_ATTENTION[0]})",
+    )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image before the message; may be repeated"
+    )
+    add_image_tokens(parser)
+
+
+def add_image_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        choices=SOFT_TOKENS,
+        help="the most tokens that an image becomes (default: the checkpoint's, usually 280)",
     )
 
 
@@ -126,6 +160,9 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     add("--prefix-cache-bytes", "copies of beginnings of prompts to keep; 0 keeps none", type=int, metavar="N")
     add("--max-waiting", "requests that may wait for a slot; more get status 429", type=int, metavar="N")
     add("--max-body-bytes", "of a request; larger ones get status 413", type=positive, metavar="N")
+    add("--max-images", "in a request", type=int, metavar="N")
+    add("--max-image-bytes", "of an image's file", type=positive, metavar="N")
+    add("--max-image-pixels", "of an image", type=positive, metavar="N")
     add("--request-timeout", "seconds that an answer may take", type=seconds, metavar="SECONDS")
     add("--body-timeout", "seconds in which a request's body must arrive", type=seconds, metavar="SECONDS")
     add("--drain-timeout", "seconds that a signal waits for running requests", type=seconds, metavar="SECONDS")

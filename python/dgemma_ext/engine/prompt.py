@@ -171,7 +171,7 @@ def _read(
         raise arguments.refusal("image_tokens", f"one of {', '.join(map(str, SOFT_TOKENS))} or None", image_tokens)
     read = []
     for name, key, source in found:
-        if key in LOCAL_KEYS and not local_files:
+        if key in LOCAL_KEYS and not local_files and not isinstance(source, PromptImage):
             raise ValueError(f"{name} has {key}, and images are taken as data URLs alone")
         read.append(vision.read(name, source, image_tokens))
     return read

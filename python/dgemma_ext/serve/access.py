@@ -25,6 +25,7 @@ _OPEN = frozenset(
         "/page/icon.svg",
         "/page/page.css",
         "/page/page.js",
+        "/page/pictures.js",
         "/health",
         "/ready",
         "/metrics",

@@ -44,9 +44,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     options = options_of(tools.tools, body.reasoning_effort, body.chat_template_kwargs)
     thinks = options.enable_thinking
     grammar = await grammar_of(service, body, "response_format", body.response_format, tools, thinks)
-    ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
+    messages = await service.with_images_read(body.messages, "messages", body.mm_processor_kwargs)
+    prompt = await service.tokenized(messages_by_roles(messages, service.tokenizer), "messages", options)
     limit = body.max_completion_tokens or body.max_tokens
-    submissions = await submissions_of(service, body, [ids], limit, "messages", grammar)
+    submissions = await submissions_of(service, body, [prompt], limit, "messages", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
     return await respond(request, call, _Reply(service, call, name, body), body, body.messages)
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from dgemma_ext.engine import Draft
+from dgemma_ext.engine import Draft, TokenizedPrompt
 from dgemma_ext.sampling import Canvas
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.answer import Answer, Piece, TextToken
@@ -54,7 +54,7 @@ async def _complete(body: InsertionRequest, request: Request) -> Response:
     name = service.check_model(body.model)
     given = _prompts(body.prompt)
     service.engine.check_count(len(given), body.choices)
-    prompts = [await _ids(service, prompt) for prompt in given]
+    prompts = [await _tokenized(service, prompt) for prompt in given]
     grammar = await grammar_of(service, body, "response_format", body.response_format)
     middle = None
     if body.suffix:
@@ -77,13 +77,14 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     return [prompt] if one else list(prompt)
 
 
-async def _ids(service: Service, prompt: str | list[int]) -> list[int]:
+async def _tokenized(service: Service, prompt: str | list[int]) -> TokenizedPrompt:
     if isinstance(prompt, str):
         if not prompt:
             raise errors.bad_request("prompt is empty", "prompt")
         tokenizer = service.tokenizer
-        return await service.in_thread("prompt", tokenizer.encode, prompt, tokenizer.bos_token_id is not None)
-    return await service.prompt_ids(prompt, "prompt")
+        ids = await service.in_thread("prompt", tokenizer.encode, prompt, tokenizer.bos_token_id is not None)
+        return TokenizedPrompt(ids)
+    return await service.tokenized(prompt, "prompt")
 
 
 def _insertions(

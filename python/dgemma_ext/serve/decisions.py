@@ -31,7 +31,7 @@ async def create_decisions(body: DecisionRequest, request: Request) -> Response:
     """Decides between choices, with a probability for each."""
     service = service_of(request)
     name = service.check_model(body.model)
-    prompts, field = _prompts(service, body)
+    prompts, field = await _prompts(service, body)
     options = options_of(None, None, body.chat_template_kwargs)
     vocabulary = service.model.config.vocab_size
     ids_of = await service.in_thread("choices", label_ids, body.choices, service.tokenizer, vocabulary)
@@ -39,11 +39,11 @@ async def create_decisions(body: DecisionRequest, request: Request) -> Response:
     # Without a seed it is 0: the same question gets the same answer.
     seed = seeds_of(body.seed, temperature=0, count=1)[0]
     submissions = []
-    for prompt in prompts:
-        ids = await service.prompt_ids(prompt, field, options)
-        usual_limit(service, len(ids), held.sampler, field)
+    for text_or_chat in prompts:
+        prompt = await service.tokenized(text_or_chat, field, options)
+        usual_limit(service, len(prompt), held.sampler, field)
         read = ids_read(ids_of)
-        submissions.append(Submission(ids, held.length, held.sampler, seed, held.canvas, logprob_token_ids=read))
+        submissions.append(Submission(prompt, held.length, held.sampler, seed, held.canvas, logprob_token_ids=read))
     call = service.begin(submissions)
     stated(request, call, body.messages if body.input is None else body.input)
     if not await finished(call, request):
@@ -58,12 +58,13 @@ async def create_decisions(body: DecisionRequest, request: Request) -> Response:
     return json_answer({**head, "data": _data(call, held, ids_of), "usage": usage_of(call)})
 
 
-def _prompts(service: Service, body: DecisionRequest) -> tuple[list[Any], str]:
+async def _prompts(service: Service, body: DecisionRequest) -> tuple[list[Any], str]:
     """The prompts, and the field that they come from."""
     if (body.input is None) == (body.messages is None):
         raise errors.bad_request("either input or messages is wanted", "input")
     if body.messages is not None:
-        return [messages_by_roles(body.messages, service.tokenizer)], "messages"
+        messages = await service.with_images_read(body.messages, "messages", body.mm_processor_kwargs)
+        return [messages_by_roles(messages, service.tokenizer)], "messages"
     texts = [body.input] if isinstance(body.input, str) else body.input or []
     if len(texts) > service.engine.capacity:
         raise errors.bad_request(f"input may have {service.engine.capacity} texts here, got {len(texts)}", "input")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dgemma_ext.engine import Commit, Draft, Failure, Request, Scheduler
+from dgemma_ext.engine import Commit, Draft, Failure, Request, Scheduler, TokenizedPrompt
 from dgemma_ext.errors import NonFiniteError
 from dgemma_ext.sampling import Canvas, Grammar, SamplerConfig
 from dgemma_ext.serve.mailbox import Accepted, Left, Mailbox, Refused
@@ -31,7 +31,7 @@ class Submission:
     deadline: seconds from when its job is made.
     """
 
-    prompt_ids: Sequence[int]
+    prompt: TokenizedPrompt
     max_new_tokens: int | None = None
     sampler: SamplerConfig | None = None
     seed: int = 0
@@ -41,6 +41,10 @@ class Submission:
     deadline: float | None = None
     grammar: Grammar | None = None
     logprob_token_ids: Sequence[int] | None = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.prompt.ids
 
 
 class Job:
@@ -141,7 +145,7 @@ class JobRunner:
         is_first = job.request is None
         try:
             job.request = self.scheduler.submit(
-                list(asked.prompt_ids),
+                asked.prompt,
                 asked.max_new_tokens,
                 asked.sampler,
                 asked.seed,

@@ -28,12 +28,20 @@ class Settings(BaseModel):
     max_new_tokens: int
 
 
+class Architecture(BaseModel):
+    """What the model takes and gives, in OpenRouter's words."""
+
+    input_modalities: list[Literal["text", "image"]]
+    output_modalities: list[Literal["text"]]
+
+
 class Model(BaseModel):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    architecture: Architecture
     diffusion: Settings
 
 
@@ -66,5 +74,9 @@ def _described(service: Service, name: str) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dgemma_ext",
         "max_model_len": service.longest,
+        "architecture": {
+            "input_modalities": ["text"] if service.model.vision is None else ["text", "image"],
+            "output_modalities": ["text"],
+        },
         "diffusion": {"canvas_length": config.canvas_length, **settings},
     }

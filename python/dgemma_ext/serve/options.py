@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dgemma_ext import arguments
+from dgemma_ext.model.vision import MOST_PIXELS
 
 _MEGABYTE = 1 << 20
 
@@ -18,7 +19,9 @@ class ServeOptions:
     host, port: the address to listen on; port 0 takes a free one. api_key: clients must send it; None lets all in.
     served_model_names: what clients may call the model, default "dgemma"; the first is the one in answers. max_batch,
     max_length, prefix_cache_bytes: as in dg.Scheduler. max_waiting: further requests that may wait for a slot; those
-    beyond get status 429. max_body_bytes: of a request. request_timeout, body_timeout, drain_timeout: seconds that an
+    beyond get status 429. max_body_bytes: of a request. max_images, max_image_bytes,
+    max_image_pixels: how many images a request may have, and what each may be at most, as a file and decoded.
+    request_timeout, body_timeout, drain_timeout: seconds that an
     answer may take and its client may read nothing of it, that a request's head and its body may take to arrive, and
     that a signal waits for running requests. cors_origins: origins whose pages may call the server, "*" for all; none
     by default. log_prompts: whether logs hold prompts and answers. trim_canvas: the default of the sampler's setting of
@@ -36,6 +39,9 @@ class ServeOptions:
     prefix_cache_bytes: int = 1 << 30
     max_waiting: int = 64
     max_body_bytes: int = 8 * _MEGABYTE
+    max_images: int = 16
+    max_image_bytes: int = 20 * _MEGABYTE
+    max_image_pixels: int = 7680 * 4320
     request_timeout: float = 600.0
     body_timeout: float = 30.0
     drain_timeout: float = 300.0
@@ -54,6 +60,9 @@ class ServeOptions:
             ("prefix_cache_bytes", arguments.integer("prefix_cache_bytes", self.prefix_cache_bytes, end=2**63)),
             ("max_waiting", arguments.integer("max_waiting", self.max_waiting)),
             ("max_body_bytes", arguments.integer("max_body_bytes", self.max_body_bytes, least=1)),
+            ("max_images", arguments.integer("max_images", self.max_images)),
+            ("max_image_bytes", arguments.integer("max_image_bytes", self.max_image_bytes, least=1)),
+            ("max_image_pixels", arguments.integer("max_image_pixels", self.max_image_pixels, 1, MOST_PIXELS + 1)),
             ("request_timeout", arguments.number("request_timeout", self.request_timeout, zero=False)),
             ("body_timeout", arguments.number("body_timeout", self.body_timeout, zero=False)),
             ("drain_timeout", arguments.number("drain_timeout", self.drain_timeout)),

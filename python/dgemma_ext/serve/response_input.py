@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.protocol.responses import ResponsesRequest
 
 
-def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The messages of a request. Raises ApiError naming the item."""
+def messages_of(items: str | Sequence[Mapping[str, Any]], instructions: str | None = None) -> list[dict[str, Any]]:
+    """The messages of a request's input. Raises ApiError naming the item."""
     messages: list[dict[str, Any]] = []
-    if body.instructions is not None:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    for index, item in enumerate(body.input):
+    if instructions is not None:
+        messages.append({"role": "system", "content": instructions})
+    if isinstance(items, str):
+        return [*messages, {"role": "user", "content": items}]
+    for index, item in enumerate(items):
         _add(messages, item, f"input[{index}]")
     return messages
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -45,15 +45,18 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     options = options_of(tools.tools, effort, body.chat_template_kwargs)
     form, thinks = (body.text or {}).get("format"), options.enable_thinking
     grammar = await grammar_of(service, body, "text.format", form, tools, thinks)
-    messages = messages_of(body)
+    items: str | Sequence[Mapping[str, Any]] = body.input
+    if not isinstance(items, str):
+        items = await service.with_images_read(items, "input", body.mm_processor_kwargs)
     try:
-        ids = await service.prompt_ids(messages_by_roles(messages, service.tokenizer), "input", options)
+        messages = messages_by_roles(messages_of(items, body.instructions), service.tokenizer)
+        prompt = await service.tokenized(messages, "input", options)
     except errors.ApiError as error:  # a message has no place in this request: items became messages
         param = "input" if (error.param or "").startswith("messages") else error.param
         raise errors.bad_request(error.message, param, error.code) from error
-    submissions = await submissions_of(service, body, [ids], body.max_output_tokens, "input", grammar)
+    submissions = await submissions_of(service, body, [prompt], body.max_output_tokens, "input", grammar)
     call = service.begin(submissions, stops_of(body.stop), one_call=body.parallel_tool_calls is False)
-    return await respond(request, call, _Reply(service, call, name, body), body, messages)
+    return await respond(request, call, _Reply(service, call, name, body), body, body.input)
 
 
 class _Reply(Reply):

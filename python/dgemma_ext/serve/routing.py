@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 
 from dgemma_ext.serve.call import Call
+from dgemma_ext.serve.images import for_log
 from dgemma_ext.serve.protocol.common import ErrorBody
 from dgemma_ext.serve.service import Service
 
@@ -37,4 +38,4 @@ def stated(request: Request, call: Call, prompt: Any) -> None:
     """Leaves what a call is for the log line of its request."""
     request.scope["dgemma.call"] = call
     if service_of(request).options.log_prompts:
-        request.scope["dgemma.prompt"] = prompt
+        request.scope["dgemma.prompt"] = for_log(prompt)

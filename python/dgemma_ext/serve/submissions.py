@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dgemma_ext.engine import TokenizedPrompt
 from dgemma_ext.sampling import Grammar, SamplerConfig
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.job_runner import Submission
@@ -16,7 +17,7 @@ from dgemma_ext.serve.steering import canvas_of, sampler_of, seeds_of
 async def submissions_of(
     service: Service,
     body: GeneratingBody,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[TokenizedPrompt],
     max_tokens: int | None,
     field: str,
     grammar: Grammar | None = None,
@@ -42,9 +43,9 @@ async def submissions_of(
     wants_drafts = options.drafts or body.diffusing
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
     return [
-        Submission(ids, limit, sampler, seed, canvas, wants_drafts, body.alternatives, deadline, grammar)
-        for ids in prompts
-        for limit in [usual_limit(service, len(ids), sampler, field) if max_tokens is None else max_tokens]
+        Submission(prompt, limit, sampler, seed, canvas, wants_drafts, body.alternatives, deadline, grammar)
+        for prompt in prompts
+        for limit in [usual_limit(service, len(prompt), sampler, field) if max_tokens is None else max_tokens]
         for seed in seeds
     ]
 

@@ -25,7 +25,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         raise errors.bad_request("either prompt or messages is wanted", "prompt")
     if body.messages is not None:
         options = options_of(body.tools, None, body.chat_template_kwargs)
-        ids = await service.prompt_ids(messages_by_roles(body.messages, service.tokenizer), "messages", options)
+        messages = await service.with_images_read(body.messages, "messages", body.mm_processor_kwargs)
+        prompt = await service.tokenized(messages_by_roles(messages, service.tokenizer), "messages", options)
+        ids = prompt.ids
     else:
         for field in ("tools", "chat_template_kwargs"):
             if getattr(body, field):

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dgemma_ext.checkpoint.vision_config import PATCH
-from dgemma_ext.model.vision.pixels import CELL, Patches, cut, read_image, resized
+from dgemma_ext.model.vision.pixels import CELL, MOST_PIXELS, Patches, cut, read_image, resized
 from dgemma_ext.model.vision.tower import VisionTower
 
 # Images whose features are kept: those of a conversation, for a turn that no snapshot has. 280 soft tokens of the
@@ -66,7 +66,9 @@ class Vision:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def read(self, name: str, source: Any, soft_tokens: int | None = None) -> PromptImage:
+    def read(
+        self, name: str, source: Any, soft_tokens: int | None = None, most_pixels: int = MOST_PIXELS
+    ) -> PromptImage:
         """An image as `read_image` takes it, at the size for so many soft tokens at most.
 
         A PromptImage is taken as it is. Raises ValueError as `read_image` and `image_size` do, and for an image with
@@ -74,7 +76,7 @@ class Vision:
         """
         if isinstance(source, PromptImage):
             return source
-        image = PromptImage(resized(read_image(name, source), soft_tokens or self.soft_tokens))
+        image = PromptImage(resized(read_image(name, source, most_pixels), soft_tokens or self.soft_tokens))
         try:
             self.tower.check_length(max(image.pixels.shape[:2]) // PATCH)
         except ValueError as error:

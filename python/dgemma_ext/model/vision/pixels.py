@@ -50,13 +50,13 @@ class Patches:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_image(name: str, source: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_image(name: str, source: Any, most_pixels: int = MOST_PIXELS) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An image as uint8 [height, width, 3], red, green and blue: upright by its EXIF tag, transparency on white.
 
     source: a path (a string or an os.PathLike), the bytes of a file, a `data:` URL, or a Pillow image. Of a file with
-    several frames the first. Nothing is fetched from a network. Raises ValueError naming the argument `name` for a
-    source that is none of these, no image, cut off, of 16 bits or floating point, or of more than 89,478,485 pixels
-    (a decompression bomb, to Pillow); ImportError where Pillow is not installed.
+    several frames the first. Nothing is fetched from a network. most_pixels: at most MOST_PIXELS; a larger image is not
+    decoded. Raises ValueError naming the argument `name` for a source that is none of these, no image, cut off, of 16
+    bits or floating point, or of more pixels; ImportError where Pillow is not installed.
     """
     pillow = _pillow()
     if isinstance(source, pillow.Image.Image):
@@ -64,7 +64,7 @@ def read_image(name: str, source: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     else:
         image, opened = _opened(name, source), True
     try:
-        return _rgb(name, image)
+        return _rgb(name, image, most_pixels)
     finally:
         if opened:
             image.close()
@@ -95,7 +95,7 @@ def _opened(name: str, source: Any) -> Image:
     try:
         image: Image = pillow.Image.open(file)
     except bombs as error:
-        raise _too_large(name) from error
+        raise _too_large(name, MOST_PIXELS) from error
     except pillow.UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image that Pillow can read") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character, a file of a broken format
@@ -103,8 +103,8 @@ def _opened(name: str, source: Any) -> Image:
     return image
 
 
-def _too_large(name: str) -> ValueError:
-    return ValueError(f"{name} is an image of more than {MOST_PIXELS:,} pixels")
+def _too_large(name: str, most_pixels: int) -> ValueError:
+    return ValueError(f"{name} is an image of more than {most_pixels:,} pixels")
 
 
 def _decoded(name: str, url: re.Match[str], source: str) -> bytes:
@@ -116,13 +116,13 @@ def _decoded(name: str, url: re.Match[str], source: str) -> bytes:
         raise ValueError(f"{name} is a data URL whose base64 cannot be decoded: {error}") from error
 
 
-def _rgb(name: str, image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _rgb(name: str, image: Image, most_pixels: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     pillow = _pillow()
     if image.mode not in _MODES:
         wanted = "8 bits a channel, such as RGB, RGBA, L or P"
         raise ValueError(f"{name} has pixels of mode {image.mode}; supported: {wanted}")
-    if image.width * image.height > MOST_PIXELS:
-        raise _too_large(name)
+    if image.width * image.height > most_pixels:
+        raise _too_large(name, most_pixels)
     try:
         upright = pillow.ImageOps.exif_transpose(image)
         if upright.has_transparency_data:

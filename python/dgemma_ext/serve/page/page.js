@@ -1,7 +1,7 @@
 // The page of `dgemma serve`. Text that comes from people or from the model is put in by textContent alone.
 //
 // In this order: elements and words, the server, frames (the drafts that are kept), pictures of frames, the timeline,
-// settings, one answer, and the three views: Sudoku, chat, edit.
+// settings, one answer, and the three views: Sudoku, chat, edit. Images of messages are in pictures.js.
 "use strict";
 
 // Elements and words ------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ function inWords(error) {
     case 404:
       return `The server does not have this: ${said}.`;
     case 413:
-      return "The text is too long for this server.";
+      return "The text is too long for this server, or an image too large.";
     case 429:
       return `The server is busy, and its queue is full.${error.wait ? ` It asks for ${plural(error.wait, "second")} of patience.` : ""}`;
     case 503:
@@ -1012,7 +1012,7 @@ const chat = {
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (running) running.stop();
-      else if (field.value.trim()) this.send(field.value.trim());
+      else if (field.value.trim() || pictures.chosen.length) this.send(field.value.trim());
     });
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -1047,6 +1047,7 @@ const chat = {
     this.messages = [];
     this.canvas = null;
     this.current = null;
+    pictures.put([]);
     at("log").replaceChildren(this.welcome);
     this.timeline.begin();
     this.timeline.end();
@@ -1062,9 +1063,11 @@ const chat = {
   },
 
   async send(text) {
-    this.messages.push({ role: "user", content: text });
+    const images = pictures.take();
+    this.messages.push({ role: "user", content: pictures.content(images, text) });
     const { article, body } = this.bubble("user", "You");
     body.textContent = text;
+    if (images.length) body.prepend(pictures.shown(images));
     at("message").value = "";
     this.fit();
     if (!(await this.answer())) {
@@ -1072,6 +1075,7 @@ const chat = {
       this.messages.pop();
       article.remove();
       if (!at("message").value) at("message").value = text;
+      if (!pictures.chosen.length) pictures.put(images);
       this.fit();
     }
   },
@@ -1481,6 +1485,7 @@ async function start() {
   if (isOpen) return;
   isOpen = true;
   chat.open(facts.sudoku !== null);
+  if (settings.model.architecture?.input_modalities.includes("image")) pictures.open();
   editor.open(facts.sudoku !== null);
   if (facts.sudoku !== null) {
     settings.speed.value = "700"; // its answers take few steps, which are soon over

@@ -24,6 +24,7 @@ _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page/pictures.js": ("pictures.js", "text/javascript; charset=utf-8"),
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 # Nothing inline, nothing from elsewhere, and no text that becomes markup: a browser then refuses what a model's answer
@@ -33,7 +34,7 @@ _POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",  # images of messages
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

@@ -15,6 +15,7 @@ from dgemma_ext.serve.protocol.common import (
     Flag,
     Format,
     GeneratingBody,
+    ImageSettings,
     Object,
     Stops,
     StreamOptions,
@@ -23,6 +24,21 @@ from dgemma_ext.serve.protocol.common import (
 )
 
 # The checkpoint's code checks messages and tools, and its errors name what is wrong. This is for readers of the schema.
+_IMAGE = {
+    "type": "object",
+    "required": ["type", "image_url"],
+    "properties": {
+        "type": {"const": "image_url"},
+        "image_url": {
+            "type": "object",
+            "required": ["url"],
+            "properties": {
+                "url": {"type": "string", "description": "A data URL: nothing is fetched."},
+                "detail": {"enum": ["auto", "low", "high"], "description": "Changes nothing."},
+            },
+        },
+    },
+}
 _MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
@@ -34,9 +50,14 @@ _MESSAGE = {
                 {
                     "type": "array",
                     "items": {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "anyOf": [
+                            {
+                                "type": "object",
+                                "required": ["type", "text"],
+                                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                            },
+                            _IMAGE,
+                        ]
                     },
                 },
             ]
@@ -80,6 +101,7 @@ class ChatRequest(GeneratingBody):
     response_format: Format = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None
+    mm_processor_kwargs: ImageSettings = None
 
     @property
     def choices(self) -> int:

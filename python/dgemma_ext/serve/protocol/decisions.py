@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from dgemma_ext.serve.protocol.chat import Message
-from dgemma_ext.serve.protocol.common import Body, Count, Object, Seed, Usage
+from dgemma_ext.serve.protocol.common import Body, Count, ImageSettings, Object, Seed, Usage
 
 Texts = Annotated[list[str], Field(min_length=1)]
 Labels = Annotated[dict[str, str | Texts], Field(min_length=2)]
@@ -29,6 +29,7 @@ class DecisionRequest(Body):
     canvas_length: Count | None = None
     seed: Seed = 0
     chat_template_kwargs: Object | None = None
+    mm_processor_kwargs: ImageSettings = None
 
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from dgemma_ext.serve.protocol.chat import Effort
-from dgemma_ext.serve.protocol.common import Count, Flag, GeneratingBody, Object, Stops, ToolChoice
+from dgemma_ext.serve.protocol.common import Count, Flag, GeneratingBody, ImageSettings, Object, Stops, ToolChoice
 
 # Items are checked where they become messages, and errors name what is wrong. This is for readers of the schema.
 _ITEM = {
@@ -51,6 +51,7 @@ class ResponsesRequest(GeneratingBody):
     metadata: Object | None = None
     stop: Stops = None
     chat_template_kwargs: Object | None = None
+    mm_processor_kwargs: ImageSettings = None
 
     @classmethod
     def refused(cls) -> dict[str, tuple[Any, ...]]:

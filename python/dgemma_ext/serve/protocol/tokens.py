@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from dgemma_ext.serve.protocol.chat import Message, Tool
-from dgemma_ext.serve.protocol.common import Body, Flag, Object
+from dgemma_ext.serve.protocol.common import Body, Flag, ImageSettings, Object
 
 
 class TokenizeRequest(Body):
@@ -20,6 +20,7 @@ class TokenizeRequest(Body):
     return_token_strs: Flag = False
     tools: list[Tool] | None = None
     chat_template_kwargs: Object | None = None
+    mm_processor_kwargs: ImageSettings = None
 
 
 class TokenizeResponse(BaseModel):
