@@ -48,8 +48,6 @@ def write(folder: Path, *names: str, data: bytes = b"x") -> None:
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "google/diffusiongemma-26B-A4B-it"}
 # Name → (the files beside config.json, what the message says). None: config.json is not there.
 FOLDERS: dict[str, tuple[bool, tuple[str, ...], str]] = {
-    "gguf": (False, ("model-Q4_K_M.gguf",), "holds GGUF files, llama.cpp's format: load the safetensors checkpoint"),
-    "gguf with configuration": (True, ("model-Q4_K_M.gguf",), "holds GGUF files"),
     "fsdp": (False, ("__0_0.distcp", ".metadata"), "holds a torch.distributed checkpoint .* merge it"),
     "deepspeed": (True, ("zero_to_fp32.py", "global_step8/mp_rank_00_model_states.pt"), "a DeepSpeed checkpoint"),
     "pickles": (True, ("pytorch_model.bin",), "weights as Python pickles.* save it by save_pretrained"),
@@ -80,9 +78,14 @@ def test_another_format_beside_the_checkpoint_does_not_matter(folder: Path) -> N
     load(folder)
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
+def test_a_gguf_file_that_is_none(folder: Path, tmp_path: Path) -> None:
+    """What is one: test_gguf.py."""
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", "model-Q4_K_M.gguf")
+    (tmp_path / "other" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    refused(tmp_path / "other", "is no GGUF file: it does not begin with GGUF", "model-Q4_K_M.gguf")
     write(tmp_path, "model.gguf", data=b"GGUF")
-    with pytest.raises(dg.CheckpointError, match=r"is a GGUF file, llama\.cpp's format: load the safetensors"):
+    with pytest.raises(dg.CheckpointError, match=r"is cut short or corrupt"):
         load(tmp_path / "model.gguf")
 
 

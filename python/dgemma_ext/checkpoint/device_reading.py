@@ -31,6 +31,9 @@ def weight_reader(
     if is_in_main_memory(device):
         yield WeightReader(files, dtype, advance)
         return
+    if files.info.is_gguf:
+        yield _CopyingReader(files, dtype, device, advance)
+        return
     # Pinned memory and events are of the current GPU.
     with torch.cuda.device(device), StagedCopies(files.info, device, advance) as staged:
         reader = DeviceReader(files, staged, dtype, device)
@@ -40,6 +43,19 @@ def weight_reader(
 
 def is_in_main_memory(device: torch.device) -> bool:
     return device.type == "cpu"
+
+
+class _CopyingReader(WeightReader):
+    """Reads weights on the CPU, where a GGUF file's are dequantized, and copies them to a device."""
+
+    def __init__(
+        self, files: MappedFiles, dtype: torch.dtype, device: torch.device, advance: Callable[[int], None]
+    ) -> None:
+        super().__init__(files, dtype, advance)
+        self._device = device
+
+    def read(self, stored: Stored) -> Weight:
+        return super().read(stored).to(self._device)
 
 
 class DeviceReader:

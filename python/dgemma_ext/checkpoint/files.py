@@ -16,6 +16,8 @@ from pathlib import Path
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint.config import LayerConfig, ModelConfig
 from dgemma_ext.checkpoint.folder import find_weight_files
+from dgemma_ext.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
+from dgemma_ext.checkpoint.gguf_folder import read_index
 from dgemma_ext.checkpoint.headers import read_header
 from dgemma_ext.checkpoint.stored import Stored, TensorInfo, find_weight, names_of
 from dgemma_ext.checkpoint.tied import sort_names
@@ -37,6 +39,11 @@ class CheckpointInfo:
     weights: dict[str, Stored]
     copies: dict[str, str]
     buffers: tuple[str, ...]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the tensors are of a GGUF file, and dequantized where they are read."""
+        return self.files[0].suffix == GGUF_SUFFIX
 
     @property
     def vision_tensors(self) -> tuple[str, ...]:
@@ -121,14 +128,22 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: shape for layout in layouts for name, shape in layout.values()}
 
 
-def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> CheckpointInfo:
-    """Reads the headers alone and compares them with what `config` asks for.
+@dataclass(frozen=True)
+class _StoredTensors:
+    """`listing` is the file that says what there is."""
 
-    Raises CheckpointError, naming file and tensor, for a file or tensor that is missing, extra, stored twice under one
-    name, misshapen or of a dtype that cannot be loaded, and for a header that is corrupt or does not fit its file's
-    size.
-    """
-    found = find_weight_files(Path(arguments.path("path", path)))
+    listing: Path
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+
+def _stored_tensors(folder: Path) -> _StoredTensors:
+    """What an unpacked GGUF file has, or the headers of safetensors."""
+    unpacked = read_index(folder)
+    if unpacked is not None:
+        file = next(iter(unpacked.values())).file
+        return _StoredTensors(file, (file,), unpacked)
+    found = find_weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         for name, info in read_header(file).items():
@@ -141,7 +156,18 @@ def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> Che
     for name, file_name in (found.index or {}).items():
         if name not in tensors:
             raise CheckpointError(f"is not in {file_name}, where the index has it", file=found.listing, tensor=name)
+    return _StoredTensors(found.listing, tuple(found.files), tensors)
 
+
+def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> CheckpointInfo:
+    """Reads the headers alone and compares them with what `config` asks for.
+
+    Raises CheckpointError, naming file and tensor, for a file or tensor that is missing, extra, stored twice under one
+    name, misshapen or of a dtype that cannot be loaded, and for a header that is corrupt or does not fit its file's
+    size.
+    """
+    found = _stored_tensors(Path(arguments.path("path", path)))
+    tensors = found.tensors
     names = sort_names(tensors)
     weights: dict[str, Stored] = {}
     missing = []
@@ -158,4 +184,4 @@ def inspect_checkpoint(path: str | os.PathLike[str], config: ModelConfig) -> Che
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"is missing{others}", file=found.listing, tensor=missing[0])
-    return CheckpointInfo(tuple(found.files), tensors, weights, names.copies, names.buffers)
+    return CheckpointInfo(found.files, tensors, weights, names.copies, names.buffers)

@@ -17,6 +17,8 @@ from dgemma_ext.checkpoint.foreign import (
     check_not_foreign_file,
     weight_files,
 )
+from dgemma_ext.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
+from dgemma_ext.checkpoint.gguf_folder import gguf_in, unpack
 from dgemma_ext.checkpoint.json_section import read_json
 from dgemma_ext.errors import CheckpointError
 
@@ -44,7 +46,8 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint: itself, that of a bundled model by its name (bundled.py; `./demo` is a folder of that
     name), or a hub id (`owner/name`) downloaded, or found in the hub's cache.
 
-    A model's folder in the hub's cache stands for the snapshot that was downloaded last. Raises ValueError for what is
+    A model's folder in the hub's cache stands for the snapshot that was downloaded last. A GGUF file, or a folder with
+    one and no safetensors, is unpacked (gguf_folder.py). Raises ValueError for what is
     no path; CheckpointError for a path that is not there, for a folder with something else than a checkpoint in
     safetensors, saying what it is, and, for a hub id, when huggingface_hub is not installed or the download fails.
     """
@@ -54,9 +57,13 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike[str]) -> Path:
         return bundled
     if path.is_dir():
         folder = _snapshot(path)
+        if (file := gguf_in(folder)) is not None:
+            return unpack(file)
         check_not_foreign(folder)
         return folder
     if path.exists():
+        if path.suffix == GGUF_SUFFIX:
+            return unpack(path)
         check_not_foreign_file(path)
     if not isinstance(path_or_hub_id, str) or not _HUB_ID.fullmatch(name):
         raise CheckpointError("does not exist; wanted: the checkpoint's folder, or a hub id (owner/name)", file=name)

@@ -16,7 +16,6 @@ _READ = ("*.json", "*.jinja", "*.safetensors")
 _SAVE_AGAIN = "load it with transformers and save it by save_pretrained, which writes safetensors"
 # Patterns of files in a folder without safetensors → what they are, and what to do. The first that is there counts.
 _KINDS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("*.gguf",), "GGUF files, llama.cpp's format", "load the safetensors checkpoint that they were made from"),
     (
         ("*.distcp", ".metadata"),
         "a torch.distributed checkpoint (FSDP), in one piece per process",
@@ -66,11 +65,9 @@ def check_not_foreign(folder: Path) -> None:
 
 def check_not_foreign_file(file: Path) -> None:
     """Raises CheckpointError for a path that leads to a file, where the folder of a checkpoint is wanted."""
-    if file.suffix == ".gguf":
-        raise CheckpointError(
-            "is a GGUF file, llama.cpp's format: load the safetensors checkpoint that it was made from", file=file
-        )
-    raise CheckpointError("is a file; wanted: the checkpoint's folder, or a hub id (owner/name)", file=file)
+    raise CheckpointError(
+        "is a file; wanted: the checkpoint's folder, a GGUF file (*.gguf), or a hub id (owner/name)", file=file
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

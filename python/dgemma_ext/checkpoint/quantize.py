@@ -227,7 +227,10 @@ def _write_unit(work: Work, unit: Unit, source: MappedFiles, target: Target, sha
     """Copies a tensor, or quantizes matrices and notes their error."""
     if work.attribute is None:
         tensors = dict(zip(unit.names, unit.values, strict=True))
-        shard.write(tensors, None, source.info.tensors[work.names[0]].dtype)
+        if source.info.is_gguf:  # whose values are of other types, and were bfloat16
+            shard.write({name: values.to(torch.bfloat16) for name, values in tensors.items()}, None)
+        else:
+            shard.write(tensors, None, source.info.tensors[work.names[0]].dtype)
         return
     _check_finite(work, source, unit.values)
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)

@@ -2,7 +2,7 @@
 
 The names and dtypes of the stored tensors tell the format, whoever wrote the file:
 
-    unquantized              NAME.weight                  BF16, F16 or F32 [rows, columns]
+    unquantized              NAME.weight                  BF16, F16 or F32 [rows, columns]; in GGUF files of any type
     fp8                      NAME.weight                  F8_E4M3 [rows, columns]
                              NAME.weight_scale            BF16, F16 or F32 [rows, 1], [rows] or one
     int4 (pack-quantized)    NAME.weight_packed           I32 [rows, columns / 8]
@@ -44,6 +44,11 @@ class TensorInfo:
 Tensors = Mapping[str, TensorInfo]
 
 FLOAT_DTYPES = ("BF16", "F32", "F16")
+# The types of GGUF files that are dequantized while they are read; such weights count as unquantized.
+GGUF_DTYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S"),
+    *("IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
+)
 _UNREAD = ("input_scale", "input_global_scale", "weight_shape", "k_scale", "v_scale")
 _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 
@@ -112,7 +117,7 @@ def find_weight(name: str, shape: tuple[int, ...], tensors: Tensors) -> Stored |
         return _find_matrix(name.removesuffix(".weight"), shape, tensors)
     if name not in tensors:
         return None
-    _check(tensors, name, shape, FLOAT_DTYPES)
+    _check(tensors, name, shape, FLOAT_DTYPES + GGUF_DTYPES)
     return StoredTensor(tensors[name].name, shape)
 
 
@@ -158,7 +163,7 @@ def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix 
         return Matrix("fp8", shape, _names(tensors, values=weight, scales=scales), unread)
     if tensors[weight].dtype == "U8":
         return _nvfp4(base, weight, "weight_scale_2", shape, tensors, unread)
-    _check(tensors, weight, shape, FLOAT_DTYPES)
+    _check(tensors, weight, shape, FLOAT_DTYPES + GGUF_DTYPES)
     return Matrix("unquantized", shape, _names(tensors, values=weight), unread)
 
 
@@ -219,5 +224,7 @@ def _check_one_of(tensors: Tensors, name: str, shapes: tuple[tuple[int, ...], ..
         )
     if info.dtype not in dtypes:
         raise CheckpointError(
-            f"has dtype {info.dtype}; supported: {', '.join(dtypes)}", file=info.file, tensor=info.name
+            f"has dtype {info.dtype}; supported: {', '.join(dtype for dtype in dtypes if dtype not in GGUF_DTYPES)}",
+            file=info.file,
+            tensor=info.name,
         )

@@ -68,7 +68,7 @@ def checkpoint_facts(
     headers = inspect_checkpoint(folder, config)
     loaded = sum(math.prod(shape) for shape in expected_tensors(config).values())
     return {
-        "path": str(folder),
+        "path": str(headers.files[0] if headers.is_gguf else folder),
         "files": len(headers.files),
         "stored": _stored_by_dtype(headers),
         "stored_bytes": headers.total_bytes,

@@ -14,7 +14,10 @@ from dgemma_ext.model import IMAGE_ATTENTION
 from dgemma_ext.model.vision import SOFT_TOKENS
 from dgemma_ext.serve.options import ServeOptions
 
-MODEL = f"a checkpoint's folder, a hub id (owner/name) to download, or a bundled model: {', '.join((DEMO, *BUNDLED))}"
+MODEL = (
+    "a checkpoint's folder, a GGUF file, a hub id (owner/name) to download, or a bundled model: "
+    f"{', '.join((DEMO, *BUNDLED))}"
+)
 
 Value = TypeVar("Value")
 
