@@ -90,7 +90,7 @@ class DiffusionGemma:
         images: str | bool = "auto",
         image_attention: str = "sliding",
     ) -> DiffusionGemma:
-        """Loads a checkpoint folder, a GGUF file where gguf is installed, or a Hugging Face Hub id where huggingface_hub is.
+        """Loads a checkpoint folder, a GGUF file where gguf is installed, or a hub id where huggingface_hub is.
 
         `device`: "auto" is the first CUDA GPU where torch sees one, else the CPU.
         `dtype`: "auto" is the checkpoint's; otherwise "bfloat16" or "float32" (or the torch dtype).

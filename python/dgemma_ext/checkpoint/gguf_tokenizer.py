@@ -15,9 +15,8 @@ _NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "paddi
 
 
 def tokenizer_of(file: GgufFile) -> dict[str, Any]:
-    """A tokenizer.json: byte pairs with bytes for what has no token, as the published tokenizer is (
-    a space becomes ▁, and a text is cut behind words). Raises CheckpointError for a file without one, and for one of
-    another kind."""
+    """A tokenizer.json of the published kind: byte pairs, bytes for what has no token, a space as ▁, and a text that
+    is cut behind words. Raises CheckpointError for a file without a tokenizer, and for one of another kind."""
     metadata = file.metadata
     kind = metadata.get(f"{_PREFIX}model")
     if kind is None:
