@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 import dgemma_ext as dg
+from backend import BACKEND
 from checkpoints import FULL, SLIDING
 from dgemma_ext.engine import TokenizedPrompt, prefix_cache, tokenize_prompt
 from dgemma_ext.engine import scheduler as scheduler_module
+from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.model import PrefillChunk
 from dgemma_ext.model.vision import KEPT_FEATURES, Patches, PromptImage, VisionTower
 from models import random_model
@@ -30,8 +32,9 @@ Steps = list[tuple[tuple[int, ...], bytes]]
 
 
 def vision_model() -> dg.DiffusionGemma:
-    """Of windows shorter than an image."""
-    return random_model(layers=(SLIDING, FULL, SLIDING, FULL), images=True)
+    """Of windows shorter than an image. The kernels of a GPU are for bfloat16."""
+    dtype = torch.float32 if BACKEND == "cpu" else torch.bfloat16
+    return random_model(dtype, layers=(SLIDING, FULL, SLIDING, FULL), images=True)
 
 
 def prompt_of(text: str, *images: Any) -> TokenizedPrompt:
@@ -129,6 +132,18 @@ def test_a_part_of_the_batch_has_images() -> None:
         scheduler.step()
     for index, request in ((1, first), (4, second), (5, third)):
         assert request.output.token_ids == vision_model().generate(prompts()[index], 12, SAMPLER, index).token_ids
+
+
+@pytest.mark.parametrize("driver", LOOPS)
+def test_every_driver_begins_with_images(driver: str) -> None:
+    """A captured step takes no chunks: a canvas's first step, with its images, is run by itself."""
+    scheduler = dg.Scheduler(vision_model(), 3, CONTEXT, True, driver)
+    asked = (0, 1, 4)
+    made = [scheduler.submit(prompts()[index], 12, SAMPLER, index) for index in asked]
+    while not scheduler.idle:
+        scheduler.finish_canvas()
+    for index, request in zip(asked, made, strict=True):
+        assert request.output == vision_model().generate(prompts()[index], 12, SAMPLER, index)
 
 
 def test_a_pass_gets_its_images_where_the_slot_has_room(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_the_table_has_a_row_for_every_part_and_sums_to_the_step() -> None:
     shares = [float(re.split(r"\s{2,}", line)[2].removesuffix(" %")) for line in rows.values()]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert max(map(len, lines)) <= 120
+    assert any(re.match(r"vision tower, an image of 280 tokens: [0-9.]+ ms, floor [0-9.]+ ms$", line) for line in lines)
 
 
 def test_json_has_the_same_figures() -> None:
@@ -73,6 +74,9 @@ def test_json_has_the_same_figures() -> None:
     assert step["unwatched_seconds"] > 0
     assert {row["part"] for row in found["encode"]["parts"]} < {part.value for part in Part}
     assert len(found["experts_hit"]) == 3
+    tower = found["vision_tower"]
+    assert tower["soft_tokens"] == 280
+    assert 0 < tower["floor"] < tower["seconds"]
     assert found["vocabulary_tiles"] == 4
 
 

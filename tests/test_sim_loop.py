@@ -37,6 +37,10 @@ def test_the_kernels_hold_the_rules_of_every_request_in_a_batch() -> None:
     run_tests_on_kernels("tests/test_loop.py", "-k", "rules_of_their_own", seed=4)
 
 
+def test_the_kernels_take_the_images_of_a_batch() -> None:
+    run_tests_on_kernels("tests/test_image_requests.py", "-k", "every_driver and graph", seed=6)
+
+
 def test_a_step_of_a_batch_reads_no_value_and_launches_no_more_kernels() -> None:
     """A captured step cannot wait for the host. csrc/cuda/NOTES.md has the counts."""
     counts = json.loads(run_on_kernels(Path(__file__).parent / "count_launches.py"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,11 @@ def table(found: Profile, title: str) -> str:
         f"unwatched, {single} took {_ms(step.unwatched_seconds)} ms",
         f"experts hit: {experts:.1f} of {found.experts} in a layer, on average",
         f"encode of {found.prefix:,} tokens: {_ms(encode.seconds)} ms, floor {_ms(encode.floor)} ms",
-        floor,
     ]
+    if found.tower is not None:
+        took = f"{_ms(found.tower.seconds)} ms, floor {_ms(found.tower.floor)} ms"
+        lines.append(f"vision tower, an image of {found.tower.soft_tokens} tokens: {took}")
+    lines.append(floor)
     if found.load is not None:
         lines.append(f"load of this machine before: {found.load:.1f} on {found.cores} cores")
     if found.soft_tiles is not None:
@@ -161,6 +165,7 @@ def fields(found: Profile) -> dict[str, Any]:
     results = ("experts_hit", "vocabulary_tiles", "soft_tiles", "driven_seconds", "load", "cores")
     return {
         **{name: getattr(found, name) for name in (*sizes, *results)},
+        "vision_tower": None if found.tower is None else asdict(found.tower),
         "machine": {"bytes_per_second": found.machine.bandwidth, "flops_per_second": dict(found.machine.peaks)},
         "step": _pass_fields(found.step),
         "encode": _pass_fields(found.encode),

@@ -28,6 +28,7 @@ from dgemma_ext.profile.machine import Machine, measure, measure_after
 from dgemma_ext.profile.recorder import Call, Recorder, experts_hit, statistics_in_head
 from dgemma_ext.profile.soft_tiles import SoftTiles, soft_tiles
 from dgemma_ext.profile.timeline import Pass, Slice, rows_of
+from dgemma_ext.profile.tower import TowerTime, tower_time
 from dgemma_ext.sampling import SamplerConfig
 from dgemma_ext.torch_state import in_own_torch_state
 
@@ -44,8 +45,8 @@ class Profile:
     `experts_hit`: mean over the steps, by layer. `soft_tiles`: how many of `vocabulary_tiles` the soft embedding must
     not skip, and how many a GPU's kernels list, means of the steps. `drafts`: each request's last draft.
     `driven_seconds`: the time of a step where a loop drives the steps of a whole canvas; None where requests are
-    stepped by turns. `load`: what wanted to run on this machine's `cores` when it began, a mean of a minute; None where
-    the system does not count it.
+    stepped by turns. `tower`: the time of the vision tower for one image; None for a model without one. `load`: what
+    wanted to run on this machine's `cores` when it began, a mean of a minute; None where the system does not count it.
     """
 
     device: str
@@ -64,6 +65,7 @@ class Profile:
     vocabulary_tiles: int
     drafts: tuple[tuple[int, ...], ...]
     driven_seconds: float | None
+    tower: TowerTime | None
     load: float | None
     cores: int
 
@@ -104,6 +106,10 @@ def profile(
         watched_steps, drafts = _watched_steps(model, ids, steps, context, seed, batched)
         watched_encode = _watched_encode(model, ids[:1], context)
         machine = measure_after(time.perf_counter() - began, model.device, model.dtype)
+        cuda, vision = model.device.type == "cuda", model.vision
+        tower = None
+        if vision is not None:
+            tower = tower_time(vision, machine, lambda run: _length(timed(run, cuda)))
 
     config, weights, dtype = model.config, sizes_of(model.weights), model.dtype
     expected = [expected_experts_hit(config, batch * config.canvas_length)] * len(config.layers)
@@ -133,6 +139,7 @@ def profile(
         vocabulary_tiles=-(-config.vocab_size // VOCABULARY_TILE),
         drafts=drafts,
         driven_seconds=driven,
+        tower=tower,
         load=load,
         cores=os.cpu_count() or 1,
     )
@@ -286,7 +293,7 @@ def _driven_seconds(model: DiffusionGemma, ids: torch.Tensor, context: int, seed
     return _length(span) / _DRIVEN_STEPS
 
 
-def timed(run: Callable[[], None], cuda: bool = False) -> tuple[float, float]:
+def timed(run: Callable[[], object], cuda: bool = False) -> tuple[float, float]:
     """Begin and end of a run on the host's clock. cuda: waits for the GPU before both."""
     if cuda:
         torch.cuda.synchronize()
