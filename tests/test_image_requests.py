@@ -32,9 +32,10 @@ Steps = list[tuple[tuple[int, ...], bytes]]
 
 
 def vision_model() -> dg.DiffusionGemma:
-    """Of windows shorter than an image. The kernels of a GPU are for bfloat16."""
-    dtype = torch.float32 if BACKEND == "cpu" else torch.bfloat16
-    return random_model(dtype, layers=(SLIDING, FULL, SLIDING, FULL), images=True)
+    """Of windows shorter than an image. The kernels of a GPU are for bfloat16, and slow on the test bed."""
+    if BACKEND != "cpu":
+        return random_model(torch.bfloat16, layers=(SLIDING, FULL), images=True)
+    return random_model(layers=(SLIDING, FULL, SLIDING, FULL), images=True)
 
 
 def prompt_of(text: str, *images: Any) -> TokenizedPrompt:
@@ -137,13 +138,13 @@ def test_a_part_of_the_batch_has_images() -> None:
 @pytest.mark.parametrize("driver", LOOPS)
 def test_every_driver_begins_with_images(driver: str) -> None:
     """A captured step takes no chunks: a canvas's first step, with its images, is run by itself."""
-    scheduler = dg.Scheduler(vision_model(), 3, CONTEXT, True, driver)
-    asked = (0, 1, 4)
-    made = [scheduler.submit(prompts()[index], 12, SAMPLER, index) for index in asked]
+    asked = [prompt_of("?", Image.fromarray(gradient(1790, 100))), TokenizedPrompt([2, 5, 6])]  # 35 soft tokens
+    scheduler = dg.Scheduler(vision_model(), 2, CONTEXT, True, driver)
+    made = [scheduler.submit(one, 8, SAMPLER, seed) for seed, one in enumerate(asked)]
     while not scheduler.idle:
         scheduler.finish_canvas()
-    for index, request in zip(asked, made, strict=True):
-        assert request.output == vision_model().generate(prompts()[index], 12, SAMPLER, index)
+    for seed, request in enumerate(made):
+        assert request.output == vision_model().generate(asked[seed], 8, SAMPLER, seed)
 
 
 def test_a_pass_gets_its_images_where_the_slot_has_room(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
