@@ -39,8 +39,8 @@ def server() -> Iterator[Running]:
         started.wait_until_empty()
 
 
-def url_of(image: Image.Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(file_of(image)).decode()}"
+def url_of(image: Image.Image, format: str = "PNG") -> str:
+    return f"data:image/png;base64,{base64.b64encode(file_of(image, format)).decode()}"
 
 
 def chat_part(image: Image.Image) -> dict[str, Any]:
@@ -181,9 +181,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a file's id": ({"type": "input_image", "file_id": "file-1"}, "must be an image"),
     "not base64": (bad_url("data:image/png;base64,?"), "whose base64 cannot be decoded"),
     "no base64": (bad_url("data:image/png,abc"), "is a data URL without ;base64"),
-    "text": (bad_url("data:image/png;base64,aGVsbG8="), "is no image that Pillow can read"),
+    "text": (bad_url("data:image/png;base64,aGVsbG8="), "is no image in a format of PNG, JPEG, WEBP, GIF, BMP"),
+    "another format": (bad_url(url_of(SQUARE, "PPM")), "is no image in a format of"),
     "cut off": (bad_url(GOOD[: len(GOOD) // 2 // 4 * 4]), "cannot be decoded"),
-    "empty": (bad_url("data:image/png;base64,"), "is no image that Pillow can read"),
+    "empty": (bad_url("data:image/png;base64,"), "is no image in a format of"),
 }
 
 

@@ -12,13 +12,15 @@ from typing import Any
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import IMAGE_TYPES, LOCAL_KEYS, image_source
-from dgemma_ext.model.vision import SOFT_TOKENS, PromptImage, Vision
+from dgemma_ext.model.vision import SOFT_TOKENS, ImageLimits, PromptImage, Vision
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.options import ServeOptions
 
 # Where a message, or an item of /v1/responses, has parts.
 _PLACES = ("content", "output")
 _BUDGET = "max_soft_tokens"
+# Pillow reads more, and for some of them starts other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _SHOWN_URL = re.compile(r"data:[^,]{0,80},", re.IGNORECASE)
 
 
@@ -91,6 +93,6 @@ def _read(
         # Four characters of base64 are three bytes, less those that are padding.
         if (len(source) - source.find(",") - 1) * 3 // 4 - source[-2:].count("=") > options.max_image_bytes:
             raise ValueError(f"{name} is an image file of more than {options.max_image_bytes} bytes")
-        return vision.read(name, source, image_tokens, options.max_image_pixels)
+        return vision.read(name, source, image_tokens, ImageLimits(options.max_image_pixels, _FORMATS))
     except (ValueError, ImportError) as error:
         raise errors.bad_request(str(error), name) from error

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dgemma_ext.checkpoint.vision_config import SOFT_TOKENS
 from dgemma_ext.model.vision.images import KEPT_FEATURES, PromptImage, Vision
 from dgemma_ext.model.vision.loading import load_tower, resolve_images
-from dgemma_ext.model.vision.pixels import MOST_PIXELS, Patches, image_size, patches_of, read_image
+from dgemma_ext.model.vision.pixels import MOST_PIXELS, ImageLimits, Patches, image_size, patches_of, read_image
 from dgemma_ext.model.vision.tower import VisionTower, tower_workspace_bytes
 
 __all__ = [
     "KEPT_FEATURES",
     "MOST_PIXELS",
     "SOFT_TOKENS",
+    "ImageLimits",
     "Patches",
     "PromptImage",
     "Vision",

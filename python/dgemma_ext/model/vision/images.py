@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dgemma_ext.checkpoint.vision_config import PATCH
-from dgemma_ext.model.vision.pixels import CELL, MOST_PIXELS, Patches, cut, read_image, resized
+from dgemma_ext.model.vision.pixels import CELL, NO_LIMITS, ImageLimits, Patches, cut, read_image, resized
 from dgemma_ext.model.vision.tower import VisionTower
 
 # Images whose features are kept: those of a conversation, for a turn that no snapshot has. 280 soft tokens of the
@@ -67,7 +67,7 @@ class Vision:
         self.__init__(**state)  # type: ignore[misc]
 
     def read(
-        self, name: str, source: Any, soft_tokens: int | None = None, most_pixels: int = MOST_PIXELS
+        self, name: str, source: Any, soft_tokens: int | None = None, limits: ImageLimits = NO_LIMITS
     ) -> PromptImage:
         """An image as `read_image` takes it, at the size for so many soft tokens at most.
 
@@ -76,7 +76,7 @@ class Vision:
         """
         if isinstance(source, PromptImage):
             return source
-        image = PromptImage(resized(read_image(name, source, most_pixels), soft_tokens or self.soft_tokens))
+        image = PromptImage(resized(read_image(name, source, limits), soft_tokens or self.soft_tokens))
         try:
             self.tower.check_length(max(image.pixels.shape[:2]) // PATCH)
         except ValueError as error:

@@ -37,6 +37,21 @@ _WANTED = "a path, the bytes of an image file, a data URL or a Pillow image"
 
 
 @dataclass(frozen=True)
+class ImageLimits:
+    """What images are taken.
+
+    pixels: the most, at most MOST_PIXELS; a larger image is not decoded. formats: of files, by Pillow's names; None for
+    all that it reads, for some of which (EPS) it starts other programs.
+    """
+
+    pixels: int = MOST_PIXELS
+    formats: tuple[str, ...] | None = None
+
+
+NO_LIMITS = ImageLimits()
+
+
+@dataclass(frozen=True)
 class Patches:
     """An image that is cut up. pixels: float32 [patches, 768] in [0, 1], a patch's rows from the top, its columns from
     the left, red, green, blue. positions: int64 [patches, 2], the patch's column and row. Patches go row by row.
@@ -50,21 +65,21 @@ class Patches:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_image(name: str, source: Any, most_pixels: int = MOST_PIXELS) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_image(name: str, source: Any, limits: ImageLimits = NO_LIMITS) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An image as uint8 [height, width, 3], red, green and blue: upright by its EXIF tag, transparency on white.
 
     source: a path (a string or an os.PathLike), the bytes of a file, a `data:` URL, or a Pillow image. Of a file with
-    several frames the first. Nothing is fetched from a network. most_pixels: at most MOST_PIXELS; a larger image is not
-    decoded. Raises ValueError naming the argument `name` for a source that is none of these, no image, cut off, of 16
-    bits or floating point, or of more pixels; ImportError where Pillow is not installed.
+    several frames the first. Nothing is fetched from a network. Raises ValueError naming the argument `name` for a
+    source that is none of these, no image, cut off, of 16 bits or floating point, or beyond the limits; ImportError
+    where Pillow is not installed.
     """
     pillow = _pillow()
     if isinstance(source, pillow.Image.Image):
         image, opened = source, False
     else:
-        image, opened = _opened(name, source), True
+        image, opened = _opened(name, source, limits.formats), True
     try:
-        return _rgb(name, image, most_pixels)
+        return _rgb(name, image, limits.pixels)
     finally:
         if opened:
             image.close()
@@ -79,7 +94,7 @@ def _pillow() -> Any:
     return PIL
 
 
-def _opened(name: str, source: Any) -> Image:
+def _opened(name: str, source: Any, formats: tuple[str, ...] | None) -> Image:
     pillow = _pillow()
     if isinstance(source, bytes | bytearray | memoryview):
         file: Any = io.BytesIO(bytes(source))
@@ -93,11 +108,12 @@ def _opened(name: str, source: Any) -> Image:
         raise arguments.refusal(name, _WANTED, source)
     bombs = (pillow.Image.DecompressionBombError, pillow.Image.DecompressionBombWarning)
     try:
-        image: Image = pillow.Image.open(file)
+        image: Image = pillow.Image.open(file, formats=formats)
     except bombs as error:
         raise _too_large(name, MOST_PIXELS) from error
     except pillow.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no image that Pillow can read") from error
+        wanted = "that Pillow can read" if formats is None else f"in a format of {', '.join(formats)}"
+        raise ValueError(f"{name} is no image {wanted}") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character, a file of a broken format
         raise ValueError(f"{name} cannot be read: {error}") from error
     return image
