@@ -153,8 +153,9 @@ def inputs(model: Any, rows: int = ROWS, count: int = 17) -> dict[str, torch.Ten
     return {"input_ids": random_ids(model, rows, count, 11), "decoder_input_ids": random_ids(model, rows, 8, 20)}
 
 
-def test_gradients() -> None:
-    """A training step gives the same gradients as before, and warns that it runs on transformers' code."""
+def test_full_training() -> None:
+    """Where the experts' own weights are trained, they run on transformers' code, with one warning; attention trains on
+    the kernels. (test_integration_transformers_training.py has adapters.)"""
     model = twin(unaccelerated("flat"), enabled=False).train()
     accelerated = twin(model)
     model.set_experts_implementation("eager")
@@ -165,15 +166,13 @@ def test_gradients() -> None:
                 one.zero_grad()
                 one(**inputs(one)).logits.square().mean().backward()
             grads.append({name: parameter.grad for name, parameter in one.named_parameters()})
-    assert not counts
-    assert [message.partition(":")[0] for message in fallbacks] == [
-        "the attention of this model runs on transformers' own code",
-        "the experts of this model runs on transformers' own code",
-    ]
-    assert all("gradients are needed" in message for message in fallbacks)
+    assert set(counts) == {"causal_attention", "canvas_attention"}
+    (message,) = fallbacks
+    assert message.startswith("the experts of this model runs on transformers' own code: its weights are trained")
     for name, grad in grads[0].items():
         assert (grad is None) == (grads[1][name] is None)
-        assert grad is None or torch.equal(grad, grads[1][name]), name
+        if grad is not None and bool(grad.any()):
+            assert_within(grads[1][name], grad, name)
     with torch.no_grad(), all_on_kernels():
         assert_within(accelerated(**inputs(model)).logits, model(**inputs(model)).logits, "training mode, no gradients")
 
@@ -471,7 +470,8 @@ def test_lora(targets: str, order: str) -> None:
     with all_on_kernels() as counts:
         got = passes(wrapped[1], ids, mask, canvas)
     assert counts["canvas_attention"] > 0
-    assert counts["moe_ffn"] > 0
+    # Experts with factors are grouped products, but where PEFT came last and makes their weights.
+    assert (counts["moe_ffn"] > 0) == (targets != "experts" or order == "acceleration first")
     base = passes(unaccelerated("flat"), ids, mask, canvas)
     assert float((wanted[0] - base[0]).abs().max() / base[0].abs().max()) > 100 * FP32_BOUND
     for index, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):

@@ -4,13 +4,17 @@ Three parts of the model are replaced, and restored by `dg.accelerate(model, ena
 
 - attention, an implementation registered with transformers' AttentionInterface and, for masks, with its
   AttentionMaskInterface (attention.py, visibility.py);
-- the experts, an implementation registered with its ExpertsInterface (experts.py);
+- the experts, an implementation registered with its ExpertsInterface (experts.py), with a LoRA of PEFT on them by its
+  factors (adapted_experts.py: `accelerate` after the adapter is there, or again);
 - the part of a denoising step of `generate` after the decoder, with the next step's self-conditioning (denoising.py),
   for which transformers has no interface: it is a private method.
 
 A release of transformers that is newer than the tests have seen is tried once, on a small model (trial.py); a part that
 fails there is not replaced. An accelerated model can be pickled, copied and saved as before; where it is loaded again
 in another process, this package is needed.
+
+Both train: gradients of activations, routing weights and low-rank factors flow through them, while gradients of the
+model's own experts are left to transformers' code.
 
 Everything else runs on transformers: norms, rotations, projections, router, dense MLP, vision tower, caches, streamers,
 stopping at an end of text. Hooks and adapters (PEFT's LoRA) on any of its modules work as before.

@@ -15,9 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
 
-from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
+from dgemma_ext.integrations.transformers.fallback import acceleration_of, needs_gradient, tensors_refused
 from dgemma_ext.integrations.transformers.visibility import Keys, Row, Visibility, of_mask, without_mask
-from dgemma_ext.ops import block_attention
+from dgemma_ext.ops import block_attention, gradients
 
 # Head dimensions of the CUDA kernels; csrc/block_attention/cuda/plan.cpp.
 _CUDA_HEAD_DIMS = (16, 32, 64, 128, 256, 512)
@@ -125,13 +125,14 @@ def _attend_rows(
         torch.arange(batch, dtype=torch.int32, device=query.device),
         torch.full((batch,), prefix.shape[1], dtype=torch.int32, device=query.device),
     )
+    form: Any = gradients if needs_gradient(*operands) else block_attention
     if visibility.causal:
         spans = None
         if row.spans:
             spans = torch.tensor(row.spans, dtype=torch.int32, device=query.device).expand(batch, -1, -1).contiguous()
-        found = block_attention.causal_attention(*operands, spans=spans, window=visibility.window, scale=scale)
+        found = form.causal_attention(*operands, spans=spans, window=visibility.window, scale=scale)
     else:
-        found = block_attention.canvas_attention(*operands, scale=scale)
+        found = form.canvas_attention(*operands, scale=scale)
     if found.shape[1] == query.shape[1]:
         return found
     out = query.new_zeros(query.shape)

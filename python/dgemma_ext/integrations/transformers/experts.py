@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
 
-from dgemma_ext.integrations.transformers.fallback import acceleration_of, tensors_refused
-from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.integrations.transformers.fallback import acceleration_of, needs_gradient, tensors_refused
+from dgemma_ext.ops import gradients, grouped_gemm
 
 # The activation of the published configuration, and the only one of the kernels.
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -33,12 +33,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     The weights are read once, because with a LoRA on them PEFT computes them at every access.
     """
     gate_up, down = module.gate_up_proj, module.down_proj
-    reason = None if torch.compiler.is_compiling() else _refused(module, hidden_states, gate_up, down)
+    reason = None if torch.compiler.is_compiling() else refused(module, hidden_states, gate_up, down)
     if reason is not None:
         acceleration_of(module).fall_back("experts", reason)
     if reason is not None or torch.compiler.is_compiling():
         return _previous_forward(module)(module, hidden_states, top_k_index, top_k_weights)
-    return grouped_gemm.moe_ffn(
+    form = gradients.moe_ffn if needs_gradient(hidden_states, top_k_weights) else grouped_gemm.moe_ffn
+    return form(
         hidden_states.contiguous(),
         top_k_index.to(torch.int32).contiguous(),
         top_k_weights.float().contiguous(),
@@ -47,9 +48,14 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     )
 
 
-def _refused(module: Any, hidden_states: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
+def refused(module: Any, hidden_states: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
+    """The reason that no kernel computes these experts, or None."""
     if len(gate_up) != module.config.num_experts:
         return "its experts are spread over several devices"
+    if needs_gradient(gate_up, down):
+        return (
+            "its weights are trained, or PEFT has made them of an adapter (dg.accelerate after PEFT reads its factors)"
+        )
     activation = module.config.hidden_activation
     if activation != _ACTIVATION:
         return f"its activation is {activation}, and the kernels have {_ACTIVATION}"

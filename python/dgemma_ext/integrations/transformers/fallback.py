@@ -45,14 +45,17 @@ def acceleration_of(module: nn.Module) -> Acceleration:
     return _DEFAULT if state is None else state
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether a gradient of one of these tensors will be asked for."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def tensors_refused(*tensors: Tensor) -> str | None:
     """The reason that no kernel takes these tensors, or None."""
     first = tensors[0]
     for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"the kernels take plain tensors, and one is a {type(tensor).__name__}"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "gradients are needed, and the kernels have none (torch.no_grad() around a pass that trains nothing)"
     if any(tensor.dtype != first.dtype for tensor in tensors):
         return f"dtypes are mixed ({', '.join(sorted({str(tensor.dtype) for tensor in tensors}))})"
     if any(tensor.device != first.device for tensor in tensors):

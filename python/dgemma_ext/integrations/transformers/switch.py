@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from dgemma_ext.integrations.transformers import attention, denoising, experts
+from dgemma_ext.integrations.transformers import adapted_experts, attention, denoising, experts
 from dgemma_ext.integrations.transformers.fallback import Acceleration
 
 # The name of the implementations in transformers' registers and in the model's configuration.
@@ -20,6 +20,9 @@ experts.register(IMPLEMENTATION)
 
 def enable(base: Any, without: Mapping[str, str]) -> None:
     """Replaces every part but those of `without` (part → reason), which give a warning with their reason."""
+    if "experts" not in without:
+        # Again each time: an adapter may have come since.
+        adapted_experts.replace_forwards(base)
     if getattr(base, "_dgemma_acceleration", None) is not None:
         return
     configs = {"": base.config, "text_config": base.config.text_config}
@@ -53,6 +56,7 @@ def disable(base: Any) -> None:
     state = getattr(base, "_dgemma_acceleration", None)
     if state is None:
         return
+    adapted_experts.restore_forwards(base)
     base.set_attn_implementation(state.attention)
     base.set_experts_implementation(state.experts)
     base.__dict__.pop("_denoising_step", None)
