@@ -19,6 +19,7 @@ import transformers_oracle as oracle
 from checkpoints import FULL, SLIDING, make_checkpoint
 from dgemma_ext.engine import tokenize_prompt
 from dgemma_ext.model.vision import Patches, patches_of
+from dgemma_ext.ops.block_attention import causal_attention
 from pictures import gradient
 from test_parity_forward import assert_same_cache, assert_within
 from tokenizer_files import IMAGE_TOKENS
@@ -183,6 +184,26 @@ def test_an_answer_is_that_of_transformers(pair: oracle.Pair) -> None:
     assert theirs.well_conditioned
     assert ours.outcome == theirs.outcome
     assert otherwise.outcome != theirs.outcome, "the image changes nothing here"
+
+
+@pytest.mark.parametrize(
+    ("image_attention", "pairs"), [("sliding", (575, 820)), ("all", (575, 1025)), (None, (292, 820))]
+)
+def test_how_many_pairs_see_each_other(pair: oracle.Pair, image_attention: str | None, pairs: tuple[int, int]) -> None:
+    """On a sliding layer with a window of 8, and on a full one: 40 tokens, images at [3, 9) and [12, 32).
+
+    Every visible value counts alike, and has a dimension of its own.
+    """
+    tokens = 40
+    images = [(3, torch.zeros(6, 64)), (12, torch.zeros(20, 64))] if image_attention else []
+    with rule(pair, image_attention or "all"):
+        chunk = pair.ours.network.prefill_chunk(0, torch.zeros(tokens, dtype=torch.long), 0, images)
+    query = key = torch.zeros(1, tokens, 1, tokens)
+    value, nothing = torch.eye(tokens)[None, :, None], torch.zeros(1, 8, 1, tokens)
+    where = torch.zeros(1, dtype=torch.int32)
+    for spans, window, wanted in zip((chunk.sliding_spans, chunk.full_spans), (8, 0), pairs, strict=True):
+        attended = causal_attention(query, key, value, nothing, nothing, where, where, spans=spans, window=window)
+        assert int((attended > 0).sum()) == wanted
 
 
 def test_an_image_is_seen_whole_on_sliding_layers_alone(pair: oracle.Pair) -> None:

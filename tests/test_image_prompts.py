@@ -137,7 +137,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "spelled too": ("<|image|>", {"special_tokens": "tokens", "images": [WIDE]}, r"of the prompt spells <\|image\|>"),
     "long": (
         "a",
-        {"images": [Image.new("RGB", (3000, 10))], "image_tokens": 70},
+        {"images": [Image.new("RGB", (20_000, 1))], "image_tokens": 70},
         r"images\[0\]: the image has 210 ",
     ),
 }
