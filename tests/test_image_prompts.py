@@ -176,6 +176,17 @@ def test_models_that_take_no_images(model: dg.DiffusionGemma, monkeypatch: pytes
         tokenized(model, "a", images=[SQUARE])
 
 
+def test_a_tokenized_prompt_of_another_model(model: dg.DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tokenized(model, "a", images=[SQUARE])
+    with pytest.raises(ValueError, match="prompt is tokenized; options and images are for text"):
+        model.generate(prompt, image_tokens=70)
+    with pytest.raises(ValueError, match=r"prompt\[1\] must be a token id in \[0, 512\), got 512"):
+        model.generate(TokenizedPrompt([2, 512]))
+    monkeypatch.setattr(model, "vision", None)
+    with pytest.raises(ValueError, match="the model has no vision tower"):
+        model.generate([prompt, "b"])
+
+
 def test_images_of_a_server_s_clients_are_no_files(model: dg.DiffusionGemma, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(file_of(SQUARE))
     for part in (image(path=str(tmp_path / "a.png")), image(image=str(tmp_path / "a.png"))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import dgemma_ext.diffusion_gemma as facade
 from checkpoints import make_checkpoint
 from dgemma_ext import CheckpointError
 from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, parse_target
+from dgemma_ext.cli import main
 from dgemma_ext.model.vision import VisionTower, load_tower, patches_of
 from pictures import gradient
 
@@ -143,6 +145,19 @@ def test_a_model_is_loaded_with_its_tower_or_without(folder: Path, tmp_path: Pat
             loaded(folder, images=images)
     with pytest.raises(ValueError, match="image_attention must be one of sliding, all, got 'full'"):
         loaded(folder, image_attention="full")
+
+
+def test_info_says_what_becomes_of_the_tower(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^vision +2 layers of hidden 32, [0-9]+ tensors, .*; an image takes up to 280 tokens$", out, re.MULTILINE
+    )
+    changed(folder, tmp_path, lambda tensors: None, use_clipped_linears=True)
+    assert main(["info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^vision +cannot be loaded: vision_config.use_clipped_linears is True", shown, re.MULTILINE)
+    assert "vision weights" not in shown
 
 
 def test_the_checkpoint_says_how_many_tokens_an_image_takes(folder: Path, tmp_path: Path) -> None:

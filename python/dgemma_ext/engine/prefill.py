@@ -16,10 +16,10 @@ from dgemma_ext.model.vision import Vision
 
 class Prefill:
     """The encoding of a scheduler's requests. prefixes: the prefix cache, None without one. vision: the model's tower,
-    which runs when a prompt's images are encoded, and not for those that the prefix cache has."""
+    None without one; it runs when a prompt's images are encoded, and not for those that the prefix cache has."""
 
     def __init__(self, network: Network, cache: Cache, prefixes: PrefixCache | None, vision: Vision | None) -> None:
-        self._network, self._cache, self._prefixes, self._vision = network, cache, prefixes, vision
+        self._network, self._cache, self._prefixes, self.vision = network, cache, prefixes, vision
 
     def restore(self, request: Request, others: Sequence[Request]) -> bool:
         """Puts what the prefix cache has of a prompt into the slot. Returns whether others begin with the prompt.
@@ -72,6 +72,6 @@ class Prefill:
     def _features(self, request: Request, begin: int, end: int) -> list[tuple[int, Tensor]]:
         """The images in [begin, end) as `Network.encode` takes them."""
         placed = request._tokens.images_between(begin, end)
-        if not placed or self._vision is None:
+        if not placed or self.vision is None:
             return []
-        return [(one.start, self._vision.features(one.image)) for one in placed]
+        return [(one.start, self.vision.features(one.image)) for one in placed]

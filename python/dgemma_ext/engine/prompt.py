@@ -112,6 +112,9 @@ def tokenize_prompt(
     if isinstance(prompt, TokenizedPrompt):
         if images is not None or options != PromptOptions():
             raise ValueError(f"{name} is tokenized; options and images are for text")
+        arguments.integers(name, prompt.ids, "token ids", end=model.network.config.vocab_size, entry="a token id")
+        if prompt.images:
+            _vision_of(model)
         return prompt
     chat: Any = prompt if images is None else with_images(name, prompt, images)
     ids, is_chat = _token_ids(chat, model.tokenizer, model.network.config.vocab_size, name, options)

@@ -158,6 +158,7 @@ class Scheduler:
                 return False
             self._claimed = True
             self.tokenizer, self.defaults, self.vision = model.tokenizer, model.defaults, model.vision
+            self._prefill.vision = model.vision
             self._submitted, self._events = 0, {}
             return True
 
