@@ -50,6 +50,21 @@ def random_tensors(
     return tensors
 
 
+def experts_tensors(config: dg.ModelConfig, scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """Factors of router and experts in the first layer of both stacks, and of the self-conditioning."""
+    generator = torch.Generator().manual_seed(9)
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    tensors = {}
+    for stack in (ENCODER, DECODER):
+        layer = f"{PREFIX}{stack}.layers.0."
+        tensors |= pair(f"{layer}router.proj", hidden, experts, 4, generator, scale)
+        sizes = {f"{layer}experts": (inner, hidden), f"{layer}experts.base_layer": (hidden, 2 * inner)}
+        for name, (size_in, size_out) in sizes.items():
+            tensors |= pair(name, size_in, size_out, 4 * experts, generator, scale)
+    conditioning = f"{PREFIX}decoder.self_conditioning.up_proj"
+    return tensors | pair(conditioning, hidden, config.intermediate_size, 4, generator, scale)
+
+
 def pair(
     name: str, size_in: int, size_out: int, rank: int, generator: torch.Generator, scale: float = 0.3
 ) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dgemma_ext as dg
+from adapter_folders import SETTINGS, random_tensors
 from automaton_cases import random_automaton
 from dgemma_ext import _C
 from dgemma_ext.model import MatmulMode
@@ -87,6 +89,12 @@ def main() -> None:
     batch.constraints.place(2, Constraint(one, 0, 3))  # type: ignore[arg-type]
     batch.constraints.update()
     found["rows 4, with a grammar"] = counts(network, cache, batch, buffers)
+    batch.constraints.clear(2)
+    tensors = random_tensors(model.config, 1)
+    adapter = model.load_adapter("one", dg.Adapter.from_tensors(SETTINGS, tensors, model.config))
+    batch.adapters.place(1, adapter)
+    batch.adapters.update()
+    found["rows 4, with an adapter"] = counts(network, cache, batch, buffers)
     print(json.dumps(found))
 
 

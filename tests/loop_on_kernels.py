@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 import dgemma_ext as dg
+from adapter_folders import SETTINGS, random_tensors
 from dgemma_ext import _C, demo
 from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.engine.runner import EagerRunner
-from dgemma_ext.model import PrefillChunk
+from dgemma_ext.model import MatmulMode, PrefillChunk
 from solve_puzzles import SEED, own_memory
 
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -65,11 +66,22 @@ def main(count: int) -> None:
     # The first canvas ends when it is stable, the others at caps of 4, 6 ... steps: some steps finish none.
     samplers = [dg.SamplerConfig(max_denoising_steps=20)]
     samplers += [dg.SamplerConfig(max_denoising_steps=2 + 2 * n, confidence_threshold=0.0) for n in range(1, count)]
-    # One of them with a grammar, which the steps of the others leave alone.
+    # One of them with a grammar and two with adapters, which the steps of the others leave alone.
     grammars = [dg.Regex("[1-6]{36}") if n == 1 else None for n in range(count)]
-    alone: list[Any] = [
-        model.generate(chat, length, samplers[seed], seed, grammar=grammars[seed]) for seed, chat in enumerate(chats)
+    adapters = [f"of {n}" if n > 0 else None for n in range(count)]
+    for n, name in enumerate(adapters):
+        if name is not None:
+            tensors = random_tensors(model.config, n, rank=2 + n, scale=0.1)
+            settings = SETTINGS | {"r": 2 + n, "lora_alpha": 2 * (2 + n)}
+            model.load_adapter(name, dg.Adapter.from_tensors(settings, tensors, model.config))
+    own: list[dict[str, Any]] = [
+        {"grammar": grammar, "adapter": adapter} for grammar, adapter in zip(grammars, adapters, strict=True)
     ]
+    alone: list[Any] = [
+        model.generate(chat, length, samplers[seed], seed, **own[seed]) for seed, chat in enumerate(chats)
+    ]
+    # A GPU's: one product for the rows of all canvases, and each canvas's factors by an index on the device.
+    model.network.options.matmul = MatmulMode.BATCHED
     found: dict[str, Any] = {"steps": [list(output.denoising_steps) for output in alone]}
     original = EagerRunner.step
     for driver in LOOPS:
@@ -82,8 +94,7 @@ def main(count: int) -> None:
         EagerRunner.step = counted  # type: ignore[method-assign]
         scheduler = dg.Scheduler(model, count, 200, batched=True, driver=driver, make_runner=HostGraphRunner)
         requests = [
-            scheduler.submit(chat, length, samplers[seed], seed, grammar=grammars[seed])
-            for seed, chat in enumerate(chats)
+            scheduler.submit(chat, length, samplers[seed], seed, **own[seed]) for seed, chat in enumerate(chats)
         ]
         while not scheduler.idle:
             runs += 1

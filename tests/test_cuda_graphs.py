@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import dgemma_ext as dg
+from adapter_folders import SETTINGS, experts_tensors, random_tensors
 from dgemma_ext import _C, demo
 from dgemma_ext.engine import cuda_graphs
 from dgemma_ext.engine.loop import LOOPS
+from dgemma_ext.model import MatmulMode, Network
 from dgemma_ext.sampling.constraint import Constraint, Constraints
 from models import random_model
 from test_loop import SAMPLER, plain, prompts
@@ -175,9 +177,9 @@ def test_rows_with_grammars_are_captured_when_they_come(driver: str, monkeypatch
     captured: list[bool] = []
     capture = cuda_graphs.CudaGraphRunner._capture
 
-    def counted(self: cuda_graphs.CudaGraphRunner, constrained: bool) -> Any:
+    def counted(self: cuda_graphs.CudaGraphRunner, constrained: bool, adapted: bool) -> Any:
         captured.append(constrained)
-        return capture(self, constrained)
+        return capture(self, constrained, adapted)
 
     monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_capture", counted)
     make = cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.cuda_runner
@@ -220,6 +222,54 @@ def test_rows_with_grammars_run_launch_by_launch_where_they_cannot_be_captured(m
     while not scheduler.idle:
         scheduler.finish_canvas()
     assert request.output == model.generate(prompt, 20, sampler, 5, grammar=grammar)
+
+
+@pytest.mark.usefixtures("cuda_on_the_host")
+@pytest.mark.parametrize("driver", list(LOOPS))
+def test_rows_with_adapters_are_captured_when_they_come(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step reads each row's factors by an index on the device; it is captured anew when adapters are loaded,
+    and not at all with one of experts, whose operators depend on the routing."""
+    base = random_model()
+    model = dg.DiffusionGemma(Network(base.config, base.weights, MatmulMode.BATCHED), base.defaults, base.tokenizer)
+    for name, tensors in (("one", random_tensors(base.config, 1)), ("two", random_tensors(base.config, 2))):
+        model.load_adapter(name, dg.Adapter.from_tensors(SETTINGS, tensors, base.config))
+    sampler = replace(SAMPLER, max_denoising_steps=3)  # in which roundings do not grow to other tokens
+    captured: list[tuple[bool, bool]] = []
+    capture = cuda_graphs.CudaGraphRunner._capture
+
+    def counted(self: cuda_graphs.CudaGraphRunner, constrained: bool, adapted: bool) -> Any:
+        captured.append((constrained, adapted))
+        return capture(self, constrained, adapted)
+
+    monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_capture", counted)
+    make = cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.cuda_runner
+    scheduler = dg.Scheduler(model, 2, 100, batched=True, driver=driver, make_runner=make)
+    both = (False, True)
+    rounds: list[tuple[list[str | None], list[tuple[bool, bool]]]] = [
+        ([None, None], []),
+        (["one", "two"], [both]),
+        (["two", None], []),
+        (["three", "one"], [both]),
+        (["experts", "one"], []),
+        ([None, None], []),
+    ]
+    for names, new in rounds:
+        if "three" in names:
+            adapter = dg.Adapter.from_tensors(SETTINGS, random_tensors(base.config, 3), base.config)
+            model.load_adapter("three", adapter)
+        if "experts" in names:
+            tensors = experts_tensors(base.config, scale=0.1)
+            model.load_adapter("experts", dg.Adapter.from_tensors(SETTINGS, tensors, base.config))
+        before = len(captured)
+        requests = [
+            scheduler.submit(p, 16, sampler, s, adapter=n)
+            for s, (p, n) in enumerate(zip(prompts(2), names, strict=True))
+        ]
+        while not scheduler.idle:
+            scheduler.finish_canvas()
+        assert captured[before or 2 :] == (new if driver != "eager" else []), names
+        for seed, (request, name) in enumerate(zip(requests, names, strict=True)):
+            assert request.output == model.generate(prompts(2)[seed], 16, sampler, seed, adapter=name)
 
 
 def test_the_tensors_of_grammars_stay_where_they_are() -> None:

@@ -53,3 +53,7 @@ def test_a_step_of_a_batch_reads_no_value_and_launches_no_more_kernels() -> None
     assert ruled["waits"] == 0
     assert ruled["kernels"] == four["kernels"] + 5
     assert ruled["torch"] <= four["torch"] + 9
+    # A gather of a layer's factors, and two products for each of its 7 weights, 6 in the 5 full layers.
+    adapted = counts["rows 4, with an adapter"]
+    assert (adapted["waits"], adapted["kernels"]) == (0, four["kernels"])
+    assert adapted["torch"] == four["torch"] + 30 + 2 * (25 * 7 + 5 * 6)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from dgemma_ext import arguments
 from dgemma_ext.checkpoint import (
+    Adapter,
     GenerationDefaults,
+    Merge,
     ModelConfig,
     Tokenizer,
     inspect_checkpoint,
@@ -28,6 +31,7 @@ from dgemma_ext.engine import (
     Prompt,
     PromptOptions,
     Scheduler,
+    check_adapter_memory,
     check_memory,
     decide,
     mapped_bytes,
@@ -35,9 +39,12 @@ from dgemma_ext.engine import (
 )
 from dgemma_ext.environment import check_environment
 from dgemma_ext.model import (
+    BASE,
+    DEFAULT,
     ENCODE_CHUNK,
     IMAGE_ATTENTION,
     Cache,
+    LoadedAdapter,
     ModelWeights,
     Network,
     load_weights,
@@ -49,6 +56,9 @@ from dgemma_ext.model import (
 from dgemma_ext.model.vision import Vision, load_tower, resolve_images
 from dgemma_ext.sampling import Canvas, CompiledGrammar, Grammar, SamplerConfig, compile_grammar
 from dgemma_ext.torch_state import in_own_torch_state
+
+# A folder, a hub id, or an adapter that was read or made before.
+AdapterSource = str | os.PathLike[str] | Adapter
 
 
 class DiffusionGemma:
@@ -89,6 +99,10 @@ class DiffusionGemma:
         activations: str | None = None,
         images: str | bool = "auto",
         image_attention: str = "sliding",
+        adapter: AdapterSource | None = None,
+        adapters: Mapping[str, AdapterSource] | None = None,
+        passes: str | None = None,
+        merge: bool = False,
     ) -> DiffusionGemma:
         """Loads a checkpoint folder, a GGUF file where gguf is installed, or a hub id where huggingface_hub is.
 
@@ -106,6 +120,10 @@ class DiffusionGemma:
         takes 1.1 GB.
         `image_attention`: on which layers the tokens of an image see each other: "sliding", as in Google's own code, or
         "all", as in transformers' DiffusionGemma; see docs/guide.md.
+        `adapter`: the folder or hub id of one that PEFT has written, which every request has that names none ("default"
+        is its name). `adapters`: further ones by the names that requests give. `passes`: as in `load_adapter`.
+        `merge`: adds `adapter` to the weights, before they are quantized, in place of running it beside them. It needs
+        weights that are stored unquantized, and changes that are equal in both passes.
 
         Raises dg.CheckpointError naming the file and the tensor, ValueError for an unknown device, dtype or format, for
         activations that do not go with the weights or the device and for an environment variable of this package with
@@ -121,18 +139,53 @@ class DiffusionGemma:
         info = inspect_checkpoint(path, config)
         vision_config = resolve_images(images, info, config)
         soft_tokens = 0 if vision_config is None else read_soft_tokens(path)
-        plan = memory_plan(config, info, wanted, resolved, place, activations=activations, vision=vision_config)
-        mapped = mapped_bytes(config, info, wanted, resolved, vision_config) if place.type == "cpu" else 0
+        read = _adapters_given(adapter, adapters, config, passes)
+        merged = _merged(read, adapter) if arguments.flag("merge", merge) else None
+        loading = (config, info, wanted, resolved, place)
+        beside = list(read.values())
+        plan = memory_plan(*loading, activations=activations, vision=vision_config, adapters=beside)
+        changed = () if merged is None else merged.attributes
+        mapped = mapped_bytes(config, info, wanted, resolved, vision_config, changed) if place.type == "cpu" else 0
         check_memory(plan, mapped, place)
         rounded = resolve_activations(activations, plan.weights["experts"][0], config, place, resolved)
         arguments.choice("image_attention", image_attention, IMAGE_ATTENTION)
-        loaded = load_weights(path, config, resolved, place, weights=wanted, info=info)
+        loaded = load_weights(path, config, resolved, place, weights=wanted, info=info, merge=merged)
         network = Network(config, loaded, matmul, rounded, image_attention)
         tokenizer = Tokenizer.from_directory(path) if (path / "tokenizer.json").exists() else None
         defaults = GenerationDefaults.from_file(path, config)
         tower = None if vision_config is None else load_tower(info, config, resolved, place)
         vision = None if tower is None else Vision(tower, soft_tokens)
+        for name, one in read.items():
+            network.load_adapter(name, one)
+        network.adapters.default = DEFAULT if DEFAULT in network.adapters else None
         return cls(network, defaults, tokenizer, vision)
+
+    @in_own_torch_state
+    def load_adapter(self, name: str, adapter: AdapterSource, passes: str | None = None) -> LoadedAdapter:
+        """Loads an adapter, which requests then name. Its factors stand beside the weights, whatever format those have,
+        and requests with different adapters, and with none, run in one batch.
+
+        adapter: a folder that PEFT or NeMo AutoModel has written, a hub id, or a dg.Adapter. passes: "both" where a
+        file with the names of one pass alone means both of them, "stored" where it means that one; such a file is
+        refused without it.
+
+        Raises ValueError for a name that is taken, dg.CheckpointError naming the file and the tensor or field, and
+        dg.NotEnoughMemory.
+        """
+        self.network.adapters.check_new(name)
+        read = _read_adapter(adapter, self.config, passes)
+        check_adapter_memory(self.network, read)
+        return self.network.load_adapter(name, read)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that have it keep it until they end. Raises ValueError for an unknown name."""
+        arguments.choice("name", name, self.adapters)
+        self.network.adapters.remove(name)
+
+    @property
+    def adapters(self) -> Mapping[str, LoadedAdapter]:
+        """The loaded adapters by name: rank, scale, modules, passes, nbytes, base and digest of each."""
+        return MappingProxyType(self.network.adapters)
 
     @property
     def config(self) -> ModelConfig:
@@ -163,9 +216,10 @@ class DiffusionGemma:
         bidirectional_spans: Sequence[Sequence[tuple[int, int]]] | None = None,
         chunk: int = ENCODE_CHUNK,
         images: Sequence[Sequence[tuple[int, torch.Tensor]]] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> None:
         """Appends tokens, integer [B, T], to the cache; see Network.encode."""
-        self.network.encode(ids, cache, slots, lengths, bidirectional_spans, chunk, images)
+        self.network.encode(ids, cache, slots, lengths, bidirectional_spans, chunk, images, adapter)
 
     def denoise(
         self,
@@ -173,9 +227,10 @@ class DiffusionGemma:
         cache: Cache,
         slots: Sequence[int] | None = None,
         self_conditioning: torch.Tensor | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> torch.Tensor:
         """Soft-capped logits of one denoising pass, fp32 [B, L, vocabulary]; see Network.denoise."""
-        return self.network.denoise(canvas, cache, slots, self_conditioning)
+        return self.network.denoise(canvas, cache, slots, self_conditioning, adapter)
 
     def compile(self, grammar: Grammar, enable_thinking: bool = False) -> CompiledGrammar:
         """The automaton of a grammar over this model's tokens: its states, arcs, bytes, and the tokens of its shortest
@@ -206,6 +261,7 @@ class DiffusionGemma:
         grammar: Grammar | Sequence[Grammar | None] | None = None,
         images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
         image_tokens: int | Sequence[int | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Any:
         """Answers a prompt, or each of a list of prompts.
 
@@ -226,7 +282,10 @@ class DiffusionGemma:
         with finish_reason "deadline".
 
         grammar: a dg.Regex, dg.JsonSchema, dg.Choice or dg.ToolCalls that the answer matches, and every draft on the
-        way to it; see docs/structured.md. On the CPU alone.
+        way to it; see docs/structured.md.
+
+        adapter: the name of a loaded adapter, one for all prompts or a list of one per prompt. None is the one that
+        from_pretrained was given as `adapter`, if any; "base" is the model without one. See docs/adapters.md.
 
         images: of a prompt that is text: a list of paths, bytes of files, data URLs and Pillow images, which stand
         before the text in this order; in a batch one such list or None per prompt. Chats have them as parts of their
@@ -242,7 +301,7 @@ class DiffusionGemma:
         if on_draft is not None and not callable(on_draft):
             raise arguments.refusal("on_draft", "a function or None", on_draft)
         of_template = (tools, enable_thinking, chat_template_kwargs, special_tokens)
-        more = (*of_template, logprobs, deadline, grammar, images, image_tokens)
+        more = (*of_template, logprobs, deadline, grammar, images, image_tokens, adapter)
         return Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).outputs(on_draft)
 
     def stream(
@@ -261,13 +320,14 @@ class DiffusionGemma:
         grammar: Grammar | Sequence[Grammar | None] | None = None,
         images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
         image_tokens: int | Sequence[int | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Draft | Commit]:
         """`generate` as a stream: yields a Draft at every denoising step and a Commit for every finished canvas.
 
         In a batch `event.request.number` is the index of the prompt.
         """
         of_template = (tools, enable_thinking, chat_template_kwargs, special_tokens)
-        more = (*of_template, logprobs, deadline, grammar, images, image_tokens)
+        more = (*of_template, logprobs, deadline, grammar, images, image_tokens, adapter)
         yield from Generation(self, prompt, max_new_tokens, sampler, seed, canvas, *more).events()
 
     def decide(
@@ -283,6 +343,7 @@ class DiffusionGemma:
         special_tokens: str | Sequence[str] = "text",
         images: Sequence[Any] | Sequence[Sequence[Any] | None] | None = None,
         image_tokens: int | Sequence[int | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Any:
         """Which of some choices answers a prompt, or each of a list of prompts, read in one denoising step.
 
@@ -305,6 +366,7 @@ class DiffusionGemma:
             "special_tokens": special_tokens,
             "images": images,
             "image_tokens": image_tokens,
+            "adapter": adapter,
         }
         return decide(self, prompt, choices, template, canvas_length, seed, **options)
 
@@ -317,7 +379,37 @@ class DiffusionGemma:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         special_tokens: str = "text",
         image_tokens: int | None = None,
+        adapter: str | None = None,
     ) -> Chat:
         """A conversation that keeps its cache from turn to turn; arguments as in `generate`."""
         options = PromptOptions(tools, enable_thinking, chat_template_kwargs, special_tokens, image_tokens)
-        return Chat(self, system=system, max_length=max_length, options=options)
+        return Chat(self, system=system, max_length=max_length, options=options, adapter=adapter)
+
+
+def _adapters_given(
+    adapter: AdapterSource | None, adapters: Any, config: ModelConfig, passes: str | None
+) -> dict[str, Adapter]:
+    """The adapters of from_pretrained by name, read before anything is loaded."""
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise arguments.refusal("adapters", "a mapping of names to adapters", adapters)
+    sources = {} if adapter is None else {DEFAULT: adapter}
+    for name, source in (adapters or {}).items():
+        if name in (DEFAULT, BASE):
+            raise ValueError(f"adapters has the name {name!r}, which means something else")
+        sources[arguments.text("a name of adapters", name)] = source
+    return {name: _read_adapter(source, config, passes) for name, source in sources.items()}
+
+
+def _merged(read: dict[str, Adapter], adapter: AdapterSource | None) -> Merge:
+    """The adapter that is added to the weights; it is taken out of those that stand beside them."""
+    if adapter is None or len(read) > 1:
+        raise ValueError("merge adds one adapter to the weights; wanted: adapter, and no adapters")
+    return Merge(read.pop(DEFAULT))
+
+
+def _read_adapter(source: AdapterSource, config: ModelConfig, passes: str | None) -> Adapter:
+    if isinstance(source, Adapter):
+        if passes is not None:
+            raise ValueError("passes is given, and a dg.Adapter has them already")
+        return source
+    return Adapter.from_folder(source, config, passes)

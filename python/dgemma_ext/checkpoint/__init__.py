@@ -7,7 +7,7 @@ weight is stored (`stored`), tied ones once or more often (`tied`); `reading` re
 a format to quantize to, and `quantize` writes a checkpoint in it.
 
 `adapter` reads an adapter: its settings (`adapter_settings`), which weights its tensors belong to (`adapter_names`),
-and those of the experts (`adapter_experts`).
+and those of the experts (`adapter_experts`); `adapter_merge` adds one to weights.
 
 `tokenizer` makes token ids of a chat (`messages`, `chat_template`, `special_tokens`), and takes answers apart
 (`response`, `tool_call`).
@@ -16,6 +16,7 @@ and those of the experts (`adapter_experts`).
 from __future__ import annotations
 
 from dgemma_ext.checkpoint.adapter import Adapter, Factors, FactorsOf
+from dgemma_ext.checkpoint.adapter_merge import Merge, quantized_already
 from dgemma_ext.checkpoint.adapter_settings import AdapterSettings
 from dgemma_ext.checkpoint.bundled import BUNDLED, DEMO
 from dgemma_ext.checkpoint.chat_template import ChatTemplate

@@ -46,8 +46,8 @@ class Factors(NamedTuple):
     scale: float
 
     @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
+    def numel(self) -> int:
+        return self.a.numel() + self.b.numel()
 
     def equals(self, other: Factors | None) -> bool:
         if other is None or self.scale != other.scale:
@@ -128,7 +128,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        return sum(factors.a.numel() + factors.b.numel() for factors in self._distinct())
+        return sum(factors.numel for factors in self._distinct())
 
     def _distinct(self) -> list[Factors]:
         """The factors of both passes, shared ones once."""

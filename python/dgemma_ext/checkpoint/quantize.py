@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgemma_ext.checkpoint.adapter_merge import Merge, MergedFiles
 from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.checkpoint.files import CheckpointInfo, inspect_checkpoint, layer_layout
 from dgemma_ext.checkpoint.folder import INDEX_FILE
@@ -101,9 +102,12 @@ class Conversion:
     shards: list[list[Work]]
     groups: dict[int, list[str]] = field(default_factory=dict)
     moments: Moments | None = None
+    merge: Merge | None = None
 
 
-def plan_conversion(source: Path, target: Target, moments: Moments | None = None) -> Conversion:
+def plan_conversion(
+    source: Path, target: Target, moments: Moments | None = None, merge: Merge | None = None
+) -> Conversion:
     """Plans from the headers alone which weights are quantized and which shard each goes to.
 
     Raises CheckpointError for a source that cannot be loaded, ValueError where a wanted matrix is quantized already.
@@ -116,7 +120,7 @@ def plan_conversion(source: Path, target: Target, moments: Moments | None = None
         for attribute, (name, _) in layer_layout(config, layer).items()
         if target.wants(attribute)
     }
-    conversion = Conversion(info, target, [[]], moments=moments)
+    conversion = Conversion(info, target, [[]], moments=moments, merge=merge)
     # Copies of tied weights and buffers are not written.
     taken = {*info.copies, *info.buffers}
     works = []
@@ -155,18 +159,21 @@ def convert(
     target: Target,
     advance: Callable[[int], None] = lambda nbytes: None,
     moments: Moments | None = None,
+    merge: Merge | None = None,
 ) -> list[PartError]:
     """Writes `source` as `target` to `destination`, which must not exist; returns the error of each layer's parts.
 
     advance: called with the number of the source's bytes that were converted since the last call. moments: by which
-    errors are weighed where scales are searched; None weighs all alike.
+    errors are weighed where scales are searched; None weighs all alike. merge: an adapter that is added to the weights
+    first.
     Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
     one of another source or format, CheckpointError when a file cannot be written (what is finished is kept for the
     next run).
     """
     if destination.exists():
         raise ValueError(f"OUT: {destination} exists; wants a folder that does not")
-    conversion = plan_conversion(source, target, moments)
+    conversion = plan_conversion(source, target, moments, merge)
+    config = ModelConfig.from_file(source)
     partial = destination.with_name(destination.name + ".partial")
     with _writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -179,7 +186,7 @@ def convert(
         if str(number) in state.done:
             advance(sum(conversion.info.tensors[name].nbytes for work in works for name in work.names))
         else:
-            with _writing(file), MappedFiles(conversion.info) as reader, ShardWriter(file) as shard:
+            with _writing(file), _files_of(conversion, config) as reader, ShardWriter(file) as shard:
                 _write_shard(works, reader, conversion, shard, advance)
                 names = shard.finish()
                 errors = [PartError(**note) for note in shard.notes if note is not None]
@@ -191,6 +198,11 @@ def convert(
         (partial / _STATE_FILE).unlink()
         os.replace(partial, destination)
     return state.errors()
+
+
+def _files_of(conversion: Conversion, config: ModelConfig) -> MappedFiles:
+    info, merge = conversion.info, conversion.merge
+    return MappedFiles(info) if merge is None else MergedFiles(info, config, merge)
 
 
 def _write_shard(
@@ -396,12 +408,14 @@ def _summed(errors: list[PartError]) -> list[PartError]:
 
 
 def _fingerprint(source: Path, conversion: Conversion) -> str:
-    """A hash of the source's files (names, sizes, times), of the target and of the second moments."""
+    """A hash of the source's files (names, sizes, times), of the target, the second moments and the adapter."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in conversion.info.files]
     text = json.dumps([str(source.resolve()), files, repr(conversion.target), _SHARD_BYTES])
     hashed = hashlib.sha256(text.encode())
     for key, moments in sorted((conversion.moments or {}).items()):
         hashed.update(repr(key).encode() + moments.numpy().tobytes())
+    if conversion.merge is not None:
+        hashed.update(conversion.merge.digest.encode())
     return hashed.hexdigest()
 
 

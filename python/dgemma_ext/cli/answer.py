@@ -31,7 +31,8 @@ def load_model(arguments: Arguments) -> DiffusionGemma:
 
 
 def load_checkpoint(path: Path, arguments: Arguments) -> DiffusionGemma:
-    """Loads a checkpoint with the command line's device, dtype, weights, activations and images."""
+    """Loads a checkpoint with the command line's device, dtype, weights, activations, images and adapters."""
+    unnamed, named = arguments.adapters
     with images.spelled_as_flags():
         return DiffusionGemma.from_pretrained(
             path,
@@ -39,6 +40,9 @@ def load_checkpoint(path: Path, arguments: Arguments) -> DiffusionGemma:
             dtype=arguments.dtype,
             weights=arguments.weights,
             activations=arguments.activations,
+            adapter=unnamed,
+            adapters=named,
+            passes=arguments.adapter_passes if unnamed is not None or named else None,
             **images.loading(arguments),
         )
 

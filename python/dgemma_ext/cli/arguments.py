@@ -10,6 +10,8 @@ from dgemma_ext.checkpoint import DEMO
 from dgemma_ext.cli.flags import (
     MODEL,
     add_activations,
+    add_adapter,
+    add_adapters,
     add_device,
     add_grammar,
     add_image_tokens,
@@ -59,6 +61,10 @@ DGEMMA_DEBUG=1 shows where an error comes from and checks every layer's output. 
 class Arguments(argparse.Namespace):
     """A parsed command line; `build_parser` defines the attributes of each command."""
 
+    # Of commands without these flags.
+    adapter: str | list[str] | None = None
+    adapter_passes: str | None = None
+
     @property
     def sampler(self) -> SamplerConfig:
         return SamplerConfig(
@@ -71,6 +77,25 @@ class Arguments(argparse.Namespace):
             canvas_length=self.canvas_length,
             trim_canvas=self.trim_canvas,
         )
+
+    @property
+    def adapters(self) -> tuple[str | None, dict[str, str]]:
+        """The adapter of all requests, and those that requests name. Raises ValueError for two of a name."""
+        if self.adapter is None or isinstance(self.adapter, str):
+            return self.adapter, {}
+        unnamed, named = None, dict[str, str]()
+        for given in self.adapter:
+            name, is_named, path = given.partition("=")
+            # A folder that is there is meant as it is written, with = in its name too.
+            if not is_named or Path(given).is_dir():
+                if unnamed is not None:
+                    raise ValueError("--adapter is given twice without a name")
+                unnamed = given
+            elif name in named or not name or not path:
+                raise ValueError(f"--adapter must be NAME=PATH with a name of its own, or PATH, got {given!r}")
+            else:
+                named[name] = path
+        return unnamed, named
 
     @property
     def grammar(self) -> Grammar | None:
@@ -126,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         "generate", help="answer a prompt", description="Answers a prompt.", epilog=f"{_WATCH}\n{_JSON}"
     )
     add_model(generate)
+    add_adapter(generate)
     generate.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     generate.add_argument("--system", metavar="TEXT", help="a system message before it")
     add_images(generate)
@@ -142,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"{_WATCH}\n{_JSON}",
     )
     add_model(chat)
+    add_adapter(chat)
     chat.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     chat.add_argument(
         "--context", type=positive, metavar="N", help="longest conversation in tokens (default: 8192, or the model's)"
@@ -158,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         "step. The last line is their mass: what they hold together of the model's whole distribution.",
     )
     add_model(decide)
+    add_adapter(decide)
     decide.add_argument("prompt", metavar="PROMPT", help="the user's message, or - to read it from stdin")
     decide.add_argument("--system", metavar="TEXT", help="a system message before it")
     add_images(decide)
@@ -199,6 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
         "machine can run.",
     )
     info.add_argument("model", metavar="MODEL", nargs="?", help=f"{MODEL} (info downloads nothing)")
+    add_adapter(info)
     info.add_argument("--context", type=positive, metavar="N", help="tokens of a cache slot (default: 8192, at most)")
     info.add_argument("--device", default="auto", help="where the memory is planned: auto, cpu or cuda")
     info.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")
@@ -231,6 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a text by which errors are weighed: what the model's products take in over it; IN must fit into memory",
     )
+    add_adapter(quantize)
     quantize.add_argument("--json", action="store_true", help="one JSON object")
 
     profile = commands.add_parser(
@@ -267,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="DGEMMA_API_KEY=KEY does what --api-key KEY does, which other users of the machine could read.",
     )
     add_model(serve)
+    add_adapters(serve)
     add_serving(serve)
 
     demo = commands.add_parser(
@@ -286,6 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tell the clues in the prompt alone; by default they are also pinned in the canvas",
     )
     demo.add_argument("--model", metavar="MODEL", help="another checkpoint for the same task")
+    add_adapter(demo)
     demo.add_argument(
         "--pause",
         type=seconds,

@@ -15,6 +15,7 @@ import dgemma_ext._C as _C
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import (
     TOKENIZER_FILE,
+    Adapter,
     CheckpointInfo,
     GenerationDefaults,
     LayerConfig,
@@ -58,11 +59,13 @@ def checkpoint_facts(
     dtype: str = "auto",
     device: str = "cpu",
     activations: str | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """The facts of config.json, generation_config.json and the tensor headers, and the memory that the model takes.
 
     No weight is read. context: positions of the cache slot in the memory plan. weights, dtype, device, activations: as
-    in from_pretrained; "cuda" is planned without a GPU too. Raises CheckpointError, and ValueError as memory_plan does.
+    in from_pretrained; "cuda" is planned without a GPU too. adapter: that the memory plan counts too. Raises
+    CheckpointError, and ValueError as memory_plan does.
     """
     config = ModelConfig.from_file(folder)
     headers = inspect_checkpoint(folder, config)
@@ -89,7 +92,7 @@ def checkpoint_facts(
         "parameters": {"text": loaded, "active": loaded - _resting_parameters(config)},
         "vision": _vision(folder, config, headers),
         "cache": _cache(config, context or min(USUAL_CONTEXT, config.max_position_embeddings)),
-        "memory": _memory(config, headers, context, weights, dtype, device, activations),
+        "memory": _memory(config, headers, context, weights, dtype, device, activations, adapter),
         # Stored without need: copies of tied weights, compared when they are loaded, and buffers, not read.
         "copies": sorted(headers.copies),
         "buffers": sorted(headers.buffers),
@@ -116,6 +119,22 @@ def _vision(folder: Path, config: ModelConfig, headers: CheckpointInfo) -> dict[
     if vision is None:
         return facts
     return {**facts, "layers": vision.num_layers, "hidden_size": vision.hidden_size, "soft_tokens": soft_tokens}
+
+
+def adapter_facts(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
+    """What an adapter's files say. bytes: of its factors in the checkpoint's dtype."""
+    return {
+        "base": adapter.settings.base,
+        "rank": adapter.rank,
+        "scale": adapter.scale,
+        "passes": adapter.passes,
+        "modules": list(adapter.modules),
+        "parameters": adapter.parameters,
+        "bytes": adapter.parameters * config.dtype.itemsize,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "ignored": list(adapter.ignored),
+        "digest": adapter.digest,
+    }
 
 
 def _layers(layers: list[LayerConfig]) -> dict[str, Any]:
@@ -168,6 +187,7 @@ def _memory(
     dtype: str,
     device: str,
     activations: str | None,
+    adapter: Adapter | None,
 ) -> dict[str, Any]:
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     wanted, resolved = resolve_weights(weights), resolve_dtype(dtype, config)
@@ -175,7 +195,9 @@ def _memory(
         vision = resolve_images("auto", headers, config)
     except CheckpointError:  # which the facts of the tower say
         vision = None
-    plan = memory_plan(config, headers, wanted, resolved, place, context, activations, vision=vision)
+    beside = () if adapter is None else (adapter,)
+    options = (context, activations)
+    plan = memory_plan(config, headers, wanted, resolved, place, *options, vision=vision, adapters=beside)
     return {
         "device": place.type,
         "weights": {part: {"kept": format, "bytes": nbytes} for part, (format, nbytes) in plan.weights.items()},
@@ -184,6 +206,7 @@ def _memory(
         "logits_bytes": plan.logits,
         "graphs_bytes": plan.graphs,
         "cublas_bytes": plan.cublas,
+        "adapters_bytes": plan.adapters,
         "chat_snapshots": USUAL_SNAPSHOTS,
         "chat_snapshots_bytes": USUAL_SNAPSHOTS * plan.cache,
         "total_bytes": plan.total,

@@ -30,6 +30,34 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     _add_vision(parser)
 
 
+_ADAPTER = "an adapter of PEFT beside the weights, its folder or hub id"
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="PATH", help=_ADAPTER)
+    _add_adapter_passes(parser)
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help=f"{_ADAPTER}; clients ask for it as the model MODEL:NAME. Without a name it is for all who ask for MODEL. "
+        "Give it several times",
+    )
+    _add_adapter_passes(parser)
+
+
+def _add_adapter_passes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter-passes",
+        choices=["stored", "both"],
+        help="what an adapter with the names of one pass alone means: that pass, or both",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU where torch sees one), cpu or cuda[:N]")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: as stored")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_ext.arguments import path
-from dgemma_ext.checkpoint import resolve_checkpoint
+from dgemma_ext.checkpoint import Adapter, ModelConfig, resolve_checkpoint
 from dgemma_ext.cli.answer import write_json
 from dgemma_ext.cli.arguments import Arguments
-from dgemma_ext.cli.facts import checkpoint_facts, machine_facts
+from dgemma_ext.cli.facts import adapter_facts, checkpoint_facts, machine_facts
 from dgemma_ext.engine import plan_row
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.units import format_bytes
@@ -21,7 +21,14 @@ def run(arguments: Arguments) -> None:
     if arguments.model is not None:
         folder = _local_folder(arguments.model)
         options = (arguments.weights, arguments.dtype, arguments.device, arguments.activations)
-        facts["checkpoint"] = checkpoint_facts(folder, arguments.context, *options)
+        adapter, (source, _) = None, arguments.adapters
+        if source is not None:
+            config = ModelConfig.from_file(folder)
+            adapter = Adapter.from_folder(source, config, arguments.adapter_passes)
+            facts["adapter"] = adapter_facts(adapter, config)
+        facts["checkpoint"] = checkpoint_facts(folder, arguments.context, *options, adapter)
+    elif arguments.adapter is not None:
+        raise ValueError("--adapter needs MODEL, whose weights it changes")
     if arguments.json:
         write_json(facts)
         return
@@ -29,6 +36,8 @@ def run(arguments: Arguments) -> None:
     if "checkpoint" in facts:
         sections.insert(0, _checkpoint_rows(facts["checkpoint"]))
     texts = [_aligned(rows) for rows in sections]
+    if "adapter" in facts:
+        texts.insert(1, _aligned(_adapter_rows(facts["adapter"])))
     if "checkpoint" in facts:
         memory = facts["checkpoint"]["memory"]
         slots = f"up to {memory['chat_snapshots']} slots"
@@ -126,6 +135,18 @@ def _vision(facts: dict[str, Any]) -> str:
         f"{facts['layers']} layers of hidden {facts['hidden_size']:,}, {facts['tensors']} tensors, "
         f"{format_bytes(facts['bytes'])}; an image takes up to {facts['soft_tokens']} tokens"
     )
+
+
+def _adapter_rows(facts: dict[str, Any]) -> Rows:
+    rows = [
+        ("adapter", f"rank {facts['rank']}, scale {facts['scale']:g}, for {facts['base'] or 'a base without a name'}"),
+        ("passes", facts["passes"]),
+        ("modules", ", ".join(facts["modules"])),
+        ("parameters", f"{facts['parameters']:,}, {format_bytes(facts['bytes'])} in {facts['dtype']}"),
+    ]
+    if facts["ignored"]:
+        rows.append(("vision, not used", _several(facts["ignored"])))
+    return rows
 
 
 def _several(names: list[str]) -> str:

@@ -10,7 +10,10 @@ from torch import Tensor
 from dgemma_ext.arguments import path
 from dgemma_ext.checkpoint import (
     PARTS,
+    Adapter,
     LoadProgress,
+    Merge,
+    ModelConfig,
     PartError,
     convert,
     parse_target,
@@ -29,10 +32,14 @@ def run(arguments: Arguments) -> None:
     target = parse_target(arguments.to, parts, name="--to")
     source, destination = resolve_checkpoint(arguments.model), Path(path("OUT", arguments.out))
     before = plan_conversion(source, target).info.total_bytes
-    moments = None if arguments.calibrate is None else _moments(source, arguments.calibrate)
+    adapter, (folder, _) = None, arguments.adapters
+    if folder is not None:
+        adapter = Adapter.from_folder(folder, ModelConfig.from_file(source), arguments.adapter_passes)
+    merge = None if adapter is None else Merge(adapter)
+    moments = None if arguments.calibrate is None else _moments(source, arguments.calibrate, adapter)
     began = time.monotonic()
     with LoadProgress("quantizing", before, None, lines=True) as bar:
-        errors = convert(source, destination, target, bar.advance, moments)
+        errors = convert(source, destination, target, bar.advance, moments, merge)
     seconds = time.monotonic() - began
     after = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     if arguments.json:
@@ -42,6 +49,7 @@ def run(arguments: Arguments) -> None:
                 "path": str(destination),
                 "weights": arguments.to,
                 "calibrated": moments is not None,
+                "merged": merge is not None,
                 "bytes": {"before": before, "after": after},
                 "seconds": seconds,
                 "errors": [
@@ -55,13 +63,13 @@ def run(arguments: Arguments) -> None:
     print(f"{destination}: {format_bytes(before)} to {format_bytes(after)} as {arguments.to}, {seconds:.1f} s")
 
 
-def _moments(source: Path, file: str) -> dict[tuple[int, str], Tensor]:
+def _moments(source: Path, file: str, adapter: Adapter | None) -> dict[tuple[int, str], Tensor]:
     """The second moments of the products' inputs over the text of a file, whose special tokens count as such."""
     try:
         text = Path(path("--calibrate", file)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--calibrate: {file} cannot be read as text: {error}") from error
-    model = DiffusionGemma.from_pretrained(source, device="cpu")
+    model = DiffusionGemma.from_pretrained(source, device="cpu", adapter=adapter, merge=adapter is not None)
     if model.tokenizer is None:
         raise ValueError("--calibrate: the checkpoint has no tokenizer.json, which a text needs")
     return second_moments(model.network, model.tokenizer.encode(text, special_tokens="tokens"))

@@ -33,8 +33,8 @@ class Chat:
     last answer.
 
     Attributes: `messages`, the conversation so far; `output`, the last answer, None before the first; `options`, the
-    tools and template variables of the turns to come. `text`, `thinking`, `tool_calls`, `invalid_tool_calls` and
-    `token_ids` are those of the last answer.
+    tools and template variables of the turns to come; `adapter`, the name of theirs. `text`,
+    `thinking`, `tool_calls`, `invalid_tool_calls` and `token_ids` are those of the last answer.
 
     A conversation is one thread's at a time: a turn during another thread's raises RuntimeError.
     """
@@ -45,6 +45,7 @@ class Chat:
         system: str | None = None,
         max_length: int | None = None,
         options: PromptOptions | None = None,
+        adapter: str | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise ValueError("a chat needs a checkpoint with tokenizer.json")
@@ -53,6 +54,8 @@ class Chat:
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.output: Output | None = None
         self.options = options or PromptOptions()
+        model.network.adapters.named(adapter)  # refuses a name that is none
+        self.adapter = adapter
         self._lock = threading.Lock()
         self._speaker: int | None = None  # the thread whose turn is under way
         network = model.network
@@ -128,6 +131,7 @@ class Chat:
                 special_tokens=options.special_tokens,
                 image_tokens=options.image_tokens,
                 grammar=grammar,
+                adapter=self.adapter,
             )
             try:
                 yield from self._events(request)

@@ -71,17 +71,17 @@ class CudaEagerRunner(EagerRunner):
 class CudaGraphRunner(CudaEagerRunner):
     """Runs a step as one graph launch, and a whole canvas too where the driver can repeat a step by itself.
 
-    A step without grammars is captured when the runner is made, and one with grammars when a row first has one, or one
-    larger than all before (Constraints.version).
+    A step without grammars and adapters is captured when the runner is made; one with either when a row first has it,
+    and again when what it was captured with is another (Constraints.version, AdapterRows.version).
     """
 
     def __init__(self, network: Network, cache: Cache, batch: CanvasBatch, buffers: StepBuffers) -> None:
         super().__init__(network, cache, batch, buffers)
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=network.device)
         self._place = _capture_place(batch.slot.device)
-        self._free = self._capture(constrained=False)
-        self._constrained: _CapturedStep | None = None
-        self._version = -1  # of the constraints that it was captured with
+        self._free = self._capture(constrained=False, adapted=False)
+        # With grammars, with adapters → the versions that it was captured with, and the step; None where it cannot be.
+        self._others: dict[tuple[bool, bool], tuple[tuple[int, int], _CapturedStep | None]] = {}
         self.repeats = self._free.loop is not None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
@@ -100,22 +100,34 @@ class CudaGraphRunner(CudaEagerRunner):
 
     def _captured_step(self) -> _CapturedStep | None:
         """The step for what the rows have now; None where it could not be captured."""
-        constraints, begin = self._batch.constraints, self._batch.first_row
-        if not constraints.any_between(begin, begin + self._batch.rows):
+        constraints, adapters = self._batch.constraints, self._batch.adapters
+        rows = (self._batch.first_row, self._batch.first_row + self._batch.rows)
+        constrained, adapted = constraints.any_between(*rows), bool(adapters.between(*rows))
+        if not constrained and not adapted:
             return self._free
-        constraints.update()
-        if self._version != constraints.version:
-            self._version, self._constrained = constraints.version, None
+        if not adapters.can_be_captured(*rows):
+            return None
+        if constrained:
+            constraints.update()
+        if adapted:
+            adapters.update()
+        versions = (constraints.version if constrained else 0, adapters.version if adapted else 0)
+        known = self._others.get((constrained, adapted))
+        if known is None or known[0] != versions:
+            # The last one is dropped first: both would need memory at once.
+            self._others[constrained, adapted] = (versions, None)
             try:
-                self._constrained = self._capture(constrained=True)
+                captured = self._capture(constrained, adapted)
             except RuntimeError as error:
-                _warn_once(
-                    f"a denoising step with grammars could not be captured, so it runs launch by launch: {error}"
-                )
-        return self._constrained
+                what = " and ".join(["grammars"] * constrained + ["adapters"] * adapted)
+                _warn_once(f"a denoising step with {what} could not be captured, so it runs launch by launch: {error}")
+                return None
+            self._others[constrained, adapted] = (versions, captured)
+            return captured
+        return known[1]
 
-    def _capture(self, constrained: bool) -> _CapturedStep:
-        step = partial(self._run_step, constrained=constrained)
+    def _capture(self, constrained: bool, adapted: bool) -> _CapturedStep:
+        step = partial(self._run_step, constrained=constrained, adapted=adapted)
         batch = self._batch
         flags = (batch.state.active.data_ptr(), batch.slot.data_ptr(), batch.rows, self._steps_left.data_ptr())
         with torch.cuda.device(self._network.device), _nothing_active(batch):

@@ -48,6 +48,7 @@ class Generation:
         grammar: Any = None,
         images: Any = None,
         image_tokens: Any = None,
+        adapter: Any = None,
         logprob_token_ids: Any = None,
     ) -> None:
         prompts, self._is_batch = as_batch(prompt)
@@ -62,6 +63,7 @@ class Generation:
             "deadline": deadline,
             "grammar": grammar,
             "logprob_token_ids": logprob_token_ids,
+            "adapter": adapter,
         }
         columns = [_one_per_prompt(name, value, len(prompts)) for name, value in by_prompt.items()]
         asked = [dict(zip(by_prompt, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from dgemma_ext.engine.loop import loop_for
 from dgemma_ext.engine.runner import EagerRunner, StepRunner
 from dgemma_ext.errors import GrammarError
-from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.model import Cache, LoadedAdapter, Network, PrefillChunk
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     Alternatives,
@@ -130,12 +130,14 @@ class CanvasGroup(Generic[Member]):
         is_late: Callable[[], bool] | None = None,
         constraint: Constraint | None = None,
         scorer: Scorer | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         """Begins canvas `index` of a request. It sees the slot and `chunk`, which its first step encodes.
 
         alternatives: how many or which to give for each token, None for no log-probabilities.
         is_late: asked after every step whether to take the canvas as it is. constraint: of a grammar. scorer: gives
-        the scores of choices by the raw logits of a canvas's last step, their softcap, and its draft.
+        the scores of choices by the raw logits of a canvas's last step, their softcap, and its draft. adapter: whose
+        factors stand beside the weights of the canvas.
         """
         row, length = len(self._members), self._batch.length
         prefix = self._cache.length(slot) + (0 if chunk is None else len(chunk))
@@ -145,6 +147,8 @@ class CanvasGroup(Generic[Member]):
             self._batch.place(row, slot, prefix, self._network.rotary_tables(positions))
             if constraint is not None:
                 self._batch.constraints.place(row, constraint)
+            if adapter is not None:
+                self._batch.adapters.place(row, adapter)
         except BaseException:
             self._batch.clear(row)  # steps may run over rows that no member has
             raise

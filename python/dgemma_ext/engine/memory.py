@@ -12,6 +12,7 @@ import torch
 
 from dgemma_ext.checkpoint import (
     PARTS,
+    Adapter,
     CheckpointInfo,
     Experts,
     Matrix,
@@ -44,6 +45,7 @@ class MemoryPlan:
 
     On a GPU also `graphs`, the memory of captured steps, and `cublas`, the workspaces that torch gives cuBLAS for
     `streams` streams. `prefix_cache`: the budget for copies of slots from which requests and chats continue.
+    `adapters`: the factors of those that are loaded with the model.
     """
 
     weights: dict[str, tuple[str, int]]
@@ -56,14 +58,16 @@ class MemoryPlan:
     cublas: int = 0
     streams: int = 0
     prefix_cache: int = 0
+    adapters: int = 0
 
     @property
     def total(self) -> int:
-        weights = sum(nbytes for _, nbytes in self.weights.values())
+        weights = self.adapters + sum(nbytes for _, nbytes in self.weights.values())
         return weights + self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.prefix_cache
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The lines of the table: purpose, format, bytes; the total last."""
+        adapters = [("adapters", "factors of both passes", self.adapters)] if self.adapters else []
         not_everywhere = [
             ("graphs", "largest captured step", self.graphs),
             ("cuBLAS", f"workspaces of {_several(self.streams, 'stream')}", self.cublas),
@@ -71,6 +75,7 @@ class MemoryPlan:
         ]
         return [
             *((f"{part} weights", format, nbytes) for part, (format, nbytes) in self.weights.items()),
+            *adapters,
             ("cache", f"{_several(self.requests, 'slot')} of {self.context:,} tokens", self.cache),
             ("workspace", "largest of a pass", self.workspace),
             ("logits", f"of {_several(self.requests, 'canvas')}", self.logits),
@@ -101,7 +106,7 @@ class NotEnoughMemory(MemoryError):
         self.plan = plan
         self.available = available
         self.device = device
-        what = "the model" if plan.weights else f"a batch of {plan.requests}"
+        what = "the model" if plan.weights else f"a batch of {plan.requests}" if plan.requests else "an adapter"
         super().__init__(
             f"{device} has {format_bytes(available)} free, and {what} takes {format_bytes(plan.total)}:\n{plan.table()}"
         )
@@ -120,12 +125,14 @@ def memory_plan(
     activations: str | None = None,
     prefix_cache_bytes: int = 0,
     vision: VisionConfig | None = None,
+    adapters: Collection[Adapter] = (),
 ) -> MemoryPlan:
     """The memory that loading `info` with these options takes, with one request of `context` positions.
 
     weights, dtype: as in load_weights; activations: "fp8" where the experts' inputs are rounded to it; vision: of the
-    tower that is loaded too. On the CPU, weights that stay in their mapped file count as well. Raises ValueError for a
-    context that the model does not have, and for activations that do not match the format of the experts' weights.
+    tower that is loaded too; adapters: that are loaded too. On the CPU, weights that stay in their mapped file count as
+    well. Raises ValueError for a context that the model does not have, and for activations that do not match the format
+    of the experts' weights.
     """
     chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
     cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
@@ -146,8 +153,22 @@ def memory_plan(
         context=chosen,
         graphs=passes.step(config.canvas_length) if captured else 0,
         prefix_cache=prefix_cache_bytes,
+        adapters=sum(adapter_bytes(adapter, dtype, device) for adapter in adapters),
         **_cublas(device, captured),
     )
+
+
+def check_adapter_memory(network: Network, adapter: Adapter) -> None:
+    """Raises NotEnoughMemory where the device has no room for an adapter beside the model."""
+    plan = MemoryPlan({}, 0, 0, 0, 0, 0, adapters=adapter_bytes(adapter, network.dtype, network.device))
+    check_memory(plan, 0, network.device)
+
+
+def adapter_bytes(adapter: Adapter, dtype: torch.dtype, device: torch.device) -> int:
+    """What an adapter takes: its factors, and on a GPU those of the denoise pass once more, in the table that a step
+    reads (model/adapter_table.py)."""
+    again = 0 if device.type == "cpu" else sum(factors.numel for factors in adapter.decoder.values())
+    return (adapter.parameters + again) * dtype.itemsize
 
 
 def batch_plan(
@@ -237,14 +258,16 @@ def mapped_bytes(
     weights: Target | str,
     dtype: torch.dtype,
     vision: VisionConfig | None = None,
+    changed: Collection[str] = (),
 ) -> int:
-    """Bytes of the weights that stay in their mapped file on the CPU: unquantized, and stored in `dtype`."""
+    """Bytes of the weights that stay in their mapped file on the CPU: unquantized, and stored in `dtype`. changed:
+    attributes of weights that an adapter is added to."""
     stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     of_tower = info.vision_tensors if vision is not None else ()
     total = sum(info.tensors[name].nbytes for name in of_tower if info.tensors[name].dtype == stored_as)
     for attribute, stored in _by_attribute(config, info):
-        changed = isinstance(weights, Target) and weights.wants(attribute)
-        if stored.kind == "unquantized" and not isinstance(stored, Experts) and not changed:
+        is_changed = attribute in changed or (isinstance(weights, Target) and weights.wants(attribute))
+        if stored.kind == "unquantized" and not isinstance(stored, Experts) and not is_changed:
             tensor = info.tensors[next(names_of(stored))]
             total += tensor.nbytes if tensor.dtype == stored_as else 0
     return total

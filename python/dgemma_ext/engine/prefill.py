@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dgemma_ext.engine.prefix_cache import PrefixCache
 from dgemma_ext.engine.request import Request
-from dgemma_ext.model import Cache, Network, PrefillChunk
+from dgemma_ext.model import BASE, Cache, Network, PrefillChunk
 from dgemma_ext.model.vision import Vision
 
 
@@ -30,21 +30,23 @@ class Prefill:
         if prefixes is None or tokens.cached:
             return False
         keys = tokens.keys
-        saved = prefixes.longest_prefix(keys)
+        saved = prefixes.longest_prefix(keys, request.prefix_key)
         if saved is not None and tokens.uncut(saved.length) == saved.length:
             self._cache.restore(request._slot, saved)
             request.cached_tokens = tokens.cached = saved.length
-        shared = tokens.uncut(prefixes.shared_length(keys, tokens.cached))
+        shared = tokens.uncut(prefixes.shared_length(keys, tokens.cached, request.prefix_key))
         if shared > tokens.cached:
             self.encode(request, shared - tokens.cached)
-        return any(other._tokens.keys[: len(keys)] == keys for other in others)
+        alike = [other._tokens.keys for other in others if other.prefix_key == request.prefix_key]
+        return any(other[: len(keys)] == keys for other in alike)
 
     def encode(self, request: Request, count: int) -> None:
         """Encodes the next `count` tokens that a canvas sees in passes of their own."""
         begin = request._tokens.cached
         ids = torch.tensor([request._tokens.ids[begin : begin + count]], device="cpu")
         images = self._features(request, begin, begin + count)
-        self._network.encode(ids, self._cache, slots=[request._slot], images=[images])
+        adapter = request._adapter or BASE
+        self._network.encode(ids, self._cache, slots=[request._slot], images=[images], adapter=adapter)
         self.note(request, count)
 
     def chunk(self, request: Request) -> PrefillChunk | None:
@@ -56,7 +58,7 @@ class Prefill:
         # The copy does not wait for the GPU's queued work.
         ids = torch.tensor(tokens.ids[begin:], device="cpu").to(self._network.device, non_blocking=True)
         images = self._features(request, begin, len(tokens.ids))
-        return self._network.prefill_chunk(request._slot, ids, begin, images)
+        return self._network.prefill_chunk(request._slot, ids, begin, images, adapter=request._adapter)
 
     def note(self, request: Request, count: int) -> None:
         """Records that the slot holds `count` more tokens; the prefix cache takes a copy."""
@@ -65,9 +67,9 @@ class Prefill:
             length, prefixes = request._tokens.cached, self._prefixes
             if prefixes is None:
                 return
-            keys = request._tokens.keys[:length]
-            if prefixes.make_room(keys, self._cache.snapshot_nbytes(length)):
-                prefixes.add(keys, self._cache.snapshot(request._slot))
+            keys, key = request._tokens.keys[:length], request.prefix_key
+            if prefixes.make_room(keys, self._cache.snapshot_nbytes(length), key):
+                prefixes.add(keys, self._cache.snapshot(request._slot), key)
 
     def _features(self, request: Request, begin: int, end: int) -> list[tuple[int, Tensor]]:
         """The images in [begin, end) as `Network.encode` takes them."""

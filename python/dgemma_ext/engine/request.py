@@ -16,6 +16,7 @@ from dgemma_ext.engine.output import Output
 from dgemma_ext.engine.prompt import TokenizedPrompt
 from dgemma_ext.engine.tokens import ContextTokens
 from dgemma_ext.errors import GrammarError
+from dgemma_ext.model import LoadedAdapter
 from dgemma_ext.sampling import Alternatives, Canvas, Constraint, Grammar, ResolvedSampler, TokenLogprobs
 
 
@@ -44,6 +45,7 @@ class Request:
         alternatives: Alternatives | None = None,
         is_late: Callable[[], bool] | None = None,
         matching: Matching | None = None,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         self.number = number
         self.prompt_ids = prompt.ids
@@ -51,6 +53,7 @@ class Request:
         self.sampler = sampler
         self.seed = seed
         self.canvas = canvas
+        self.adapter = None if adapter is None else adapter.name
         self.alternatives = alternatives  # of each token's log-probabilities; None for none
         self.logprobs: list[TokenLogprobs] | None = None if alternatives is None else []
         self.choices: dict[str, float] | None = None  # the scores of a dg.Choice's texts
@@ -73,14 +76,20 @@ class Request:
         self._in_canvas = False
         self._is_late = is_late  # None without a deadline
         self._matching = matching
+        self._adapter = adapter
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, by copy.deepcopy or pickle, is a record: it belongs to no scheduler."""
-        return {**vars(self), "_cancel": _no_scheduler, "_is_late": None}
+        return {**vars(self), "_cancel": _no_scheduler, "_is_late": None, "_adapter": None}
 
     @property
     def grammar(self) -> Grammar | None:
         return None if self._matching is None else self._matching.grammar
+
+    @property
+    def prefix_key(self) -> str | None:
+        """What the keys and values of its prefix depend on beside the ids."""
+        return None if self._adapter is None else self._adapter.digest
 
     @property
     def done(self) -> bool:

@@ -64,11 +64,11 @@ class EagerRunner:
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
         self._run_step(chunks)
 
-    def _run_step(self, chunks: Sequence[PrefillChunk] = (), constrained: bool = True) -> None:
-        """constrained: False leaves the rows' grammars out, of which there are none."""
+    def _run_step(self, chunks: Sequence[PrefillChunk] = (), constrained: bool = True, adapted: bool = True) -> None:
+        """constrained, adapted: False leaves the rows' grammars, and adapters, out, of which there are none."""
         if self._shared:
             operands = (self._network, self._cache, self._batch, self._buffers)
-            denoising_step(*operands, chunks, constrained=constrained)
+            denoising_step(*operands, chunks, constrained=constrained, adapted=adapted)
         for index, row in enumerate(self._rows):
             if bool(row.state.active):
                 self._step_row(index, row, [chunk for chunk in chunks if chunk.slot == int(row.slot)])

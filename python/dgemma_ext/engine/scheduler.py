@@ -36,7 +36,7 @@ from dgemma_ext.engine.prompt import Prompt, PromptOptions, tokenize_prompt
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.runner import EagerRunner
 from dgemma_ext.engine.served import ServedModel
-from dgemma_ext.model import MAX_PREFILL_TOKENS, Network
+from dgemma_ext.model import MAX_PREFILL_TOKENS, AdapterName, Network
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import (
     MAX_LOGPROBS,
@@ -184,6 +184,7 @@ class Scheduler:
         logprob_token_ids: Sequence[int] | None = None,
         images: Sequence[Any] | None = None,
         image_tokens: int | None = None,
+        adapter: AdapterName = None,
     ) -> Request:
         """Queues a request; it joins at the next step that has a free slot. Arguments as in `generate`.
 
@@ -216,6 +217,7 @@ class Scheduler:
             alternatives=_alternatives(logprobs, logprob_token_ids, config.vocab_size),
             is_late=self._late_after(deadline),
             matching=matching,
+            adapter=self.network.adapters.named(adapter),
         )
         self._check_length(request, " by default" if max_new_tokens is None else "")
         self._make_groups_for(request)
@@ -309,7 +311,8 @@ class Scheduler:
             self._prefill.encode(request, waiting)
         chunk = self._prefill.chunk(request)
         scorer = request.choice_scores if isinstance(request.grammar, Choice) else None
-        asked = (request.alternatives, request._is_late, request.constraint(request._length), scorer)
+        constraint = request.constraint(request._length)
+        asked = (request.alternatives, request._is_late, constraint, scorer, request._adapter)
         group.join(request, request._slot, sampler, request.seed, index, request.canvas, chunk, *asked)
         request.denoising_steps.append(0)
         request._in_canvas = True

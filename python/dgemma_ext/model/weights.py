@@ -15,6 +15,7 @@ from dgemma_ext.checkpoint import (
     Layout,
     LoadProgress,
     MappedFiles,
+    Merge,
     ModelConfig,
     Stored,
     Target,
@@ -25,6 +26,7 @@ from dgemma_ext.checkpoint import (
     layer_layout,
     model_layout,
     names_of,
+    quantized_already,
     stack_weights,
     weight_reader,
 )
@@ -87,6 +89,7 @@ def load_weights(
     progress: bool | None = None,
     weights: Target | str = "auto",
     info: CheckpointInfo | None = None,
+    merge: Merge | None = None,
 ) -> ModelWeights:
     """Loads every text weight to `device`, one at a time, in the order of the files.
 
@@ -99,14 +102,15 @@ def load_weights(
     else is copied in pieces, without a second copy of a tensor; to a GPU through pinned memory, and checked there.
 
     `progress`: None shows a bar on stderr when that is a terminal and the load takes more than a second. `info`: the
-    result of inspect_checkpoint, where the caller has it.
+    result of inspect_checkpoint, where the caller has it. `merge`: an adapter that is added to unquantized weights
+    before a Target quantizes them.
     Raises CheckpointError as `inspect_checkpoint` does, for NaN and infinite values, converted to `dtype`, for a global
     scale of zero, and for a copy of a tied weight that differs from it; ValueError where a Target meets a matrix that
-    is stored in another format.
+    is stored in another format, and an adapter one that is stored quantized.
     """
     info = info or inspect_checkpoint(path, config)
-    layouts = [model_layout(config), *(layer_layout(config, layer) for layer in config.layers)]
-    attribute_of = {name: attribute for layout in layouts for attribute, (name, _) in layout.items()}
+    layouts = [(None, model_layout(config)), *((layer.index, layer_layout(config, layer)) for layer in config.layers)]
+    place_of = {name: (layer, attribute) for layer, layout in layouts for attribute, (name, _) in layout.items()}
     loaded: dict[str, Weight] = {}
     with (
         LoadProgress("loading weights", info.loaded_bytes, progress) as bar,
@@ -120,7 +124,7 @@ def load_weights(
             return order[first.file], first.offset
 
         for name in sorted(info.weights, key=place):
-            loaded[name] = _load_weight(attribute_of[name], info.weights[name], reader, dtype, weights)
+            loaded[name] = _load_weight(*place_of[name], info.weights[name], reader, dtype, weights, merge)
         check_copies(info.tensors, info.copies, bar.advance)
 
     def weights_of(layout: Layout) -> dict[str, Any]:
@@ -140,9 +144,19 @@ def load_weights(
 
 
 def _load_weight(
-    attribute: str, stored: Stored, reader: WeightReader | DeviceReader, dtype: torch.dtype, weights: Target | str
+    layer: int | None,
+    attribute: str,
+    stored: Stored,
+    reader: WeightReader | DeviceReader,
+    dtype: torch.dtype,
+    weights: Target | str,
+    merge: Merge | None,
 ) -> Weight:
     read = reader.read(stored)
+    if merge is not None and merge.factors(layer, attribute) is not None:
+        if not isinstance(read, Tensor):
+            raise quantized_already(next(names_of(stored)), read.name)
+        read = merge.added(layer, attribute, read)
     if attribute in NEVER_QUANTIZED or weights == "unquantized":
         return _dequantized(read, dtype)
     if not isinstance(weights, Target) or not weights.wants(attribute):

@@ -43,7 +43,8 @@ async def create_decisions(body: DecisionRequest, request: Request) -> Response:
         prompt = await service.tokenized(text_or_chat, field, options)
         usual_limit(service, len(prompt), held.sampler, field)
         read = ids_read(ids_of)
-        submissions.append(Submission(prompt, held.length, held.sampler, seed, held.canvas, logprob_token_ids=read))
+        asked = (prompt, held.length, held.sampler, seed, held.canvas)
+        submissions.append(Submission(*asked, logprob_token_ids=read, adapter=service.adapter_of(body.model)))
     call = service.begin(submissions)
     stated(request, call, body.messages if body.input is None else body.input)
     if not await finished(call, request):

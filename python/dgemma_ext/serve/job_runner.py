@@ -41,6 +41,7 @@ class Submission:
     deadline: float | None = None
     grammar: Grammar | None = None
     logprob_token_ids: Sequence[int] | None = None
+    adapter: str | None = None
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -154,6 +155,7 @@ class JobRunner:
                 deadline=None if asked.deadline is None else max(0.0, job.began + asked.deadline - time.monotonic()),
                 grammar=asked.grammar,
                 logprob_token_ids=asked.logprob_token_ids,
+                adapter=asked.adapter,
             )
         except Exception as error:
             if not isinstance(error, ValueError | MemoryError):

@@ -41,6 +41,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None
     architecture: Architecture
     diffusion: Settings
 
@@ -52,9 +53,9 @@ class ModelList(BaseModel):
 
 @router.get("/v1/models", responses={200: {"model": ModelList}, **failures(401)})
 async def list_models(request: Request) -> Response:
-    """The names that the model is served by."""
+    """The names that the model is served by, and NAME:ADAPTER for each adapter."""
     service = service_of(request)
-    models = [_described(service, name) for name in service.options.served_model_names]
+    models = [_described(service, name) for name in service.adapters_by_model]
     return json_answer({"object": "list", "data": models})
 
 
@@ -74,6 +75,7 @@ def _described(service: Service, name: str) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dgemma_ext",
         "max_model_len": service.longest,
+        "parent": None if name in service.options.served_model_names else service.name,
         "architecture": {
             "input_modalities": ["text"] if service.model.vision is None else ["text", "image"],
             "output_modalities": ["text"],

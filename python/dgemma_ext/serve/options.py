@@ -17,15 +17,15 @@ class ServeOptions:
     """The options of `dgemma serve`.
 
     host, port: the address to listen on; port 0 takes a free one. api_key: clients must send it; None lets all in.
-    served_model_names: what clients may call the model, default "dgemma"; the first is the one in answers. max_batch,
-    max_length, prefix_cache_bytes: as in dg.Scheduler. max_waiting: further requests that may wait for a slot; those
-    beyond get status 429. max_body_bytes: of a request. max_images, max_image_bytes,
-    max_image_pixels: how many images a request may have, and what each may be at most, as a file and decoded.
-    request_timeout, body_timeout, drain_timeout: seconds that an
-    answer may take and its client may read nothing of it, that a request's head and its body may take to arrive, and
-    that a signal waits for running requests. cors_origins: origins whose pages may call the server, "*" for all; none
-    by default. log_prompts: whether logs hold prompts and answers. trim_canvas: the default of the sampler's setting of
-    this name, so that short answers cost less than a canvas.
+    served_model_names: what clients may call the model, default "dgemma"; the first is the one in answers, and with ":"
+    and an adapter's name behind it it is the model with that adapter. max_batch, max_length, prefix_cache_bytes: as in
+    dg.Scheduler. max_waiting: further requests that may wait for a slot; those beyond get status 429. max_body_bytes:
+    of a request. max_images, max_image_bytes, max_image_pixels: how many images a request may have, and what each may
+    be at most, as a file and decoded. request_timeout, body_timeout, drain_timeout: seconds that an answer may take and
+    its client may read nothing of it, that a request's head and its body may take to arrive, and that a signal waits
+    for running requests. cors_origins: origins whose pages may call the server, "*" for all; none by default.
+    log_prompts: whether logs hold prompts and answers. trim_canvas: the default of the sampler's setting of this name,
+    so that short answers cost less than a canvas.
 
     Raises ValueError naming the field.
     """

@@ -15,6 +15,7 @@ from dgemma_ext.checkpoint import Tokenizer
 from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.engine import Prompt, PromptOptions, TokenizedPrompt, tokenize_prompt
 from dgemma_ext.errors import CheckpointError
+from dgemma_ext.model import BASE, DEFAULT
 from dgemma_ext.serve import errors
 from dgemma_ext.serve.call import Call
 from dgemma_ext.serve.engine_thread import EngineThread
@@ -35,7 +36,7 @@ class Service:
     """A model that is served.
 
     is_draining: whether new calls are refused because the server ends. fingerprint: of the package and the model's
-    shape, for clients that watch what answers depend on.
+    shape and adapters, for clients that watch what answers depend on.
     """
 
     def __init__(self, model: DiffusionGemma, options: ServeOptions) -> None:
@@ -51,7 +52,8 @@ class Service:
         self.is_started = False
         self.is_draining = False
         self.open_requests = 0  # of HTTP, that are being answered
-        described = f"{model.config} {model.dtype} {model.device.type}"
+        adapters = [(name, adapter.digest) for name, adapter in model.adapters.items()]
+        described = f"{model.config} {model.dtype} {model.device.type} {adapters or ''}"
         self.fingerprint = f"dgemma_ext-{__version__}-{hashlib.sha256(described.encode()).hexdigest()[:10]}"
 
     @property
@@ -67,13 +69,26 @@ class Service:
         """The most tokens of a prompt and its answer but for the last canvas."""
         return min(self.engine.scheduler.cache.max_length, self.model.config.max_position_embeddings)
 
+    @property
+    def adapters_by_model(self) -> dict[str, str | None]:
+        """What clients may call the model → the adapter that it then has: a name of its own for the default one, where
+        there is one, and NAME:ADAPTER for each that is loaded, and for the base where a name does not mean that."""
+        loaded, default = self.model.adapters, self.model.network.adapters.default
+        named = [name for name in loaded if name != DEFAULT] + ([] if default is None else [BASE])
+        own = self.options.served_model_names
+        return dict.fromkeys(own) | {f"{name}:{adapter}": adapter for name in own for adapter in named}
+
     def check_model(self, name: str | None) -> str:
         """The model's name for an answer. Raises ApiError for another model's."""
         if name is None:
             return self.name
-        if name not in self.options.served_model_names:
+        if name not in self.adapters_by_model:
             raise errors.unknown_model(name)
         return name
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter of a request for a model that `check_model` has let pass."""
+        return None if name is None else self.adapters_by_model[name]
 
     async def tokenized(self, prompt: Prompt, field: str, options: PromptOptions | None = None) -> TokenizedPrompt:
         """A prompt as the engine takes it, made in another thread, so that a long one keeps nobody waiting.

@@ -42,8 +42,11 @@ async def submissions_of(
     seeds = seeds_of(body.seed, body.temperature, body.choices)
     wants_drafts = options.drafts or body.diffusing
     deadline = None if options.deadline_ms is None else options.deadline_ms / 1000
+    adapter = service.adapter_of(body.model)
     return [
-        Submission(prompt, limit, sampler, seed, canvas, wants_drafts, body.alternatives, deadline, grammar)
+        Submission(
+            prompt, limit, sampler, seed, canvas, wants_drafts, body.alternatives, deadline, grammar, adapter=adapter
+        )
         for prompt in prompts
         for limit in [usual_limit(service, len(prompt), sampler, field) if max_tokens is None else max_tokens]
         for seed in seeds
