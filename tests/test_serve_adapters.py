@@ -11,16 +11,21 @@ import pytest
 
 import dgemma_ext as dg
 from adapter_folders import SETTINGS, random_tensors
-from dgemma_ext import demo
-from serving import MESSAGES, MODEL, SAMPLER, Running, running
+from command import CANVAS, random_checkpoint
+from serving import MODEL, Running, running
 
 NAMES = ("one", "two", "three", None)
-LENGTH = 36
+LENGTH = 2 * CANVAS
+MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+# A random model is not sure of anything, and would make all steps.
+SAMPLER = dg.SamplerConfig(trim_canvas=True, max_denoising_steps=4)
+FEW_STEPS: Any = {"diffusion": {"max_denoising_steps": 4}}
+SHORT: Any = {"max_tokens": LENGTH, "extra_body": FEW_STEPS}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    model = dg.DiffusionGemma.from_pretrained(random_checkpoint(), device="cpu")
     for seed, name in enumerate(NAMES[:3]):
         tensors = random_tensors(model.config, seed, scale=0.3)
         model.load_adapter(name, dg.Adapter.from_tensors(SETTINGS, tensors, model.config))
@@ -37,7 +42,7 @@ def test_seven_requests_with_three_adapters_and_none(server: Running) -> None:
     client, asked = server.client(), [(seed, NAMES[seed % 4]) for seed in range(7)]
 
     def answer(seed: int, adapter: str | None) -> tuple[str, str | None]:
-        found = client.chat.completions.create(model=name_of(adapter), messages=MESSAGES, seed=seed, max_tokens=LENGTH)
+        found = client.chat.completions.create(model=name_of(adapter), messages=MESSAGES, seed=seed, **SHORT)
         return found.model, found.choices[0].message.content
 
     with ThreadPoolExecutor(7) as threads:
@@ -67,12 +72,14 @@ def test_an_unknown_one_is_not_found(name: str, server: Running) -> None:
 def test_the_other_interfaces(server: Running) -> None:
     client, name = server.client(), name_of("one")
     wanted = server.model.generate(MESSAGES, LENGTH, SAMPLER, 3, adapter="one").text
-    response = client.responses.create(model=name, input=MESSAGES, max_output_tokens=LENGTH, extra_body={"seed": 3})
+    response = client.responses.create(
+        model=name, input=MESSAGES, max_output_tokens=LENGTH, extra_body={"seed": 3, **FEW_STEPS}
+    )
     assert response.output_text == wanted
-    body = {"model": name, "messages": MESSAGES, "choices": ["1", "2", "3"]}
+    body = {"model": name, "messages": MESSAGES, "choices": ["a", "b"]}
     decided = client.post("/decisions", body=body, cast_to=dict[str, Any])["data"][0]["probabilities"]
     for adapter, is_same in (("one", True), (None, False)):
-        own = server.model.decide(MESSAGES, ["1", "2", "3"], adapter=adapter).probabilities
+        own = server.model.decide(MESSAGES, ["a", "b"], adapter=adapter).probabilities
         assert (decided == own) is is_same
 
 
@@ -82,7 +89,7 @@ def test_a_default_adapter_is_what_the_model_s_own_name_means(server: Running) -
     adapters.default = "one"
     try:
         for name, text in ((MODEL, own), (f"{MODEL}:base", base)):
-            found = client.chat.completions.create(model=name, messages=MESSAGES, seed=1, max_tokens=LENGTH)
+            found = client.chat.completions.create(model=name, messages=MESSAGES, seed=1, **SHORT)
             assert found.choices[0].message.content == text
     finally:
         adapters.default = None
