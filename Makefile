@@ -1,4 +1,5 @@
 # make demo       set up .venv, build, and watch the bundled model denoise a few canvases
+# make finetune-demo  teach the bundled 6x6 model a task that it has never seen, in minutes: 0 to 80 % and more
 # make serve      the bundled model behind OpenAI's interface, on port 8000 of this machine (ARGS="--port 9000")
 # make test       the same with the CUDA kernels, compiled on every machine, then the whole suite
 # make cross      the C library for 64-bit ARM and its tests under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
@@ -26,13 +27,16 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo serve build build-cuda test test-ray cross contract bench peers wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo finetune-demo serve build build-cuda test test-ray cross contract bench peers wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
 
 demo: .venv/.built
 	@.venv/bin/dgemma demo
+
+finetune-demo: .venv/.built
+	@examples/finetune/demo.sh $(ARGS)
 
 serve: .venv/.built
 	@exec .venv/bin/dgemma serve demo $(ARGS)

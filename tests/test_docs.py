@@ -151,7 +151,7 @@ def flags_in(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
 
 
-COMMANDS = ["generate", "chat", "decide", "grammar", "info", "quantize", "profile", "serve", "demo"]
+COMMANDS = ["generate", "chat", "decide", "grammar", "info", "quantize", "finetune", "profile", "serve", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dgemma_ext.checkpoint import DEMO
+from dgemma_ext.cli import finetune_flags
+from dgemma_ext.cli.finetune_flags import add_finetune
 from dgemma_ext.cli.flags import (
     MODEL,
     add_activations,
@@ -262,6 +264,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_adapter(quantize)
     quantize.add_argument("--json", action="store_true", help="one JSON object")
+
+    add_finetune(
+        commands.add_parser(
+            "finetune",
+            help="train an adapter on examples",
+            description=finetune_flags.DESCRIPTION,
+            epilog=finetune_flags.EPILOG,
+        )
+    )
 
     profile = commands.add_parser(
         "profile",

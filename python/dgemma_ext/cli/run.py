@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from dgemma_ext.cli import chat, decide, demo, generate, grammar, info, profile, quantize, serve
+from dgemma_ext.cli import chat, decide, demo, finetune, generate, grammar, info, profile, quantize, serve
 from dgemma_ext.cli.arguments import Arguments, build_parser
 from dgemma_ext.engine import NotEnoughMemory
 from dgemma_ext.environment import check_environment, debug
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Callable[[Arguments], None]] = {
     "info": info.run,
     "demo": demo.run,
     "quantize": quantize.run,
+    "finetune": finetune.run,
     "profile": profile.run,
     "serve": serve.run,
 }

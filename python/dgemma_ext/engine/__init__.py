@@ -10,7 +10,7 @@ scheduler.
 from __future__ import annotations
 
 from dgemma_ext.engine.chat import Chat
-from dgemma_ext.engine.decision import Choices, Decision, decide, decision_canvas, ids_read, label_ids
+from dgemma_ext.engine.decision import Choices, Decision, decide, decision_canvas, end_of_turn, ids_read, label_ids
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure
 from dgemma_ext.engine.generation import Generation
 from dgemma_ext.engine.memory import (
@@ -32,3 +32,4 @@ from dgemma_ext.engine.prompt import Prompt, PromptOptions, TokenizedPrompt, tok
 from dgemma_ext.engine.request import Request, RequestState
 from dgemma_ext.engine.scheduler import Scheduler
 from dgemma_ext.engine.served import ServedModel
+from dgemma_ext.engine.training_memory import TrainingSizes

@@ -138,7 +138,7 @@ def decision_canvas(
     if needed > length:
         raise ValueError(f"template has {needed} tokens with the label and the end, and the canvas {length} positions")
     tokens: list[int | None] = [*before, None, *after]
-    end = _end_id(tokenizer, defaults)
+    end = end_of_turn(tokenizer, defaults)
     if end is not None:
         tokens.append(end)
         pad = end if defaults.pad_token_id is None else defaults.pad_token_id
@@ -147,7 +147,7 @@ def decision_canvas(
     return DecisionCanvas(canvas, len(before), length)
 
 
-def _end_id(tokenizer: Tokenizer, defaults: GenerationDefaults) -> int | None:
+def end_of_turn(tokenizer: Tokenizer, defaults: GenerationDefaults) -> int | None:
     """The token that ends a turn; None for a checkpoint without an end of sequence."""
     try:
         end = tokenizer.id_of(_END_OF_TURN)

@@ -26,6 +26,7 @@ from dgemma_ext.checkpoint import (
 from dgemma_ext.checkpoint.vision_config import SOFT_TOKENS, VisionConfig, vision_tensors
 from dgemma_ext.engine.cuda_graphs import CAPTURE_STREAMS, capture_pool, operators_can_be_captured
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, free_bytes, unused_in_pools
+from dgemma_ext.engine.training_memory import TrainingSizes, backward_bytes
 from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
 from dgemma_ext.model.vision import KEPT_FEATURES, tower_workspace_bytes
 from dgemma_ext.ops.block_attention import attention_workspace_bytes
@@ -45,7 +46,8 @@ class MemoryPlan:
 
     On a GPU also `graphs`, the memory of captured steps, and `cublas`, the workspaces that torch gives cuBLAS for
     `streams` streams. `prefix_cache`: the budget for copies of slots from which requests and chats continue.
-    `adapters`: the factors of those that are loaded with the model.
+    `adapters`: the factors of those that are loaded with the model. Of training: `trained`, factors with gradients and
+    moments, and `backward`, what the passes keep for it.
     """
 
     weights: dict[str, tuple[str, int]]
@@ -59,11 +61,14 @@ class MemoryPlan:
     streams: int = 0
     prefix_cache: int = 0
     adapters: int = 0
+    trained: int = 0
+    backward: int = 0
 
     @property
     def total(self) -> int:
         weights = self.adapters + sum(nbytes for _, nbytes in self.weights.values())
-        return weights + self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.prefix_cache
+        passes = self.cache + self.workspace + self.logits + self.graphs + self.cublas + self.prefix_cache
+        return weights + passes + self.trained + self.backward
 
     def rows(self) -> list[tuple[str, str, int]]:
         """The lines of the table: purpose, format, bytes; the total last."""
@@ -72,6 +77,8 @@ class MemoryPlan:
             ("graphs", "largest captured step", self.graphs),
             ("cuBLAS", f"workspaces of {_several(self.streams, 'stream')}", self.cublas),
             ("prefix cache", "copies of slots", self.prefix_cache),
+            ("trained", "with gradients and moments", self.trained),
+            ("backward", "what a step keeps for it", self.backward),
         ]
         return [
             *((f"{part} weights", format, nbytes) for part, (format, nbytes) in self.weights.items()),
@@ -126,13 +133,14 @@ def memory_plan(
     prefix_cache_bytes: int = 0,
     vision: VisionConfig | None = None,
     adapters: Collection[Adapter] = (),
+    training: TrainingSizes | None = None,
 ) -> MemoryPlan:
     """The memory that loading `info` with these options takes, with one request of `context` positions.
 
     weights, dtype: as in load_weights; activations: "fp8" where the experts' inputs are rounded to it; vision: of the
-    tower that is loaded too; adapters: that are loaded too. On the CPU, weights that stay in their mapped file count as
-    well. Raises ValueError for a context that the model does not have, and for activations that do not match the format
-    of the experts' weights.
+    tower that is loaded too; adapters: that are loaded too; training: of a step of training. On the CPU, weights that
+    stay in their mapped file count as well. Raises ValueError for a context that the model does not have, and for
+    activations that do not match the format of the experts' weights.
     """
     chosen = min(USUAL_CONTEXT, config.max_position_embeddings) if context is None else context
     cache = Cache(config, slots=1, max_length=chosen, dtype=dtype, device=torch.device("meta"))
@@ -154,6 +162,8 @@ def memory_plan(
         graphs=passes.step(config.canvas_length) if captured else 0,
         prefix_cache=prefix_cache_bytes,
         adapters=sum(adapter_bytes(adapter, dtype, device) for adapter in adapters),
+        trained=0 if training is None else training.trained_bytes,
+        backward=0 if training is None else backward_bytes(training, config, dtype, experts),
         **_cublas(device, captured),
     )
 
