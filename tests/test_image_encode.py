@@ -186,6 +186,17 @@ def test_an_answer_is_that_of_transformers(pair: oracle.Pair) -> None:
     assert otherwise.outcome != theirs.outcome, "the image changes nothing here"
 
 
+def test_features_stand_where_the_image_is_and_nowhere_else(pair: oracle.Pair) -> None:
+    """Another token may have the id of an image's soft tokens: canvases have any ids."""
+    prompt = make_prompt(PROMPTS["one"])
+    prompt.ids[0, -2] = IMAGE
+    found, plain = encoded(pair, prompt, "all"), encoded(pair, prompt, "all", images=None)
+    last = prompt.ids.shape[1] - 2
+    for position, same in ((last, True), (prompt.spans[0][1] - 1, False)):
+        ours, without = (oracle.cached_ours(one, 0, 0, range(position, position + 1))[0] for one in (found, plain))
+        assert torch.equal(ours, without) == same
+
+
 @pytest.mark.parametrize(
     ("image_attention", "pairs"), [("sliding", (575, 820)), ("all", (575, 1025)), (None, (292, 820))]
 )

@@ -148,7 +148,8 @@ def test_every_driver_begins_with_images(driver: str) -> None:
 
 
 def test_a_pass_gets_its_images_where_the_slot_has_room(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a prefix that is in the cache, an image's place in the chunk is not its position."""
+    """Behind a prefix that is in the cache, an image's place in the chunk is not its position; two of a size keep
+    their order."""
     chunks: list[PrefillChunk] = []
     network = vision_model().network
     forward = type(network).forward
@@ -159,13 +160,16 @@ def test_a_pass_gets_its_images_where_the_slot_has_room(lengths: list[int], monk
 
     monkeypatch.setattr(type(network), "forward", spy)
     scheduler = dg.Scheduler(vision_model(), 1, CONTEXT, prefix_cache_bytes=ROOM)
-    begin = prompts()[0].ids[:3]
-    answers(scheduler, [TokenizedPrompt(begin), prompts()[0]], [0, 0])
-    start = prompts()[0].images[0].start
+    both, vision = prompt_of("Which?", WIDE, TURNED), vision_model().vision
+    assert vision is not None
+    answers(scheduler, [TokenizedPrompt(both.ids[:3]), both], [0, 0])
+    first, second = both.images
     (chunk,) = (one for one in chunks if one.features)
-    assert [offset for offset, _ in chunk.features] == [start - 3]
+    assert [offset for offset, _ in chunk.features] == [first.start - 3, second.start - 3]
+    for (_, features), placed in zip(chunk.features, both.images, strict=True):
+        assert torch.equal(features, vision.features(placed.image))
     assert chunk.sliding_spans is not None
-    assert chunk.sliding_spans.tolist() == [[[start, start + 60]]]
+    assert chunk.sliding_spans.tolist() == [[[first.start, first.end], [second.start, second.end]]]
     assert chunk.full_spans is None
 
 
