@@ -21,6 +21,7 @@ from dgemma_ext import _C, demo
 from dgemma_ext.engine import cuda_graphs
 from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.model import MatmulMode, Network
+from dgemma_ext.sampling.adapter_rows import AdapterRows
 from dgemma_ext.sampling.constraint import Constraint, Constraints
 from models import random_model
 from test_loop import SAMPLER, plain, prompts
@@ -55,6 +56,29 @@ class Graph:
 
     def raw_cuda_graph(self) -> int:
         return id(self)
+
+
+class GraphWithoutUpdates(Graph):
+    """A captured step that finds the adapters of its rows written, as a GPU's must: no host writes while it runs."""
+
+    is_running: ClassVar[bool] = False
+
+    def __init__(self, place: object, step: Callable[[], None]) -> None:
+        def run() -> None:
+            GraphWithoutUpdates.is_running = True
+            step()
+            GraphWithoutUpdates.is_running = False
+
+        super().__init__(place, run)
+
+    @classmethod
+    def updated(cls, update: Callable[[AdapterRows], None]) -> Callable[[AdapterRows], None]:
+        def checked(rows: AdapterRows) -> None:
+            before = (rows.version, rows._written)
+            update(rows)
+            assert not cls.is_running or before == (rows.version, rows._written)
+
+        return checked
 
 
 class GraphLoop:
@@ -242,8 +266,11 @@ def test_rows_with_adapters_are_captured_when_they_come(driver: str, monkeypatch
         return capture(self, constrained, adapted)
 
     monkeypatch.setattr(cuda_graphs.CudaGraphRunner, "_capture", counted)
+    if driver != "eager":
+        monkeypatch.setattr(cuda_graphs, "_captured", GraphWithoutUpdates)
+        monkeypatch.setattr(AdapterRows, "update", GraphWithoutUpdates.updated(AdapterRows.update))
     make = cuda_graphs.CudaEagerRunner if driver == "eager" else cuda_graphs.cuda_runner
-    scheduler = dg.Scheduler(model, 2, 100, batched=True, driver=driver, make_runner=make)
+    scheduler = dg.Scheduler(model, 2, 100, batched=True, driver=driver, make_runner=make, prefix_cache_bytes=1 << 24)
     both = (False, True)
     rounds: list[tuple[list[str | None], list[tuple[bool, bool]]]] = [
         ([None, None], []),
@@ -252,6 +279,8 @@ def test_rows_with_adapters_are_captured_when_they_come(driver: str, monkeypatch
         (["three", "one"], [both]),
         (["experts", "one"], []),
         ([None, None], []),
+        # All of it is in the prefix cache, so that no step with tokens to encode comes before the captured one.
+        (["one", "two"], [both]),
     ]
     for names, new in rounds:
         if "three" in names:
