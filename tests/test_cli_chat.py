@@ -112,8 +112,8 @@ def test_a_bad_typed_line_is_told_and_the_chat_goes_on(
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch: pytest.MonkeyPatch, presses: int) -> None:
     original = dg.Chat.stream
 
-    def interrupted(self: dg.Chat, text: str, *rest: Any) -> Iterator[dg.Draft | dg.Commit]:
-        for event in original(self, text, *rest):
+    def interrupted(self: dg.Chat, text: str, *rest: Any, **named: Any) -> Iterator[dg.Draft | dg.Commit]:
+        for event in original(self, text, *rest, **named):
             if text == "stop me":
                 for _ in range(presses):
                     os.kill(os.getpid(), signal.SIGINT)

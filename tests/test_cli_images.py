@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -95,6 +98,23 @@ def test_images_in_a_chat(checkpoint: str, files: list[str], monkeypatch: pytest
     assert run.code == 0, run.err
     assert [ids.count(TOKEN) for ids in seen] == [60, 60, 184, 0]
     assert run.err.count("(the image takes 60 tokens; it goes before the next message)") == 2
+
+
+def test_a_turn_that_is_stopped_leaves_its_images(
+    checkpoint: str, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the question had not been asked."""
+    seen = prompts_of(monkeypatch)
+    original = dg.Chat.stream
+
+    def stopped(self: dg.Chat, text: str, *rest: Any, **named: Any) -> Iterator[dg.Draft | dg.Commit]:
+        yield from itertools.islice(original(self, text, *rest, **named), 0 if text == "stop me" else None)
+
+    monkeypatch.setattr(dg.Chat, "stream", stopped)
+    lines = [f"/image {files[0]}", "stop me", "Again?", "And?"]
+    run = dgemma("chat", checkpoint, "--image-tokens", "70", *SHORT, stdin="\n".join(lines) + "\n")
+    assert "(stopped; the turn is taken back)" in run.err
+    assert [ids.count(TOKEN) for ids in seen] == [60, 60]
 
 
 BAD = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, cast
@@ -94,8 +94,7 @@ class _Session:
                 results, self._results = self._results, []
                 self._answer([{"role": "tool", "content": result} for result in results])
         elif line:
-            given, self._images = self._images, []
-            self._answer(checked_text("the message", line), given or None)
+            self._answer(checked_text("the message", line), self._images)
         return True
 
     def _begin(self) -> Chat:
@@ -108,9 +107,9 @@ class _Session:
             **settings.prompting,
         )
 
-    def _answer(self, turn: str | list[dict[str, Any]], given: list[PromptImage] | None = None) -> None:
+    def _answer(self, turn: str | list[dict[str, Any]], given: Sequence[PromptImage] = ()) -> None:
         asked, seed = self._arguments, self._seed + self._turn
-        stream = self._chat.stream(turn, asked.max_new_tokens, asked.sampler, seed, images=given)
+        stream = self._chat.stream(turn, asked.max_new_tokens, asked.sampler, seed, images=given or None)
         # Closing the stream before its end takes the turn back.
         with closing(cast(Generator[Draft | Commit], stream)) as events, _stop_on_interrupt() as stopped:
             try:
@@ -123,6 +122,8 @@ class _Session:
             _print_note("(stopped; the turn is taken back)")
         else:
             self._turn += 1
+            if given:
+                self._images = []
 
 
 def _typed_lines(asks_for: Callable[[], str]) -> Iterator[str]:
