@@ -16,7 +16,8 @@ endif()
 set(dgemma_flags_scalar "")
 set(dgemma_flags_avx2 -mavx2 -mfma -mf16c)
 set(dgemma_flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
-set(dgemma_flags_avx512_bf16 ${dgemma_flags_avx512} -mavx512bf16)
+# Every processor with dot products of bfloat16 has those of int8 too (Cooper Lake, Sapphire Rapids, Zen 4).
+set(dgemma_flags_avx512_bf16 ${dgemma_flags_avx512} -mavx512bf16 -mavx512vnni)
 
 function(dgemma_add_cpu_table family table variant)
   set(header "${family}/cpu/${table}_table.h")

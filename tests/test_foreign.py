@@ -106,9 +106,9 @@ QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quant_method is 'gptq' \(GPTQ\)"),
     "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quant_method is 'awq' \(AWQ\)"),
     "bnb": ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method is 'bitsandbytes'"),
-    "int8": (
-        {"quantization_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
-        r"format is 'int-quantized' \(INT8\)",
+    "int8, older": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "naive-quantized"}},
+        r"format is 'naive-quantized' \(INT8\)",
     ),
     "int8, packed": (
         {

@@ -27,7 +27,7 @@ from dgemma_ext.model import ModelWeights, load_weights
 from dgemma_ext.ops.formats import QuantizedWeight
 from quantized_checkpoints import requantize, schemes, unfuse
 
-FORMATS = ["fp8", "int4", "int4-64", "nvfp4"]
+FORMATS = ["fp8", "int8", "int4", "int4-64", "nvfp4"]
 
 
 @pytest.fixture
@@ -64,7 +64,8 @@ def test_the_file_holds_what_quantizing_while_loading_makes(to: str, source: Pat
     assert_same(written.embed_tokens, direct.embed_tokens)
     assert {error.layer for error in errors} == {0, 1, 2}
     for error in errors:
-        assert 0.01 < error.relative < (0.04 if to == "fp8" else 0.11), error
+        least, most = {"fp8": (0.01, 0.04), "int8": (0.003, 0.01)}.get(to, (0.01, 0.11))
+        assert least < error.relative < most, error
         assert error.relative < 0.99 * error.relative_before, error
     # The other files of the folder are copied.
     for name in ("generation_config.json", "tokenizer.json"):
@@ -262,8 +263,8 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr().err
 
     out = str(tmp_path / "out")
-    assert "--to must be one of fp8, int4, int4-32, int4-64, int4-128, nvfp4, got 'int8'" in complaint(
-        str(source), out, "--to", "int8"
+    assert "--to must be one of fp8, int8, int4, int4-32, int4-64, int4-128, nvfp4, got 'int3'" in complaint(
+        str(source), out, "--to", "int3"
     )
     assert "parts must be one of experts, attention, mlp, got 'router'" in complaint(
         str(source), out, "--to", "fp8", "--parts", "experts,router"

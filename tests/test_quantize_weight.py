@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from backend import VARIANTS, cpu_only
-from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 from dgemma_ext.ops.plain import quantize as plain
 from dgemma_ext.ops.quantize import Quantized, quantize, quantize_weight
 
-KINDS = [("fp8", 0), ("int4", 32), ("int4", 64), ("int4", 128), ("nvfp4", 0)]
+KINDS = [("fp8", 0), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 128), ("nvfp4", 0)]
 COLUMNS = 256
 
 
@@ -36,6 +36,8 @@ def hard_rows(name: str) -> Tensor:
 def by_the_largest(matrix: Tensor, name: str, group: int) -> QuantizedWeight:
     if name == "int4":
         return Int4Weight.quantize(matrix, group)
+    if name == "int8":
+        return Int8Weight.quantize(matrix)
     return Fp8Weight.quantize(matrix) if name == "fp8" else Nvfp4Weight.quantize(matrix)
 
 
@@ -52,7 +54,7 @@ def test_no_group_loses_more_than_under_the_largest_value(name: str, group: int,
     matrix = hard_rows(name)
     importance = torch.rand(COLUMNS).pow(6) if weighed else None
     made = quantize([matrix], name, group, importance)[0]
-    columns = group or (COLUMNS if name == "fp8" else 16)
+    columns = group or (16 if name == "nvfp4" else COLUMNS)
     usual = by_the_largest(matrix, name, group)
     if isinstance(made.weight, Nvfp4Weight):
         usual = Nvfp4Weight.quantize(matrix, global_scales=made.weight.global_scales)
@@ -103,7 +105,7 @@ def test_the_same_bits_by_every_instruction_set(
 
 
 @cpu_only
-@pytest.mark.parametrize(("name", "group"), KINDS[:4])
+@pytest.mark.parametrize(("name", "group"), KINDS[:5])
 def test_values_whose_squares_are_no_numbers_keep_the_usual_scale(name: str, group: int) -> None:
     matrix = torch.randn(2, COLUMNS) * 1e37
     usual, made = by_the_largest(matrix, name, group), quantize([matrix], name, group)[0].weight
@@ -126,7 +128,7 @@ def test_the_form_in_torch(name: str, group: int) -> None:
     matrix[0] = 0.0
     made = quantize([matrix], name, group, importance)[0]
     scale = float(made.weight.global_scales) if isinstance(made.weight, Nvfp4Weight) else 1.0
-    columns = group or (COLUMNS if name == "fp8" else 16)
+    columns = group or (16 if name == "nvfp4" else COLUMNS)
     values = torch.empty_like(made.weight.values)
     scales, errors = torch.empty(12, COLUMNS // columns), torch.empty(12, 3, dtype=torch.float64)
     plain.quantize_weight(matrix, importance, FORMATS[name].number, scale, values, scales, errors)
@@ -154,7 +156,7 @@ def test_refusals() -> None:
         return str(raised.value)
 
     quantize_weight(weight, None, 2, 1.0, values, scales, errors)
-    assert complaint(format=9).startswith("format: got 9, wants 1 (fp8), 2 (int4), 3 (nvfp4)")
+    assert complaint(format=9).startswith("format: got 9, wants 1 (fp8), 2 (int4), 3 (nvfp4), 4 (int8)")
     assert complaint(multiplier=0.0) == "multiplier: got 0, wants a number above 0"
     assert complaint(multiplier=float("nan")) == "multiplier: got nan, wants a finite number"
     assert "scales: got 3 for a row of 64 columns of INT4" in complaint(scales=torch.empty(4, 3))

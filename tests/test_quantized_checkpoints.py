@@ -176,7 +176,7 @@ def assert_refused(folder: Path, tensor: str | None, match: str) -> None:
     ("field", "value", "match"),
     [
         ("quant_method", "gptq", r"quant_method is 'gptq' \(GPTQ\); supported: compressed-tensors, modelopt"),
-        ("format", "marlin-24", "format is 'marlin-24'; supported: float-quantized, pack-quantized"),
+        ("format", "marlin-24", "format is 'marlin-24'; supported: float-quantized, int-quantized, pack-quantized"),
         ("quantization_status", "frozen", "quantization_status is 'frozen'; supported: compressed"),
         ("config_groups.group_0.weights.symmetric", False, "config_groups.group_0.weights.symmetric is False"),
         ("config_groups.group_0.weights.actorder", "group", "config_groups.group_0.weights.actorder is 'group'"),
@@ -314,10 +314,10 @@ def test_asymmetric_weights(folder: Path) -> None:
     assert_refused(folder, name, "not supported .weight_zero_point.; supported: symmetric")
 
 
-@pytest.mark.parametrize("asked", ["fp4", "int4-16", "int8", "", "fp8-32"])
+@pytest.mark.parametrize("asked", ["fp4", "int4-16", "int2", "", "fp8-32"])
 def test_an_unknown_target_format(asked: str, folder: Path) -> None:
     with pytest.raises(
-        ValueError, match="weights must be one of auto, unquantized, fp8, int4, int4-32, int4-64, int4-128, nv"
+        ValueError, match="weights must be one of auto, unquantized, fp8, int8, int4, int4-32, int4-64, int4-128, nv"
     ):
         dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights=asked)
 

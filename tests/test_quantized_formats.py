@@ -14,6 +14,7 @@ from dgemma_ext.ops.formats import (
     FORMATS,
     Fp8Weight,
     Int4Weight,
+    Int8Weight,
     Nvfp4Weight,
     QuantizedWeight,
     format_by_number,
@@ -27,6 +28,12 @@ def test_every_fp8_code() -> None:
     exact = codes.view(torch.float8_e4m3fn).double()
     scales = torch.tensor([0.375])
     assert torch.equal(Fp8Weight(codes, scales).dequantized(torch.float32).double(), exact * 0.375)
+
+
+def test_every_int8_code() -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8)[None]
+    weight = Int8Weight(codes.view(torch.uint8), torch.tensor([0.375]))
+    assert weight.dequantized(torch.float32)[0].tolist() == [0.375 * code for code in range(-128, 128)]
 
 
 def test_every_int4_code() -> None:
@@ -55,7 +62,7 @@ def test_ties_of_e2m1_go_to_the_even_code() -> None:
     assert weight.dequantized(torch.float32)[0].tolist() == wanted + [-value for value in wanted]
 
 
-@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int4", 0.11), ("nvfp4", 0.11)])
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int8", 0.012), ("int4", 0.11), ("nvfp4", 0.11)])
 def test_error_of_normal_weights(name: str, bound: float) -> None:
     """The error of normal weights, which a wrong scale or a swapped pair of columns would far exceed."""
     weight = torch.randn(64, 256)
@@ -78,6 +85,8 @@ def test_experts_are_quantized_one_by_one(name: str) -> None:
 def quantized(name: str, weight: Tensor) -> QuantizedWeight:
     if name == "int4":
         return Int4Weight.quantize(weight, 32)
+    if name == "int8":
+        return Int8Weight.quantize(weight)
     return Fp8Weight.quantize(weight) if name == "fp8" else Nvfp4Weight.quantize(weight)
 
 
@@ -109,5 +118,5 @@ def test_a_weight_comes_back_from_what_kernels_take(name: str) -> None:
 def test_a_format_that_is_in_no_list_is_not_taken_for_another() -> None:
     with pytest.raises(KeyError, match="int3"):
         Target("int3", 32, ("experts",)).quantize([torch.randn(8, 64)])
-    with pytest.raises(KeyError, match="4"):
-        format_by_number(4)
+    with pytest.raises(KeyError, match="5"):
+        format_by_number(5)

@@ -16,7 +16,8 @@ bool cpu_variant_available(dgemma_cpu_variant variant) {
                       __builtin_cpu_supports("avx512vl");
   if (variant == DGEMMA_CPU_AVX2) return avx2;
   if (variant == DGEMMA_CPU_AVX512) return avx512;
-  if (variant == DGEMMA_CPU_AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (variant == DGEMMA_CPU_AVX512_BF16)
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
   return false;
 }

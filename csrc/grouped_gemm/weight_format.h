@@ -47,6 +47,14 @@ constexpr WeightFormat describe(dgemma_weight_format format) {
               .least_group = 16,
               .most_group = 16,
               .column_multiple = 16};
+    case DGEMMA_WEIGHTS_INT8:
+      return {.name = "INT8",
+              .bits = 8,
+              .scale_bytes = 0,
+              .scales_are_bfloat16_or_half = false,
+              .least_group = 0,
+              .most_group = 0,
+              .column_multiple = 1};
   }
   return {};  // no format: see is_weight_format
 }

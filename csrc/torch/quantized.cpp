@@ -15,9 +15,11 @@ void Operands::check_format(const Argument& argument) const {
     case DGEMMA_WEIGHTS_FP8:
     case DGEMMA_WEIGHTS_INT4:
     case DGEMMA_WEIGHTS_NVFP4:
+    case DGEMMA_WEIGHTS_INT8:
       return;
   }
-  refuse(argument.name, std::to_string(static_cast<int>(format)), "1 (fp8), 2 (int4) or 3 (nvfp4)");
+  refuse(argument.name, std::to_string(static_cast<int>(format)),
+         "1 (fp8), 2 (int4), 3 (nvfp4) or 4 (int8)");
 }
 
 // Messages give shapes in columns; a byte of a 4-bit format holds two.
@@ -30,7 +32,7 @@ void Operands::check_codes(const Argument& argument, const Tensor& tensor) {
   const int64_t columns = wanted.back();
   wanted.back() = stored_row_bytes(codes, columns);
   if (got != wanted) {
-    const int64_t in_a_byte = codes.format == DGEMMA_WEIGHTS_FP8 ? 1 : 2;
+    const int64_t in_a_byte = is_weight_format(codes.format) ? 8 / describe(codes.format).bits : 2;
     got.back() *= in_a_byte;
     wanted.back() = columns;
     refuse(argument.name, "shape " + describe(got), describe(wanted));

@@ -37,6 +37,7 @@ void Sizes::put_format(Field field, int64_t format) {
   matrix.scale_dtype = DGEMMA_BFLOAT16;
   switch (matrix.format) {
     case DGEMMA_WEIGHTS_FP8:
+    case DGEMMA_WEIGHTS_INT8:
       matrix.group = 0;
       break;
     case DGEMMA_WEIGHTS_INT4:
@@ -46,7 +47,7 @@ void Sizes::put_format(Field field, int64_t format) {
       matrix.group = 16;
       break;
     default:
-      throw std::invalid_argument("format: got " + std::to_string(format) + ", wants 1, 2 or 3");
+      throw std::invalid_argument("format: got " + std::to_string(format) + ", wants 1, 2, 3 or 4");
   }
   put(field, matrix);
 }

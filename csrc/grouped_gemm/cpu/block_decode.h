@@ -31,6 +31,8 @@ constexpr int block_place(int i) {
       return i % 2 * 16 + i / 2;
     case DGEMMA_WEIGHTS_NVFP4:
       return i / 16 * 16 + i % 2 * 8 + i % 16 / 2;
+    case DGEMMA_WEIGHTS_INT8:  // not decoded
+      break;
   }
   __builtin_unreachable();
 }

@@ -98,35 +98,42 @@ struct Prefetcher {
 // fold<w>(a, b): in each run of 2w lanes, lane i plus lane i + w; the sums of a and of b share the
 // result. Four (three) levels turn 16 (8) accumulators into one register of their sums.
 #if defined(__AVX512F__)
-inline Floats fold8(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold8(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
          __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
                                  31);
 }
-inline Floats fold4(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold4(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
-inline Floats fold2(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold2(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
          __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
-inline Floats fold1(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold1(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 // The lane that input i's sum ends in.
 constexpr int folded_lane(int i) { return (i & 3) * 4 + ((i >> 3) & 1) * 2 + ((i >> 2) & 1); }
 #elif defined(__AVX2__)
-inline Floats fold4(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold4(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
          __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
 }
-inline Floats fold2(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold2(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
          __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 }
-inline Floats fold1(Floats a, Floats b) {
+template <typename Vector>
+inline Vector fold1(Vector a, Vector b) {
   return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
          __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
@@ -137,11 +144,11 @@ constexpr int folded_lane(int i) { return i; }
 
 // The sums of `count` (at most kLanes) accumulators; sum i is in lane folded_lane(i), the other
 // lanes repeat some of them.
-template <int count>
-__attribute__((always_inline)) inline Floats fold_all(const Floats* sums) {
+template <int count, typename Vector>
+__attribute__((always_inline)) inline Vector fold_all(const Vector* sums) {
   static_assert(count >= 1 && count <= kLanes);
 #if defined(__AVX2__)
-  Floats level[kLanes];
+  Vector level[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < count; ++i) level[i] = sums[i];
   int n = count;
@@ -152,11 +159,11 @@ __attribute__((always_inline)) inline Floats fold_all(const Floats* sums) {
     n = (n + 1) / 2;
   };
 #if defined(__AVX512F__)
-  halve(fold8);
+  halve(fold8<Vector>);
 #endif
-  halve(fold4);
-  halve(fold2);
-  halve(fold1);
+  halve(fold4<Vector>);
+  halve(fold2<Vector>);
+  halve(fold1<Vector>);
   return level[0];
 #else
   return sums[0];

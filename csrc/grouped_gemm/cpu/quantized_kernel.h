@@ -1,10 +1,11 @@
-// The tasks of the experts and of a dense projection with weights of 4 and 8 bits: by blocks where
-// they are taken, or by rows decoded before a tile. Compiled once per instruction set; see
-// cpu/vector.h for what that forbids.
+// The tasks of the experts and of a dense projection with weights of 4 and 8 bits: INT8 as
+// integers, the others by blocks where they are taken, or by rows decoded before a tile. Compiled
+// once per instruction set; see cpu/vector.h for what that forbids.
 #pragma once
 
 #include "grouped_gemm/cpu/block_kernel.h"
 #include "grouped_gemm/cpu/dense_kernel.h"
+#include "grouped_gemm/cpu/int8_kernel.h"
 #include "grouped_gemm/cpu/moe_kernel.h"
 
 namespace dgemma {
@@ -15,6 +16,8 @@ void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_ro
                             int64_t end_row) {
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
+  if (pass.quantized_gate_up->format == DGEMMA_WEIGHTS_INT8)
+    return int8_gate_up_task<T>(pass, group, first_row, end_row);
 #if defined(__AVX512BW__)
   if (takes_blocks<T>(size, k)) return gate_up_blocks(pass, group, first_row, end_row);
 #endif
@@ -31,6 +34,8 @@ void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_ro
 template <typename T>
 void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
   const int64_t k = pass.expert_size;
+  if (pass.quantized_down->format == DGEMMA_WEIGHTS_INT8)
+    return int8_down_task<T>(pass, group, first_row, end_row);
 #if defined(__AVX512BW__)
   if (takes_blocks<T>(pass.hidden_size, k)) return down_blocks(pass, group, first_row, end_row);
 #endif
@@ -47,6 +52,8 @@ template <typename T>
 void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
                           int64_t end_row) {
   const int64_t k = op.in_features;
+  if (weight->format == DGEMMA_WEIGHTS_INT8)
+    return int8_dense_task<T>(op, *weight, first_row, end_row);
 #if defined(__AVX512BW__)
   if (takes_blocks<T>(op.out_features, k)) return dense_blocks(op, *weight, first_row, end_row);
 #endif

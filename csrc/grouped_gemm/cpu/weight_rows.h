@@ -122,7 +122,7 @@ class DecodedRows {
   Floats row_scales_[registers_for(kTileTokens * kHalfRows)] = {};
 };
 
-// Calls run(std::integral_constant of the format).
+// Calls run(std::integral_constant of the format) for the formats whose weights are decoded.
 template <typename Run>
 inline void with_format(dgemma_weight_format format, Run run) {
   switch (format) {
@@ -132,6 +132,8 @@ inline void with_format(dgemma_weight_format format, Run run) {
       return run(std::integral_constant<dgemma_weight_format, DGEMMA_WEIGHTS_INT4>{});
     case DGEMMA_WEIGHTS_NVFP4:
       return run(std::integral_constant<dgemma_weight_format, DGEMMA_WEIGHTS_NVFP4>{});
+    case DGEMMA_WEIGHTS_INT8:  // multiplied as they are: cpu/int8_kernel.h
+      return;
   }
 }
 

@@ -76,6 +76,8 @@ const char* quantized_error(const char* name, const dgemma_quantized& matrix,
     return static_cast<const char*>(text);
   };
   if (!is_weight_format(matrix.format)) return say("format", matrix.format, "FP8, INT4 or NVFP4");
+  if (matrix.format == DGEMMA_WEIGHTS_INT8)
+    return say("format", matrix.format, "FP8, INT4 or NVFP4: INT8 has no kernel for a GPU yet");
   const WeightFormat format = describe(matrix.format);
   if (!group_fits(format, matrix.group)) {
     switch (matrix.format) {
@@ -85,6 +87,8 @@ const char* quantized_error(const char* name, const dgemma_quantized& matrix,
         return say("group", matrix.group, "32, 64 or 128 for INT4");
       case DGEMMA_WEIGHTS_NVFP4:
         return say("group", matrix.group, "16 for NVFP4");
+      case DGEMMA_WEIGHTS_INT8:  // refused above
+        break;
     }
   }
   if (format.scales_are_bfloat16_or_half && matrix.scale_dtype != DGEMMA_BFLOAT16 &&

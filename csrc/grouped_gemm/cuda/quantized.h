@@ -36,8 +36,10 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
       return matrix.scale_dtype == DGEMMA_FLOAT16 ? Encoding::kInt4Float16 : Encoding::kInt4;
     case DGEMMA_WEIGHTS_NVFP4:
       return Encoding::kNvfp4;
+    case DGEMMA_WEIGHTS_INT8:
+      break;
   }
-  __builtin_unreachable();  // quantized_error has refused what is no format
+  __builtin_unreachable();  // quantized_error has refused INT8, and what is no format
 }
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);

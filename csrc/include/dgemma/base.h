@@ -70,7 +70,7 @@ typedef enum dgemma_cpu_variant {
   DGEMMA_CPU_SCALAR = 0,     /* plain C++: the same bits on every machine */
   DGEMMA_CPU_AVX2 = 1,       /* AVX2, FMA, F16C */
   DGEMMA_CPU_AVX512 = 2,     /* AVX-512 F, BW, DQ, VL */
-  DGEMMA_CPU_AVX512_BF16 = 3 /* the same with bf16 dot products */
+  DGEMMA_CPU_AVX512_BF16 = 3 /* the same with dot products of bf16 and of int8 */
 } dgemma_cpu_variant;
 
 /* Where a CPU call runs.

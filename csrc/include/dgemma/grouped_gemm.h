@@ -75,23 +75,30 @@ DGEMMA_API dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* 
  *   FP8     values e4m3, one a byte                      w = value * factor
  *   INT4    values q + 8 in 4 bits, q in [-8, 8)         w = q * scale[r, k / group] * factor
  *   NVFP4   values e2m1 in 4 bits                        w = value * scale[r, k / 16] * factor
+ *   INT8    values int8, one a byte                      w = value * factor, times rounded inputs
  *
  * Of two values in a byte the even column has the low half. Rows follow each other without gaps:
- * columns (FP8) or columns / 2 bytes, and ceil(columns / group) scales. This is the layout of the
- * compressed-tensors formats float-quantized, pack-quantized and nvfp4-pack-quantized with their
- * experts stacked, so a checkpoint's bytes are used as they lie.
+ * columns (FP8, INT8) or columns / 2 bytes, and ceil(columns / group) scales. This is the layout of
+ * the compressed-tensors formats float-quantized, pack-quantized, nvfp4-pack-quantized and
+ * int-quantized with their experts stacked, so a checkpoint's bytes are used as they lie.
+ *
+ * By INT8 the inputs are rounded too, as int-quantized checkpoints with dynamic activations mean
+ * it: each row of input, and of h, is divided by its largest magnitude / 127 and rounded to the
+ * nearest integer (ties to even). Products are summed exactly, and multiplied by that quotient and
+ * then by the factor in fp32: a sum has the same bits on every machine. On the CPU alone so far.
  */
 typedef enum dgemma_weight_format {
   DGEMMA_WEIGHTS_FP8 = 1,
   DGEMMA_WEIGHTS_INT4 = 2,
-  DGEMMA_WEIGHTS_NVFP4 = 3
+  DGEMMA_WEIGHTS_NVFP4 = 3,
+  DGEMMA_WEIGHTS_INT8 = 4
 } dgemma_weight_format;
 
 typedef struct dgemma_quantized {
   dgemma_weight_format format;
-  int32_t group;            /* columns that share a scale: INT4 32, 64 or 128, NVFP4 16, FP8 0 */
-  const void* values;       /* 16-byte aligned on a GPU */
-  const void* scales;       /* INT4: of scale_dtype; NVFP4: e4m3; FP8: NULL */
+  int32_t group;      /* columns that share a scale: INT4 32, 64 or 128, NVFP4 16, FP8, INT8 0 */
+  const void* values; /* 16-byte aligned on a GPU */
+  const void* scales; /* INT4: of scale_dtype; NVFP4: e4m3; FP8, INT8: NULL */
   dgemma_dtype scale_dtype; /* INT4: DGEMMA_BFLOAT16 or DGEMMA_FLOAT16; else not looked at */
   const float* factors;     /* one for each rows_per_factor rows in turn; NULL stands for 1 */
   int64_t rows_per_factor;  /* a divisor of the expert_size of gate_up and of the rows of others */

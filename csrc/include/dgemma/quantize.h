@@ -15,14 +15,14 @@ extern "C" {
  *   s    = among those from a part to a multiple of largest |x| / M * multiplier, that with the
  *          least sum over the group of importance * (code * s / multiplier - x)^2
  *
- * with M = 7.5 (INT4), 448 (FP8), 6 (NVFP4). The scale of largest |x| / M itself is
+ * with M = 7.5 (INT4), 127.5 (INT8), 448 (FP8), 6 (NVFP4). The scale of largest |x| / M itself is
  * taken where none of the others loses less; where it rounds to zero, all codes are those of zero.
  * The same bits on every machine, whatever the variant. Values that are not finite give no meaning.
  */
 typedef struct dgemma_quantize_weight {
   int64_t rows;
   int64_t columns;   /* up to 16,384 */
-  int64_t groups;    /* 1 for FP8 */
+  int64_t groups;    /* 1 for FP8 and INT8 */
   int64_t row_bytes; /* of values: columns, or columns / 2 for formats of 4 bits */
   dgemma_weight_format format;
   float multiplier; /* of scales before they are rounded: NVFP4's global scale, 1 for the others */

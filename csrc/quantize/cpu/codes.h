@@ -101,6 +101,19 @@ struct Int4 {
   static Ints codes(Floats nearest) { return __builtin_convertvector(nearest, Ints) + 8; }
 };
 
+// The scales of a row are few, and its many columns leave little to choose.
+struct Int8 {
+  typedef Bfloat16Scales Scales;
+  static constexpr float kMost = 127.5f;
+  static constexpr float kFrom = 0.6f, kTo = 1.0f;
+  static constexpr int kStep = 4;
+  static constexpr bool kTwoToAByte = false;
+  static Floats nearest(Floats x) {
+    return round_to_multiple(min(max(x, broadcast(-128.0f)), broadcast(127.0f)), broadcast(1.0f));
+  }
+  static Ints codes(Floats nearest) { return __builtin_convertvector(nearest, Ints) & 0xff; }
+};
+
 // An octave above the usual scale: beyond it rounding repeats itself, below it values are cut off.
 struct Fp8 {
   typedef Bfloat16Scales Scales;

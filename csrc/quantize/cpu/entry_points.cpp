@@ -46,7 +46,8 @@ dgemma_status check(const dgemma_quantize_weight& op, dgemma_cpu* cpu) {
     return status;
   if (const auto status = check_dtype(op.dtype, cpu)) return status;
   if (!is_weight_format(op.format))
-    return fail(cpu, DGEMMA_UNSUPPORTED, "format: got %d, wants 1 (fp8), 2 (int4), 3 (nvfp4)",
+    return fail(cpu, DGEMMA_UNSUPPORTED,
+                "format: got %d, wants 1 (fp8), 2 (int4), 3 (nvfp4), 4 (int8)",
                 static_cast<int>(op.format));
   if (const auto status = check_groups(op, cpu)) return status;
   if (!std::isfinite(op.multiplier) || !(op.multiplier > 0.0f))

@@ -13,6 +13,6 @@ namespace dgemma {
 typedef void (*QuantizeTask)(const dgemma_quantize_weight& op, int64_t first_row, int64_t end_row);
 
 // Indexed by dgemma_weight_format - 1 and by dgemma_dtype.
-DGEMMA_DECLARE_PER_VARIANT(QuantizeTask quantize_tasks[3][2])
+DGEMMA_DECLARE_PER_VARIANT(QuantizeTask quantize_tasks[4][2])
 
 }  // namespace dgemma

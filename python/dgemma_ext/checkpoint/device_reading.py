@@ -11,7 +11,7 @@ from torch import Tensor
 from dgemma_ext.checkpoint.reading import CHUNK_ELEMENTS, MappedFiles, Weight, WeightReader, stack_weights
 from dgemma_ext.checkpoint.staging import StagedCopies
 from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored
-from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -19,6 +19,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
     "I32": torch.int32,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 
@@ -147,8 +148,10 @@ class DeviceReader:
         self._staged.flush()
         shape = (len(matrices), len(matrices[0]) * first.shape[0])
         values, scales = parts["values"].view(torch.uint8).reshape(*shape, -1), parts["scales"]
-        self._check_scales(scales, names["scales"])
+        self._check_scales(scales, names["scales"], zero=first.kind != "int8")
         match first.kind:
+            case "int8":
+                return Int8Weight(values, scales.float().expand(-1, first.shape[0]).reshape(shape).contiguous())
             case "fp8":
                 self._check_codes(values, names["values"])
                 # One scale for each row, or one for all.

@@ -25,13 +25,12 @@ _CALLED = {
     "bitsandbytes": "bitsandbytes",
     "fp8": "FP8 with a scale for each block",
     "gptq": "GPTQ",
-    "int-quantized": "INT8",
     "naive-quantized": "INT8",
     "mxfp4": "MXFP4",
 }
 
 # compressed-tensors' names of layouts, and ModelOpt's of algorithms.
-_LAYOUTS = ("float-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")
+_LAYOUTS = ("float-quantized", "int-quantized", "pack-quantized", "nvfp4-pack-quantized", "dense", "mixed-precision")
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 
 # Attributes of LayerWeights by the part of a layer that they belong to.
@@ -42,9 +41,10 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 # The parts that published checkpoints of each format quantize (RedHatAI FP8-dynamic, cyankiwi INT4, nvidia NVFP4).
 _USUAL_PARTS = {"fp8": ("experts", "attention", "mlp"), "int4": ("experts", "attention"), "nvfp4": ("experts",)}
+_USUAL_PARTS["int8"] = _USUAL_PARTS["fp8"]  # as in aidendle94's INT8-dynamic
 
 # What weights can be quantized to; "int4" has groups of 32.
-_TARGETS = ("fp8", "int4", *(f"int4-{group}" for group in INT4_GROUPS), "nvfp4")
+_TARGETS = ("fp8", "int8", "int4", *(f"int4-{group}" for group in INT4_GROUPS), "nvfp4")
 
 
 def check_quantization_config(section: Any) -> None:
@@ -80,8 +80,28 @@ def check_quantization_config(section: Any) -> None:
             raise _refusal(f"{path}.weights.symmetric", False, ("true",))
         if weights.get("actorder") in ("group", True):
             raise _refusal(f"{path}.weights.actorder", weights.get("actorder"), ("null", "static"))
-        if weights.get("type") == "int" and weights.get("num_bits") != 4:
-            raise _refusal(f"{path}.weights.num_bits", weights.get("num_bits"), ("4 for integers",))
+        if weights.get("type") == "int":
+            _check_integers(path, group, weights, section["format"])
+
+
+def _check_integers(path: str, group: Mapping[str, Any], weights: Mapping[str, Any], layout: str) -> None:
+    """Raises ValueError for integers other than those of 4 bits, and of 8 with inputs that are rounded alike."""
+    bits = weights.get("num_bits")
+    is_int8 = (group.get("format") or layout) == "int-quantized"
+    if bits != (8 if is_int8 else 4):
+        wanted = "8 for integers of int-quantized" if is_int8 else "4 for integers"
+        raise _refusal(f"{path}.weights.num_bits", bits, (wanted,))
+    if not is_int8:
+        return
+    if weights.get("strategy") not in ("channel", "tensor"):
+        raise _refusal(f"{path}.weights.strategy", weights.get("strategy"), ("channel", "tensor"))
+    inputs = group.get("input_activations")
+    if not isinstance(inputs, Mapping):
+        raise _refusal(f"{path}.input_activations", inputs, ("8 bits, dynamic, by token",))
+    settings: dict[str, Any] = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+    for field, wanted in settings.items():
+        if inputs.get(field) != wanted:
+            raise _refusal(f"{path}.input_activations.{field}", inputs.get(field), (str(wanted).lower(),))
 
 
 def _refusal(field: str, got: Any, wanted: tuple[str, ...]) -> ValueError:
@@ -122,8 +142,8 @@ class Target:
 
 
 def parse_target(text: str, parts: Sequence[str] | None = None, name: str = "weights") -> Target:
-    """Parses "fp8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; raises ValueError, naming the argument
-    `name`, for anything else.
+    """Parses "fp8", "int8", "int4" (groups of 32), "int4-64", "int4-128" or "nvfp4"; raises ValueError, naming the
+    argument `name`, for anything else.
 
     `parts` of a layer default to those that the published checkpoints of the format quantize.
     """

@@ -33,14 +33,19 @@ from dgemma_ext.checkpoint.shard_writer import ShardWriter
 from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
 from dgemma_ext.checkpoint.tied import check_copies, published_name
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 
 # The approximate size of a shard.
 _SHARD_BYTES = 1_500_000_000
 _STATE_FILE = "progress.json"
 # The files of a checkpoint that are copied beside its weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
-_LAYOUTS = {"fp8": "float-quantized", "int4": "pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
+_LAYOUTS = {
+    "fp8": "float-quantized",
+    "int8": "int-quantized",
+    "int4": "pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 _IGNORED = ["lm_head", "re:.*embed_tokens.*", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision.*"]
 
 
@@ -295,6 +300,8 @@ def stored_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
             "weight": weight.values.view(torch.float8_e4m3fn),
             "weight_scale": weight.scales[:, None].to(torch.bfloat16),
         }
+    if isinstance(weight, Int8Weight):
+        return {"weight": weight.values.view(torch.int8), "weight_scale": weight.scales[:, None].to(torch.bfloat16)}
     if isinstance(weight, Int4Weight):
         return {
             "weight_packed": weight.values.view(torch.int32),
@@ -320,6 +327,9 @@ def quantization_config(conversion: Conversion) -> dict[str, Any]:
             case "fp8":
                 weights |= {"type": "float", "strategy": "channel"}
                 activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+            case "int8":
+                weights |= {"type": "int", "strategy": "channel"}
+                activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
             case "int4":
                 weights |= {"type": "int", "strategy": "group", "group_size": group}
             case "nvfp4":

@@ -21,7 +21,7 @@ from dgemma_ext.checkpoint.files import CheckpointInfo
 from dgemma_ext.checkpoint.gguf_file import read_tensor
 from dgemma_ext.checkpoint.stored import Experts, Matrix, Stored
 from dgemma_ext.errors import CheckpointError
-from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 from dgemma_ext.units import format_bytes
 
 # Values are checked and copied in pieces of 32 Mi elements: large enough to run at memory speed, small enough for a
@@ -91,8 +91,10 @@ class WeightReader:
         if stored.kind == "unquantized":
             return self.tensor(stored.parts["values"])
         values = self.codes(stored.parts["values"], check_nan=stored.kind == "fp8")
-        scales = self.scales(stored.parts["scales"])
+        scales = self.scales(stored.parts["scales"], zero=stored.kind != "int8")
         match stored.kind:
+            case "int8":
+                return Int8Weight(values, scales.float().reshape(-1).expand(stored.shape[0]).contiguous())
             case "fp8":
                 return Fp8Weight(values, scales.float().reshape(-1).expand(stored.shape[0]).contiguous())
             case "int4":

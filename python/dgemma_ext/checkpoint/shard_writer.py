@@ -30,6 +30,7 @@ _NAMES = {
     torch.float64: "F64",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.int64: "I64",
 }

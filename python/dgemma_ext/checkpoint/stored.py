@@ -5,6 +5,8 @@ The names and dtypes of the stored tensors tell the format, whoever wrote the fi
     unquantized              NAME.weight                  BF16, F16 or F32 [rows, columns]; in GGUF files of any type
     fp8                      NAME.weight                  F8_E4M3 [rows, columns]
                              NAME.weight_scale            BF16, F16 or F32 [rows, 1], [rows] or one
+    int8                     NAME.weight                  I8 [rows, columns]
+                             NAME.weight_scale            as of fp8, none of them zero
     int4 (pack-quantized)    NAME.weight_packed           I32 [rows, columns / 8]
                              NAME.weight_scale            BF16 or F16 [rows, columns / group]
                              NAME.weight_shape            not read
@@ -57,8 +59,9 @@ _ASYMMETRIC = ("weight_zero_point", "weight_g_idx")
 class Matrix:
     """One stored matrix [rows, columns].
 
-    `kind`: "unquantized", "fp8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and "global_scales"
-    to the names in the files; `unread`: names that belong to it and are not used. `group`: columns that share a scale.
+    `kind`: "unquantized", "fp8", "int8", "int4", "nvfp4" or "nvfp4-modelopt". `parts`: "values", "scales" and
+    "global_scales" to the names in the files; `unread`: names that belong to it and are not used. `group`: columns that
+    share a scale.
     """
 
     kind: str
@@ -155,12 +158,14 @@ def _find_matrix(base: str, shape: tuple[int, int], tensors: Tensors) -> Matrix 
         return _int4(base, shape, tensors, unread)
     if weight not in tensors:
         return None
-    if tensors[weight].dtype == "F8_E4M3":
+    dtype = tensors[weight].dtype
+    if dtype in ("F8_E4M3", "I8"):
         rows = shape[0]
         scales = _part(base, "weight_scale", tensors)
-        _check(tensors, weight, shape, ("F8_E4M3",))
+        _check(tensors, weight, shape, (dtype,))
         _check_one_of(tensors, scales, ((rows, 1), (rows,), (1,), ()), FLOAT_DTYPES)
-        return Matrix("fp8", shape, _names(tensors, values=weight, scales=scales), unread)
+        kind = "fp8" if dtype == "F8_E4M3" else "int8"
+        return Matrix(kind, shape, _names(tensors, values=weight, scales=scales), unread)
     if tensors[weight].dtype == "U8":
         return _nvfp4(base, weight, "weight_scale_2", shape, tensors, unread)
     _check(tensors, weight, shape, FLOAT_DTYPES + GGUF_DTYPES)

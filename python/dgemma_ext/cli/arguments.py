@@ -249,13 +249,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--to",
         required=True,
         metavar="FORMAT",
-        help="fp8 (a scale per row), int4 (a scale per 32 columns), int4-64, int4-128, or nvfp4",
+        help="fp8 or int8 (a scale per row), int4 (a scale per 32 columns), int4-64, int4-128, or nvfp4",
     )
     quantize.add_argument(
         "--parts",
         metavar="PART,...",
-        help="some of experts, attention, mlp; default, as published checkpoints do: all of them for fp8, experts and "
-        "attention for int4, experts for nvfp4",
+        help="some of experts, attention, mlp; default, as published checkpoints do: all of them for fp8 and int8, "
+        "experts and attention for int4, experts for nvfp4",
     )
     quantize.add_argument(
         "--calibrate",

@@ -68,7 +68,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="auto",
         metavar="FORMAT",
-        help="fp8, int4, int4-64, int4-128 or nvfp4 quantizes weights while loading, unquantized does the reverse "
+        help="fp8, int8, int4, int4-64, int4-128 or nvfp4 quantizes weights while loading, unquantized the reverse "
         "(default: auto, as stored)",
     )
 

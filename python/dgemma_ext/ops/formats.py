@@ -1,8 +1,8 @@
 """The formats of quantized weights: one small type each, for loader, kernels and tests alike.
 
 A matrix is [..., rows, columns] and stands for `weight` in `input @ weight.T`; experts have a leading dimension. Codes
-are stored as bytes: one in a byte (fp8), or two with the even column in the low half (int4, nvfp4). That is the layout
-of the public compressed-tensors formats, so what a checkpoint holds is used as it lies. `csrc/include/dgemma/
+are stored as bytes: one in a byte (fp8, int8), or two with the even column in the low half (int4, nvfp4). That is the
+layout of the public compressed-tensors formats, so what a checkpoint holds is used as it lies. `csrc/include/dgemma/
 grouped_gemm.h` says the same in C.
 """
 
@@ -19,8 +19,10 @@ from torch import Tensor
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 _E2M1_MAX = 6.0
-# An int4 code is in [-8, 7]; compressed-tensors scales the largest magnitude to the middle of both ends.
+# An int4 code is in [-8, 7], one of int8 in [-128, 127]; compressed-tensors scales the largest magnitude to the middle
+# of both ends.
 _INT4_MAX = 7.5
+_INT8_MAX = 127.5
 
 INT4_GROUPS = (32, 64, 128)
 NVFP4_GROUP = 16
@@ -127,6 +129,46 @@ class Fp8Weight(QuantizedWeight):
     @classmethod
     def codes_of(cls, x: Tensor) -> Tensor:
         return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        return cls(values, _present(cls, row_scales))
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight(QuantizedWeight):
+    """Numbers q in [-128, 128) with a scale for every row: w = q * scale. What they multiply is rounded to int8 too,
+    each row under its largest magnitude / 127. `values`: the bytes of int8 as uint8. `scales`: float32 [..., rows].
+    """
+
+    scales: Tensor
+
+    name = "int8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def kernel_row_scales(self) -> Tensor:
+        return self.scales
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        return (self.values.view(torch.int8).float() * self.scales[..., None]).to(dtype)
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """The nearest q under a row's largest magnitude / 127.5, rounded to bfloat16 as checkpoints store it."""
+        scales = _scales_of(weight.float().abs().amax(-1) / _INT8_MAX, torch.bfloat16).float()
+        return cls(cls.codes_of(weight.float() / scales[..., None]), scales)
+
+    @staticmethod
+    def nearest(x: Tensor) -> Tensor:
+        return x.round().clamp(-128, 127)
+
+    @classmethod
+    def codes_of(cls, x: Tensor) -> Tensor:
+        return cls.nearest(x).to(torch.int8).view(torch.uint8)
 
     @classmethod
     def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
@@ -288,6 +330,7 @@ FORMATS: dict[str, Format] = {
     for form in (
         Format("fp8", number=1, weight=Fp8Weight, bits=8, row_scale_bytes=4),
         Format("int4", number=2, weight=Int4Weight, bits=4, groups=INT4_GROUPS, group_scale_bytes=2),
+        Format("int8", number=4, weight=Int8Weight, bits=8, row_scale_bytes=4),
         Format("nvfp4", number=3, weight=Nvfp4Weight, bits=4, groups=(NVFP4_GROUP,), group_scale_bytes=1),
     )
 }

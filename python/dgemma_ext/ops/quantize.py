@@ -16,6 +16,7 @@ from dgemma_ext.ops.formats import (
     FORMATS,
     Fp8Weight,
     Int4Weight,
+    Int8Weight,
     Nvfp4Weight,
     QuantizedWeight,
 )
@@ -76,7 +77,8 @@ def _by_rows(matrix: Tensor, format: str, group: int, importance: Tensor | None)
     if format == "int4":
         weight = Int4Weight(values, scales.to(torch.bfloat16))
     else:
-        weight = Fp8Weight(values, scales[:, 0].contiguous())
+        kind = Int8Weight if format == "int8" else Fp8Weight
+        weight = kind(values, scales[:, 0].contiguous())
     return Quantized(weight, *errors.sum(0).tolist())
 
 

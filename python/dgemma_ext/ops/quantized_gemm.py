@@ -18,7 +18,8 @@ def moe_ffn(
     """`grouped_gemm.moe_ffn` with quantized weights, each of any format.
 
     On the CPU a weight is decoded for the tile that multiplies it: its scale of a group is multiplied in and rounded
-    once to the dtype of `input`, its scale of a row multiplied into the finished sum.
+    once to the dtype of `input`, its scale of a row multiplied into the finished sum. By int8 each row of `input`, and
+    of the activation between, is rounded to int8 under its largest magnitude / 127, and sums are exact.
 
     Args:
         input: [tokens, hidden_size], float32 or bfloat16.

@@ -27,6 +27,7 @@ class _Search:
 
 _SEARCHES = {
     "fp8": _Search(448.0, torch.bfloat16, tuple(2 ** (step / 16) for step in range(1, 16))),
+    "int8": _Search(127.5, torch.bfloat16, tuple(0.6 + 0.02 * step for step in range(20))),
     "int4": _Search(7.5, torch.bfloat16, tuple(0.55 + 0.03 * step for step in range(20))),
     "nvfp4": _Search(6.0, torch.float8_e4m3fn, tuple(0.6 * 2 ** (step / 8) for step in range(13))),
 }

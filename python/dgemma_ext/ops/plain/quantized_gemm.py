@@ -28,14 +28,44 @@ def moe_ffn_quantized(
     down_scales: Tensor | None,
     down_row_scales: Tensor | None,
 ) -> Tensor:
-    """As `dgemma_ext.ops.quantized_gemm.moe_ffn`, from float32 copies of both matrices."""
-    return grouped_gemm_plain.moe_ffn(
-        input,
-        expert_ids,
-        expert_weights,
-        _weight(gate_up_format, gate_up, gate_up_scales, gate_up_row_scales).dequantized(torch.float32),
-        _weight(down_format, down, down_scales, down_row_scales).dequantized(torch.float32),
+    """As `dgemma_ext.ops.quantized_gemm.moe_ffn`, from float32 copies of both matrices; by int8 one expert that is hit
+    after another, its tokens rounded."""
+    weights = (
+        _weight(gate_up_format, gate_up, gate_up_scales, gate_up_row_scales),
+        _weight(down_format, down, down_scales, down_row_scales),
     )
+    if "int8" not in {weight.name for weight in weights}:
+        dequantized = (weight.dequantized(torch.float32) for weight in weights)
+        return grouped_gemm_plain.moe_ffn(input, expert_ids, expert_weights, *dequantized)
+    experts, hidden_size, expert_size = weights[1].shape
+    products = torch.zeros((*expert_ids.shape, hidden_size), dtype=torch.float32, device=input.device)
+    for expert in grouped_gemm_plain.hit_experts(expert_ids, experts):
+        token, slot = torch.where(expert_ids == expert)
+        gate, up = _product(input[token], weights[0].expert(expert)).split(expert_size, dim=-1)
+        h = (functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
+        products[token, slot] = _product(h, weights[1].expert(expert))
+    total = torch.zeros((len(input), hidden_size), dtype=torch.float32, device=input.device)
+    for k in range(expert_ids.shape[1]):
+        total += torch.where(expert_ids[:, k] >= 0, expert_weights[:, k], 0.0)[:, None] * products[:, k]
+    return total.to(input.dtype)
+
+
+def _product(rows: Tensor, weight: QuantizedWeight) -> Tensor:
+    """rows @ weight.T in float32; by int8 the rows are rounded, and sums are exact (float64 holds them)."""
+    if weight.name != "int8":
+        return functional.linear(rows.float(), weight.dequantized(torch.float32))
+    codes, scales = rows_to_int8(rows)
+    sums = functional.linear(codes.double(), weight.values.view(torch.int8).double()).float()
+    product: Tensor = sums * scales
+    return product if weight.kernel_row_scales is None else product * weight.kernel_row_scales
+
+
+def rows_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their largest magnitude / 127, to the nearest integer, and that quotient: int8 [n, columns] and
+    float32 [n, 1], as csrc/grouped_gemm/cpu/int8_kernel.h, in fp32. A row of zeros has scale 0."""
+    largest = rows.float().abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    return (rows.float() * inverse).round().to(torch.int8), largest / 127.0
 
 
 def moe_ffn_fp8(
@@ -92,8 +122,7 @@ def dense_quantized(
     input: Tensor, format: int, weight: Tensor, scales: Tensor | None, row_scales: Tensor | None
 ) -> Tensor:
     """As `dgemma_ext.ops.quantized_gemm.dense`."""
-    dequantized = _weight(format, weight, scales, row_scales).dequantized(torch.float32)
-    return functional.linear(input.float(), dequantized).to(input.dtype)
+    return _product(input, _weight(format, weight, scales, row_scales)).to(input.dtype)
 
 
 def _weight(format: int, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> QuantizedWeight:
