@@ -86,48 +86,58 @@ inline Int8Token round_token(const T* x, int64_t columns, TokenCode* to) {
   return {most / kLargestCode, 128 * total};
 }
 
-// A step's weights, and sums + weights * a token's codes.
+// A step's weights, a token's codes, and sums + weights * codes.
 #if defined(__AVX512VNNI__)
-typedef __m512i Int8Weights;
+typedef __m512i Int8Weights, Int8Codes;
 inline Int8Weights load_int8(const int8_t* from) {
   __m512i v;
   std::memcpy(&v, from, sizeof v);
   return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80)));
 }
-inline Ints multiply_add(Ints sums, Int8Weights weights, const TokenCode* codes) {
-  __m512i token;
-  std::memcpy(&token, codes, sizeof token);
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, token);
+inline Int8Codes load_codes(const TokenCode* from) {
+  __m512i v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Ints multiply_add(Ints sums, Int8Weights weights, Int8Codes codes) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, codes);
 }
 #elif defined(__AVX512BW__)
-typedef __m512i Int8Weights;
+typedef __m512i Int8Weights, Int8Codes;
 inline Int8Weights load_int8(const int8_t* from) {
   __m256i v;
   std::memcpy(&v, from, sizeof v);
   return _mm512_maskz_cvtepi8_epi16(~0u, v);
 }
-inline Ints multiply_add(Ints sums, Int8Weights weights, const TokenCode* codes) {
-  __m512i token;
-  std::memcpy(&token, codes, sizeof token);
-  return sums + (Ints)_mm512_madd_epi16(weights, token);
+inline Int8Codes load_codes(const TokenCode* from) {
+  __m512i v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Ints multiply_add(Ints sums, Int8Weights weights, Int8Codes codes) {
+  return sums + (Ints)_mm512_madd_epi16(weights, codes);
 }
 #elif defined(__AVX2__)
-typedef __m256i Int8Weights;
+typedef __m256i Int8Weights, Int8Codes;
 inline Int8Weights load_int8(const int8_t* from) {
   __m128i v;
   std::memcpy(&v, from, sizeof v);
   return _mm256_cvtepi8_epi16(v);
 }
-inline Ints multiply_add(Ints sums, Int8Weights weights, const TokenCode* codes) {
-  __m256i token;
-  std::memcpy(&token, codes, sizeof token);
-  return sums + (Ints)_mm256_madd_epi16(weights, token);
+inline Int8Codes load_codes(const TokenCode* from) {
+  __m256i v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+inline Ints multiply_add(Ints sums, Int8Weights weights, Int8Codes codes) {
+  return sums + (Ints)_mm256_madd_epi16(weights, codes);
 }
 #else
-typedef int32_t Int8Weights;
+typedef int32_t Int8Weights, Int8Codes;
 inline Int8Weights load_int8(const int8_t* from) { return *from; }
-inline Ints multiply_add(Ints sums, Int8Weights weights, const TokenCode* codes) {
-  return sums + weights * static_cast<int32_t>(*codes);
+inline Int8Codes load_codes(const TokenCode* from) { return *from; }
+inline Ints multiply_add(Ints sums, Int8Weights weights, Int8Codes codes) {
+  return sums + weights * codes;
 }
 #endif
 
@@ -141,13 +151,16 @@ __attribute__((noinline)) void int8_tile(const int8_t* const (&rows)[kInt8Rows],
   const int64_t stride = int8_stride(columns);
   const auto step = [&](const int8_t* const(&from)[kInt8Rows], int64_t at,
                         int64_t column) __attribute__((always_inline)) {
+    // All tokens' codes first: rows then share them in registers.
+    Int8Codes codes[kTokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) codes[t] = load_codes(tokens + t * stride + column);
 #pragma GCC unroll 4
     for (int r = 0; r < kInt8Rows; ++r) {
       const Int8Weights weights = load_int8(from[r] + at);
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t)
-        sums[t * kInt8Rows + r] =
-            multiply_add(sums[t * kInt8Rows + r], weights, tokens + t * stride + column);
+        sums[t * kInt8Rows + r] = multiply_add(sums[t * kInt8Rows + r], weights, codes[t]);
     }
   };
   const int64_t whole = columns - columns % kInt8Step;
