@@ -144,12 +144,17 @@ void run_row_tasks(dgemma_cpu* cpu, const MoePlan& plan, int64_t rows, int64_t l
   });
 }
 
+// A task with INT8 weights rounds its tokens first, which pays over more rows.
+int64_t times_of_rows(const dgemma_quantized* weight) {
+  return weight != nullptr && weight->format == DGEMMA_WEIGHTS_INT8 ? 2 : 1;
+}
+
 void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dgemma_cpu* cpu) {
   run_row_tasks(
-      cpu, pass.plan, pass.expert_size, kGateUpRowsPerTask,
+      cpu, pass.plan, pass.expert_size, times_of_rows(pass.quantized_gate_up) * kGateUpRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.gate_up(pass, group, first, end); });
   run_row_tasks(
-      cpu, pass.plan, pass.hidden_size, kDownRowsPerTask,
+      cpu, pass.plan, pass.hidden_size, times_of_rows(pass.quantized_down) * kDownRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.down(pass, group, first, end); });
   run_tasks(cpu, tokens, [&](int64_t token) { kernels.combine(pass, token); });
 }
