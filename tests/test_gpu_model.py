@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dgemma_ext as dg
+from adapter_folders import SETTINGS, random_tensors
 from bounds import relative_distance
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import ModelConfig, convert, parse_target
@@ -78,6 +79,24 @@ def check_layers(device: str) -> None:
         distance = relative_distance(got[0, near].double(), wanted[0, near].double())
         assert distance <= LAYER_DISTANCE, f"layer {index}: {distance:.2e}"
         hidden = wanted
+
+
+def test_requests_with_adapters_are_the_same_alone_and_in_a_batch() -> None:
+    check_adapters("cuda")
+
+
+def check_adapters(device: str) -> None:
+    """In captured steps: a batch's adapters, of different ranks, and a row without one."""
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device=device, batch_invariant=True)
+    for rank, name in ((3, "one"), (9, "two")):
+        settings, tensors = SETTINGS | {"r": rank, "lora_alpha": rank}, random_tensors(model.config, rank, rank=rank)
+        model.load_adapter(name, dg.Adapter.from_tensors(settings, tensors, model.config))
+    puzzles, sampler = [demo.draw(6, seed).text for seed in range(3)], dg.SamplerConfig(max_denoising_steps=3)
+    names = ["one", "two", None]
+    together = model.generate(puzzles, 36, sampler, range(3), adapter=names)
+    alone = [model.generate(puzzles[n], 36, sampler, n, adapter=name) for n, name in enumerate(names)]
+    assert together == alone
+    assert alone[0].token_ids != model.generate(puzzles[0], 36, sampler, 0).token_ids
 
 
 @pytest.mark.parametrize("stored", ["auto", "fp8", "int4"])

@@ -15,7 +15,7 @@ import torch
 import dgemma_ext as dg
 import test_gpu_loop
 from dgemma_ext import demo
-from test_gpu_model import check_layers, check_loading
+from test_gpu_model import check_adapters, check_layers, check_loading
 from test_gpu_residency import call_all
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -34,6 +34,10 @@ def test_products_are_called() -> None:
 
 def test_weights_are_those_of_a_load_to_the_cpu() -> None:
     check_loading("cpu")
+
+
+def test_requests_with_adapters_are_the_same_alone_and_in_a_batch() -> None:
+    check_adapters("cpu")
 
 
 def on_the_cpu(batch_invariant: bool = True) -> dg.DiffusionGemma:
