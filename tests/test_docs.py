@@ -339,6 +339,17 @@ def test_times_inside_transformers_are_those_that_were_measured() -> None:
             assert shown[3 * index + 2] == pytest.approx(times, rel=0.02)
 
 
+def test_figures_of_training_are_those_that_were_measured() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2-cores-training.json").read_text())
+    rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d,]+) MB \|$", sections(PERFORMANCE)["Training"], re.MULTILINE)
+    shown = [(float(seconds), int(peak.replace(",", ""))) for seconds, peak in rows]
+    measured = [*results["step"].values(), *results["experts_lora_of_a_layer"].values()]
+    assert len(shown) == len(measured)
+    for (seconds, peak), wanted in zip(shown, measured, strict=True):
+        assert seconds == pytest.approx(wanted["cpu_seconds"], rel=0.005)
+        assert peak == wanted["peak_mb"]
+
+
 def test_figures_of_quantized_weights_are_those_that_were_measured() -> None:
     results = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2-cores-quantized.json").read_text())
     table = sections(PERFORMANCE)["Quantized weights"]

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgemma_ext as dg
 from checkpoints import FULL, SLIDING, make_checkpoint
@@ -33,6 +34,7 @@ from dgemma_ext.finetune.loss import losses
 from dgemma_ext.finetune.recipe import make_batch
 from dgemma_ext.model import Network, load_weights
 from dgemma_ext.model.weights import _dequantized
+from dgemma_ext.ops.gradients import head
 
 SIZES: dict[str, Any] = dict(
     layers=(SLIDING, FULL),
@@ -386,6 +388,34 @@ def test_the_rate(model: dg.DiffusionGemma, examples: Examples, tmp_path: Path) 
     assert run.rate(11) == 2.0
     assert run.rate(56) == pytest.approx(2 * 0.55, rel=0.02)
     assert run.rate(100) == pytest.approx(0.2)
+
+
+class _WidestFloat32(TorchDispatchMode):
+    """The most rows of a float32 tensor whose last dimension is the vocabulary."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.shape[-1:] == (512,):
+                self.rows = max(self.rows, tensor.numel() // 512)
+        return found
+
+
+def test_no_step_holds_the_logits_of_all_rows(
+    folder: Path, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, of a model in bfloat16: pieces alone."""
+    monkeypatch.setattr(head, "ROWS_AT_ONCE", 5)
+    model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", images=False)
+    adapter = TrainedAdapter(model.config, LORA, 0, model.device)
+    batch = make_batch(examples.first(3), [0] * 3, SETTINGS, 8, 512, fill=1, pad=0)
+    assert bool(batch.conditioned.any())
+    with _WidestFloat32() as widest:
+        found = losses(Passes(model.network, adapter), batch)
+        (found.canvas + found.encoder).backward()
+    assert 0 < widest.rows <= 5
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

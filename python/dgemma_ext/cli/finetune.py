@@ -37,7 +37,7 @@ from dgemma_ext.model import resolve_device, resolve_dtype
 
 # How often a run tells a log where it is.
 _SECONDS_TO_A_LINE = 15.0
-# The share of a step's loss in the one that is shown.
+# The share of a step's own numbers in those that are shown.
 _SMOOTHING = 0.05
 
 
@@ -135,12 +135,17 @@ def _last(trained: Run) -> dict[str, Any]:
     return found
 
 
+def _smoothed(before: float | None, new: float) -> float:
+    return new if before is None else before + _SMOOTHING * (new - before)
+
+
 class _Shown:
     """Progress on stderr: a bar in a terminal, elsewhere a line from time to time and for each evaluation."""
 
     def __init__(self, trained: Run, as_json: bool) -> None:
         self._trained, self._json = trained, as_json
         self._loss: float | None = None
+        self._speed: float | None = None
         self._next_line = time.monotonic() + _SECONDS_TO_A_LINE
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True, highlight=False)
@@ -160,9 +165,11 @@ class _Shown:
 
     def show(self, report: Report) -> None:
         if report.loss is not None:
-            before = report.loss if self._loss is None else self._loss
-            self._loss = before + _SMOOTHING * (report.loss - before)
-        told = "" if self._loss is None else f"loss {self._loss:.3f}, rate {self._trained.rate(report.step):.2e}"
+            self._loss = _smoothed(self._loss, report.loss)
+            self._speed = _smoothed(self._speed, report.tokens / report.seconds)
+        told = ""
+        if self._loss is not None and self._speed is not None:
+            told = f"loss {self._loss:.3f}, rate {self._trained.rate(report.step):.2e}, {self._speed:,.0f} tokens/s"
         self._bar.update(self._task, completed=report.step, told=told)
         found = report.evaluation
         if found is not None:

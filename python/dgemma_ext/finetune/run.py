@@ -35,13 +35,15 @@ from dgemma_ext.finetune.settings import FinetuneSettings
 
 @dataclass(frozen=True)
 class Report:
-    """What a step or an evaluation tells. loss: of the step, canvas and encoder together; None after an evaluation."""
+    """What a step or an evaluation tells. loss: of the step, canvas and encoder together; None after an evaluation.
+    tokens: positions that the step's passes read; seconds: that it took."""
 
     step: int
     steps: int
     loss: float | None = None
     rate: float = 0.0
     tokens: int = 0
+    seconds: float = 0.0
     evaluation: Evaluation | None = None
 
 
@@ -176,6 +178,7 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         place, before = drawn[-1][1], self.progress
         self.progress = replace(place, step=before.step + 1, tokens=before.tokens + batch.tokens)
+        seconds = time.perf_counter() - began
         numbers = {"loss": loss, "canvas_loss": canvas, "encoder_loss": encoder, "rate": rate}
         self.log.write(
             {
@@ -183,10 +186,10 @@ class Run:
                 **{name: float(f"{value:.6g}") for name, value in numbers.items()},
                 "gradient_norm": float(f"{float(norm):.6g}"),
                 "tokens": self.progress.tokens,
-                "seconds": round(time.perf_counter() - began, 4),
+                "seconds": round(seconds, 4),
             }
         )
-        return Report(self.progress.step, settings.steps, loss, rate, batch.tokens)
+        return Report(self.progress.step, settings.steps, loss, rate, batch.tokens, seconds)
 
     def _backward(self, batch: Batch) -> tuple[float, float]:
         """The mean losses over canvases and next tokens, whose gradients are added up."""
