@@ -246,6 +246,41 @@ def test_stopped_between_states(model: dg.DiffusionGemma, examples: Examples, wh
         Run(model, examples, tmp_path, SETTINGS, resume=True)
 
 
+def test_interrupted_inside_an_update(
+    model: dg.DiffusionGemma, examples: Examples, whole: Path, tmp_path: Path
+) -> None:
+    """Half-updated factors are of no step, and are not written."""
+    run = Run(model, examples, tmp_path, FinetuneSettings(**{**vars(SETTINGS), "save_every": 100}))
+    steps = run.steps()
+    next(steps)
+
+    def half() -> None:
+        next(iter(run.adapter.parameters().values())).data.add_(1)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(run._optimizer, "step", half), pytest.raises(KeyboardInterrupt):
+        next(steps)
+    finished(model, examples, tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def test_ctrl_c_lets_the_step_end(folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command writes the state of that step, and its code says that it was interrupted."""
+    given = ["--out", str(tmp_path), "--steps", "5", "--batch", "1", "--rank", "1", "--device", "cpu"]
+    make_step = Run._step
+
+    def interrupted(run: Run, drawn: Any) -> Any:
+        if run.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make_step(run, drawn)
+
+    monkeypatch.setattr(Run, "_step", interrupted)
+    assert dgemma("finetune", str(folder), str(data), *given).code == 130
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2]
+    again = dgemma("finetune", str(folder), str(data), *given, "--resume", "--json")
+    assert again.objects[-1]["steps"] == 5
+
+
 def test_a_full_disk(model: dg.DiffusionGemma, examples: Examples, whole: Path, tmp_path: Path) -> None:
     """The error names the file; the state before it is whole, and the run goes on from it."""
     run = Run(model, examples, tmp_path, SETTINGS)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -70,9 +75,11 @@ def run(arguments: Arguments) -> None:
         recompute=recompute,
     )
     try:
-        with _Shown(trained, arguments.json) as shown:
+        with _Shown(trained, arguments.json) as shown, _deferred_interrupt() as interrupted:
             for report in trained.steps():
                 shown.show(report)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
     finally:
         if drawn is not None:
             chart.write(trained.log.lines, drawn, f"dgemma finetune {arguments.model} {Path(arguments.data).name}")
@@ -133,6 +140,25 @@ def _last(trained: Run) -> dict[str, Any]:
         found |= {name: line[name] for name in ("loss", "exact_match", "denoising_steps") if name in line}
         found |= {name: line[name] for name in ("tokens_per_forward",) if name in line}
     return found
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Lets the first Ctrl-C wait for the end of a step, after which a state is written; a second one does not."""
+    interrupted = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _smoothed(before: float | None, new: float) -> float:

@@ -82,6 +82,7 @@ class Run:
             weight_decay=settings.weight_decay,
             foreach=True,
         )
+        self._updating = False
         self._deciding = {**settings.deciding(), "data": examples.digest, "dtype": str(model.dtype)}
         folder.mkdir(parents=True, exist_ok=True)
         exists = (folder / STATE_FILE).exists()
@@ -137,7 +138,8 @@ class Run:
                     self.save()
                     saved = step
         finally:
-            if saved < self.progress.step:
+            # Interrupted inside an update, factors are of no step.
+            if saved < self.progress.step and not self._updating:
                 self.save()
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -165,6 +167,7 @@ class Run:
             self._fill,
             self._pad,
         )
+        self._optimizer.zero_grad(set_to_none=True)
         canvas, encoder = self._backward(batch)
         loss = canvas + settings.encoder_loss * encoder
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip)
@@ -174,10 +177,11 @@ class Run:
         rate = self.rate(self.progress.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         place, before = drawn[-1][1], self.progress
+        self._updating = True
+        self._optimizer.step()
         self.progress = replace(place, step=before.step + 1, tokens=before.tokens + batch.tokens)
+        self._updating = False
         seconds = time.perf_counter() - began
         numbers = {"loss": loss, "canvas_loss": canvas, "encoder_loss": encoder, "rate": rate}
         self.log.write(
