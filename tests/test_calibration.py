@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch.nn import functional
 
 import dgemma_ext as dg
 from checkpoints import make_checkpoint
+from dgemma_ext import demo
 from dgemma_ext.checkpoint import convert, parse_target
 from dgemma_ext.cli import main
-from dgemma_ext.model import second_moments
+from dgemma_ext.model import calibration, second_moments
 from dgemma_ext.ops.layer import gelu_product, rms_norm
 
 TEXT = "one two three four five six seven eight nine ten eleven twelve\n" * 6
@@ -83,6 +85,23 @@ def test_moments_of_what_is_inside(model: dg.DiffusionGemma, ids: list[int], mom
     sums, counts = per_expert @ rows.square(), per_expert.sum(-1, keepdim=True)
     mean = sums.sum(0) / counts.sum()
     assert torch.allclose(moments[1, "experts_gate_up"], (sums + 64 * mean) / (counts + 64), rtol=1e-3)
+
+
+def test_a_text_that_is_longer_than_the_context() -> None:
+    """Its parts begin anew, and all of them count."""
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), device="cpu")
+    longer = [5 + index % 90 for index in range(model.config.max_position_embeddings + 30)]
+    seen: list[int] = []
+    gathered = calibration._Gathered.__call__
+
+    def counting(self: Any, inputs: Any) -> None:
+        seen.append(len(inputs.attention) if inputs.layer == 0 else 0)
+        gathered(self, inputs)
+
+    with mock.patch.object(calibration._Gathered, "__call__", counting):
+        found = second_moments(model.network, longer)
+    assert bool(found[0, "q_proj"].isfinite().all())
+    assert sum(seen) == 2 * len(longer)  # by both passes
 
 
 def test_outputs_are_nearer_with_moments_of_their_inputs(

@@ -32,10 +32,11 @@ def second_moments(network: Network, ids: Sequence[int]) -> Moments:
         raise ValueError("calibrate: got a text without tokens, wants some")
     gathered = _Gathered()
     length = network.config.canvas_length
+    most = min(_SEGMENT, network.config.max_position_embeddings)
     network.options.observe = gathered
     try:
-        for start in range(0, len(ids), _SEGMENT):
-            segment = torch.tensor([list(ids[start : start + _SEGMENT])], device=network.device)
+        for start in range(0, len(ids), most):
+            segment = torch.tensor([list(ids[start : start + most])], device=network.device)
             cache = network.new_cache(1, segment.shape[1])
             for piece in segment.split(length, dim=1):
                 network.forward(cache, network.canvas_in_slot(piece, cache, 0))
