@@ -242,3 +242,15 @@ def test_folders_that_are_refused(tensors: Tensors, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     refused(tmp_path, r"adapter_model\.safetensors: .*is cut short")
+
+
+def test_a_hub_id_is_downloaded(tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = write_adapter(tmp_path, tensors), []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert dg.Adapter.from_folder("owner/my-lora", CONFIG).passes == "separate"
+    assert asked == [("owner/my-lora", ["*.json", "*.safetensors"])]

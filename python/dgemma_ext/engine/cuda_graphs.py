@@ -80,8 +80,9 @@ class CudaGraphRunner(CudaEagerRunner):
         self._steps_left = torch.zeros(1, dtype=torch.int32, device=network.device)
         self._place = _capture_place(batch.slot.device)
         self._free = self._capture(constrained=False, adapted=False)
-        # With grammars, with adapters → the versions that it was captured with, and the step; None where it cannot be.
-        self._others: dict[tuple[bool, bool], tuple[tuple[int, int], _CapturedStep | None]] = {}
+        # With grammars, with adapters → the step, None where it could not be captured, and what it was captured with.
+        self._others: dict[tuple[bool, bool], _CapturedStep | None] = {}
+        self._versions: dict[tuple[bool, bool], tuple[int, int]] = {}
         self.repeats = self._free.loop is not None
 
     def step(self, chunks: Sequence[PrefillChunk] = ()) -> None:
@@ -111,20 +112,16 @@ class CudaGraphRunner(CudaEagerRunner):
             constraints.update()
         if adapted:
             adapters.update()
-        versions = (constraints.version if constrained else 0, adapters.version if adapted else 0)
-        known = self._others.get((constrained, adapted))
-        if known is None or known[0] != versions:
+        kind, versions = (constrained, adapted), (constraints.version * constrained, adapters.version * adapted)
+        if self._versions.get(kind) != versions:
             # The last one is dropped first: both would need memory at once.
-            self._others[constrained, adapted] = (versions, None)
+            self._versions[kind], self._others[kind] = versions, None
             try:
-                captured = self._capture(constrained, adapted)
+                self._others[kind] = self._capture(*kind)
             except RuntimeError as error:
                 what = " and ".join(["grammars"] * constrained + ["adapters"] * adapted)
                 _warn_once(f"a denoising step with {what} could not be captured, so it runs launch by launch: {error}")
-                return None
-            self._others[constrained, adapted] = (versions, captured)
-            return captured
-        return known[1]
+        return self._others[kind]
 
     def _capture(self, constrained: bool, adapted: bool) -> _CapturedStep:
         step = partial(self._run_step, constrained=constrained, adapted=adapted)
