@@ -27,8 +27,10 @@ from dgemma_ext.engine import memory_plan
 from dgemma_ext.errors import CheckpointError
 from dgemma_ext.finetune import Examples, FinetuneSettings, LoraSettings, Run, open_examples, training_sizes
 from dgemma_ext.finetune import files as finetune_files
+from dgemma_ext.finetune import run as run_module
 from dgemma_ext.finetune.adapter import TrainedAdapter
 from dgemma_ext.finetune.data import Example
+from dgemma_ext.finetune.evaluate import Evaluation
 from dgemma_ext.finetune.forward import Passes
 from dgemma_ext.finetune.loss import losses
 from dgemma_ext.finetune.recipe import make_batch
@@ -244,6 +246,22 @@ def test_stopped_between_states(model: dg.DiffusionGemma, examples: Examples, wh
     (tmp_path / STATE).write_bytes((whole / STATE).read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=f"{STATE}: is no state of a run"):
         Run(model, examples, tmp_path, SETTINGS, resume=True)
+
+
+def test_an_evaluation_that_was_due_is_made_when_the_run_goes_on(
+    model: dg.DiffusionGemma, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "evaluate", lambda *_: Evaluation(0.5, 3.0, 2.0, 4))
+    settings = FinetuneSettings(**{**vars(SETTINGS), "eval_every": 2})
+    for name, stops_at in (("whole", None), ("stopped", 2)):
+        for report in Run(model, examples, tmp_path / name, settings, examples).steps():
+            if report.loss is not None and report.step == stops_at:
+                break
+    for _ in Run(model, examples, tmp_path / "stopped", settings, examples, resume=True).steps():
+        pass
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    lines = log_lines(tmp_path / "whole")
+    assert [line["step"] for line in lines if "exact_match" in line] == [0, 2, 3]
 
 
 def test_interrupted_inside_an_update(

@@ -81,43 +81,49 @@ def make_batch(
     def draw(length: int, purpose: Purpose) -> Tensor:
         return uniforms(settings.seed, index, epoch, length, purpose)
 
-    counts = torch.tensor([-(-len(example.answer) // canvas_length) for example in examples], device="cpu")
-    chosen = (draw(1, Purpose.CANVAS)[:, 0] * counts).long()
+    rows = [_filled(example, canvas_length, fill) for example in examples]
+    prompts = torch.tensor([len(example.prompt) for example in examples], device="cpu")
+    canvases = (torch.tensor([len(row.ids) for row in rows], device="cpu") - prompts) // canvas_length
+    lengths = prompts + (draw(1, Purpose.CANVAS)[:, 0] * canvases).long() * canvas_length
+    spans = [slice(begin, begin + canvas_length) for begin in lengths.tolist()]
+    clean = torch.tensor([row.ids[span] for row, span in zip(rows, spans, strict=True)], device="cpu")
+    weights = [row.counted[span] for row, span in zip(rows, spans, strict=True)]
+
     level = draw(1, Purpose.NOISE_LEVEL)
     level = 1 - level.square() if settings.noise == "high" else _LEAST_LEVEL + (1 - 2 * _LEAST_LEVEL) * level
     noised = draw(canvas_length, Purpose.NOISED) < level
     noise = (draw(canvas_length, Purpose.NOISE_TOKEN) * vocabulary).long()
-    conditioned = draw(1, Purpose.SELF_CONDITIONED)[:, 0] < settings.self_conditioning
 
-    rows, weights = [], []
-    for example, count in zip(examples, counts.tolist(), strict=True):
-        filling = count * canvas_length - len(example.answer)
-        rows.append([*example.prompt, *example.answer, *[fill] * filling])
-        counted = [1.0] * len(example.answer) + [0.0 if example.truncated else 1.0] * filling
-        weights.append(counted)
-    lengths = torch.tensor([len(example.prompt) for example in examples], device="cpu") + chosen * canvas_length
-    targets, canvas_weights = [], []
-    for row, counted, begin, example in zip(rows, weights, lengths.tolist(), examples, strict=True):
-        first = begin - len(example.prompt)
-        targets.append(row[begin : begin + canvas_length])
-        canvas_weights.append(counted[first : first + canvas_length])
-    width = max(map(len, rows)) if settings.encoder_loss > 0 else int(lengths.max())
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64, device="cpu")
-    next_weights = torch.zeros((len(rows), width), dtype=torch.float32, device="cpu")
-    for number, (row, counted, example) in enumerate(zip(rows, weights, examples, strict=True)):
-        used = min(len(row), width) if settings.encoder_loss > 0 else int(lengths[number])
-        ids[number, :used] = torch.tensor(row[:used], device="cpu")
-        if settings.encoder_loss > 0:
-            # The prompt's own neighbours count, and of the answer those whose second is counted.
-            pairs = [1.0] * (len(example.prompt) - 1) + counted
-            next_weights[number, : len(pairs)] = torch.tensor(pairs, device="cpu")
-    clean = torch.tensor(targets, dtype=torch.int64, device="cpu")
+    # Without a loss of its own the encode pass need not read beyond what the canvas sees.
+    has_loss = settings.encoder_loss > 0
+    read = [len(row.ids) if has_loss else span.start for row, span in zip(rows, spans, strict=True)]
+    ids = torch.full((len(rows), max(read)), pad, dtype=torch.int64, device="cpu")
+    next_weights = torch.zeros(ids.shape, dtype=torch.float32, device="cpu")
+    for number, (row, count) in enumerate(zip(rows, read, strict=True)):
+        ids[number, :count] = torch.tensor(row.ids[:count], device="cpu")
+        if has_loss:
+            next_weights[number, : count - 1] = torch.tensor(row.counted[1:], device="cpu")
     return Batch(
         ids=ids,
         next_weights=next_weights,
         canvas=torch.where(noised, noise, clean),
         targets=clean,
-        weights=torch.tensor(canvas_weights, dtype=torch.float32, device="cpu"),
+        weights=torch.tensor(weights, dtype=torch.float32, device="cpu"),
         lengths=lengths,
-        conditioned=conditioned,
+        conditioned=draw(1, Purpose.SELF_CONDITIONED)[:, 0] < settings.self_conditioning,
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt with its answer in whole canvases. counted: for each token whether it counts as a target, 1 or 0."""
+
+    ids: list[int]
+    counted: list[float]
+
+
+def _filled(example: Example, canvas_length: int, fill: int) -> _Row:
+    own = len(example.prompt) + len(example.answer)
+    filling = -len(example.answer) % canvas_length
+    counted = [1.0] * own + [0.0 if example.truncated else 1.0] * filling
+    return _Row([*example.prompt, *example.answer, *[fill] * filling], counted)

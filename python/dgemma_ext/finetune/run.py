@@ -125,18 +125,18 @@ class Run:
         stops early."""
         settings, saved = self.settings, self.progress.step
         examples = self._drawn()
-        if self.progress.step == 0 and self.held_out:
-            yield self._evaluated()
         try:
-            while self.progress.step < settings.steps:
-                yield self._step(examples)
-                step = self.progress.step
-                is_last = step == settings.steps
-                if self.held_out and (step % settings.eval_every == 0 or is_last):
+            while True:
+                # An evaluation comes before the state of its step, so that a run that goes on has it in its log.
+                if self._evaluation_is_due():
                     yield self._evaluated()
-                if step % settings.save_every == 0 or is_last:
+                step = self.progress.step
+                if saved < step and (step % settings.save_every == 0 or step == settings.steps):
                     self.save()
                     saved = step
+                if step == settings.steps:
+                    return
+                yield self._step(examples)
         finally:
             # Interrupted inside an update, factors are of no step.
             if saved < self.progress.step and not self._updating:
@@ -214,6 +214,11 @@ class Run:
             return settings.rate * (step + 1) / settings.warmup
         share = (step - settings.warmup) / max(1, settings.steps - 1 - settings.warmup)
         return settings.rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+    def _evaluation_is_due(self) -> bool:
+        step, settings = self.progress.step, self.settings
+        due = bool(self.held_out) and (step % settings.eval_every == 0 or step == settings.steps)
+        return due and not any(line["step"] == step and "exact_match" in line for line in self.log.lines)
 
     def _evaluated(self) -> Report:
         began = time.perf_counter()
