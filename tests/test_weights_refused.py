@@ -87,7 +87,7 @@ def test_a_misshapen_tensor(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e5m2, "F8_E5M2"), (torch.float64, "F64")]
+    ("dtype", "name"), [(torch.int16, "I16"), (torch.float8_e5m2, "F8_E5M2"), (torch.float64, "F64")]
 )
 def test_a_dtype_that_cannot_be_loaded(folder: Path, dtype: torch.dtype, name: str) -> None:
     tensor = f"{LAYER_0}mlp.up_proj.weight"
