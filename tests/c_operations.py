@@ -200,12 +200,13 @@ def denoise_operations(
 def automaton_operations(dtype: torch.dtype, batch: int = 2, length: int = 3, vocabulary: int = 300) -> dict[str, Any]:
     """Arguments of every struct of automaton.h: an automaton of one state that goes on with every token."""
     tables = ([0] * vocabulary, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
+    tables += ([0, vocabulary], list(range(vocabulary)))  # the tokens by class
     begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
     arena = int32(*(word for table in tables for word in table))
     automata = {
         "arena_words": arena.numel(),
         "arena": arena,
-        "descriptor": torch.tensor([[1, 1, 1, 1, *begins, 0, 0]] * batch),
+        "descriptor": torch.tensor([[1, 1, 1, 1, *begins[:10], 0, 0, *begins[10:]]] * batch),
     }
     logits = denoise_operations(dtype, batch, length, vocabulary)["sample"]["logits"]
 

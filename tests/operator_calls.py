@@ -129,9 +129,10 @@ def _automaton(dtype: torch.dtype) -> dict[str, OperatorCall]:
     """An automaton of one state that goes on with every token, for a request that is not active."""
     ops = torch.ops.dgemma
     tables = ([0] * 32, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
+    tables += ([0, 32], list(range(32)))  # the tokens by class
     begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
     arena = torch.tensor([word for table in tables for word in table], dtype=torch.int32)
-    descriptor = torch.tensor([[1, 1, 1, 1, *begins, 0, 0]])
+    descriptor = torch.tensor([[1, 1, 1, 1, *begins[:10], 0, 0, *begins[10:]]])
     off, flags = torch.zeros(1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
     mask, row, token = denoise.pack_allowed([[3, 5]], 32), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1).int()
     reading = (torch.randn(1, 1, 32).to(dtype), 30.0, torch.ones(1), off, mask, row, arena, descriptor, flags)
