@@ -86,6 +86,15 @@ def small(delta: np.ndarray, distance: list[int]) -> Small:
     return Small(arcs_of, states, len(columns), tables)
 
 
+def one_state(vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Arena and descriptor of an automaton of one state and one class that goes on with every token."""
+    one_arc = ([0, 1], [0], [0])
+    tables = ([0] * vocabulary, [0, 1], [0], *one_arc, *one_arc, [0], [0, vocabulary], range(vocabulary))
+    begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
+    arena = torch.tensor([word for table in tables for word in table], dtype=torch.int32)
+    return arena, torch.tensor([[1, 1, 1, 1, *begins[:10], 0, 0, *begins[10:]]])
+
+
 def random_automaton(random: np.random.Generator, vocabulary: int) -> Small:
     states = int(random.integers(1, 5))
     delta = np.where(random.random((states, vocabulary)) < 0.35, -1, random.integers(0, states, (states, vocabulary)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from automaton_cases import one_state
 from c_interface import workspace
 
 EPSILON = 1e-6
@@ -199,14 +200,11 @@ def denoise_operations(
 
 def automaton_operations(dtype: torch.dtype, batch: int = 2, length: int = 3, vocabulary: int = 300) -> dict[str, Any]:
     """Arguments of every struct of automaton.h: an automaton of one state that goes on with every token."""
-    tables = ([0] * vocabulary, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
-    tables += ([0, vocabulary], list(range(vocabulary)))  # the tokens by class
-    begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
-    arena = int32(*(word for table in tables for word in table))
+    arena, descriptor = one_state(vocabulary)
     automata = {
         "arena_words": arena.numel(),
         "arena": arena,
-        "descriptor": torch.tensor([[1, 1, 1, 1, *begins[:10], 0, 0, *begins[10:]]] * batch),
+        "descriptor": descriptor.repeat(batch, 1),
     }
     logits = denoise_operations(dtype, batch, length, vocabulary)["sample"]["logits"]
 

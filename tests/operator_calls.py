@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from automaton_cases import one_state
 from dgemma_ext.ops import automaton, block_attention, denoise, grouped_gemm, layer, quantize, quantized_gemm, router
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
@@ -128,11 +129,7 @@ def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
 def _automaton(dtype: torch.dtype) -> dict[str, OperatorCall]:
     """An automaton of one state that goes on with every token, for a request that is not active."""
     ops = torch.ops.dgemma
-    tables = ([0] * 32, [0, 1], [0], [0, 1], [0], [0], [0, 1], [0], [0], [0])
-    tables += ([0, 32], list(range(32)))  # the tokens by class
-    begins = [sum(map(len, tables[:n])) for n in range(len(tables))]
-    arena = torch.tensor([word for table in tables for word in table], dtype=torch.int32)
-    descriptor = torch.tensor([[1, 1, 1, 1, *begins[:10], 0, 0, *begins[10:]]])
+    arena, descriptor = one_state(32)
     off, flags = torch.zeros(1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.bool)
     mask, row, token = denoise.pack_allowed([[3, 5]], 32), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1).int()
     reading = (torch.randn(1, 1, 32).to(dtype), 30.0, torch.ones(1), off, mask, row, arena, descriptor, flags)
