@@ -246,8 +246,44 @@ def test_without_the_package(file: Path) -> None:
     assert "the package gguf is needed (pip install 'dgemma_ext[gguf]')" in told.stdout
 
 
+# As the published conversions write them, beside the name of what they hold.
+NAMES = {
+    "token_embd.weight": "embed_tokens.weight",
+    "output_norm.weight": "norm.weight",
+    "self_cond_pre_norm.weight": "self_conditioning.pre_norm.weight",
+    "self_cond_gate.weight": "self_conditioning.gate_proj.weight",
+    "self_cond_up.weight": "self_conditioning.up_proj.weight",
+    "self_cond_down.weight": "self_conditioning.down_proj.weight",
+    "blk.7.attn_norm.weight": "layers.7.input_layernorm.weight",
+    "blk.7.attn_q.weight": "layers.7.self_attn.q_proj.weight",
+    "blk.7.attn_k.weight": "layers.7.self_attn.k_proj.weight",
+    "blk.7.attn_v.weight": "layers.7.self_attn.v_proj.weight",
+    "blk.7.attn_output.weight": "layers.7.self_attn.o_proj.weight",
+    "blk.7.attn_q_norm.weight": "layers.7.self_attn.q_norm.weight",
+    "blk.7.attn_k_norm.weight": "layers.7.self_attn.k_norm.weight",
+    "blk.7.post_attention_norm.weight": "layers.7.post_attention_layernorm.weight",
+    "blk.7.ffn_norm.weight": "layers.7.pre_feedforward_layernorm.weight",
+    "blk.7.ffn_gate.weight": "layers.7.mlp.gate_proj.weight",
+    "blk.7.ffn_up.weight": "layers.7.mlp.up_proj.weight",
+    "blk.7.ffn_down.weight": "layers.7.mlp.down_proj.weight",
+    "blk.7.post_ffw_norm_1.weight": "layers.7.post_feedforward_layernorm_1.weight",
+    "blk.7.pre_ffw_norm_2.weight": "layers.7.pre_feedforward_layernorm_2.weight",
+    "blk.7.ffn_gate_inp.weight": "layers.7.router.proj.weight",
+    "blk.7.ffn_gate_inp.scale": "layers.7.router.scale",
+    "blk.7.ffn_gate_up_exps.weight": "layers.7.experts.gate_up_proj",
+    "blk.7.ffn_down_exps.weight": "layers.7.experts.down_proj",
+    "blk.7.ffn_down_exps.scale": "layers.7.router.per_expert_scale",
+    "blk.7.post_ffw_norm_2.weight": "layers.7.post_feedforward_layernorm_2.weight",
+    "blk.7.post_ffw_norm.weight": "layers.7.post_feedforward_layernorm.weight",
+    "blk.7.layer_output_scale.weight": "layers.7.layer_scalar",
+}
+
+
 def test_names_there_and_back(source: Path) -> None:
     for name in tensors_of(source):
         published = published_name_of(name)
         assert name == "rope_freqs.weight" or gguf_name_of(str(published)) == name
     assert published_name_of("blk.0.ffn_gate_exps.weight") is None
+    assert {name: published_name_of(name) for name in NAMES} == {k: f"model.decoder.{v}" for k, v in NAMES.items()}
+    scalar = "model.encoder.language_model.layers.7.layer_scalar"
+    assert published_name_of("blk.7.enc_layer_output_scale.weight") == scalar
