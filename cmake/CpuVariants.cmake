@@ -10,7 +10,9 @@ set(dgemma_tables_quantize quantize)
 
 # The sets beyond scalar exist on x86-64 alone.
 set(dgemma_variants scalar)
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+if(DGEMMA_SIM) # CPU kernels are there, and none is called
+  target_compile_definitions(dgemma PRIVATE DGEMMA_SCALAR_ONLY)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   list(APPEND dgemma_variants avx2 avx512 avx512_bf16)
 endif()
 set(dgemma_flags_scalar "")

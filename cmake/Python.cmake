@@ -50,6 +50,10 @@ target_link_libraries(_C PRIVATE dgemma "${torch_dir}/lib/libtorch_cpu.so")
 set_target_properties(_C PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH "$ORIGIN/../torch/lib")
 if(DGEMMA_SIM)
   dgemma_sim_watches_tensors(_C "${torch_dir}")
+  # What takes time is torch's headers, and the other builds have shown that each file includes what it needs. module.cpp
+  # asks whether a function is there that another file may bring.
+  set_target_properties(_C PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+  set_source_files_properties("${PROJECT_SOURCE_DIR}/csrc/torch/module.cpp" PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 endif()
 dgemma_link_old_glibc(_C)
 if(NOT APPLE)

@@ -77,8 +77,7 @@ class Cuda(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    # Allowed where two or four values in shared memory are read as one word.
-    built = sim_library("denoise", SOURCES, ["-DDGEMMA_WITH_SM90", "-fno-strict-aliasing"])
+    built = sim_library("denoise", SOURCES)
     for name in ("vocabulary_statistics", "vocabulary_head", "soft_embedding"):
         getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
     for name in ("head_plan", "head_units"):

@@ -55,7 +55,7 @@ OK, WORKSPACE_TOO_SMALL = 0, 3
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("block_attention", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built = sim_library("block_attention", SOURCES)
     built.dgemma_cuda_block_attention_workspace.restype = ctypes.c_size_t
     for name in ("attention_plan", "attention_units", "attention_run", "attention_traffic"):
         getattr(built, name).restype = ctypes.c_char_p

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,6 +19,7 @@ from sim.build import (
     PORTABLE_ARCHITECTURES,
     ROOT,
     SIM,
+    NvccReport,
     machine_code,
     nvcc_report,
 )
@@ -61,28 +63,37 @@ def test_compiles_without_spills_or_local_memory(source: Path) -> None:
     assert report.serialized == 0, "ptxas put a wait behind every wgmma"
 
 
-@needs_disassembler
-@pytest.mark.parametrize("source", HOPPER, ids=name_of)
-def test_hopper_kernels_use_wgmma_and_asynchronous_copies(source: Path) -> None:
-    code = machine_code(nvcc_report(source, "90a"))
-    product = r"\bQGMMA\.64x\d+x32\.F32\.E4M3\.E4M3\b" if "fp8" in source.name else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
-    assert re.search(product, code)
-    assert re.search(r"\bUTMALDG\b|\bUBLKCP\b|\bLDGSTS\b", code)
+class Compiled(NamedTuple):
+    source: Path
+    report: NvccReport
+    code: str
+
+
+@pytest.fixture(scope="module", params=HOPPER, ids=name_of)
+def hopper(request: pytest.FixtureRequest) -> Compiled:
+    """pytest runs the tests of one file after each other, so that it is disassembled once."""
+    report = nvcc_report(request.param, "90a")
+    return Compiled(request.param, report, machine_code(report))
 
 
 @needs_disassembler
-@pytest.mark.parametrize("source", HOPPER, ids=name_of)
-def test_roles_divide_the_registers_that_the_block_owns(source: Path) -> None:
+def test_hopper_kernels_use_wgmma_and_asynchronous_copies(hopper: Compiled) -> None:
+    is_fp8 = "fp8" in hopper.source.name
+    product = r"\bQGMMA\.64x\d+x32\.F32\.E4M3\.E4M3\b" if is_fp8 else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
+    assert re.search(product, hopper.code)
+    assert re.search(r"\bUTMALDG\b|\bUBLKCP\b|\bLDGSTS\b", hopper.code)
+
+
+@needs_disassembler
+def test_roles_divide_the_registers_that_the_block_owns(hopper: Compiled) -> None:
     """What ptxas gives a thread at entry, not the multiprocessor's 65,536: setmaxnreg waits forever for the rest."""
-    report = nvcc_report(source, "90a")
-    code = machine_code(report)
     more, less = (
-        {int(count, 16) for count in re.findall(rf"USETMAXREG\.{what}\.CTAPOOL (?:UP\d+, )?0x([0-9a-f]+)", code)}
+        {int(count, 16) for count in re.findall(rf"USETMAXREG\.{what}\.CTAPOOL (?:UP\d+, )?0x([0-9a-f]+)", hopper.code)}
         for what in ("TRY_ALLOC", "DEALLOC")
     )
     assert len(more) == len(less) == 1
-    assert report.registers == 65536 // 384 // 8 * 8
-    assert 256 * more.pop() + 128 * less.pop() <= 384 * report.registers
+    assert hopper.report.registers == 65536 // 384 // 8 * 8
+    assert 256 * more.pop() + 128 * less.pop() <= 384 * hopper.report.registers
 
 
 @needs_disassembler

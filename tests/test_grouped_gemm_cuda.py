@@ -60,7 +60,7 @@ OK, INVALID_ARGUMENT, UNSUPPORTED, WORKSPACE_TOO_SMALL = 0, 1, 2, 3
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("grouped_gemm", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built = sim_library("grouped_gemm", SOURCES)
     built.dgemma_cuda_moe_ffn_workspace.restype = ctypes.c_size_t
     for name in ("moe_plan", "moe_units", "moe_work_tiles_of", "moe_likely_steps", "moe_traffic"):
         getattr(built, name).restype = ctypes.c_char_p

@@ -54,7 +54,7 @@ class Cuda(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("grouped_gemm_dense", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built = sim_library("grouped_gemm_dense", SOURCES)
     built.dgemma_cuda_dense_workspace.restype = ctypes.c_size_t
     for name in ("dense_plan", "dense_units"):
         getattr(built, name).restype = ctypes.c_char_p

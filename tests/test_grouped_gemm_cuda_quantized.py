@@ -56,7 +56,7 @@ class DenseQuantized(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("grouped_gemm_quantized", SOURCES, [f"-DDGEMMA_WITH_SM{number}" for number in (89, 90, 120)])
+    built = sim_library("grouped_gemm_quantized", SOURCES)
     for name in ("moe_ffn_quantized", "dense_quantized", "moe_ffn_fp8"):
         getattr(built, f"dgemma_cuda_{name}_workspace").restype = ctypes.c_size_t
     for name in (

@@ -53,7 +53,7 @@ class Cuda(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    built = sim_library("grouped_gemm_route", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    built = sim_library("grouped_gemm_route", SOURCES)
     built.dgemma_cuda_route_workspace.restype = ctypes.c_size_t
     built.route_plan.restype = ctypes.c_char_p
     return built

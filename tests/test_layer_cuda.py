@@ -26,7 +26,7 @@ NEIGHBOURS = 0.01  # of the values, whose sums are made in another order
 
 @cache
 def library() -> ctypes.CDLL:
-    return sim_library("layer", SOURCES, ["-DDGEMMA_WITH_SM90"])
+    return sim_library("layer", SOURCES)
 
 
 def aligned(values: dict[str, Any]) -> dict[str, Any]:

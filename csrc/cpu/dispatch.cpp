@@ -6,7 +6,7 @@ namespace dgemma {
 
 bool cpu_variant_available(dgemma_cpu_variant variant) {
   if (variant == DGEMMA_CPU_SCALAR) return true;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DGEMMA_SCALAR_ONLY)
   // The compiler's run-time library asks XGETBV too: a set counts only when the operating system
   // saves its registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

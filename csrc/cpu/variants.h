@@ -7,7 +7,7 @@
 
 #include "dgemma/base.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DGEMMA_SCALAR_ONLY)  // the test bed has one set
 
 #define DGEMMA_DECLARE_PER_VARIANT(declaration) \
   namespace scalar {                            \

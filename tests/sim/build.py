@@ -23,21 +23,25 @@ from functools import cache
 from pathlib import Path
 
 from cuda_tools import find_nvcc, find_tool
+from sim import cmake_build
 
 SIM = Path(__file__).resolve().parent
-ROOT = SIM.parent.parent
+ROOT = cmake_build.ROOT
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "sim"
 TEST_BED = SIM / "all.cpp"
 
 # The switch of fibers is x86-64 assembly, and its authors had no other machine.
 SUPPORTED = platform.machine() in ("x86_64", "AMD64") and shutil.which("g++") is not None
 
-INCLUDE = [f"-I{SIM}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+INCLUDE = [f"-I{SIM}", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
 # -Wrestrict: GCC 12 sees an overlap in std::string's operator+ that is not there (bug 105651). -Wpsabi only tells that
 # vectors are passed otherwise than by GCC 4.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-restrict", "-Wno-psabi"]
-COMMON = ["-std=c++20", "-DDGEMMA_SIM", "-fPIC", "-fvisibility=hidden", "-g1", *WARNINGS, *INCLUDE]
-# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there.
+KERNELS = ["-DDGEMMA_WITH_SM89", "-DDGEMMA_WITH_SM90", "-DDGEMMA_WITH_SM120"]
+COMMON = ["-std=c++20", "-DDGEMMA_SIM", *KERNELS, "-fPIC", "-fvisibility=hidden", "-g1", *WARNINGS, *INCLUDE]
+# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, as in
+# cmake/Sim.cmake.
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
 
@@ -54,7 +58,7 @@ def _machine_flags() -> list[str]:
 
 def _headers(source: Path) -> list[Path]:
     """Everything that a source may include: too many files only rebuild too often."""
-    folders = {SIM, ROOT / "csrc" / "device"} if source == TEST_BED else {SIM, ROOT / "csrc", source.parent}
+    folders = {SIM, CSRC / "device"} if source == TEST_BED else {SIM, CSRC, source.parent}
     found = {path for folder in folders for path in folder.rglob("*.h")}
     if source == TEST_BED:
         found |= set(SIM.glob("*.cpp"))
@@ -98,7 +102,9 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
 
 
 def _linked(name: str, objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
-    digest = hashlib.sha256(repr((name, [str(path) for path in objects], list(flags))).encode()).hexdigest()[:20]
+    # CMake's objects keep their names when they change.
+    made = [(str(path), path.stat().st_mtime_ns) for path in objects]
+    digest = hashlib.sha256(repr((name, made, list(flags))).encode()).hexdigest()[:20]
     target = CACHE / f"{name}-{digest}{suffix}"
     with _lock(target):
         if not target.exists():
@@ -108,19 +114,32 @@ def _linked(name: str, objects: Sequence[Path], flags: Sequence[str], suffix: st
     return target
 
 
+def _objects(sources: Sequence[Path], flags: Sequence[str] = ()) -> list[Path]:
+    """The test bed and these: from CMake's build what it has."""
+    shared = [source for source in sources if source.is_relative_to(CSRC)]
+    own = [source for source in sources if source not in shared]
+    watched = {source: WATCHED if source.suffix == ".cu" else [] for source in own}
+    return [
+        *cmake_build.objects([TEST_BED, *shared]),
+        *(_object(source, ["-O2", *watched[source], *flags]) for source in own),
+    ]
+
+
 def sim_library(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The kernels and the test bed as one shared library; every function of it gives its message as bytes or None."""
-    # The test bed is what the time goes to, so it is optimised more than the kernels.
-    objects = [_object(TEST_BED, ["-O3"])]
-    objects += [_object(source, ["-O2", *(WATCHED if source.suffix == ".cu" else []), *flags]) for source in sources]
-    return ctypes.CDLL(str(_linked(name, objects, ["-shared"], ".so")))
+    """The kernels and the test bed as one shared library; every function of it gives its message as bytes or None.
+
+    Ordinary loads and stores of the kernels are looked at. `flags` are for what is not in csrc.
+    """
+    library = ctypes.CDLL(str(_linked(name, _objects(sources, flags), ["-shared"], ".so")))
+    library.sim_watch_plain_accesses(1)
+    return library
 
 
 def sim_program(name: str, sources: Sequence[Path], sanitize: bool = False) -> Path:
-    """The same as a program of its own; one of the sources has `main`."""
-    flags = SANITIZE if sanitize else ["-O2"]
-    objects = [_object(TEST_BED, SANITIZE if sanitize else ["-O3"]), *(_object(source, flags) for source in sources)]
-    return _linked(name, objects, flags[:1] if sanitize else [], "")
+    """The same as a program, which does not look at ordinary loads and stores; one of the sources has `main`."""
+    if not sanitize:
+        return _linked(name, _objects(sources), [], "")
+    return _linked(name, [_object(source, SANITIZE) for source in (TEST_BED, *sources)], SANITIZE[:1], "")
 
 
 # What a kernel for every architecture is compiled to, as in cmake/Cuda.cmake.
@@ -140,7 +159,7 @@ class NvccReport:
     stack_bytes: int
     serialized: int  # kernels whose wgmmas ptxas makes wait for each other (its notes C7510 to C7519)
     registers: int  # of the kernel that uses most
-    object: Path
+    object: Path  # or the file with the GPUs' code alone
 
 
 def nvcc_report(source: Path, architecture: str) -> NvccReport:
@@ -152,7 +171,9 @@ def nvcc_report(source: Path, architecture: str) -> NvccReport:
     options += ["-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage", *INCLUDE[1:]]
     nvcc = find_nvcc()
     assert nvcc is not None, "nvcc was not found"
-    command = [nvcc, *options, "-c", str(source)]
+    # The build that the suite runs on has shown the host's code of most kernels to its compiler, warnings being errors.
+    device_alone = source.is_relative_to(CSRC) and source.parent.name != "sm89" and "__global__" in source.read_text()
+    command = [nvcc, *options, "-fatbin" if device_alone else "-c", str(source)]
     digest = hashlib.sha256(repr((command, str(source))).encode() + source.read_bytes() + _header_digest(source))
     target = CACHE / f"{source.stem}-{architecture.replace(' ', '-')}-{digest.hexdigest()[:20]}.ptxas"
     with _lock(target):

@@ -5,7 +5,6 @@ text = run_on_kernels(Path("tests/solve_puzzles.py"), "6", "8")      # what the 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -13,9 +12,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from sim.build import CACHE, ROOT
+from sim.cmake_build import BUILD, FOLDER, ROOT, locked, make
 
-FOLDER = CACHE / "extension"
 # Put in front of a program: the package of this build comes before one that is installed as editable, whose import hook
 # would win.
 PRELUDE = f"""
@@ -30,21 +28,11 @@ assert dgemma_ext._C.__file__.startswith({str(FOLDER)!r}), dgemma_ext._C.__file_
 @cache
 def build() -> None:
     """Builds what changed, one process at a time."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with open(FOLDER / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        configure = ["cmake", "-S", str(ROOT), "-B", str(FOLDER / "build"), "-G", "Ninja", "-DDGEMMA_SIM=ON"]
-        configure += ["-DDGEMMA_WARNINGS_AS_ERRORS=ON"]
-        configure += ["-DDGEMMA_PYTHON=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-        for command in (configure, ["cmake", "--build", str(FOLDER / "build")]):
-            result = subprocess.run(
-                command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
-            )
-            assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    with locked():
+        make()
         # Replaced only where it is not up to date: another run of tests may have it open.
         package, python = FOLDER / "site" / "dgemma_ext", ROOT / "python" / "dgemma_ext"
-        (module,) = (FOLDER / "build").glob("_C*.so")
+        (module,) = BUILD.glob("_C*.so")
         copy = package / module.name
         entries = {entry.name for entry in python.iterdir() if entry.suffix != ".so"} - {"__pycache__"}
         is_same = copy.exists() and copy.stat().st_mtime_ns == module.stat().st_mtime_ns

@@ -10,11 +10,7 @@
 
 namespace sim {
 
-#if defined(SIM_WATCHES_WHEN_ASKED)
 bool watching = false;
-#else
-bool watching = true;
-#endif
 
 namespace {
 
