@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
@@ -36,6 +37,7 @@ from dgemma_ext.finetune.loss import losses
 from dgemma_ext.finetune.recipe import make_batch
 from dgemma_ext.model import Network, load_weights
 from dgemma_ext.model.weights import _dequantized
+from dgemma_ext.ops.formats import Int8Weight
 from dgemma_ext.ops.gradients import head
 
 SIZES: dict[str, Any] = dict(
@@ -411,6 +413,16 @@ def test_a_quantised_base(format: str, folder: Path, examples: Examples) -> None
     for name, mine in found[0].items():
         worst = float((mine - found[1][name]).abs().max() / found[1][name].abs().max().clamp(min=1e-12))
         assert worst < 1e-4, f"{name}: {worst:.1e}"
+
+
+def test_int8_is_refused(model: dg.DiffusionGemma, examples: Examples, tmp_path: Path) -> None:
+    weights = copy.copy(model.weights)
+    weights.layers = [copy.copy(layer) for layer in weights.layers]
+    weights.layers[1].o_proj = Int8Weight(torch.zeros(32, 32, dtype=torch.uint8), torch.ones(32))
+    other = dg.DiffusionGemma(Network(model.config, weights), model.defaults, model.tokenizer)
+    with pytest.raises(ValueError, match="weights: got int8 for o_proj, which rounds what it multiplies too"):
+        Run(other, examples, tmp_path / "out", SETTINGS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_micro_batches_and_shared_factors(model: dg.DiffusionGemma, examples: Examples, tmp_path: Path) -> None:

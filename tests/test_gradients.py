@@ -26,6 +26,8 @@ from dgemma_ext.ops.gradients import (
 )
 
 HIDDEN, EXPERTS, TOP_K = 32, 5, 2
+# INT8 rounds what it multiplies too, and dgemma finetune refuses it.
+FORMATS_WITH_GRADIENTS = ["fp8", "int4", "nvfp4"]
 
 
 def leaf(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -128,7 +130,7 @@ def test_experts_by_kernel(dtype: torch.dtype, rank: int) -> None:
     assert_all_close(lambda *given: run_experts(case, *given), plain, leaves, dtype, (23, HIDDEN))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS_WITH_GRADIENTS)
 def test_experts_over_quantised_weights(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are those of the dequantised weights, which exist a few experts at a time."""
     monkeypatch.setattr(grouped_products, "EXPERTS_AT_ONCE", 2)
@@ -169,7 +171,7 @@ def test_grouped_mm_and_the_loop_over_experts_agree(dtype: torch.dtype, monkeypa
 # Dense ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS_WITH_GRADIENTS)
 def test_dense_over_quantised_weights(format: str) -> None:
     weight = quantised_of(torch.randn(24, HIDDEN), format)
     assert gradcheck(lambda x: linear(x, weight), [leaf(2, 3, HIDDEN)])

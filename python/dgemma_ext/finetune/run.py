@@ -31,6 +31,7 @@ from dgemma_ext.finetune.forward import Passes
 from dgemma_ext.finetune.loss import losses
 from dgemma_ext.finetune.recipe import Batch, make_batch
 from dgemma_ext.finetune.settings import FinetuneSettings
+from dgemma_ext.ops.formats import Int8Weight
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Run:
     examples, held_out: as `open_examples` gives them. base_model: what adapter_config.json calls the base. recompute:
     as in `Passes`.
 
-    Raises ValueError for a folder with a state that is not to be resumed, or with files and no state; for a state of
-    other settings or other data.
+    Raises ValueError for weights that no gradient goes through; for a folder with a state that is not to be resumed, or
+    with files and no state; for a state of other settings or other data.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Run:
         resume: bool = False,
         recompute: bool = False,
     ) -> None:
+        _check_formats(model)
         self.model, self.settings, self.folder, self.base_model = model, settings, folder, base_model
         self.examples = examples
         self.held_out = [] if held_out is None else held_out.first(settings.eval_count)
@@ -227,6 +229,16 @@ class Run:
         seconds = round(time.perf_counter() - began, 4)
         self.log.write({"step": step, **asdict(found), "seconds": seconds})
         return Report(step, self.settings.steps, evaluation=found)
+
+
+def _check_formats(model: DiffusionGemma) -> None:
+    for holder in (model.weights, *model.weights.layers):
+        for attribute, weight in vars(holder).items():
+            if isinstance(weight, Int8Weight):
+                raise ValueError(
+                    f"weights: got int8 for {attribute}, which rounds what it multiplies too, and that has no gradient; "
+                    "wants unquantised weights, or those in fp8, int4 or nvfp4"
+                )
 
 
 def open_examples(
