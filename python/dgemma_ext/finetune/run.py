@@ -236,7 +236,7 @@ def _check_formats(model: DiffusionGemma) -> None:
         for attribute, weight in vars(holder).items():
             if isinstance(weight, Int8Weight):
                 raise ValueError(
-                    f"weights: got int8 for {attribute}, which rounds what it multiplies too, and that has no gradient; "
+                    f"weights: got int8 for {attribute}, which rounds what it multiplies too, and has no gradient; "
                     "wants unquantised weights, or those in fp8, int4 or nvfp4"
                 )
 
