@@ -98,12 +98,10 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class Fp8Weight(QuantizedWeight):
-    """e4m3 codes with a scale for every row: w = value * scale. `scales`: float32 [..., rows]."""
+class RowScaledWeight(QuantizedWeight):
+    """A byte for every value and a scale for every row, `scales`: float32 [..., rows]."""
 
     scales: Tensor
-
-    name = "fp8"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,6 +110,17 @@ class Fp8Weight(QuantizedWeight):
     @property
     def kernel_row_scales(self) -> Tensor:
         return self.scales
+
+    @classmethod
+    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
+        return cls(values, _present(cls, row_scales))
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Weight(RowScaledWeight):
+    """e4m3 codes with a scale for every row: w = value * scale."""
+
+    name = "fp8"
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return (self.values.view(torch.float8_e4m3fn).float() * self.scales[..., None]).to(dtype)
@@ -130,28 +139,14 @@ class Fp8Weight(QuantizedWeight):
     def codes_of(cls, x: Tensor) -> Tensor:
         return x.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
-    @classmethod
-    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
-        return cls(values, _present(cls, row_scales))
-
 
 @dataclass(frozen=True, eq=False)
-class Int8Weight(QuantizedWeight):
+class Int8Weight(RowScaledWeight):
     """Numbers q in [-128, 128) with a scale for every row: w = q * scale. What they multiply is rounded to int8 too,
-    each row under its largest magnitude / 127. `values`: the bytes of int8 as uint8. `scales`: float32 [..., rows].
+    each row under its largest magnitude / 127. `values`: the bytes of int8 as uint8.
     """
 
-    scales: Tensor
-
     name = "int8"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    @property
-    def kernel_row_scales(self) -> Tensor:
-        return self.scales
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return (self.values.view(torch.int8).float() * self.scales[..., None]).to(dtype)
@@ -169,10 +164,6 @@ class Int8Weight(QuantizedWeight):
     @classmethod
     def codes_of(cls, x: Tensor) -> Tensor:
         return cls.nearest(x).to(torch.int8).view(torch.uint8)
-
-    @classmethod
-    def from_kernel(cls, values: Tensor, scales: Tensor | None, row_scales: Tensor | None) -> Self:
-        return cls(values, _present(cls, row_scales))
 
 
 @dataclass(frozen=True, eq=False)
