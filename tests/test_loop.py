@@ -292,7 +292,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_table(monkeypatch: pytest
     running = dg.Scheduler(model, max_batch=2, max_length=32, batched=True)
     request = running.submit([1, 2, 3], max_new_tokens=8, seed=5)
     running.step()
-    plan = memory_module.batch_plan(model.network, 2, 4, 32, slots=2)
+    assert model.vision is not None
+    plan = memory_module.batch_plan(model.network, 2, 4, 32, slots=2, vision=model.vision.tower.config)
     monkeypatch.setattr(memory_module, "available_bytes", lambda device: plan.total)
     dg.Scheduler(model, max_batch=2, max_length=32, batched=True)
     caches: list[object] = []

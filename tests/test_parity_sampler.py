@@ -19,6 +19,7 @@ import torch
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
 from bounds import GLOBAL_BOUND, relative_distance
+from dgemma_ext.model import AdapterSet, MatmulMode
 from dgemma_ext.ops import denoise
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling import ResolvedSampler, begin_canvas, make_canvas_batch, make_step_buffers
@@ -76,6 +77,8 @@ def stand_in_network(case: Case) -> Any:
         dtype=case.dtype,
         device=torch.device("cpu"),
         weights=SimpleNamespace(embed_tokens=embedding),
+        adapters=AdapterSet(),
+        options=SimpleNamespace(matmul=MatmulMode.PER_REQUEST),
         embedding_scale=float(torch.tensor(HIDDEN**0.5).to(case.dtype)),
         soft_embedding_tolerance=2.0**-9 if case.dtype == torch.bfloat16 else 0.0,
         max_embedding_norm=float(embedding.float().norm(dim=-1).max()),

@@ -251,9 +251,9 @@ def test_bad_arguments() -> None:
     values, codes = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 32, dtype=torch.uint8)
     scales_of_48 = torch.zeros(8, 4, dtype=torch.bfloat16)
     for arguments, message in (
-        ((9, codes, None, None), r"format: got 9, wants 1 \(fp8\), 2 \(int4\) or 3 \(nvfp4\)"),
+        ((9, codes, None, None), r"format: got 9, wants 1 \(fp8\), 2 \(int4\), 3 \(nvfp4\) or 4 \(int8\)"),
         ((1, codes, None, None), r"weight: got shape \[8, 32\], wants \[8, 64\]"),
-        ((2, codes, None, None), r"weight.group: got 0, wants 0 \(fp8\), 32, 64 or 128 \(int4\)"),
+        ((2, codes, None, None), r"weight.group: got 0, wants 0 \(fp8, int8\), 32, 64 or 128 \(int4\)"),
         ((2, codes, scales_of_48, None), r"weight.group: got 16"),
         (
             (2, codes, scales_of_48.float(), None),

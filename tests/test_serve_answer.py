@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import dgemma_ext as dg
 from chats import answering
+from dgemma_ext.engine import TokenizedPrompt
 from dgemma_ext.sampling import TokenLogprobs
 from dgemma_ext.serve.answer import Answer
 from dgemma_ext.serve.drafts import draft_fields, whole_text
@@ -29,7 +30,8 @@ SCHEDULER = dg.Scheduler(MODEL_OF_BYTES, 1)
 def request_of(limit: int = 100) -> dg.Request:
     sampler = dg.SamplerConfig(eos_token_ids=[END]).resolve(MODEL_OF_BYTES.defaults, 8)
     nothing: Any = SCHEDULER.step
-    return dg.Request(0, [1], limit, sampler, 0, None, TOKENIZER, cancel=nothing)
+    prompt = TokenizedPrompt([1])
+    return dg.Request(0, prompt, MODEL_OF_BYTES.config.vocab_size, limit, sampler, 0, None, TOKENIZER, cancel=nothing)
 
 
 def commits(ids: Sequence[int], cuts: Sequence[int]) -> list[dg.Commit]:
