@@ -206,9 +206,10 @@ def test_the_joint_first_step(adapted: Any, model: dg.DiffusionGemma) -> None:
         network.adapters.remove("joint")
 
 
-@pytest.mark.parametrize("format", ["fp8", "int4", "nvfp4"])
-def test_quantized_weights(format: str, checkpoint: Path) -> None:
-    """Against PEFT on the dequantized weights: the adapter is beside them, not in them."""
+@pytest.mark.parametrize(("format", "bound"), [("fp8", BOUND), ("int4", BOUND), ("nvfp4", BOUND), ("int8", 0.05)])
+def test_quantized_weights(format: str, bound: float, checkpoint: Path) -> None:
+    """Against PEFT on the dequantized weights: the adapter is beside them, not in them. INT8 weights
+    round what they multiply too, which PEFT does not: 0.022 of the logits' scale."""
     model = dg.DiffusionGemma.from_pretrained(checkpoint, device="cpu", weights=format)
     base = load_transformers(checkpoint, torch.float32)
     state, quantized = base.state_dict(), 0
@@ -224,7 +225,8 @@ def test_quantized_weights(format: str, checkpoint: Path) -> None:
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     adapter = dg.Adapter.from_tensors(settings, tensors, model.config)
     wanted = passes_of_peft(theirs)
-    assert distance(passes_of(model, adapter, wanted), wanted) < BOUND
+    assert distance(passes_of(model, None, wanted), wanted) > WRONG, "the adapter changes nothing"
+    assert distance(passes_of(model, adapter, wanted), wanted) < bound
 
 
 def test_the_three_wrong_merges(adapted: Any, checkpoint: Path, model: dg.DiffusionGemma) -> None:
