@@ -548,6 +548,13 @@ def test_no_memory(folder: Path, data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_refuses_int8_before_it_loads(folder: Path, data: Path, tmp_path: Path) -> None:
+    with mock.patch.object(dg.DiffusionGemma, "from_pretrained", side_effect=AssertionError):
+        run = dgemma("finetune", str(folder), str(data), "--out", str(tmp_path / "out"), "--weights", "int8")
+    assert run.code == 2
+    assert "weights: got int8 for experts, which rounds what it multiplies too" in run.err
+
+
 def test_evaluation_and_chart(folder: Path, data: Path, tmp_path: Path) -> None:
     """The real sampler answers held-out prompts before the first step, on the way and at the end."""
     held_out = tmp_path / "eval.jsonl"

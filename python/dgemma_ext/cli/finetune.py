@@ -35,6 +35,7 @@ from dgemma_ext.finetune import (
     Report,
     Run,
     chart,
+    check_formats,
     open_examples,
     training_sizes,
 )
@@ -113,7 +114,7 @@ def _plan(
     arguments: Arguments, source: Path, config: ModelConfig, settings: FinetuneSettings, examples: Examples
 ) -> tuple[MemoryPlan, bool]:
     """What the run takes, and whether activations are recomputed: with auto where keeping them does not fit. Raises
-    NotEnoughMemory."""
+    ValueError for weights that cannot be trained beside, and NotEnoughMemory."""
     info = inspect_checkpoint(source, config)
     weights, device = resolve_weights(arguments.weights), resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, config)
@@ -129,6 +130,7 @@ def _plan(
         available = available_bytes(device)
         recompute = available is not None and plan(False).total - mapped > available
     found = plan(recompute)
+    check_formats({part: format for part, (format, _) in found.weights.items()})
     check_memory(found, mapped, device)
     return found, recompute
 

@@ -11,5 +11,5 @@ from dgemma_ext.finetune.adapter import TrainedAdapter
 from dgemma_ext.finetune.data import Examples
 from dgemma_ext.finetune.evaluate import Evaluation
 from dgemma_ext.finetune.memory import training_sizes
-from dgemma_ext.finetune.run import Report, Run, open_examples
+from dgemma_ext.finetune.run import Report, Run, check_formats, open_examples
 from dgemma_ext.finetune.settings import PASSES, TARGETS, FinetuneSettings, LoraSettings

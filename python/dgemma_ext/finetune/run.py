@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from dgemma_ext.finetune.forward import Passes
 from dgemma_ext.finetune.loss import losses
 from dgemma_ext.finetune.recipe import Batch, make_batch
 from dgemma_ext.finetune.settings import FinetuneSettings
-from dgemma_ext.ops.formats import Int8Weight
+from dgemma_ext.ops.formats import Int8Weight, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
         resume: bool = False,
         recompute: bool = False,
     ) -> None:
-        _check_formats(model)
+        check_formats(_formats(model))
         self.model, self.settings, self.folder, self.base_model = model, settings, folder, base_model
         self.examples = examples
         self.held_out = [] if held_out is None else held_out.first(settings.eval_count)
@@ -231,14 +231,23 @@ class Run:
         return Report(step, self.settings.steps, evaluation=found)
 
 
-def _check_formats(model: DiffusionGemma) -> None:
-    for holder in (model.weights, *model.weights.layers):
-        for attribute, weight in vars(holder).items():
-            if isinstance(weight, Int8Weight):
-                raise ValueError(
-                    f"weights: got int8 for {attribute}, which rounds what it multiplies too, and has no gradient; "
-                    "wants unquantised weights, or those in fp8, int4 or nvfp4"
-                )
+def check_formats(formats: Mapping[str, str]) -> None:
+    """formats: of weights by what they are. Raises ValueError for one that no gradient goes through."""
+    for name, format in formats.items():
+        if format == Int8Weight.name:
+            raise ValueError(
+                f"weights: got int8 for {name}, which rounds what it multiplies too, and has no gradient; "
+                "wants unquantised weights, or those in fp8, int4 or nvfp4"
+            )
+
+
+def _formats(model: DiffusionGemma) -> dict[str, str]:
+    return {
+        attribute: weight.name
+        for holder in (model.weights, *model.weights.layers)
+        for attribute, weight in vars(holder).items()
+        if isinstance(weight, QuantizedWeight)
+    }
 
 
 def open_examples(
