@@ -1,4 +1,4 @@
-"""Second moments of products' inputs over a text, and what a quantiser makes of them."""
+"""Second moments of products' inputs over a text, and what a quantizer makes of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of `dgemma finetune`: data, interruption at every moment, quantised bases, memory, and what generation loads."""
+"""Runs of `dgemma finetune`: data, interruption at every moment, quantized bases, memory, and what generation loads."""
 
 from __future__ import annotations
 
@@ -386,22 +386,22 @@ def test_generation_computes_what_was_trained(
 
 
 @pytest.mark.parametrize("format", ["fp8", "int4", "nvfp4"])
-def test_a_quantised_base(format: str, folder: Path, examples: Examples) -> None:
-    """Loss and gradients are those over the dequantised weights."""
+def test_a_quantized_base(format: str, folder: Path, examples: Examples) -> None:
+    """Loss and gradients are those over the dequantized weights."""
     target = resolve_weights(format)
     config = ModelConfig.from_file(folder)
     device = torch.device("cpu")
     found = []
     for plain in (False, True):
         weights = load_weights(folder, config, torch.float32, device, weights=target)
-        quantised = 0
+        quantized = 0
         for layer in weights.layers:
             for name, weight in vars(layer).items():
                 if hasattr(weight, "dequantized"):
-                    quantised += 1
+                    quantized += 1
                     if plain:
                         setattr(layer, name, _dequantized(weight, torch.float32))
-        assert quantised >= 4
+        assert quantized >= 4
         network = Network(config, weights)
         adapter = TrainedAdapter(config, LORA, 1, device)
         random_factors(adapter)

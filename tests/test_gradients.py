@@ -131,22 +131,22 @@ def test_experts_by_kernel(dtype: torch.dtype, rank: int) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS_WITH_GRADIENTS)
-def test_experts_over_quantised_weights(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients are those of the dequantised weights, which exist a few experts at a time."""
+def test_experts_over_quantized_weights(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are those of the dequantized weights, which exist a few experts at a time."""
     monkeypatch.setattr(grouped_products, "EXPERTS_AT_ONCE", 2)
     case = expert_case(tokens=11, rank=4, dtype=torch.float32)
-    quantised = case | {name: quantised_of(case[name], format, runs) for name, runs in (("gate_up", 2), ("down", 1))}
-    plain = case | {name: quantised[name].dequantized(torch.float32) for name in ("gate_up", "down")}
+    quantized = case | {name: quantized_of(case[name], format, runs) for name, runs in (("gate_up", 2), ("down", 1))}
+    plain = case | {name: quantized[name].dequantized(torch.float32) for name in ("gate_up", "down")}
     leaves = [case["x"], case["weights"], *case["factors"]]
     output_grad = torch.randn(11, HIDDEN)
     for chosen in (leaves, leaves[:2]):
-        got = with_grads(lambda *given: run_experts(quantised, *given), chosen, output_grad)
+        got = with_grads(lambda *given: run_experts(quantized, *given), chosen, output_grad)
         wanted = with_grads(lambda *given: run_experts(plain, *given), chosen, output_grad)
         for mine, theirs in zip(got, wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def quantised_of(weight: Tensor, format: str, runs: int = 1) -> QuantizedWeight:
+def quantized_of(weight: Tensor, format: str, runs: int = 1) -> QuantizedWeight:
     form = FORMATS[format]
     options: dict[str, Any] = {"int4": {"group": HIDDEN}, "nvfp4": {"runs": runs}}.get(format, {})
     made: QuantizedWeight = form.weight.quantize(weight, **options)  # type: ignore[attr-defined]
@@ -172,15 +172,15 @@ def test_grouped_mm_and_the_loop_over_experts_agree(dtype: torch.dtype, monkeypa
 
 
 @pytest.mark.parametrize("format", FORMATS_WITH_GRADIENTS)
-def test_dense_over_quantised_weights(format: str) -> None:
-    weight = quantised_of(torch.randn(24, HIDDEN), format)
+def test_dense_over_quantized_weights(format: str) -> None:
+    weight = quantized_of(torch.randn(24, HIDDEN), format)
     assert gradcheck(lambda x: linear(x, weight), [leaf(2, 3, HIDDEN)])
     leaves = [leaf(7, HIDDEN, dtype=torch.float32)]
-    plain = functools.partial(dequantised_product, weight)
+    plain = functools.partial(dequantized_product, weight)
     assert_all_close(lambda x: linear(x, weight), plain, leaves, torch.float32, (7, 24))
 
 
-def dequantised_product(weight: QuantizedWeight, x: Tensor) -> Tensor:
+def dequantized_product(weight: QuantizedWeight, x: Tensor) -> Tensor:
     return x @ weight.dequantized(x.dtype).T
 
 

@@ -294,7 +294,7 @@ def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
         dg.accelerate(unaccelerated("flat").model)
     model = twin(unaccelerated("flat"), enabled=False)
     model.quantization_method = "bitsandbytes"
-    with pytest.raises(ValueError, match=r"got weights quantised by bitsandbytes, wants plain ones"):
+    with pytest.raises(ValueError, match=r"got weights quantized by bitsandbytes, wants plain ones"):
         dg.accelerate(model)
     del model.quantization_method
     layer = model.model.decoder.layers[1].experts

@@ -44,7 +44,7 @@ sim_switch_stack:
 )");
 
 namespace {
-// Pages are only taken when touched. Accumulators of 128 floats in unoptimised code with sanitizers
+// Pages are only taken when touched. Accumulators of 128 floats in unoptimized code with sanitizers
 // fit several times.
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kPageBytes = 4096;

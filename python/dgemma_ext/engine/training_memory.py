@@ -45,7 +45,7 @@ def backward_bytes(training: TrainingSizes, config: ModelConfig, dtype: torch.dt
         cached = 2 * layer.num_key_value_heads * layer.head_dim * size
         kept += (hidden * size + cached) if training.recompute else whole
     rows = training.batch * training.length * config.top_k_experts
-    # Of a layer's experts: inputs, gate and up, and their gradients; and a few dequantised experts.
+    # Of a layer's experts: inputs, gate and up, and their gradients; and a few dequantized experts.
     of_experts = rows * (3 * size * hidden + 40 * config.moe_intermediate_size)
     if any(format in FORMATS for format in experts.split(", ")):
         of_experts += 3 * EXPERTS_AT_ONCE * config.moe_intermediate_size * hidden * size

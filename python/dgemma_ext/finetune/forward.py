@@ -1,8 +1,8 @@
 """The two passes with gradients: the model's formulas over the frozen weights, with the factors beside them.
 
-The weights are those that generation reads, quantised ones too. The order of operations and the roundings are those of
+The weights are those that generation reads, quantized ones too. The order of operations and the roundings are those of
 transformers' modeling_diffusion_gemma.py, which tests hold loss and gradients to. It does not train itself: its modules
-take no quantised experts, its encode pass keeps all activations, and PEFT gives each pass an adapter of its own.
+take no quantized experts, its encode pass keeps all activations, and PEFT gives each pass an adapter of its own.
 
 A batch is a matrix of token ids, shorter rows padded on the right.
 """

@@ -237,7 +237,7 @@ def check_formats(formats: Mapping[str, str]) -> None:
         if format == Int8Weight.name:
             raise ValueError(
                 f"weights: got int8 for {name}, which rounds what it multiplies too, and has no gradient; "
-                "wants unquantised weights, or those in fp8, int4 or nvfp4"
+                "wants unquantized weights, or those in fp8, int4 or nvfp4"
             )
 
 

@@ -19,7 +19,7 @@ def accelerate(model: Model, enabled: bool = True) -> Model:
     (`integrations.transformers.AccelerationWarning`) for each model and reason. Details:
     `dgemma_ext.integrations.transformers`.
 
-    Returns the model. Raises ValueError for another kind of model, for quantised weights and for a transformers older
+    Returns the model. Raises ValueError for another kind of model, for quantized weights and for a transformers older
     than 5.17.
     """
     from dgemma_ext.integrations import transformers as integration

@@ -1,4 +1,4 @@
-"""Second moments of what goes into a model's products, over a text: by them a quantiser weighs its errors."""
+"""Second moments of what goes into a model's products, over a text: by them a quantizer weighs its errors."""
 
 from __future__ import annotations
 

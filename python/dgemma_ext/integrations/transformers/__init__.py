@@ -71,7 +71,7 @@ def _diffusion_gemma(model: Any) -> Any:
 def _check_weights(base: Any) -> None:
     method = getattr(base, "quantization_method", None)
     if method is not None:
-        raise ValueError(f"model: got weights quantised by {getattr(method, 'value', method)}, wants plain ones")
+        raise ValueError(f"model: got weights quantized by {getattr(method, 'value', method)}, wants plain ones")
     for name, module in base.named_modules():
         if not isinstance(module, experts.experts_class()):
             continue

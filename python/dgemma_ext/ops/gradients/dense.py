@@ -14,9 +14,9 @@ from dgemma_ext.ops.weights import linear as ops_linear
 
 
 def linear(input: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-    """input [..., in] @ weight.T with the input's gradient: dx = dy @ weight, dequantised for that product alone.
+    """input [..., in] @ weight.T with the input's gradient: dx = dy @ weight, dequantized for that product alone.
 
-    The forward over a quantised weight is `quantized_gemm.dense`; in float64 it is the product by the dequantised
+    The forward over a quantized weight is `quantized_gemm.dense`; in float64 it is the product by the dequantized
     matrix.
     """
     if isinstance(weight, Tensor):

@@ -58,7 +58,7 @@ def moe_ffn(
         expert_ids: [tokens, top_k], integers in [0, experts).
         expert_weights: [tokens, top_k], float32 (float64 with float64).
         gate_up, down: [experts, 2 * expert_size, hidden_size] and [experts, hidden_size, expert_size], gate rows first;
-            both tensors or both quantised.
+            both tensors or both quantized.
 
     Returns:
         [tokens, hidden_size], dtype of input.

@@ -1,7 +1,7 @@
 """Products over rows that are sorted by expert: rows [n, in], of which those before ends[e] belong to experts 0 .. e.
 
 torch's grouped_mm multiplies where it takes the dtype and the strides, else one product for each expert that has rows.
-A quantised weight is dequantised a few experts at a time.
+A quantized weight is dequantized a few experts at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dgemma_ext.ops.formats import QuantizedWeight
 
-# Experts that are dequantised together: 16 of the published size are 190 MB in bfloat16.
+# Experts that are dequantized together: 16 of the published size are 190 MB in bfloat16.
 EXPERTS_AT_ONCE = 16
 # grouped_mm wants strides in multiples of so many bytes.
 _STRIDE_BYTES = 16
@@ -33,7 +33,7 @@ def sort_by_expert(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def product(rows: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Tensor:
     """Row i times weight[e].T for its expert e: rows [n, in], weight [experts, out, in], result [n, out]."""
     if isinstance(weight, QuantizedWeight):
-        return _dequantised(rows, weight, ends, weight.shape[1], product)
+        return _dequantized(rows, weight, ends, weight.shape[1], product)
     if _grouped_mm_takes(rows, weight):
         return functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     return _by_expert(rows, weight, ends, weight.shape[1], functional.linear)
@@ -42,7 +42,7 @@ def product(rows: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Ten
 def transposed_product(rows: Tensor, weight: Tensor | QuantizedWeight, ends: Tensor) -> Tensor:
     """Row i times weight[e]: rows [n, out], weight [experts, out, in], result [n, in]."""
     if isinstance(weight, QuantizedWeight):
-        return _dequantised(rows, weight, ends, weight.shape[2], transposed_product)
+        return _dequantized(rows, weight, ends, weight.shape[2], transposed_product)
     if _grouped_mm_takes(rows, weight):
         return functional.grouped_mm(rows, weight, offs=ends)
     return _by_expert(rows, weight, ends, weight.shape[2], torch.matmul)
@@ -80,7 +80,7 @@ def _by_expert(rows: Tensor, weight: Tensor, ends: Tensor, width: int, multiply:
     return out
 
 
-def _dequantised(
+def _dequantized(
     rows: Tensor,
     weight: QuantizedWeight,
     ends: Tensor,
