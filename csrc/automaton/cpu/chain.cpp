@@ -14,7 +14,7 @@ namespace {
 
 struct Best {
   float largest;
-  int32_t of_class, token;
+  int32_t token;
 };
 
 struct Workspace {
@@ -95,14 +95,14 @@ class Chain {
       }
       for (int64_t j = 0; j < a_.sets; ++j) {
         ScaledSum sum;
-        Best best = {-INFINITY, -1, -1};
+        Best best = {-INFINITY, -1};
         for (int32_t x = a_.set_begin[j]; x < a_.set_begin[j + 1]; ++x) {
           const int32_t k = a_.set_class[x];
           sum.add(classes[k].mantissa, classes[k].exponent);
           const float z = op_.class_max[statistic(i, k)];
           const int32_t token = op_.class_argmax[statistic(i, k)];
           if (token >= 0 && (z > best.largest || (z == best.largest && token < best.token)))
-            best = {z, k, token};
+            best = {z, token};
         }
         work_.set_mass[i * a_.sets + j] = sum.value();
         work_.best[i * a_.sets + j] = best;
