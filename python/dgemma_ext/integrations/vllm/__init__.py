@@ -1,0 +1,23 @@
+"""This package's kernels inside vLLM, as a plugin that vLLM finds by its entry point (the extra `vllm`).
+
+    DGEMMA_VLLM=1 vllm serve google/diffusiongemma-26B-A4B-it
+
+vLLM calls `register` in each of its processes. It does nothing unless DGEMMA_VLLM is 1 or VLLM_PLUGINS names `dgemma`
+(settings.py), nor beside a release of vLLM that it does not know (versions.py). Otherwise it hands vLLM the parts that
+are on, each by the extension points of vLLM's own, without changing a function of it:
+
+- sampler: the model's class with a state and a sampler of ours: vocabulary head with statistics, sampling, update and
+  soft embedding for all canvases of a step together (model.py, sampler.py), and a check of a request's settings before
+  it is admitted (admission.py, request_options.py);
+- experts: grouped GEMM as vLLM's modular kernel of experts (experts.py);
+- attention: a backend over vLLM's paged cache (attention.py);
+- rows: RMS norms (rows.py).
+
+Nothing of vLLM is imported before a part is on. docs/vllm.md has how to install, serve and ask.
+"""
+
+from __future__ import annotations
+
+from dgemma_ext.integrations.vllm.register import register
+
+__all__ = ["register"]

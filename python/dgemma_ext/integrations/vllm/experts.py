@@ -1,0 +1,7 @@
+"""The part `experts`."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Hands vLLM the experts."""
