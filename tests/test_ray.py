@@ -8,6 +8,7 @@ import json
 import signal
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ if importlib.util.find_spec("ray") is None:
 
 import dgemma_ext as dg
 import ray_cluster
+from adapter_folders import random_tensors, write_adapter
 from dgemma_ext import demo
 from ray_cluster import Cluster, serve, wait
 from serving import bundled
@@ -37,9 +39,14 @@ ARGUMENTS = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter"), random_tensors(bundled().config, seed=5))
+
+
+@pytest.fixture(scope="module")
+def cluster(adapter: Path) -> Iterator[Cluster]:
     with ray_cluster.cluster() as found:
-        deploy()
+        deploy(adapters=json.dumps({"taught": str(adapter)}))
         wait(lambda: len(found.replicas) == 2)
         yield found
 
@@ -109,6 +116,16 @@ def test_errors_and_probes_are_the_server_s(cluster: Cluster) -> None:
     refused = cluster.chat({"model": "sudoku", "messages": "no"})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "messages"
+
+
+def test_a_replica_has_the_adapters_that_it_was_told(cluster: Cluster, adapter: Path) -> None:
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(6), adapters={"taught": adapter})
+    sampler = dg.SamplerConfig(trim_canvas=True, confidence_threshold=0, max_denoising_steps=STEPS)
+    body = asked(2, diffusion=SLOW)
+    alone = model.generate(body["messages"], seed=2, sampler=sampler, adapter="taught").text
+    assert text(cluster.chat(body | {"model": "sudoku:taught"})) == alone != wanted(2, STEPS)
+    assert text(cluster.chat(body)) == wanted(2, STEPS)
+    assert cluster.chat(body | {"model": "sudoku:unknown"}).status_code == 404
 
 
 def test_a_conversation_stays_with_its_replica(cluster: Cluster) -> None:

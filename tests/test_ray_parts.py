@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 from typing import Any
 
 import pytest
 import yaml
 
+import dgemma_ext as dg
 import dgemma_ext.integrations.ray as integration
 from dgemma_ext.cli.arguments import build_parser
 from dgemma_ext.integrations.ray.conversation import session_of
@@ -107,6 +109,10 @@ def test_metrics_of_replicas_stand_side_by_side() -> None:
         ({"ingress_replicas": "two"}, "ingress_replicas must be an integer"),
         ({"model": ""}, "model must be a path"),
         ({"weights": 4}, "weights must be a string, got 4"),
+        ({"adapters": ["folder"]}, "adapters must be a mapping of names to values"),
+        ({"adapters": {"legal": ""}}, r"adapters\['legal'\] must be a path"),
+        ({"adapter": 4}, "adapter must be a path"),
+        ({"batch_invariant": "yes"}, "batch_invariant must be True or False"),
     ],
 )
 def test_settings_that_are_refused(fields: dict[str, Any], words: str) -> None:
@@ -203,6 +209,11 @@ def test_the_example_for_docker_is_understood() -> None:
     arguments = build_parser().parse_args(words)
     assert int(service["stop_grace_period"].removesuffix("s")) > arguments.drain_timeout
     assert set(compose["volumes"]) == {volume.split(":")[0] for volume in service["volumes"]}
+
+
+def test_a_replica_is_told_all_that_loading_asks_for() -> None:
+    wanted = set(inspect.signature(dg.DiffusionGemma.from_pretrained).parameters)
+    assert set(RaySettings("6x6").loading) == wanted - {"merge"}, "merging is done once, by dgemma quantize"
 
 
 def test_the_fields_of_both_kinds_have_names_of_their_own() -> None:

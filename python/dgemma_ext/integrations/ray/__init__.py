@@ -72,7 +72,7 @@ def app(args: Mapping[str, Any]) -> Application:
 
 
 # Arguments that are text, which is not read as JSON: a model may have a number for a name.
-_TEXTS = ("model", "device", "dtype", "weights", "activations", "api_key")
+_TEXTS = ("model", "device", "dtype", "weights", "activations", "adapter", "passes", "api_key")
 
 
 def _value(name: str, value: Any) -> Any:

@@ -14,7 +14,8 @@ from dgemma_ext import arguments
 class RaySettings:
     """A model on replicas.
 
-    model, device, dtype, weights, activations: as in `from_pretrained`, which each replica calls on its machine.
+    model, device, dtype, weights, activations, batch_invariant, images, image_attention, adapter, adapters, passes: as
+    in `from_pretrained`, which each replica calls on its machine. adapters: names to folders or hub ids.
     num_replicas: how many. autoscaling_config: or Ray's AutoscalingConfig as a mapping, such as {"min_replicas": 1,
     "max_replicas": 8}; target_ongoing_requests is max_batch unless it is given, so that replicas are added when
     requests wait for a slot. ray_actor_options: what a replica takes of a machine, default {"num_gpus": 1}, or no GPU
@@ -32,6 +33,12 @@ class RaySettings:
     dtype: str = "auto"
     weights: str = "auto"
     activations: str | None = None
+    batch_invariant: bool = False
+    images: str | bool = "auto"
+    image_attention: str = "sliding"
+    adapter: str | None = None
+    adapters: Mapping[str, str] | None = None
+    passes: str | None = None
 
     def __post_init__(self) -> None:
         replicas, scaling = self.num_replicas, self.autoscaling_config
@@ -47,6 +54,10 @@ class RaySettings:
             ("dtype", arguments.text("dtype", self.dtype)),
             ("weights", arguments.text("weights", self.weights)),
             ("activations", None if self.activations is None else arguments.text("activations", self.activations)),
+            ("batch_invariant", arguments.flag("batch_invariant", self.batch_invariant)),
+            ("adapter", None if self.adapter is None else arguments.path("adapter", self.adapter)),
+            ("adapters", None if self.adapters is None else _paths("adapters", self.adapters)),
+            ("passes", None if self.passes is None else arguments.text("passes", self.passes)),
         ):
             object.__setattr__(self, name, value)
 
@@ -59,6 +70,12 @@ class RaySettings:
             "dtype": self.dtype,
             "weights": self.weights,
             "activations": self.activations,
+            "batch_invariant": self.batch_invariant,
+            "images": self.images,
+            "image_attention": self.image_attention,
+            "adapter": self.adapter,
+            "adapters": self.adapters,
+            "passes": self.passes,
         }
 
     @property
@@ -76,3 +93,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise arguments.refusal(name, "a mapping of names to values", value)
     return dict(value)
+
+
+def _paths(name: str, value: Any) -> dict[str, str]:
+    return {key: arguments.path(f"{name}[{key!r}]", path) for key, path in _mapping(name, value).items()}
