@@ -1,6 +1,6 @@
 """The environment variables that this package reads, and the values that they may have.
 
-docs/guide.md says what they are for; some are read in C++.
+docs/engine.md says what they are for; some are read in C++.
 """
 
 from __future__ import annotations
