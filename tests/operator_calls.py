@@ -97,6 +97,13 @@ def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
     soft = (logits, *params, *softmax, flags, embedding, 1.0, 0.0, 9.0)
     workspace = torch.empty(denoise.soft_embedding_workspace(1, 1, 32, 8), dtype=torch.uint8)
     given = {"out": torch.empty(1, 1, 8, dtype=dtype), "workspace": workspace}
+    shard = (entropy[None], token[None], entropy[None].clone(), entropy[None].clone(), uniforms[None])
+    merge = (*shard, 0, seed, zero, one, flags[None], inactive, uniforms)
+    into = denoise.merge_vocabulary_shards(*merge)
+    named = {f"merged_{name}" if name in found._fields else name: value for name, value in into._asdict().items()}
+    merged = OperatorCall(
+        ops.merge_vocabulary_shards.out, merge, denoise.merge_vocabulary_shards, merge, named, {"out": into}
+    )
     reading = (logits, *params)
     statistics = OperatorCall(
         ops.vocabulary_statistics.out,
@@ -118,6 +125,8 @@ def _denoise(dtype: torch.dtype) -> dict[str, OperatorCall]:
         "vocabulary_statistics.out": statistics,
         "sample": same(ops.sample.default, denoise.sample, sample),
         "sample.out": same(ops.sample.out, denoise.sample, sample, out=token.clone()),
+        "merge_vocabulary_shards": same(ops.merge_vocabulary_shards.default, denoise.merge_vocabulary_shards, merge),
+        "merge_vocabulary_shards.out": merged,
         "noise_": same(ops.noise_.default, denoise.noise_, noise),
         "update_canvas_": same(ops.update_canvas_.default, denoise.update_canvas_, update),
         "soft_embedding": same(ops.soft_embedding.default, denoise.soft_embedding, soft),

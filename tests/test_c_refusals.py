@@ -131,11 +131,12 @@ def test_an_unknown_dtype_or_variant_is_unsupported(library: ctypes.CDLL, name: 
         "moe_ffn_quantized": ("ffn",),
         "dense_quantized": ("dense",),
     }.get(name, ("logits",) if "logits" in values else ())
-    if name not in ("update_canvas", "noise", "constrain"):
+    if name not in ("update_canvas", "noise", "constrain", "merge_vocabulary_shards"):
         for status, message in refused(library, name, replaced(values, (*path, "dtype"), 7)):
             assert status == UNSUPPORTED, message
             assert message.startswith("dtype: got 7")
-    if name in ("update_canvas", "noise", "constrain", "append_to_cache"):  # these have one form for all variants
+    # These have one form for all variants.
+    if name in ("update_canvas", "noise", "constrain", "append_to_cache", "merge_vocabulary_shards"):
         return
     for function in functions_of(name):
         place = context()

@@ -19,6 +19,7 @@ from pathlib import Path
 OPERATOR_TESTS = (
     "test_denoise_statistics.py",
     "test_denoise_sampling.py",
+    "test_denoise_shards.py",
     "test_denoise_update.py",
     "test_denoise_soft_embedding.py",
     "test_block_attention.py",

@@ -82,6 +82,27 @@ inline OperandList operands_of(const dgemma_sample& op) {
   return list;
 }
 
+inline OperandList operands_of(const dgemma_merge_vocabulary_shards& op) {
+  OperandList list;
+  list.add("best", op.best, {op.shards, op.batch, op.length});
+  list.add("argmax", op.argmax, {op.shards, op.batch, op.length});
+  list.add("entropy", op.entropy, {op.shards, op.batch, op.length});
+  list.add("row_max", op.row_max, {op.shards, op.batch, op.length});
+  list.add("row_sum", op.row_sum, {op.shards, op.batch, op.length});
+  list.add("nonempty", op.nonempty, {op.shards, op.batch, op.length}).optional();
+  list.add("active", op.active, {op.batch}).optional();
+  add_draws(&list, op, op.batch, op.length);
+  list.add("step", op.step, {op.batch}).only_if(op.uniforms == nullptr);
+  list.add("merged_argmax", op.merged_argmax, {op.batch, op.length});
+  list.add("merged_entropy", op.merged_entropy, {op.batch, op.length});
+  list.add("merged_row_max", op.merged_row_max, {op.batch, op.length});
+  list.add("merged_row_sum", op.merged_row_sum, {op.batch, op.length});
+  list.add("share", op.share, {op.batch, op.length});
+  list.add("owner", op.owner, {op.batch, op.length});
+  list.add("own_uniform", op.own_uniform, {op.batch, op.length});
+  return list;
+}
+
 inline OperandList operands_of(const dgemma_noise& op) {
   OperandList list;
   add_draws(&list, op, op.batch, op.length);

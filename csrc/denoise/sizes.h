@@ -31,4 +31,16 @@ dgemma_status check_sizes(int64_t batch, int64_t length, int64_t vocabulary, Con
   return DGEMMA_OK;
 }
 
+// Of merged shards: 1 to DGEMMA_MOST_SHARDS of them, rank one of them, and rows in 64 bits.
+template <typename Context>
+dgemma_status check_shards(const dgemma_merge_vocabulary_shards& op, Context* context) {
+  if (op.shards < 1 || op.shards > DGEMMA_MOST_SHARDS)
+    return fail(context, DGEMMA_INVALID_ARGUMENT, "shards: got %" PRId64 ", wants 1 to %d",
+                op.shards, DGEMMA_MOST_SHARDS);
+  if (op.rank < 0 || op.rank >= op.shards)
+    return fail(context, DGEMMA_INVALID_ARGUMENT, "rank: got %" PRId64 ", wants 0 to %" PRId64,
+                op.rank, op.shards - 1);
+  return check_sizes(op.batch, op.length, op.shards, context);
+}
+
 }  // namespace dgemma

@@ -49,6 +49,37 @@ struct Sample {
                                          .cuda = ON_CUDA(&dgemma_cuda_sample)};
 };
 
+struct MergeVocabularyShards {
+  using Struct = dgemma_merge_vocabulary_shards;
+  static constexpr std::initializer_list<Extent> kShards = {positive(AT(shards)), AT(batch),
+                                                            AT(length)};
+  static constexpr std::initializer_list<Extent> kPositions = {AT(batch), AT(length)};
+  static constexpr auto kArguments = join(
+      std::array{tensor("best", AT(best), kShards), tensor("argmax", AT(argmax), kShards),
+                 tensor("entropy", AT(entropy), kShards), tensor("row_max", AT(row_max), kShards),
+                 tensor("row_sum", AT(row_sum), kShards),
+                 number("rank", AT(rank), {.least = 0, .most = DGEMMA_MOST_SHARDS - 1})},
+      draws<Struct>(AT(batch)),
+      std::array{tensor("step", AT(step), {AT(batch)}), optional("nonempty", AT(nonempty), kShards),
+                 optional("active", AT(active), {AT(batch)}),
+                 optional("uniforms", AT(uniforms), kPositions)});
+  static constexpr std::array kOutputs = {tensor("merged_argmax", AT(merged_argmax), kPositions),
+                                          tensor("merged_entropy", AT(merged_entropy), kPositions),
+                                          tensor("merged_row_max", AT(merged_row_max), kPositions),
+                                          tensor("merged_row_sum", AT(merged_row_sum), kPositions),
+                                          tensor("share", AT(share), kPositions),
+                                          tensor("owner", AT(owner), kPositions),
+                                          tensor("own_uniform", AT(own_uniform), kPositions)};
+  static constexpr Operator kOperator = {.name = "merge_vocabulary_shards",
+                                         .operation = operation<Struct>(),
+                                         .arguments = kArguments,
+                                         .outputs = kOutputs,
+                                         .form = Form::kNewAndOut,
+                                         .zeroed = true,
+                                         .cpu = entry<&dgemma_cpu_merge_vocabulary_shards>(),
+                                         .cuda = ON_CUDA(&dgemma_cuda_merge_vocabulary_shards)};
+};
+
 // The struct's `allowed` stays empty in both: noise comes from the whole vocabulary (denoise.h).
 struct Noise {
   using Struct = dgemma_noise;
@@ -124,5 +155,5 @@ struct SoftEmbedding {
 }  // namespace
 }  // namespace dgemma
 
-DGEMMA_OPERATORS(dgemma::Statistics, dgemma::Sample, dgemma::Noise, dgemma::UpdateCanvas,
-                 dgemma::SoftEmbedding)
+DGEMMA_OPERATORS(dgemma::Statistics, dgemma::Sample, dgemma::MergeVocabularyShards, dgemma::Noise,
+                 dgemma::UpdateCanvas, dgemma::SoftEmbedding)

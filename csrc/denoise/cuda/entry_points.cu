@@ -79,6 +79,19 @@ dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda* cuda) {
   return status != DGEMMA_OK ? status : launched(launch_sample(*op, cuda->stream), cuda);
 }
 
+dgemma_status dgemma_cuda_merge_vocabulary_shards(const dgemma_merge_vocabulary_shards* op,
+                                                  dgemma_cuda* cuda) {
+  using namespace dgemma;
+  dgemma_status status = check_shards(*op, cuda);
+  if (status == DGEMMA_OK) status = check_cuda_rows(op->batch, op->length, op->shards, cuda);
+  if (is_done(status, op->batch, op->length)) return status;
+  status = check_operands(operands_of(*op), cuda);
+  if (status != DGEMMA_OK) return status;
+  Gpu gpu = {};
+  status = find_gpu(&gpu, cuda);
+  return status != DGEMMA_OK ? status : launched(launch_merge_shards(*op, cuda->stream), cuda);
+}
+
 dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda) {
   using namespace dgemma;
   dgemma_status status = check_cuda_rows(op->batch, op->length, op->vocabulary, cuda);

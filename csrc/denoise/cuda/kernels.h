@@ -55,6 +55,7 @@ const char* launch_tile_statistics(const dgemma_vocabulary_statistics& op, const
 // Reduces those to the statistics of the rows.
 const char* launch_finish_statistics(const dgemma_vocabulary_statistics& op, const TileParts& parts,
                                      void* stream);
+const char* launch_merge_shards(const dgemma_merge_vocabulary_shards& op, void* stream);
 const char* launch_sample(const dgemma_sample& op, void* stream);
 const char* launch_noise(const dgemma_noise& op, void* stream);
 const char* launch_update_canvas(const dgemma_update_canvas& op, void* stream);

@@ -98,6 +98,54 @@ typedef struct dgemma_sample {
 
 DGEMMA_API dgemma_status dgemma_cpu_sample(const dgemma_sample* op, dgemma_cpu* cpu);
 
+/* The statistics of a vocabulary that lies in shards, one after the other in the order of their
+ * ids, as the ranks of tensor parallelism hold it. Each shard's are those of vocabulary_statistics
+ * over its own ids, for the same request; argmax is the id in the whole vocabulary, and best the
+ * raw logit there. With m = max row_max over the shards and f = exp(row_max - m) of each, in double
+ * and in the order of the shards: merged_row_max = m,   merged_row_sum = S = sum f * row_sum
+ *   merged_entropy = log S - t / S,   t = sum f * row_sum * (log row_sum - entropy + row_max - m)
+ *   merged_argmax  = that of the shard with the greatest best (the first of equals)
+ * (t is the sum of the shards' shifted sums, which an entropy and a sum tell.) The tile statistics
+ * of the whole are those of the shards one after the other, where a shard is a multiple of a tile.
+ *
+ * One uniform u a position is drawn as sample does: owner is the first shard whose cumulative mass
+ * exceeds u * S, or the last that has any, and own_uniform what is left of it inside the shard
+ * `rank`, for a sample among its ids alone; 0 where another shard is the owner. share is the mass
+ * of shard `rank` as a part of S.
+ *
+ * A shard whose nonempty is 0 has no id that the position may hold: nothing of it is read. A shard
+ * whose row_sum is NaN makes the merged entropy and row_sum NaN; then the first that is not empty
+ * is the owner, and share and own_uniform are 0. */
+typedef struct dgemma_merge_vocabulary_shards {
+  int64_t shards; /* 1 to DGEMMA_MOST_SHARDS */
+  int64_t batch;
+  int64_t length;
+  int64_t rank;      /* 0 to shards - 1 */
+  const float* best; /* [shards, batch, length], and the five that follow */
+  const int32_t* argmax;
+  const float* entropy;
+  const float* row_max;
+  const double* row_sum;
+  const uint8_t* nonempty;     /* or NULL: all 1 */
+  const uint8_t* active;       /* [batch] or NULL: all */
+  const int64_t* seed;         /* [batch] */
+  const int32_t* canvas_index; /* [batch] */
+  const int32_t* step;         /* [batch] */
+  const double* uniforms;      /* [batch, length] in [0, 1), or NULL: drawn */
+  int32_t* merged_argmax;      /* [batch, length], and all that follow */
+  float* merged_entropy;
+  float* merged_row_max;
+  double* merged_row_sum;
+  float* share;
+  int32_t* owner;
+  double* own_uniform;
+} dgemma_merge_vocabulary_shards;
+
+#define DGEMMA_MOST_SHARDS 1024
+
+DGEMMA_API dgemma_status
+dgemma_cpu_merge_vocabulary_shards(const dgemma_merge_vocabulary_shards* op, dgemma_cpu* cpu);
+
 /* Uniform tokens among the allowed: entry floor(u * count) of the allowed ids in increasing order.
  *
  * Leave `allowed` empty here and in update_canvas, also where it rules sampling: a model takes
@@ -218,6 +266,8 @@ DGEMMA_API size_t
 dgemma_cuda_vocabulary_statistics_workspace(const dgemma_vocabulary_statistics* op);
 DGEMMA_API dgemma_status dgemma_cuda_vocabulary_statistics(const dgemma_vocabulary_statistics* op,
                                                            dgemma_cuda* cuda);
+DGEMMA_API dgemma_status
+dgemma_cuda_merge_vocabulary_shards(const dgemma_merge_vocabulary_shards* op, dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_sample(const dgemma_sample* op, dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_noise(const dgemma_noise* op, dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_update_canvas(const dgemma_update_canvas* op,

@@ -35,6 +35,7 @@ VOCABULARY_TILE = _C.VOCABULARY_TILE
 _vocabulary_statistics = operator("vocabulary_statistics")
 _vocabulary_statistics_out = operator("vocabulary_statistics.out")
 _sample, _sample_out = operator("sample"), operator("sample.out")
+_merge_shards, _merge_shards_out = operator("merge_vocabulary_shards"), operator("merge_vocabulary_shards.out")
 _noise, _update_canvas = operator("noise_"), operator("update_canvas_")
 _soft_embedding, _soft_embedding_out = operator("soft_embedding"), operator("soft_embedding.out")
 
@@ -65,6 +66,18 @@ class VocabularyStatistics(NamedTuple):
     row_sum: Tensor  # float64 [batch, length]: sum exp(z - row_max); NaN where the entropy is
     tile_max: Tensor  # float32 [batch, length, tiles]; -inf where nothing is allowed
     tile_sum: Tensor  # float32 [batch, length, tiles]: sum exp(z - tile_max)
+
+
+class MergedShards(NamedTuple):
+    """What `merge_vocabulary_shards` finds for every position, [batch, length] each."""
+
+    argmax: Tensor  # int32, the id in the whole vocabulary
+    entropy: Tensor  # float32, nats
+    row_max: Tensor  # float32
+    row_sum: Tensor  # float64
+    share: Tensor  # float32: this shard's part of the mass
+    owner: Tensor  # int32: the shard that the draw falls into
+    own_uniform: Tensor  # float64: the uniform of the draw inside this shard, 0 where another is the owner
 
 
 def vocabulary_statistics(
@@ -129,6 +142,42 @@ def sample(
         result: Tensor = _sample(*operands)
         return result
     _sample_out(*operands, out=out)
+    return out
+
+
+def merge_vocabulary_shards(
+    best: Tensor,
+    argmax: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    rank: int,
+    seed: Tensor,
+    canvas_index: Tensor,
+    step: Tensor,
+    nonempty: Tensor | None = None,
+    active: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    *,
+    out: MergedShards | None = None,
+) -> MergedShards:
+    """The statistics of a vocabulary of which each rank of tensor parallelism has a shard, and where a draw falls.
+
+    The first five are `vocabulary_statistics` of each shard over its own ids, [shards, batch, length] in the order of
+    the ids, with argmax as the id in the whole vocabulary and best the raw logit there, float32. nonempty, bool
+    [shards, batch, length]: False where a shard has no id that the position may hold; nothing of it is read.
+
+    The maximum is the greatest; sums, and shifted sums as entropies tell them, are brought to it. The draw is that of
+    `sample`: `owner` is the shard that the uniform falls into, and a `sample` with `own_uniform` there gives the token.
+    (A shard's masses are relative to its own maximum, so that a draw within rounding of a boundary, about 1e-7 of the
+    mass, may fall on its other side.) `rank` is this process's shard. Without `out`, what belongs to skipped requests
+    is zero.
+    """
+    operands = (best, argmax, entropy, row_max, row_sum, rank, seed, canvas_index, step, nonempty, active, uniforms)
+    if out is None:
+        return MergedShards(*_merge_shards(*operands))
+    merged = {f"merged_{name}": getattr(out, name) for name in ("argmax", "entropy", "row_max", "row_sum")}
+    _merge_shards_out(*operands, **merged, share=out.share, owner=out.owner, own_uniform=out.own_uniform)
     return out
 
 

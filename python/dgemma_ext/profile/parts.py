@@ -47,6 +47,7 @@ _LABELS = {
 PART_OF_OPERATOR: dict[str, Part] = {
     "vocabulary_statistics": Part.SAMPLING,
     "sample": Part.SAMPLING,
+    "merge_vocabulary_shards": Part.SAMPLING,
     "update_canvas_": Part.SAMPLING,
     "noise_": Part.SAMPLING,
     "class_statistics_": Part.SAMPLING,

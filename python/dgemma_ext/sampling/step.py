@@ -198,7 +198,7 @@ def sample_and_update(
         out=buffers.sampled,
     )
     if constraints is not None:
-        _constrain(constraints, buffers.logits, params, state, sample_uniforms, statistics.argmax, sampled)
+        constrain(constraints, buffers.logits, params, state, sample_uniforms, statistics.argmax, sampled)
     denoise.update_canvas_(
         sampled,
         statistics.argmax,
@@ -226,7 +226,7 @@ def sample_and_update(
     )
 
 
-def _constrain(
+def constrain(
     constraints: ConstraintRows,
     logits: Tensor,
     params: LogitsParams,

@@ -1,7 +1,15 @@
-"""The part `sampler`: the model's class, by its name, so that vLLM imports it where it loads such a model."""
+"""The part `sampler`: hands vLLM the model's class, and a check of requests before they are admitted."""
 
 from __future__ import annotations
 
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+
 
 def register() -> None:
-    """Hands vLLM the model's class."""
+    """The class goes by its name, so that vLLM imports it where it loads such a model and nowhere else."""
+    from vllm import ModelRegistry
+
+    from dgemma_ext.integrations.vllm import admission
+
+    ModelRegistry.register_model(ARCHITECTURE, "dgemma_ext.integrations.vllm.model:DiffusionGemma")
+    admission.register(ARCHITECTURE)

@@ -169,6 +169,43 @@ def _first_above(masses: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, before
 
 
+def merge_vocabulary_shards_out(*operands: Any, **outputs: Tensor) -> None:
+    best, argmax, entropy, row_max, row_sum, rank, seed, canvas_index, step, nonempty, active, uniforms = operands
+    shards, batch, length = best.shape
+    live = torch.ones_like(best, dtype=torch.bool) if nonempty is None else nonempty
+    first = live.to(torch.int32).argmax(0)  # 0 where all are empty
+    # The first of equals; of NaNs, which no comparison finds, the first that is not empty.
+    candidates = torch.where(live, torch.nan_to_num(best.to(torch.float64), -math.inf), -math.inf)
+    index = torch.arange(shards, device=best.device)[:, None, None]
+    leading = torch.where(live & (candidates == candidates.amax(0)), index, shards).amin(0)
+    leading = torch.where(torch.isnan(best.gather(0, first[None])[0]) | (leading == shards), first, leading)
+    greatest = torch.where(live, row_max, -math.inf).amax(0)
+    change = row_max.to(torch.float64) - greatest.to(torch.float64)
+    mass = torch.where(live, row_sum * torch.exp(change), 0.0)
+    total = mass.sum(0)
+    shifted = mass * (torch.log(row_sum) - entropy.to(torch.float64) + change)
+    entropies = torch.log(total) - torch.where(mass > 0, shifted, 0.0).sum(0) / total
+    finite = (total > 0) & (total < math.inf)
+    if uniforms is None:
+        uniforms = philox_uniforms(seed, canvas_index, step, length, _SAMPLE)
+    masses = torch.where(mass > 0, mass, 0.0).movedim(0, -1)
+    chosen, before = _first_above(masses, uniforms * total)
+    inside = (uniforms * total - before) / masses.gather(-1, chosen[..., None])[..., 0]
+    inside = torch.where(chosen == rank, inside.clamp(0.0, 1.0 - 2.0**-53), 0.0)
+    results = {
+        "merged_argmax": torch.where(live.any(0), argmax.gather(0, leading[None])[0], 0),
+        "merged_entropy": torch.where(finite, entropies, math.nan),
+        "merged_row_max": greatest,
+        "merged_row_sum": torch.where(finite, total, math.nan),
+        "share": torch.where(finite & live[rank], mass[rank] / total, 0.0),
+        "owner": torch.where(finite, chosen, first),
+        "own_uniform": torch.where(finite, inside, 0.0),
+    }
+    running = _active(active, batch, best.device)[:, None]
+    for name, result in results.items():
+        outputs[name].copy_(torch.where(running, result.to(outputs[name].dtype), outputs[name]))
+
+
 def noise_(
     tokens: Tensor,
     vocabulary: int,
@@ -280,11 +317,12 @@ def soft_embedding_out(*operands: Any, out: Tensor, workspace: Tensor | None = N
         out[b] = torch.where(running[b], soft, out[b])
 
 
-vocabulary_statistics, sample, soft_embedding = (
+vocabulary_statistics, sample, merge_vocabulary_shards, soft_embedding = (
     register_with_out(name, out_form)
     for name, out_form in (
         ("vocabulary_statistics", vocabulary_statistics_out),
         ("sample", sample_out),
+        ("merge_vocabulary_shards", merge_vocabulary_shards_out),
         ("soft_embedding", soft_embedding_out),
     )
 )
