@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
+from dgemma_ext.checkpoint import GenerationDefaults
 from dgemma_ext.integrations.vllm.request_options import Limits, check, options_of
+from dgemma_ext.integrations.vllm.requests import tokenizer_of
 from dgemma_ext.sampling import compile_grammar
 
 _MODULE = "dgemma_ext.integrations.vllm.admission"
@@ -57,16 +58,6 @@ def _check_settings(params: Any, filters: tuple[int, float]) -> None:
         value = getattr(params, name)
         if value != default and value not in off:
             raise ValueError(f"{name} is not known to the entropy-bound sampler; leave it out, got {value}")
-
-
-_tokenizers: dict[str, Tokenizer] = {}
-
-
-def tokenizer_of(model: str) -> Tokenizer:
-    """The tokenizer of a model's folder, read once. Raises CheckpointError where there is none."""
-    if model not in _tokenizers:
-        _tokenizers[model] = Tokenizer.from_directory(model)
-    return _tokenizers[model]
 
 
 def limits_of(vllm_config: Any) -> Limits:

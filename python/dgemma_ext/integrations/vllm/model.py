@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -12,15 +11,11 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.models import diffusion_gemma as theirs
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from dgemma_ext.engine.matching import Matching, matching_of
-from dgemma_ext.integrations.vllm.admission import limits_of, tokenizer_of
-from dgemma_ext.integrations.vllm.contents import Contents
-from dgemma_ext.integrations.vllm.request_options import check, options_of
+from dgemma_ext.integrations.vllm.admission import limits_of
+from dgemma_ext.integrations.vllm.requests import Requests
 from dgemma_ext.integrations.vllm.sampler import Sampler
-from dgemma_ext.integrations.vllm.slots import Slots
 from dgemma_ext.integrations.vllm.vocabulary import Vocabulary
 from dgemma_ext.model.network import SOFT_EMBEDDING_TOLERANCE, largest_row_norm
-from dgemma_ext.sampling import Canvas
 
 
 class DiffusionGemma(theirs.DiffusionGemmaForConditionalGeneration):  # type: ignore[misc]
@@ -36,22 +31,18 @@ class DiffusionGemma(theirs.DiffusionGemmaForConditionalGeneration):  # type: ig
 
 
 class State(theirs.DiffusionGemmaModelState):  # type: ignore[misc]
-    """vLLM's state of its requests, and ours beside it (slots.py, contents.py)."""
+    """vLLM's state of its requests, and ours beside it (requests.py)."""
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.limits = limits_of(vllm_config)
-        count, length, size = self.max_num_reqs, self.limits.canvas_length, self.limits.vocabulary
-        self.slots = Slots(count, length, size, device)
-        self.contents = Contents(count, length, size, device)
-        self.matchings: dict[int, Matching] = {}  # by slot
+        self.requests = Requests(self.max_num_reqs, limits_of(vllm_config), self.model_config.model, device)
         # In the model's dtype, which is what the self-conditioning reads, in place of fp32.
         states = self.diffusion_states
         states.self_conditioning_embeds = states.self_conditioning_embeds.to(self.model_config.dtype)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
         made: Any = super().custom_sampler(sampler)  # refuses another kind of sampler in generation_config.json
-        return Sampler(self, made[0], self._vocabulary()), None
+        return Sampler(self.requests, made[0], self._vocabulary()), None
 
     def _vocabulary(self) -> Vocabulary:
         """This rank's part of the embedding, which is the head too."""
@@ -59,7 +50,7 @@ class State(theirs.DiffusionGemmaModelState):  # type: ignore[misc]
         shard, group = table.shard_indices, get_tp_group()
         embedding = table.weight.detach()[: shard.num_org_elements]
         return Vocabulary(
-            size=self.limits.vocabulary,
+            size=self.requests.limits.vocabulary,
             begin=shard.org_vocab_start_index,
             embedding=embedding,
             softcap=float(softcap or 0.0),
@@ -72,38 +63,21 @@ class State(theirs.DiffusionGemmaModelState):  # type: ignore[misc]
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         params, prompt = new_req_data.sampling_params, list(new_req_data.prompt_token_ids or [])
-        options = options_of(None if params is None else params.extra_args)
-        longest = None if params is None else params.max_tokens
-        resolved = check(options, self.limits, longest)
-        # After a preemption the prompt comes with the canvases that are finished.
-        answered = list(new_req_data.prefill_token_ids or [])[len(prompt) :]
-        canvas_index = len(answered) // resolved.canvas_length
-        seed = seed_of(new_req_data.req_id) if options.seed is None else options.seed
-        content = options.canvas or Canvas()
-        self.matchings.pop(req_index, None)
-        if options.grammar is not None:
-            matching = matching_of(
-                options.grammar,
-                tokenizer_of(self.model_config.model),
-                self.limits.vocabulary,
-                self.limits.defaults.pad_token_id,
-                prompt,
-                resolved,
-                longest or self.max_model_len - len(prompt),
-                options.canvas,
-            )
-            matching.follow(answered)
-            self.matchings[req_index], content = matching, matching.content
-        self.slots.place(req_index, resolved, seed, canvas_index, content)
-        self.contents.place(req_index, content)
+        room = self.max_model_len - len(prompt)
+        self.requests.place(
+            req_index,
+            request_id=new_req_data.req_id,
+            prompt=prompt,
+            answered=list(new_req_data.prefill_token_ids or [])[len(prompt) :],
+            extra_args=None if params is None else params.extra_args,
+            max_tokens=room if params is None or params.max_tokens is None else params.max_tokens,
+        )
 
     def remove_request(self, req_id: str) -> None:
         slot = self._req_id_to_index.get(req_id)
         super().remove_request(req_id)
         if slot is not None:
-            self.slots.clear(slot)
-            self.contents.clear(slot)
-            self.matchings.pop(slot, None)
+            self.requests.clear(slot)
 
     def _apply_self_conditioning(
         self,
@@ -141,8 +115,3 @@ class TensorParallelRanks:
     def sum(self, tensor: Tensor) -> Tensor:
         summed: Tensor = self._group.all_reduce(tensor)
         return summed
-
-
-def seed_of(request_id: str) -> int:
-    """A seed for a request that names none: all ranks come to the same one by themselves."""
-    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") >> 1

@@ -7,7 +7,7 @@ told apart on the device alone. What the host knows - the slots, how many rows e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,11 @@ from vllm.model_executor.models import diffusion_gemma as theirs
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from dgemma_ext.integrations.vllm.contents import Window
+from dgemma_ext.integrations.vllm.requests import Requests
 from dgemma_ext.integrations.vllm.slots import Rows
 from dgemma_ext.integrations.vllm.vocabulary import AllowedOfShard, Buffers, Vocabulary, advance
 from dgemma_ext.ops.denoise import CanvasStatus
 from dgemma_ext.sampling.constraint import ConstraintRows, Constraints
-
-if TYPE_CHECKING:
-    from dgemma_ext.integrations.vllm.model import State
 
 # Logits of a step that are kept at a time: 8 canvases of the published model in bf16. A step with more goes in parts.
 _LOGITS_BYTES = 1 << 30
@@ -31,30 +29,29 @@ Array = np.ndarray[Any, Any]
 
 
 class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
-    """state: with the slots. made: the sampler that vLLM made, whose request bookkeeping stays."""
+    """made: the sampler that vLLM made, whose bookkeeping of requests stays."""
 
-    def __init__(self, state: State, made: Any, vocabulary: Vocabulary) -> None:
+    def __init__(self, requests: Requests, made: Any, vocabulary: Vocabulary) -> None:
         self.__dict__.update(vars(made))
-        self._state, self._vocabulary = state, vocabulary
-        slots, length = state.slots, state.limits.canvas_length
-        count = slots.count
+        self._requests, self._vocabulary = requests, vocabulary
+        count, length = requests.count, requests.limits.canvas_length
         rows = max(1, min(count, _LOGITS_BYTES // Buffers.bytes_of_a_row(vocabulary, length)))
         self._buffers = Buffers(vocabulary, rows, length)
         self._constraints = Constraints(count, vocabulary.embedding.device)
         self._allowed_of_shard = AllowedOfShard(vocabulary)
-        ends = state.limits.defaults.eos_token_ids
+        ends = requests.limits.defaults.eos_token_ids
         self._end = ends[0] if ends else 0
 
     def __call__(self, logits: Tensor, input_batch: Any, draft_logits: Tensor | None = None) -> Any:
         """logits: the normalized hidden states of the rows, [rows, hidden] (DiffusionGemma.compute_logits)."""
-        hidden, requests = logits, input_batch.num_reqs
+        hidden, count = logits, input_batch.num_reqs
         if input_batch.num_draft_tokens == 0:
             return self._handle_prefill(input_batch, hidden.device)
-        lengths = np.diff(input_batch.cu_num_logits_np[: requests + 1])
+        lengths = np.diff(input_batch.cu_num_logits_np[: count + 1])
         reading = np.where(lengths == 0)[0]
         if len(reading):
             self._finish_prefills(input_batch, reading)
-        sampled, num_sampled = self._sampled[:requests], self._num_sampled[:requests]
+        sampled, num_sampled = self._sampled[:count], self._num_sampled[:count]
         sampled.zero_()
         num_sampled.zero_()
         with_canvas = np.where(lengths > 0)[0]
@@ -70,14 +67,14 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
     ) -> None:
         """Advances some requests. hidden: their rows one after the other. index: where they are in the batch; lengths:
         how many positions each canvas has here, at most L; a canvas at the end of the context is cut."""
-        state, device = self._state, hidden.device
+        requests, states, device = self._requests, self.diffusion_states, hidden.device
         at = async_tensor_h2d(slots.astype(np.int64), device=device)
         valid = async_tensor_h2d(lengths.astype(np.int32), device=device)
-        rows = state.slots.gather(at)
+        rows = requests.slots.gather(at)
         is_encoded = ~rows.active  # the pass has encoded the finished canvas: it is handed out
         draft = torch.where(is_encoded[:, None], rows.draft, 0)
         window = self._window(slots, at, rows)
-        positions = torch.arange(state.limits.canvas_length, device=device)
+        positions = torch.arange(requests.limits.canvas_length, device=device)
         # Positions that a canvas has not are held like pinned ones, which no statistic counts.
         pinned = positions >= torch.minimum(valid, rows.width)[:, None]
         if window is not None:
@@ -90,8 +87,7 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         soft.masked_fill_(~rows.active[:, None, None], 0.0)
         rows.canvas.copy_(torch.where(is_over[:, None], rows.draft, rows.canvas))
         self._begin_next(slots, at, rows, is_encoded, draft)
-        state.slots.scatter(at, rows)
-        states = state.diffusion_states
+        requests.slots.scatter(at, rows)
         states.is_encoder_phase.index_copy_(0, at, is_over)
         states.self_conditioning_embeds.index_copy_(0, at, soft)
         self._show(at, rows.canvas)
@@ -109,7 +105,7 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         window: Window | None,
         soft: Tensor,
     ) -> None:
-        contents, allowed, nonempty = self._state.contents, None, None
+        contents, allowed, nonempty = self._requests.contents, None, None
         if window is not None and contents.rules(slots.tolist()):
             masks = contents.allowed
             if self._vocabulary.ranks is not None:
@@ -122,10 +118,10 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         """Begins the next canvas of the rows whose canvas is handed out."""
         rows.canvas_index.add_(where)
         self._follow_grammars(slots, where, finished, rows)
-        self._state.slots.begin(rows, where, self._window(slots, at, rows))
+        self._requests.slots.begin(rows, where, self._window(slots, at, rows))
 
     def _window(self, slots: Array, at: Tensor, rows: Rows) -> Window | None:
-        contents = self._state.contents
+        contents = self._requests.contents
         if not contents.any_of(slots.tolist()):
             return None
         return contents.window(at, rows.canvas_index, rows.width)
@@ -133,7 +129,7 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
     def _show(self, at: Tensor, canvas: Tensor) -> None:
         """Gives vLLM the canvases that its next pass reads."""
         tokens = canvas.to(torch.int64)
-        self._state.diffusion_states.canvas.index_copy_(0, at, tokens)
+        self.diffusion_states.canvas.index_copy_(0, at, tokens)
         self.req_states.draft_tokens[:, : tokens.shape[1]].index_copy_(
             0, at, tokens.to(self.req_states.draft_tokens.dtype)
         )
@@ -148,25 +144,25 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         slots = input_batch.idx_mapping_np[done]
         if not len(slots):
             return
-        state = self._state
-        at = async_tensor_h2d(slots.astype(np.int64), device=state.diffusion_states.device)
-        rows = state.slots.gather(at)
-        state.slots.begin(rows, torch.ones_like(rows.active), self._window(slots, at, rows))
-        state.slots.scatter(at, rows)
-        state.diffusion_states.is_encoder_phase.index_fill_(0, at, False)
+        requests, states = self._requests, self.diffusion_states
+        at = async_tensor_h2d(slots.astype(np.int64), device=states.device)
+        rows = requests.slots.gather(at)
+        requests.slots.begin(rows, torch.ones_like(rows.active), self._window(slots, at, rows))
+        requests.slots.scatter(at, rows)
+        states.is_encoder_phase.index_fill_(0, at, False)
         self._show(at, rows.canvas)
-        for slot in slots.tolist():
+        for row, slot in enumerate(slots.tolist()):
             self._constraints.clear(slot)
-            if slot in state.matchings:
-                self._hold(slot, rows, slots.tolist().index(slot))
+            if requests.has_grammar(slot):
+                self._hold(slot, rows, row)
 
     # Grammars ---------------------------------------------------------------------------------------------------------
 
     def _constraints_of(self, slots: Array, at: Tensor) -> ConstraintRows | None:
-        if self._state.matchings.keys().isdisjoint(slots.tolist()):
+        if not any(map(self._requests.has_grammar, slots.tolist())):
             return None
         self._constraints.update()
-        every = self._constraints.rows_between(0, self._state.slots.count)
+        every = self._constraints.rows_between(0, self._requests.count)
         return every._replace(
             descriptor=every.descriptor.index_select(0, at),
             state=every.state.index_select(0, at),
@@ -175,21 +171,19 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
 
     def _follow_grammars(self, slots: Array, where: Tensor, finished: Tensor, rows: Rows) -> None:
         """Walks finished canvases through their grammars on the host. Such steps alone wait for the device."""
-        matchings = self._state.matchings
-        held = [(row, slot) for row, slot in enumerate(slots.tolist()) if slot in matchings]
+        held = [(row, slot) for row, slot in enumerate(slots.tolist()) if self._requests.has_grammar(slot)]
         if not held:
             return
         handed_out = where.tolist()
         for row, slot in held:
             if handed_out[row]:
                 width = int(rows.width[row])
-                matchings[slot].follow(finished[row, :width].tolist())
+                self._requests.follow(slot, finished[row, :width].tolist())
                 self._hold(slot, rows, row)
 
     def _hold(self, slot: int, rows: Rows, row: int) -> None:
         """Holds a slot's next canvas to its grammar."""
-        width = int(rows.width[row])
-        constraint = self._state.matchings[slot].constraint(int(rows.canvas_index[row]) * width, width)
+        constraint = self._requests.constraint(slot, int(rows.canvas_index[row]), int(rows.width[row]))
         self._constraints.place(slot, constraint)
 
 
