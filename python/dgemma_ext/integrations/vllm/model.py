@@ -98,8 +98,10 @@ class State(theirs.DiffusionGemmaModelState):  # type: ignore[misc]
             return
         at = async_tensor_h2d(np.concatenate(rows), device=inputs_embeds.device)
         source = async_tensor_h2d(np.concatenate(sources), device=inputs_embeds.device)
-        soft = sc_embeds.flatten(0, 1).index_select(0, source)
-        inputs_embeds.index_copy_(0, at, self.model.self_conditioning(inputs_embeds.index_select(0, at), soft))
+        soft, embeds = sc_embeds.flatten(0, 1).index_select(0, source), inputs_embeds.index_select(0, at)
+        is_encoded = self.diffusion_states.is_encoder_phase.index_select(0, source // length)
+        conditioned = self.model.self_conditioning(embeds, soft)
+        inputs_embeds.index_copy_(0, at, torch.where(is_encoded[:, None], embeds, conditioned))
 
 
 class TensorParallelRanks:
