@@ -10,8 +10,9 @@ are on, each by the extension points of vLLM's own, without changing a function 
   soft embedding for all canvases of a step together (model.py, sampler.py), and a check of a request's settings before
   it is admitted (admission.py, request_options.py);
 - experts: grouped GEMM as vLLM's modular kernel of experts (experts.py);
-- attention: a backend over vLLM's paged cache (attention.py);
-- rows: RMS norms (rows.py).
+- attention: a backend over vLLM's paged cache (attention.py).
+
+The router, norms, rotations and dense products are inside vLLM's layers, which have no place for others.
 
 Nothing of vLLM is imported before a part is on. docs/vllm.md has how to install, serve and ask.
 """

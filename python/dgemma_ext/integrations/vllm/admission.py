@@ -81,30 +81,16 @@ def defaults_of(model_config: Any, diffusion_config: Any) -> GenerationDefaults:
     return GenerationDefaults.from_dict(values)
 
 
-def register(architecture: str) -> None:
-    """Puts a configuration class of ours around vLLM's for this architecture."""
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    theirs: Any = MODELS_CONFIG_MAP[architecture]
-    if getattr(theirs, "adds_admission", False):
-        return
-
-    class Configuration(theirs):  # type: ignore[misc]
-        adds_admission = True
-
-        @classmethod
-        def verify_and_update_config(cls, vllm_config: Any) -> None:
-            super().verify_and_update_config(vllm_config)
-            model = vllm_config.model_config
-            given = model.get_diff_sampling_param()
-            name = f"Admission{next(_number)}"
-            filters = (given.get("top_k", 0), given.get("top_p", 1.0))
-            limits = {"limits": limits_of(vllm_config), "model": model.model, "filters": filters}
-            globals()[name] = type(name, (Admission,), limits)
-            own = [one for one in model.logits_processors or [] if not str(one).startswith(f"{_MODULE}:")]
-            model.logits_processors = [*own, f"{_MODULE}:{name}"]
-
-    MODELS_CONFIG_MAP[architecture] = Configuration
+def add_admission(vllm_config: Any) -> None:
+    """Adds the check to the logits processors of a model (configuration.add)."""
+    model = vllm_config.model_config
+    given = model.get_diff_sampling_param()
+    name = f"Admission{next(_number)}"
+    filters = (given.get("top_k", 0), given.get("top_p", 1.0))
+    limits = {"limits": limits_of(vllm_config), "model": model.model, "filters": filters}
+    globals()[name] = type(name, (Admission,), limits)
+    others = [one for one in model.logits_processors or [] if not str(one).startswith(f"{_MODULE}:")]
+    model.logits_processors = [*others, f"{_MODULE}:{name}"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
-
 
 def register() -> None:
     """The class goes by its name, so that vLLM imports it where it loads such a model and nowhere else."""
     from vllm import ModelRegistry
 
-    from dgemma_ext.integrations.vllm import admission
+    from dgemma_ext.integrations.vllm import admission, configuration
 
-    ModelRegistry.register_model(ARCHITECTURE, "dgemma_ext.integrations.vllm.model:DiffusionGemma")
-    admission.register(ARCHITECTURE)
+    ModelRegistry.register_model(configuration.ARCHITECTURE, "dgemma_ext.integrations.vllm.model:DiffusionGemma")
+    configuration.add(admission.add_admission)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 NAME = "dgemma"  # of the entry point; VLLM_PLUGINS names plugins by it
-PARTS = ("sampler", "experts", "attention", "rows")
+PARTS = ("sampler", "experts", "attention")
 
 _SWITCH, _PARTS = "DGEMMA_VLLM", "DGEMMA_VLLM_PARTS"
 

@@ -1,7 +1,0 @@
-"""The part `rows`."""
-
-from __future__ import annotations
-
-
-def register() -> None:
-    """Hands vLLM the row kernels."""
