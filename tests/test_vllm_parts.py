@@ -303,7 +303,9 @@ def test_a_step_is_the_engines(hidden_states: tuple[Any, list[Tensor]]) -> None:
             for name in ("step", "temperature", "active", "stable_steps", "mean_entropy", "status"):
                 assert torch.equal(getattr(rows, name)[row], getattr(batch.state, name)[0]), (row, name)
             if bool(batch.state.active):
-                assert torch.equal(soft[row, :width], batch.state.soft_embedding[0]), row
+                # The dense product of rows of another number may add up in another order.
+                bound = 0.0 if width == LENGTH else 1e-6 if hidden.dtype == torch.float32 else 2.0**-8
+                torch.testing.assert_close(soft[row, :width], batch.state.soft_embedding[0], rtol=bound, atol=bound)
             assert was_active or not bool(rows.active[row])
     assert [bool(active) for active in found[-1][0].active] == [True, False, True]
 
