@@ -7,6 +7,8 @@ every visible key and value once), and `ratio`, this kernel's time over torch's,
 time means little on a shared machine; the ratio is what counts. torch gets its keys and values already gathered into
 one tensor, which a cache with a ring would have to do first.
 
+`test_paged_attention` is the same call over pages, beside the contiguous form by turns; its ratio is of processor time.
+
 DGEMMA_CPU chooses the variant, DGEMMA_BENCH_THREADS the threads (default: torch's).
 """
 
@@ -114,5 +116,62 @@ def test_attention(name: str, dtype: torch.dtype, benchmark: Any) -> None:
         ours_ms=round(1e3 * statistics.median(mine for mine, _ in pairs_of_seconds), 3),
         peer_ms=round(1e3 * statistics.median(its for _, its in pairs_of_seconds), 3),
         ratio=round(statistics.median(mine / its for mine, its in pairs_of_seconds), 3),
+    )
+    print(f"\n{name} {dtype}: {benchmark.extra_info}")
+
+
+PAGE_SIZE = 128  # vLLM's on a CPU
+
+
+def processor_seconds(function: Callable[[], Any]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["sliding_1023", "full_2048", "small", "encode_sliding"])
+def test_paged_attention(name: str, dtype: torch.dtype, benchmark: Any) -> None:
+    """Keys beside values in each page, as vLLM has them, and the pages in no order."""
+    layer = LAYERS[name]
+    torch.manual_seed(0)
+    torch.set_num_threads(int(os.environ.get("DGEMMA_BENCH_THREADS", torch.get_num_threads())))
+    rows, heads, dim, total = layer.rows, layer.key_heads, layer.head_dim, layer.prefix + layer.rows
+    query = (torch.randn(rows, layer.query_heads, dim) * 2 / dim**0.5).to(dtype)
+    keys, values = (torch.randn(total, heads, dim).to(dtype) for _ in range(2))
+    pages = -(-total // PAGE_SIZE)
+    pool = torch.zeros(pages, heads, PAGE_SIZE, 2 * dim, dtype=dtype).transpose(1, 2)
+    key_pages, value_pages = pool.split(dim, dim=-1)
+    page_table = torch.randperm(pages).int()[None]
+    position = torch.arange(total)
+    slot = page_table[0, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+    block_attention.append_to_pages(keys, values, key_pages, value_pages, slot)
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [total], [int(layer.causal)])]
+    out = torch.empty_like(query)
+
+    def ours() -> None:
+        block_attention.paged_attention(
+            query, key_pages, value_pages, page_table, *ints, max_query_length=rows, window=layer.window, out=out
+        )
+
+    function = block_attention.causal_attention if layer.causal else block_attention.canvas_attention
+    prefix = [x[None, : max(1, layer.prefix)].contiguous() for x in (keys, values)]
+    block = [x[None, layer.prefix :].contiguous() for x in (keys, values)]
+    place = (torch.zeros(1, dtype=torch.int32), torch.tensor([layer.prefix], dtype=torch.int32))
+
+    def contiguous() -> torch.Tensor:
+        return function(query[None], *block, *prefix, *place, window=layer.window)
+
+    ours()
+    assert torch.equal(out, contiguous()[0])
+    pairs = [(processor_seconds(ours), processor_seconds(contiguous)) for _ in range(2 * PAIRS)]
+    benchmark.pedantic(ours, rounds=PAIRS, warmup_rounds=1)
+    benchmark.extra_info.update(
+        variant=_C.cpu_variant(),
+        threads=torch.get_num_threads(),
+        peer="the contiguous form",
+        ours_ms=round(1e3 * statistics.median(mine for mine, _ in pairs), 3),
+        peer_ms=round(1e3 * statistics.median(its for _, its in pairs), 3),
+        ratio=round(statistics.median(mine / its for mine, its in pairs), 3),
     )
     print(f"\n{name} {dtype}: {benchmark.extra_info}")

@@ -62,9 +62,62 @@ def bench_canvas_attention(benchmark: BenchmarkFixture, layer: str) -> None:
 
     difference = (ours().transpose(1, 2).float() - theirs().float()).norm() / theirs().float().norm()
     assert float(difference) < 0.02, "the peer computes something else"
+    record(benchmark, ours, work_of(layer), None, theirs)
+
+
+def work_of(layer: str) -> Work:
+    """The least that a canvas moves and multiplies."""
+    sizes, prefix = LAYERS[layer]
+    key_heads, head_dim = sizes["key_heads"], sizes["head_dim"]
     positions = prefix + ROWS
-    work = Work(
+    return Work(
         bytes=2.0 * head_dim * (2 * ROWS * QUERY_HEADS + 2 * positions * key_heads),
         operations=4.0 * ROWS * QUERY_HEADS * positions * head_dim,
     )
-    record(benchmark, ours, work, None, theirs)
+
+
+PAGE_SIZE = 16  # vLLM's smallest on a GPU
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def bench_paged_attention(benchmark: BenchmarkFixture, layer: str) -> None:
+    """The same over pages in no order, keys beside values, beside the contiguous form."""
+    sizes, prefix = LAYERS[layer]
+    key_heads, head_dim, window = sizes["key_heads"], sizes["head_dim"], sizes["window"]
+    generator, total = torch.Generator("cuda").manual_seed(0), prefix + ROWS
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    query = normal(ROWS, QUERY_HEADS, head_dim) * (2.0 / head_dim**0.5)
+    keys, values = normal(total, key_heads, head_dim), normal(total, key_heads, head_dim)
+    pages = -(-total // PAGE_SIZE)
+    pool = torch.zeros(pages, PAGE_SIZE, key_heads, 2 * head_dim, device="cuda", dtype=torch.bfloat16)
+    key_pages, value_pages = pool.split(head_dim, dim=-1)
+    page_table = torch.randperm(pages, device="cuda", generator=generator).int()[None]
+    position = torch.arange(total, device="cuda")
+    slot = page_table[0, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+    block_attention.append_to_pages(keys, values, key_pages, value_pages, slot)
+    requests, out = (ints(0, ROWS), ints(total), ints(0)), torch.empty_like(query)
+    bytes_wanted = block_attention.paged_attention_workspace_bytes(
+        1, ROWS, QUERY_HEADS, key_heads, head_dim, query.device
+    )
+    workspace = torch.empty(bytes_wanted, dtype=torch.uint8, device="cuda")
+    stored = [x[None, :prefix].contiguous() for x in (keys, values)]
+    block = [x[None, prefix:].contiguous() for x in (keys, values)]
+    place = (ints(0), ints(prefix))
+
+    def ours() -> torch.Tensor:
+        return block_attention.paged_attention(
+            *(query, key_pages, value_pages, page_table, *requests),
+            **{"max_query_length": ROWS, "window": window, "out": out, "workspace": workspace},
+        )
+
+    def contiguous() -> torch.Tensor:
+        return block_attention.canvas_attention(query[None], *block, *stored, *place, None, window, 1.0)
+
+    assert torch.equal(ours(), contiguous()[0])
+    record(benchmark, ours, work_of(layer), None, contiguous)

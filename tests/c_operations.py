@@ -355,6 +355,47 @@ def product_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
             "query": tensor(dtype, batch, length, heads, width),
             "output": zeros(dtype, batch, length, heads, width),
         },
+        **page_operations(dtype),
+    }
+
+
+def page_operations(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Arguments of the structs of block_attention.h that have pages."""
+    pages, size, heads, width, tokens = 4, 2, 1, 16, 3
+    strides = {"page_stride": size * heads * width, "row_stride": heads * width, "head_stride": width}
+    pool = {
+        "tokens": tokens,
+        "key_heads": heads,
+        "head_dim": width,
+        "pages": pages,
+        "page_size": size,
+        **{f"{which}_{name}": stride for which in ("key", "value") for name, stride in strides.items()},
+        "dtype": dtype,
+        "key_pages": tensor(dtype, pages, size, heads, width),
+        "value_pages": tensor(dtype, pages, size, heads, width),
+    }
+    return {
+        "paged_attention": {
+            **pool,
+            "requests": 2,
+            "max_query_length": 2,
+            "query_heads": 2,
+            "pages_per_request": 2,
+            "window": 5,
+            "scale": 1.0,
+            "query": tensor(dtype, tokens, 2, width),
+            "page_table": int32(2, 0, 3, 1),
+            "query_start": int32(0, 2, 3),
+            "sequence_length": int32(3, 4),
+            "causal": int32(1, 0),
+            "output": zeros(dtype, tokens, 2, width),
+        },
+        "append_to_pages": {
+            **pool,
+            "key": tensor(dtype, tokens, heads, width),
+            "value": tensor(dtype, tokens, heads, width),
+            "slot": torch.tensor([5, -1, 0]),
+        },
     }
 
 
@@ -387,6 +428,8 @@ def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
         if struct == "block_attention":
             given |= {"spans": zeros(torch.int32, batch, 3, 2), "spans_per_request": 3}
         return {**values, **given}
+    if struct == "paged_attention":
+        return {**values, "spans": zeros(torch.int32, values["requests"], 3, 2), "spans_per_request": 3}
     if struct == "vocabulary_head":
         return {**values, "statistics": optional_operands("vocabulary_statistics", values["statistics"])}
     if struct == "constrain":

@@ -72,6 +72,29 @@ def _attention(dtype: torch.dtype) -> dict[str, OperatorCall]:
         "causal_attention": same(ops.causal_attention.default, block_attention.causal_attention, causal),
         "causal_attention.out": same(ops.causal_attention.out, block_attention.causal_attention, causal, **given),
         "append_to_cache": same(ops.append_to_cache.default, block_attention.append_to_cache, rows),
+        **_paged_attention(dtype),
+    }
+
+
+def _paged_attention(dtype: torch.dtype) -> dict[str, OperatorCall]:
+    ops = torch.ops.dgemma
+    query, pages = torch.randn(3, 2, 16).to(dtype), torch.randn(4, 2, 1, 16).to(dtype)
+    requests = (torch.tensor([[2, 0], [3, 1]], dtype=torch.int32), ints(0, 2, 3), ints(3, 4), ints(1, 0))
+    operands = (query, pages, pages.clone(), *requests, torch.zeros(2, 1, 2, dtype=torch.int32))
+    bytes_wanted = block_attention.paged_attention_workspace_bytes(2, 2, 2, 1, 16, query.device)
+    given = {"out": torch.empty_like(query), "workspace": torch.empty(bytes_wanted, dtype=torch.uint8)}
+    numbers = {"max_query_length": 2, "window": 0, "scale": 1.0}
+    function, arguments = block_attention.paged_attention, (*operands, *numbers.values())
+    key = torch.randn(2, 1, 16).to(dtype)
+    append = (key, key.clone(), pages, pages.clone(), torch.tensor([5, -1]))
+    return {
+        "paged_attention": OperatorCall(
+            *(ops.paged_attention.default, arguments, function, operands), function_keywords=numbers
+        ),
+        "paged_attention.out": OperatorCall(
+            *(ops.paged_attention.out, arguments, function, operands, given, {**numbers, **given})
+        ),
+        "append_to_pages": same(ops.append_to_pages.default, block_attention.append_to_pages, append),
     }
 
 

@@ -62,7 +62,7 @@ def with_workspaces(library: ctypes.CDLL) -> list[str]:
 
 def test_a_workspace_that_is_too_small_or_misaligned(library: ctypes.CDLL) -> None:
     names = with_workspaces(library)
-    assert {"moe_ffn", "route", "block_attention", "soft_embedding"} <= set(names)
+    assert {"moe_ffn", "route", "block_attention", "paged_attention", "soft_embedding"} <= set(names)
     for name in names:
         values = values_of(library, name)
         small = {**values, "workspace_bytes": values["workspace_bytes"] - 1}
@@ -70,7 +70,7 @@ def test_a_workspace_that_is_too_small_or_misaligned(library: ctypes.CDLL) -> No
             assert status == WORKSPACE_TOO_SMALL, (name, message)
             assert message.startswith("workspace")
             assert str(values["workspace_bytes"]) in message
-        if name == "block_attention":  # it finds an aligned part by itself
+        if name in ("block_attention", "paged_attention"):  # it finds an aligned part by itself
             continue
         for status, message in refused(library, name, {**values, "workspace": values["workspace"].data_ptr() + 1}):
             assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, "workspace"), name
@@ -136,7 +136,8 @@ def test_an_unknown_dtype_or_variant_is_unsupported(library: ctypes.CDLL, name: 
             assert status == UNSUPPORTED, message
             assert message.startswith("dtype: got 7")
     # These have one form for all variants.
-    if name in ("update_canvas", "noise", "constrain", "append_to_cache", "merge_vocabulary_shards"):
+    copies = ("append_to_cache", "append_to_pages")
+    if name in ("update_canvas", "noise", "constrain", "merge_vocabulary_shards", *copies):
         return
     for function in functions_of(name):
         place = context()

@@ -110,7 +110,7 @@ def tensors(function: str, values: dict[str, Any]) -> dict[Path, Tensor]:
 def alignment(function: str, path: Path, tensor: Tensor) -> int:
     """What the headers say that the tensor must be a multiple of."""
     if path[-1] == "workspace":
-        return 1 if WHERE == "cpu" and workspace_of(function) == "block_attention" else 64
+        return 1 if WHERE == "cpu" and workspace_of(function) in ("block_attention", "paged_attention") else 64
     if WHERE == "cpu" or function == "normalise_heads" or path[-1] == "per_expert_scale":
         return tensor.element_size()
     if path[-1] in ("values", "scales"):

@@ -24,6 +24,7 @@ ABSENT = set() if HAS_FP8 else {"moe_ffn_fp8"}
 NAMES = sorted(set(calls(DTYPES[-1])) - ABSENT)
 # Whose last extent is told by no other argument.
 FREE = {"dgemma::soft_embedding": ("embedding",)}
+FREE["dgemma::paged_attention"] = ("page_table",)
 FREE |= {f"dgemma::{name}": ("arena",) for name in ("class_statistics_", "constrain_", "sample_class_")}
 # torch before 2.13 keeps no more of a std::invalid_argument than its words.
 RAW_ERRORS = (ValueError, RuntimeError)

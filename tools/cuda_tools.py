@@ -24,6 +24,7 @@ OPERATOR_TESTS = (
     "test_denoise_soft_embedding.py",
     "test_block_attention.py",
     "test_block_attention_append.py",
+    "test_block_attention_paged.py",
     "test_grouped_gemm.py",
     "test_quantized_gemm.py",
     "test_fp8_activations.py",

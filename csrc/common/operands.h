@@ -27,6 +27,7 @@ struct Operand {
   bool may_be_null = false;
   bool must_be_null = false;
   bool looked_at = true;
+  bool interleaved = false;
 
   Operand& optional() {
     may_be_null = true;
@@ -35,6 +36,11 @@ struct Operand {
   // Neither read nor written where the condition does not hold.
   Operand& only_if(bool condition) {
     looked_at = condition;
+    return *this;
+  }
+  // Its rows and those of other such tensors may take turns in memory.
+  Operand& may_interleave() {
+    interleaved = true;
     return *this;
   }
   Operand& aligned_on_gpu_to(size_t wanted) {
@@ -55,6 +61,26 @@ class OperandList {
     size_t element = element_;
     if constexpr (!numbers) element = sizeof(T);
     return add_bytes(name, pointer, element, shape, !std::is_const_v<T>, numbers ? 16 : element);
+  }
+
+  // Rows of `row` elements, which lie apart by strides of elements. The sizes and strides were
+  // checked not to be negative.
+  template <typename T>
+  Operand& add_strided(const char* name, T* pointer, std::initializer_list<int64_t> shape,
+                       std::initializer_list<int64_t> strides, int64_t row) {
+    uint64_t elements = static_cast<uint64_t>(row);  // from the first to the last
+    const int64_t* stride = strides.begin();
+    bool none = row == 0;
+    for (const int64_t extent : shape) {
+      uint64_t step = 0;
+      none = none || extent == 0;
+      if (none) continue;
+      if (__builtin_mul_overflow(static_cast<uint64_t>(extent - 1),
+                                 static_cast<uint64_t>(*stride++), &step) ||
+          __builtin_add_overflow(elements, step, &elements) || elements > INT64_MAX)
+        elements = INT64_MAX;
+    }
+    return add(name, pointer, {none ? 0 : static_cast<int64_t>(elements)});
   }
 
   // A part of a quantized matrix, whose elements the format tells.
@@ -105,8 +131,8 @@ inline bool overlap(const void* pointer, uint64_t bytes, const Operand& other) {
 }
 
 inline dgemma_status check_operand(const Operand& operand, Memory memory, Message message) {
-  const auto [name, pointer, bytes, on_cpu, on_gpu, written, may_be_null, must_be_null, looked_at] =
-      operand;
+  const auto [name, pointer, bytes, on_cpu, on_gpu, written, may_be_null, must_be_null, looked_at,
+              interleaved] = operand;
   const auto refuse = [&](const char* format, auto... values) {
     std::snprintf(message.text, message.bytes, format, name, values...);
     return DGEMMA_INVALID_ARGUMENT;
@@ -132,6 +158,7 @@ inline dgemma_status check_operands(const OperandList& list, Memory memory, Mess
   for (const Operand& output : list.all())
     for (const Operand& other : list.all()) {
       if (!output.written || !output.looked_at || &output == &other || output.pointer == nullptr ||
+          (output.interleaved && other.interleaved) ||
           !overlap(output.pointer, output.bytes, other))
         continue;
       std::snprintf(message.text, message.bytes,

@@ -84,8 +84,63 @@ struct AppendToCache : Cached<dgemma_append_to_cache> {
                                          .cuda = ON_CUDA(&dgemma_cuda_append_to_cache)};
 };
 
+// The pages of a pool; `Operation` is either struct that has them.
+template <typename Operation>
+struct Paged {
+  using Struct = Operation;
+  static constexpr std::initializer_list<Extent> kPages = {
+      AT(pages), positive(AT(page_size)), positive(AT(key_heads)), positive(AT(head_dim))};
+  static constexpr std::array kPool = {
+      strided("key_pages", AT(key_pages), kPages,
+              {AT(key_page_stride), AT(key_row_stride), AT(key_head_stride)}),
+      strided("value_pages", AT(value_pages), kPages,
+              {AT(value_page_stride), AT(value_row_stride), AT(value_head_stride)})};
+};
+
+struct PagedAttention : Paged<dgemma_paged_attention> {
+  using Struct = dgemma_paged_attention;
+  static constexpr std::initializer_list<Extent> kQueries = {
+      AT(tokens), multiple(AT(query_heads), AT(key_heads)), AT(head_dim)};
+  static constexpr std::array kQuery = {tensor("query", AT(query), kQueries)};
+  static constexpr std::array kRequests = {
+      tensor("page_table", AT(page_table), {AT(requests), AT(pages_per_request)}),
+      tensor("query_start", AT(query_start), {one_more(AT(requests))}),
+      tensor("sequence_length", AT(sequence_length), {AT(requests)}),
+      tensor("causal", AT(causal), {AT(requests)}),
+      optional("spans", AT(spans), {AT(requests), AT(spans_per_request), 2})};
+  static constexpr std::array kNumbers = {
+      number("max_query_length", AT(max_query_length), {.least = 0}),
+      number("window", AT(window), {.least = 0}), number("scale", AT(scale), {.finite = true})};
+  static constexpr std::array kOutputs = {tensor("out", AT(output), kQueries)};
+  static constexpr auto kArguments = join(kQuery, kPool, kRequests, kNumbers);
+  static constexpr Operator kOperator = {
+      .name = "paged_attention",
+      .operation = operation<Struct>(AT(dtype), AT(workspace), AT(workspace_bytes)),
+      .arguments = kArguments,
+      .outputs = kOutputs,
+      .form = Form::kNewAndOut,
+      .zeroed = true,
+      .cpu = entry<&dgemma_cpu_paged_attention, &dgemma_cpu_paged_attention_workspace>(),
+      .cuda = ON_CUDA(&dgemma_cuda_paged_attention, &dgemma_cuda_paged_attention_workspace)};
+};
+
+struct AppendToPages : Paged<dgemma_append_to_pages> {
+  using Struct = dgemma_append_to_pages;
+  static constexpr std::initializer_list<Extent> kRows = {AT(tokens), positive(AT(key_heads)),
+                                                          positive(AT(head_dim))};
+  static constexpr std::array kBlock = {tensor("key", AT(key), kRows),
+                                        tensor("value", AT(value), kRows)};
+  static constexpr std::array kSlots = {tensor("slot", AT(slot), {AT(tokens)})};
+  static constexpr auto kArguments = join(kBlock, kPool, kSlots);
+  static constexpr Operator kOperator = {.name = "append_to_pages",
+                                         .operation = operation<Struct>(AT(dtype)),
+                                         .arguments = kArguments,
+                                         .cpu = entry<&dgemma_cpu_append_to_pages>(),
+                                         .cuda = ON_CUDA(&dgemma_cuda_append_to_pages)};
+};
+
 }  // namespace
 }  // namespace dgemma
 
 DGEMMA_OPERATORS(dgemma::CanvasAttention, dgemma::BatchedCanvasAttention, dgemma::CausalAttention,
-                 dgemma::AppendToCache)
+                 dgemma::AppendToCache, dgemma::PagedAttention, dgemma::AppendToPages)

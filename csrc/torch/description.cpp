@@ -33,9 +33,9 @@ const char* dtype_of(Content content) {
   }
 }
 
-// (name, times, per, least, name of what it is a multiple of); a number and -1 have no name.
+// (name, times, per, more, least, name of what it is a multiple of); a number and -1 have no name.
 Object describe(const Extent& extent) {
-  return python::make_tuple(extent.field.name, extent.times, extent.per, extent.least,
+  return python::make_tuple(extent.field.name, extent.times, extent.per, extent.more, extent.least,
                             extent.multiple_of.name);
 }
 
@@ -56,6 +56,7 @@ Object describe(const Argument& argument) {
   made.set("optional", argument.optional);
   made.set("with_previous", argument.with_previous);
   made.set("any_shape", argument.any_shape);
+  made.set("strided", argument.is_strided());
   made.set("is_tensor", argument.is_tensor());
   if (!argument.is_tensor()) {
     made.set("dtype", argument.content == Content::kReal ? "real" : "integer");

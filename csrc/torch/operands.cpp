@@ -16,6 +16,11 @@ Shape shape_of(const Tensor& tensor) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+Shape strides_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return Shape(strides.begin(), strides.end());
+}
+
 ScalarType type_of(Content content) {
   switch (content) {
     case Content::kFloat32:
@@ -149,7 +154,7 @@ void Operands::learn(Field field, int64_t value) {
 int64_t Operands::value(const Extent& extent) const {
   if (!extent.field.exists()) return extent.times;
   const int64_t product = extent.times * at<int64_t>(extent.field);
-  return (product + extent.per - 1) / extent.per;
+  return (product + extent.per - 1) / extent.per + extent.more;
 }
 
 Shape Operands::wanted_shape(const Argument& argument) const {
@@ -242,12 +247,19 @@ void Operands::check_tensor(const Argument& argument, const Tensor& tensor) {
     default:
       check_shape(argument, tensor);
   }
-  if (!tensor.is_contiguous()) {
-    const auto strides = tensor.strides();
-    refuse(argument.name, "strides " + describe(Shape(strides.begin(), strides.end())),
-           "a contiguous tensor");
-  }
+  if (argument.is_strided())
+    take_strides(argument, tensor);
+  else if (!tensor.is_contiguous())
+    refuse(argument.name, "strides " + describe(strides_of(tensor)), "a contiguous tensor");
   put(argument, tensor);
+}
+
+void Operands::take_strides(const Argument& argument, const Tensor& tensor) {
+  const Shape strides = strides_of(tensor);
+  const size_t last = argument.strides.size();
+  if (tensor.size(static_cast<int64_t>(last)) > 1 && strides[last] != 1)
+    refuse(argument.name, "strides " + describe(strides), "a last dimension that is contiguous");
+  for (size_t i = 0; i < last; ++i) at<int64_t>(argument.strides[i]) = strides[i];
 }
 
 void Operands::check_place(const Argument& argument, const Tensor& tensor) const {

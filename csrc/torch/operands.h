@@ -54,6 +54,7 @@ class Operands {
   void check_tensor(const Argument& argument, const Tensor& tensor);
   void check_place(const Argument& argument, const Tensor& tensor) const;
   void check_shape(const Argument& argument, const Tensor& tensor);
+  void take_strides(const Argument& argument, const Tensor& tensor);
   ScalarType wanted_type(const Argument& argument, const Tensor& tensor);
   void put(const Argument& argument, const Tensor& tensor);
   // Of a quantized matrix (quantized.cpp).

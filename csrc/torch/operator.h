@@ -86,6 +86,7 @@ struct Extent {
   Field field = {};   // without one: `times` itself
   int64_t times = 1;  // kAnyExtent: whatever the tensor has
   int64_t per = 1;    // times * field / per, rounded up
+  int64_t more = 0;   // and then this much more
   int64_t least = 0;
   Field multiple_of = {};  // another extent
 
@@ -94,7 +95,7 @@ struct Extent {
   constexpr Extent(int64_t number) : times(number) {}  // NOLINT: or a number
 
   // Whether a tensor of this extent tells the field's value.
-  constexpr bool tells() const { return field.exists() && per == 1; }
+  constexpr bool tells() const { return field.exists() && per == 1 && more == 0; }
 };
 
 constexpr int64_t kAnyExtent = -1;
@@ -110,6 +111,10 @@ constexpr Extent multiple(Extent extent, Field of) {
 }
 constexpr Extent twice(Extent extent) {
   extent.times = 2;
+  return extent;
+}
+constexpr Extent one_more(Extent extent) {
+  extent.more = 1;
   return extent;
 }
 constexpr Extent ceil_divide(Extent extent, int64_t per) {
@@ -145,6 +150,8 @@ struct Argument {
   uint8_t dimensions = 0;
   bool optional = false;
   bool with_previous = false;  // given where the argument before is, and only there
+  // Fields that take the strides of all dimensions but the last, whose elements are contiguous.
+  std::array<Field, 3> strides = {};
   bool any_shape = false;  // one shape for all such tensors; extents[0] is its number of elements
   dgemma_weight_format format = {};  // of codes that are always in this one
   // How a refusal names a part of a quantized matrix, which is one argument in Python: as its
@@ -154,6 +161,7 @@ struct Argument {
 
   constexpr bool is_tensor() const { return kind != Kind::kNumber && kind != Kind::kFormat; }
   constexpr bool is_written() const { return kind == Kind::kTensor && field.written; }
+  constexpr bool is_strided() const { return strides[0].exists(); }
   constexpr std::span<const Extent> shape() const { return {extents.data(), dimensions}; }
 };
 
@@ -172,6 +180,13 @@ constexpr Argument with_previous(const char* name, Field field,
                                  std::initializer_list<Extent> shape) {
   Argument argument = optional(name, field, shape);
   argument.with_previous = true;
+  return argument;
+}
+// Of four dimensions, with any strides but of the last.
+constexpr Argument strided(const char* name, Field field, std::initializer_list<Extent> shape,
+                           std::array<Field, 3> strides) {
+  Argument argument = tensor(name, field, shape);
+  argument.strides = strides;
   return argument;
 }
 // Numbers of one byte, where the type of the field would say flags.
@@ -229,6 +244,7 @@ constexpr std::array<Argument, count> within(Field outer, std::array<Argument, c
   for (Argument& argument : arguments) {
     move(argument.field);
     move(argument.range.most_of);
+    for (Field& stride : argument.strides) move(stride);
     for (Extent& extent : argument.extents) {
       move(extent.field);
       move(extent.multiple_of);

@@ -1,5 +1,5 @@
-// The interface between the C entry points (cpu/attention.cpp) and the kernels, which are compiled
-// once per instruction set.
+// The interface between the C entry points (cpu/attention.cpp, cpu/paged_attention.cpp) and the
+// kernels, which are compiled once per instruction set.
 #pragma once
 
 #include <cstddef>
@@ -16,10 +16,49 @@ namespace dgemma {
 constexpr int64_t kKeyTile = 128;
 constexpr int64_t kWorkTileRows = 256;
 
+// Where the keys, or the values, of all requests lie: in slots and the block behind them, or in
+// pages. Strides are of elements.
+struct KeyStorage {
+  const void* stored;  // slots, or pages
+  const void* block;   // null with pages
+  int64_t page_stride;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// A call of either form of the operation.
+struct AttentionCall {
+  // One of its requests.
+  struct Request {
+    bool causal;
+    int64_t rows;          // 0: it is skipped
+    int64_t first_row;     // of query, of output and of a block
+    int64_t prefix;        // positions in front of its rows
+    int64_t first_stored;  // the first position that is stored
+    int64_t slot;
+    const int32_t* page_table;  // its row of it
+    const int32_t* spans;
+    int64_t span_count;
+  };
+
+  int64_t requests;
+  int64_t query_heads;
+  int64_t key_heads;
+  int64_t head_dim;
+  int64_t page_size;  // 0: the keys are in slots
+  int64_t capacity;   // of a slot
+  int64_t window;
+  float scale;
+  const void* query;
+  void* output;
+  KeyStorage keys;
+  KeyStorage values;
+};
+
 // A work tile: consecutive rows of one request that read the same key head. Row r is query
 // position r / group, query head key_head * group + r % group.
 struct AttentionWorkTile {
-  int64_t request;
+  AttentionCall::Request request;
   int64_t key_head;
   int64_t first_row;
   int64_t rows;
@@ -37,11 +76,11 @@ struct AttentionScratch {
 };
 
 struct AttentionKernels {
-  // Computes one work tile and writes its rows of op.output.
-  void (*attend_float32)(const dgemma_block_attention& op, bool causal,
-                         const AttentionWorkTile& work_tile, const AttentionScratch& scratch);
-  void (*attend_bfloat16)(const dgemma_block_attention& op, bool causal,
-                          const AttentionWorkTile& work_tile, const AttentionScratch& scratch);
+  // Computes one work tile and writes its rows of the output.
+  void (*attend_float32)(const AttentionCall& call, const AttentionWorkTile& work_tile,
+                         const AttentionScratch& scratch);
+  void (*attend_bfloat16)(const AttentionCall& call, const AttentionWorkTile& work_tile,
+                          const AttentionScratch& scratch);
 };
 
 DGEMMA_DECLARE_PER_VARIANT(AttentionKernels attention_kernels)

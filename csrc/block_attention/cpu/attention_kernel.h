@@ -35,45 +35,64 @@ struct WordOf {
 };
 #endif
 
-// Keys or values of one key head of one request, by position.
+// Keys or values of one key head of one request, by position: in a ring of rows and the block
+// behind it, or in pages.
 template <typename T>
 struct Positions {
-  const T* prefix;  // row 0 of the slot
+  const T* stored;  // row 0 of the slot, or of page 0
   const T* block;   // row 0 of the block
   int64_t prefix_length;
   int64_t capacity;
-  int64_t stride;  // between rows
+  const int32_t* page_table;
+  int64_t page_size;
+  int64_t page_stride;
+  int64_t row_stride;
 
   // Those of `count` positions from `first` on. In place of positions before `least`, which no row
   // sees and which may not be stored, stands `least`: their probabilities are zero.
   void rows(int64_t first, int64_t count, int64_t least, const T** out) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = first + i < least ? least : first + i;
-      out[i] = position < prefix_length ? prefix + position % capacity * stride
-                                        : block + (position - prefix_length) * stride;
+      out[i] = page_size > 0 ? in_pages(position) : in_slot_or_block(position);
     }
+  }
+
+ private:
+  const T* in_pages(int64_t position) const {
+    return stored + page_table[position / page_size] * page_stride +
+           position % page_size * row_stride;
+  }
+  const T* in_slot_or_block(int64_t position) const {
+    return position < prefix_length ? stored + position % capacity * row_stride
+                                    : block + (position - prefix_length) * row_stride;
   }
 };
 
 template <typename T>
-Positions<T> positions_of(const dgemma_block_attention& op, const AttentionWorkTile& work_tile,
-                          const void* prefix, const void* block) {
-  const int64_t stride = op.key_heads * op.head_dim;
-  const int64_t head = work_tile.key_head * op.head_dim;
-  const int64_t slot = op.slot[work_tile.request];
-  return {static_cast<const T*>(prefix) + slot * op.capacity * stride + head,
-          static_cast<const T*>(block) + work_tile.request * op.block_length * stride + head,
-          op.prefix_length[work_tile.request], op.capacity, stride};
+Positions<T> positions_of(const AttentionCall& call, const AttentionWorkTile& work_tile,
+                          const KeyStorage& storage) {
+  const AttentionCall::Request& request = work_tile.request;
+  const int64_t head = work_tile.key_head * storage.head_stride;
+  return {static_cast<const T*>(storage.stored) +
+              request.slot * call.capacity * storage.row_stride + head,
+          storage.block != nullptr
+              ? static_cast<const T*>(storage.block) + request.first_row * storage.row_stride + head
+              : nullptr,
+          request.prefix,
+          call.capacity,
+          request.page_table,
+          call.page_size,
+          storage.page_stride,
+          storage.row_stride};
 }
 
 // Element offset of a row of the work tile in query and output.
-inline int64_t row_offset(const dgemma_block_attention& op, const AttentionWorkTile& work_tile,
+inline int64_t row_offset(const AttentionCall& call, const AttentionWorkTile& work_tile,
                           int64_t row) {
-  const int64_t group = op.query_heads / op.key_heads;
+  const int64_t group = call.query_heads / call.key_heads;
   const int64_t index = work_tile.first_row + row;
   const int64_t head = work_tile.key_head * group + index % group;
-  return ((work_tile.request * op.block_length + index / group) * op.query_heads + head) *
-         op.head_dim;
+  return ((work_tile.request.first_row + index / group) * call.query_heads + head) * call.head_dim;
 }
 
 // Scores of one row become probabilities relative to the new maximum, in place, as words. Only
@@ -113,16 +132,16 @@ float softmax_row(float* scores, int64_t begin, int64_t end, int64_t width, floa
 }
 
 template <typename T>
-void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTile& work_tile,
+void attend(const AttentionCall& call, const AttentionWorkTile& work_tile,
             const AttentionScratch& scratch) {
   using Word = typename WordOf<T>::Type;
-  const int64_t head_dim = op.head_dim;
-  const int64_t group = op.query_heads / op.key_heads;
+  const int64_t head_dim = call.head_dim;
+  const int64_t group = call.query_heads / call.key_heads;
   const int64_t rows = work_tile.rows;
   const int64_t padded_rows = round_up(rows, kTileRows);
   const int64_t query_steps = round_up(round_up(head_dim, Word::kValues) / Word::kValues, kLanes);
   const int64_t accumulator_stride = round_up(head_dim, kPanelColumns);
-  const T* query = static_cast<const T*>(op.query);
+  const T* query = static_cast<const T*>(call.query);
   uint32_t* query_words = static_cast<uint32_t*>(scratch.query);
   uint32_t* panels = static_cast<uint32_t*>(scratch.panels);
   float* maximum = scratch.row_state;
@@ -141,14 +160,14 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
       std::memset(words, 0, static_cast<size_t>(query_steps) * sizeof *words);
       continue;
     }
-    const T* from = query + row_offset(op, work_tile, r);
+    const T* from = query + row_offset(call, work_tile, r);
     for (int64_t step = 0; step < query_steps; step += kLanes) {
       const int64_t left = head_dim - step * Word::kValues;
       const Words loaded = Word::load_row(from, step, left);
       std::memcpy(words + step, &loaded, sizeof loaded);
     }
     const PositionRange range =
-        visible_keys(op, causal, work_tile.request, (work_tile.first_row + r) / group);
+        visible_keys(call.window, work_tile.request, (work_tile.first_row + r) / group);
     begin[r] = range.first;
     end[r] = range.end;
     if (range.first < seen.first) seen.first = range.first;
@@ -157,13 +176,14 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
   std::memset(scratch.accumulator, 0,
               static_cast<size_t>(padded_rows * accumulator_stride) * sizeof(float));
 
-  const Positions<T> keys = positions_of<T>(op, work_tile, op.prefix_key, op.key);
-  const Positions<T> values = positions_of<T>(op, work_tile, op.prefix_value, op.value);
+  const Positions<T> keys = positions_of<T>(call, work_tile, call.keys);
+  const Positions<T> values = positions_of<T>(call, work_tile, call.values);
   const T* tile_rows[kKeyTile];
   // Where tiles begin decides in which order a row sums. For encoding they begin at multiples of
   // kKeyTile, so that a position's bits do not depend on the piece that it is encoded in. A canvas
   // sees the same positions in every row.
-  const int64_t first_tile = causal ? seen.first / kKeyTile * kKeyTile : seen.first;
+  const int64_t first_tile =
+      work_tile.request.causal ? seen.first / kKeyTile * kKeyTile : seen.first;
   for (int64_t tile = first_tile; tile < seen.end; tile += kKeyTile) {
     const int64_t count = seen.end - tile < kKeyTile ? seen.end - tile : kKeyTile;
     keys.rows(tile, count, seen.first, tile_rows);
@@ -175,7 +195,7 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t first = begin[r] > tile ? begin[r] - tile : 0;
       const int64_t last = end[r] - tile < count ? end[r] - tile : count;
-      factor[r] = softmax_row<Word>(scratch.scores + r * kKeyTile, first, last, width, op.scale,
+      factor[r] = softmax_row<Word>(scratch.scores + r * kKeyTile, first, last, width, call.scale,
                                     &maximum[r], &sum[r]);
     }
 
@@ -188,9 +208,9 @@ void attend(const dgemma_block_attention& op, bool causal, const AttentionWorkTi
         accumulator_stride, factor);
   }
 
-  T* output = static_cast<T*>(op.output);
+  T* output = static_cast<T*>(call.output);
   for (int64_t r = 0; r < rows; ++r) {
-    T* to = output + row_offset(op, work_tile, r);
+    T* to = output + row_offset(call, work_tile, r);
     const float* from = scratch.accumulator + r * accumulator_stride;
     for (int64_t j = 0; j < head_dim; j += kLanes) {
       const Floats result = load(from + j) / sum[r];

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_splits(const Attentio
     sum += weight[split] * of_split[1];
   }
   device::bfloat16* const out =
-      p.output +
-      ((static_cast<int64_t>(index) * p.block_length + query) * p.query_heads + head) * p.head_dim;
+      p.output + ((first_row_of(p, index) + query) * p.query_heads + head) * p.head_dim;
   // Four columns to a lane; the smallest head has 16.
   for (int32_t column = 4 * static_cast<int32_t>(device::lane_index()); column < p.head_dim;
        column += 4 * 32) {

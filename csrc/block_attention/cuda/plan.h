@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <iosfwd>
 
+#include "block_attention/extents.h"
 #include "cuda/entry.h"
 #include "dgemma/block_attention.h"
 
@@ -37,10 +38,12 @@ struct AttentionPlan {
 // Null when the kernels take these extents and this dtype, else what they do not take and what they
 // want. Pointers are not checked.
 const char* attention_cuda_error(const dgemma_block_attention& op);
-AttentionPlan make_attention_plan(const dgemma_block_attention& op, const Gpu& gpu,
-                                  Filling filling);
+const char* attention_cuda_error(const dgemma_paged_attention& op);
+// The same of what the workspace does not depend on.
+const char* pages_cuda_error(const dgemma_paged_attention& op);
+AttentionPlan make_attention_plan(const AttentionExtents& extents, const Gpu& gpu, Filling filling);
 // Enough for every GPU and either filling.
-size_t attention_workspace_bytes(const dgemma_block_attention& op);
+size_t attention_workspace_bytes(const AttentionExtents& extents);
 void print(const AttentionPlan& plan, std::ostream& out);
 
 }  // namespace dgemma

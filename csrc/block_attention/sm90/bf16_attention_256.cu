@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
     attention(const __grid_constant__ KeyMaps maps, const __grid_constant__ Attention p) {
   auto& shared = device::shared_memory<Shared<kHeadDim>>();
   if (threadIdx.x == 0) {
-    initialise(shared, maps);
+    initialise(shared, maps, p);
     device::fence_mbarrier_init();
   }
   device::wait_for_previous_kernel();

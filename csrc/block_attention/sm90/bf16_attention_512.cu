@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kAttentionThreads90, 1)
     attention(const __grid_constant__ KeyMaps maps, const __grid_constant__ Attention p) {
   auto& shared = device::shared_memory<Layout>();
   if (threadIdx.x == 0) {
-    initialise(shared.common, maps);
+    initialise(shared.common, maps, p);
     shared.exponentials_pipeline.initialise(kWarps, kWarps);
     device::fence_mbarrier_init();
   }

@@ -6,9 +6,10 @@
 // kStageColumns columns of a tile. A tile of keys that is one run of rows in memory is brought by
 // TMA multicast: either block loads half of a stage's columns for both, so the L2 is read once for
 // the two. Where a tile crosses the end of the cache's ring or of the prefix, or reaches past the
-// last key, each block copies its rows by itself with cp.async, rows past the last as zeros. A
-// stage is full when it has an arrival of each producer thread and all bytes have come, and empty
-// again when the warps that read it have released it in both blocks.
+// last key, each block copies its rows by itself with cp.async, rows past the last as zeros. So it
+// does with all tiles of keys in pages: they begin anywhere in a page, and no box of TMA has a part
+// of the swizzle's eight rows. A stage is full when it has an arrival of each producer thread and
+// all bytes have come, and empty again when the warps that read it have released it in both blocks.
 #pragma once
 
 #include "block_attention/cuda/attention.h"
@@ -88,9 +89,10 @@ struct KeyMaps {
 // One thread calls this, before the previous kernel has ended; fence_mbarrier_init and a barrier of
 // the cluster follow.
 template <int kHeadDim>
-DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps) {
-  for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
-    device::prefetch_tensor_map(map);
+DGEMMA_DEVICE void initialise(Shared<kHeadDim>& shared, const KeyMaps& maps, const Attention& p) {
+  if (p.page_table == nullptr)
+    for (const auto* map : {&maps.prefix_key, &maps.prefix_value, &maps.key, &maps.value})
+      device::prefetch_tensor_map(map);
   shared.pipeline.initialise(kProducerThreads, kAttentionCluster * Tile<kHeadDim>::kUsers);
   device::mbarrier_init(&shared.query_full, kProducerThreads);
 }
@@ -129,7 +131,7 @@ DGEMMA_DEVICE BlockCoordinates find_coordinates(const Attention& p,
                                                 const AttentionRequest& request) {
   return {static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y) % p.key_heads,
           static_cast<int32_t>(blockIdx.y) / p.key_heads,
-          row_tile_of_block(static_cast<int32_t>(blockIdx.x), request.row_tiles, p.causal)};
+          row_tile_of_block(static_cast<int32_t>(blockIdx.x), request.row_tiles, request.causal)};
 }
 
 // The cluster goes over the positions `first` .. `end` - 1 by tiles of keys. Every row of this
@@ -175,7 +177,8 @@ DGEMMA_DEVICE KeyRange find_keys(const Attention& p, const AttentionRequest& req
   keys.end = __reduce_max_sync(device::kAllLanes, keys.end);
   keys.common_first = __reduce_max_sync(device::kAllLanes, keys.common_first);
   keys.common_end = __reduce_min_sync(device::kAllLanes, keys.common_end);
-  keys.run_ends = find_run_ends(keys.end, request.prefix, p.capacity);
+  keys.run_ends = p.page_table != nullptr ? all_scattered()
+                                          : find_run_ends(keys.end, request.prefix, p.capacity);
   const KeyTiles own_tiles = keys_of_split(keys.first, keys.end, kKeys, request.splits, at.split);
   keys.first = own_tiles.first;
   keys.tiles = own_tiles.tiles;
@@ -204,7 +207,7 @@ class KeyProducer {
     static_assert(kRowsOfWarp <= 32);
     const int32_t group = p_.query_heads / p_.key_heads;
     const int32_t packed = block_.row_tile * T::kRows + row_of_warp(lane_);
-    const int64_t token = static_cast<int64_t>(block_.request) * p_.block_length + packed / group;
+    const int64_t token = first_row_of(p_, block_.request) + packed / group;
     const bfloat16* const from =
         packed < request_.rows * group
             ? p_.query + (token * p_.query_heads + block_.head * group + packed % group) * kHeadDim
@@ -220,10 +223,10 @@ class KeyProducer {
   }
 
   DGEMMA_DEVICE void load_keys(const KeyMaps& maps, int32_t tile) {
-    load(maps.prefix_key, maps.key, p_.prefix_key, p_.key, keys_.first + tile * T::kKeys);
+    load(maps.prefix_key, maps.key, p_.keys, keys_.first + tile * T::kKeys);
   }
   DGEMMA_DEVICE void load_values(const KeyMaps& maps, int32_t tile) {
-    load(maps.prefix_value, maps.value, p_.prefix_value, p_.value, keys_.first + tile * T::kKeys);
+    load(maps.prefix_value, maps.value, p_.values, keys_.first + tile * T::kKeys);
   }
 
  private:
@@ -247,14 +250,16 @@ class KeyProducer {
   }
 
   DGEMMA_DEVICE void load(const device::TensorMap& prefix_map, const device::TensorMap& block_map,
-                          const bfloat16* prefix, const bfloat16* block, int32_t first) {
-    const KeyRun run = find_run(first, T::kKeys, keys_.end, request_.prefix, p_.capacity);
+                          const KeyStorage& storage, int32_t first) {
+    KeyRun run = {KeySource::kScattered, 0};
+    if (p_.page_table == nullptr)
+      run = find_run(first, T::kKeys, keys_.end, request_.prefix, p_.capacity);
     if (run.source == KeySource::kPrefix)
       load_whole(prefix_map, request_.slot * p_.capacity + run.row);
     else if (run.source == KeySource::kBlock)
       load_whole(block_map, block_.request * p_.block_length + run.row);
     else
-      load_rows(prefix, block, first);
+      load_rows(storage, first);
   }
 
   // One run of rows in memory, `row` being the first.
@@ -277,28 +282,36 @@ class KeyProducer {
     }
   }
 
+  // Where the row of a position is, of this block's key head; null where there is none.
+  DGEMMA_DEVICE const bfloat16* find_key(const KeyStorage& storage, int32_t position) const {
+    if (position >= keys_.end) return nullptr;
+    const int64_t head = block_.head * storage.head_stride;
+    if (p_.page_table != nullptr) {
+      const int64_t element = element_in_page(p_, storage, block_.request, position);
+      return element >= 0 ? storage.stored + element + head : nullptr;
+    }
+    if (position < request_.prefix)
+      return storage.stored + element_in_slot(p_, storage, request_, position) + head;
+    return storage.block +
+           (first_row_of(p_, block_.request) + position - request_.prefix) * storage.row_stride +
+           head;
+  }
+
   // Row by row, a lane knowing where one of its warp's rows is.
-  DGEMMA_DEVICE void load_rows(const bfloat16* prefix, const bfloat16* block, int32_t first) {
+  DGEMMA_DEVICE void load_rows(const KeyStorage& storage, int32_t first) {
     constexpr int32_t kRowsOfWarp = T::kKeys / kProducerWarps;
     static_assert(T::kKeys % kProducerWarps == 0 && kRowsOfWarp <= 32);
     constexpr int32_t kPieces = T::kStageColumns / 8;  // of 16 bytes, in a row of a stage
     constexpr int32_t kTogether = 32 / kPieces;        // rows that a warp copies at once
     static_assert(kRowsOfWarp % kTogether == 0);
     const int32_t position = first + row_of_warp(lane_);
-    const bfloat16* from = nullptr;
-    if (position < request_.prefix)
-      from = prefix + (static_cast<int64_t>(request_.slot) * p_.capacity + position % p_.capacity) *
-                          p_.key_heads * kHeadDim;
-    else if (position < keys_.end)
-      from = block +
-             (static_cast<int64_t>(block_.request) * p_.block_length + position - request_.prefix) *
-                 p_.key_heads * kHeadDim;
+    const bfloat16* const from = find_key(storage, position);
     const int32_t piece = lane_ % kPieces;
 #pragma unroll 1
     for (int32_t part = 0; part < S::kStagesPerTile; ++part, at_.advance()) {
       device::Mbarrier* const full = shared_.pipeline.producer_acquire(at_);
       bfloat16* const group = shared_.stage[at_.stage][piece / 8][0];
-      const int32_t column = block_.head * kHeadDim + part * T::kStageColumns + 8 * piece;
+      const int32_t column = part * T::kStageColumns + 8 * piece;
 #pragma unroll 4
       for (int32_t i = 0; i < kRowsOfWarp; i += kTogether) {
         const int32_t mine = i + lane_ / kPieces;
@@ -350,24 +363,30 @@ const char* encode_keys(device::TensorMap* map, const Attention& p, const bfloat
             .swizzle = Swizzle::bytes_128});
 }
 
+// Host: the maps of keys in slots; pages have none.
+template <int kHeadDim>
+const char* encode_maps(KeyMaps* maps, const Attention& p, int32_t batch) {
+  if (p.page_table != nullptr) return nullptr;
+  const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
+  const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
+  if (const char* error = encode_keys<kHeadDim>(&maps->key, p, p.keys.block, rows)) return error;
+  if (const char* error = encode_keys<kHeadDim>(&maps->value, p, p.values.block, rows))
+    return error;
+  maps->prefix_key = maps->key;  // where there is no cache: never copied from
+  maps->prefix_value = maps->value;
+  if (stored == 0) return nullptr;
+  if (const char* error = encode_keys<kHeadDim>(&maps->prefix_key, p, p.keys.stored, stored))
+    return error;
+  return encode_keys<kHeadDim>(&maps->prefix_value, p, p.values.stored, stored);
+}
+
 // Host: starts a kernel of these on all rows, key heads, splits and requests.
 template <int kHeadDim, typename Layout>
 const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch, void* stream,
                    void (*kernel)(const KeyMaps, const Attention)) {
   static_assert(sizeof(Layout) <= kSharedLimit90);
-  KeyMaps maps;
-  const int64_t stored = static_cast<int64_t>(p.slots) * p.capacity;
-  const int64_t rows = static_cast<int64_t>(batch) * p.block_length;
-  if (const char* error = encode_keys<kHeadDim>(&maps.key, p, p.key, rows)) return error;
-  if (const char* error = encode_keys<kHeadDim>(&maps.value, p, p.value, rows)) return error;
-  maps.prefix_key = maps.key;  // where there is no cache: never copied from
-  maps.prefix_value = maps.value;
-  if (stored > 0) {
-    if (const char* error = encode_keys<kHeadDim>(&maps.prefix_key, p, p.prefix_key, stored))
-      return error;
-    if (const char* error = encode_keys<kHeadDim>(&maps.prefix_value, p, p.prefix_value, stored))
-      return error;
-  }
+  KeyMaps maps = {};
+  if (const char* error = encode_maps<kHeadDim>(&maps, p, batch)) return error;
   const int32_t clusters = ceil_divide(plan.row_tiles, kAttentionCluster);
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(clusters * kAttentionCluster),

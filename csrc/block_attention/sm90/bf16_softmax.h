@@ -137,7 +137,7 @@ DGEMMA_DEVICE RowPlace find_row(const Attention& p, const AttentionRequest& requ
   const int64_t tile =
       at.request * p.partial_tiles +
       (static_cast<int64_t>(at.head) * request.row_tiles + at.row_tile) * request.splits + at.split;
-  const int64_t query = static_cast<int64_t>(at.request) * p.block_length + packed / group;
+  const int64_t query = first_row_of(p, at.request) + packed / group;
   return {tile * p.rows + row,
           p.output + (query * p.query_heads + at.head * group + packed % group) * p.head_dim};
 }

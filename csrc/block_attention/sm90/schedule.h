@@ -61,6 +61,9 @@ struct RunEnds {
   int32_t ring, prefix, end;
 };
 
+// Of keys in pages: what any tile reaches past.
+DGEMMA_HOST_DEVICE RunEnds all_scattered() { return {0, 0, INT32_MIN}; }
+
 // Of the prefix no more than the capacity is stored, so the ring ends inside it at most once.
 DGEMMA_HOST_DEVICE RunEnds find_run_ends(int32_t end, int32_t prefix, int32_t capacity) {
   return {prefix > 0 ? (prefix - 1) / capacity * capacity : 0, prefix, end};

@@ -77,6 +77,84 @@ typedef struct dgemma_append_to_cache {
 DGEMMA_API dgemma_status dgemma_cpu_append_to_cache(const dgemma_append_to_cache* op,
                                                     dgemma_cpu* cpu);
 
+/* The same attention over pages, as engines with a block table keep their cache: keys and values of
+ * all positions, the block's too, lie in pages of a pool, and requests that encode and requests
+ * with a canvas may be in one call.
+ *
+ * Request b has rows query_start[b] .. query_start[b + 1] - 1 of query and output, its last
+ * positions of sequence_length[b]. With n rows, P = sequence_length[b] - n is its prefix, and what
+ * its queries see is said above: canvas where causal[b] is 0, else causal. Position p lies in row
+ * p % page_size of page page_table[b, p / page_size]; that row, of key head h, begins
+ * page * page_stride + row * row_stride + h * head_stride elements after key_pages, and its
+ * head_dim elements are contiguous; value_pages likewise, with its strides.
+ *
+ * Entries of the page table for positions that no query sees are never read, nor are the pages'
+ * rows. Output rows of no request are not written. A request's result depends neither on the others
+ * nor on where its pages are, and has the bits of the contiguous form's.
+ */
+typedef struct dgemma_paged_attention {
+  int64_t requests;
+  int64_t tokens;           /* rows of query and output */
+  int64_t max_query_length; /* at least the rows of the request that has most */
+  int64_t query_heads;
+  int64_t key_heads; /* divides query_heads */
+  int64_t head_dim;
+  int64_t pages;             /* of the pool */
+  int64_t page_size;         /* positions of a page */
+  int64_t pages_per_request; /* columns of the page table */
+  int64_t key_page_stride;
+  int64_t key_row_stride;
+  int64_t key_head_stride;
+  int64_t value_page_stride;
+  int64_t value_row_stride;
+  int64_t value_head_stride;
+  int64_t window; /* 0: no window */
+  float scale;    /* of the scores */
+  dgemma_dtype dtype;
+  const void* query;              /* [tokens, query_heads, head_dim] */
+  const void* key_pages;          /* [pages, page_size, key_heads, head_dim], with strides */
+  const void* value_pages;        /* the same */
+  const int32_t* page_table;      /* [requests, pages_per_request] */
+  const int32_t* query_start;     /* [requests + 1], never less than the one before */
+  const int32_t* sequence_length; /* [requests] */
+  const int32_t* causal;          /* [requests]; 0: a canvas */
+  const int32_t* spans; /* of causal requests: [requests, spans_per_request, 2], or NULL */
+  int64_t spans_per_request;
+  void* output; /* [tokens, query_heads, head_dim] */
+  void* workspace;
+  size_t workspace_bytes;
+} dgemma_paged_attention;
+
+DGEMMA_API size_t dgemma_cpu_paged_attention_workspace(const dgemma_paged_attention* op);
+DGEMMA_API dgemma_status dgemma_cpu_paged_attention(const dgemma_paged_attention* op,
+                                                    dgemma_cpu* cpu);
+
+/* Stores keys and values of rows in pages: row i in row slot[i] % page_size of page slot[i] /
+ * page_size, and nowhere where slot[i] is negative. No two rows may have one slot. Rows of pages
+ * may not overlap; key_pages and value_pages may take turns in memory. */
+typedef struct dgemma_append_to_pages {
+  int64_t tokens;
+  int64_t key_heads;
+  int64_t head_dim;
+  int64_t pages;
+  int64_t page_size;
+  int64_t key_page_stride;
+  int64_t key_row_stride;
+  int64_t key_head_stride;
+  int64_t value_page_stride;
+  int64_t value_row_stride;
+  int64_t value_head_stride;
+  dgemma_dtype dtype;
+  const void* key;     /* [tokens, key_heads, head_dim] */
+  const void* value;   /* the same */
+  void* key_pages;     /* [pages, page_size, key_heads, head_dim], with strides */
+  void* value_pages;   /* the same */
+  const int64_t* slot; /* [tokens] */
+} dgemma_append_to_pages;
+
+DGEMMA_API dgemma_status dgemma_cpu_append_to_pages(const dgemma_append_to_pages* op,
+                                                    dgemma_cpu* cpu);
+
 /* The same on a GPU; all pointers but the structs' are to its memory. In builds with CUDA kernels
  * alone. Attention takes bfloat16, head dimensions 16, 32, 64, 128, 256 and 512, and tensors
  * aligned to 16 bytes. Slots, lengths and spans are on the device and are not checked; a request
@@ -93,6 +171,15 @@ DGEMMA_API dgemma_status dgemma_cuda_batched_canvas_attention(const dgemma_block
 DGEMMA_API dgemma_status dgemma_cuda_causal_attention(const dgemma_block_attention* op,
                                                       dgemma_cuda* cuda);
 DGEMMA_API dgemma_status dgemma_cuda_append_to_cache(const dgemma_append_to_cache* op,
+                                                     dgemma_cuda* cuda);
+
+/* Strides and the addresses of pages are multiples of 16 bytes. A request whose lengths do not fit
+ * is skipped, one with more rows than max_query_length has the first of them alone, and a page that
+ * does not exist reads as zeros. */
+DGEMMA_API size_t dgemma_cuda_paged_attention_workspace(const dgemma_paged_attention* op);
+DGEMMA_API dgemma_status dgemma_cuda_paged_attention(const dgemma_paged_attention* op,
+                                                     dgemma_cuda* cuda);
+DGEMMA_API dgemma_status dgemma_cuda_append_to_pages(const dgemma_append_to_pages* op,
                                                      dgemma_cuda* cuda);
 
 #ifdef __cplusplus

@@ -24,16 +24,17 @@ _NUMBERS = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Extent:
-    """times * sizes[name] / per, rounded up; without a name it is `times`, and -1 is any."""
+    """times * sizes[name] / per, rounded up, and `more`; without a name it is `times`, and -1 is any."""
 
     name: str
     times: int
     per: int
+    more: int
     least: int
     multiple_of: str
 
     def value(self, sizes: Mapping[str, int]) -> int:
-        return -(-self.times * sizes[self.name] // self.per) if self.name else self.times
+        return -(-self.times * sizes[self.name] // self.per) + self.more if self.name else self.times
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Number:
 @dataclass(frozen=True)
 class Operand:
     """A tensor. `dtype`: "number" is float32 or bfloat16, one for all of a call; "" is unknown here. `scales_rows_of`:
-    the quantized matrix whose rows these scales are of; any number that divides them will do."""
+    the quantized matrix whose rows these scales are of; any number that divides them will do. `strided`: only the last
+    dimension is contiguous."""
 
     name: str
     dtype: str
@@ -58,6 +60,7 @@ class Operand:
     optional: bool
     with_previous: bool
     any_shape: bool
+    strided: bool
     scales_rows_of: str
 
 
@@ -138,7 +141,7 @@ def _find_extents(
         if tensor.dim() != len(operand.shape):
             refuse(operand.name, f"shape {list(tensor.shape)}", f"{len(operand.shape)} dimensions")
         for extent, size in zip(operand.shape, tensor.shape, strict=True):
-            if extent.name and extent.per == 1 and (extent.times == 1 or not exactly):
+            if extent.name and extent.per == 1 and extent.more == 0 and (extent.times == 1 or not exactly):
                 call.sizes.setdefault(extent.name, size // extent.times)
 
 
@@ -170,7 +173,10 @@ def _check_tensor(operand: Operand, tensor: Tensor, call: Call, refuse: Callable
             refuse(operand.scales_rows_of, f"{tensor.numel()} scales of rows", f"a divisor of its {rows} rows")
     elif operand.dtype:
         _check_shape(operand, tensor, call, refuse)
-    if not tensor.is_contiguous():
+    if operand.strided:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            refuse(operand.name, f"strides {list(tensor.stride())}", "a last dimension that is contiguous")
+    elif not tensor.is_contiguous():
         refuse(operand.name, f"strides {list(tensor.stride())}", "a contiguous tensor")
 
 

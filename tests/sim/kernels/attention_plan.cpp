@@ -20,9 +20,9 @@ SIM_ENTRY attention_plan(const dgemma_block_attention* op, int32_t compute_capab
   using dgemma::Filling;
   if (const char* error = dgemma::attention_cuda_error(*op)) return error;
   const CudaPath path = compute_capability == 90 ? CudaPath::kSm90 : CudaPath::kSm80;
-  const dgemma::AttentionPlan plan =
-      dgemma::make_attention_plan(*op, {path, compute_capability, multiprocessors},
-                                  by_batch ? Filling::kByBatch : Filling::kByRequest);
+  const dgemma::AttentionPlan plan = dgemma::make_attention_plan(
+      dgemma::extents_of(*op), {path, compute_capability, multiprocessors},
+      by_batch ? Filling::kByBatch : Filling::kByRequest);
   const int64_t numbers[9] = {plan.path == CudaPath::kSm90 ? 90 : 80,
                               plan.rows,
                               plan.keys,
@@ -45,7 +45,7 @@ SIM_ENTRY attention_plan(const dgemma_block_attention* op, int32_t compute_capab
 SIM_ENTRY attention_units(const dgemma_block_attention* op, bool causal, int32_t (*out)[8],
                           int32_t* count) {
   using namespace dgemma;
-  const AttentionPlan plan = make_attention_plan(*op, kH200, Filling::kByRequest);
+  const AttentionPlan plan = make_attention_plan(extents_of(*op), kH200, Filling::kByRequest);
   const Attention p = make_attention(*op, plan, causal);
   const int32_t group = p.query_heads / p.key_heads, room = *count;
   const int32_t blocks = (plan.row_tiles + kAttentionCluster - 1) / kAttentionCluster * 2;
@@ -92,7 +92,7 @@ SIM_ENTRY attention_run(int32_t first, int32_t keys, int32_t end, int32_t prefix
 // Runs the sm90 kernel alone and writes the machine's statistics of it.
 SIM_ENTRY attention_traffic(const dgemma_block_attention* op, bool causal, uint64_t (&out)[6]) {
   using namespace dgemma;
-  const AttentionPlan plan = make_attention_plan(*op, kH200, Filling::kByRequest);
+  const AttentionPlan plan = make_attention_plan(extents_of(*op), kH200, Filling::kByRequest);
   const Attention p = make_attention(*op, plan, causal);
   const auto launch =
       op->head_dim == 512 ? launch_attention_512_sm90_bf16 : launch_attention_256_sm90_bf16;

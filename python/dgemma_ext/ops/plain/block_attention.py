@@ -164,8 +164,21 @@ def _attend(
         return torch.zeros_like(query)
     cached = (prefix_key, prefix_value, slot, prefix)
     keys, values, seen, used = gathered(query, key, value, *cached, length, first, end)
+    return _attend_seen(query, keys, values, seen, used, scale)
+
+
+def _attend_seen(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    used: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Of query [batch, block, query heads, head dim] and keys [batch, keys, key heads, head dim]: row i of request b
+    sees key j where seen[b, i, j], and rows that are not `used` are zero."""
     batch, block, query_heads, head_dim = query.shape
-    key_heads = key.shape[2]
+    key_heads = keys.shape[2]
     group = query_heads // key_heads
     queries = torch.where(used[..., None, None], query, 0).float().view(batch, block, key_heads, group, head_dim)
     scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, keys.float()) * scale
@@ -174,6 +187,67 @@ def _attend(
     attended = torch.einsum("bhgqk,bkhd->bqhgd", scores.softmax(dim=-1), values.float())
     attended = torch.where(used[..., None, None, None], attended, 0)
     return attended.reshape(query.shape).to(query.dtype)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    sequence_length: torch.Tensor,
+    causal: torch.Tensor,
+    spans: torch.Tensor | None = None,
+    max_query_length: int = 0,
+    window: int = 0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The forms above by request, with all positions gathered out of their pages."""
+    requests, most = page_table.shape[0], max_query_length
+    rows, source, used = _rows_of_requests(query, query_start, most)
+    if requests == 0 or most == 0 or key_pages.shape[0] == 0:
+        return torch.zeros_like(query)
+    blocks = torch.where(used[..., None, None], query[source], 0)
+    prefix = sequence_length.long() - rows
+    by_row = causal_visibility(blocks, prefix, spans, window)
+    by_canvas = canvas_visibility(blocks, prefix, rows, window)
+    is_causal = (causal != 0)[:, None]
+    first, end = (torch.where(is_causal, *pair) for pair in zip(by_row, by_canvas, strict=True))
+    position = torch.arange(page_table.shape[1] * key_pages.shape[1], device=query.device)
+    seen = (position >= first[..., None]) & (position < end[..., None]) & used[..., None]  # [requests, most, positions]
+    seen = seen & (position < sequence_length.long()[:, None])[:, None]
+    anyone = seen.any(dim=1)[..., None, None]
+    page = page_table.long().repeat_interleave(key_pages.shape[1], dim=1)
+    page = torch.where(anyone[..., 0, 0], page, 0)  # what nobody sees may be any number
+    keys, values = (
+        torch.where(anyone, pages[page, position % key_pages.shape[1]], 0) for pages in (key_pages, value_pages)
+    )
+    attended = _attend_seen(blocks, keys, values, seen, used, scale)
+    # Of rows that are nobody's the last is written last, and then cut off.
+    result = query.new_zeros(query.shape[0] + 1, *query.shape[1:])
+    result[torch.where(used, source, query.shape[0])] = attended
+    return result[:-1]
+
+
+def _rows_of_requests(
+    query: torch.Tensor, query_start: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of each request, int64 [requests]; which row of `query` its row i is, and whether it has one, [requests,
+    most]."""
+    start = query_start.long()
+    rows = start[1:] - start[:-1]
+    row = torch.arange(most, device=query.device)
+    used = row < rows[:, None]
+    return rows, torch.where(used, start[:-1, None] + row, 0), used
+
+
+def append_to_pages(
+    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, slot: torch.Tensor
+) -> None:
+    """Writes row i to row slot[i] % page size of page slot[i] // page size, where the slot is not negative."""
+    stored, page_size = slot >= 0, key_pages.shape[1]
+    page, row = slot[stored] // page_size, slot[stored] % page_size
+    key_pages[page, row], value_pages[page, row] = key[stored], value[stored]
 
 
 def _into(out: torch.Tensor, result: torch.Tensor, slot: torch.Tensor, length: torch.Tensor | None) -> None:
@@ -193,6 +267,14 @@ def causal_attention_out(*operands: Any, out: torch.Tensor, workspace: torch.Ten
     _into(out, causal_attention(*operands), slot=operands[5], length=operands[7])
 
 
+def paged_attention_out(*operands: Any, out: torch.Tensor, workspace: torch.Tensor | None = None) -> None:
+    """`paged_attention` into `out`; the workspace is not used."""
+    query_start = operands[4].long()
+    row = torch.arange(out.shape[0], device=out.device)
+    used = (row >= query_start[0]) & (row < query_start[-1])
+    out.copy_(torch.where(used[:, None, None], paged_attention(*operands), out))
+
+
 for _name, _function in (
     ("canvas_attention", canvas_attention),
     ("canvas_attention.out", canvas_attention_out),
@@ -201,5 +283,8 @@ for _name, _function in (
     ("causal_attention", causal_attention),
     ("causal_attention.out", causal_attention_out),
     ("append_to_cache", append_to_cache),
+    ("paged_attention", paged_attention),
+    ("paged_attention.out", paged_attention_out),
+    ("append_to_pages", append_to_pages),
 ):
     register_on_gpu(f"dgemma::{_name}", _function)
