@@ -17,6 +17,7 @@ from checkpoints import make_checkpoint
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import convert, parse_target
 from dgemma_ext.cli import main
+from dgemma_ext.cli import quantize as quantize_command
 from dgemma_ext.model import calibration, second_moments
 from dgemma_ext.ops.layer import gelu_product, rms_norm
 
@@ -99,9 +100,12 @@ def test_a_text_that_is_longer_than_the_context() -> None:
         gathered(self, inputs)
 
     with mock.patch.object(calibration._Gathered, "__call__", counting):
-        found = second_moments(model.network, longer)
+        told: list[int] = []
+        found = second_moments(model.network, longer, told.append)
     assert bool(found[0, "q_proj"].isfinite().all())
     assert sum(seen) == 2 * len(longer)  # by both passes
+    assert sum(told) == len(longer)
+    assert max(told) <= model.config.canvas_length
 
 
 def test_outputs_are_nearer_with_moments_of_their_inputs(
@@ -133,7 +137,9 @@ def test_outputs_are_nearer_with_moments_of_their_inputs(
     assert losses["weighed"] < 0.9 * losses["alike"]
 
 
-def test_texts_that_do_not_do(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_that_do_not_do(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def complaint(file: Path) -> str:
         out = str(tmp_path / "out")
         assert main(["quantize", str(source), out, "--to", "int4", "--calibrate", str(file)]) == 2
@@ -143,4 +149,11 @@ def test_texts_that_do_not_do(source: Path, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
     assert "cannot be read as text" in complaint(tmp_path / "bytes")
     (tmp_path / "empty").write_text("")
-    assert "calibrate: got a text without tokens, wants some" in complaint(tmp_path / "empty")
+    assert "empty has no tokens; wants a text" in complaint(tmp_path / "empty")
+    (tmp_path / "long").write_text("one two")
+    monkeypatch.setattr(quantize_command, "_LARGEST_TEXT", 6)
+    assert "has more than 6 bytes; wants a shorter text" in complaint(tmp_path / "long")
+    # What is to be written is looked at before a model is loaded.
+    monkeypatch.setattr(dg.DiffusionGemma, "from_pretrained", None)
+    (tmp_path / "out").mkdir()
+    assert "out exists; wants a folder that does not" in complaint(tmp_path / "long")

@@ -186,6 +186,42 @@ def test_an_interrupted_run_is_continued(source: Path, tmp_path: Path, monkeypat
     assert_same_files(out, tmp_path / "whole")
 
 
+def test_two_runs_to_one_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is refused while the first one writes, and spoils nothing."""
+    out, target, write = tmp_path / "out", parse_target("int4"), convert_module._write_unit
+    convert(source, tmp_path / "whole", target)
+
+    def interrupted(*arguments: Any) -> None:
+        with pytest.raises(ValueError, match=r"OUT: another run writes .*out\.partial; wants one at a time"):
+            convert(source, out, target)
+        write(*arguments)
+
+    monkeypatch.setattr(convert_module, "_write_unit", interrupted)
+    convert(source, out, target)
+    assert_same_files(out, tmp_path / "whole")
+
+
+def test_a_destination_that_appears_meanwhile(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is kept for the next run."""
+    out, target, copy = tmp_path / "out", parse_target("int4"), convert_module._write_companions
+    (tmp_path / "whole").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="whole exists; wants a folder that does not"):
+        convert(source, tmp_path / "whole", target)
+
+    def appearing(*arguments: Any) -> None:
+        out.symlink_to(tmp_path / "nowhere")
+        copy(*arguments)
+
+    monkeypatch.setattr(convert_module, "_write_companions", appearing)
+    with pytest.raises(dg.CheckpointError, match="what is finished is kept for the next run"):
+        convert(source, out, target)
+    out.unlink()
+    monkeypatch.setattr(convert_module, "_write_companions", copy)
+    monkeypatch.setattr(convert_module, "_write_unit", None)
+    convert(source, out, target)
+    load(out)
+
+
 def assert_same_files(folder: Path, whole: Path) -> None:
     assert {file.name for file in folder.iterdir()} == {file.name for file in whole.iterdir()}
     for file in whole.iterdir():
@@ -278,7 +314,9 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     pytest.importorskip("compressed_tensors", reason="writes a quantized checkpoint")
     single = make_checkpoint(tmp_path / "single", with_tokenizer=False)
     requantize(single, "int4")
-    assert re.search(r"the checkpoint has .* as int4; wants it unquantized", complaint(str(single), out, "--to", "fp8"))
+    for parts in ("experts,attention,mlp", "mlp"):  # where the other parts are quantized, too
+        told = complaint(str(single), out, "--to", "fp8", "--parts", parts)
+        assert re.search(r"the checkpoint has .* as int4; wants it unquantized", told)
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 (`gguf_file`, `gguf_names`, `gguf_settings`, `gguf_tokenizer`). `config`, `generation_defaults` and
 `tokenizer` read the small files; `files` compares the weights' `headers` with the configuration and finds how each
 weight is stored (`stored`), tied ones once or more often (`tied`); `reading` reads the values; `quantization` describes
-a format to quantize to, and `quantize` writes a checkpoint in it.
+a format to quantize to, and `quantize` writes a checkpoint in it, first into a `partial_folder`.
 
 `adapter` reads an adapter: its settings (`adapter_settings`), which weights its tensors belong to (`adapter_names`),
 and those of the experts (`adapter_experts`); `adapter_merge` adds one to weights.
@@ -35,6 +35,7 @@ from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults, ignore
 from dgemma_ext.checkpoint.image_parts import IMAGE_TYPES, LOCAL_KEYS, image_source
 from dgemma_ext.checkpoint.image_processor import read_soft_tokens
 from dgemma_ext.checkpoint.messages import Message, checked_tools, images_of
+from dgemma_ext.checkpoint.partial_folder import check_destination
 from dgemma_ext.checkpoint.quantization import PARTS, Target, parse_target, resolve_weights
 from dgemma_ext.checkpoint.quantize import PartError, convert, plan_conversion
 from dgemma_ext.checkpoint.reading import LoadProgress, MappedFiles, Weight, WeightReader, stack_weights

@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,16 @@ from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.checkpoint.files import CheckpointInfo, inspect_checkpoint, layer_layout
 from dgemma_ext.checkpoint.folder import INDEX_FILE
 from dgemma_ext.checkpoint.json_section import read_object
+from dgemma_ext.checkpoint.partial_folder import State, check_destination, locked, write_json, writing
 from dgemma_ext.checkpoint.quantization import PARTS, Target
 from dgemma_ext.checkpoint.reading import MappedFiles
 from dgemma_ext.checkpoint.shard_writer import ShardWriter
 from dgemma_ext.checkpoint.stored import Experts, Stored, names_of
 from dgemma_ext.checkpoint.tied import check_copies, published_name
-from dgemma_ext.errors import CheckpointError
 from dgemma_ext.ops.formats import FORMATS, Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 
 # The approximate size of a shard.
 _SHARD_BYTES = 1_500_000_000
-_STATE_FILE = "progress.json"
 # The files of a checkpoint that are copied beside its weights.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
 _LAYOUTS = {
@@ -115,7 +112,8 @@ def plan_conversion(
 ) -> Conversion:
     """Plans from the headers alone which weights are quantized and which shard each goes to.
 
-    Raises CheckpointError for a source that cannot be loaded, ValueError where a wanted matrix is quantized already.
+    Raises CheckpointError for a source that cannot be loaded, ValueError for one with a weight that is quantized
+    already: the section of config.json that is written tells of one format alone.
     """
     config = ModelConfig.from_file(source)
     info = inspect_checkpoint(source, config)
@@ -129,10 +127,11 @@ def plan_conversion(
     # Copies of tied weights and buffers are not written.
     taken = {*info.copies, *info.buffers}
     works = []
-    for name, (layer_index, attribute) in wanted.items():
-        stored = info.weights[name]
+    for stored in info.weights.values():
         if stored.kind != "unquantized":
             raise ValueError(f"IN: the checkpoint has {next(names_of(stored))} as {stored.kind}; wants it unquantized")
+    for name, (layer_index, attribute) in wanted.items():
+        stored = info.weights[name]
         columns = stored.shape[-1]
         group = target.group_for(columns)
         if group is None:
@@ -171,18 +170,29 @@ def convert(
     advance: called with the number of the source's bytes that were converted since the last call. moments: by which
     errors are weighed where scales are searched; None weighs all alike. merge: an adapter that is added to the weights
     first.
-    Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists or a partial
-    one of another source or format, CheckpointError when a file cannot be written (what is finished is kept for the
-    next run).
+    Raises CheckpointError and ValueError as plan_conversion does, ValueError for a destination that exists, and for a
+    partial one that another run writes or that is of another source or format; CheckpointError when a file cannot be
+    written (what is finished is kept for the next run).
     """
-    if destination.exists():
-        raise ValueError(f"OUT: {destination} exists; wants a folder that does not")
+    check_destination(destination)
     conversion = plan_conversion(source, target, moments, merge)
-    config = ModelConfig.from_file(source)
     partial = destination.with_name(destination.name + ".partial")
-    with _writing(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-    state = _State.open(partial, source, conversion)
+    with locked(partial):
+        check_destination(destination)  # which another run may have finished meanwhile
+        state = State.open(partial, _fingerprint(source, conversion))
+        _write_shards(source, partial, conversion, state, advance)
+        with writing(partial):
+            _write_companions(source, partial, conversion)
+            write_json(partial / INDEX_FILE, state.index(partial, len(conversion.shards)))
+        state.rename(partial, destination)
+    return _summed([PartError(**error) for error in state.errors()])
+
+
+def _write_shards(
+    source: Path, partial: Path, conversion: Conversion, state: State, advance: Callable[[int], None]
+) -> None:
+    """Writes the shards that are not finished."""
+    config = ModelConfig.from_file(source)
     check_copies(conversion.info.tensors, conversion.info.copies)
     advance(sum(conversion.info.tensors[name].nbytes for name in (*conversion.info.copies, *conversion.info.buffers)))
     count = len(conversion.shards)
@@ -191,18 +201,12 @@ def convert(
         if str(number) in state.done:
             advance(sum(conversion.info.tensors[name].nbytes for work in works for name in work.names))
         else:
-            with _writing(file), _files_of(conversion, config) as reader, ShardWriter(file) as shard:
+            with writing(file), _files_of(conversion, config) as reader, ShardWriter(file) as shard:
                 _write_shard(works, reader, conversion, shard, advance)
                 names = shard.finish()
                 errors = [PartError(**note) for note in shard.notes if note is not None]
-            state.finish(number, names, _summed(errors))
+            state.finish(number, names, [vars(error) for error in _summed(errors)])
         ShardWriter.remove_pieces(file)
-    with _writing(partial):
-        _write_companions(source, partial, conversion)
-        _write_json(partial / INDEX_FILE, state.index(partial, count))
-        (partial / _STATE_FILE).unlink()
-        os.replace(partial, destination)
-    return state.errors()
 
 
 def _files_of(conversion: Conversion, config: ModelConfig) -> MappedFiles:
@@ -364,51 +368,6 @@ def _module_pattern(attribute: str) -> str:
     return rf"re:.*\.{module}\.{attribute}$"
 
 
-class _State:
-    """The finished shards of a partial folder, kept in its progress.json."""
-
-    def __init__(self, file: Path, fingerprint: str) -> None:
-        self._file = file
-        self._fingerprint = fingerprint
-        self.done: dict[str, Any] = {}
-
-    @classmethod
-    def open(cls, partial: Path, source: Path, conversion: Conversion) -> _State:
-        """The state of an earlier run, or a new one."""
-        state = cls(partial / _STATE_FILE, _fingerprint(source, conversion))
-        if not state._file.exists():
-            if any(partial.iterdir()):
-                raise ValueError(f"OUT: {partial} has files of something else; wants it empty or away")
-            state._save()  # so that the next run knows whose pieces are there
-            return state
-        earlier = read_object(state._file)
-        if earlier.get("fingerprint") != state._fingerprint:
-            raise ValueError(f"OUT: {partial} was begun from another source or for another format; remove it first")
-        state.done = earlier["done"]
-        return state
-
-    def finish(self, number: int, names: list[str], errors: list[PartError]) -> None:
-        self.done[str(number)] = {"names": names, "errors": [vars(error) for error in errors]}
-        self._save()
-
-    def _save(self) -> None:
-        with _writing(self._file):
-            _write_json(self._file, {"fingerprint": self._fingerprint, "done": self.done})
-
-    def index(self, partial: Path, count: int) -> dict[str, Any]:
-        weight_map: dict[str, str] = {}
-        for number in range(count):
-            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-            weight_map |= dict.fromkeys(self.done[str(number)]["names"], file)
-        total = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-    def errors(self) -> list[PartError]:
-        """The errors summed over all shards, one for each part of a layer, in order."""
-        shards = (self.done[number]["errors"] for number in sorted(self.done, key=int))
-        return _summed([PartError(**error) for errors in shards for error in errors])
-
-
 def _summed(errors: list[PartError]) -> list[PartError]:
     """The errors of each part of a layer added up, in order."""
     sums: dict[tuple[int, str], PartError] = {}
@@ -437,22 +396,4 @@ def _write_companions(source: Path, partial: Path, conversion: Conversion) -> No
                 shutil.copyfile(file, partial / file.name)
     config = read_object(source / "config.json")
     config["quantization_config"] = quantization_config(conversion)
-    _write_json(partial / "config.json", config)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns a failed write into a CheckpointError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"cannot be written: {reason}; what is finished is kept for the next run, and none of it loads", file=path
-        ) from error
+    write_json(partial / "config.json", config)

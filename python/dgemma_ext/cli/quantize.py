@@ -15,6 +15,7 @@ from dgemma_ext.checkpoint import (
     Merge,
     ModelConfig,
     PartError,
+    check_destination,
     convert,
     parse_target,
     plan_conversion,
@@ -26,11 +27,15 @@ from dgemma_ext.diffusion_gemma import DiffusionGemma
 from dgemma_ext.model import second_moments
 from dgemma_ext.units import format_bytes
 
+# Bytes of a calibration's text: some four million tokens, where some ten thousand are enough.
+_LARGEST_TEXT = 1 << 24
+
 
 def run(arguments: Arguments) -> None:
     parts = None if arguments.parts is None else arguments.parts.split(",")
     target = parse_target(arguments.to, parts, name="--to")
     source, destination = resolve_checkpoint(arguments.model), Path(path("OUT", arguments.out))
+    check_destination(destination)  # before the work of a calibration
     before = plan_conversion(source, target).info.total_bytes
     adapter, (folder, _) = None, arguments.adapters
     if folder is not None:
@@ -65,14 +70,33 @@ def run(arguments: Arguments) -> None:
 
 def _moments(source: Path, file: str, adapter: Adapter | None) -> dict[tuple[int, str], Tensor]:
     """The second moments of the products' inputs over the text of a file, whose special tokens count as such."""
-    try:
-        text = Path(path("--calibrate", file)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--calibrate: {file} cannot be read as text: {error}") from error
+    text = _text(Path(path("--calibrate", file)))
     model = DiffusionGemma.from_pretrained(source, device="cpu", adapter=adapter, merge=adapter is not None)
     if model.tokenizer is None:
         raise ValueError("--calibrate: the checkpoint has no tokenizer.json, which a text needs")
-    return second_moments(model.network, model.tokenizer.encode(text, special_tokens="tokens"))
+    ids = model.tokenizer.encode(text, special_tokens="tokens")
+    if not ids:
+        raise ValueError(f"--calibrate: {file} has no tokens; wants a text")
+    size, done = len(text.encode()), 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        before, done = done, done + tokens
+        bar.advance(size * done // len(ids) - size * before // len(ids))
+
+    with LoadProgress("calibrating", size, None, lines=True) as bar:
+        return second_moments(model.network, ids, advance)
+
+
+def _text(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(_LARGEST_TEXT + 1)
+        if len(raw) > _LARGEST_TEXT:
+            raise ValueError(f"--calibrate: {file} has more than {_LARGEST_TEXT:,} bytes; wants a shorter text")
+        return raw.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--calibrate: {file} cannot be read as text: {error}") from error
 
 
 def _table(errors: list[PartError], calibrated: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,14 @@ _SEGMENT = 2048
 _TOKENS_OF_THE_MEAN = 64
 
 
-def second_moments(network: Network, ids: Sequence[int]) -> Moments:
+def second_moments(
+    network: Network, ids: Sequence[int], advance: Callable[[int], None] = lambda tokens: None
+) -> Moments:
     """The mean square of every input channel of the matrices in a layer, over both passes of a text.
 
     Every canvas_length tokens go through a denoising pass, as a canvas that is finished, and then through the encode
-    pass. ids: at least one token. Raises ValueError for none and for ids outside the vocabulary.
+    pass. ids: at least one token. advance: called with the number of tokens that went through both since the last call.
+    Raises ValueError for no ids and for ids outside the vocabulary.
     """
     if not ids:
         raise ValueError("calibrate: got a text without tokens, wants some")
@@ -41,6 +44,7 @@ def second_moments(network: Network, ids: Sequence[int]) -> Moments:
             for piece in segment.split(length, dim=1):
                 network.forward(cache, network.canvas_in_slot(piece, cache, 0))
                 network.encode(piece, cache)
+                advance(piece.shape[1])
     finally:
         network.options.observe = None
     return gathered.moments()
