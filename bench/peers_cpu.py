@@ -46,7 +46,10 @@ def folder_for_vllm(checkpoint: Path) -> Path:
     return folder
 
 
-def vllm_worker(python: Path, checkpoint: Path, threads: int, zentorch: Path | None = None) -> Worker:
+def vllm_worker(
+    python: Path, checkpoint: Path, threads: int, zentorch: Path | None = None, plugin: str | None = None
+) -> Worker:
+    """plugin: the parts of this package's plugin that are on; None: vLLM as it is."""
     environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
@@ -54,8 +57,12 @@ def vllm_worker(python: Path, checkpoint: Path, threads: int, zentorch: Path | N
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
+    paths = [ROOT / "tests" / "vllm_stand_ins"]
     if zentorch is not None:
-        environment["PYTHONPATH"] = str(zentorch)
+        paths.append(zentorch)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    if plugin is not None:
+        environment |= {"DGEMMA_VLLM": "1", "DGEMMA_VLLM_PARTS": plugin}
     script = str(Path(__file__).with_name("peers_cpu_vllm.py"))
     return Worker([str(python), script, str(checkpoint)], threads, environment)
 
@@ -112,6 +119,7 @@ def main() -> None:
     if vllm is not None:
         folder = folder_for_vllm(peaked)
         peers["vLLM"] = lambda: vllm_worker(vllm, folder, threads)
+        peers["vLLM with the plugin"] = lambda: vllm_worker(vllm, folder, threads, plugin="sampler,experts")
         if arguments.zentorch is not None:
             peers["vLLM with zentorch"] = lambda: vllm_worker(vllm, folder, threads, arguments.zentorch)
     report: dict[str, Any] = {"threads": threads, "rounds": arguments.rounds, "load": os.getloadavg()[0], "results": []}

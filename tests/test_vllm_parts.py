@@ -16,7 +16,7 @@ import dgemma_ext as dg
 from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
 from dgemma_ext.integrations.vllm import settings, versions
 from dgemma_ext.integrations.vllm.contents import Contents
-from dgemma_ext.integrations.vllm.experts import experts_product
+from dgemma_ext.integrations.vllm.experts import experts_product, experts_target, quantized_experts
 from dgemma_ext.integrations.vllm.request_options import Limits, check, options_of
 from dgemma_ext.integrations.vllm.requests import Requests, seed_of
 from dgemma_ext.integrations.vllm.slots import Rows
@@ -372,3 +372,35 @@ def test_ranks_of_expert_parallelism_add_up_to_all_experts() -> None:
         experts_product(hidden, ids, weights, gate_up[own].contiguous(), down[own].contiguous(), places, part)
         total += part
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4", "nvfp4"])
+def test_experts_quantized_at_loading_are_those_of_the_engine(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    hidden, gate_up, down = torch.randn(5, 64), torch.randn(4, 128, 64), torch.randn(4, 64, 64)
+    ids, weights = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]]), torch.rand(5, 2)
+    monkeypatch.setenv("DGEMMA_VLLM_EXPERTS", format)
+    target = experts_target()
+    assert target is not None
+    made = quantized_experts(gate_up, down, target)
+    assert [one.name for one in made] == [format] * 2
+    out = torch.full_like(hidden, float("nan"))
+    experts_product(hidden, ids, weights, *made, None, out)
+    decoded = [torch.stack([one.expert(e).dequantized(torch.float32) for e in range(4)]) for one in made]
+    exact = grouped_gemm.moe_ffn(hidden, ids.int(), weights, *decoded)
+    # By int8 the activations are rounded too, to 1/127 of the largest.
+    bound = 0.03 if format == "int8" else 1e-4
+    assert float((out - exact).norm() / exact.norm()) < bound
+    unquantized = grouped_gemm.moe_ffn(hidden, ids.int(), weights, gate_up, down)
+    assert 1e-3 < float((out - unquantized).norm() / unquantized.norm()) < 0.4
+
+
+def test_a_format_of_experts_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGEMMA_VLLM_EXPERTS", "fp9")
+    with pytest.raises(ValueError, match="DGEMMA_VLLM_EXPERTS"):
+        experts_target()
+    monkeypatch.setenv("DGEMMA_VLLM_EXPERTS", "nvfp4")
+    target = experts_target()
+    assert target is not None
+    with pytest.raises(ValueError, match="no group of it divides the 24 columns of down"):
+        quantized_experts(torch.randn(1, 48, 32), torch.randn(1, 32, 24), target)

@@ -5,8 +5,9 @@ experts is ours. vLLM holds unquantized weights as this package does: gate and u
 first, and down [E, H, I]. Under expert parallelism a rank has some experts: the ids of the others become -1, whose rows
 are left out.
 
-Weights that vLLM holds quantized stay with its own kernels: it packs them for the kernel that it has chosen
-(quantized_weights.py has what unpacks the layouts that do not depend on a kernel).
+DGEMMA_VLLM_EXPERTS (fp8, int8, int4, int4-64, int4-128, nvfp4) quantizes a rank's experts when they are loaded, one by
+one. A checkpoint that is quantized already stays with vLLM's own kernels: it packs such weights for the kernel that it
+has chosen, and has no place for another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgemma_ext.checkpoint.quantization import Target, parse_target
+from dgemma_ext.integrations.vllm import settings
+from dgemma_ext.model.weights import quantized_weight
+from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.ops import weights as weights_of_a_kind
+from dgemma_ext.ops.formats import QuantizedWeight
+
 _NAME = "UnquantizedFusedMoEMethod"
 
 
@@ -24,6 +32,7 @@ def register() -> None:
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+    experts_target()  # refused before anything is loaded
     taken = op_registry_oot.get(_NAME)
     if taken is not None:
         if not getattr(taken, "of_dgemma_ext", False):
@@ -116,8 +125,16 @@ def experts_class() -> type:
         def workspace_shapes(self, M: int, N: int, K: int, *others: Any) -> tuple[tuple[int, ...], ...]:
             return (0,), (0,), (M, K)
 
+        quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None
+
         def process_weights_after_loading(self, layer: Any) -> None:
-            """They stay as they are."""
+            """They stay as they are, or are quantized; then vLLM's own tensors keep their shapes and no memory."""
+            target = experts_target()
+            if target is None:
+                return
+            self.quantized = quantized_experts(layer.w13_weight.data, layer.w2_weight.data, target)
+            for weight in (layer.w13_weight, layer.w2_weight):
+                weight.data = weight.data.new_zeros(1).expand(weight.shape)
 
         def apply(
             self,
@@ -139,7 +156,8 @@ def experts_class() -> type:
         ) -> None:
             if apply_router_weight_on_input:
                 raise ValueError("apply_router_weight_on_input is True, and our experts weigh what comes out of them")
-            experts_product(hidden_states, topk_ids, topk_weights, w1, w2, expert_map, output)
+            gate_up, down = self.quantized or (w1, w2)
+            experts_product(hidden_states, topk_ids, topk_weights, gate_up, down, expert_map, output)
 
     _class = Experts
     return Experts
@@ -149,19 +167,38 @@ def experts_product(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     expert_map: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Writes the sum of each token's experts, as ops.grouped_gemm.moe_ffn has it, into `out` [tokens, H].
+    """Writes the sum of each token's experts, as `moe_ffn` of the weights' kind has it, into `out` [tokens, H].
 
     ids, weights: [tokens, k]. expert_map: int32 [all experts], the place of an expert among this rank's or -1; None
     where the rank has all.
     """
-    from dgemma_ext.ops import grouped_gemm
-
     if expert_map is not None:
         ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0).to(torch.int64)])
     chosen, shares = ids.to(torch.int32).contiguous(), weights.to(torch.float32).contiguous()
-    grouped_gemm.moe_ffn(hidden.contiguous(), chosen, shares, gate_up, down, out=out)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        grouped_gemm.moe_ffn(hidden.contiguous(), chosen, shares, gate_up, down, out=out)
+    else:
+        out.copy_(weights_of_a_kind.experts(hidden.contiguous(), chosen, shares, gate_up, down))
+
+
+def experts_target() -> Target | None:
+    """What DGEMMA_VLLM_EXPERTS asks for; raises ValueError for a format that there is not."""
+    named = settings.experts_format()
+    return None if named is None else parse_target(named, ("experts",), "DGEMMA_VLLM_EXPERTS")
+
+
+def quantized_experts(gate_up: Tensor, down: Tensor, target: Target) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """A rank's experts in a format. Raises ValueError where no group of the format divides their columns."""
+    made = (quantized_weight("experts_gate_up", gate_up, target), quantized_weight("experts_down", down, target))
+    for name, weight, source in zip(("gate_up", "down"), made, (gate_up, down), strict=True):
+        if not isinstance(weight, QuantizedWeight):
+            raise ValueError(
+                f"DGEMMA_VLLM_EXPERTS is {target.format}, and no group of it divides the {source.shape[-1]} columns of "
+                f"{name}, of which other ranks have the rest"
+            )
+    return made  # type: ignore[return-value]

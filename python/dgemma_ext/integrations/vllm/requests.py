@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dgemma_ext.checkpoint import Tokenizer
+from dgemma_ext.checkpoint import Tokenizer, resolve_checkpoint
 from dgemma_ext.engine.matching import Matching, matching_of
 from dgemma_ext.integrations.vllm.contents import Contents
 from dgemma_ext.integrations.vllm.request_options import Limits, check, options_of
@@ -17,7 +17,7 @@ from dgemma_ext.sampling import Canvas, Constraint
 
 
 class Requests:
-    """Up to `count` requests. model: the folder of its tokenizer, which grammars are spelled by."""
+    """Up to `count` requests. model: the folder or hub id of the tokenizer, which grammars are spelled by."""
 
     def __init__(self, count: int, limits: Limits, model: str, device: torch.device) -> None:
         self.count, self.limits, self._model = count, limits, model
@@ -74,9 +74,9 @@ _tokenizers: dict[str, Tokenizer] = {}
 
 
 def tokenizer_of(model: str) -> Tokenizer:
-    """The tokenizer of a model's folder, read once. Raises CheckpointError where there is none."""
+    """The tokenizer of a model's folder or hub id, read once. Raises CheckpointError where there is none."""
     if model not in _tokenizers:
-        _tokenizers[model] = Tokenizer.from_directory(model)
+        _tokenizers[model] = Tokenizer.from_directory(resolve_checkpoint(model))
     return _tokenizers[model]
 
 

@@ -7,7 +7,7 @@ import os
 NAME = "dgemma"  # of the entry point; VLLM_PLUGINS names plugins by it
 PARTS = ("sampler", "experts", "attention")
 
-_SWITCH, _PARTS = "DGEMMA_VLLM", "DGEMMA_VLLM_PARTS"
+_SWITCH, _PARTS, _EXPERTS = "DGEMMA_VLLM", "DGEMMA_VLLM_PARTS", "DGEMMA_VLLM_EXPERTS"
 
 
 def is_on() -> bool:
@@ -20,6 +20,11 @@ def is_on() -> bool:
         raise ValueError(f"environment variable {_SWITCH} must be 0 or 1, got {switch!r}")
     named = NAME in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
     return switch == "1" or (named and switch != "0")
+
+
+def experts_format() -> str | None:
+    """The format that DGEMMA_VLLM_EXPERTS names for the experts' weights; None: as they are loaded."""
+    return os.environ.get(_EXPERTS) or None
 
 
 def parts() -> tuple[str, ...]:

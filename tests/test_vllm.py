@@ -1,0 +1,223 @@
+"""The plugin inside vLLM, on a CPU: `make test-vllm`, with an environment of its own."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="make test-vllm has an environment with vLLM")
+
+import dgemma_ext as dg
+from vllm_server import Server, probe, serving, tiny
+
+ON = {"DGEMMA_VLLM": "1", "DGEMMA_VLLM_PARTS": "sampler,experts"}
+PROMPT = list(range(10, 30))
+# Few steps: a random model's canvases part after many, as logits differ by 1e-5.
+STEPS = 4
+PUZZLE = "62..14...62.4.23653.5.42..1.5654.23."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("vllm") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> dg.DiffusionGemma:
+    return dg.DiffusionGemma.from_pretrained(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    options = ("--max-model-len", "384", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
+    with serving(model, tmp_path_factory.mktemp("log") / "server.log", options, **ON) as started:
+        yield started
+
+
+def asked(server: Server, ids: list[int], max_tokens: int = 40, **extra: Any) -> list[int]:
+    """The tokens of an answer."""
+    status, body = server.post("/v1/completions", completion(ids, max_tokens, **extra))
+    assert status == 200, body
+    return list(body["choices"][0]["token_ids"])
+
+
+def completion(ids: list[int], max_tokens: int = 40, **extra: Any) -> dict[str, Any]:
+    xargs = {"max_denoising_steps": STEPS, **extra}
+    named = {"model": "m", "prompt": ids, "max_tokens": max_tokens, "temperature": 1.0}
+    return {**named, "ignore_eos": True, "return_token_ids": True, "vllm_xargs": xargs}
+
+
+def generated(engine: dg.DiffusionGemma, ids: list[int], seed: int, max_tokens: int = 40, **more: Any) -> list[int]:
+    """The tokens of the engine, which no token ends."""
+    sampler = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(), **more.pop("sampler", {}))
+    output = engine.generate(ids, max_new_tokens=max_tokens, seed=seed, sampler=sampler, **more)
+    return list(output.token_ids)
+
+
+def test_the_plugin_is_loaded_in_every_process(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "dgemma_ext inside vLLM" in line]
+    assert len({re.split(r"[ )]", line)[1] for line in lines}) >= 2, lines  # APIServer, EngineCore
+    assert all("sampler, experts" in line for line in lines)
+
+
+def test_tokens_are_the_engines(server: Server, engine: dg.DiffusionGemma) -> None:
+    """Three canvases, two of which vLLM encodes in between."""
+    for seed in (7, 2**62):
+        assert asked(server, PROMPT, seed=seed) == generated(engine, PROMPT, seed)
+    assert asked(server, PROMPT, seed=7) != asked(server, PROMPT, seed=8)
+
+
+def test_settings_of_a_request_are_the_engines(server: Server, engine: dg.DiffusionGemma) -> None:
+    sampler = {"entropy_bound": 3.0, "t_min": 0.2, "t_max": 1.5}
+    assert asked(server, PROMPT, seed=1, **sampler) == generated(engine, PROMPT, 1, sampler=sampler)
+    tokens, pinned = [5, -1, 7, *[-1] * 15, 9], [1, 0, 1, *[0] * 15, 1]
+    canvas = dg.Canvas([None if token < 0 else token for token in tokens], list(map(bool, pinned)), start_step=2)
+    found = asked(server, PROMPT, seed=2, tokens=tokens, pinned=pinned, start_step=2)
+    assert found == generated(engine, PROMPT, 2, canvas=canvas)
+    assert (found[0], found[2], found[18]) == (5, 7, 9)
+    allowed = [100, 200, 300, 400]
+    found = asked(server, PROMPT, seed=3, allowed=allowed)
+    assert found == generated(engine, PROMPT, 3, canvas=dg.Canvas(allowed=allowed))
+    assert set(found) <= set(allowed)
+    narrow = asked(server, PROMPT, seed=4, canvas_length=6)
+    assert narrow == generated(engine, PROMPT, 4, sampler={"canvas_length": 6})
+
+
+def test_a_grammar_holds_an_answer(server: Server, engine: dg.DiffusionGemma) -> None:
+    body = {**completion(PROMPT, 32, seed=5, regex="(ab)+c"), "ignore_eos": False}
+    status, answer = server.post("/v1/completions", body)
+    assert status == 200, answer
+    assert re.search("^(ab)+c$", answer["choices"][0]["text"], re.MULTILINE)  # behind an empty thought
+    sampler = dg.SamplerConfig(max_denoising_steps=STEPS)
+    output = engine.generate(PROMPT, max_new_tokens=32, seed=5, sampler=sampler, grammar=dg.Regex("(ab)+c"))
+    assert answer["choices"][0]["token_ids"] == list(output.token_ids)
+
+
+def test_eight_at_once_are_as_alone(server: Server, engine: dg.DiffusionGemma) -> None:
+    """Of different lengths, so that prompts are read while other canvases are denoised; some in pieces, as a step takes
+    128 tokens."""
+    prompts = [[(31 * request + 7 * i) % 500 + 5 for i in range(5 + 30 * request)] for request in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: asked(server, one[1], seed=one[0]), enumerate(prompts)))
+    for seed, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
+        assert tokens == generated(engine, prompt, seed), seed
+
+
+def test_a_prefix_from_the_cache_gives_the_same_tokens(server: Server) -> None:
+    prompt = [i % 300 + 20 for i in range(300)]
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    assert asked(server, prompt, 16, seed=3) == asked(server, prompt, 16, seed=3)
+    assert server.metric("vllm:prefix_cache_hits_total") > hits
+
+
+def test_an_answer_that_nobody_waits_for_makes_room(server: Server) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    body = completion(PROMPT, 320, seed=1)
+    extra = {name: body[name] for name in ("ignore_eos", "vllm_xargs")}
+    stream = client.completions.create(
+        model="m", prompt=PROMPT, max_tokens=320, temperature=1.0, stream=True, extra_body=extra
+    )
+    next(iter(stream))
+    stream.close()
+    end = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running"):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert len(asked(server, PROMPT, 16, seed=1)) == 16
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"sead": 1}, "sead, which is not known"),
+        ({"seed": 2**63}, "seed must be an integer in"),
+        ({"diffusion_max_steps": 3}, "max_denoising_steps says it here"),
+        ({"tokens": [5], "pinned": [1, 1]}, "canvas.pinned must have 1 entries"),
+        ({"tokens": [5] * 60, "pinned": [1] * 60}, "canvases of max_tokens 40 have 48 positions"),
+        ({"tokens": [5000]}, "canvas.tokens[0] must be in [0, 512)"),
+        ({"canvas_length": 17}, "canvas_length must be at most the checkpoint's 16"),
+        ({"t_max": 0.1}, "t_max must be at least t_min"),
+        ({"regex": "(a"}, "a"),
+    ],
+)
+def test_what_means_nothing_is_status_400_by_name(server: Server, extra: dict[str, Any], words: str) -> None:
+    status, body = server.post("/v1/completions", completion(PROMPT, **extra))
+    assert status == 400, body
+    assert words in body["error"]["message"]
+
+
+def test_what_the_sampler_does_not_give_is_status_400(server: Server) -> None:
+    for more, words in (({"logprobs": 2}, "logprobs is not given"), ({"top_k": 5}, "top_k is not known")):
+        status, body = server.post("/v1/completions", {**completion(PROMPT), **more})
+        assert status == 400, body
+        assert words in body["error"]["message"]
+
+
+def test_a_bundled_model_answers_over_openais_client(tmp_path: Path) -> None:
+    import openai
+
+    folder = Path(dg.__file__).parent / "demo"
+    with serving(folder, tmp_path / "log", ("--max-model-len", "256", "--max-num-seqs", "4"), **ON) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+        answers = {
+            client.chat.completions.create(
+                model="m",
+                messages=[{"role": "user", "content": PUZZLE}],
+                max_tokens=36,
+                temperature=1.0,
+                extra_body={"vllm_xargs": {"seed": 3}},
+            )
+            .choices[0]
+            .message.content
+            for _ in range(2)
+        }
+    assert len(answers) == 1
+    digits = re.sub(r"[^1-6]", "", answers.pop() or "")
+    assert len(digits) == 36
+
+
+# Ranks, and what is off ---------------------------------------------------------------------------------------------
+
+REQUESTS = [
+    {"ids": PROMPT, "max_tokens": 40, "extra_args": {"seed": 7, "max_denoising_steps": STEPS}},
+    {"ids": PROMPT[:9], "max_tokens": 40, "extra_args": {"seed": 8, "max_denoising_steps": STEPS, "allowed": [5, 300]}},
+]
+
+
+@pytest.mark.parametrize("more", [{}, {"enable_expert_parallel": True}], ids=["tensor", "expert"])
+def test_two_ranks_give_the_tokens_of_one(model: Path, engine: dg.DiffusionGemma, more: dict[str, Any]) -> None:
+    told = {"model": str(model), "requests": REQUESTS, "engine": {"tensor_parallel_size": 2, **more}}
+    found, _ = probe(told, **ON)
+    assert found["tokens"][0] == generated(engine, PROMPT, 7)
+    assert found["tokens"][1] == generated(engine, PROMPT[:9], 8, canvas=dg.Canvas(allowed=[5, 300]))
+
+
+def test_a_plugin_that_is_off_leaves_vllm_as_it_is(model: Path) -> None:
+    """Its tokens are those of a vLLM that may load no plugin."""
+    told = {"model": str(model), "requests": [{"ids": PROMPT, "max_tokens": 16}]}
+    off, log = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    without, _ = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="")
+    assert off == without
+    assert "dgemma" not in "".join(off["classes"].values()).lower()
+    assert "dgemma_ext inside vLLM" not in log
+
+
+@pytest.mark.parametrize("part", ["sampler", "experts"])
+def test_a_part_by_itself(part: str, model: Path, engine: dg.DiffusionGemma) -> None:
+    extra = {"seed": 7, "max_denoising_steps": STEPS} if part == "sampler" else {"diffusion_max_steps": STEPS}
+    told = {"model": str(model), "requests": [{"ids": PROMPT, "max_tokens": 40, "extra_args": extra}]}
+    found, _ = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="dgemma", DGEMMA_VLLM_PARTS=part)
+    classes = found["classes"]
+    assert classes["sampler"].startswith("dgemma_ext" if part == "sampler" else "vllm")
+    assert classes["model"].startswith("dgemma_ext" if part == "sampler" else "vllm")
+    assert ("DGemma" in classes["experts"]) is (part == "experts")
+    if part == "sampler":
+        assert found["tokens"][0] == generated(engine, PROMPT, 7)
