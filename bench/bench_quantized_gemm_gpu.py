@@ -2,7 +2,8 @@
 
     make gpu-check ARGS="--part bench -k quantized"
 
-Goals are for one H200: 195 microseconds for fp8 and 125 for 4 bits at 256 tokens and 128 experts.
+Goals are for one H200: 195 microseconds for fp8 and 125 for 4 bits at 256 tokens and 128 experts. int8 has none; what
+is expected of it stands in csrc/grouped_gemm/NOTES.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dgemma_ext.ops.weights import experts
 HIDDEN_SIZE, EXPERT_SIZE, EXPERTS, TOP_K = 2816, 704, 128, 8
 VALUES = 3 * HIDDEN_SIZE * EXPERT_SIZE  # weights of one expert
 GOALS = {"fp8": 195.0, "int4": 125.0, "int4-64": 125.0, "nvfp4": 125.0}
+FORMATS = (*GOALS, "int8")
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +48,7 @@ def quantized(format: str) -> tuple[QuantizedWeight, QuantizedWeight]:
     )
 
 
-@pytest.mark.parametrize(("format", "activations"), [*((format, None) for format in GOALS), ("fp8", "fp8")])
+@pytest.mark.parametrize(("format", "activations"), [*((format, None) for format in FORMATS), ("fp8", "fp8")])
 @pytest.mark.parametrize(("tokens", "drawn"), [(1, 128), (256, 84), (256, 128), (1024, 128), (4096, 128)])
 def bench_quantized_moe_ffn(
     benchmark: BenchmarkFixture, format: str, activations: str | None, tokens: int, drawn: int
@@ -74,6 +76,6 @@ def bench_quantized_moe_ffn(
         benchmark,
         lambda: experts(input, ids, scales, *weights, activations),
         work,
-        GOALS[format] if (tokens, drawn) == (256, 128) else None,
+        GOALS.get(format) if (tokens, drawn) == (256, 128) else None,
         lambda: grouped_gemm.moe_ffn(input, ids, scales, *plain()),
     )

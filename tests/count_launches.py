@@ -67,22 +67,32 @@ def counts(*operands: Any) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    model = random_model(
-        torch.bfloat16, layers=LAYERS * 5, hidden=64, head_dim=32, global_head_dim=64, window=24, canvas=16
-    )
-    found = {}
+def small_model(weights: str) -> dg.DiffusionGemma:
+    sizes: dict[str, Any] = {"hidden": 64, "head_dim": 32, "global_head_dim": 64, "window": 24, "canvas": 16}
+    model = random_model(torch.bfloat16, weights, layers=LAYERS * 5, **sizes)
+    model.network.options.matmul = MatmulMode.BATCHED  # a GPU's
+    return model
+
+
+def begun(model: dg.DiffusionGemma, rows: int) -> tuple[Any, ...]:
+    """A batch of canvases over prefixes of their own."""
     sampler = SamplerConfig(confidence_threshold=0.0).resolve(model.defaults, 16)
     network = model.network
-    network.options.matmul = MatmulMode.BATCHED  # a GPU's
+    cache, batch = model.new_cache(rows, 64), make_canvas_batch(network, rows, 16)
+    buffers = make_step_buffers(network, rows, 16)
+    for slot in range(rows):
+        prefix = 9 + slot
+        model.encode(torch.arange(prefix)[None], cache, slots=[slot])
+        begin_canvas(network, batch, slot, sampler, seed=slot, index=0)
+        batch.place(slot, slot, prefix, network.rotary_tables(torch.arange(prefix, prefix + 16)))
+    return network, cache, batch, buffers
+
+
+def main() -> None:
+    model = small_model("auto")
+    found = {}
     for rows in (1, 4):
-        cache, batch = model.new_cache(rows, 64), make_canvas_batch(network, rows, 16)
-        buffers = make_step_buffers(network, rows, 16)
-        for slot in range(rows):
-            prefix = 9 + slot
-            model.encode(torch.arange(prefix)[None], cache, slots=[slot])
-            begin_canvas(network, batch, slot, sampler, seed=slot, index=0)
-            batch.place(slot, slot, prefix, network.rotary_tables(torch.arange(prefix, prefix + 16)))
+        network, cache, batch, buffers = begun(model, rows)
         for step in range(2):
             found[f"rows {rows}, step {step + 1}"] = counts(network, cache, batch, buffers)
     one = random_automaton(np.random.default_rng(1), model.config.vocab_size)
@@ -95,6 +105,7 @@ def main() -> None:
     batch.adapters.place(1, adapter)
     batch.adapters.update()
     found["rows 4, with an adapter"] = counts(network, cache, batch, buffers)
+    found["rows 4, step 1, in int8"] = counts(*begun(small_model("int8"), 4))
     print(json.dumps(found))
 
 

@@ -28,15 +28,15 @@ from dgemma_ext.sampling import (
 
 
 @cache
-def random_model(dtype: torch.dtype = torch.float32, **sizes: Any) -> dg.DiffusionGemma:
+def random_model(dtype: torch.dtype = torch.float32, weights: str = "auto", **sizes: Any) -> dg.DiffusionGemma:
     """A model of the given sizes (tests/checkpoints.py) with a tokenizer; the same object for the same arguments."""
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), dtype=torch.float32, **sizes)
         # Converting copies the weights, so the folder may be deleted.
-        model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=torch.bfloat16)
-        return (
-            model if dtype == torch.bfloat16 else dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=dtype)
-        )
+        model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, weights=weights)
+        if dtype == torch.bfloat16:
+            return model
+        return dg.DiffusionGemma.from_pretrained(folder, device="cpu", dtype=dtype, weights=weights)
 
 
 def smallest_model() -> dg.DiffusionGemma:

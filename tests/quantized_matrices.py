@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FP8, INT4, NVFP4 = 1, 2, 3
+FP8, INT4, NVFP4, INT8 = 1, 2, 3, 4
 # The numbers of dgemma_dtype for the types of int4's scales.
 SCALE_DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -36,7 +36,7 @@ class Format:
     scale_dtype: torch.dtype = torch.float8_e4m3fn
 
     def __str__(self) -> str:
-        kind = {FP8: "fp8", INT4: "int4", NVFP4: "nvfp4"}[self.format]
+        kind = {FP8: "fp8", INT4: "int4", NVFP4: "nvfp4", INT8: "int8"}[self.format]
         return f"{kind}-{self.group}-{str(self.scale_dtype)[6:]}" if self.format == INT4 else kind
 
 
@@ -67,6 +67,8 @@ class Matrix:
         """The weights in float64."""
         if self.format.format == FP8:
             weights = self.values.view(torch.float8_e4m3fn).double()
+        elif self.format.format == INT8:
+            weights = self.values.view(torch.int8).double()
         else:
             codes = torch.stack([self.values & 15, self.values >> 4], -1).flatten(-2).long()
             weights = E2M1[codes] if self.format.format == NVFP4 else codes.double() - 8
@@ -96,11 +98,15 @@ def behind(tensor: Tensor, poison: int) -> Tensor:
 def quantize(weight: Tensor, format: Format, rows_per_factor: int) -> Matrix:
     """Quantizes to the nearest code, with scales by the largest value of a group and a factor for every block."""
     columns = weight.shape[-1]
-    blocks = weight.view(-1, rows_per_factor * columns)
+    blocks = weight.reshape(-1, rows_per_factor * columns)
     if format.format == FP8:
         factors = weight.abs().amax(-1).flatten() / 448
         codes = (weight.flatten(0, -2) / factors[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
         return Matrix(format, behind(codes.view(weight.shape), 0x7F), None, factors)
+    if format.format == INT8:
+        factors = blocks.abs().amax(-1) / 127
+        codes = (blocks / factors[:, None]).round().to(torch.int8).view(torch.uint8)
+        return Matrix(format, behind(codes.view(weight.shape), 0x7F), None, factors, rows_per_factor)
     groups = -(-columns // format.group)
     padded = torch.nn.functional.pad(weight, (0, groups * format.group - columns))
     largest = padded.view(*weight.shape[:-1], groups, format.group).abs().amax(-1)

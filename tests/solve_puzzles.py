@@ -1,6 +1,6 @@
 """Prints a bundled model's answers to unseen puzzles as JSON, for tests that run it in another process.
 
-python tests/solve_puzzles.py 6 8 [device]
+python tests/solve_puzzles.py 6 8 [device [weights]]
 
 """
 
@@ -19,9 +19,9 @@ from dgemma_ext import demo
 SEED = 20261121
 
 
-def answers(size: int, count: int, device: str = "cpu") -> list[dict[str, Any]]:
+def answers(size: int, count: int, device: str = "cpu", weights: str = "auto") -> list[dict[str, Any]]:
     """Text, steps and whether the puzzle is solved, with the clues pinned for every second one."""
-    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(size), device=device)
+    model = dg.DiffusionGemma.from_pretrained(demo.checkpoint(size), device=device, weights=weights)
     own_memory(model.weights)
     for layer in model.weights.layers:
         own_memory(layer)

@@ -104,7 +104,7 @@ def test_conformance_tries_the_multiplication_that_decoding_uses() -> None:
 
 
 @needs_disassembler
-@pytest.mark.parametrize("name", ["combine", "sum_segments"])
+@pytest.mark.parametrize("name", ["combine", "sum_segments", "sum_int8_segments", "quantize_rows_int8"])
 def test_what_the_kernel_in_front_wrote_is_not_read_as_constant(name: str) -> None:
     """ld.global.nc is for memory that nobody writes; the wait for that kernel does not order it."""
     code = machine_code(nvcc_report(CSRC / f"grouped_gemm/cuda/{name}.cu", PORTABLE))
@@ -130,10 +130,13 @@ def test_sm80_kernels_use_tensor_cores_and_asynchronous_copies(source: Path) -> 
     listings = [text for text in per_architecture if "Function :" in text]
     assert len(listings) == PORTABLE_ARCHITECTURES
     for listing in listings:
-        assert re.search(r"\bHMMA\.16816\.F32\.BF16\b", listing)
+        is_int8 = source.name.startswith("int8")
+        assert re.search(r"\bIMMA\.16832\.S8\.S8\b" if is_int8 else r"\bHMMA\.16816\.F32\.BF16\b", listing)
+        assert bool(re.search(r"\bHMMA\b", listing)) != is_int8
         assert re.search(r"\bLDGSTS\b", listing)
         # The operands of quantized weights lie in shared memory as the tensor core's lanes take them: whole words, LDS.
-        assert re.search(r"\bLDS(\.64|\.128)\b" if "quantized" in source.name else r"\bLDSM\b", listing)
+        in_words = is_int8 or "quantized" in source.name
+        assert re.search(r"\bLDS(\.64|\.128)\b" if in_words else r"\bLDSM\b", listing)
 
 
 @needs_disassembler

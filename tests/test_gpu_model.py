@@ -99,7 +99,7 @@ def check_adapters(device: str) -> None:
     assert alone[0].token_ids != model.generate(puzzles[0], 36, sampler, 0).token_ids
 
 
-@pytest.mark.parametrize("stored", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("stored", ["auto", "fp8", "int8", "int4"])
 def test_weights_are_those_of_a_load_to_the_cpu(stored: str) -> None:
     check_loading("cuda", stored)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dgemma_ext.ops import grouped_gemm, quantized_gemm
-from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Nvfp4Weight, QuantizedWeight
+from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 
 HIDDEN, EXPERT, EXPERTS, TOP_K = 256, 128, 4, 2
 # Every token tile of every path: 32, 64 and 128 or more.
@@ -32,6 +32,7 @@ def products(device: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     weight = gate_up[0]
     quantized: dict[str, tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]] = {
         "fp8": (Fp8Weight.quantize(gate_up), Fp8Weight.quantize(down), Fp8Weight.quantize(weight)),
+        "int8": (Int8Weight.quantize(gate_up), Int8Weight.quantize(down), Int8Weight.quantize(weight)),
         "int4": (Int4Weight.quantize(gate_up, 32), Int4Weight.quantize(down, 32), Int4Weight.quantize(weight, 32)),
         "nvfp4": (Nvfp4Weight.quantize(gate_up, 2), Nvfp4Weight.quantize(down), Nvfp4Weight.quantize(weight)),
     }

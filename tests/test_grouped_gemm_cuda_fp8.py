@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -59,7 +60,10 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, largest / 448
 
 
-def rounded_activations(case: Case, dtype: torch.dtype) -> Tensor:
+Rounded = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def rounded_activations(case: Case, dtype: torch.dtype, rounded_rows: Rounded = rounded_rows) -> Tensor:
     """The call with rounded activations, all other steps in `dtype`, h rounded to bfloat16."""
     gate_up, down = case.gate_up.exact().to(dtype), case.down.exact().to(dtype)
     expert_size = down.shape[2]

@@ -26,8 +26,9 @@ from test_grouped_gemm_cuda_dense import Dense
 
 FAMILY = ROOT / "csrc" / "grouped_gemm"
 KERNELS = [f"cuda/{name}" for name in ("sort_pairs", "combine", "sum_segments", "quantize_rows")]
+KERNELS += ["cuda/sum_int8_segments", "cuda/quantize_rows_int8"]
 KERNELS += [f"cuda/{name}" for name in ("moe", "dense", "quantized", "fp8")]
-KERNELS += [f"sm80/{kind}_{name}" for kind in ("bf16", "quantized") for name in ("gate_up", "down", "dense")]
+KERNELS += [f"sm80/{kind}_{name}" for kind in ("bf16", "quantized", "int8") for name in ("gate_up", "down", "dense")]
 KERNELS += [f"sm90/{kind}_{name}" for kind in ("bf16", "fp8", "quantized") for name in ("gate_up", "down")]
 KERNELS += ["sm90/bf16_dense", "sm89/fp8_gate_up", "sm89/fp8_down"]
 SOURCES = [FAMILY / f"{name}.cu" for name in KERNELS] + [ROOT / "csrc" / "cuda" / "entry.cu"]
@@ -64,6 +65,7 @@ def library() -> ctypes.CDLL:
         "dense_quantized_plan",
         "moe_fp8_plan",
         "quantize_rows",
+        "quantize_rows_int8",
         "bytes_copied",
         "decode_sm90",
     ):
@@ -385,7 +387,7 @@ def test_blocks_share_a_multiprocessor(format: int, capability: int, tokens: int
 
 
 BAD = [
-    ("gate_up", "format", 9, "gate_up.format: got 9, wants FP8, INT4 or NVFP4"),
+    ("gate_up", "format", 9, "gate_up.format: got 9, wants FP8, INT4, NVFP4 or INT8"),
     ("gate_up", "group", 48, "gate_up.group: got 48, wants 32, 64 or 128 for INT4"),
     ("down", "scale_dtype", 0, "down.scale_dtype: got 0, wants bfloat16 or float16 for INT4"),
     ("ffn", "expert_size", 72, "expert_size: got 72, wants a multiple of 32 up to 16384 for the format of down"),

@@ -1,4 +1,4 @@
-"""INT8 with activations that are rounded too: products on every instruction set, checkpoints, and what is refused."""
+"""INT8 with activations that are rounded too: checkpoints, and what is refused. Products: test_int8_products.py."""
 
 from __future__ import annotations
 
@@ -11,115 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
 import dgemma_ext as dg
 from backend import cpu_only
-from bounds import assert_close
 from checkpoints import make_checkpoint
 from dgemma_ext import demo
 from dgemma_ext.checkpoint import ModelConfig, convert, parse_target
 from dgemma_ext.model import load_weights
-from dgemma_ext.model.placement import check_formats
-from dgemma_ext.ops import grouped_gemm, quantized_gemm
 from dgemma_ext.ops.formats import Int8Weight
-from dgemma_ext.ops.plain import quantized_gemm as plain
 from quantized_checkpoints import unfuse
 
 pytestmark = cpu_only
-DTYPES = [torch.float32, torch.bfloat16]
-# Columns: the model's of down, a step and a bit more, less than a step, none that a step divides.
-SIZES = [(704, 96, 34), (96, 72, 9), (7, 5, 3), (130, 33, 35)]
-
-
-def rounded(rows: Tensor) -> Tensor:
-    """Each row to the integers of its largest magnitude / 127, times that, in float64; ties to even in fp32."""
-    largest = rows.float().abs().amax(-1, keepdim=True)
-    codes = (rows.float() * torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)).round()
-    return codes.double() * (largest / 127).double()
-
-
-def exact(weight: Int8Weight) -> Tensor:
-    return weight.values.view(torch.int8).double() * weight.scales.double()[..., None]
-
-
-def experts(hidden: int, size: int, tokens: int, dtype: torch.dtype) -> Any:
-    gate_up = Int8Weight.quantize(torch.randn(4, 2 * size, hidden) * hidden**-0.5)
-    down = Int8Weight.quantize(torch.randn(4, hidden, size) * size**-0.5)
-    ids = torch.randint(3, (tokens, 2), dtype=torch.int32)  # none to the last expert
-    ids[:, 1] = (ids[:, 0] + 1) % 3
-    ids[0, 1] = -1
-    return torch.randn(tokens, hidden).to(dtype), ids, torch.rand(tokens, 2), gate_up, down
-
-
-def oracle(input: Tensor, ids: Tensor, weights: Tensor, gate_up: Int8Weight, down: Int8Weight) -> Tensor:
-    """float64 over dequantized weights and rounded activations; h is rounded to the input's dtype first."""
-    total = torch.zeros(len(input), down.shape[1], dtype=torch.float64)
-    gate_ups, downs = exact(gate_up), exact(down)
-    for token, row in enumerate(rounded(input)):
-        for slot, expert in enumerate(ids[token].tolist()):
-            if expert >= 0:
-                gate, up = (row @ gate_ups[expert].T).chunk(2)
-                h = (functional.gelu(gate, approximate="tanh") * up).to(input.dtype)
-                total[token] += weights[token, slot].double() * (rounded(h[None]) @ downs[expert].T)[0]
-    return total
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "size", "tokens"), SIZES)
-def test_a_dense_product_has_the_bits_of_exact_sums(
-    cpu_variant: str, hidden: int, size: int, tokens: int, dtype: torch.dtype
-) -> None:
-    weight = Int8Weight.quantize(torch.randn(size, hidden))
-    input = (torch.randn(tokens, hidden) * torch.logspace(-3, 3, tokens)[:, None]).to(dtype)
-    input[0] = 0.0
-    got = quantized_gemm.dense(input, weight)
-    assert torch.equal(got, plain.dense_quantized(input, 4, weight.values, None, weight.scales))
-    assert_close(got, rounded(input) @ exact(weight).T, dtype, got)
-    # A row's bits are those that it has alone.
-    assert torch.equal(quantized_gemm.dense(input[2:3], weight), got[2:3])
-
-
-@pytest.mark.parametrize("extreme", [-128, 127])
-def test_the_largest_sums(cpu_variant: str, extreme: int) -> None:
-    """Every code the largest: sums of 16,384 products, which pairs of 16 bits would not hold."""
-    values = torch.full((5, 16384), extreme, dtype=torch.int8).view(torch.uint8)
-    for sign in (1.0, -1.0):
-        input = torch.full((3, 16384), sign)
-        got = quantized_gemm.dense(input, Int8Weight(values, torch.ones(5)))
-        assert torch.equal(got, torch.full((3, 5), sign * extreme * 127 * 16384 * float(torch.tensor(1 / 127))))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "size", "tokens"), SIZES)
-def test_experts(cpu_variant: str, hidden: int, size: int, tokens: int, dtype: torch.dtype) -> None:
-    """Against the oracle by the bound of weights of 8 bits and more: an integer of h that falls to the other side of
-    half moves a result by more than its products' rounding."""
-    arguments = experts(hidden, size, tokens, dtype)
-    got = quantized_gemm.moe_ffn(*arguments)
-    wanted = oracle(*arguments)
-    size_of = wanted.square().sum() + got.double().square().sum()
-    assert float(1 - 2 * (wanted * got.double()).sum() / size_of) < 1e-5
-    in_torch = plain.moe_ffn_quantized(
-        *arguments[:3],
-        4,
-        arguments[3].values,
-        None,
-        arguments[3].scales,
-        4,
-        arguments[4].values,
-        None,
-        arguments[4].scales,
-    )
-    error, of_torch = ((one.double() - wanted).abs().max() for one in (got, in_torch))
-    assert float(error) <= 2 * float(of_torch) + 2 * torch.finfo(dtype).eps * float(wanted.abs().max())
-    # Not what unrounded activations give.
-    unrounded = grouped_gemm.moe_ffn(
-        arguments[0].float(), *arguments[1:3], *(exact(one).float() for one in arguments[3:])
-    )
-    if hidden > 7:
-        assert float((unrounded.double() - wanted).norm() / wanted.norm()) > 1e-3
-    assert torch.equal(quantized_gemm.moe_ffn(*(one[:1] for one in arguments[:3]), *arguments[3:]), got[:1])
 
 
 @pytest.fixture(scope="module")
@@ -252,5 +154,3 @@ def test_settings_that_are_refused(converted: Path) -> None:
     assert "input_activations is None; supported: 8 bits" in refusal_of(converted, input_activations=None)
     assert "input_activations.dynamic is False" in refusal_of(converted, input_activations__dynamic=False)
     assert "input_activations.symmetric is False" in refusal_of(converted, input_activations__symmetric=False)
-    with pytest.raises(ValueError, match="weights in int8 are for a CPU so far, and the device is cuda"):
-        check_formats(["bfloat16", "int8, bfloat16"], torch.device("cuda"))

@@ -120,7 +120,8 @@ def test_the_published_model_in_4_bits_fits_18_gb(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _C.has_cuda(), reason="of the CUDA kernels' workspace")
 def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
-    """A pass of 4,096 positions: 4 bits permute the input, FP8 activations copy input and h with their scales."""
+    """A pass of 4,096 positions: 4 bits permute the input; activations of FP8 and of INT8 are copies of input and h
+    with their scales."""
     folder = write_published_layout(tmp_path)
     config = ModelConfig.from_file(folder)
     info = inspect_checkpoint(folder, config)
@@ -133,6 +134,7 @@ def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
     assert 0 < workspace("int4") - unquantized < 2 * 4096 * (8 * 768 + 2816) * 2
     copies = 4096 * (2816 + 8 * 704) + 4 * 4096 * 9
     assert copies <= workspace("fp8", "fp8") - unquantized < copies + 4096
+    assert copies <= workspace("int8") - unquantized < copies + 4096
 
 
 def test_activations_are_planned_for_fp8_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

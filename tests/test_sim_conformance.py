@@ -20,6 +20,7 @@ CASES = [
     "store_tiles",
     "mma_m16n8k16",
     "mma_m16n8k32_e4m3",
+    "mma_m16n8k32_int8",
     "rounding to bfloat16",
     "multiply-add of bfloat16",
     "multiplication of bfloat16",

@@ -124,6 +124,7 @@ REPORTS = {
     "load_tiles_transposed_too_early": r"race: .* which thread \d+ (wrote|read) \(matrices\.cu:\d+\)",
     "store_tiles_of_two_warps": r"race: store_tiles writes .* which thread \d+ wrote \(matrices\.cu:\d+\)",
     "mma_e4m3_of_some_lanes": rf"{PARTED}(mma_m16n8k32_e4m3|__syncwarp), lanes 0x[0-9a-f]+ {OTHERS}",
+    "mma_int8_of_some_lanes": rf"{PARTED}(mma_m16n8k32_int8|__syncwarp), lanes 0x[0-9a-f]+ {OTHERS}",
     "wgmma_e4m3_without_fence": r"wgmma without wgmma_fence\(\)",
     "misaligned_load_once": r"load_once: 0x[0-9a-f]+ is not a multiple of 16",
     "misaligned_store_once": r"store_once: 0x[0-9a-f]+ is not a multiple of 16",

@@ -53,6 +53,11 @@ def test_a_step_of_a_batch_reads_no_value_and_launches_no_more_kernels() -> None
     assert ruled["waits"] == 0
     assert ruled["kernels"] == four["kernels"] + 5
     assert ruled["torch"] <= four["torch"] + 9
+    # In int8 a kernel rounds what another multiplies: for 7 weights of a layer, 6 in the 5 full layers, which are
+    # torch's products otherwise, and twice among the experts' kernels.
+    products, first, in_int8 = 25 * 7 + 5 * 6, counts["rows 4, step 1"], counts["rows 4, step 1, in int8"]
+    assert (in_int8["waits"], in_int8["kernels"]) == (0, first["kernels"] + 2 * products + 2 * 30)
+    assert in_int8["torch"] == first["torch"] - products
     # A gather of a layer's factors, and two products for each of its 7 weights, 6 in the 5 full layers.
     adapted = counts["rows 4, with an adapter"]
     assert (adapted["waits"], adapted["kernels"]) == (0, four["kernels"])

@@ -26,3 +26,12 @@ def test_a_bundled_model_solves_puzzles_on_the_kernels(compute_capability: int) 
     assert sum(answer["solved"] for answer in wanted) >= PUZZLES - 1
     different = [(g, w) for g, w in zip(got, wanted, strict=True) if g != w]
     assert len(different) <= DIFFERENT_AT_MOST, different
+
+
+def test_a_bundled_model_in_int8_solves_puzzles_on_the_kernels() -> None:
+    """Experts, attention and MLP: sums of integers are the CPU's, all else is rounded as in bfloat16."""
+    script, count = Path(__file__).parent / "solve_puzzles.py", 3
+    got = json.loads(run_on_kernels(script, "6", str(count), "cpu", "int8", compute_capability=80))
+    wanted = answers(6, count, weights="int8")
+    assert sum(answer["solved"] for answer in wanted) == count
+    assert sum(g != w for g, w in zip(got, wanted, strict=True)) <= DIFFERENT_AT_MOST, got

@@ -28,6 +28,7 @@ OPERATOR_TESTS = (
     "test_grouped_gemm.py",
     "test_quantized_gemm.py",
     "test_fp8_activations.py",
+    "test_int8_products.py",
     "test_vocabulary_head.py",
     "test_router_and_dense.py",
     "test_layer.py",

@@ -143,7 +143,7 @@ fi
 if wanted conformance; then
   if has_program conformance; then
     numbers=$("$WORK/conformance" list 2>/dev/null | cut -d' ' -f1)
-    for number in ${numbers:-$(seq 0 30)}; do add "$number" 15 "$WORK/conformance $number"; done
+    for number in ${numbers:-$(seq 0 31)}; do add "$number" 15 "$WORK/conformance $number"; done
     part conformance 40 16
   else
     lacks conformance "the build"

@@ -44,7 +44,7 @@ ON_GPU = "gpu"
 # compute-sanitizer runs these: every kernel, at small sizes.
 SANITIZED = "kernel_is_right or test_canvas or test_causal or append or heads_and_dimensions or product_and_statistics"
 SANITIZED += " or test_statistics or sparse_or_dense or test_dense or test_route or random_canvases or allowed"
-SANITIZED += " or formats_mix or moe_ffn_fp8_is_right"
+SANITIZED += " or formats_mix or moe_ffn_fp8_is_right or int8_experts or int8_dense"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 NO_TESTS = 5  # pytest's status
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]

@@ -40,4 +40,16 @@ DGEMMA_DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// mma.sync m16n8k32 of int8 (sm_80), both sides signed: integers in 32 bits, exact as long as they
+// fit, a sum that does not wraps. Fragments are those of e4m3 above, d being integers. PTX ISA, the
+// same chapter, fragments for .m16n8k32.
+DGEMMA_DEVICE void mma_m16n8k32_int8(int32_t (&d)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+      " {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 }  // namespace dgemma::device

@@ -47,7 +47,6 @@ from dgemma_ext.model import (
     LoadedAdapter,
     ModelWeights,
     Network,
-    check_formats,
     load_weights,
     resolve_activations,
     resolve_device,
@@ -111,7 +110,7 @@ class DiffusionGemma:
         `dtype`: "auto" is the checkpoint's; otherwise "bfloat16" or "float32" (or the torch dtype).
         `weights`: "auto" keeps weights as stored. "fp8", "int8", "int4" (groups of 32), "int4-64", "int4-128" and
         "nvfp4" quantize unquantized weights while loading, those that the published checkpoints of the format quantize.
-        int8 also rounds what goes into the products, and is for a CPU alone so far.
+        int8 also rounds what goes into the products.
         "unquantized" converts quantized weights to `dtype`.
         `batch_invariant`: a request's tokens are bit-identical alone and in any batch on a GPU too, because dense
         products run on our own kernels in place of torch's. On the CPU they always are.
@@ -146,7 +145,6 @@ class DiffusionGemma:
         loading = (config, info, wanted, resolved, place)
         beside = list(read.values())
         plan = memory_plan(*loading, activations=activations, vision=vision_config, adapters=beside)
-        check_formats([formats for formats, _ in plan.weights.values()], place)
         changed = () if merged is None else merged.attributes
         mapped = mapped_bytes(config, info, wanted, resolved, vision_config, changed) if place.type == "cpu" else 0
         check_memory(plan, mapped, place)

@@ -148,6 +148,7 @@ void store_tiles(void* row, const uint32_t* tile, int count, bool transposed, co
 float multiply_add_to_odd(float a, float b, float c);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
 void mma_m16n8k32_e4m3(float* d, const uint32_t* a, const uint32_t* b, const Source& source);
+void mma_m16n8k32_int8(int32_t* d, const uint32_t* a, const uint32_t* b, const Source& source);
 // The value of a byte of e4m3, by its bits.
 extern const std::array<float, 256> e4m3_values;
 // An accumulator keeps 14 bits of sums of e4m3 products.

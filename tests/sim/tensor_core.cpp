@@ -60,10 +60,12 @@ void check_rows(const void* row, int count, bool write, const char* what, const 
                 what);
 }
 
-struct Fragments {
-  float* d;
+template <typename Element>
+struct FragmentsOf {
+  Element* d;
   const uint32_t *a, *b;
 };
+using Fragments = FragmentsOf<float>;
 
 float e4m3_to_float(uint8_t bits) {
   const int exponent = bits >> 3 & 15, fraction = bits & 7;
@@ -74,14 +76,19 @@ float e4m3_to_float(uint8_t bits) {
   return bits & 0x80 ? -magnitude : magnitude;
 }
 
-// A lane holds four columns of A, or rows of B, in a register.
-void multiply_e4m3(void* const* argument, uint32_t, void*) {
-  float a[16][32], b[32][8];
+// Products of bytes, of which a lane holds four columns of A, or rows of B, in a register.
+// value_of(byte) is one as a number; after(accumulators) is called when products were added to a
+// lane's. Element is uint32_t for integers, which wrap.
+template <typename Element, typename ValueOf, typename After>
+void multiply_bytes(void* const* argument, const ValueOf& value_of, const After& after) {
+  Element a[16][32], b[32][8];
   for (uint32_t lane = 0; lane < 32; ++lane) {
-    const auto& f = *static_cast<const Fragments*>(argument[lane]);
+    const auto& f = *static_cast<const FragmentsOf<Element>*>(argument[lane]);
     const uint32_t g = lane / 4, q = 4 * (lane % 4);
     for (uint32_t i = 0; i < 4; ++i) {
-      const auto value = [i](uint32_t four) { return e4m3_values[four >> 8 * i & 0xff]; };
+      const auto value = [&](uint32_t four) {
+        return value_of(static_cast<uint8_t>(four >> 8 * i & 0xff));
+      };
       a[g][q + i] = value(f.a[0]);
       a[g + 8][q + i] = value(f.a[1]);
       a[g][q + 16 + i] = value(f.a[2]);
@@ -90,17 +97,30 @@ void multiply_e4m3(void* const* argument, uint32_t, void*) {
       b[q + 16 + i][g] = value(f.b[1]);
     }
   }
-  float d[16][8] = {};
+  Element d[16][8] = {};
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < 32; ++k)
       for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
   for (uint32_t lane = 0; lane < 32; ++lane) {
-    float* out = static_cast<const Fragments*>(argument[lane])->d;
+    Element* out = static_cast<const FragmentsOf<Element>*>(argument[lane])->d;
     const uint32_t g = lane / 4, c = 2 * (lane % 4);
     for (uint32_t i = 0; i < 4; ++i) out[i] += d[g + 8 * (i / 2)][c + i % 2];
-    cut_to_14_bits(out, 4);
+    after(out);
   }
   machine->statistics.products += 16 * 8 * 32;
+}
+
+void multiply_e4m3(void* const* argument, uint32_t, void*) {
+  multiply_bytes<float>(
+      argument, [](uint8_t byte) { return e4m3_values[byte]; },
+      [](float* sums) { cut_to_14_bits(sums, 4); });
+}
+
+void multiply_int8(void* const* argument, uint32_t, void*) {
+  const auto value = [](uint8_t byte) {
+    return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(byte)));
+  };
+  multiply_bytes<uint32_t>(argument, value, [](uint32_t*) {});
 }
 
 void multiply(void* const* argument, uint32_t, void*) {
@@ -179,6 +199,11 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, const Source& 
 void mma_m16n8k32_e4m3(float* d, const uint32_t* a, const uint32_t* b, const Source& source) {
   Fragments fragments{d, a, b};
   warp_collective(0xffffffffu, "mma_m16n8k32_e4m3", &fragments, multiply_e4m3, nullptr, source);
+}
+
+void mma_m16n8k32_int8(int32_t* d, const uint32_t* a, const uint32_t* b, const Source& source) {
+  FragmentsOf<uint32_t> fragments{reinterpret_cast<uint32_t*>(d), a, b};
+  warp_collective(0xffffffffu, "mma_m16n8k32_int8", &fragments, multiply_int8, nullptr, source);
 }
 
 }  // namespace sim

@@ -13,6 +13,7 @@
 
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/plan_rows.h"
 
 namespace dgemma {
 
@@ -28,7 +29,8 @@ struct DensePlan {
   bool apart;  // a work tile for every segment, and a kernel that adds them
   int32_t blocks, sum_blocks;
   int32_t blocks_at_once;  // of a multiprocessor; the grid of the product counts on them
-  size_t workspace_bytes;  // float32 [segments, rows, out_features] when apart, else none
+  RowsPlan input_rows;     // int8 [rows, in_features], where the weight is INT8
+  size_t workspace_bytes;  // float32 or int32 [segments, rows, out_features] when apart, then these
 };
 
 // Null when the CUDA kernels take these sizes and this dtype, else what they want instead.

@@ -144,6 +144,13 @@ void print(const MoeCudaPlan& plan, std::ostream& out) {
   if (plan.path == CudaPath::kSm90)
     out << "order: " << (plan.contiguous ? "contiguous runs" : "every blocks-th work tile") << ", "
         << plan.likely_steps << " steps of weights asked for early\n";
+  const auto rounded = [&](const char* name, const RowsPlan& rows) {
+    if (rows.blocks > 0)
+      out << name << " to int8: " << rows.blocks << " blocks of " << kQuantizeRowsThreads
+          << " threads\n";
+  };
+  rounded("input", plan.input_rows);
+  rounded("activations", plan.activation_rows);
   out << "combine: " << plan.combine_blocks << " blocks of " << kMoeCombineThreads << " threads\n";
   out << "workspace: " << plan.workspace_bytes << " bytes\n";
 }

@@ -10,6 +10,7 @@
 #include "cuda/entry.h"
 #include "cuda/limits.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/plan_rows.h"
 
 namespace dgemma {
 
@@ -90,6 +91,8 @@ struct MoeCudaPlan {
   size_t activations;                // bfloat16 [pairs, expert_size], in sorted order
   size_t products;                   // float32 [pairs, hidden_size], in the order of the slots
   size_t permuted_input;             // bfloat16 [tokens, permuted width], where blocks permute it
+  RowsPlan input_rows;               // int8 [tokens, hidden_size], where gate_up is INT8
+  RowsPlan activation_rows;          // int8 [pairs, expert_size], in sorted order, where down is
   size_t workspace_bytes;
 };
 

@@ -19,17 +19,20 @@ int32_t choose_token_tile(int64_t pairs, int64_t experts) {
 }
 
 // Blocks that a multiprocessor surely holds at once.
-int32_t blocks_per_multiprocessor(int32_t token_tile, int32_t stage_bytes, bool dense,
+int32_t blocks_per_multiprocessor(dgemma_weight_format format, int32_t token_tile, bool dense,
                                   int32_t compute_capability) {
-  const int32_t bytes = quantized_stages(token_tile) * stage_bytes + 1024;
-  return std::clamp(shared_bytes_of_multiprocessor(compute_capability) / bytes, 1,
-                    quantized_least_blocks(token_tile, dense));
+  const int32_t bytes =
+      quantized_stages(token_tile) * quantized_stage_bytes(format, token_tile) + 1024;
+  const int32_t by_registers = format == DGEMMA_WEIGHTS_INT8
+                                   ? int8_least_blocks(token_tile)
+                                   : quantized_least_blocks(token_tile, dense);
+  return std::clamp(shared_bytes_of_multiprocessor(compute_capability) / bytes, 1, by_registers);
 }
 
-MoeCudaPart make_part(const MoeCudaPlan& plan, int64_t weight_tiles, int64_t depth,
-                      int64_t token_tiles, int32_t stage_bytes, const Gpu& gpu) {
+MoeCudaPart make_part(const MoeCudaPlan& plan, dgemma_weight_format format, int64_t weight_tiles,
+                      int64_t depth, int64_t token_tiles, const Gpu& gpu) {
   const int32_t at_once =
-      blocks_per_multiprocessor(plan.token_tile, stage_bytes, false, gpu.compute_capability);
+      blocks_per_multiprocessor(format, plan.token_tile, false, gpu.compute_capability);
   const int64_t most_blocks = int64_t{gpu.multiprocessors} * at_once;
   const int64_t blocks = std::clamp<int64_t>(weight_tiles * token_tiles, 1, most_blocks);
   return {static_cast<int32_t>(weight_tiles), static_cast<int32_t>(ceil_divide(depth, kMoeDepth)),
@@ -75,9 +78,8 @@ const char* quantized_error(const char* name, const dgemma_quantized& matrix,
                   static_cast<long long>(got), wants);
     return static_cast<const char*>(text);
   };
-  if (!is_weight_format(matrix.format)) return say("format", matrix.format, "FP8, INT4 or NVFP4");
-  if (matrix.format == DGEMMA_WEIGHTS_INT8)
-    return say("format", matrix.format, "FP8, INT4 or NVFP4: INT8 has no kernel for a GPU yet");
+  if (!is_weight_format(matrix.format))
+    return say("format", matrix.format, "FP8, INT4, NVFP4 or INT8");
   const WeightFormat format = describe(matrix.format);
   if (!group_fits(format, matrix.group)) {
     switch (matrix.format) {
@@ -87,8 +89,8 @@ const char* quantized_error(const char* name, const dgemma_quantized& matrix,
         return say("group", matrix.group, "32, 64 or 128 for INT4");
       case DGEMMA_WEIGHTS_NVFP4:
         return say("group", matrix.group, "16 for NVFP4");
-      case DGEMMA_WEIGHTS_INT8:  // refused above
-        break;
+      case DGEMMA_WEIGHTS_INT8:
+        return say("group", matrix.group, "0 for INT8");
     }
   }
   if (format.scales_are_bfloat16_or_half && matrix.scale_dtype != DGEMMA_BFLOAT16 &&
@@ -154,10 +156,17 @@ MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gp
   plan.stages = quantized_stages(plan.token_tile);
   plan.stage_bytes = quantized_stage_bytes(op.gate_up.format, plan.token_tile);
   const int64_t token_tiles = most_token_tiles(pairs, ffn.experts, plan.token_tile);
-  plan.gate_up = make_part(plan, ceil_divide(ffn.expert_size, kQuantizedWeightRows / 2),
-                           ffn.hidden_size, token_tiles, plan.stage_bytes, gpu);
-  plan.down = make_part(plan, ceil_divide(ffn.hidden_size, kQuantizedWeightRows), ffn.expert_size,
-                        token_tiles, quantized_stage_bytes(op.down.format, plan.token_tile), gpu);
+  plan.gate_up =
+      make_part(plan, op.gate_up.format, ceil_divide(ffn.expert_size, kQuantizedWeightRows / 2),
+                ffn.hidden_size, token_tiles, gpu);
+  plan.down = make_part(plan, op.down.format, ceil_divide(ffn.hidden_size, kQuantizedWeightRows),
+                        ffn.expert_size, token_tiles, gpu);
+  WorkspaceParts parts = {plan.workspace_bytes};
+  if (op.gate_up.format == DGEMMA_WEIGHTS_INT8)
+    plan.input_rows = take_rows(&parts, plan.tokens_per_pass, ffn.hidden_size);
+  if (op.down.format == DGEMMA_WEIGHTS_INT8)
+    plan.activation_rows = take_rows(&parts, pairs, ffn.expert_size);
+  plan.workspace_bytes = parts.bytes;
   return plan;
 }
 
@@ -175,9 +184,14 @@ DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu&
   const int64_t work_tiles =
       int64_t{plan.weight_tiles} * plan.token_tiles * (plan.apart ? plan.segments : 1);
   plan.blocks_at_once =
-      blocks_per_multiprocessor(plan.token_tile, plan.stage_bytes, true, gpu.compute_capability);
+      blocks_per_multiprocessor(op.weight.format, plan.token_tile, true, gpu.compute_capability);
   plan.blocks = static_cast<int32_t>(
       std::min(work_tiles, int64_t{gpu.multiprocessors} * plan.blocks_at_once));
+  if (op.weight.format == DGEMMA_WEIGHTS_INT8) {
+    WorkspaceParts parts = {plan.workspace_bytes};
+    plan.input_rows = take_rows(&parts, dense.rows, dense.in_features);
+    plan.workspace_bytes = parts.bytes;
+  }
   return plan;
 }
 

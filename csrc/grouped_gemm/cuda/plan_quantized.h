@@ -24,7 +24,9 @@ constexpr int32_t kQuantizedScaleBytes = 8;
 
 constexpr int32_t quantized_stage_bytes(dgemma_weight_format format, int32_t token_tile) {
   const int32_t scales = describe(format).scale_bytes > 0 ? kQuantizedScaleBytes : 0;
-  return kQuantizedWeightRows * (quantized_row_bytes(format) + scales) + token_tile * kMoeDepth * 2;
+  const int32_t token_bytes = format == DGEMMA_WEIGHTS_INT8 ? 1 : 2;  // of a value
+  return kQuantizedWeightRows * (quantized_row_bytes(format) + scales) +
+         token_tile * kMoeDepth * token_bytes;
 }
 // So many stages take at most 49,152 bytes, and two blocks share the 100 KB of a multiprocessor of
 // 8.6, 8.9 or 12.0.
@@ -36,6 +38,8 @@ constexpr int32_t quantized_stages(int32_t token_tile) { return token_tile == 32
 constexpr int32_t quantized_least_blocks(int32_t token_tile, bool dense = false) {
   return token_tile == 64 ? 2 : dense ? 3 : 4;
 }
+// The same of INT8, of which nothing is decoded and whose dense projection has one sum alone.
+constexpr int32_t int8_least_blocks(int32_t token_tile) { return token_tile == 64 ? 3 : 4; }
 
 // The sm_90 path, for two matrices of 4 bits, has the tiles and roles of the bfloat16 path and
 // steps of permuted_k.h's 128 columns.

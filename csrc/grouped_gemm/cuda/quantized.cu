@@ -1,8 +1,9 @@
 // The C entry points over quantized weights for CUDA: argument checks, the passes over tokens, the
-// launches of each.
+// launches of each. Where a matrix is INT8, a kernel in front of its product rounds the tokens.
 #include "common/ceil_divide.h"
 #include "cuda/entry.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cuda/quantize_rows.h"
 #include "grouped_gemm/cuda/quantized.h"
 #include "grouped_gemm/operands.h"
 
@@ -11,8 +12,28 @@ namespace {
 
 constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
 
+Int8Rows rows_at(void* workspace, const RowsPlan& plan) {
+  if (plan.blocks == 0) return {};
+  uint8_t* begin = static_cast<uint8_t*>(workspace);
+  return {begin + plan.codes, reinterpret_cast<float*>(begin + plan.scales)};
+}
+
+// The rows of a matrix that is not INT8 are left as they are. `filled` is that of QuantizeRows.
+const char* round_rows(const device::bfloat16* rows, const Int8Rows& to, int32_t count,
+                       int32_t width, const int32_t* filled, void* stream) {
+  if (to.codes == nullptr) return nullptr;
+  return launch_quantize_rows_int8({.input = rows,
+                                    .output = to.codes,
+                                    .scales = to.scales,
+                                    .rows = count,
+                                    .width = width,
+                                    .filled = filled},
+                                   stream);
+}
+
 // Returns null or the error's text.
 const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+  const MoeCudaPass& ffn = pass.ffn;
   auto gate_up = launch_gate_up_sm80_quantized;
   auto down = launch_down_sm80_quantized;
 #if defined(DGEMMA_WITH_SM90)
@@ -21,10 +42,32 @@ const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void
     down = launch_down_sm90_quantized;
   }
 #endif
-  if (const char* error = launch_sort_pairs(plan, pass.ffn, stream)) return error;
+  if (pass.gate_up_encoding == Encoding::kInt8) gate_up = launch_gate_up_sm80_int8;
+  if (pass.down_encoding == Encoding::kInt8) down = launch_down_sm80_int8;
+  if (const char* error = launch_sort_pairs(plan, ffn, stream)) return error;
+  if (const char* error =
+          round_rows(ffn.input, pass.input, ffn.tokens, ffn.hidden_size, nullptr, stream))
+    return error;
   if (const char* error = gate_up(plan, pass, stream)) return error;
+  if (const char* error =
+          round_rows(ffn.activations, pass.activations, ffn.tokens * ffn.top_k, ffn.expert_size,
+                     ffn.tables.first + ffn.tables.experts, stream))
+    return error;
   if (const char* error = down(plan, pass, stream)) return error;
-  return launch_combine(plan, pass.ffn, stream);
+  return launch_combine(plan, ffn, stream);
+}
+
+// The same of a dense projection.
+const char* run_dense(const DensePlan& plan, const DenseQuantizedCall& call, void* stream) {
+  const bool is_int8 = call.encoding == Encoding::kInt8;
+  if (const char* error = round_rows(call.dense.input, call.input, call.dense.scheduler.rows,
+                                     call.dense.in_features, nullptr, stream))
+    return error;
+  const auto product = is_int8 ? launch_dense_sm80_int8 : launch_dense_sm80_quantized;
+  if (const char* error = product(plan, call, stream)) return error;
+  if (!plan.apart) return nullptr;
+  return is_int8 ? launch_sum_int8_segments(plan, call, stream)
+                 : launch_sum_segments(plan, call.dense, stream);
 }
 
 }  // namespace
@@ -78,7 +121,9 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
                                    .gate_up = make_quantized_matrix(op->gate_up, ffn.hidden_size),
                                    .down = make_quantized_matrix(op->down, ffn.expert_size),
                                    .gate_up_encoding = encoding_of(op->gate_up),
-                                   .down_encoding = encoding_of(op->down)};
+                                   .down_encoding = encoding_of(op->down),
+                                   .input = rows_at(ffn.workspace, plan.input_rows),
+                                   .activations = rows_at(ffn.workspace, plan.activation_rows)};
     if (const char* error = run_pass(plan, pass, cuda->stream)) return launched(error, cuda);
   }
   return DGEMMA_OK;
@@ -111,8 +156,8 @@ dgemma_status dgemma_cuda_dense_quantized(const dgemma_dense_quantized* op, dgem
   if (status != DGEMMA_OK) return status;
   const DenseQuantizedCall call = {.dense = make_dense_call(dense, plan),
                                    .weight = make_quantized_matrix(op->weight, dense.in_features),
-                                   .encoding = encoding_of(op->weight)};
-  if (const char* error = launch_dense_sm80_quantized(plan, call, cuda->stream))
-    return launched(error, cuda);
-  return launched(plan.apart ? launch_sum_segments(plan, call.dense, cuda->stream) : nullptr, cuda);
+                                   .encoding = encoding_of(op->weight),
+                                   .input = rows_at(dense.workspace, plan.input_rows),
+                                   .partial = static_cast<int32_t*>(dense.workspace)};
+  return launched(run_dense(plan, call, cuda->stream), cuda);
 }

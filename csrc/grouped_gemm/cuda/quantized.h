@@ -37,23 +37,33 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
     case DGEMMA_WEIGHTS_NVFP4:
       return Encoding::kNvfp4;
     case DGEMMA_WEIGHTS_INT8:
-      break;
+      return Encoding::kInt8;
   }
-  __builtin_unreachable();  // quantized_error has refused INT8, and what is no format
+  __builtin_unreachable();  // quantized_error has refused what is no format
 }
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
+
+// Tokens as a matrix of INT8 multiplies them; null beside other formats.
+struct Int8Rows {
+  uint8_t* codes;  // int8 [rows, width]
+  float* scales;   // [rows]: what a row's products are to be multiplied by
+};
 
 struct MoeQuantizedPass {
   MoeCudaPass ffn;  // its gate_up and down are null
   QuantizedMatrix gate_up, down;
   Encoding gate_up_encoding, down_encoding;
+  Int8Rows input;        // of the tokens
+  Int8Rows activations;  // of the pairs, in sorted order
 };
 
 struct DenseQuantizedCall {
   DenseCall dense;  // its weight is null
   QuantizedMatrix weight;
   Encoding encoding;
+  Int8Rows input;
+  int32_t* partial;  // of INT8, in place of dense.partial
 };
 
 // Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
@@ -67,6 +77,14 @@ const char* launch_down_sm90_quantized(const MoeCudaPlan& plan, const MoeQuantiz
                                        void* stream);
 const char* launch_dense_sm80_quantized(const DensePlan& plan, const DenseQuantizedCall& call,
                                         void* stream);
+const char* launch_gate_up_sm80_int8(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                     void* stream);
+const char* launch_down_sm80_int8(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                  void* stream);
+const char* launch_dense_sm80_int8(const DensePlan& plan, const DenseQuantizedCall& call,
+                                   void* stream);
+const char* launch_sum_int8_segments(const DensePlan& plan, const DenseQuantizedCall& call,
+                                     void* stream);
 
 // Calls launch<encoding, token tile>() with one of these token tiles, the last of them for any
 // other.
@@ -77,7 +95,7 @@ const char* launch_tile(int32_t token_tile, const Launch& launch) {
   return launch.template operator()<kEncoding, kTile>();
 }
 
-// The kernels of sm80/: every format.
+// The kernels of sm80/ that decode weights.
 template <typename Launch>
 const char* launch_encoding_sm80(Encoding encoding, int32_t token_tile, const Launch& launch) {
   switch (encoding) {
@@ -90,9 +108,10 @@ const char* launch_encoding_sm80(Encoding encoding, int32_t token_tile, const La
     case Encoding::kNvfp4:
       return launch_tile<Encoding::kNvfp4, 32, 64>(token_tile, launch);
     case Encoding::kFp8Activations:
+    case Encoding::kInt8:
       break;
   }
-  return "the kernels that decode weights take no activations in FP8";
+  return "the kernels that decode weights take activations in bfloat16";
 }
 
 // The kernels of sm90/: the formats of 4 bits.
@@ -107,6 +126,7 @@ const char* launch_encoding_sm90(Encoding encoding, int32_t token_tile, const La
       return launch_tile<Encoding::kNvfp4, 32, 64, 128>(token_tile, launch);
     case Encoding::kFp8:
     case Encoding::kFp8Activations:
+    case Encoding::kInt8:
       break;
   }
   return "the kernels of sm_90 that decode weights take 4-bit weights alone";

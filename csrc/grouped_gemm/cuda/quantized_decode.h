@@ -14,9 +14,9 @@
 
 namespace dgemma {
 
-// A weight format as the kernels see it: INT4 by the type of its scales. With kFp8Activations the
-// tokens are FP8 too and nothing is decoded.
-enum class Encoding { kFp8, kInt4, kInt4Float16, kNvfp4, kFp8Activations };
+// A weight format as the kernels see it: INT4 by the type of its scales. With kFp8Activations and
+// kInt8 the tokens are bytes of the same format and nothing is decoded.
+enum class Encoding { kFp8, kInt4, kInt4Float16, kNvfp4, kFp8Activations, kInt8 };
 
 constexpr dgemma_weight_format format_of(Encoding encoding) {
   switch (encoding) {
@@ -28,21 +28,24 @@ constexpr dgemma_weight_format format_of(Encoding encoding) {
       return DGEMMA_WEIGHTS_INT4;
     case Encoding::kNvfp4:
       return DGEMMA_WEIGHTS_NVFP4;
+    case Encoding::kInt8:
+      return DGEMMA_WEIGHTS_INT8;
   }
   return {};
 }
 template <Encoding kEncoding>
 constexpr dgemma_weight_format kFormat = format_of(kEncoding);
-template <Encoding kEncoding>
-constexpr bool kIsFp8 = kFormat<kEncoding> == DGEMMA_WEIGHTS_FP8;
 // Bytes of a group's scale.
 template <Encoding kEncoding>
 constexpr int32_t kScaleBytes = describe(kFormat<kEncoding>).scale_bytes;
+template <Encoding kEncoding>
+constexpr bool kHasScales = kScaleBytes<kEncoding> > 0;
 
 constexpr float sum_unit(Encoding encoding) {
   switch (encoding) {
     case Encoding::kFp8:
     case Encoding::kFp8Activations:
+    case Encoding::kInt8:
       return 1.0f;
     case Encoding::kInt4:
     case Encoding::kInt4Float16:

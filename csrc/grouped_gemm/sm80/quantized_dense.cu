@@ -1,6 +1,7 @@
 // input . weight^T over quantized weights: see sm80/quantized_pipeline.h and plan_dense.h.
 #include "device/launch.h"
 #include "grouped_gemm/cuda/dense_store.h"
+#include "grouped_gemm/sm80/dense_rows.h"
 #include "grouped_gemm/sm80/quantized_pipeline.h"
 
 namespace dgemma {
@@ -8,21 +9,7 @@ namespace {
 
 using namespace moe_quantized;
 
-struct Rows {
-  QuantizedMatrix matrix;  // [out_features, in_features]
-  const bfloat16* tokens;  // [rows, in_features]: the input
-  int32_t out_features;
-
-  DGEMMA_DEVICE int32_t first_weight_row(const DenseWorkTile&) const { return 0; }
-  DGEMMA_DEVICE int32_t weight_row(const DenseWorkTile& work_tile, int32_t row) const {
-    const int32_t at = work_tile.weight_tile * kQuantizedWeightRows + row;
-    return at < out_features ? at : -1;
-  }
-  DGEMMA_DEVICE int64_t first_token_row(const DenseWorkTile& work_tile) const {
-    return work_tile.first;
-  }
-  DGEMMA_DEVICE int32_t token_row(const DenseWorkTile&, int32_t row) const { return row; }
-};
+using Rows = DenseRows<bfloat16>;
 
 template <int kColumns>
 DGEMMA_DEVICE void store(const DenseCall& p, const DenseWorkTile& work_tile,

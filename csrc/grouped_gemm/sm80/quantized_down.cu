@@ -29,7 +29,12 @@ __global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTok
     Sum<kColumns> sum = {};
     pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
     store_products<kColumns>(scheduler.tables, work_tile, own, sum, rows.hidden_size, p.products,
-                             [&](int32_t pair, int32_t) { return p.expert_weights[pair]; });
+                             [&](int32_t pair, int32_t) {
+                               const float weight = p.expert_weights[pair];
+                               return [=](float total, float factor) {
+                                 return weight * (factor * total);
+                               };
+                             });
   });
 }
 

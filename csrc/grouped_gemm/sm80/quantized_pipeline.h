@@ -1,7 +1,7 @@
 // The pipeline of the kernels over quantized weights, on every GPU from sm_80: a ring of stages in
-// shared memory, filled by cp.async as the checkpoint's bytes lie, weights decoded to bfloat16 in
-// registers and multiplied by mma.sync; and, where mma.sync multiplies e4m3 (sm89/fp8_*.cu),
-// weights and tokens of FP8 multiplied as they are.
+// shared memory, filled as the checkpoint's bytes lie (sm80/quantized_loader.h), weights decoded to
+// bfloat16 in registers and multiplied by mma.sync; and bytes by bytes, multiplied as they are:
+// int8 (sm80/int8_*.cu), and e4m3 where mma.sync takes it (sm89/fp8_*.cu).
 //
 // Weights are mma's A (16 rows), tokens its B (8 columns): a work tile is 128 weight rows, 32 for
 // each of four warps, by up to kTokens tokens. A stage is 64 deep. The columns of a stage may be
@@ -19,211 +19,17 @@
 
 #include <type_traits>
 
-#include "device/cp_async.h"
 #include "device/mma.h"
 #include "device/shared_memory.h"
 #include "device/warp.h"
-#include "grouped_gemm/cuda/moe_scheduler.h"
-#include "grouped_gemm/cuda/quantized.h"
+#include "grouped_gemm/sm80/quantized_loader.h"
 
 namespace dgemma::moe_quantized {
 
-using device::bfloat16;
-
-template <Encoding kEncoding>
-constexpr bool kTokensAreFp8 = kEncoding == Encoding::kFp8Activations;
-template <Encoding kEncoding>
-constexpr int32_t kRowBytes = quantized_row_bytes(kFormat<kEncoding>);
-
-// 16-byte pieces of a row in a stage, and the rows that the block's threads copy at once.
-template <Encoding kEncoding>
-constexpr int32_t kPieces = kRowBytes<kEncoding> / 16;
-template <Encoding kEncoding>
-constexpr int32_t kRowsAtOnce = kQuantizedThreads / kPieces<kEncoding>;
-// Bytes of a token's value.
-template <Encoding kEncoding>
-constexpr int32_t kTokenBytes = kTokensAreFp8<kEncoding> ? 1 : 2;
-template <Encoding kEncoding>
-constexpr int32_t kTokenPieces = kMoeDepth * kTokenBytes<kEncoding> / 16;
-// Pieces of a token row that a thread takes.
-template <Encoding kEncoding>
-constexpr int32_t kTokenParts = kTokenPieces<kEncoding> / 4;
-template <Encoding kEncoding>
-constexpr int32_t kTokensAtOnce = kQuantizedThreads / kTokenPieces<kEncoding>;
-static_assert(kQuantizedThreads == kQuantizedWeightRows);  // a thread copies the scales of its row
-
-template <Encoding kEncoding, int kTokens>
-struct Stage {
-  alignas(128) uint8_t weights[kQuantizedWeightRows][kRowBytes<kEncoding>];
-  alignas(128) uint8_t tokens[kTokens][kTokenPieces<kEncoding>][16];  // pieces by place_of
-  uint8_t scales[kIsFp8<kEncoding> ? 0 : kQuantizedWeightRows][kQuantizedScaleBytes];
-};
-template <Encoding kEncoding, int kTokens>
-struct Ring {
-  static constexpr int32_t kStages = quantized_stages(kTokens);
-  Stage<kEncoding, kTokens> stage[kStages];
-};
-static_assert(sizeof(Ring<Encoding::kFp8, 64>) <= 49152);
-
-// The place of a piece of a token row. The four threads that share a row read the pieces 2 j, then
-// the pieces 2 j + 1: those side by side, and two rows that follow each other in different banks.
-// With tokens in FP8 they read the piece j, and two rows lie in different banks as they are.
-template <Encoding kEncoding>
-DGEMMA_DEVICE int32_t place_of(int32_t row, int32_t piece) {
-  return kTokensAreFp8<kEncoding> ? piece : (piece % 2 * 4 + piece / 2) ^ (row % 2 * 4);
-}
-
-// The offset of a step's scales in their row, in bytes.
-template <Encoding kEncoding>
-DGEMMA_DEVICE int32_t scales_of(const QuantizedMatrix& matrix, int32_t step) {
-  return ((step * kMoeDepth) >> matrix.group_bits) * kScaleBytes<kEncoding>;
-}
-
-// A thread's share of the copies, stage after stage, work tile after work tile. Where they begin is
-// kept as one address for the work tile and offsets in 32 bits: an expert has at most 2^31 bytes of
-// weights, its tokens less. An address for every copy would take more registers than there are.
-template <Encoding kEncoding, int kTokens, typename Scheduler, typename Rows>
-struct Loader {
-  using Unit = decltype(Scheduler().find(kTokens, 0));
-  static constexpr int kWeightCopies = kQuantizedWeightRows / kRowsAtOnce<kEncoding>;
-  static constexpr int kTokenCopies = kTokens / kTokensAtOnce<kEncoding>;
-  static constexpr uint32_t kNone = UINT32_MAX;
-
-  Ring<kEncoding, kTokens>& ring;
-  const Scheduler& scheduler;
-  const Rows& rows;
-  const int32_t work_tiles;
-  int32_t index;           // of the work tile
-  int32_t step, end_step;  // of the work tile
-  int32_t stage = 0;
-  const uint8_t* weights;  // of the work tile's matrix, at this step
-  const uint8_t* scales;   // likewise, at the first step
-  const char* tokens;      // of the work tile's first row, at this step
-  uint32_t weight_offset[kWeightCopies], token_offset[kTokenCopies], scale_offset;  // or kNone
-
-  DGEMMA_DEVICE Loader(Ring<kEncoding, kTokens>& ring, const Scheduler& scheduler, const Rows& rows)
-      : ring(ring),
-        scheduler(scheduler),
-        rows(rows),
-        work_tiles(scheduler.count()),
-        index(static_cast<int32_t>(blockIdx.x)) {
-    begin_work_tile();
-  }
-
-  DGEMMA_DEVICE void begin_work_tile() {
-    if (index >= work_tiles) return;
-    const Unit work_tile = scheduler.find(kTokens, index);
-    const QuantizedMatrix& matrix = rows.matrix;
-    const int32_t thread = static_cast<int32_t>(threadIdx.x);
-    step = scheduler.first_step(work_tile);
-    end_step = step + scheduler.steps(work_tile);
-    const int64_t first = rows.first_weight_row(work_tile);
-    weights = matrix.values + first * matrix.value_bytes + step * kRowBytes<kEncoding>;
-#pragma unroll
-    for (int i = 0; i < kWeightCopies; ++i) {
-      const int32_t row =
-          rows.weight_row(work_tile, thread / kPieces<kEncoding> + i * kRowsAtOnce<kEncoding>);
-      weight_offset[i] =
-          row < 0 ? kNone
-                  : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.value_bytes) +
-                        static_cast<uint32_t>(thread % kPieces<kEncoding> * 16);
-    }
-    tokens = reinterpret_cast<const char*>(
-        rows.tokens + rows.first_token_row(work_tile) * matrix.columns + step * kMoeDepth);
-#pragma unroll
-    for (int i = 0; i < kTokenCopies; ++i) {
-      const int32_t at = thread / kTokenPieces<kEncoding> + i * kTokensAtOnce<kEncoding>;
-      token_offset[i] =
-          at >= work_tile.rows
-              ? kNone
-              : static_cast<uint32_t>(rows.token_row(work_tile, at)) *
-                        static_cast<uint32_t>(kTokenBytes<kEncoding> * matrix.columns) +
-                    static_cast<uint32_t>(thread % kTokenPieces<kEncoding> * 16);
-    }
-    if constexpr (!kIsFp8<kEncoding>) {
-      const int32_t row = rows.weight_row(work_tile, thread);
-      scales = matrix.scales + first * matrix.scale_bytes;
-      scale_offset =
-          row < 0 ? kNone : static_cast<uint32_t>(row) * static_cast<uint32_t>(matrix.scale_bytes);
-    }
-  }
-
-  // Starts the copies of the next stage. Weights and tokens past the last column or weight row
-  // become zero; rows past the work tile's tokens are left as they are: a product's columns do not
-  // mix, and those are not stored. When no work is left the group is empty, so that there are as
-  // many groups as stages.
-  DGEMMA_DEVICE void start() {
-    if (index < work_tiles) {
-      const int32_t thread = static_cast<int32_t>(threadIdx.x);
-      const QuantizedMatrix& matrix = rows.matrix;
-      Stage<kEncoding, kTokens>& to = ring.stage[stage];
-      {
-        const int32_t row = thread / kPieces<kEncoding>, piece = thread % kPieces<kEncoding>;
-        const bool inside = step * kRowBytes<kEncoding> + piece * 16 < matrix.value_bytes;
-#pragma unroll
-        for (int i = 0; i < kWeightCopies; ++i) {
-          const bool there = inside && weight_offset[i] != kNone;
-          device::cp_async_16(&to.weights[row + i * kRowsAtOnce<kEncoding>][piece * 16],
-                              weights + (there ? weight_offset[i] : 0), there ? 16 : 0);
-        }
-      }
-      const int32_t row = thread / kTokenPieces<kEncoding>;
-      const int32_t piece = thread % kTokenPieces<kEncoding>;
-      const bool inside = step * kMoeDepth + piece * (16 / kTokenBytes<kEncoding>) < matrix.columns;
-#pragma unroll
-      for (int i = 0; i < kTokenCopies; ++i) {
-        if (token_offset[i] == kNone) continue;
-        // Rows that are an even number apart have their pieces in the same places.
-        device::cp_async_16(
-            to.tokens[row + i * kTokensAtOnce<kEncoding>][place_of<kEncoding>(row, piece)],
-            tokens + (inside ? token_offset[i] : 0), inside ? 16 : 0);
-      }
-      if constexpr (!kIsFp8<kEncoding>) start_scales(to);
-      weights += kRowBytes<kEncoding>;
-      tokens += kTokenBytes<kEncoding> * kMoeDepth;
-      stage = stage + 1 < Ring<kEncoding, kTokens>::kStages ? stage + 1 : 0;
-      if (++step == end_step) {
-        index += static_cast<int32_t>(gridDim.x);
-        begin_work_tile();
-      }
-    }
-    device::cp_async_commit();
-  }
-
-  // Words of four bytes, beginning with the one in which the row's scales begin; zero where there
-  // is no row. Where rows are whole words, as the model's nearly all are, one word holds them.
-  // Elsewhere they may reach into a second one, of which nothing past the row is read, and the
-  // first may begin with what lies in front of them.
-  DGEMMA_DEVICE void start_scales(Stage<kEncoding, kTokens>& to) {
-    const QuantizedMatrix& matrix = rows.matrix;
-    const bool there = scale_offset != kNone;
-    const uint32_t offset = there ? scale_offset : 0;
-    const int32_t of_step = scales_of<kEncoding>(matrix, step);
-    uint8_t* place = to.scales[threadIdx.x];
-    if (matrix.scale_bytes % 4 == 0) {
-      device::cp_async_4(place, scales + (offset + (static_cast<uint32_t>(of_step) & ~3u)),
-                         there ? 4 : 0);
-      return;
-    }
-    const uint8_t* first = scales + offset + of_step;
-    const uint8_t* end = scales + offset + matrix.scale_bytes;
-    const uint8_t* word = first - reinterpret_cast<uintptr_t>(first) % 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i, word += 4) {
-      if (i == 1 && word == first + 4) break;
-      const int32_t left = there ? static_cast<int32_t>(end - word) : 0;
-      device::cp_async_4(place + 4 * i, left > 0 ? word : matrix.scales,
-                         left <= 0  ? 0
-                         : left < 4 ? static_cast<uint32_t>(left)
-                                    : 4);
-    }
-  }
-};
-
-// The products of a warp: [16 weight rows][8 tokens][mma's accumulators].
+// The products of a warp: [16 weight rows][8 tokens][mma's accumulators]. Of int8 they are int32_t.
 constexpr int32_t kRowTiles = kQuantizedWeightRows / 4 / 16;
-template <int kColumns>
-using Sum = float[kRowTiles][kColumns][4];
+template <int kColumns, typename Element = float>
+using Sum = Element[kRowTiles][kColumns][4];
 
 // The first of a work tile's weight rows in a row tile of this warp.
 DGEMMA_DEVICE int32_t first_row(int tile) {
@@ -282,7 +88,7 @@ template <Encoding kEncoding, int kColumns, int kTokens>
 DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
                                   const Places<kEncoding>& places, const OwnRows& own,
                                   uint32_t offset, Sum<kColumns>& sum) {
-  constexpr int kWords = kIsFp8<kEncoding> ? 4 : 2;  // a thread's part of a row
+  constexpr int kWords = kRowBytes<kEncoding> / 16;  // a thread's part of a row
   uint32_t word[kRowTiles][2][kWords];
   Scale<kEncoding> scale[kRowTiles][2] = {};
   const uint8_t* weights = stage.weights[0] + places.weights;
@@ -292,7 +98,7 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
     for (int half = 0; half < 2; ++half) {
       const uint8_t* from = weights + (16 * tile + 8 * half) * kRowBytes<kEncoding>;
       uint32_t (&to)[kWords] = word[tile][half];
-      if constexpr (kIsFp8<kEncoding>) {
+      if constexpr (kWords == 4) {
         const uint4 values = *reinterpret_cast<const uint4*>(from);
         to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
       } else {
@@ -300,7 +106,7 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
         to[0] = values.x, to[1] = values.y;
       }
     }
-    if constexpr (!kIsFp8<kEncoding>) {
+    if constexpr (kHasScales<kEncoding>) {
       uint32_t bits[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -347,13 +153,29 @@ DGEMMA_DEVICE void multiply_stage(const Stage<kEncoding, kTokens>& stage,
   }
 }
 
-// The same of FP8 by FP8. A thread's 16 bytes of a row are, as they are, its part of A or of B in
-// two steps of 32. The tensor core's sums keep about 14 bits, so a stage's is added in fp32.
-template <int kColumns, int kTokens>
-DGEMMA_DEVICE void multiply_stage_e4m3(const Stage<Encoding::kFp8Activations, kTokens>& stage,
-                                       const Places<Encoding::kFp8Activations>& places,
-                                       Sum<kColumns>& sum) {
-  constexpr Encoding kEncoding = Encoding::kFp8Activations;
+// Of e4m3 the tensor core's sums keep about 14 bits, so a stage's is added in fp32.
+DGEMMA_DEVICE void multiply_bytes(float (&sum)[4], const uint32_t (&a)[2][4],
+                                  const uint32_t (&first)[2], const uint32_t (&second)[2]) {
+  float of_stage[4] = {};
+  device::mma_m16n8k32_e4m3(of_stage, a[0], first);
+  device::mma_m16n8k32_e4m3(of_stage, a[1], second);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] += of_stage[i];
+}
+// Sums of int8 are exact: of 16,384 products of at most 2^14 each, 2^28.
+DGEMMA_DEVICE void multiply_bytes(int32_t (&sum)[4], const uint32_t (&a)[2][4],
+                                  const uint32_t (&first)[2], const uint32_t (&second)[2]) {
+  device::mma_m16n8k32_int8(sum, a[0], first);
+  device::mma_m16n8k32_int8(sum, a[1], second);
+}
+
+// The same of bytes by bytes. A thread's 16 bytes of a row are, as they are, its part of A or of B
+// in two steps of 32.
+template <Encoding kEncoding, int kColumns, int kTokens, typename Element>
+DGEMMA_DEVICE void multiply_stage_of_bytes(const Stage<kEncoding, kTokens>& stage,
+                                           const Places<kEncoding>& places,
+                                           Sum<kColumns, Element>& sum) {
+  static_assert(std::is_same_v<Element, int32_t> == (kEncoding == Encoding::kInt8));
   uint32_t a[kRowTiles][2][4];
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -369,13 +191,8 @@ DGEMMA_DEVICE void multiply_stage_e4m3(const Stage<Encoding::kFp8Activations, kT
                                                     8 * group * kTokenPieces<kEncoding> * 16);
     const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
 #pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-      float of_stage[4] = {};
-      device::mma_m16n8k32_e4m3(of_stage, a[tile][0], first);
-      device::mma_m16n8k32_e4m3(of_stage, a[tile][1], second);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[tile][group][i] += of_stage[i];
-    }
+    for (int tile = 0; tile < kRowTiles; ++tile)
+      multiply_bytes(sum[tile][group], a[tile], first, second);
   }
 }
 
@@ -397,8 +214,9 @@ struct Pipeline {
   }
 
   // Adds the products of the next `steps` stages, of which `step` is the first one's number.
-  template <int kColumns>
-  DGEMMA_DEVICE void multiply(const OwnRows& own, int32_t step, int32_t steps, Sum<kColumns>& sum) {
+  template <int kColumns, typename Element>
+  DGEMMA_DEVICE void multiply(const OwnRows& own, int32_t step, int32_t steps,
+                              Sum<kColumns, Element>& sum) {
     for (const int32_t end = step + steps; step < end; ++step) {
       device::cp_async_wait<kStages - 2>();
       // This step's copies are visible to all, and no warp still reads the stage that is filled
@@ -406,13 +224,13 @@ struct Pipeline {
       __syncthreads();
       loader.start();
       const auto& here = loader.ring.stage[stage];
-      if constexpr (kTokensAreFp8<kEncoding>) {
-        multiply_stage_e4m3<kColumns>(here, places, sum);
+      if constexpr (kTokensAreBytes<kEncoding>) {
+        multiply_stage_of_bytes<kEncoding, kColumns, kTokens, Element>(here, places, sum);
       } else {
         const uint32_t offset =
-            kIsFp8<kEncoding>
-                ? 0
-                : static_cast<uint32_t>(scales_of<kEncoding>(loader.rows.matrix, step));
+            kHasScales<kEncoding>
+                ? static_cast<uint32_t>(scales_of<kEncoding>(loader.rows.matrix, step))
+                : 0;
         multiply_stage<kEncoding, kColumns>(here, places, own, offset, sum);
       }
       stage = stage + 1 < kStages ? stage + 1 : 0;

@@ -1,6 +1,6 @@
 // The rows of weights and tokens that the experts' work tiles take, and the epilogue of down:
-// sm80/quantized_* and sm89/fp8_* share these beside their pipeline. Token is the element type of a
-// token row.
+// sm80/quantized_*, sm80/int8_* and sm89/fp8_* share these beside their pipeline. Token is the
+// element type of a token row.
 #pragma once
 
 #include "grouped_gemm/sm80/quantized_pipeline.h"
@@ -52,19 +52,19 @@ struct DownRows {
 };
 
 // products [pairs, hidden_size], in the order of the slots: where a thread's two tokens of every
-// eight go, times weight_of(pair, position in sorted order). Eight lanes write 32 bytes of a row, a
-// sector of the L2.
-template <int kColumns, typename WeightOf>
+// eight go. finish_of(pair, position in sorted order) gives what makes a product of a sum and its
+// row's factor. Eight lanes write 32 bytes of a row, a sector of the L2.
+template <int kColumns, typename Element, typename FinishOf>
 DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& work_tile,
-                                  const OwnRows& own, const Sum<kColumns>& sum, int32_t hidden_size,
-                                  float* products, const WeightOf& weight_of) {
+                                  const OwnRows& own, const Sum<kColumns, Element>& sum,
+                                  int32_t hidden_size, float* products, const FinishOf& finish_of) {
   const int32_t first = own_row(0, 0);  // all lanes ask together, before they part
 #pragma unroll
   for (int i = 0; i < 2 * kColumns; ++i) {
     const int32_t token = 8 * (i / 2) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
     if (token >= work_tile.rows) continue;
     const int32_t pair = tables.pair[work_tile.first + token];
-    const float weight = weight_of(pair, work_tile.first + token);
+    const auto finish = finish_of(pair, work_tile.first + token);
     float* out = products + static_cast<int64_t>(pair) * hidden_size +
                  work_tile.weight_tile * kQuantizedWeightRows;
 #pragma unroll
@@ -73,7 +73,7 @@ DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& wo
       for (int half = 0; half < 2; ++half) {
         const int32_t row = first + 16 * tile + 8 * half;
         if (work_tile.weight_tile * kQuantizedWeightRows + row < hidden_size)
-          out[row] = weight * (own.factor[tile][half] * sum[tile][i / 2][2 * half + i % 2]);
+          out[row] = finish(sum[tile][i / 2][2 * half + i % 2], own.factor[tile][half]);
       }
   }
 }

@@ -32,10 +32,12 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
     const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> sum = {};
     pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
-    store_products<kColumns>(scheduler.tables, work_tile, own, sum, rows.hidden_size, p.products,
-                             [&](int32_t pair, int32_t position) {
-                               return p.expert_weights[pair] * p.activation_scales[position];
-                             });
+    store_products<kColumns>(
+        scheduler.tables, work_tile, own, sum, rows.hidden_size, p.products,
+        [&](int32_t pair, int32_t position) {
+          const float weight = p.expert_weights[pair] * p.activation_scales[position];
+          return [=](float total, float factor) { return weight * (factor * total); };
+        });
   });
 }
 

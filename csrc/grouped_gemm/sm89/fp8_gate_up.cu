@@ -2,10 +2,8 @@
 // and 12.0): see sm80/quantized_pipeline.h. h is rounded to bfloat16; quantize_rows.cu makes e4m3
 // of its rows.
 #include "grouped_gemm/cuda/fp8.h"
-#include "grouped_gemm/cuda/gelu.h"
-#include "grouped_gemm/cuda/pack_rows.h"
 #include "grouped_gemm/sm80/moe_launch.h"
-#include "grouped_gemm/sm80/quantized_rows.h"
+#include "grouped_gemm/sm80/scaled_activations.h"
 
 namespace dgemma {
 namespace {
@@ -14,38 +12,6 @@ using namespace moe_quantized;
 
 constexpr Encoding kEncoding = Encoding::kFp8Activations;
 using Rows = GateUpRows<uint8_t>;  // of e4m3
-
-// Four lanes write 16 bytes of a row. scales: [tokens].
-template <int kColumns>
-DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const MoeWorkTile& work_tile,
-                         const Rows& rows, const float* scales, bfloat16* activations) {
-#pragma unroll
-  for (int group = 0; group < kColumns; ++group) {
-    // A thread multiplies two tokens of every eight, and stores rows of one of them.
-    float scale[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int32_t token = 8 * group + 2 * static_cast<int32_t>(device::lane_index() % 4) + i;
-      scale[i] = token < work_tile.rows ? scales[rows.token_row(work_tile, token)] : 0.0f;
-    }
-    const int32_t token = 8 * group + packed_token();
-#pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-      const int32_t column = work_tile.weight_tile * kResults + first_row(tile) / 2 + packed_row();
-      const float gate = own.factor[tile][0], up = own.factor[tile][1];
-      const float (&d)[4] = sum[tile][group];
-      float h[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        h[i] = gelu_tanh(gate * d[i] * scale[i]) * (up * d[i + 2] * scale[i]);
-      const uint32_t both = pack_rows(h[0], h[1]);
-      if (token < work_tile.rows && column < rows.expert_size)
-        *reinterpret_cast<uint32_t*>(
-            activations + static_cast<int64_t>(work_tile.first + token) * rows.expert_size +
-            column) = both;
-    }
-  }
-}
 
 template <int kTokens>
 __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
@@ -60,7 +26,7 @@ __global__ void __launch_bounds__(kQuantizedThreads, kFp8LeastBlocks89)
     const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
     Sum<kColumns> sum = {};
     pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
-    store<kColumns>(sum, own, work_tile, rows, scales, activations);
+    store_scaled_activations<kColumns>(sum, own, work_tile, rows, scales, activations);
   });
 }
 

@@ -24,6 +24,7 @@ constexpr float sum_unit_sm90(Encoding encoding) {
       return 65536.0f;
     case Encoding::kFp8:
     case Encoding::kFp8Activations:
+    case Encoding::kInt8:
       break;  // no weights of 8 bits are decoded here
   }
   return 0.0f;

@@ -85,7 +85,7 @@ DGEMMA_API dgemma_status dgemma_cuda_dense(const dgemma_dense* op, dgemma_cuda* 
  * By INT8 the inputs are rounded too, as int-quantized checkpoints with dynamic activations mean
  * it: each row of input, and of h, is divided by its largest magnitude / 127 and rounded to the
  * nearest integer (ties to even). Products are summed exactly, and multiplied by that quotient and
- * then by the factor in fp32: a sum has the same bits on every machine. On the CPU alone so far.
+ * then by the factor in fp32: a sum has the same bits on every machine, CPU or GPU.
  */
 typedef enum dgemma_weight_format {
   DGEMMA_WEIGHTS_FP8 = 1,
@@ -120,9 +120,10 @@ DGEMMA_API size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_qu
 DGEMMA_API dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
                                                       dgemma_cpu* cpu);
 
-/* On a GPU: what dgemma_cuda_moe_ffn takes, columns in multiples of 32 (INT4, NVFP4) or 16 (FP8),
- * values aligned to 16 bytes, scales and factors to 4. The input is not quantized. On Hopper a
- * scale of INT4 of 2^28 or more gives no number, and one below 2^-93 fewer bits.
+/* On a GPU: what dgemma_cuda_moe_ffn takes, columns in multiples of 32 (INT4, NVFP4) or 16 (FP8,
+ * INT8), values aligned to 16 bytes, scales and factors to 4. But by INT8 the input is not
+ * quantized. On Hopper a scale of INT4 of 2^28 or more gives no number, and one below 2^-93 fewer
+ * bits.
  */
 DGEMMA_API size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op);
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,

@@ -18,7 +18,6 @@ from dgemma_ext.model.matmul import MatmulMode
 from dgemma_ext.model.network import ENCODE_CHUNK, IMAGE_ATTENTION, AdapterName, Network
 from dgemma_ext.model.placement import (
     check_activations,
-    check_formats,
     resolve_activations,
     resolve_device,
     resolve_dtype,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 import dgemma_ext._C as _C
@@ -35,16 +33,6 @@ def check_activations(activations: str | None, format: str) -> None:
         raise arguments.refusal("activations", "fp8, or None for those of the dtype", activations)
     if activations is not None and format != "fp8":
         raise ValueError(f"activations fp8 is for experts with weights in fp8, and these are in {format}")
-
-
-def check_formats(formats: Iterable[str], device: torch.device) -> None:
-    """Raises ValueError for weights in a format that the device has no products for. formats: names, or several in one
-    text, as a memory plan has them."""
-    if device.type != "cpu" and any("int8" in each for each in formats):
-        raise ValueError(
-            f"weights in int8 are for a CPU so far, and the device is {device}; "
-            "weights unquantized makes them the dtype again"
-        )
 
 
 def resolve_activations(

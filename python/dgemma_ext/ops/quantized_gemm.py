@@ -19,7 +19,7 @@ def moe_ffn(
 
     On the CPU a weight is decoded for the tile that multiplies it: its scale of a group is multiplied in and rounded
     once to the dtype of `input`, its scale of a row multiplied into the finished sum. By int8 each row of `input`, and
-    of the activation between, is rounded to int8 under its largest magnitude / 127, and sums are exact.
+    of the activation between, is rounded to int8 under its largest magnitude / 127, and sums are exact, on a GPU too.
 
     Args:
         input: [tokens, hidden_size], float32 or bfloat16.

@@ -15,10 +15,11 @@ import torch
 from dgemma_ext.checkpoint import LayerConfig, ModelConfig, Weight, layer_layout, model_layout
 from dgemma_ext.model import ModelWeights
 from dgemma_ext.ops.denoise import VOCABULARY_TILE
-from dgemma_ext.ops.formats import Fp8Weight
+from dgemma_ext.ops.formats import Fp8Weight, Int8Weight
 from dgemma_ext.profile.parts import Part
 
-# The kind of product in the model's dtype, as `dgemma profile --json` names it; the other kind is "fp8".
+# The kind of product in the model's dtype, as `dgemma profile --json` names it; the others are "fp8"
+# and "int8".
 PLAIN = "plain"
 
 
@@ -37,8 +38,10 @@ WeightSizes = Mapping[tuple[str, int | None], WeightSize]
 def sizes_of(weights: ModelWeights) -> dict[tuple[str, int | None], WeightSize]:
     """The size of every weight of a loaded model."""
     return {
-        # Products of fp8 weights can run in 8 bits; other weights are decoded to the model's dtype.
-        (attribute, layer): WeightSize(weight.nbytes, "fp8" if isinstance(weight, Fp8Weight) else PLAIN)
+        # Products of fp8 weights can run in 8 bits, those of int8 always do; other weights are decoded.
+        (attribute, layer): WeightSize(
+            weight.nbytes, weight.name if isinstance(weight, Fp8Weight | Int8Weight) else PLAIN
+        )
         for layer, attributes in weights_by_layer(weights)
         for attribute, weight in attributes.items()
     }
@@ -54,7 +57,7 @@ def weights_by_layer(weights: ModelWeights) -> Iterator[tuple[int | None, dict[s
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes and FLOPs of an operator. `product`: the kind of product ("plain" or "fp8") that limits the FLOPs."""
+    """Bytes and FLOPs of an operator. `product`: the kind of product ("plain", "fp8", "int8") that limits the FLOPs."""
 
     bytes: float = 0.0
     flops: float = 0.0

@@ -86,6 +86,10 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
     right = torch.randn(outer, inner, dtype=torch.float32, device=device).to(dtype)
     flops = 2.0 * rows * inner * outer
     peaks = {PLAIN: flops / _best_gpu_seconds(lambda: torch.mm(left, right.t()))}
+    # These functions are private to torch. Without one, floors of such products use the peak of the others.
+    integers = (left.to(torch.int8), right.to(torch.int8))
+    with contextlib.suppress(AttributeError, RuntimeError):
+        peaks["int8"] = flops / _best_gpu_seconds(lambda: torch._int_mm(integers[0], integers[1].t()))
     if torch.cuda.get_device_capability(device) >= (8, 9):  # the first with products of 8 bits
         narrow = (left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn))
         one = torch.ones((), dtype=torch.float32, device=device)
@@ -93,7 +97,6 @@ def _measure_gpu(device: torch.device, dtype: torch.dtype) -> Machine:
         def product_of_8_bits() -> torch.Tensor:
             return torch._scaled_mm(narrow[0], narrow[1].t(), one, one, out_dtype=torch.bfloat16)
 
-        # The function is private to torch. Without it, floors of 8-bit products use the peak of the others.
         with contextlib.suppress(AttributeError, RuntimeError):
             peaks["fp8"] = flops / _best_gpu_seconds(product_of_8_bits)
     return Machine(torch.cuda.get_device_name(device), bandwidth, peaks)

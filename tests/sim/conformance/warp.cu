@@ -204,6 +204,48 @@ std::string mma_e4m3() {
   return compare("mma_m16n8k32_e4m3", d.fetch(), wanted);
 }
 
+// The same of int8.
+__global__ void mma_int8_kernel(const int8_t* a, const int8_t* b, const int32_t* c, int32_t* d) {
+  const uint32_t g = lane_index() / 4, t = 2 * (lane_index() % 4), q = 2 * t;
+  uint32_t a_fragment[4] = {}, b_fragment[2] = {};
+  int32_t sum[4];
+  const auto bits = [](int8_t x) { return uint32_t{static_cast<uint8_t>(x)}; };
+  for (uint32_t i = 0; i < 4; ++i) {
+    for (uint32_t k = 0; k < 4; ++k)
+      a_fragment[i] |= bits(a[(g + 8 * (i % 2)) * 32 + q + 16 * (i / 2) + k]) << 8 * k;
+    sum[i] = c[(g + 8 * (i / 2)) * 8 + t + i % 2];
+  }
+  for (uint32_t i = 0; i < 2; ++i)
+    for (uint32_t k = 0; k < 4; ++k) b_fragment[i] |= bits(b[(q + 16 * i + k) * 8 + g]) << 8 * k;
+  mma_m16n8k32_int8(sum, a_fragment, b_fragment);
+  for (uint32_t i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + t + i % 2] = sum[i];
+}
+
+std::string mma_int8() {
+  // All 256 codes on both sides; rows and columns of the least, whose products are the largest;
+  // sums of more than 24 bits; and one that wraps.
+  std::vector<int8_t> a(512), b(256);
+  for (size_t i = 0; i < 512; ++i) a[i] = static_cast<int8_t>(i / 32 == 3 ? -128 : 37 * i + 11);
+  for (size_t i = 0; i < 256; ++i) b[i] = static_cast<int8_t>(i % 8 == 5 ? -128 : 73 * i + 5);
+  std::vector<int32_t> c(128);
+  for (size_t i = 0; i < 128; ++i) c[i] = static_cast<int32_t>(i * 16777259u);
+  c[3 * 8 + 5] = INT32_MAX;
+  Buffer<int8_t> a_device(a), b_device(b);
+  Buffer<int32_t> c_device(c), d(128);
+  if (std::string problem = run(32, 0, 1, mma_int8_kernel, a_device.device(), b_device.device(),
+                                c_device.device(), d.device());
+      !problem.empty())
+    return problem;
+  std::vector<int32_t> wanted(128);
+  for (size_t i = 0; i < 16; ++i)
+    for (size_t j = 0; j < 8; ++j) {
+      int64_t sum = c[i * 8 + j];
+      for (size_t k = 0; k < 32; ++k) sum += int64_t{a[i * 32 + k]} * b[k * 8 + j];
+      wanted[i * 8 + j] = static_cast<int32_t>(static_cast<uint32_t>(sum));
+    }
+  return compare("mma_m16n8k32_int8", d.fetch(), wanted);
+}
+
 __global__ void rounding_kernel(const float* in, uint32_t* out) {
   const uint32_t lane = lane_index();
   out[lane] = pack_bfloat16(in[lane], in[31 - lane]);
@@ -252,17 +294,16 @@ __global__ void multiply_kernel(const uint32_t* in, uint32_t* out) {
 }
 
 std::string multiply() {
-  // a, b, a b and a 2^120, as bits: normal numbers of subnormal ones; subnormal results, exact, tied
-  // both ways and rounded to nothing; signs of zeros.
-  const uint16_t rows[16][4] = {
-      {0x0001, 0x7b80, 0x3900, 0x3900}, {0x0002, 0x7b80, 0x3980, 0x3980},
-      {0x0003, 0x7b80, 0x39c0, 0x39c0}, {0x0008, 0x7b80, 0x3a80, 0x3a80},
-      {0x0010, 0x7b80, 0x3b00, 0x3b00}, {0x0020, 0x7b80, 0x3b80, 0x3b80},
-      {0x0070, 0x7b80, 0x3c60, 0x3c60}, {0x807f, 0x7b80, 0xbc7e, 0xbc7e},
-      {0x0004, 0x3f80, 0x0004, 0x3a00}, {0x0080, 0x3f00, 0x0040, 0x3c80},
-      {0x0081, 0x3f00, 0x0040, 0x3c81}, {0x0083, 0x3f00, 0x0042, 0x3c83},
-      {0x0001, 0x3e80, 0x0000, 0x3900}, {0x8001, 0x3f80, 0x8001, 0xb900},
-      {0x0000, 0xc000, 0x8000, 0x0000}, {0x8000, 0xc000, 0x0000, 0x8000}};
+  // a, b, a b and a 2^120, as bits: normal numbers of subnormal ones; subnormal results, exact,
+  // tied both ways and rounded to nothing; signs of zeros.
+  const uint16_t rows[16][4] = {{0x0001, 0x7b80, 0x3900, 0x3900}, {0x0002, 0x7b80, 0x3980, 0x3980},
+                                {0x0003, 0x7b80, 0x39c0, 0x39c0}, {0x0008, 0x7b80, 0x3a80, 0x3a80},
+                                {0x0010, 0x7b80, 0x3b00, 0x3b00}, {0x0020, 0x7b80, 0x3b80, 0x3b80},
+                                {0x0070, 0x7b80, 0x3c60, 0x3c60}, {0x807f, 0x7b80, 0xbc7e, 0xbc7e},
+                                {0x0004, 0x3f80, 0x0004, 0x3a00}, {0x0080, 0x3f00, 0x0040, 0x3c80},
+                                {0x0081, 0x3f00, 0x0040, 0x3c81}, {0x0083, 0x3f00, 0x0042, 0x3c83},
+                                {0x0001, 0x3e80, 0x0000, 0x3900}, {0x8001, 0x3f80, 0x8001, 0xb900},
+                                {0x0000, 0xc000, 0x8000, 0x0000}, {0x8000, 0xc000, 0x0000, 0x8000}};
   std::vector<uint32_t> in(64), wanted(64);
   for (uint32_t lane = 0; lane < 32; ++lane) {
     const uint16_t* low = rows[lane % 16];
@@ -393,6 +434,7 @@ std::vector<Case> warp_cases() {
           {"store_tiles", 90, tiles<true>},
           {"mma_m16n8k16", 80, mma},
           {"mma_m16n8k32_e4m3", 89, mma_e4m3},
+          {"mma_m16n8k32_int8", 80, mma_int8},
           {"rounding to bfloat16", 80, rounding},
           {"multiply-add of bfloat16", 80, multiply_add},
           {"multiplication of bfloat16", 80, multiply},

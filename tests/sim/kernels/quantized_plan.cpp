@@ -83,6 +83,18 @@ SIM_ENTRY quantize_rows(const void* input, uint8_t* output, float* scales, int32
                                       nullptr);
 }
 
+SIM_ENTRY quantize_rows_int8(const void* input, uint8_t* output, float* scales, int32_t rows,
+                             int32_t width, const int32_t* filled) {
+  return dgemma::launch_quantize_rows_int8(
+      {.input = static_cast<const dgemma::device::bfloat16*>(input),
+       .output = output,
+       .scales = scales,
+       .rows = rows,
+       .width = width,
+       .filled = filled},
+      nullptr);
+}
+
 // `out` has room for 8 values of each row, and for NVFP4 of each of two groups.
 SIM_ENTRY decode_sm90(const dgemma_quantized* matrix, uint32_t word, uint32_t first,
                       uint32_t second, float* out) {

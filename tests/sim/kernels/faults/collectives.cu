@@ -73,6 +73,12 @@ void mma_e4m3_of_some_lanes(Arguments) {
   if (lane_index() < 31) mma_m16n8k32_e4m3(d, a, b);
   __syncwarp();
 }
+void mma_int8_of_some_lanes(Arguments) {
+  int32_t d[4] = {};
+  const uint32_t a[4] = {}, b[2] = {};
+  if (lane_index() < 31) mma_m16n8k32_int8(d, a, b);
+  __syncwarp();
+}
 void barrier_of_some_lanes(Arguments) {
   if (lane_index() < 16) named_barrier_sync(1, 64);
   __syncwarp();
@@ -125,6 +131,7 @@ std::vector<Fault> collective_faults() {
       FAULT(load_tiles_in_two_places),
       FAULT(mma_of_some_lanes),
       FAULT(mma_e4m3_of_some_lanes),
+      FAULT(mma_int8_of_some_lanes),
       FAULT(barrier_of_some_lanes),
       FAULT(barriers_of_two_numbers),
       FAULT(syncthreads_in_two_places),
