@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from dgemma_ext.checkpoint import (
     GenerationDefaults,
     ModelConfig,
     convert,
+    gguf_folder,
     layer_layout,
     model_layout,
     parse_target,
@@ -227,6 +232,96 @@ def test_files_that_are_broken(source: Path, file: Path, tmp_path: Path) -> None
     broken.write_bytes(whole[:-4096])
     with pytest.raises(dg.CheckpointError, match="is cut short: it ends at byte"):
         load(folder)
+
+
+def test_headers_that_mislead(file: Path, tmp_path: Path) -> None:
+    """What the format allows to be written and no reader may believe."""
+
+    def text(words: str) -> bytes:
+        return struct.pack("<Q", len(words)) + words.encode()
+
+    def complaint(entries: list[bytes], tensors: int = 0, version: int = 3) -> str:
+        (tmp_path / "model.gguf").write_bytes(
+            b"GGUF" + struct.pack("<IQQ", version, tensors, len(entries)) + b"".join(entries)
+        )
+        return refusal(tmp_path / "model.gguf")
+
+    # An array of a million numbers in 8 bytes, and arrays of arrays.
+    longer = text("key") + struct.pack("<IIQ", 9, 0, 1 << 20) + bytes(8)
+    assert re.search(r"is cut short or corrupt: what begins at byte \d+ ends at byte \d+ of", complaint([longer]))
+    assert "is cut short or corrupt" in complaint(
+        [text("key") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 2000]
+    )
+    assert "has no tensors" in complaint([text("key") + struct.pack("<II", 4, 7)])
+    assert "is of version 1 of the format; wanted: 2 or 3" in complaint([], version=1)
+    assert "is big-endian; wanted: a little-endian" in complaint([], version=3 << 24)
+    # The second tensor in the bytes of the first.
+    whole, second = file.read_bytes(), gguf.GGUFReader(file).tensors[1]
+    place = int(second.field.offset) + sum(part.nbytes for part in second.field.parts[:5])
+    (tmp_path / "model.gguf").write_bytes(whole[:place] + bytes(8) + whole[place + 8 :])
+    told = refusal(tmp_path / "model.gguf")
+    assert re.search(rf"tensor {second.name}: begins at byte \d+, the one before it ends at {second.data_offset}", told)
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert "pipe.gguf: is no regular file" in refusal(tmp_path / "pipe.gguf")
+
+
+# Metadata that are not what they must be, and what is said of them, which names the file and the key.
+METADATA: list[tuple[str, Any, str]] = [
+    (PREFIX + "block_count", 1 << 31, "block_count is 2147483648; wanted: at least 1 and no more than the file's"),
+    (PREFIX + "attention.sliding_window_pattern", 6, "sliding_window_pattern is 6; wanted: a list of 2 entries"),
+    (PREFIX + "attention.head_count_kv", ["a", "b"], "head_count_kv is ['a', 'b']; wanted: a list of 2 entries"),
+    (PREFIX + "attention.key_length", 0, "attention.key_length is 0; wanted: an even number"),
+    (PREFIX + "attention.value_length", 63, "attention.value_length is 63; wanted: 64"),
+    (PREFIX + "rope.dimension_count_swa", 16, "rope.dimension_count_swa is 16; wanted: 32"),
+    (PREFIX + "rope.scaling.type", "yarn", "rope.scaling.type is yarn; wanted: none"),
+    (PREFIX + "attention.causal", True, "attention.causal is True; wanted: false"),
+    ("diffusion.canvas_length", "long", "diffusion.canvas_length is long; wanted: an integer"),
+    ("diffusion.eb_max_steps", 0, "max_denoising_steps is 0; supported: an integer from 1"),
+    ("split.count", "two", "is one of two pieces"),
+    ("tokenizer.ggml.token_type", 3, "token_type is 3; wanted: integers"),
+    ("tokenizer.ggml.merges", [1, 2], "merges is [1, 2]; wanted: texts"),
+    ("tokenizer.ggml.merges", ["no such"], "has a broken tokenizer: cannot be read"),
+    ("tokenizer.ggml.bos_token_id", "two", "bos_token_id is two; wanted: an integer"),
+    ("tokenizer.ggml.unknown_token_id", 1 << 20, "unknown_token_id is 1048576; wanted: an integer from 0 to 511"),
+    ("tokenizer.ggml.add_space_prefix", True, "add_space_prefix is True; wanted: false"),
+    ("tokenizer.chat_template", "{{ (", "has a broken tokenizer: chat template, line 1"),
+]
+
+
+def test_metadata_of_another_kind(source: Path, tmp_path: Path) -> None:
+    metadata, tensors = metadata_of(source), tensors_of(source)
+    for key, value, message in METADATA:
+        write_gguf(source, tmp_path / "model.gguf", kinds_of("BF16"), metadata | {key: value}, tensors)
+        told = refusal(tmp_path / "model.gguf")
+        assert message in told, key
+        assert told.startswith(f"{tmp_path / 'model.gguf'}: "), key
+    del tensors["rope_freqs.weight"]
+    write_gguf(source, tmp_path / "model.gguf", kinds_of("BF16"), metadata, tensors)
+    assert "tensor rope_freqs.weight: is missing" in refusal(tmp_path / "model.gguf")
+
+
+def test_names_and_links(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link as in the hub's cache, whose target has no suffix; names of 4-byte letters, and of bytes that are no text;
+    a cache that is no folder, or is full."""
+    (tmp_path / "blob").write_bytes(file.read_bytes())
+    for name in ("link.gguf", "\U0001f600" * 60 + ".gguf", os.fsdecode(b"m\xff.gguf")):
+        (tmp_path / name).symlink_to("blob")
+        load(tmp_path / name)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blob"))
+    load(tmp_path / "link.gguf")
+    fill = gguf_folder._fill
+
+    def full(folder: Path, *arguments: Any) -> None:
+        if (tmp_path / "small") in folder.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fill(folder, *arguments)
+
+    monkeypatch.setattr(gguf_folder, "_fill", full)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "small"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "other"))
+    assert (tmp_path / "other") in resolve_checkpoint(tmp_path / "link.gguf").parents
+    assert not list((tmp_path / "small").rglob("*.json"))
 
 
 def test_values_that_are_not_finite(source: Path, tmp_path: Path) -> None:

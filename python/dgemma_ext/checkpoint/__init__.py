@@ -1,7 +1,7 @@
 """A checkpoint's folder on disk: configuration, weights and their formats, tokenizer, chat template.
 
 `folder` finds the files, and `foreign` recognises what is no checkpoint; `gguf_folder` unpacks a file of llama.cpp's
-(`gguf_file`, `gguf_names`, `gguf_settings`, `gguf_tokenizer`). `config`, `generation_defaults` and
+(`gguf_file`, `gguf_fields`, `gguf_names`, `gguf_settings`, `gguf_tokenizer`). `config`, `generation_defaults` and
 `tokenizer` read the small files; `files` compares the weights' `headers` with the configuration and finds how each
 weight is stored (`stored`), tied ones once or more often (`tied`); `reading` reads the values; `quantization` describes
 a format to quantize to, and `quantize` writes a checkpoint in it, first into a `partial_folder`.

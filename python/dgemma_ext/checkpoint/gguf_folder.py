@@ -17,18 +17,20 @@ from typing import Any
 
 from dgemma_ext.checkpoint.config import ModelConfig
 from dgemma_ext.checkpoint.file_faults import unreadable
+from dgemma_ext.checkpoint.generation_defaults import GenerationDefaults
 from dgemma_ext.checkpoint.gguf_file import SUFFIX, GgufFile, package, read_gguf
 from dgemma_ext.checkpoint.gguf_names import ROPE_FACTORS, published_name_of
 from dgemma_ext.checkpoint.gguf_settings import check_architecture, config_of, generation_of
 from dgemma_ext.checkpoint.gguf_tokenizer import template_of, tokenizer_config_of, tokenizer_of
 from dgemma_ext.checkpoint.json_section import read_object
 from dgemma_ext.checkpoint.stored import TensorInfo
+from dgemma_ext.checkpoint.tokenizer import Tokenizer
 from dgemma_ext.errors import CheckpointError
 
 # Not .json: a converted checkpoint takes those with it.
 _INDEX = "tensors.gguf-index"
 # Changes where the folder's content would be another: older folders are then not taken.
-_VERSION = 1
+_VERSION = 2
 
 
 def gguf_in(folder: Path) -> Path | None:
@@ -50,8 +52,12 @@ def unpack(file: Path) -> Path:
         status = file.stat()
     except OSError as error:
         raise unreadable(file, error) from error
-    identity = f"{_VERSION} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
-    name = f"{file.stem[:60]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    # The path that was given is in it too: the index holds that one. A link of the hub's cache has the file's name,
+    # and what it leads to has none.
+    identity = f"{_VERSION} {file.absolute()} {file.resolve()} {status.st_size} {status.st_mtime_ns}"
+    # A name is of 255 bytes at most.
+    stem = "".join(letter for letter in file.stem if letter.isascii() and letter.isprintable())[:60]
+    name = f"{stem}-{hashlib.sha256(os.fsencode(identity)).hexdigest()[:16]}"
     for parent in _places():
         folder = parent / name
         if (folder / _INDEX).is_file():
@@ -65,9 +71,9 @@ def unpack(file: Path) -> Path:
             _fill(unfinished, read_gguf(file))
             if not folder.exists():
                 os.replace(unfinished, folder)
-        except OSError:
-            if not (folder / _INDEX).is_file():  # else another process has made it meanwhile
-                raise
+        except OSError:  # a place that is full, or another process has made the folder meanwhile
+            if not (folder / _INDEX).is_file():
+                continue
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         return folder
@@ -116,7 +122,7 @@ def _fill(folder: Path, file: GgufFile) -> None:
     parts: dict[str, Any] = {"tokenizer.json": tokenizer_of(file), "tokenizer_config.json": tokenizer_config_of(file)}
     parts |= {"config.json": config_of(file), "generation_config.json": generation_of(file)}
     try:
-        ModelConfig.from_dict(parts["config.json"])
+        GenerationDefaults.from_dict(parts["generation_config.json"], ModelConfig.from_dict(parts["config.json"]))
     except ValueError as error:
         raise CheckpointError(str(error), file=file.path) from error
     for name, content in parts.items():
@@ -124,5 +130,9 @@ def _fill(folder: Path, file: GgufFile) -> None:
     template = template_of(file)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    index = {"file": str(file.path.resolve()), "tensors": tensors}
+    try:
+        Tokenizer.from_directory(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"has a broken tokenizer: {error.message}", file=file.path) from error
+    index = {"file": str(file.path.absolute()), "tensors": tensors}
     (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dgemma_ext.checkpoint.config import FULL, SLIDING
+from dgemma_ext.checkpoint.gguf_fields import Fields, plain
 from dgemma_ext.checkpoint.gguf_file import GgufFile, read_tensor
 from dgemma_ext.checkpoint.gguf_names import ROPE_FACTORS
 from dgemma_ext.errors import CheckpointError
@@ -26,20 +27,24 @@ def check_architecture(file: GgufFile) -> None:
 def config_of(file: GgufFile) -> dict[str, Any]:
     """A config.json as the published one is written. Raises CheckpointError naming the key that is missing or does not
     fit."""
-    fields = _Fields(file)
+    fields = Fields(file, f"{ARCHITECTURE}.")
     layers = fields.integer("block_count")
-    sliding = fields.list("attention.sliding_window_pattern", layers)
-    heads = fields.list("attention.head_count_kv", layers)
+    if not 1 <= layers <= len(file.tensors):
+        raise fields.error("block_count", f"at least 1 and no more than the file's {len(file.tensors)} tensors")
+    sliding = _by_layer(fields, "attention.sliding_window_pattern", bool, layers)
+    heads = _by_layer(fields, "attention.head_count_kv", int, layers)
     types = [SLIDING if is_sliding else FULL for is_sliding in sliding]
-    key_heads = {kind: {int(count) for count, own in zip(heads, types, strict=True) if own == kind} for kind in types}
+    key_heads = {kind: {count for count, own in zip(heads, types, strict=True) if own == kind} for kind in types}
     for kind, counts in key_heads.items():
         if len(counts) != 1:
             raise fields.error("attention.head_count_kv", f"one number for all layers of the kind {kind}")
-    full_dim = fields.integer("attention.key_length")
+    full_dim, sliding_dim = fields.integer("attention.key_length"), fields.integer("attention.key_length_swa")
+    if full_dim < 2 or full_dim % 2:
+        raise fields.error("attention.key_length", "an even number")
     theta = fields.number("rope.freq_base")
     text: dict[str, Any] = {
         "model_type": "diffusion_gemma_text",
-        "vocab_size": len(fields.list_of("tokenizer.ggml.tokens")),
+        "vocab_size": _vocabulary(file),
         "hidden_size": fields.integer("embedding_length"),
         "intermediate_size": fields.integer("feed_forward_length"),
         "moe_intermediate_size": fields.integer("expert_feed_forward_length"),
@@ -49,7 +54,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "num_attention_heads": fields.integer("attention.head_count"),
         "num_key_value_heads": next(iter(key_heads.get(SLIDING, key_heads[FULL]))),
         "num_global_key_value_heads": next(iter(key_heads[FULL])) if FULL in key_heads else None,
-        "head_dim": fields.integer("attention.key_length_swa"),
+        "head_dim": sliding_dim,
         "global_head_dim": full_dim,
         "sliding_window": fields.integer("attention.sliding_window"),
         "layer_types": types,
@@ -64,25 +69,45 @@ def config_of(file: GgufFile) -> dict[str, Any]:
             FULL: {
                 "rope_type": "proportional",
                 "rope_theta": theta,
-                "partial_rotary_factor": _rotating(file, full_dim // 2) / (full_dim // 2),
+                "partial_rotary_factor": _rotating(file, full_dim // 2, FULL in types) / (full_dim // 2),
             },
         },
         **_token_ids(file),
         "dtype": "bfloat16",
     }
-    for key in ("attention.shared_kv_layers", "embedding_length_per_layer_input"):
-        if fields.get(key, 0) != 0:
-            raise fields.error(key, "0")
+    _check_neutral(fields, full_dim, sliding_dim)
     return {
         "architectures": ["DiffusionGemmaForBlockDiffusion"],
         "model_type": "diffusion_gemma",
-        "canvas_length": int(file.metadata.get("diffusion.canvas_length", 256)),
+        "canvas_length": Fields(file).integer("diffusion.canvas_length", 256),
         "eos_token_id": _ends(file),
         "dtype": "bfloat16",
         "tie_word_embeddings": True,
         "text_config": text,
         "vision_config": None,
     }
+
+
+def _check_neutral(fields: Fields, full_dim: int, sliding_dim: int) -> None:
+    """Raises CheckpointError for settings with which llama.cpp computes something that this engine does not."""
+    for suffix, width in (("", full_dim), ("_swa", sliding_dim)):
+        for key in ("attention.value_length", "rope.dimension_count"):
+            fields.check(key + suffix, width)
+    for key in ("attention.shared_kv_layers", "embedding_length_per_layer_input"):
+        fields.check(key, 0)
+    fields.check("attention.causal", False)
+    fields.check("rope.scaling.type", "none")
+
+
+def _by_layer(fields: Fields, key: str, kind: type, layers: int) -> list[Any]:
+    """One entry for each layer. A single number stands for all; in a pattern it would be a period, which no file of the
+    architecture has."""
+    value = fields.get(key)
+    if kind is int and type(value) is int:
+        return [value] * layers
+    if not isinstance(value, list) or len(value) != layers or any(type(entry) is not kind for entry in value):
+        raise fields.error(key, f"a list of {layers} entries")
+    return value
 
 
 def generation_of(file: GgufFile) -> dict[str, Any]:
@@ -96,59 +121,19 @@ def generation_of(file: GgufFile) -> dict[str, Any]:
         "eb_confidence_threshold": "confidence_threshold",
     }
     settings: dict[str, Any] = {
-        name: _plain(metadata[f"diffusion.{key}"]) for key, name in names.items() if f"diffusion.{key}" in metadata
+        name: plain(metadata[f"diffusion.{key}"]) for key, name in names.items() if f"diffusion.{key}" in metadata
     }
     if "diffusion.eb_entropy_bound" in metadata:
-        settings["sampler_config"] = {"entropy_bound": _plain(metadata["diffusion.eb_entropy_bound"])}
+        settings["sampler_config"] = {"entropy_bound": plain(metadata["diffusion.eb_entropy_bound"])}
     return {**settings, "eos_token_id": _ends(file), "pad_token_id": _token_ids(file).get("pad_token_id")}
 
 
-class _Fields:
-    """The metadata under the architecture's prefix."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._file.metadata.get(f"{ARCHITECTURE}.{key}", default)
-
-    def integer(self, key: str) -> int:
-        value = self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(key, "an integer")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(key, "a number")
-        return float(_plain(value))
-
-    def list(self, key: str, count: int) -> list[Any]:
-        """One entry for each of `count` layers; a single value stands for all."""
-        value = self.get(key)
-        if isinstance(value, int):
-            return [value] * count
-        if not isinstance(value, list) or len(value) != count:
-            raise self.error(key, f"a list of {count} entries")
-        return value
-
-    def list_of(self, key: str) -> Any:
-        value = self._file.metadata.get(key)
-        if not isinstance(value, list) or not value:
-            raise CheckpointError(f"{key} is missing; wanted: the tokenizer's tokens", file=self._file.path)
-        return value
-
-    def error(self, key: str, wanted: str) -> CheckpointError:
-        name, got = f"{ARCHITECTURE}.{key}", self.get(key)
-        state = "is missing" if got is None else f"is {str(got)[:60]}"
-        return CheckpointError(f"{name} {state}; wanted: {wanted}", file=self._file.path)
-
-
-def _rotating(file: GgufFile, pairs: int) -> int:
+def _rotating(file: GgufFile, pairs: int, wanted: bool) -> int:
     """How many pairs of a full layer's head rotate: the first ones, whose factor is 1."""
     info = file.tensors.get(f"{ROPE_FACTORS}.weight") or file.tensors.get(ROPE_FACTORS)
     if info is None:
+        if wanted:
+            raise CheckpointError("is missing", file=file.path, tensor=f"{ROPE_FACTORS}.weight")
         return pairs
     factors = read_tensor(info).flatten().tolist()
     count = sum(factor == 1.0 for factor in factors)
@@ -161,22 +146,18 @@ def _rotating(file: GgufFile, pairs: int) -> int:
     return count
 
 
+def _vocabulary(file: GgufFile) -> int:
+    return len(Fields(file).entries("tokenizer.ggml.tokens", str, "the tokenizer's tokens"))
+
+
 def _token_ids(file: GgufFile) -> dict[str, int]:
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-    keys = {name: f"tokenizer.ggml.{key}_token_id" for key, name in names.items()}
-    return {name: int(file.metadata[key]) for name, key in keys.items() if key in file.metadata}
+    fields, count = Fields(file), _vocabulary(file)
+    found = {name: fields.index(f"tokenizer.ggml.{key}_token_id", count) for key, name in names.items()}
+    return {name: token for name, token in found.items() if token is not None}
 
 
 def _ends(file: GgufFile) -> list[int]:
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    tokens = file.metadata["tokenizer.ggml.tokens"]
     ends = [tokens.index(token) for token in _ENDS if token in tokens]
     return list(dict.fromkeys([_token_ids(file).get("eos_token_id", 1), *ends]))
-
-
-def _plain(value: float) -> float:
-    """A float32 as the shortest decimal that rounds to it: 0.1, not 0.10000000149."""
-    if not isinstance(value, float):
-        return value
-    import numpy
-
-    return float(str(numpy.float32(value)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dgemma_ext.checkpoint.gguf_fields import Fields
 from dgemma_ext.checkpoint.gguf_file import GgufFile
 from dgemma_ext.checkpoint.special_tokens import is_marker
 from dgemma_ext.errors import CheckpointError
@@ -17,14 +18,15 @@ _NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "paddi
 def tokenizer_of(file: GgufFile) -> dict[str, Any]:
     """A tokenizer.json of the published kind: byte pairs, bytes for what has no token, a space as ▁, and a text that
     is cut behind words. Raises CheckpointError for a file without a tokenizer, and for one of another kind."""
-    metadata = file.metadata
-    kind = metadata.get(f"{_PREFIX}model")
+    fields = Fields(file, _PREFIX)
+    kind = fields.get("model")
     if kind is None:
         raise CheckpointError(f"has no tokenizer: {_PREFIX}model is missing", file=file.path)
     if kind != "gemma4":
-        raise CheckpointError(f"{_PREFIX}model is {kind}; wanted: gemma4", file=file.path)
+        raise fields.error("model", "gemma4")
+    fields.check("add_space_prefix", False)
     tokens, merges = (_list(file, name) for name in ("tokens", "merges"))
-    types = metadata.get(f"{_PREFIX}token_type") or [1] * len(tokens)
+    types = [1] * len(tokens) if fields.get("token_type") is None else fields.entries("token_type", int, "integers")
     if len(types) != len(tokens):
         raise CheckpointError(f"{_PREFIX}token_type has {len(types)} entries for {len(tokens)} tokens", file=file.path)
     if len(set(tokens)) != len(tokens):
@@ -38,12 +40,12 @@ def tokenizer_of(file: GgufFile) -> dict[str, Any]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": int(kind) == _CONTROL or is_marker(token),
+            "special": kind == _CONTROL or is_marker(token),
         }
         for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if int(kind) in (_CONTROL, _USER_DEFINED)
+        if kind in (_CONTROL, _USER_DEFINED)
     ]
-    unknown = metadata.get(f"{_PREFIX}unknown_token_id")
+    unknown = fields.index("unknown_token_id", len(tokens))
     return {
         "version": "1.0",
         "truncation": None,
@@ -68,7 +70,7 @@ def tokenizer_of(file: GgufFile) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None if unknown is None else tokens[int(unknown)],
+            "unk_token": None if unknown is None else tokens[unknown],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -83,8 +85,9 @@ def tokenizer_of(file: GgufFile) -> dict[str, Any]:
 def tokenizer_config_of(file: GgufFile) -> dict[str, Any]:
     """A tokenizer_config.json: the texts of the tokens with a role."""
     tokens = _list(file, "tokens")
-    named = {name: file.metadata.get(f"{_PREFIX}{role}_token_id") for role, name in _NAMED.items()}
-    return {name: tokens[int(token_id)] for name, token_id in named.items() if token_id is not None} | {
+    fields = Fields(file, _PREFIX)
+    named = {name: fields.index(f"{role}_token_id", len(tokens)) for role, name in _NAMED.items()}
+    return {name: tokens[token_id] for name, token_id in named.items() if token_id is not None} | {
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
@@ -100,6 +103,8 @@ def _list(file: GgufFile, name: str) -> list[Any]:
     found = file.metadata.get(f"{_PREFIX}{name}")
     if not isinstance(found, list) or (name == "tokens" and not found):
         raise CheckpointError(f"has no tokenizer: {_PREFIX}{name} is missing", file=file.path)
+    if any(type(entry) is not str for entry in found):
+        raise Fields(file, _PREFIX).error(name, "texts")
     return found
 
 
