@@ -154,3 +154,16 @@ def test_settings_that_are_refused(converted: Path) -> None:
     assert "input_activations is None; supported: 8 bits" in refusal_of(converted, input_activations=None)
     assert "input_activations.dynamic is False" in refusal_of(converted, input_activations__dynamic=False)
     assert "input_activations.symmetric is False" in refusal_of(converted, input_activations__symmetric=False)
+    assert "input_activations.type is 'float'" in refusal_of(converted, input_activations__type="float")
+    config = json.loads((converted / "config.json").read_text())
+    section = config["quantization_config"]
+    group = section["config_groups"]["group_0"]
+    del group["weights"]["type"]  # which stands for integers
+    four = group["weights"] | {"num_bits": 4}
+    with pytest.raises(ValueError, match=r"weights\.num_bits is 4"):
+        ModelConfig.from_dict(
+            config | {"quantization_config": section | {"config_groups": {"group_0": group | {"weights": four}}}}
+        )
+    ModelConfig.from_dict(config)
+    with pytest.raises(ValueError, match=r"transform_config is \{'config_groups'.*supported: null"):
+        ModelConfig.from_dict(config | {"quantization_config": section | {"transform_config": {"config_groups": {}}}})

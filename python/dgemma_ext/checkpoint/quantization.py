@@ -66,6 +66,8 @@ def check_quantization_config(section: Any) -> None:
         raise _refusal("format", section.get("format"), _LAYOUTS)
     if section.get("quantization_status", "compressed") != "compressed":
         raise _refusal("quantization_status", section.get("quantization_status"), ("compressed",))
+    if section.get("transform_config"):  # rotations of what a layer takes in, which the weights alone do not tell
+        raise _refusal("transform_config", section["transform_config"], ("null",))
     groups = section.get("config_groups") or {}
     if not isinstance(groups, Mapping):
         raise ValueError(f"quantization_config.config_groups is {kind_of(groups)}; wanted: an object")
@@ -80,7 +82,7 @@ def check_quantization_config(section: Any) -> None:
             raise _refusal(f"{path}.weights.symmetric", False, ("true",))
         if weights.get("actorder") in ("group", True):
             raise _refusal(f"{path}.weights.actorder", weights.get("actorder"), ("null", "static"))
-        if weights.get("type") == "int":
+        if weights.get("type", "int") == "int":
             _check_integers(path, group, weights, section["format"])
 
 
@@ -98,9 +100,9 @@ def _check_integers(path: str, group: Mapping[str, Any], weights: Mapping[str, A
     inputs = group.get("input_activations")
     if not isinstance(inputs, Mapping):
         raise _refusal(f"{path}.input_activations", inputs, ("8 bits, dynamic, by token",))
-    settings: dict[str, Any] = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token"}
+    settings: dict[str, Any] = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token", "type": "int"}
     for field, wanted in settings.items():
-        if inputs.get(field) != wanted:
+        if inputs.get(field, "int" if field == "type" else None) != wanted:
             raise _refusal(f"{path}.input_activations.{field}", inputs.get(field), (str(wanted).lower(),))
 
 
