@@ -137,6 +137,13 @@ def test_outputs_are_nearer_with_moments_of_their_inputs(
     assert losses["weighed"] < 0.9 * losses["alike"]
 
 
+def test_inputs_that_are_not_finite(source: Path, ids: list[int]) -> None:
+    own = dg.DiffusionGemma.from_pretrained(source, device="cpu", dtype="float32")
+    own.weights.layers[1].pre_feedforward_layernorm[:] = 3e38
+    with pytest.raises(ValueError, match=r"what goes into \w+ of layer 1 is not finite"):
+        second_moments(own.network, ids)
+
+
 def test_texts_that_do_not_do(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -319,15 +319,16 @@ def test_bad_arguments(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert re.search(r"the checkpoint has .* as int4; wants it unquantized", told)
 
 
-def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["experts.down_proj", "input_layernorm.weight"], ids=["quantized", "copied"])
+def test_weights_that_are_not_finite(name: str, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "unquantized", with_tokenizer=False)
     file = source / "model.safetensors"
     stored = load_file(file)
-    stored["model.decoder.layers.1.experts.down_proj"][3, 2, 1] = float("nan")
+    stored[f"model.decoder.layers.1.{name}"].view(-1)[3] = float("nan")
     from safetensors.torch import save_file
 
     save_file(stored, file, {"format": "pt"})
-    with pytest.raises(dg.CheckpointError, match=r"layers\.1\.experts\.down_proj: has values that are not finite"):
+    with pytest.raises(dg.CheckpointError, match=rf"layers\.1\.{name}: has values that are not finite"):
         convert(source, tmp_path / "out", parse_target("int4"))
     assert not (tmp_path / "out").exists()
 

@@ -246,6 +246,7 @@ class Unit:
 
 def _write_unit(work: Work, unit: Unit, source: MappedFiles, target: Target, shard: ShardWriter) -> None:
     """Copies a tensor, or quantizes matrices and notes their error."""
+    _check_finite(work, source, unit.values)
     if work.attribute is None:
         tensors = dict(zip(unit.names, unit.values, strict=True))
         if source.info.is_gguf:  # whose values are of other types, and were bfloat16
@@ -253,7 +254,6 @@ def _write_unit(work: Work, unit: Unit, source: MappedFiles, target: Target, sha
         else:
             shard.write(tensors, None, source.info.tensors[work.names[0]].dtype)
         return
-    _check_finite(work, source, unit.values)
     part = next(part for part, attributes in PARTS.items() if work.attribute in attributes)
     error = PartError(work.layer, part)
     tensors = {}

@@ -29,7 +29,7 @@ def second_moments(
 
     Every canvas_length tokens go through a denoising pass, as a canvas that is finished, and then through the encode
     pass. ids: at least one token. advance: called with the number of tokens that went through both since the last call.
-    Raises ValueError for no ids and for ids outside the vocabulary.
+    Raises ValueError for no ids, for ids outside the vocabulary, and for inputs that are not finite.
     """
     if not ids:
         raise ValueError("calibrate: got a text without tokens, wants some")
@@ -78,6 +78,8 @@ class _Gathered:
                 mean = sums.sum(0) / counts.sum()
                 sums, counts = sums + _TOKENS_OF_THE_MEAN * mean, (counts + _TOKENS_OF_THE_MEAN)[:, None]
             found[key] = (sums / counts).float().cpu()
+            if not bool(found[key].isfinite().all()):
+                raise ValueError(f"calibrate: over the text, what goes into {key[1]} of layer {key[0]} is not finite")
         return found
 
     def _add(self, layer: int, attribute: str, rows: Tensor) -> None:
