@@ -430,6 +430,11 @@ def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, **given}
     if struct == "paged_attention":
         return {**values, "spans": zeros(torch.int32, values["requests"], 3, 2), "spans_per_request": 3}
+    if struct == "merge_vocabulary_shards":
+        shards, batch, length = values["shards"], values["batch"], values["length"]
+        flags = {"nonempty": torch.ones(shards, batch, length, dtype=torch.uint8)}
+        flags["active"] = torch.ones(batch, dtype=torch.uint8)
+        return {**values, **flags, "uniforms": torch.rand(batch, length, dtype=torch.float64)}
     if struct == "vocabulary_head":
         return {**values, "statistics": optional_operands("vocabulary_statistics", values["statistics"])}
     if struct == "constrain":

@@ -47,7 +47,7 @@ FUNCTIONS = [
 # Pointers that may be NULL.
 OPTIONAL = {
     "conditioning", "raw_value", "next_norm", "active", "mask", "pinned", "keep", "uniforms", "length", "spans",
-    "factors", "importance",
+    "factors", "importance", "nonempty",
 }  # fmt: skip
 OPTIONAL_IN = {"rms_norm": {"weight"}}
 REQUIRED_IN = {"update_canvas": {"active"}}
