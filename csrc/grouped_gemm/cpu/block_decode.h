@@ -290,6 +290,7 @@ template <dgemma_weight_format kFormat>
 class BlockDecoder {
  public:
   static constexpr int64_t kRunBytes = row_bytes(kFormat, kBlockColumns);
+  static constexpr int place(int i) { return block_place<kFormat>(i); }
 
   // `row` of the matrix is the first; `scales` as pack_scales leaves them.
   BlockDecoder(const dgemma_quantized& matrix, int64_t row, int64_t columns,

@@ -55,16 +55,15 @@ inline Floats add_pairs(Floats x, Floats y) {
 
 // to[t]: 16 rows times token t. `tokens` as pack_tokens leaves them, kTokens of them; `prefetcher`
 // runs meanwhile, over as much memory as the tile's codes.
-template <dgemma_weight_format kFormat, int kTokens>
-__attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
-                                             const TokenValue* tokens, int64_t blocks,
-                                             const char* prefetcher, Floats* to) {
-  constexpr int64_t kBlockBytes = 8 * BlockDecoder<kFormat>::kRunBytes;
+template <typename Blocks, int kTokens>
+__attribute__((noinline)) void multiply_tile(Blocks weights, const TokenValue* tokens,
+                                             int64_t blocks, const char* prefetcher, Floats* to) {
+  constexpr int64_t kBlockBytes = 8 * Blocks::kRunBytes;
 #pragma GCC unroll 2
   for (int eight = 0; eight < 2; ++eight) {
     Floats sums[kTokens] = {};
     const TokenValue* token = tokens;
-    decoder.begin(eight);
+    weights.begin(eight);
     for (int64_t block = 0; block < blocks; ++block) {
       // The last block is decoded once more after its end: a branch would not be cheaper.
       const int64_t next = block + 1 < blocks ? block + 1 : block;
@@ -76,8 +75,8 @@ __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
       for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
         for (int i = 0; i < kHalfRegisters; ++i) {
-          multiply_columns<kTokens>(decoder.take(half, i), token + 16 * half + 4 * i, sums);
-          decoder.advance(half, i, next);
+          multiply_columns<kTokens>(weights.take(half, i), token + 16 * half + 4 * i, sums);
+          weights.advance(half, i, next);
         }
       }
       token += kTokens * kBlockColumns;
@@ -88,13 +87,13 @@ __attribute__((noinline)) void multiply_tile(BlockDecoder<kFormat> decoder,
 }
 
 // The same for a number of tokens that is not known before.
-template <dgemma_weight_format kFormat, int kTokens = kMostTileTokens>
-inline void multiply_tile(const BlockDecoder<kFormat>& decoder, const TokenValue* tokens,
-                          int64_t count, int64_t blocks, const char* prefetcher, Floats* to) {
+template <typename Blocks, int kTokens = kMostTileTokens>
+inline void multiply_tile(const Blocks& weights, const TokenValue* tokens, int64_t count,
+                          int64_t blocks, const char* prefetcher, Floats* to) {
   if constexpr (kTokens > 0) {
     if (count == kTokens)
-      return multiply_tile<kFormat, kTokens>(decoder, tokens, blocks, prefetcher, to);
-    multiply_tile<kFormat, kTokens - 1>(decoder, tokens, count, blocks, prefetcher, to);
+      return multiply_tile<Blocks, kTokens>(weights, tokens, blocks, prefetcher, to);
+    multiply_tile<Blocks, kTokens - 1>(weights, tokens, count, blocks, prefetcher, to);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "grouped_gemm/cpu/activate.h"
 #include "grouped_gemm/cpu/moe.h"
+#include "grouped_gemm/cpu/plain_blocks.h"
 #include "grouped_gemm/cpu/rows_kernel.h"
 
 namespace dgemma {
@@ -66,6 +67,14 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
   const int64_t k = pass.hidden_size;
   const int64_t size = pass.expert_size;
   const T* gate = static_cast<const T*>(pass.gate_up) + pass.plan.expert[group] * 2 * size * k;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bfloat16))
+    if (takes_blocks<T>(size, k) && k <= PlainBlockRows::kMostColumns) {
+      void* const scratch = DGEMMA_PACKED_SCRATCH(k);
+      return gate_up_blocks(pass, group, first_row, end_row, PlainBlockRows(gate, k, scratch),
+                            PlainBlockRows(gate + size * k, k, scratch));
+    }
+#endif
   gate_up_rows<T>(pass, group, first_row, end_row, PlainRows<T>{gate, k},
                   PlainRows<T>{gate + size * k, k});
 }
@@ -96,6 +105,12 @@ template <typename T>
 void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row) {
   const int64_t k = pass.expert_size;
   const T* down = static_cast<const T*>(pass.down) + pass.plan.expert[group] * pass.hidden_size * k;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(bfloat16))
+    if (takes_blocks<T>(pass.hidden_size, k) && k <= PlainBlockRows::kMostColumns)
+      return down_blocks(pass, group, first_row, end_row,
+                         PlainBlockRows(down, k, DGEMMA_PACKED_SCRATCH(k)));
+#endif
   const PlainRows<T> rows{down, k};
   down_rows<T>(pass, group, first_row, end_row, rows, rows);
 }

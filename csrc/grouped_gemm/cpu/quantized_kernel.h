@@ -3,10 +3,10 @@
 // once per instruction set; see cpu/vector.h for what that forbids.
 #pragma once
 
-#include "grouped_gemm/cpu/block_kernel.h"
 #include "grouped_gemm/cpu/dense_kernel.h"
 #include "grouped_gemm/cpu/int8_kernel.h"
 #include "grouped_gemm/cpu/moe_kernel.h"
+#include "grouped_gemm/cpu/quantized_blocks.h"
 
 namespace dgemma {
 namespace {
@@ -19,7 +19,7 @@ void quantized_gate_up_task(const MoePass& pass, int64_t group, int64_t first_ro
   if (pass.quantized_gate_up->format == DGEMMA_WEIGHTS_INT8)
     return int8_gate_up_task<T>(pass, group, first_row, end_row);
 #if defined(__AVX512BW__)
-  if (takes_blocks<T>(size, k)) return gate_up_blocks(pass, group, first_row, end_row);
+  if (takes_blocks<T>(size, k)) return quantized_gate_up_blocks(pass, group, first_row, end_row);
 #endif
   const int64_t gate = pass.plan.expert[group] * 2 * size;
   void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
@@ -37,7 +37,8 @@ void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, 
   if (pass.quantized_down->format == DGEMMA_WEIGHTS_INT8)
     return int8_down_task<T>(pass, group, first_row, end_row);
 #if defined(__AVX512BW__)
-  if (takes_blocks<T>(pass.hidden_size, k)) return down_blocks(pass, group, first_row, end_row);
+  if (takes_blocks<T>(pass.hidden_size, k))
+    return quantized_down_blocks(pass, group, first_row, end_row);
 #endif
   const int64_t row = pass.plan.expert[group] * pass.hidden_size;
   void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
@@ -55,7 +56,8 @@ void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight
   if (weight->format == DGEMMA_WEIGHTS_INT8)
     return int8_dense_task<T>(op, *weight, first_row, end_row);
 #if defined(__AVX512BW__)
-  if (takes_blocks<T>(op.out_features, k)) return dense_blocks(op, *weight, first_row, end_row);
+  if (takes_blocks<T>(op.out_features, k))
+    return quantized_dense_blocks(op, *weight, first_row, end_row);
 #endif
   void* const scratch[2] = {DGEMMA_DECODED_SCRATCH(T, k), DGEMMA_DECODED_SCRATCH(T, k)};
   with_format(weight->format, [&](auto format) {
