@@ -107,6 +107,7 @@ CASES = [
     (1, 64, 32, 4, 2, "distinct"),
     (17, 96, 49, 3, 2, "one expert"),  # an expert with all tokens; one weight row in the last task
     (150, 65, 51, 3, 2, "distinct"),  # several blocks of tokens, odd tails
+    (90, 352, 96, 3, 2, "one expert"),  # whole tiles of rows and columns, three runs of packed tokens
     (40, 40, 24, 8, 3, "holes"),
     (12, 31, 15, 4, 6, "repeated"),  # more slots than experts
     (11, 200, 5, 2, 1, "distinct"),
@@ -185,6 +186,16 @@ def test_bits_of_a_token_do_not_depend_on_the_others(
         assert torch.equal(grouped_gemm.moe_ffn(*made.rows(slice(0, count)).arguments), together[:count])
     order = torch.randperm(75).tolist()
     assert torch.equal(grouped_gemm.moe_ffn(*made.rows(order).arguments), together[order])
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_number_of_tokens(dtype: torch.dtype, cpu_variant: str) -> None:
+    """Of one expert, up to three runs of tokens that are packed together; the sizes fill every tile."""
+    made = make_case(90, 64, 32, 1, 1, dtype=dtype, routing="distinct")
+    together = grouped_gemm.moe_ffn(*made.arguments)
+    for count in range(1, 90):
+        assert torch.equal(grouped_gemm.moe_ffn(*made.rows(slice(0, count)).arguments), together[:count]), count
 
 
 @cpu_only

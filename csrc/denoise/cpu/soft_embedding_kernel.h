@@ -117,11 +117,12 @@ class TileBounds {
   alignas(64) float bound_[kFactors];
 };
 
-// The result of one pass over a row's tiles: what skipping entries would cost.
+// The result of one pass over a row's tiles: what skipping entries would cost. The pass ends where
+// the row has too many entries above every threshold; a flat row's does after a few tiles.
 struct SparsePlan {
   TileLimit tiles;      // those that are not read, and a bound on their mass
   double sum;           // of the entries of the tiles that are, and of the others by their bound
-  float threshold;      // entries with a weight below it are skipped
+  float threshold;      // entries with a weight below it are skipped; 0: the row is done densely
   double entries_left;  // their mass
 };
 
@@ -132,6 +133,7 @@ SparsePlan plan_sparse(const LogitRow<T>& row, TileBounds<T>& bounds, float row_
   plan.tiles = bounds.find_limit(kTileShare * tolerance);
   Floats below[kThresholds] = {};
   double below_total[kThresholds] = {}, squares = 0.0;
+  Ints above = {};
   TileLogits tile;
   for (int64_t j = 0; j < bounds.tiles; ++j) {
     if (!(bounds.of(j) > plan.tiles.limit)) continue;
@@ -143,6 +145,7 @@ SparsePlan plan_sparse(const LogitRow<T>& row, TileBounds<T>& bounds, float row_
       const Floats e = load(tile.z + i);
       sum.add(i, e);
       square = fmadd(e, e, square);
+      above -= e >= kLargestThreshold;
       float threshold = kLargestThreshold;
       for (int t = 0; t < kThresholds; ++t, threshold *= kThresholdStep)
         below[t] += e < threshold ? e : broadcast(0.0f);
@@ -150,6 +153,9 @@ SparsePlan plan_sparse(const LogitRow<T>& row, TileBounds<T>& bounds, float row_
     plan.sum += sum.total();
     squares += horizontal_sum(square);
     for (int t = 0; t < kThresholds; ++t) below_total[t] += horizontal_sum(below[t]);
+    int entries = 0;
+    for (int lane = 0; lane < kLanes; ++lane) entries += above[lane];
+    if (entries > kSparseEntries) return plan;
   }
   plan.sum += plan.tiles.share_of_sum();
   // Rows of the embedding that are nearly orthogonal give a sum of norm sqrt(squares) / sum.
@@ -187,29 +193,32 @@ void add_four_rows(const T* embedding, int64_t hidden, const int64_t* tokens, co
               p[3] * to_float(e3[c]);
 }
 
-// Entries wait here until there are four.
-template <typename T>
-struct EntryQueue {
-  const T* embedding;
-  int64_t hidden;
-  float* sum;
-  int waiting = 0;
-  int64_t tokens[4] = {};
-  float p[4] = {};
+// The entries of a row that are not skipped. None is added up before all are known to be few.
+struct SparseEntries {
+  int count = 0;
+  int32_t tokens[kSparseEntries];
+  float p[kSparseEntries];
 
-  void add(int64_t token, float probability) {
-    tokens[waiting] = token;
-    p[waiting] = probability;
-    if (++waiting == 4) flush();
+  // False where there are too many.
+  bool add(int64_t token, float probability) {
+    if (count == kSparseEntries) return false;
+    tokens[count] = static_cast<int32_t>(token);
+    p[count++] = probability;
+    return true;
   }
 
-  void flush() {
-    for (; waiting < 4; ++waiting) {
-      tokens[waiting] = tokens[0];
-      p[waiting] = 0.0f;
+  // sum += p[0] * E[tokens[0]] + ..., four at a time.
+  template <typename T>
+  void add_up(const T* embedding, int64_t hidden, float* sum) const {
+    for (int i = 0; i < count; i += 4) {
+      int64_t four[4];
+      float probabilities[4];
+      for (int k = 0; k < 4; ++k) {
+        four[k] = tokens[i + k < count ? i + k : i];
+        probabilities[k] = i + k < count ? p[i + k] : 0.0f;
+      }
+      add_four_rows(embedding, hidden, four, probabilities, sum);
     }
-    add_four_rows(embedding, hidden, tokens, p, sum);
-    waiting = 0;
   }
 };
 
@@ -229,23 +238,21 @@ bool sum_sparsely(const SoftEmbeddingWork& work, const LogitRow<T>& row, int64_t
   const SparsePlan plan = plan_sparse(row, bounds, row_max, op.tolerance);
   if (plan.threshold == 0.0f) return false;
   const float inverse_sum = static_cast<float>(1.0 / plan.sum);
-  EntryQueue<T> queue = {static_cast<const T*>(op.embedding), op.hidden_size,
-                         work.sums + row_number * work.padded_hidden};
-  int entries = 0;
+  SparseEntries entries;
   TileLogits tile;
   for (int64_t j = 0; j < bounds.tiles; ++j) {
     if (!(bounds.of(j) > plan.tiles.limit)) continue;
     tile_weights(row, j, row_max, &tile);
     for (int i = 0; i < kTile; ++i) {
       if (tile.z[i] < plan.threshold) continue;
-      if (++entries > kSparseEntries) return false;
-      queue.add(j * kTile + i, rounded<T>(tile.z[i] * inverse_sum));
+      if (!entries.add(j * kTile + i, rounded<T>(tile.z[i] * inverse_sum))) return false;
     }
   }
-  queue.flush();
+  float* const sum = work.sums + row_number * work.padded_hidden;
+  entries.add_up(static_cast<const T*>(op.embedding), op.hidden_size, sum);
   const double skipped_mass = kRoundingMargin * (plan.tiles.skipped + plan.entries_left) / plan.sum;
   // The tiles that were not read may be more or less of the normaliser, by as much at most.
-  const double length = norm(queue.sum, op.hidden_size);
+  const double length = norm(sum, op.hidden_size);
   return skipped_mass * (op.max_embedding_norm + length) <= op.tolerance * length;
 }
 

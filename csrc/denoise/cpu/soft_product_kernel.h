@@ -30,13 +30,13 @@ constexpr bool kPaired = false;
 template <bool kPairs>
 struct Stored {
   typedef float Type;
-  static constexpr int kDepth = 256;  // 64 KiB of panel: half the L2 holds it and its rows' sums
 };
 template <>
 struct Stored<true> {
   typedef bfloat16 Type;
-  static constexpr int kDepth = 512;
 };
+// A panel's depth: 32 KiB of bfloat16, for an L1 of 48 (NOTES.md), or 64 KiB of fp32.
+constexpr int kDepth = 256;
 
 template <typename T>
 void probabilities_row(const SoftEmbeddingWork& work, int64_t dense_row) {
@@ -115,6 +115,7 @@ inline void multiply_tile(const bfloat16* p, const bfloat16* panel, int64_t dept
   __m512 total[kRows][kTileVectors];
   for (int i = 0; i < kRows; ++i)
     for (int v = 0; v < kTileVectors; ++v) total[i][v] = _mm512_setzero_ps();
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k += 2) {
     __m512bh b[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v)
@@ -165,25 +166,24 @@ inline void prefetch_strip(const T* embedding, int64_t hidden, int64_t first, in
 // One strip of columns of the present vocabulary block, for all dense rows.
 template <typename T>
 void product_strip(const SoftEmbeddingWork& work, int64_t strip) {
-  typedef Stored<kPaired<T>> S;
-  typedef typename S::Type P;
+  typedef typename Stored<kPaired<T>>::Type P;
   // Entries of a panel per vocabulary entry and column are one, whether paired or not.
-  alignas(64) P panel[S::kDepth * kStripColumns];
+  alignas(64) P panel[kDepth * kStripColumns];
   const dgemma_soft_embedding& op = *work.op;
   const int64_t first_column = strip * kStripColumns;
   const int64_t columns = op.hidden_size - first_column;
   const T* const embedding = static_cast<const T*>(op.embedding) + first_column;
   const P* const probabilities = static_cast<const P*>(work.probabilities);
-  for (int64_t k = 0; k < work.tokens; k += S::kDepth) {
-    const int64_t depth = work.tokens - k < S::kDepth ? work.tokens - k : S::kDepth;
+  for (int64_t k = 0; k < work.tokens; k += kDepth) {
+    const int64_t depth = work.tokens - k < kDepth ? work.tokens - k : kDepth;
     pack_panel(embedding + (work.first_token + k) * op.hidden_size, op.hidden_size, depth, columns,
                panel);
     // While this depth is multiplied, the next is fetched, a few rows with each register tile.
     const int64_t next = work.first_token + k + depth;
     const int64_t next_end =
-        next + S::kDepth < op.logits.vocabulary ? next + S::kDepth : op.logits.vocabulary;
+        next + kDepth < op.logits.vocabulary ? next + kDepth : op.logits.vocabulary;
     const int64_t groups = (work.dense_count + kTileRows - 1) / kTileRows;
-    const int64_t share = (S::kDepth + groups - 1) / groups;
+    const int64_t share = (kDepth + groups - 1) / groups;
     int64_t fetched = next;
     for (int64_t first = 0; first < work.dense_count; first += kTileRows) {
       const int64_t fetch_end = fetched + share < next_end ? fetched + share : next_end;
