@@ -442,6 +442,11 @@ def optional_operands(struct: str, values: dict[str, Any]) -> dict[str, Any]:
         uniforms = torch.rand(batch, length, dtype=torch.float64)
         pinned = zeros(torch.uint8, batch, length)
         return {**values, "active": torch.ones(batch, dtype=torch.uint8), "uniforms": uniforms, "pinned": pinned}
+    if struct == "merge_vocabulary_shards":
+        batch, length = values["batch"], values["length"]
+        uniforms, active = torch.rand(batch, length, dtype=torch.float64), torch.ones(batch, dtype=torch.uint8)
+        nonempty = torch.ones(values["shards"], batch, length, dtype=torch.uint8)
+        return {**values, "active": active, "uniforms": uniforms, "nonempty": nonempty}
     sizes = values.get("logits", values)
     if "vocabulary" not in sizes or "length" not in sizes:
         return values

@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="make test-vllm has an environment with vLLM"
 import dgemma_ext as dg
 from vllm_server import Server, probe, serving, tiny
 
-ON = {"DGEMMA_VLLM": "1", "DGEMMA_VLLM_PARTS": "sampler,experts"}
+ON = {"DGEMMA_VLLM": "1"}
 PROMPT = list(range(10, 30))
 # Few steps: a random model's canvases part after many, as logits differ by 1e-5.
 STEPS = 4
@@ -25,7 +25,14 @@ PUZZLE = "62..14...62.4.23653.5.42..1.5654.23."
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(tmp_path_factory.mktemp("vllm") / "tiny")
+    """With a window that prompts and canvases pass."""
+    return tiny(tmp_path_factory.mktemp("vllm") / "tiny", window=24)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a window that a test's whole answer fits into: beyond it vLLM's own attention is another."""
+    return tiny(tmp_path_factory.mktemp("vllm") / "wide", window=512)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def generated(engine: dg.DiffusionGemma, ids: list[int], seed: int, max_tokens: 
 def test_the_plugin_is_loaded_in_every_process(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "dgemma_ext inside vLLM" in line]
     assert len({re.split(r"[ )]", line)[1] for line in lines}) >= 2, lines  # APIServer, EngineCore
-    assert all("sampler, experts" in line for line in lines)
+    assert all("sampler, experts, attention" in line for line in lines)
 
 
 def test_tokens_are_the_engines(server: Server, engine: dg.DiffusionGemma) -> None:
@@ -200,9 +207,9 @@ def test_two_ranks_give_the_tokens_of_one(model: Path, engine: dg.DiffusionGemma
     assert found["tokens"][1] == generated(engine, PROMPT[:9], 8, canvas=dg.Canvas(allowed=[5, 300]))
 
 
-def test_a_plugin_that_is_off_leaves_vllm_as_it_is(model: Path) -> None:
+def test_a_plugin_that_is_off_leaves_vllm_as_it_is(wide: Path) -> None:
     """Its tokens are those of a vLLM that may load no plugin."""
-    told = {"model": str(model), "requests": [{"ids": PROMPT, "max_tokens": 16}]}
+    told = {"model": str(wide), "requests": [{"ids": PROMPT, "max_tokens": 16}]}
     off, log = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     without, _ = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="")
     assert off == without
@@ -211,13 +218,14 @@ def test_a_plugin_that_is_off_leaves_vllm_as_it_is(model: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["sampler", "experts"])
-def test_a_part_by_itself(part: str, model: Path, engine: dg.DiffusionGemma) -> None:
+def test_a_part_by_itself(part: str, wide: Path) -> None:
     extra = {"seed": 7, "max_denoising_steps": STEPS} if part == "sampler" else {"diffusion_max_steps": STEPS}
-    told = {"model": str(model), "requests": [{"ids": PROMPT, "max_tokens": 40, "extra_args": extra}]}
+    told = {"model": str(wide), "requests": [{"ids": PROMPT, "max_tokens": 40, "extra_args": extra}]}
     found, _ = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_PLUGINS="dgemma", DGEMMA_VLLM_PARTS=part)
     classes = found["classes"]
     assert classes["sampler"].startswith("dgemma_ext" if part == "sampler" else "vllm")
     assert classes["model"].startswith("dgemma_ext" if part == "sampler" else "vllm")
     assert ("DGemma" in classes["experts"]) is (part == "experts")
     if part == "sampler":
+        engine = dg.DiffusionGemma.from_pretrained(wide, device="cpu")
         assert found["tokens"][0] == generated(engine, PROMPT, 7)

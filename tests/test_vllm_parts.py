@@ -181,6 +181,7 @@ def test_contents_are_read_by_canvas_and_forgotten_with_their_request() -> None:
     assert window(0, 0, 4).pinned.tolist() == [[True, False, False, True]]
     assert window(0, 1, 4).tokens.tolist() == [[9, -1, -1, -1]]
     assert window(0, 1, 3).tokens.tolist() == [[8, 9, -1, -1]]  # canvases of three positions
+    assert window(0, 0, 2).tokens.tolist() == [[5, -1, -1, -1]]
     assert window(0, 9, 4).tokens.tolist() == [[-1] * 4]
     rows = window(0, 0, 4).allowed_row[0].tolist()
     assert rows[1] == rows[3] == -1

@@ -3,8 +3,8 @@
     python vllm_probe.py '{"model": FOLDER, "requests": [{"ids": [...], "max_tokens": 16, "extra_args": {...}}],
                            "engine": {"tensor_parallel_size": 2}}'
 
-Its last line on stdout is JSON: the tokens of each request, and where the engine is in this process, which classes its
-model, sampler and experts are of.
+A line on stdout that begins with FOUND has JSON: the tokens of each request, and where the engine is in this process,
+which classes its model, sampler and experts are of.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     found: dict[str, Any] = {"tokens": [list(one.outputs[0].token_ids) for one in outputs]}
     if engine.get("tensor_parallel_size", 1) == 1:
         found["classes"] = classes(llm)
-    print(json.dumps(found), flush=True)
+    print("FOUND", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

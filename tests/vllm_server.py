@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from checkpoints import make_checkpoint
 
 TESTS = Path(__file__).parent
 # Seconds: vLLM imports torch in three processes, on a machine that may be busy.
-PATIENCE = 300.0
+PATIENCE = 900.0
 ENGINE = ("--enforce-eager", "--limit-mm-per-prompt", '{"image":0,"video":0}', "--dtype", "float32")
 
 
@@ -54,9 +55,8 @@ def one_scalar(folder: Path) -> Path:
 
 
 def tiny(folder: Path, **sizes: Any) -> Path:
-    """A random checkpoint with heads of a width that vLLM's attention has, and a window that all of a test fits into:
-    beyond it vLLM's attention is another (docs/vllm.md)."""
-    shape = {"head_dim": 32, "global_head_dim": 64, "window": 512, "canvas": 16, **sizes}
+    """A random checkpoint with heads of a width that vLLM's attention has."""
+    shape = {"head_dim": 32, "global_head_dim": 64, "canvas": 16, **sizes}
     return one_scalar(make_checkpoint(folder, dtype=torch.float32, **shape))
 
 
@@ -65,7 +65,8 @@ def probe(told: dict[str, Any], **more: str) -> tuple[dict[str, Any], str]:
     command = [sys.executable, str(TESTS / "vllm_probe.py"), json.dumps(told)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(**more), timeout=2 * PATIENCE)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    return json.loads(result.stdout.splitlines()[-1]), result.stdout + result.stderr
+    (found,) = re.findall(r"^FOUND (.*)$", result.stdout, re.MULTILINE)
+    return json.loads(found), result.stdout + result.stderr
 
 
 @dataclass
