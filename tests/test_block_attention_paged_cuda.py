@@ -93,9 +93,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 REQUESTS = [Request(300, 7, 0), Request(0, 65, 1), Request(620, 33, 2), Request(9, 5, -1), Request(79, 1, 3)]
 
 
-@pytest.mark.parametrize("head_dim", [256, 512])
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("page_size", "layout", "window"), [(16, "keys_beside_values", 260), (96, "rows_first", 0)])
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "layout", "window"), [(256, 16, "keys_beside_values", 260), (512, 96, "rows_first", 0)]
+)
 def test_bits_of_the_contiguous_form(page_size: int, layout: str, window: int, capability: int, head_dim: int) -> None:
     case = Case(REQUESTS, query_heads=2, key_heads=1, head_dim=head_dim, window=window, capacity=650)
     paged = Paged(case, torch.bfloat16, [False, True, True, False, False], page_size, layout)

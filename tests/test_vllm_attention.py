@@ -117,6 +117,99 @@ def test_two_ranks_have_the_heads_between_them(checkpoint: Path, model: Any, tmp
     assert max(distances(model, prompts, saved["calls"][0])) < BOUND
 
 
+def good_layer() -> dict[str, Any]:
+    return {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2, "sliding_window": 8}
+
+
+def test_the_backend_for_gpus_on_tensors_of_a_cpu() -> None:
+    """Two canvases and a prompt: what it stores and reads is what the contiguous operators give."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from dgemma_ext.integrations.vllm.attention_backend import PagedAttentionBackend, PagedAttentionBuilder
+    from dgemma_ext.ops import block_attention
+
+    layer = PagedAttentionBackend.get_impl_cls()(**good_layer())
+    rows, lengths, causal = [5, 4, 9], [12, 4, 30], [0, 1, 0]
+    cache = torch.full((12, 2, 4, 64), float("nan"))  # [blocks, key heads, block size, keys beside values]
+    table = torch.tensor([[3, 7, 1, 0, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 0], [2, 4, 5, 6, 8, 10, 11, 0]]).int()
+    keys, values = ([torch.randn(n, 2, 32) for n in lengths] for _ in "kv")
+
+    def slots(b: int, first: int, end: int) -> torch.Tensor:
+        return torch.tensor([int(table[b, p // 4]) * 4 + p % 4 for p in range(first, end)], dtype=torch.int64)
+
+    for b, (n, length) in enumerate(zip(rows, lengths, strict=True)):  # earlier steps
+        layer.do_kv_cache_update(None, keys[b][: length - n], values[b][: length - n], cache, slots(b, 0, length - n))
+    new = [torch.cat([x[b][lengths[b] - rows[b] :] for b in range(3)]) for x in (keys, values)]
+    new = [torch.cat([x, torch.zeros(2, 2, 32)]) for x in new]  # padding, for a graph
+    slot = torch.cat([*(slots(b, lengths[b] - rows[b], lengths[b]) for b in range(3)), torch.tensor([-1, -1])])
+    layer.do_kv_cache_update(None, *new, cache, slot)
+    start = torch.tensor([0, 5, 9, 18], dtype=torch.int32)
+    metadata = CommonAttentionMetadata(
+        query_start_loc=start,
+        query_start_loc_cpu=start,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=3,
+        num_actual_tokens=18,
+        max_query_len=9,
+        max_seq_len=32,
+        block_table_tensor=table,
+        slot_mapping=slot,
+        causal=torch.tensor(causal, dtype=torch.int32),
+    )
+    query, output = torch.randn(20, 4, 32), torch.full((20, 4, 32), 7.0)
+    batch = PagedAttentionBuilder.build(None, 0, metadata)
+    assert layer.forward(None, query, *new, cache, batch, output) is output
+    assert bool((output[18:] == 7.0).all())
+    for b, (n, length) in enumerate(zip(rows, lengths, strict=True)):
+        function = block_attention.causal_attention if causal[b] else block_attention.canvas_attention
+        first = int(start[b])
+        place = (torch.zeros(1, dtype=torch.int32), torch.tensor([length - n], dtype=torch.int32))
+        old = [torch.cat([x[b][: length - n], torch.zeros(1, 2, 32)])[None] for x in (keys, values)]
+        block = [x[b][None, length - n :].contiguous() for x in (keys, values)]
+        wanted = function(query[None, first : first + n].contiguous(), *block, *old, *place, window=8)
+        assert torch.equal(output[first : first + n], wanted[0]), b
+
+
+@pytest.mark.parametrize(
+    ("changed", "reasons"),
+    [
+        ({}, []),
+        ({"head_size": 512}, []),
+        ({"head_size": 96}, ["head_size not supported"]),
+        ({"dtype": torch.float16}, ["dtype not supported"]),
+        ({"device_capability": (7, 5)}, ["compute capability not supported"]),
+    ],
+)
+def test_vllm_is_told_what_the_backend_for_gpus_takes(changed: dict[str, Any], reasons: list[str]) -> None:
+    """By vLLM's own questions, of a canvas on a sliding layer."""
+    from vllm.platforms.interface import DeviceCapability
+
+    from dgemma_ext.integrations.vllm.attention_backend import PagedAttentionBackend
+
+    asked = {"head_size": 256, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16, **changed}
+    asked["device_capability"] = DeviceCapability(*changed.get("device_capability", (9, 0)))
+    asked |= {"attn_type": "decoder", "has_sliding_window": True, "use_non_causal": True}
+    features = ("use_mla", "has_sink", "use_sparse", "use_mm_prefix", "use_per_head_quant_scales")
+    assert PagedAttentionBackend.validate_configuration(**asked, **dict.fromkeys(features, False)) == reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alibi_slopes", [1.0]),
+        ("logits_soft_cap", 50.0),
+        ("attn_type", "encoder_only"),
+        ("kv_cache_dtype", "fp8"),
+        ("sinks", torch.zeros(4)),
+    ],
+)
+def test_the_backend_for_gpus_names_what_it_does_not_have(name: str, value: Any) -> None:
+    from dgemma_ext.integrations.vllm.attention_backend import PagedAttention
+
+    with pytest.raises(NotImplementedError, match=rf"^{name}: "):
+        PagedAttention(**{**good_layer(), name: value})
+
+
 def test_without_the_part_vllm_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, where nothing was registered before."""
     program = (

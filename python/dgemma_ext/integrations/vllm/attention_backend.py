@@ -57,7 +57,7 @@ class PagedAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return bool(capability >= (8, 0))
+        return bool(capability.major >= 8)
 
 
 class PagedAttentionBuilder(AttentionMetadataBuilder[Any]):  # type: ignore[misc]
