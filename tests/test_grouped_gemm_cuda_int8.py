@@ -219,6 +219,17 @@ def test_the_largest_sums(extreme: int) -> None:
         assert torch.equal(got, wanted.bfloat16().expand(3, 8))
 
 
+def test_sums_of_segments_are_not_rounded_on_the_way() -> None:
+    """Segments of more than 2^24, which fp32 would round, and that cancel but for little."""
+    half, input = torch.randint(64, 128, (8, 8192)), torch.randint(64, 128, (3, 8192))
+    values = torch.cat([half, -half], -1)
+    values[:, -50:] += torch.randint(-3, 4, (8, 50))
+    weight = Matrix(INTS, values.clamp(-128, 127).to(torch.int8).view(torch.uint8), None, None)
+    input[:, 0] = 127
+    rows = torch.cat([input, input], -1).bfloat16()
+    assert torch.equal(run_dense(rows, weight), exact_dense(rows, weight))
+
+
 # Rounding.
 
 
