@@ -369,6 +369,12 @@ def test_figures_of_quantized_weights_are_those_that_were_measured() -> None:
                 measured = [layer["memory"][name]]
                 measured += [layer[f"two_threads_{what}"][name]["ratio"] for what in ("256_tokens", "1_token")]
                 assert [float(cell) for cell in cells[:3]] == pytest.approx(measured, abs=0.0051)
+        elif len(cells) == 4 and name in results["searched_scales"]:
+            measured = results["searched_scales"][name]
+            for column, cell in zip(
+                ("largest, 6x6", "searched, 6x6", "largest, 9x9", "searched, 9x9"), cells, strict=True
+            ):
+                assert [float(n) for n in re.findall(r"[\d.]+", cell)] == measured.get(column, [])
         elif len(cells) == 3 and "," in cells[0]:
             kinds = [kind for kind in results["logits"] if kind != "benchmark"]
             measured = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dgemma_ext as dg
+import dgemma_vllm
 from dgemma_ext.checkpoint import GenerationDefaults, Tokenizer
 from dgemma_ext.integrations.vllm import settings, versions
 from dgemma_ext.integrations.vllm.contents import Contents
@@ -31,18 +33,32 @@ from models import begun, random_model
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
-    (found,) = [one for one in entry_points(group="vllm.general_plugins") if one.name == settings.NAME]
-    assert found.value == "dgemma_ext.integrations.vllm:register"
+    (found,) = [one for one in entry_points(group="vllm.general_plugins") if one.name == dgemma_vllm.NAME]
+    assert found.load() is dgemma_vllm.register
 
 
-def test_a_plugin_that_is_off_imports_nothing_of_vllm() -> None:
+@pytest.mark.parametrize("switch", [None, "0"])
+def test_a_plugin_that_is_off_imports_nothing(switch: str | None) -> None:
     program = (
-        "import sys; sys.modules['vllm'] = None; from dgemma_ext.integrations.vllm import register; register();"
-        "print([name for name in sys.modules if name.startswith('dgemma_ext.integrations.vllm.')])"
+        "import sys; sys.modules['vllm'] = None; import dgemma_vllm; dgemma_vllm.register();"
+        "print([name for name in sys.modules if name.startswith(('dgemma_ext', 'torch'))])"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    loaded = {name.rpartition(".")[2] for name in eval(result.stdout)}
-    assert loaded == {"register", "settings", "versions"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("DGEMMA_VLLM", "VLLM_PLUGINS")}
+    if switch is not None:
+        environment |= {"DGEMMA_VLLM": switch, "VLLM_PLUGINS": dgemma_vllm.NAME}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    # The finder of an editable installation is there from the start.
+    assert [name for name in eval(result.stdout) if not name.startswith("_editable")] == []
+
+
+def test_a_plugin_that_is_on_asks_for_vllm_s_release_first() -> None:
+    program = "import sys; sys.modules['vllm'] = None; import dgemma_vllm; dgemma_vllm.register()"
+    environment = os.environ | {"DGEMMA_VLLM": "1"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "No module named 'vllm.version'" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -63,13 +79,13 @@ def test_the_switch(switch: str | None, named: str | None, on: bool, monkeypatch
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert settings.is_on() is on
+    assert dgemma_vllm.is_on() is on
 
 
 def test_switches_without_a_meaning_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DGEMMA_VLLM", "yes")
     with pytest.raises(ValueError, match="DGEMMA_VLLM must be 0 or 1, got 'yes'"):
-        settings.is_on()
+        dgemma_vllm.is_on()
     monkeypatch.setenv("DGEMMA_VLLM_PARTS", "sampler,experts ,router")
     with pytest.raises(ValueError, match="DGEMMA_VLLM_PARTS must name sampler, experts, attention, got 'router'"):
         settings.parts()

@@ -8,7 +8,7 @@ print(model.generate("Why is the sky blue?").text)
 
 from __future__ import annotations
 
-import dgemma_ext.heap  # noqa: F401
+import dgemma_ext.heap
 import dgemma_ext.openmp  # noqa: F401  It stands first: it acts before torch is loaded.
 from dgemma_ext.checkpoint import (
     Adapter,

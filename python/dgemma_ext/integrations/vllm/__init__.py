@@ -2,9 +2,10 @@
 
     DGEMMA_VLLM=1 vllm serve google/diffusiongemma-26B-A4B-it
 
-vLLM calls `register` in each of its processes. It does nothing unless DGEMMA_VLLM is 1 or VLLM_PLUGINS names `dgemma`
-(settings.py), nor beside a release of vLLM that it does not know (versions.py). Otherwise it hands vLLM the parts that
-are on, each by the extension points of vLLM's own, without changing a function of it:
+vLLM loads the entry point (dgemma_vllm) in each of its processes, and that calls `register` here where DGEMMA_VLLM is 1
+or VLLM_PLUGINS names `dgemma`. It does nothing beside a release of vLLM that it does not know (versions.py). Otherwise
+it hands vLLM the parts that are on (settings.py), each by the extension points of vLLM's own, without changing a
+function of it:
 
 - sampler: the model's class with a state and a sampler of ours: vocabulary head with statistics, sampling, update and
   soft embedding for all canvases of a step together (model.py, sampler.py), and a check of a request's settings before

@@ -18,8 +18,6 @@ def register() -> None:
 
     Raises ValueError for an environment variable without a meaning.
     """
-    if not settings.is_on():
-        return
     check_environment()
     parts = settings.parts()
     version = _version()
