@@ -275,11 +275,13 @@ def automaton_operations(dtype: torch.dtype, batch: int = 2, length: int = 3, vo
 
 
 def quantized_matrix(format: str, matrices: int, rows: int, columns: int) -> dict[str, Any]:
-    """A dgemma_quantized of e4m3 ("fp8"), of 4 bits in groups of 32 ("int4") or of e2m1 ("nvfp4"), all its values 0."""
+    """A dgemma_quantized of e4m3 ("fp8"), of 4 bits in groups of 32 ("int4"), of e2m1 ("nvfp4") or of "int8": all its
+    values 0."""
     number, group, bits, scale = {
         "fp8": (1, 0, 8, None),
         "int4": (2, 32, 4, torch.bfloat16),
         "nvfp4": (3, 16, 4, torch.uint8),
+        "int8": (4, 0, 8, None),
     }[format]
     return {
         "format": number,

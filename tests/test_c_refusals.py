@@ -10,7 +10,14 @@ import torch
 
 from backend import BACKEND
 from c_interface import INVALID_ARGUMENT, OK, UNSUPPORTED, WORKSPACE_TOO_SMALL, call, context, load, operation
-from c_operations import automaton_operations, denoise_operations, layer_operations, product_operations, with_workspace
+from c_operations import (
+    automaton_operations,
+    denoise_operations,
+    layer_operations,
+    product_operations,
+    quantized_matrix,
+    with_workspace,
+)
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 
@@ -74,6 +81,40 @@ def test_a_workspace_that_is_too_small_or_misaligned(library: ctypes.CDLL) -> No
             continue
         for status, message in refused(library, name, {**values, "workspace": values["workspace"].data_ptr() + 1}):
             assert (status, message.split(":")[0]) == (INVALID_ARGUMENT, "workspace"), name
+
+
+DENSE_INT8 = {"weight": quantized_matrix("int8", 1, 16, 32)}
+GATE_UP_INT8 = {"gate_up": quantized_matrix("int8", 3, 32, 32)}
+DOWN_INT8 = {"down": quantized_matrix("int8", 3, 32, 16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "weights", "tokens"),
+    [
+        ("dense_quantized", "dense", DENSE_INT8, 4),
+        ("moe_ffn_quantized", "ffn", GATE_UP_INT8, 4),
+        ("moe_ffn_quantized", "ffn", DOWN_INT8, 8),  # pairs of a token and an expert
+        ("moe_ffn_quantized", "ffn", GATE_UP_INT8 | DOWN_INT8, 8),
+    ],
+)
+def test_tokens_are_rounded_to_int8_in_the_workspace(
+    library: ctypes.CDLL, name: str, inner: str, weights: dict[str, Any], tokens: int
+) -> None:
+    """Each takes 64 codes of two bytes and a scale, which is what other formats do without."""
+    others = values_of(library, name)[inner]["workspace_bytes"]
+    values = with_workspace(library, name, all_operations()[name] | weights)
+    size = values[inner]["workspace_bytes"]
+    assert size == others + tokens * 64 * 2 + 64
+    assert call(library, f"cpu_{name}", **values)[0] == OK
+    status, message = call(library, f"cpu_{name}", **replaced(values, (inner, "workspace_bytes"), size - 1))
+    assert (status, message) == (WORKSPACE_TOO_SMALL, f"workspace_bytes: got {size - 1}, wants at least {size}")
+    status, message = call(library, f"cpu_{name}", **replaced(values, (inner, "workspace"), None))
+    assert (status, message) == (INVALID_ARGUMENT, f"workspace: got NULL, wants {size} bytes")
+    # Columns that no call takes: no size either.
+    columns = "in_features" if inner == "dense" else "hidden_size" if "gate_up" in weights else "expert_size"
+    wide = replaced(values, (inner, columns), 2**31 - 1)
+    assert with_workspace(library, name, wide)[inner]["workspace_bytes"] == 0
+    assert call(library, f"cpu_{name}", **wide)[0] == INVALID_ARGUMENT
 
 
 SIZES = [

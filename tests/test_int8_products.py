@@ -102,3 +102,32 @@ def test_int8_experts(cpu_variant: str, hidden: int, size: int, tokens: int, dty
     if hidden > 7:
         assert float((unrounded - wanted).norm() / wanted.norm()) > 1e-3
     assert torch.equal(quantized_gemm.moe_ffn(*(one[:1].clone() for one in arguments[:3]), gate_up, down), got[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "size", "tokens"), SIZES)
+def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others(
+    cpu_variant: str, hidden: int, size: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """Wherever in the token the value stands, before and after larger ones."""
+    input, ids, weights, gate_up, down = experts(hidden, size, tokens, dtype)
+    weight = Int8Weight.quantize(torch.randn(size, hidden))
+    bad = input.clone()
+    values = [float("nan"), float("inf"), float("nan"), float("-inf")][: tokens - 1]
+    for token, value in enumerate(values):  # in the first column, .. in the last one
+        bad[token, token * (hidden - 1) // (len(values) - 1)] = value
+    spoilt = bad.isfinite().logical_not().any(-1)
+    for f in (
+        lambda x: quantized_gemm.dense(x, weight),
+        lambda x: quantized_gemm.moe_ffn(x, ids, weights, gate_up, down),
+    ):
+        got, clean = f(bad), f(input)
+        assert clean.isfinite().all()
+        assert got[spoilt].isnan().all()
+        assert torch.equal(got[~spoilt], clean[~spoilt])
+    # Activations beyond what the dtype holds, of a finite token.
+    large = input.clone()
+    large[0] = 1e25 if dtype == torch.bfloat16 else 1e22
+    got = quantized_gemm.moe_ffn(large, ids, weights, gate_up, down)
+    assert got[0].isnan().all()
+    assert got[1:].isfinite().all()

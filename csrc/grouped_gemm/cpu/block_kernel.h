@@ -3,7 +3,8 @@
 // per instruction set; see cpu/vector.h for what that forbids.
 //
 // `Rows` below are sixteen rows at a time of a matrix, in the dtype of the tokens
-// (cpu/plain_blocks.h) or quantized (cpu/quantized_blocks.h): kPackedTokens, pack, ask, multiply.
+// (cpu/plain_blocks.h), quantized (cpu/quantized_blocks.h) or in INT8 (cpu/int8_blocks.h):
+// kPackedTokens, pack, ask, multiply. What a token is to `pack` is theirs to say.
 #pragma once
 
 #include "grouped_gemm/cpu/activate.h"
@@ -69,21 +70,25 @@ constexpr int64_t packed_bytes(int64_t tokens, int64_t columns) {
   return tokens * columns * static_cast<int64_t>(sizeof(TokenValue));
 }
 
+// Row t of a tensor [.., columns] of bfloat16, as `pack` takes it.
+inline auto rows_of(const void* tensor, int64_t columns) {
+  const bfloat16* rows = static_cast<const bfloat16*>(tensor);
+  return [rows, columns](int64_t t) { return rows + t * columns; };
+}
+
 // activations[:, first_row : end_row] of one group; `gate` and `up` have its expert's rows, and one
-// memory for tokens. Tokens that are packed together are multiplied with all rows of the task
-// before the next ones.
-template <typename Rows>
+// memory for tokens; token(t) is token t of the pass. Tokens that are packed together are
+// multiplied with all rows of the task before the next ones.
+template <typename T, typename Rows, typename Token>
 inline void gate_up_blocks(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row,
-                           const Rows& gate, const Rows& up) {
-  const int64_t k = pass.hidden_size, size = pass.expert_size;
-  const bfloat16* input = static_cast<const bfloat16*>(pass.input);
-  bfloat16* activations = static_cast<bfloat16*>(pass.activations);
+                           const Rows& gate, const Rows& up, Token token) {
+  const int64_t size = pass.expert_size;
+  T* activations = static_cast<T*>(pass.activations);
   gate.ask(first_row);
   up.ask(first_row);
   const int64_t begin = pass.plan.first[group], end = pass.plan.first[group + 1];
   each_token_tile(begin, end, Rows::kPackedTokens, [&](int64_t begin, int64_t tokens) {
-    gate.pack(tokens,
-              [&](int64_t t) { return input + pass.plan.pair[begin + t] / pass.top_k * k; });
+    gate.pack(tokens, [&](int64_t t) { return token(pass.plan.pair[begin + t] / pass.top_k); });
     for (int64_t row = first_row; row < end_row; row += kTileRows) {
       Floats gates[Rows::kPackedTokens], ups[Rows::kPackedTokens];
       gate.multiply(row, tokens, gates);
@@ -110,16 +115,16 @@ inline void multiply_blocks(const Rows& rows, int64_t first_row, int64_t end_row
   });
 }
 
-// products[..., first_row : end_row] of one group's pairs; `rows` has its expert's rows of down.
-template <typename Rows>
+// products[..., first_row : end_row] of one group's pairs; `rows` has its expert's rows of down,
+// and h(i) is the activations of pair i of the plan.
+template <typename Rows, typename Token>
 inline void down_blocks(const MoePass& pass, int64_t group, int64_t first_row, int64_t end_row,
-                        const Rows& rows) {
-  const int64_t k = pass.expert_size, hidden = pass.hidden_size;
+                        const Rows& rows, Token h) {
+  const int64_t hidden = pass.hidden_size;
   const int64_t begin = pass.plan.first[group];
-  const bfloat16* activations = static_cast<const bfloat16*>(pass.activations) + begin * k;
   multiply_blocks(
       rows, first_row, end_row, pass.plan.first[group + 1] - begin,
-      [&](int64_t t) { return activations + t * k; },
+      [&](int64_t t) { return h(begin + t); },
       [&](int64_t t) { return pass.products + pass.plan.pair[begin + t] * hidden; });
 }
 

@@ -24,7 +24,8 @@ typedef float TokenValue;
 constexpr int kMostTileTokens = 24;
 
 // Eight bytes of a token, eight times over.
-inline Words repeat_eight(const TokenValue* values) {
+template <typename Value>
+inline Words repeat_eight(const Value* values) {
   uint64_t bytes;
   std::memcpy(&bytes, values, sizeof bytes);
   return (Words)(Quads{} + bytes);
@@ -48,7 +49,8 @@ __attribute__((always_inline)) inline void multiply_columns(Words weights, const
 }
 
 // Two sums of each row, of the first eight and of the others, to 16 rows in their order.
-inline Floats add_pairs(Floats x, Floats y) {
+template <typename Vector>
+inline Vector add_pairs(Vector x, Vector y) {
   return __builtin_shufflevector(x, y, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
          __builtin_shufflevector(x, y, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }

@@ -15,6 +15,19 @@ namespace {
 // No single extent may be larger, so that products of two are exact.
 constexpr int64_t kLargestExtent = INT32_MAX;
 
+// Cuts the workspace out of `base`, or without one only counts the bytes.
+size_t carve(const dgemma_dense& op, const dgemma_quantized* weight, void* base,
+             Int8Tokens* rounded) {
+  Carver carver = {static_cast<char*>(base)};
+  if (is_int8(weight)) *rounded = take_int8_tokens(&carver, op.rows, op.in_features);
+  return carver.used;
+}
+
+size_t count_workspace_bytes(const dgemma_dense& op, const dgemma_quantized* weight) {
+  Int8Tokens none;
+  return carve(op, weight, nullptr, &none);
+}
+
 dgemma_status check(const dgemma_dense& op, const dgemma_quantized* weight, dgemma_cpu* cpu) {
   const struct {
     const char* name;
@@ -35,7 +48,10 @@ dgemma_status check(const dgemma_dense& op, const dgemma_quantized* weight, dgem
     if (const auto status =
             check_quantized("weight", *weight, op.out_features, op.in_features, cpu))
       return status;
-  return check_operands(operands_of(op, weight), cpu);
+  const OperandList operands = operands_of(op, weight);
+  if (const auto status = check_operands(operands, cpu)) return status;
+  return check_workspace(operands, op.workspace, op.workspace_bytes,
+                         count_workspace_bytes(op, weight), cpu);
 }
 
 // `weight` is NULL where op has its weight itself.
@@ -49,10 +65,16 @@ dgemma_status run(const dgemma_dense& op, const dgemma_quantized* weight, dgemma
   const DenseTask* const table = weight != nullptr ? DGEMMA_TABLE_OF(variant, quantized_dense_tasks)
                                                    : DGEMMA_TABLE_OF(variant, dense_tasks);
   const DenseTask task = table[op.dtype];
+  Int8Tokens rounded = {};
+  carve(op, weight, op.workspace, &rounded);
+  if (is_int8(weight))
+    round_rows(cpu, DGEMMA_TABLE_OF(variant, int8_round_tasks)[op.dtype], op.input, op.rows,
+               op.in_features, rounded);
+  const DensePass pass = {op, weight, rounded};
   const int64_t tasks = ceil_divide(op.out_features, kDenseRowsPerTask);
   run_tasks(cpu, tasks, [&](int64_t index) {
     const int64_t first = index * kDenseRowsPerTask, end = first + kDenseRowsPerTask;
-    task(op, weight, first, end < op.out_features ? end : op.out_features);
+    task(pass, first, end < op.out_features ? end : op.out_features);
   });
   return DGEMMA_OK;
 }
@@ -67,7 +89,13 @@ dgemma_status dgemma_cpu_dense(const dgemma_dense* op, dgemma_cpu* cpu) {
   return dgemma::run(*op, nullptr, cpu);
 }
 
-size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* /*op*/) { return 0; }
+size_t dgemma_cpu_dense_quantized_workspace(const dgemma_dense_quantized* op) {
+  using namespace dgemma;
+  if (op == nullptr || op->dense.rows < 0 || op->dense.rows > kLargestExtent ||
+      op->dense.in_features < 1 || op->dense.in_features > kMostQuantizedColumns)
+    return 0;
+  return count_workspace_bytes(op->dense, &op->weight);
+}
 
 dgemma_status dgemma_cpu_dense_quantized(const dgemma_dense_quantized* op, dgemma_cpu* cpu) {
   if (const auto status = dgemma::check_call(op, cpu)) return status;

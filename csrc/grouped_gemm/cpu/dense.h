@@ -5,6 +5,7 @@
 
 #include "cpu/variants.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cpu/int8_tokens.h"
 
 namespace dgemma {
 
@@ -12,10 +13,15 @@ namespace dgemma {
 // second-level cache of 1 MiB beside a block of input rows.
 constexpr int64_t kDenseRowsPerTask = 96;
 
-// output[:, first_row : end_row], rows of the weight being columns of the output. `weight` is given
-// to the quantized tasks alone.
-typedef void (*DenseTask)(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
-                          int64_t end_row);
+// A call: `weight` in place of the operation's own, with INT8 weights the rounded input.
+struct DensePass {
+  const dgemma_dense& op;
+  const dgemma_quantized* weight;
+  Int8Tokens rounded;
+};
+
+// output[:, first_row : end_row], rows of the weight being columns of the output.
+typedef void (*DenseTask)(const DensePass& pass, int64_t first_row, int64_t end_row);
 
 // Indexed by dgemma_dtype.
 DGEMMA_DECLARE_PER_VARIANT(DenseTask dense_tasks[2])

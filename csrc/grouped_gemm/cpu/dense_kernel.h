@@ -27,8 +27,8 @@ inline void dense_rows(const dgemma_dense& op, int64_t first_row, int64_t end_ro
 }
 
 template <typename T>
-void dense_task(const dgemma_dense& op, const dgemma_quantized* /*weight*/, int64_t first_row,
-                int64_t end_row) {
+void dense_task(const DensePass& pass, int64_t first_row, int64_t end_row) {
+  const dgemma_dense& op = pass.op;
   const PlainRows<T> rows{static_cast<const T*>(op.weight), op.in_features};
   dense_rows<T>(op, first_row, end_row, rows, rows);
 }

@@ -25,27 +25,48 @@ int64_t tokens_per_pass(const dgemma_moe_ffn& op) {
   return tokens < op.tokens ? tokens : op.tokens;
 }
 
+// The weights of a call: pointers in its dgemma_moe_ffn, or these.
+struct QuantizedPair {
+  const dgemma_quantized* gate_up = nullptr;
+  const dgemma_quantized* down = nullptr;
+};
+
 // The parts of the workspace.
 struct MoeBuffers {
   int32_t* plan;
   char* activations;
   float* products;
+  Int8Tokens rounded_input;  // with INT8 weights
+  Int8Tokens rounded_activations;
 };
 
 // Cuts them out of `base`, or without one only counts the bytes.
-size_t carve(const dgemma_moe_ffn& op, void* base, MoeBuffers* buffers) {
+size_t carve(const dgemma_moe_ffn& op, const QuantizedPair& quantized, void* base,
+             MoeBuffers* buffers) {
   const int64_t pairs = tokens_per_pass(op) * op.top_k;
   Carver carver = {static_cast<char*>(base)};
   buffers->plan = carver.take<int32_t>(moe_plan_size(pairs, op.experts));
   buffers->activations =
       carver.take<char>(pairs * op.expert_size * static_cast<int64_t>(bytes_of(op.dtype)));
   buffers->products = carver.take<float>(pairs * op.hidden_size);
-  return carver.used;
+  // One memory for both: the input's codes are done with before those of the activations are
+  // written.
+  Carver of_input = carver, of_activations = carver;
+  if (is_int8(quantized.gate_up))
+    buffers->rounded_input = take_int8_tokens(&of_input, tokens_per_pass(op), op.hidden_size);
+  if (is_int8(quantized.down))
+    buffers->rounded_activations = take_int8_tokens(&of_activations, pairs, op.expert_size);
+  return of_input.used > of_activations.used ? of_input.used : of_activations.used;
 }
 
-size_t count_workspace_bytes(const dgemma_moe_ffn& op) {
-  MoeBuffers none;
-  return carve(op, nullptr, &none);
+size_t count_workspace_bytes(const dgemma_moe_ffn& op, const QuantizedPair& quantized) {
+  MoeBuffers none = {};
+  return carve(op, quantized, nullptr, &none);
+}
+
+// False for a matrix in INT8 of more columns than a call takes.
+bool columns_fit(const dgemma_quantized& matrix, int64_t columns) {
+  return !is_int8(&matrix) || columns <= kMostQuantizedColumns;
 }
 
 struct NamedExtent {
@@ -79,12 +100,6 @@ bool sizes_fit(const dgemma_moe_ffn& op) {
          !__builtin_mul_overflow(pairs * op.hidden_size, 4, &bytes);
 }
 
-// The weights of a call: pointers in its dgemma_moe_ffn, or these.
-struct QuantizedPair {
-  const dgemma_quantized* gate_up = nullptr;
-  const dgemma_quantized* down = nullptr;
-};
-
 dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgemma_cpu* cpu) {
   const NamedExtent extent = bad_extent(op);
   if (extent.name != nullptr)
@@ -110,7 +125,7 @@ dgemma_status check(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dg
   const OperandList operands = operands_of(op, quantized.gate_up, quantized.down);
   if (const auto status = check_operands(operands, cpu)) return status;
   if (const auto status = check_workspace(operands, op.workspace, op.workspace_bytes,
-                                          count_workspace_bytes(op), cpu))
+                                          count_workspace_bytes(op, quantized), cpu))
     return status;
   const int64_t bad = find_bad_expert_id(op.expert_ids, op.tokens * op.top_k, op.experts);
   if (bad >= 0)
@@ -144,17 +159,18 @@ void run_row_tasks(dgemma_cpu* cpu, const MoePlan& plan, int64_t rows, int64_t l
   });
 }
 
-// A task with INT8 weights rounds its tokens first, which pays over more rows.
-int64_t times_of_rows(const dgemma_quantized* weight) {
-  return weight != nullptr && weight->format == DGEMMA_WEIGHTS_INT8 ? 2 : 1;
-}
-
-void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels, dgemma_cpu* cpu) {
+void run_pass(const MoePass& pass, int64_t tokens, const MoeKernels& kernels,
+              Int8RoundTask round_task, dgemma_cpu* cpu) {
+  if (is_int8(pass.quantized_gate_up))
+    round_rows(cpu, round_task, pass.input, tokens, pass.hidden_size, pass.rounded_input);
   run_row_tasks(
-      cpu, pass.plan, pass.expert_size, times_of_rows(pass.quantized_gate_up) * kGateUpRowsPerTask,
+      cpu, pass.plan, pass.expert_size, kGateUpRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.gate_up(pass, group, first, end); });
+  if (is_int8(pass.quantized_down))
+    round_rows(cpu, round_task, pass.activations, pass.plan.first[pass.plan.groups],
+               pass.expert_size, pass.rounded_activations);
   run_row_tasks(
-      cpu, pass.plan, pass.hidden_size, times_of_rows(pass.quantized_down) * kDownRowsPerTask,
+      cpu, pass.plan, pass.hidden_size, kDownRowsPerTask,
       [&](int64_t group, int64_t first, int64_t end) { kernels.down(pass, group, first, end); });
   run_tasks(cpu, tokens, [&](int64_t token) { kernels.combine(pass, token); });
 }
@@ -170,8 +186,9 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                                        ? DGEMMA_TABLE_OF(variant, quantized_moe_kernels)
                                        : DGEMMA_TABLE_OF(variant, moe_kernels);
   const MoeKernels& kernels = tables[op.dtype];
-  MoeBuffers buffers;
-  carve(op, op.workspace, &buffers);
+  const Int8RoundTask round_task = DGEMMA_TABLE_OF(variant, int8_round_tasks)[op.dtype];
+  MoeBuffers buffers = {};
+  carve(op, quantized, op.workspace, &buffers);
   const int64_t step = tokens_per_pass(op);
   const int64_t token_bytes = op.hidden_size * static_cast<int64_t>(bytes_of(op.dtype));
   for (int64_t first = 0; first < op.tokens; first += step) {
@@ -190,8 +207,10 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
                           .output = static_cast<char*>(op.output) + first * token_bytes,
                           .plan = make_moe_plan(ids, tokens * op.top_k, op.experts, buffers.plan),
                           .activations = buffers.activations,
-                          .products = buffers.products};
-    run_pass(pass, tokens, kernels, cpu);
+                          .products = buffers.products,
+                          .rounded_input = buffers.rounded_input,
+                          .rounded_activations = buffers.rounded_activations};
+    run_pass(pass, tokens, kernels, round_task, cpu);
   }
   return DGEMMA_OK;
 }
@@ -201,7 +220,7 @@ dgemma_status run(const dgemma_moe_ffn& op, const QuantizedPair& quantized, dgem
 
 size_t dgemma_cpu_moe_ffn_workspace(const dgemma_moe_ffn* op) {
   if (op == nullptr || dgemma::bad_extent(*op).name != nullptr || !dgemma::sizes_fit(*op)) return 0;
-  return dgemma::count_workspace_bytes(*op);
+  return dgemma::count_workspace_bytes(*op, {});
 }
 
 dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {
@@ -210,7 +229,11 @@ dgemma_status dgemma_cpu_moe_ffn(const dgemma_moe_ffn* op, dgemma_cpu* cpu) {
 }
 
 size_t dgemma_cpu_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op) {
-  return op != nullptr ? dgemma_cpu_moe_ffn_workspace(&op->ffn) : 0;
+  using namespace dgemma;
+  if (op == nullptr || bad_extent(op->ffn).name != nullptr || !sizes_fit(op->ffn) ||
+      !columns_fit(op->gate_up, op->ffn.hidden_size) || !columns_fit(op->down, op->ffn.expert_size))
+    return 0;
+  return count_workspace_bytes(op->ffn, {&op->gate_up, &op->down});
 }
 
 dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, dgemma_cpu* cpu) {

@@ -5,6 +5,7 @@
 
 #include "cpu/variants.h"
 #include "dgemma/grouped_gemm.h"
+#include "grouped_gemm/cpu/int8_tokens.h"
 #include "grouped_gemm/cpu/plan.h"
 
 namespace dgemma {
@@ -25,6 +26,9 @@ struct MoePass {
   MoePlan plan;
   void* activations;  // [pairs in plan order, expert_size], dtype
   float* products;    // [tokens, top_k, hidden_size]; slots with id -1 are never touched
+  Int8Tokens
+      rounded_input;  // of every token, and of every pair in plan order, where weights are INT8
+  Int8Tokens rounded_activations;
 };
 
 // Weight rows that one task takes at least, of each of gate and up, and of down; and how many tasks

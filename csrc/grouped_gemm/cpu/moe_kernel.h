@@ -71,8 +71,8 @@ void gate_up_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t
   if constexpr (sizeof(T) == sizeof(bfloat16))
     if (takes_blocks<T>(size, k) && k <= PlainBlockRows::kMostColumns) {
       void* const scratch = DGEMMA_PACKED_SCRATCH(k);
-      return gate_up_blocks(pass, group, first_row, end_row, PlainBlockRows(gate, k, scratch),
-                            PlainBlockRows(gate + size * k, k, scratch));
+      return gate_up_blocks<T>(pass, group, first_row, end_row, PlainBlockRows(gate, k, scratch),
+                               PlainBlockRows(gate + size * k, k, scratch), rows_of(pass.input, k));
     }
 #endif
   gate_up_rows<T>(pass, group, first_row, end_row, PlainRows<T>{gate, k},
@@ -109,7 +109,8 @@ void down_task(const MoePass& pass, int64_t group, int64_t first_row, int64_t en
   if constexpr (sizeof(T) == sizeof(bfloat16))
     if (takes_blocks<T>(pass.hidden_size, k) && k <= PlainBlockRows::kMostColumns)
       return down_blocks(pass, group, first_row, end_row,
-                         PlainBlockRows(down, k, DGEMMA_PACKED_SCRATCH(k)));
+                         PlainBlockRows(down, k, DGEMMA_PACKED_SCRATCH(k)),
+                         rows_of(pass.activations, k));
 #endif
   const PlainRows<T> rows{down, k};
   down_rows<T>(pass, group, first_row, end_row, rows, rows);

@@ -90,9 +90,9 @@ inline void quantized_gate_up_blocks(const MoePass& pass, int64_t group, int64_t
   with_format(pass.quantized_gate_up->format, [&](auto format) {
     typedef DecodedBlockRows<decltype(format)::value> Rows;
     const int64_t row_of_gate = pass.plan.expert[group] * 2 * size;
-    gate_up_blocks(pass, group, first_row, end_row,
-                   Rows(*pass.quantized_gate_up, row_of_gate, k, scratch),
-                   Rows(*pass.quantized_gate_up, row_of_gate + size, k, scratch));
+    gate_up_blocks<bfloat16>(
+        pass, group, first_row, end_row, Rows(*pass.quantized_gate_up, row_of_gate, k, scratch),
+        Rows(*pass.quantized_gate_up, row_of_gate + size, k, scratch), rows_of(pass.input, k));
   });
 }
 
@@ -104,22 +104,20 @@ inline void quantized_down_blocks(const MoePass& pass, int64_t group, int64_t fi
     typedef DecodedBlockRows<decltype(format)::value> Rows;
     const int64_t row_of_down = pass.plan.expert[group] * pass.hidden_size;
     down_blocks(pass, group, first_row, end_row,
-                Rows(*pass.quantized_down, row_of_down, k, scratch));
+                Rows(*pass.quantized_down, row_of_down, k, scratch), rows_of(pass.activations, k));
   });
 }
 
 // output[:, first_row : end_row] of a dense projection.
 inline void quantized_dense_blocks(const dgemma_dense& op, const dgemma_quantized& weight,
                                    int64_t first_row, int64_t end_row) {
-  const bfloat16* input = static_cast<const bfloat16*>(op.input);
   bfloat16* output = static_cast<bfloat16*>(op.output);
   void* const scratch = DGEMMA_DECODED_BLOCKS_SCRATCH(op.in_features);
   with_format(weight.format, [&](auto format) {
     typedef DecodedBlockRows<decltype(format)::value> Rows;
-    multiply_blocks(
-        Rows(weight, 0, op.in_features, scratch), first_row, end_row, op.rows,
-        [&](int64_t t) { return input + t * op.in_features; },
-        [&](int64_t t) { return output + t * op.out_features; });
+    multiply_blocks(Rows(weight, 0, op.in_features, scratch), first_row, end_row, op.rows,
+                    rows_of(op.input, op.in_features),
+                    [&](int64_t t) { return output + t * op.out_features; });
   });
 }
 

@@ -50,11 +50,11 @@ void quantized_down_task(const MoePass& pass, int64_t group, int64_t first_row, 
 }
 
 template <typename T>
-void quantized_dense_task(const dgemma_dense& op, const dgemma_quantized* weight, int64_t first_row,
-                          int64_t end_row) {
+void quantized_dense_task(const DensePass& pass, int64_t first_row, int64_t end_row) {
+  const dgemma_dense& op = pass.op;
+  const dgemma_quantized* const weight = pass.weight;
   const int64_t k = op.in_features;
-  if (weight->format == DGEMMA_WEIGHTS_INT8)
-    return int8_dense_task<T>(op, *weight, first_row, end_row);
+  if (weight->format == DGEMMA_WEIGHTS_INT8) return int8_dense_task<T>(pass, first_row, end_row);
 #if defined(__AVX512BW__)
   if (takes_blocks<T>(op.out_features, k))
     return quantized_dense_blocks(op, *weight, first_row, end_row);

@@ -12,5 +12,6 @@ const MoeKernels quantized_moe_kernels[2] = {
 };
 const DenseTask quantized_dense_tasks[2] = {quantized_dense_task<float>,
                                             quantized_dense_task<bfloat16>};
+const Int8RoundTask int8_round_tasks[2] = {int8_round_task<float>, int8_round_task<bfloat16>};
 
 }  // namespace dgemma::DGEMMA_VARIANT
