@@ -20,7 +20,15 @@ AUTOMATON, DENOISE = ROOT / "csrc" / "automaton" / "cuda", ROOT / "csrc" / "deno
 SOURCES = [*sorted(AUTOMATON.glob("*.cu")), AUTOMATON / "plan_chain.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
 SOURCES += [
     DENOISE / f"{name}.cu"
-    for name in ("entry_points", "tile_statistics", "finish_statistics", "sample", "noise", "update_canvas")
+    for name in (
+        "entry_points",
+        "tile_statistics",
+        "finish_statistics",
+        "sample",
+        "merge_shards",
+        "noise",
+        "update_canvas",
+    )
 ]
 SOURCES += [ROOT / "tests" / "sim" / "kernels" / "chain_plan.cpp"]
 # Seeds for the order in which the machine runs threads.
