@@ -225,8 +225,10 @@ std::string mma_int8() {
   // All 256 codes on both sides; rows and columns of the least, whose products are the largest;
   // sums of more than 24 bits; and one that wraps.
   std::vector<int8_t> a(512), b(256);
-  for (size_t i = 0; i < 512; ++i) a[i] = static_cast<int8_t>(i / 32 == 3 ? -128 : 37 * i + 11);
-  for (size_t i = 0; i < 256; ++i) b[i] = static_cast<int8_t>(i % 8 == 5 ? -128 : 73 * i + 5);
+  for (size_t i = 0; i < 512; ++i)
+    a[i] = static_cast<int8_t>(i / 32 == 3 ? -128 : static_cast<int>(37 * i + 11));
+  for (size_t i = 0; i < 256; ++i)
+    b[i] = static_cast<int8_t>(i % 8 == 5 ? -128 : static_cast<int>(73 * i + 5));
   std::vector<int32_t> c(128);
   for (size_t i = 0; i < 128; ++i) c[i] = static_cast<int32_t>(i * 16777259u);
   c[3 * 8 + 5] = INT32_MAX;
