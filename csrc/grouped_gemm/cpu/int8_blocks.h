@@ -66,7 +66,7 @@ class Int8BlockRows {
     for (float& factor : factors) factor = 1.0f;
     if (matrix_.factors != nullptr) load_row_scales(matrix_, first_row_ + row, kTileRows, factors);
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
-      Ints products[kMostPlainTokens];
+      Ints products[kMostPlainTokens] = {};  // the compiler cannot see that all are written
       multiply_plain_tile<Int8Products>(values(row), columns_, codes_ + begin * columns_, count,
                                         reinterpret_cast<const char*>(values(row + kTileRows)),
                                         products);
