@@ -62,7 +62,7 @@ def _product(rows: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def rows_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows divided by their largest magnitude / 127, to the nearest integer, and that quotient: int8 [n, columns] and
-    float32 [n, 1], as csrc/grouped_gemm/cpu/int8_kernel.h, in fp32. A row of zeros has scale 0."""
+    float32 [n, 1], as csrc/grouped_gemm/cpu/int8_round.h, in fp32. A row of zeros has scale 0."""
     largest = rows.float().abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
     return (rows.float() * inverse).round().to(torch.int8), largest / 127.0
