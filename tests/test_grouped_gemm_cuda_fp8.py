@@ -187,8 +187,10 @@ def test_plan_for_the_model_on_an_h200() -> None:
         "down: 132 blocks of 384 threads, 22 weight tiles of 128 rows per expert, 6 steps of 128, "
         "token tiles of 64, 9 stages of 24576 bytes\n"
         "order: contiguous runs, 9 steps of weights asked for early\n"
+        "input to e4m3: 64 blocks of 128 threads\n"
+        "activations to e4m3: 512 blocks of 128 threads\n"
         "combine: 704 blocks of 128 threads\n"
-        "workspace: 25961984 bytes\n"
+        "workspace: 28133888 bytes\n"
     )
 
 
@@ -199,8 +201,10 @@ def test_plan_for_the_model_on_an_rtx_5090() -> None:
         "token tiles of 32, 4 stages of 10240 bytes\n"
         "down: 340 blocks of 128 threads, 22 weight tiles of 128 rows per expert, 11 steps of 64, "
         "token tiles of 32, 4 stages of 10240 bytes\n"
+        "input to e4m3: 64 blocks of 128 threads\n"
+        "activations to e4m3: 512 blocks of 128 threads\n"
         "combine: 704 blocks of 128 threads\n"
-        "workspace: 25961984 bytes\n"
+        "workspace: 28133888 bytes\n"
     )
     large = plan_text(89, 128, 4096)
     assert "gate_up: 256 blocks" in large

@@ -1,5 +1,6 @@
 // The statistics of a vocabulary that lies in shards: a thread has a position.
 #include "common/ceil_divide.h"
+#include "cuda/occupancy.h"
 #include "denoise/cuda/kernels.h"
 #include "denoise/cuda/logits.h"
 #include "denoise/merge_shards.h"
@@ -11,6 +12,7 @@ namespace {
 // A canvas of 256 positions is two blocks; the shards of neighbouring positions lie beside each
 // other.
 constexpr int32_t kThreads = 128;
+static_assert(fills_multiprocessor(kThreads));
 
 __global__ void __launch_bounds__(kThreads)
     merge_shards_kernel(const dgemma_merge_vocabulary_shards op) {

@@ -82,9 +82,7 @@ DensePlan make_dense_plan(const dgemma_dense& op, const Gpu& gpu) {
 }
 
 void print(const DensePlan& plan, std::ostream& out) {
-  if (plan.input_rows.blocks > 0)
-    out << "input to int8: " << plan.input_rows.blocks << " blocks of " << kQuantizeRowsThreads
-        << " threads\n";
+  print("input", plan.input_rows, out);
   out << "product: " << plan.blocks << " blocks of " << plan.threads << " threads, "
       << plan.weight_tiles << " weight tiles of " << plan.weight_rows << " rows, "
       << plan.token_tiles << " token tiles of " << plan.token_tile << ", " << plan.k_steps

@@ -12,12 +12,14 @@
 #include <iosfwd>
 
 #include "cuda/entry.h"
+#include "cuda/occupancy.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/plan_rows.h"
 
 namespace dgemma {
 
 constexpr int32_t kSumSegmentsThreads = 128;
+static_assert(fills_multiprocessor(kSumSegmentsThreads));
 
 struct DensePlan {
   CudaPath path;

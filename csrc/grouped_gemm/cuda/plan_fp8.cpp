@@ -50,16 +50,14 @@ const char* moe_fp8_error(const dgemma_moe_ffn_quantized& op, char* text, size_t
   return moe_quantized_error(op, text, bytes);
 }
 
-MoeFp8Plan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {
+MoeCudaPlan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu) {
   const dgemma_moe_ffn& ffn = op.ffn;
-  MoeFp8Plan plan = {};
-  plan.ffn = gpu.path == CudaPath::kSm90 ? make_wgmma_plan(ffn, gpu) : make_mma_plan(op, gpu);
-  const int64_t pairs = plan.ffn.tokens_per_pass * ffn.top_k;
-  WorkspaceParts parts = {plan.ffn.workspace_bytes};
-  plan.input = parts.take<uint8_t>(plan.ffn.tokens_per_pass * ffn.hidden_size);
-  plan.input_scales = parts.take<float>(plan.ffn.tokens_per_pass);
-  plan.activations = parts.take<uint8_t>(pairs * ffn.expert_size);
-  plan.activation_scales = parts.take<float>(pairs);
+  MoeCudaPlan plan =
+      gpu.path == CudaPath::kSm90 ? make_wgmma_plan(ffn, gpu) : make_mma_plan(op, gpu);
+  WorkspaceParts parts = {plan.workspace_bytes};
+  plan.input_rows = take_rows(&parts, "e4m3", plan.tokens_per_pass, ffn.hidden_size);
+  plan.activation_rows =
+      take_rows(&parts, "e4m3", plan.tokens_per_pass * ffn.top_k, ffn.expert_size);
   plan.workspace_bytes = parts.bytes;
   return plan;
 }

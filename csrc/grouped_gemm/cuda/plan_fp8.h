@@ -21,23 +21,18 @@ constexpr int32_t fp8_stage_bytes_89(int32_t token_tile) {
 // Blocks that share the 100 KB of a multiprocessor there, with the stages of plan_quantized.h: at
 // most 40,960 bytes each.
 constexpr int32_t kFp8LeastBlocks89 = 2;
-static_assert(kFp8LeastBlocks89 * (quantized_stages(32) * fp8_stage_bytes_89(32) + 1024) <=
-              100 * 1024);
-static_assert(kFp8LeastBlocks89 * (quantized_stages(64) * fp8_stage_bytes_89(64) + 1024) <=
-              100 * 1024);
-
-struct MoeFp8Plan {
-  MoeCudaPlan ffn;                        // its workspace comes first
-  size_t input, input_scales;             // e4m3 [tokens, hidden_size], float32 [tokens]
-  size_t activations, activation_scales;  // e4m3 [pairs, expert_size], float32 [pairs]
-  size_t workspace_bytes;
-};
+constexpr bool fp8_blocks_fit_89(int32_t token_tile) {
+  const int32_t bytes =
+      quantized_stages(token_tile) * fp8_stage_bytes_89(token_tile) + kSharedReserved;
+  return kFp8LeastBlocks89 * bytes <= shared_bytes_of_multiprocessor(89);
+}
+static_assert(fp8_blocks_fit_89(32) && fp8_blocks_fit_89(64));
 
 // The same as moe_quantized_error, and both matrices must be FP8.
 const char* moe_fp8_error(const dgemma_moe_ffn_quantized& op, char* text, size_t bytes);
 
 // Plans for a GPU whose tensor cores multiply e4m3: by wgmma on path kSm90, by mma.sync on the
 // other. The workspace is the same for every GPU.
-MoeFp8Plan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
+MoeCudaPlan make_moe_fp8_plan(const dgemma_moe_ffn_quantized& op, const Gpu& gpu);
 
 }  // namespace dgemma

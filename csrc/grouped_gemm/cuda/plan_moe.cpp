@@ -56,28 +56,14 @@ const char* moe_cuda_error(const dgemma_moe_ffn& op) {
   return nullptr;
 }
 
-// Shared memory of a multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
-int32_t shared_bytes_of_multiprocessor(int32_t compute_capability) {
-  switch (compute_capability) {
-    case 80:
-    case 87:
-      return 164 * 1024;
-    case 90:
-    case 100:
-    case 103:
-      return 228 * 1024;
-    default:
-      return 100 * 1024;
-  }
-}
-
 // An upper bound: every expert that has pairs may have one tile that is not full.
 int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile) {
   return std::min(pairs, experts + pairs / token_tile);
 }
 
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability) {
-  const int32_t bytes = moe_stages_80(token_tile) * moe_stage_bytes_80(token_tile) + 1024;
+  const int32_t bytes =
+      moe_stages_80(token_tile) * moe_stage_bytes_80(token_tile) + kSharedReserved;
   return std::clamp(shared_bytes_of_multiprocessor(compute_capability) / bytes, 1,
                     moe_least_blocks_80(token_tile));
 }
@@ -131,6 +117,12 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu) {
   return plan;
 }
 
+void print(const char* name, const RowsPlan& plan, std::ostream& out) {
+  if (plan.blocks > 0)
+    out << name << " to " << plan.type << ": " << plan.blocks << " blocks of "
+        << kQuantizeRowsThreads << " threads\n";
+}
+
 void print(const MoeCudaPlan& plan, std::ostream& out) {
   const auto part = [&](const char* name, const MoeCudaPart& p) {
     out << name << ": " << p.blocks << " blocks of " << plan.threads << " threads, "
@@ -144,13 +136,8 @@ void print(const MoeCudaPlan& plan, std::ostream& out) {
   if (plan.path == CudaPath::kSm90)
     out << "order: " << (plan.contiguous ? "contiguous runs" : "every blocks-th work tile") << ", "
         << plan.likely_steps << " steps of weights asked for early\n";
-  const auto rounded = [&](const char* name, const RowsPlan& rows) {
-    if (rows.blocks > 0)
-      out << name << " to int8: " << rows.blocks << " blocks of " << kQuantizeRowsThreads
-          << " threads\n";
-  };
-  rounded("input", plan.input_rows);
-  rounded("activations", plan.activation_rows);
+  print("input", plan.input_rows, out);
+  print("activations", plan.activation_rows, out);
   out << "combine: " << plan.combine_blocks << " blocks of " << kMoeCombineThreads << " threads\n";
   out << "workspace: " << plan.workspace_bytes << " bytes\n";
 }

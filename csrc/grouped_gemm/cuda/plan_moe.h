@@ -9,6 +9,7 @@
 
 #include "cuda/entry.h"
 #include "cuda/limits.h"
+#include "cuda/occupancy.h"
 #include "dgemma/grouped_gemm.h"
 #include "grouped_gemm/cuda/plan_rows.h"
 
@@ -39,6 +40,7 @@ constexpr int32_t moe_least_blocks_80(int32_t token_tile) { return token_tile ==
 constexpr int32_t kMoeMostExperts = 1024;
 constexpr int32_t kMoeSortThreads = 1024;
 constexpr int32_t kMoeCombineThreads = 128;
+static_assert(fills_multiprocessor(kMoeCombineThreads));
 
 // A stage holds a weight tile and a token tile.
 constexpr int32_t moe_stage_bytes(int32_t token_tile) {
@@ -91,8 +93,8 @@ struct MoeCudaPlan {
   size_t activations;                // bfloat16 [pairs, expert_size], in sorted order
   size_t products;                   // float32 [pairs, hidden_size], in the order of the slots
   size_t permuted_input;             // bfloat16 [tokens, permuted width], where blocks permute it
-  RowsPlan input_rows;               // int8 [tokens, hidden_size], where gate_up is INT8
-  RowsPlan activation_rows;          // int8 [pairs, expert_size], in sorted order, where down is
+  // Tokens in bytes, where gate_up multiplies such, and h in sorted order, where down does.
+  RowsPlan input_rows, activation_rows;
   size_t workspace_bytes;
 };
 
@@ -109,9 +111,7 @@ MoeCudaPlan make_moe_cuda_plan(const dgemma_moe_ffn& op, const Gpu& gpu);
 // for another to end would double the time.
 int32_t moe_blocks_per_multiprocessor_80(int32_t token_tile, int32_t compute_capability);
 
-// The plans of this family share these: the shared memory of a multiprocessor, in bytes, and the
-// most token tiles that so many pairs make.
-int32_t shared_bytes_of_multiprocessor(int32_t compute_capability);
+// The most token tiles that so many pairs make.
 int64_t most_token_tiles(int64_t pairs, int64_t experts, int32_t token_tile);
 
 // Sets the order in which blocks of sm_90 take work tiles, with a ring of so many steps.

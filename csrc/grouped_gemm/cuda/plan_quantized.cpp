@@ -22,7 +22,7 @@ int32_t choose_token_tile(int64_t pairs, int64_t experts) {
 int32_t blocks_per_multiprocessor(dgemma_weight_format format, int32_t token_tile, bool dense,
                                   int32_t compute_capability) {
   const int32_t bytes =
-      quantized_stages(token_tile) * quantized_stage_bytes(format, token_tile) + 1024;
+      quantized_stages(token_tile) * quantized_stage_bytes(format, token_tile) + kSharedReserved;
   const int32_t by_registers = format == DGEMMA_WEIGHTS_INT8
                                    ? int8_least_blocks(token_tile)
                                    : quantized_least_blocks(token_tile, dense);
@@ -163,9 +163,9 @@ MoeCudaPlan make_moe_quantized_plan(const dgemma_moe_ffn_quantized& op, const Gp
                         ffn.expert_size, token_tiles, gpu);
   WorkspaceParts parts = {plan.workspace_bytes};
   if (op.gate_up.format == DGEMMA_WEIGHTS_INT8)
-    plan.input_rows = take_rows(&parts, plan.tokens_per_pass, ffn.hidden_size);
+    plan.input_rows = take_rows(&parts, "int8", plan.tokens_per_pass, ffn.hidden_size);
   if (op.down.format == DGEMMA_WEIGHTS_INT8)
-    plan.activation_rows = take_rows(&parts, pairs, ffn.expert_size);
+    plan.activation_rows = take_rows(&parts, "int8", pairs, ffn.expert_size);
   plan.workspace_bytes = parts.bytes;
   return plan;
 }
@@ -189,7 +189,7 @@ DensePlan make_dense_quantized_plan(const dgemma_dense_quantized& op, const Gpu&
       std::min(work_tiles, int64_t{gpu.multiprocessors} * plan.blocks_at_once));
   if (op.weight.format == DGEMMA_WEIGHTS_INT8) {
     WorkspaceParts parts = {plan.workspace_bytes};
-    plan.input_rows = take_rows(&parts, dense.rows, dense.in_features);
+    plan.input_rows = take_rows(&parts, "int8", dense.rows, dense.in_features);
     plan.workspace_bytes = parts.bytes;
   }
   return plan;

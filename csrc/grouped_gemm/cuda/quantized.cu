@@ -12,56 +12,68 @@ namespace {
 
 constexpr size_t kMessageBytes = sizeof(dgemma_cuda::message);
 
-Int8Rows rows_at(void* workspace, const RowsPlan& plan) {
+ByteRows rows_at(void* workspace, const RowsPlan& plan) {
   if (plan.blocks == 0) return {};
   uint8_t* begin = static_cast<uint8_t*>(workspace);
   return {begin + plan.codes, reinterpret_cast<float*>(begin + plan.scales)};
 }
 
-// The rows of a matrix that is not INT8 are left as they are. `filled` is that of QuantizeRows.
-const char* round_rows(const device::bfloat16* rows, const Int8Rows& to, int32_t count,
-                       int32_t width, const int32_t* filled, void* stream) {
+// Rows that stay bfloat16 are left as they are. `filled` is that of QuantizeRows.
+const char* round_rows(const device::bfloat16* rows, const ByteRows& to, Encoding encoding,
+                       int32_t count, int32_t width, const int32_t* filled, void* stream) {
   if (to.codes == nullptr) return nullptr;
-  return launch_quantize_rows_int8({.input = rows,
-                                    .output = to.codes,
-                                    .scales = to.scales,
-                                    .rows = count,
-                                    .width = width,
-                                    .filled = filled},
-                                   stream);
+  const auto launch =
+      encoding == Encoding::kInt8 ? launch_quantize_rows_int8 : launch_quantize_rows;
+  return launch({.input = rows,
+                 .output = to.codes,
+                 .scales = to.scales,
+                 .rows = count,
+                 .width = width,
+                 .filled = filled},
+                stream);
+}
+
+MoeProduct find_gate_up(const dgemma_quantized& matrix, [[maybe_unused]] CudaPath path) {
+  const Encoding encoding = encoding_of(matrix);
+  if (encoding == Encoding::kInt8) return {encoding, launch_gate_up_sm80_int8};
+#if defined(DGEMMA_WITH_SM90)
+  if (path == CudaPath::kSm90) return {encoding, launch_gate_up_sm90_quantized};
+#endif
+  return {encoding, launch_gate_up_sm80_quantized};
+}
+
+MoeProduct find_down(const dgemma_quantized& matrix, [[maybe_unused]] CudaPath path) {
+  const Encoding encoding = encoding_of(matrix);
+  if (encoding == Encoding::kInt8) return {encoding, launch_down_sm80_int8};
+#if defined(DGEMMA_WITH_SM90)
+  if (path == CudaPath::kSm90) return {encoding, launch_down_sm90_quantized};
+#endif
+  return {encoding, launch_down_sm80_quantized};
 }
 
 // Returns null or the error's text.
-const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
+const char* run_pass(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                     const MoeProduct& gate_up, const MoeProduct& down, void* stream) {
   const MoeCudaPass& ffn = pass.ffn;
-  auto gate_up = launch_gate_up_sm80_quantized;
-  auto down = launch_down_sm80_quantized;
-#if defined(DGEMMA_WITH_SM90)
-  if (plan.path == CudaPath::kSm90) {
-    gate_up = launch_gate_up_sm90_quantized;
-    down = launch_down_sm90_quantized;
-  }
-#endif
-  if (pass.gate_up_encoding == Encoding::kInt8) gate_up = launch_gate_up_sm80_int8;
-  if (pass.down_encoding == Encoding::kInt8) down = launch_down_sm80_int8;
   if (const char* error = launch_sort_pairs(plan, ffn, stream)) return error;
-  if (const char* error =
-          round_rows(ffn.input, pass.input, ffn.tokens, ffn.hidden_size, nullptr, stream))
+  if (const char* error = round_rows(ffn.input, pass.input, gate_up.encoding, ffn.tokens,
+                                     ffn.hidden_size, nullptr, stream))
     return error;
-  if (const char* error = gate_up(plan, pass, stream)) return error;
+  if (const char* error = gate_up.launch(plan, pass, stream)) return error;
   if (const char* error =
-          round_rows(ffn.activations, pass.activations, ffn.tokens * ffn.top_k, ffn.expert_size,
-                     ffn.tables.first + ffn.tables.experts, stream))
+          round_rows(ffn.activations, pass.activations, down.encoding, ffn.tokens * ffn.top_k,
+                     ffn.expert_size, ffn.tables.first + ffn.tables.experts, stream))
     return error;
-  if (const char* error = down(plan, pass, stream)) return error;
+  if (const char* error = down.launch(plan, pass, stream)) return error;
   return launch_combine(plan, ffn, stream);
 }
 
 // The same of a dense projection.
 const char* run_dense(const DensePlan& plan, const DenseQuantizedCall& call, void* stream) {
   const bool is_int8 = call.encoding == Encoding::kInt8;
-  if (const char* error = round_rows(call.dense.input, call.input, call.dense.scheduler.rows,
-                                     call.dense.in_features, nullptr, stream))
+  if (const char* error =
+          round_rows(call.dense.input, call.input, call.encoding, call.dense.scheduler.rows,
+                     call.dense.in_features, nullptr, stream))
     return error;
   const auto product = is_int8 ? launch_dense_sm80_int8 : launch_dense_sm80_quantized;
   if (const char* error = product(plan, call, stream)) return error;
@@ -87,6 +99,23 @@ QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t co
           .value_bytes = static_cast<int32_t>(row_bytes(matrix.format, columns)),
           .scale_bytes = static_cast<int32_t>(scale_bytes),
           .group_bits = group_bits};
+}
+
+dgemma_status run_moe(const dgemma_moe_ffn_quantized& op, const MoeCudaPlan& plan,
+                      const MoeProduct& gate_up, const MoeProduct& down, dgemma_cuda* cuda) {
+  const dgemma_moe_ffn& ffn = op.ffn;
+  for (int64_t token = 0; token < ffn.tokens; token += plan.tokens_per_pass) {
+    const MoeQuantizedPass pass = {.ffn = make_moe_cuda_pass(ffn, plan, token),
+                                   .gate_up = make_quantized_matrix(op.gate_up, ffn.hidden_size),
+                                   .down = make_quantized_matrix(op.down, ffn.expert_size),
+                                   .gate_up_encoding = gate_up.encoding,
+                                   .down_encoding = down.encoding,
+                                   .input = rows_at(ffn.workspace, plan.input_rows),
+                                   .activations = rows_at(ffn.workspace, plan.activation_rows)};
+    if (const char* error = run_pass(plan, pass, gate_up, down, cuda->stream))
+      return launched(error, cuda);
+  }
+  return DGEMMA_OK;
 }
 
 }  // namespace dgemma
@@ -116,17 +145,8 @@ dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op, 
   status =
       check_workspace(operands, ffn.workspace, ffn.workspace_bytes, plan.workspace_bytes, cuda);
   if (status != DGEMMA_OK) return status;
-  for (int64_t token = 0; token < ffn.tokens; token += plan.tokens_per_pass) {
-    const MoeQuantizedPass pass = {.ffn = make_moe_cuda_pass(ffn, plan, token),
-                                   .gate_up = make_quantized_matrix(op->gate_up, ffn.hidden_size),
-                                   .down = make_quantized_matrix(op->down, ffn.expert_size),
-                                   .gate_up_encoding = encoding_of(op->gate_up),
-                                   .down_encoding = encoding_of(op->down),
-                                   .input = rows_at(ffn.workspace, plan.input_rows),
-                                   .activations = rows_at(ffn.workspace, plan.activation_rows)};
-    if (const char* error = run_pass(plan, pass, cuda->stream)) return launched(error, cuda);
-  }
-  return DGEMMA_OK;
+  return run_moe(*op, plan, find_gate_up(op->gate_up, plan.path), find_down(op->down, plan.path),
+                 cuda);
 }
 
 size_t dgemma_cuda_dense_quantized_workspace(const dgemma_dense_quantized* op) {

@@ -44,9 +44,10 @@ inline Encoding encoding_of(const dgemma_quantized& matrix) {
 
 QuantizedMatrix make_quantized_matrix(const dgemma_quantized& matrix, int64_t columns);
 
-// Tokens as a matrix of INT8 multiplies them; null beside other formats.
-struct Int8Rows {
-  uint8_t* codes;  // int8 [rows, width]
+// Tokens in bytes, as a matrix of INT8 multiplies them and FP8 beside activations in FP8; null
+// where they stay bfloat16.
+struct ByteRows {
+  uint8_t* codes;  // int8 or e4m3 [rows, width]
   float* scales;   // [rows]: what a row's products are to be multiplied by
 };
 
@@ -54,17 +55,27 @@ struct MoeQuantizedPass {
   MoeCudaPass ffn;  // its gate_up and down are null
   QuantizedMatrix gate_up, down;
   Encoding gate_up_encoding, down_encoding;
-  Int8Rows input;        // of the tokens
-  Int8Rows activations;  // of the pairs, in sorted order
+  ByteRows input;        // of the tokens
+  ByteRows activations;  // of the pairs, in sorted order
 };
 
 struct DenseQuantizedCall {
   DenseCall dense;  // its weight is null
   QuantizedMatrix weight;
   Encoding encoding;
-  Int8Rows input;
+  ByteRows input;
   int32_t* partial;  // of INT8, in place of dense.partial
 };
+
+// What multiplies one of a call's matrices: tokens that it wants in bytes are rounded in front.
+struct MoeProduct {
+  Encoding encoding;
+  const char* (*launch)(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream);
+};
+
+// Enqueues the passes of a call, of four launches each and one for each rounding.
+dgemma_status run_moe(const dgemma_moe_ffn_quantized& op, const MoeCudaPlan& plan,
+                      const MoeProduct& gate_up, const MoeProduct& down, dgemma_cuda* cuda);
 
 // Each enqueues one kernel on `stream`, a cudaStream_t, and returns null or the error's text.
 const char* launch_gate_up_sm80_quantized(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,

@@ -17,25 +17,20 @@ struct Down {
 };
 
 template <Encoding kEncoding, int kTokens>
-__global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens))
+__global__ void __launch_bounds__(kQuantizedThreads, least_blocks(kEncoding, kTokens))
     down(const MoeTileScheduler scheduler, const Rows rows, const Down p) {
-  device::wait_for_previous_kernel();
-  device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
-  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
-    constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
-    Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
-    store_products<kColumns>(scheduler.tables, work_tile, own, sum, rows.hidden_size, p.products,
-                             [&](int32_t pair, int32_t) {
-                               const float weight = p.expert_weights[pair];
-                               return [=](float total, float factor) {
-                                 return weight * (factor * total);
-                               };
-                             });
-  });
+  multiply_work_tiles<kEncoding, kTokens>(
+      scheduler, rows,
+      [&](auto columns, const MoeWorkTile& work_tile, const OwnRows& own, const auto& sum) {
+        constexpr int kColumns = decltype(columns)::value;
+        store_products<kColumns>(scheduler.tables, work_tile, own, sum, rows.hidden_size,
+                                 p.products, [&](int32_t pair, int32_t) {
+                                   const float weight = p.expert_weights[pair];
+                                   return [=](float total, float factor) {
+                                     return weight * (factor * total);
+                                   };
+                                 });
+      });
 }
 
 template <Encoding kEncoding, int kTokens>

@@ -34,19 +34,14 @@ DGEMMA_DEVICE void store(const Sum<kColumns>& sum, const OwnRows& own, const Moe
 }
 
 template <Encoding kEncoding, int kTokens>
-__global__ void __launch_bounds__(kQuantizedThreads, quantized_least_blocks(kTokens))
+__global__ void __launch_bounds__(kQuantizedThreads, least_blocks(kEncoding, kTokens))
     gate_up(const MoeTileScheduler scheduler, const Rows rows, bfloat16* activations) {
-  device::wait_for_previous_kernel();
-  device::let_next_kernel_begin();
-  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
-      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
-  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
-    constexpr int kColumns = decltype(columns)::value;
-    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
-    Sum<kColumns> sum = {};
-    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
-    store<kColumns>(sum, own, work_tile, rows.expert_size, activations);
-  });
+  multiply_work_tiles<kEncoding, kTokens>(
+      scheduler, rows,
+      [&](auto columns, const MoeWorkTile& work_tile, const OwnRows& own, const auto& sum) {
+        constexpr int kColumns = decltype(columns)::value;
+        store<kColumns>(sum, own, work_tile, rows.expert_size, activations);
+      });
 }
 
 template <Encoding kEncoding, int kTokens>

@@ -26,10 +26,12 @@
 
 namespace dgemma::moe_quantized {
 
-// The products of a warp: [16 weight rows][8 tokens][mma's accumulators]. Of int8 they are int32_t.
+// The products of a warp: [16 weight rows][8 tokens][mma's accumulators].
 constexpr int32_t kRowTiles = kQuantizedWeightRows / 4 / 16;
 template <int kColumns, typename Element = float>
 using Sum = Element[kRowTiles][kColumns][4];
+template <Encoding kEncoding>
+using SumElement = std::conditional_t<kEncoding == Encoding::kInt8, int32_t, float>;
 
 // The first of a work tile's weight rows in a row tile of this warp.
 DGEMMA_DEVICE int32_t first_row(int tile) {
@@ -38,6 +40,11 @@ DGEMMA_DEVICE int32_t first_row(int tile) {
 // The tile's row that is this thread's, of the upper eight (half 0) or the lower.
 DGEMMA_DEVICE int32_t own_row(int tile, int half) {
   return first_row(tile) + 8 * half + static_cast<int32_t>(device::lane_index() / 4);
+}
+
+// The two tokens of every eight that a thread has products of.
+DGEMMA_DEVICE int32_t own_token(int group, int which) {
+  return 8 * group + 2 * static_cast<int32_t>(device::lane_index() % 4) + which;
 }
 
 // A thread's rows of the current work tile.

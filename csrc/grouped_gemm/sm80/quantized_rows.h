@@ -1,8 +1,10 @@
-// The rows of weights and tokens that the experts' work tiles take, and the epilogue of down:
-// sm80/quantized_*, sm80/int8_* and sm89/fp8_* share these beside their pipeline. Token is the
-// element type of a token row.
+// What the experts' kernels over quantized weights share beside their pipeline (sm80/quantized_*,
+// sm80/int8_* and sm89/fp8_*): the rows of weights and tokens that work tiles take, the kernel
+// around its epilogue, and the epilogue of down. Token is the element type of a token row.
 #pragma once
 
+#include "device/launch.h"
+#include "grouped_gemm/cuda/plan_fp8.h"
 #include "grouped_gemm/sm80/quantized_pipeline.h"
 
 namespace dgemma::moe_quantized {
@@ -51,6 +53,31 @@ struct DownRows {
   DGEMMA_DEVICE int32_t token_row(const MoeWorkTile&, int32_t row) const { return row; }
 };
 
+// Blocks that registers must leave room for on a multiprocessor.
+constexpr int32_t least_blocks(Encoding encoding, int32_t token_tile) {
+  if (encoding == Encoding::kInt8) return int8_least_blocks(token_tile);
+  return encoding == Encoding::kFp8Activations ? kFp8LeastBlocks89
+                                               : quantized_least_blocks(token_tile);
+}
+
+// A kernel but for its epilogue: store(integral constant, work_tile, own, sum) gets the products of
+// each of this block's work tiles, of so many groups of 8 tokens.
+template <Encoding kEncoding, int kTokens, typename Rows, typename Store>
+DGEMMA_DEVICE void multiply_work_tiles(const MoeTileScheduler& scheduler, const Rows& rows,
+                                       const Store& store) {
+  device::wait_for_previous_kernel();
+  device::let_next_kernel_begin();
+  Pipeline<kEncoding, kTokens, MoeTileScheduler, Rows> pipeline(
+      device::shared_memory<Ring<kEncoding, kTokens>>(), scheduler, rows);
+  pipeline.for_each_work_tile([&](auto columns, const MoeWorkTile& work_tile) {
+    constexpr int kColumns = decltype(columns)::value;
+    const OwnRows own = find_own_rows<kEncoding>(rows, work_tile);
+    Sum<kColumns, SumElement<kEncoding>> sum = {};
+    pipeline.template multiply<kColumns>(own, 0, scheduler.k_steps, sum);
+    store(columns, work_tile, own, sum);
+  });
+}
+
 // products [pairs, hidden_size], in the order of the slots: where a thread's two tokens of every
 // eight go. finish_of(pair, position in sorted order) gives what makes a product of a sum and its
 // row's factor. Eight lanes write 32 bytes of a row, a sector of the L2.
@@ -61,7 +88,7 @@ DGEMMA_DEVICE void store_products(const MoeTables& tables, const MoeWorkTile& wo
   const int32_t first = own_row(0, 0);  // all lanes ask together, before they part
 #pragma unroll
   for (int i = 0; i < 2 * kColumns; ++i) {
-    const int32_t token = 8 * (i / 2) + 2 * static_cast<int32_t>(device::lane_index() % 4) + i % 2;
+    const int32_t token = own_token(i / 2, i % 2);
     if (token >= work_tile.rows) continue;
     const int32_t pair = tables.pair[work_tile.first + token];
     const auto finish = finish_of(pair, work_tile.first + token);

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 }
 
 // (column, row, expert). A tile's rows past an expert's last are zero.
-device::TensorLayout make_layout(const MoeFp8Pass& pass) {
+device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
   const uint64_t row = static_cast<uint64_t>(pass.ffn.expert_size);
   const uint64_t rows = static_cast<uint64_t>(pass.ffn.hidden_size);
   return {.type = device::ElementType::uint8,
@@ -101,7 +101,7 @@ device::TensorLayout make_layout(const MoeFp8Pass& pass) {
 }
 
 template <int kTokens>
-const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
+const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
@@ -110,8 +110,8 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
                                 .k_steps = plan.down.k_steps,
                                 .contiguous = plan.contiguous},
                   .matrix = pass.down,
-                  .activations = pass.activations,
-                  .activation_scales = pass.activation_scales,
+                  .activations = pass.activations.codes,
+                  .activation_scales = pass.activations.scales,
                   .expert_weights = pass.ffn.expert_weights,
                   .products = pass.ffn.products,
                   .hidden_size = pass.ffn.hidden_size,
@@ -126,9 +126,9 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
 
 }  // namespace
 
-const char* launch_down_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
-  return plan.ffn.token_tile == 64 ? launch<64>(plan.ffn, pass, stream)
-                                   : launch<128>(plan.ffn, pass, stream);
+const char* launch_down_sm90_fp8(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                 void* stream) {
+  return plan.token_tile == 64 ? launch<64>(plan, pass, stream) : launch<128>(plan, pass, stream);
 }
 
 }  // namespace dgemma

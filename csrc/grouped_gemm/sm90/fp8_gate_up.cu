@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1)
 
 // [experts, 2 * expert_size, hidden_size] as (column, row of a group of eight, gate or up, group),
 // as in sm90/bf16_gate_up.cu.
-device::TensorLayout make_layout(const MoeFp8Pass& pass) {
+device::TensorLayout make_layout(const MoeQuantizedPass& pass) {
   const uint64_t row = static_cast<uint64_t>(pass.ffn.hidden_size);
   const uint64_t expert_size = static_cast<uint64_t>(pass.ffn.expert_size);
   const uint64_t groups = static_cast<uint64_t>(pass.ffn.tables.experts) * 2 * expert_size / 8;
@@ -125,7 +125,7 @@ device::TensorLayout make_layout(const MoeFp8Pass& pass) {
 }
 
 template <int kTokens>
-const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream) {
+const char* launch(const MoeCudaPlan& plan, const MoeQuantizedPass& pass, void* stream) {
   static_assert(sizeof(Shared<kTokens>) <= kSharedLimit90);
   device::TensorMap weights;
   if (const char* error = device::encode_tensor_map(&weights, make_layout(pass))) return error;
@@ -134,8 +134,8 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
                                   .k_steps = plan.gate_up.k_steps,
                                   .contiguous = plan.contiguous},
                     .matrix = pass.gate_up,
-                    .input = pass.input,
-                    .input_scales = pass.input_scales,
+                    .input = pass.input.codes,
+                    .input_scales = pass.input.scales,
                     .activations = pass.ffn.activations,
                     .hidden_size = pass.ffn.hidden_size,
                     .expert_size = pass.ffn.expert_size,
@@ -150,9 +150,9 @@ const char* launch(const MoeCudaPlan& plan, const MoeFp8Pass& pass, void* stream
 
 }  // namespace
 
-const char* launch_gate_up_sm90_fp8(const MoeFp8Plan& plan, const MoeFp8Pass& pass, void* stream) {
-  return plan.ffn.token_tile == 64 ? launch<64>(plan.ffn, pass, stream)
-                                   : launch<128>(plan.ffn, pass, stream);
+const char* launch_gate_up_sm90_fp8(const MoeCudaPlan& plan, const MoeQuantizedPass& pass,
+                                    void* stream) {
+  return plan.token_tile == 64 ? launch<64>(plan, pass, stream) : launch<128>(plan, pass, stream);
 }
 
 }  // namespace dgemma

@@ -67,8 +67,7 @@ SIM_ENTRY dense_quantized_plan(const dgemma_dense_quantized* op, int32_t compute
 SIM_ENTRY moe_fp8_plan(const dgemma_moe_ffn_quantized* op, int32_t compute_capability,
                        int32_t multiprocessors, char* text, size_t bytes) {
   if (const char* error = dgemma::moe_fp8_error(*op, text, bytes)) return error;
-  write(dgemma::make_moe_fp8_plan(*op, gpu_of(compute_capability, multiprocessors)).ffn, text,
-        bytes);
+  write(dgemma::make_moe_fp8_plan(*op, gpu_of(compute_capability, multiprocessors)), text, bytes);
   return nullptr;
 }
 
