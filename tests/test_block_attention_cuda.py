@@ -381,13 +381,25 @@ def test_plan_for_the_model_on_an_h200() -> None:
     sliding, full = plan_of(model_layer("sliding")), plan_of(model_layer("full"))
     assert (sliding.row_tiles * 8 * sliding.splits, full.row_tiles * 2 * full.splits) == (128, 128)
     assert sliding.text == (
-        "sm90 attention: 4 tiles of 128 rows, tiles of 80 keys, up to 4 splits towards 132 blocks of a request\n"
+        "sm90 attention: 4 tiles of 128 rows, tiles of 80 keys, up to 4 splits towards 132 blocks of a request, "
+        "1 at once on a multiprocessor\n"
+        "combine: 1024 blocks of 128 threads for a request\n"
         "workspace: 17436672 bytes\n"
     )
     assert full.text == (
-        "sm90 attention: 32 tiles of 64 rows, tiles of 64 keys, up to 2 splits towards 132 blocks of a request\n"
+        "sm90 attention: 32 tiles of 64 rows, tiles of 64 keys, up to 2 splits towards 132 blocks of a request, "
+        "1 at once on a multiprocessor\n"
+        "combine: 1024 blocks of 128 threads for a request\n"
         "workspace: 17369088 bytes\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "sliding", "full"), [(80, 2, 1), (86, 1, 1), (89, 1, 1), (100, 2, 2), (103, 2, 2), (120, 1, 1)]
+)
+def test_blocks_share_a_multiprocessor_where_they_fit(capability: int, sliding: int, full: int) -> None:
+    for layer, at_once in (("sliding", sliding), ("full", full)):
+        assert f"{at_once} at once" in plan_of(model_layer(layer), capability, 100).text
 
 
 @pytest.mark.parametrize(

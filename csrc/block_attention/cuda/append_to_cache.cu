@@ -1,12 +1,14 @@
 // Stores a block's keys and values in the rows of their slots: a thread copies 16 bytes of each.
 #include "block_attention/cuda/attention.h"
 #include "common/ceil_divide.h"
+#include "cuda/occupancy.h"
 #include "device/launch.h"
 
 namespace dgemma {
 namespace {
 
 constexpr int32_t kThreads = 256;
+static_assert(fills_multiprocessor(kThreads));
 
 struct Append {
   const uint4 *key, *value;  // [batch, block_length, pieces]

@@ -1,12 +1,14 @@
 // Stores keys and values of rows in pages: a thread copies 16 bytes of each.
 #include "block_attention/cuda/attention.h"
 #include "common/ceil_divide.h"
+#include "cuda/occupancy.h"
 #include "device/launch.h"
 
 namespace dgemma {
 namespace {
 
 constexpr int32_t kThreads = 256;
+static_assert(fills_multiprocessor(kThreads));
 
 // Strides are of pieces of 16 bytes.
 struct Pool {
@@ -59,6 +61,7 @@ const char* launch_append_to_pages(const dgemma_append_to_pages& op, void* strea
                     .pages = static_cast<int32_t>(op.pages),
                     .page_size = static_cast<int32_t>(op.page_size),
                     .pieces = static_cast<int32_t>(op.head_dim / piece)};
+  // A grid's first extent, 2^31 - 1 blocks of 4 KB each, is more than any GPU's memory.
   const int64_t threads = op.tokens * p.key_heads * p.pieces;
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(ceil_divide(threads, kThreads))),

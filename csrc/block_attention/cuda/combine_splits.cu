@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "block_attention/cuda/attention.h"
-#include "common/ceil_divide.h"
 #include "device/launch.h"
 #include "device/math.h"
 #include "device/warp.h"
@@ -64,11 +63,10 @@ __global__ void __launch_bounds__(kCombineThreads) combine_splits(const Attentio
 
 }  // namespace
 
-const char* launch_combine_splits(const AttentionPlan& /*plan*/, const Attention& p, int32_t batch,
+const char* launch_combine_splits(const AttentionPlan& plan, const Attention& p, int32_t batch,
                                   void* stream) {
-  const int64_t rows = static_cast<int64_t>(p.block_length) * p.query_heads;
   const device::LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>(ceil_divide(rows, kWarps)), static_cast<unsigned>(batch)),
+      .grid = dim3(static_cast<unsigned>(plan.combine_blocks), static_cast<unsigned>(batch)),
       .threads = kCombineThreads,
       .overlaps_previous_kernel = true};
   return device::launch(shape, stream, combine_splits, p);

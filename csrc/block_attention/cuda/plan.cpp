@@ -65,12 +65,19 @@ AttentionPlan make_attention_plan(const AttentionExtents& extents, const Gpu& gp
     // See sm90/bf16_keys.h.
     plan.rows = extents.head_dim == 512 ? 64 : 128;
     plan.keys = extents.head_dim == 512 ? 64 : 80;
+    plan.blocks_at_once = 1;
   } else {
     // 512 columns are two warps' side by side, so four warps have 32 rows, else 64. Tiles of 32
     // keys keep the widest heads within 99 KB, which is what a block may have on 8.6, 8.9 and 12.0.
     plan.rows = extents.head_dim == 512 ? 32 : 64;
     plan.keys = extents.head_dim >= 256 ? 32 : 64;
-    fill *= 2;  // two blocks share a multiprocessor
+    // Where two do not fit at once they follow one another, and splits make two waves.
+    fill *= kMostBlocks80;
+    const int32_t bytes =
+        attention_shared_bytes_80(static_cast<int32_t>(extents.head_dim), plan.rows, plan.keys) +
+        kSharedReserved;
+    plan.blocks_at_once = std::clamp(shared_bytes_of_multiprocessor(gpu.compute_capability) / bytes,
+                                     1, kMostBlocks80);
   }
   if (filling == Filling::kByBatch)
     fill = std::max<int64_t>(1, fill / std::max<int64_t>(1, extents.requests));
@@ -87,6 +94,9 @@ AttentionPlan make_attention_plan(const AttentionExtents& extents, const Gpu& gp
                              static_cast<int32_t>(std::min<int64_t>(blocks, INT32_MAX)), INT32_MAX);
   plan.partial_tiles =
       plan.splits > 1 ? std::min<int64_t>(blocks * kMostSplits, plan.blocks_wanted) : 0;
+  if (plan.splits > 1)  // a warp has a query of a head
+    plan.combine_blocks = static_cast<int32_t>(
+        ceil_divide(extents.rows * extents.query_heads, int64_t{kCombineThreads / 32}));
   const int64_t tiles = extents.requests * plan.partial_tiles;
   WorkspaceParts parts;
   plan.partial = parts.take<float>(tiles * plan.rows * extents.head_dim);
@@ -107,8 +117,12 @@ size_t attention_workspace_bytes(const AttentionExtents& extents) {
 void print(const AttentionPlan& plan, std::ostream& out) {
   out << (plan.path == CudaPath::kSm90 ? "sm90" : "sm80") << " attention: " << plan.row_tiles
       << " tiles of " << plan.rows << " rows, tiles of " << plan.keys << " keys, up to "
-      << plan.splits << " splits towards " << plan.blocks_wanted << " blocks of a request\n"
-      << "workspace: " << plan.workspace_bytes << " bytes\n";
+      << plan.splits << " splits towards " << plan.blocks_wanted << " blocks of a request, "
+      << plan.blocks_at_once << " at once on a multiprocessor\n";
+  if (plan.splits > 1)
+    out << "combine: " << plan.combine_blocks << " blocks of " << kCombineThreads
+        << " threads for a request\n";
+  out << "workspace: " << plan.workspace_bytes << " bytes\n";
 }
 
 }  // namespace dgemma

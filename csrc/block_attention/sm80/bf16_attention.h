@@ -364,13 +364,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
 
 template <int kHeadDim, bool kPaged>
 const char* launch(const AttentionPlan& plan, const Attention& p, int32_t batch, void* stream) {
+  using T = Tile<kHeadDim>;
+  static_assert(sizeof(Shared<kHeadDim>) ==
+                attention_shared_bytes_80(kHeadDim, T::kRows, T::kKeys));
   static_assert(sizeof(Shared<kHeadDim>) <= kSharedLimit80);
   const device::LaunchShape shape = {
       .grid = dim3(static_cast<unsigned>(plan.row_tiles),
                    static_cast<unsigned>(p.key_heads * plan.splits), static_cast<unsigned>(batch)),
       .threads = kAttentionThreads,
       .shared_bytes = sizeof(Shared<kHeadDim>),
-      .overlaps_previous_kernel = true};
+      .overlaps_previous_kernel = true,
+      .blocks_at_once = static_cast<uint32_t>(plan.blocks_at_once)};
   return device::launch(shape, stream, attention<kHeadDim, kPaged>, p);
 }
 
