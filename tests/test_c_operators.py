@@ -1,6 +1,6 @@
-"""Operations of the C interface on the CPU that are not in torch.ops.dgemma, compared with torch's operators.
+"""The layer's operations and the router's of the C interface on the CPU, compared with torch's operators.
 
-Python's CPU path runs the same torch operators, so a C host gets its tokens.
+Python's CPU path has the same bits but for the gated activation and the products, so a C host gets its tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dgemma_ext.ops.plain import router as router_plain
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 
-# The share of a bfloat16 result's values that may round to the neighbour: fp32 sums have another order.
+# The share of a bfloat16 activation's values that may round to the neighbour: tanh is another one.
 NEIGHBOURS = 0.01
 BF16, FP32 = torch.bfloat16, torch.float32
 # tokens and hidden sizes: the model's, the bundled models', less than a vector, no whole number of vectors
@@ -79,7 +79,9 @@ def test_layer(library: ctypes.CDLL, name: str, tokens: int, hidden: int, dtype:
     wide = plain(name, in_double(values))
     for output, wanted in plain(name, values).items():
         got = values[output]
-        if dtype == BF16:
+        if name != "gelu_product" and hidden >= 8:  # torch adds up fewer values in another order
+            assert bits(got) == bits(wanted), output
+        elif dtype == BF16:
             assert float((got != wanted).float().mean()) <= NEIGHBOURS, output
         assert_close(got, wide[output], dtype, wanted)
 
@@ -114,7 +116,7 @@ def test_optional_arguments(library: ctypes.CDLL, name: str, option: str) -> Non
     must(library, f"cpu_{name}", **given)
     wanted = plain(name, values if option == "next_norm" else given)
     for output in set(wanted) - {"next_input"}:
-        assert float((values[output] != wanted[output]).float().mean()) <= NEIGHBOURS
+        assert bits(values[output]) == bits(wanted[output])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,20 +125,6 @@ def test_embedding_alone_is_torchs_bit_for_bit(library: ctypes.CDLL, dtype: torc
     for given in (values, {**values, "conditioning": None}):
         must(library, "cpu_token_embedding", **given)
         assert bits(values["output"]) == bits(plain("token_embedding", given)["output"])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_where_the_order_of_sums_does_not_matter(library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Squares of halves, ones and twos add up exactly in any order, so that only roundings can differ."""
-    for name, first in (("rms_norm", "input"), ("attention_residual", "attended"), ("normalise_heads", "raw_query")):
-        values = layer_operations(dtype)[name]
-        for given in (first, "raw_key", "raw_value") if name == "normalise_heads" else (first,):
-            choice = torch.tensor([0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
-            values[given] = choice[torch.randint(6, values[given].shape)].to(dtype)
-        must(library, f"cpu_{name}", **values)
-        wanted = plain(name, values)
-        for output in ("query", "key", "value") if name == "normalise_heads" else [next(iter(wanted))]:
-            assert bits(values[output]) == bits(wanted[output]), (name, output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,8 @@
 // A row of a tensor, read and written vector by vector; and the sum of its squares.
 //
 // Kernels that include this are compiled without contraction of products and sums
-// (cmake/CpuVariants.cmake), and the sum has one order for all widths of a vector: so every
-// instruction set gives the same bits, and torch's where it rounds one by one.
+// (cmake/CpuVariants.cmake), and the sum has one order for all widths of a vector, which is that of
+// torch's sum: so every instruction set gives the same bits, and they are torch's.
 #pragma once
 
 #include "cpu/vector.h"
@@ -41,22 +41,73 @@ inline void for_each_vector(int64_t n, const Body& body) {
   if (i < n) body(i, PartOfVector{n - i});
 }
 
-// 32 sums, value i in sum i % 32, then a tree over them.
+// The sum of squares in the order in which torch adds up a row of fp32 (2.11 to 2.13, whatever the
+// processor), so that a norm has its bits: vectors of eight values, and four sums of vectors that
+// take turns. Sixteen turns are one block; blocks are summed apart, sixteen of these apart again,
+// and so on. What is left of the vectors goes to the first of the four, what is left of the values
+// is added up before the eight lanes.
 class SumOfSquares {
  public:
-  void add(int64_t i, Floats v) { part_[i / kLanes % kVectors] += v * v; }
-  float total() const {
-    float sums[kParts];
-    for (int i = 0; i < kVectors; ++i) store(sums + i * kLanes, part_[i]);
-    for (int width = kParts / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-    return sums[0];
+  template <typename T>
+  static float of(const T* row, int64_t n) {
+    const int64_t turns = n / kParts;
+    Turn levels[kLevels] = {};
+    int64_t turn = 0;
+    while (turn + kTurnsPerBlock <= turns) {
+      Turn block = {};
+      for (const int64_t end = turn + kTurnsPerBlock; turn < end; ++turn)
+        block.add(row + turn * kParts);
+      levels[1].add(block);
+      int64_t size = kTurnsPerBlock * kTurnsPerBlock;
+      for (int level = 2; level < kLevels && turn % size == 0; ++level, size *= kTurnsPerBlock) {
+        levels[level].add(levels[level - 1]);
+        levels[level - 1] = {};
+      }
+    }
+    for (; turn < turns; ++turn) levels[0].add(row + turn * kParts);
+    for (int level = 1; level < kLevels; ++level) levels[0].add(levels[level]);
+    return total(levels[0], row, turns * kParts, n);
   }
 
  private:
-  static constexpr int kParts = 32;
+  static constexpr int kParts = 32, kEight = 8;
   static constexpr int kVectors = kParts / kLanes;
-  Floats part_[kVectors] = {};
+  static constexpr int kLevels = 4;
+  static constexpr int64_t kTurnsPerBlock = 16;
+
+  // Value i of 32 in sum i.
+  struct Turn {
+    Floats part[kVectors];
+    template <typename T>
+    void add(const T* values) {
+      for (int i = 0; i < kVectors; ++i) {
+        const Floats v = load(values + i * kLanes);
+        part[i] += v * v;
+      }
+    }
+    void add(const Turn& other) {
+      for (int i = 0; i < kVectors; ++i) part[i] += other.part[i];
+    }
+  };
+
+  // The sum of a turn's sums and of the values [begin, n).
+  template <typename T>
+  static float total(const Turn& sums, const T* row, int64_t begin, int64_t n) {
+    float parts[kParts];
+    for (int i = 0; i < kVectors; ++i) store(parts + i * kLanes, sums.part[i]);
+    for (; begin + kEight <= n; begin += kEight)
+      for (int i = 0; i < kEight; ++i) parts[i] += square(row[begin + i]);
+    for (int i = kEight; i < kParts; ++i) parts[i % kEight] += parts[i];
+    float sum = 0.0f;
+    for (; begin < n; ++begin) sum += square(row[begin]);
+    for (int i = 0; i < kEight; ++i) sum += parts[i];
+    return sum;
+  }
+  template <typename T>
+  static float square(T value) {
+    const float v = to_float(value);
+    return v * v;
+  }
 };
 
 // 1 / sqrt(mean of squares + epsilon).
@@ -66,9 +117,7 @@ inline float norm_factor(float squares, int64_t n, float epsilon) {
 
 template <typename T>
 inline float norm_factor(const T* row, int64_t n, float epsilon) {
-  SumOfSquares squares;
-  for_each_vector(n, [&](int64_t i, auto span) { squares.add(i, span.load(row + i)); });
-  return norm_factor(squares.total(), n, epsilon);
+  return norm_factor(SumOfSquares::of(row, n), n, epsilon);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The operators of the family layer. On the CPU they are made of torch's operators
-// (ops/plain/layer.py).
+// The operators of the family layer. On the CPU gelu_product is made of torch's operators, for the
+// bits of its tanh (ops/plain/layer.py).
 #include "dgemma/layer.h"
 
 #include "torch/registration.h"
@@ -29,6 +29,7 @@ struct NormaliseHeads {
                                          .arguments = kArguments,
                                          .outputs = kOutputs,
                                          .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_normalise_heads>(),
                                          .cuda = ON_CUDA(&dgemma_cuda_normalise_heads)};
 };
 
@@ -50,6 +51,7 @@ struct AttentionResidual {
                                          .arguments = kArguments,
                                          .outputs = kOutputs,
                                          .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_attention_residual>(),
                                          .cuda = ON_CUDA(&dgemma_cuda_attention_residual)};
 };
 
@@ -86,6 +88,7 @@ struct LayerOutput {
                                          .arguments = kArguments,
                                          .outputs = kOutputs,
                                          .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_layer_output>(),
                                          .cuda = ON_CUDA(&dgemma_cuda_layer_output)};
 };
 

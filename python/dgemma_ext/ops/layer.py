@@ -1,10 +1,12 @@
-"""What stands between a layer's products, each as one operator: a launch on a GPU, torch's operators on the CPU.
+"""What stands between a layer's products, each as one operator: a launch on a GPU, one pass over the rows on the CPU.
 
 Order of operations and roundings are those of transformers' modeling_diffusion_gemma.py: norms in fp32 rounded once,
-sums and products beside them rounded to the tensors' dtype one by one. Every row is computed by itself.
+sums and products beside them rounded to the tensors' dtype one by one. Every row is computed by itself. On the CPU the
+bits are those of torch's operators (rows of eight values or more), of which transformers' modules are made.
 
 On a GPU: bfloat16, hidden sizes in multiples of eight up to 8,192, heads up to 512 wide. Every function raises
-ValueError naming an argument of another shape, dtype, layout or device. `rms_norm` is torch's operators everywhere.
+ValueError naming an argument of another shape, dtype, layout or device. `rms_norm` is torch's operators everywhere,
+`gelu_product` on the CPU: its tanh has other bits in the C interface.
 """
 
 from __future__ import annotations
