@@ -4,30 +4,34 @@
                            "engine": {"tensor_parallel_size": 2}}'
 
 A line on stdout that begins with FOUND has JSON: the tokens of each request, and where the engine is in this process,
-which classes its model, sampler and experts are of.
+which classes its model, sampler and experts are of. With `models`, a list of folders, one engine after the other runs
+the requests, and the JSON is a list.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
 def classes(llm: Any) -> dict[str, str]:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    experts = {type(one.quant_method).__name__ for one in runner.model.modules() if hasattr(one, "quant_method")}
+    methods = {type(one.quant_method).__name__ for one in runner.model.modules() if hasattr(one, "quant_method")}
     return {
         "model": type(runner.model).__module__,
         "sampler": type(runner.sampler).__module__,
-        "experts": ",".join(sorted(name for name in experts if "MoE" in name)),
+        "experts": ",".join(sorted(name for name in methods if "MoE" in name)),
+        "others": ",".join(sorted(name for name in methods if "MoE" not in name)),
     }
 
 
-def main() -> None:
+def run(model: str, told: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    told = json.loads(sys.argv[1])
     engine = {
         "enforce_eager": True,
         "max_model_len": 256,
@@ -37,7 +41,7 @@ def main() -> None:
         "dtype": "float32",
         **told.get("engine", {}),
     }
-    llm = LLM(model=told["model"], **engine)
+    llm = LLM(model=model, **engine)
     requests = told["requests"]
     parameters = [
         SamplingParams(
@@ -53,6 +57,30 @@ def main() -> None:
     found: dict[str, Any] = {"tokens": [list(one.outputs[0].token_ids) for one in outputs]}
     if engine.get("tensor_parallel_size", 1) == 1:
         found["classes"] = classes(llm)
+    return found
+
+
+def run_each(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """One engine after the other; one that does not start leaves the text of its error."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    found: list[dict[str, Any]] = []
+    for model in told["models"]:
+        os.environ["TEST_VLLM_MODEL"] = Path(model).name
+        try:
+            found.append(run(model, told))
+        except Exception as error:
+            found.append({"error": f"{type(error).__name__}: {error}"})
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return found
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    if "TEST_VLLM_EXPERTS" in os.environ:
+        import vllm_experts  # noqa: F401
+    found = run_each(told) if "models" in told else run(told["model"], told)
     print("FOUND", json.dumps(found), flush=True)
 
 

@@ -10,10 +10,12 @@ function of it:
 - sampler: the model's class with a state and a sampler of ours: vocabulary head with statistics, sampling, update and
   soft embedding for all canvases of a step together (model.py, sampler.py), and a check of a request's settings before
   it is admitted (admission.py, request_options.py);
-- experts: grouped GEMM as vLLM's modular kernel of experts (experts.py);
+- experts: grouped GEMM as vLLM's modular kernel of experts (experts.py), over quantized checkpoints by configurations
+  and a method of our own (quantization.py, quantized_experts.py);
 - attention: a backend over vLLM's paged cache (attention.py).
 
-The router, norms, rotations and dense products are inside vLLM's layers, which have no place for others.
+The router, norms, rotations and dense products are inside vLLM's layers, which have no place for others, but for
+quantized dense products (quantized_linear.py).
 
 Nothing of vLLM is imported before a part is on. docs/vllm.md has how to install, serve and ask.
 """

@@ -6,19 +6,20 @@ first, and down [E, H, I]. Under expert parallelism a rank has some experts: the
 are left out.
 
 DGEMMA_VLLM_EXPERTS (fp8, int8, int4, int4-64, int4-128, nvfp4) quantizes a rank's experts when they are loaded, one by
-one. A checkpoint that is quantized already stays with vLLM's own kernels: it packs such weights for the kernel that it
-has chosen, and has no place for another.
+one. The experts of a checkpoint that is quantized already have a method of their own (quantized_experts.py), which a
+configuration of the checkpoint hands out (quantization.py).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgemma_ext.checkpoint.quantization import Target, parse_target
-from dgemma_ext.integrations.vllm import settings
+from dgemma_ext.integrations.vllm import configuration, settings
 from dgemma_ext.model.weights import quantized_weight
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops import weights as weights_of_a_kind
@@ -28,11 +29,14 @@ _NAME = "UnquantizedFusedMoEMethod"
 
 
 def register() -> None:
-    """Puts our method in place of vLLM's unquantized one, by its registry of out-of-tree layers."""
+    """Puts our method in place of vLLM's unquantized one, by its registry of out-of-tree layers, and hands vLLM the
+    configurations of quantized checkpoints."""
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     experts_target()  # refused before anything is loaded
+    quantization = importlib.import_module("dgemma_ext.integrations.vllm.quantization")  # registers its configurations
+    configuration.add(quantization.say_what_stays)
     taken = op_registry_oot.get(_NAME)
     if taken is not None:
         if not getattr(taken, "of_dgemma_ext", False):
