@@ -181,7 +181,8 @@ def test_two_ranks_give_the_tokens_of_one(by: str, more: dict[str, Any], served:
     folder = served[0][by]
     engine = {"tensor_parallel_size": 2, "worker_extension_cls": "vllm_experts.Worker", **more}
     told = {"model": str(folder), "requests": [REQUEST], "engine": engine}
-    found, _ = probe(told, **ON, **{RECORDS: str(tmp_path)})
+    # With the engine in a process of its own, to which the configuration travels.
+    found, _ = probe(told, **{**ON, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", RECORDS: str(tmp_path)})
     check_records(list(tmp_path.glob("*.pt")), folder, torch.float32, 2, bool(more))
     assert found["tokens"][0] == generated(folder)
 

@@ -349,10 +349,13 @@ def test_experts_that_stay_vllms_leave_a_line(monkeypatch: pytest.MonkeyPatch) -
         raise Unsupported("their weights are float8 with scales by block")
 
     assert quantization._method(experts_layer(), unsupported) is None
+    for method in (None, quantization.MODELOPT, "fp8"):
+        quantization.say_what_stays(SimpleNamespace(model_config=SimpleNamespace(quantization=method)))
     assert [one.removeprefix("The checkpoint's experts stay with vLLM's own kernels: ") for one in said] == [
         "no kernel of ours takes silu in torch.float32 on this device",
         "the hidden size is 24, and nvfp4 wants a multiple of 16 up to 16384",
         "their weights are float8 with scales by block",
+        "they are quantized by fp8",
     ]
 
 

@@ -45,7 +45,7 @@ def record(folder: Path) -> None:
 
 def parts_of(weight: Any) -> dict[str, Any]:
     if isinstance(weight, Tensor):
-        return {"": weight}
+        return {"": weight.detach()}
     more = {"divides": weight.divides} if weight.name == "nvfp4" else {}
     return {"name": weight.name, **weight.tensors(), **more}
 

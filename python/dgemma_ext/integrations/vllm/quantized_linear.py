@@ -38,6 +38,7 @@ class DGemmaLinearScheme(CompressedTensorsScheme):  # type: ignore[misc]
 
     def __init__(self, scheme: Scheme, layer_name: str | None) -> None:
         self.scheme, self.layer_name = scheme, layer_name
+        self._loaded: dict[str, set[tuple[Any, ...]]] = {}  # projections by suffix
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -76,10 +77,9 @@ class DGemmaLinearScheme(CompressedTensorsScheme):  # type: ignore[misc]
 
     def _checked(self, load: Callable[..., Any], part: Any) -> Callable[..., Any]:
         """vLLM's loader, which checks shapes itself, behind a check of the dtype, which it would convert."""
-        loaded = False
+        loaded = self._loaded.setdefault(part.suffix, set())
 
         def loader(param: Any, loaded_weight: Tensor, *shard: Any) -> None:
-            nonlocal loaded
             if loaded_weight.dtype not in part.dtypes or (loaded and loaded_weight.dtype != param.dtype):
                 raise ValueError(
                     f"{self.layer_name}: its {part.suffix} is {loaded_weight.dtype}, and wants {param.dtype}"
@@ -87,12 +87,15 @@ class DGemmaLinearScheme(CompressedTensorsScheme):  # type: ignore[misc]
             if part.keeps_dtype and loaded_weight.dtype != param.dtype:
                 param.data = param.data.to(loaded_weight.dtype)
             load(param, loaded_weight, *shard)
-            loaded = True
+            loaded.add(shard)
 
         return loader
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises ValueError, naming the layer, for values that no weight may have."""
+        """Raises ValueError, naming the layer, for what the checkpoint lacks and for values that no weight may have."""
+        for suffix, projections in self._loaded.items():
+            if any(self._loaded.values()) and len(projections) < len(layer.logical_widths):
+                raise ValueError(f"{self.layer_name}: a {suffix} of it is missing in the checkpoint")
         parts = [part for part in self.scheme.parts(self.scheme.groups[0]) if part.role != "unread"]
         tensors = {part.role: getattr(layer, part.suffix).data for part in parts}
         if self.scheme.format == "nvfp4":
