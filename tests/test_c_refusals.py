@@ -10,14 +10,8 @@ import torch
 
 from backend import BACKEND
 from c_interface import INVALID_ARGUMENT, OK, UNSUPPORTED, WORKSPACE_TOO_SMALL, call, context, load, operation
-from c_operations import (
-    automaton_operations,
-    denoise_operations,
-    layer_operations,
-    product_operations,
-    quantized_matrix,
-    with_workspace,
-)
+from c_operations import automaton_operations, denoise_operations, layer_operations, with_workspace
+from c_products import product_operations, quantized_matrix
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="of the CPU's functions alone")
 

@@ -20,11 +20,9 @@ from c_operations import (
     denoise_operations,
     layer_operations,
     optional_operands,
-    product_operations,
-    quantize_operations,
-    quantized_matrix,
     with_workspace,
 )
+from c_products import product_operations, quantize_operations, quantized_matrix
 from dgemma_ext import _C
 
 pytestmark = pytest.mark.skipif(BACKEND == "cuda", reason="of the host's checks")

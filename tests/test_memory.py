@@ -23,6 +23,7 @@ from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
 from dgemma_ext.model.vision import PromptImage, VisionTower, resolve_images, tower_workspace_bytes
 from dgemma_ext.ops.formats import QuantizedWeight
+from dgemma_ext.ops.weights import linear
 from dgemma_ext.units import format_bytes
 from models import random_model
 from pictures import gradient
@@ -135,6 +136,26 @@ def test_the_workspace_is_that_of_the_format(tmp_path: Path) -> None:
     copies = 4096 * (2816 + 8 * 704) + 4 * 4096 * 9
     assert copies <= workspace("fp8", "fp8") - unquantized < copies + 4096
     assert copies <= workspace("int8") - unquantized < copies + 4096
+
+
+def test_the_workspace_of_dense_products_is_planned(tmp_path: Path) -> None:
+    """INT8 rounds the rows that a dense product multiplies into its workspace. Here the MLP's last product takes more
+    than experts or attention do: 4,096 rows of 4,096 values, as much as torch's allocator hands out for them."""
+    folder = make_checkpoint(tmp_path, intermediate=4096, top_k=1, with_tokenizer=False)
+    model = dg.DiffusionGemma.from_pretrained(folder, device="cpu", weights="int8")
+    rows = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        linear(rows, model.weights.layers[0].down_proj)
+    events = profiler.profiler.kineto_results.events()
+    taken = sorted(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    of_rows = 4096 * 2 * (6 * 64 + 3 * 4096 + 2 * (4 + 2) * 32)
+    planned = {weights: plan_of(folder, weights, CPU, 4096).workspace for weights in ("auto", "int8")}
+    assert planned["int8"] == of_rows + taken[-1] > planned["auto"]
+    loaded, plain = (
+        batch_plan(one.network, 1, one.config.canvas_length, 4096, 1).workspace
+        for one in (model, dg.DiffusionGemma.from_pretrained(folder, device="cpu"))
+    )
+    assert loaded - plain == planned["int8"] - planned["auto"]
 
 
 def test_activations_are_planned_for_fp8_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,13 +26,19 @@ from dgemma_ext.checkpoint import (
 from dgemma_ext.checkpoint.vision_config import SOFT_TOKENS, VisionConfig, vision_tensors
 from dgemma_ext.engine.cuda_graphs import CAPTURE_STREAMS, capture_pool, operators_can_be_captured
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, free_bytes, unused_in_pools
+from dgemma_ext.engine.pass_memory import DenseMatrix, PassMemory
 from dgemma_ext.engine.training_memory import TrainingSizes, backward_bytes
-from dgemma_ext.model import ENCODE_CHUNK, MAX_PREFILL_TOKENS, NEVER_QUANTIZED, Cache, Network, check_activations
+from dgemma_ext.model import (
+    ENCODE_CHUNK,
+    MAX_PREFILL_TOKENS,
+    NEVER_QUANTIZED,
+    Cache,
+    MatmulMode,
+    Network,
+    check_activations,
+)
 from dgemma_ext.model.vision import KEPT_FEATURES, tower_workspace_bytes
-from dgemma_ext.ops.block_attention import attention_workspace_bytes
-from dgemma_ext.ops.denoise import soft_embedding_workspace
 from dgemma_ext.ops.formats import FORMATS, QuantizedWeight
-from dgemma_ext.ops.weights import experts_workspace_bytes
 from dgemma_ext.sampling import make_canvas_batch, make_step_buffers
 from dgemma_ext.units import format_bytes
 
@@ -151,7 +157,8 @@ def memory_plan(
     experts = bytes_of_parts["experts"][0]
     check_activations(activations, experts)
     positions = _positions(1, config.canvas_length, chosen)
-    passes = _Passes(config, dtype, device, experts.split(", "), activations)
+    dense = _dense_matrices(config, info, weights, dtype)
+    passes = PassMemory(config, dtype, device, experts.split(", "), dense, activations)
     captured = device.type == "cuda" and operators_can_be_captured()
     return MemoryPlan(
         weights=bytes_of_parts,
@@ -204,7 +211,7 @@ def batch_plan(
     positions = _positions(requests, length, max_length)
     experts = [weight for layer in network.weights.layers for weight in (layer.experts_gate_up, layer.experts_down)]
     formats = {weight.name if isinstance(weight, QuantizedWeight) else "unquantized" for weight in experts}
-    passes = _Passes(config, dtype, device, formats, network.options.activations)
+    passes = PassMemory(config, dtype, device, formats, _dense_of(network), network.options.activations)
     return MemoryPlan(
         weights={},
         cache=slots * slot,
@@ -304,6 +311,31 @@ def _weights(
     return {part: (", ".join(parts[part]), sum(parts[part].values())) for part in order if part in parts}
 
 
+def _dense_matrices(
+    config: ModelConfig, info: CheckpointInfo, weights: Target | str, dtype: torch.dtype
+) -> set[DenseMatrix]:
+    """The dense weights whose products are our own: quantized ones."""
+    found: set[DenseMatrix] = set()
+    for attribute, stored in _by_attribute(config, info):
+        format, _ = _bytes_of(attribute, stored, weights, dtype)
+        if format in FORMATS and len(stored.shape) == 2:
+            found.add((format, *stored.shape))
+    return found
+
+
+def _dense_of(network: Network) -> set[DenseMatrix]:
+    """The same of a model that is loaded, with all dense weights where its options make every product our own."""
+    found: set[DenseMatrix] = set()
+    is_own = network.options.matmul is MatmulMode.INVARIANT
+    for values in map(vars, (network.weights, *network.weights.layers)):
+        for attribute, weight in values.items():
+            if isinstance(weight, QuantizedWeight) and len(weight.shape) == 2:
+                found.add((weight.name, *weight.shape))
+            elif is_own and attribute.endswith("_proj") and isinstance(weight, torch.Tensor):
+                found.add((None, *weight.shape))
+    return found
+
+
 def _bytes_of(attribute: str, stored: Stored, weights: Target | str, dtype: torch.dtype) -> tuple[str, int]:
     """The format or dtype that a weight has on the device, and its bytes."""
     values = math.prod(stored.shape)
@@ -329,61 +361,3 @@ def _positions(requests: int, length: int, max_length: int) -> int:
     """The largest number of rows in a pass: a chunk of a prompt, or canvases with the tokens that their first step
     encodes."""
     return max(min(ENCODE_CHUNK, max_length), requests * length + min(MAX_PREFILL_TOKENS, max_length))
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """What the memory of a pass depends on beside its positions.
-
-    formats: those of the experts' weights; a name that is no quantized format stands for unquantized weights.
-    """
-
-    config: ModelConfig
-    dtype: torch.dtype
-    device: torch.device
-    formats: Collection[str]
-    activations: str | None
-
-    def workspace(self, positions: int) -> int:
-        """The largest memory that a pass over `positions`, or the soft embedding of a canvas, takes beside weights,
-        cache and logits."""
-        config = self.config
-        soft = soft_embedding_workspace(1, config.canvas_length, config.vocab_size, config.hidden_size, self.device)
-        return max(self._largest_operator(positions), soft) + self._rows(positions)
-
-    def step(self, positions: int) -> int:
-        """What a step over `positions` takes: the largest workspace of an operator, and what a layer holds at once."""
-        return self._largest_operator(positions) + self._rows(positions)
-
-    def _largest_operator(self, positions: int) -> int:
-        config = self.config
-        heads = config.num_attention_heads
-        attention = max(
-            attention_workspace_bytes(1, positions, heads, layer.num_key_value_heads, layer.head_dim, self.device)
-            for layer in set(config.layers)
-        )
-        experts = max(
-            experts_workspace_bytes(
-                positions,
-                config.hidden_size,
-                config.moe_intermediate_size,
-                config.num_experts,
-                config.top_k_experts,
-                dtype=self.dtype,
-                device=self.device,
-                format=format if format in FORMATS else None,
-                activations=self.activations,
-            )
-            for format in self.formats
-        )
-        return max(attention, experts)
-
-    def _rows(self, positions: int) -> int:
-        """What a layer holds at once, for each row: residual, three norms and two outputs of hidden size; gate, up and
-        product of the dense MLP; projections and their rotated forms."""
-        config = self.config
-        projections = max(
-            (config.num_attention_heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in config.layers
-        )
-        row = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * projections
-        return positions * row * self.dtype.itemsize

@@ -69,3 +69,25 @@ def experts_workspace_bytes(
         top_k=top_k,
         **formats,
     )
+
+
+def dense_workspace_bytes(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    format: str | None,
+) -> int:
+    """Bytes of workspace of a dense product of our own for these sizes: `grouped_gemm.dense` where `format` is None,
+    else `quantized_gemm.dense` of a weight in it."""
+    return workspace_bytes(
+        "dense" if format is None else "dense_quantized",
+        bfloat16=dtype == torch.bfloat16,
+        cuda=torch.device(device).type == "cuda",
+        rows=rows,
+        in_features=in_features,
+        out_features=out_features,
+        **({} if format is None else {"format": FORMATS[format].number}),
+    )
