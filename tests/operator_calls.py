@@ -226,6 +226,7 @@ def _layer(dtype: torch.dtype) -> dict[str, OperatorCall]:
     return {
         "normalise_heads": same(ops.normalise_heads.default, layer.normalise_heads, normalise),
         "attention_residual": same(ops.attention_residual.default, layer.attention_residual, residual),
+        "rms_norm": same(ops.rms_norm.default, layer.row_norm, (rows, weight, 1e-6)),
         "gelu_product": same(ops.gelu_product.default, layer.gelu_product, (rows, rows.clone())),
         "layer_output": same(ops.layer_output.default, layer.layer_output, output),
     }

@@ -81,6 +81,18 @@ def output_operands(tokens: int, hidden: int, dtype: torch.dtype) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+def test_row_norm(tokens: int, hidden: int, weighted: bool, dtype: torch.dtype) -> None:
+    x = tensor(dtype, tokens, hidden, scale=5.0)
+    weight = tensor(dtype, hidden, scale=0.3, offset=1.0) if weighted else None
+    got, wanted = layer.row_norm(x, weight, EPSILON), layer_plain.rms_norm(x, weight, EPSILON)
+    same_but_for_neighbours(got, wanted, NEIGHBOURS)
+    exact = layer_plain.rms_norm(x.double(), None if weight is None else weight.double(), EPSILON)
+    assert_close(got, exact, dtype, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize(("tokens", "heads", "key_heads", "width"), HEADS)
 def test_normalise_heads(tokens: int, heads: int, key_heads: int, width: int, value: bool, dtype: torch.dtype) -> None:

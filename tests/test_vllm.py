@@ -20,6 +20,8 @@ ON = {"DGEMMA_VLLM": "1"}
 PROMPT = list(range(10, 30))
 # Few steps: a random model's canvases part after many, as logits differ by 1e-5.
 STEPS = 4
+# Pages for two or three requests of four.
+TIGHT = {"max_model_len": 160, "block_size": 16, "num_gpu_blocks_override": 20, "disable_log_stats": False}
 PUZZLE = "62..14...62.4.23653.5.42..1.5654.23."
 
 
@@ -70,7 +72,7 @@ def generated(engine: dg.DiffusionGemma, ids: list[int], seed: int, max_tokens: 
 def test_the_plugin_is_loaded_in_every_process(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "dgemma_ext inside vLLM" in line]
     assert len({re.split(r"[ )]", line)[1] for line in lines}) >= 2, lines  # APIServer, EngineCore
-    assert all("sampler, experts, attention" in line for line in lines)
+    assert all("sampler, experts, attention, rows" in line for line in lines)
 
 
 def test_tokens_are_the_engines(server: Server, engine: dg.DiffusionGemma) -> None:
@@ -153,6 +155,11 @@ def test_an_answer_that_nobody_waits_for_makes_room(server: Server) -> None:
         ({"canvas_length": 17}, "canvas_length must be at most the checkpoint's 16"),
         ({"t_max": 0.1}, "t_max must be at least t_min"),
         ({"regex": "(a"}, "a"),
+        ({"regex": "a{60}"}, "is 40, and the shortest text that the grammar matches has 60 tokens"),
+        ({"regex": "a+", "tokens": [400], "pinned": [1]}, "pinned and allowed tokens with which no text"),
+        ({"allowed": "[" + "[5]," * 48 + "[5]]"}, "canvas.allowed has 49 entries"),
+        ({"diffusion_canvas_length": 9}, "canvas_length says it here"),
+        ({"dgemma_answers": 2}, "dgemma_answers, which is not known"),
     ],
 )
 def test_what_means_nothing_is_status_400_by_name(server: Server, extra: dict[str, Any], words: str) -> None:
@@ -191,6 +198,78 @@ def test_a_bundled_model_answers_over_openais_client(tmp_path: Path) -> None:
     assert len(digits) == 36
 
 
+# What vLLM's scheduler does with requests -----------------------------------------------------------------------------
+
+
+def test_short_steps_and_few_pages_change_no_token(model: Path, engine: dg.DiffusionGemma) -> None:
+    """A step has room for two canvases and a half, and the cache for fewer requests than run: some wait in the middle
+    of their canvases, and some give their pages back and read all again."""
+    tokens, pinned = [5, -1, 7, *[-1] * 15, 9, *[-1] * 20, 11], [1, 0, 1, *[0] * 15, 1, *[0] * 20, 1]
+    content = {"tokens": tokens, "pinned": pinned}
+    extras: list[dict[str, Any]] = [{"seed": 0, **content}, {"seed": 1}, {"seed": 2}, {"canvas_length": 6, **content}]
+    prompts = [[(31 * request + 7 * i) % 480 + 10 for i in range(20 + 11 * request)] for request in range(4)]
+    asked = [
+        {"ids": ids, "max_tokens": 48, "extra_args": {"seed": 3, "max_denoising_steps": STEPS, **extra}}
+        for ids, extra in zip(prompts, extras, strict=True)
+    ]
+    told = {"model": str(model), "requests": asked, "engine": {**TIGHT, "max_num_batched_tokens": 40}}
+    found, _ = probe(told, VLLM_ENABLE_V1_MULTIPROCESSING="0", **ON)
+    assert found["preemptions"] > 0
+    canvas = dg.Canvas([None if token < 0 else token for token in tokens], list(map(bool, pinned)))
+    own: list[dict[str, Any]] = [{"canvas": canvas}, {}, {}, {"canvas": canvas, "sampler": {"canvas_length": 6}}]
+    for seed, (ids, more, got) in enumerate(zip(prompts, own, found["tokens"], strict=True)):
+        assert got == generated(engine, ids, seed, 48, **more), seed
+
+
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "long_prefill_token_threshold"])
+def test_steps_without_room_for_a_canvas_are_refused(name: str, model: Path) -> None:
+    with pytest.raises(AssertionError, match=f"{name} is 12, and a step takes a whole canvas of 16 tokens"):
+        probe({"model": str(model), "requests": [], "engine": {name: 12}}, **ON)
+
+
+def test_answers_that_share_a_seed_have_the_seeds_after_it(server: Server, engine: dg.DiffusionGemma) -> None:
+    status, body = server.post("/v1/completions", {**completion(PROMPT, 16, seed=2**63 - 1), "n": 3})
+    assert status == 200, body
+    found = {choice["index"]: choice["token_ids"] for choice in body["choices"]}
+    assert found == {n: generated(engine, PROMPT, seed, 16) for n, seed in enumerate((2**63 - 1, 0, 1))}
+
+
+def test_a_stream_tells_a_canvas_at_a_time_and_the_usage(server: Server) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    body = completion(PROMPT, 37, seed=7)
+    extra = {name: body[name] for name in ("ignore_eos", "vllm_xargs", "return_token_ids")}
+    options: Any = {"max_tokens": 37, "temperature": 1.0, "stream": True, "stream_options": {"include_usage": True}}
+    events = list(client.completions.create(model="m", prompt=PROMPT, extra_body=extra, **options))
+    parts: list[Any] = [event.choices[0].model_dump()["token_ids"] for event in events if event.choices]
+    assert [len(part) for part in parts if part] == [16, 16, 5]
+    assert [token for part in parts for token in part or []] == asked(server, PROMPT, 37, seed=7)
+    assert (events[-1].usage.prompt_tokens, events[-1].usage.completion_tokens) == (20, 37)
+
+
+def test_an_answer_ends_inside_a_canvas(server: Server, engine: dg.DiffusionGemma) -> None:
+    """By max_tokens, by a token that stops, by an end of text."""
+    whole = generated(engine, PROMPT, 7, 48)
+    for count in (1, 15, 17, 33):
+        assert asked(server, PROMPT, count, seed=7) == whole[:count]
+    stop = whole[20]
+    body = {**completion(PROMPT, 48, seed=7), "stop_token_ids": [stop]}
+    choice = server.post("/v1/completions", body)[1]["choices"][0]
+    assert (choice["token_ids"], choice["finish_reason"]) == (whole[: whole.index(stop) + 1], "stop")
+    allowed = [1, 106, 50, *range(200, 230)]
+    sampler, reasons = dg.SamplerConfig(max_denoising_steps=STEPS), set()
+    for seed in range(4):
+        body = {**completion(PROMPT, 32, seed=seed, allowed=allowed), "ignore_eos": False}
+        choice = server.post("/v1/completions", body)[1]["choices"][0]
+        canvas = dg.Canvas(allowed=allowed)
+        output = engine.generate(PROMPT, max_new_tokens=32, seed=seed, sampler=sampler, canvas=canvas)
+        assert choice["token_ids"] == list(output.token_ids), seed
+        assert choice["finish_reason"] == {"eos": "stop"}.get(output.finish_reason, output.finish_reason)
+        reasons.add(choice["finish_reason"])
+    assert "stop" in reasons
+
+
 # Ranks, and what is off ---------------------------------------------------------------------------------------------
 
 REQUESTS = [
@@ -217,7 +296,7 @@ def test_a_plugin_that_is_off_leaves_vllm_as_it_is(wide: Path) -> None:
     assert "dgemma_ext inside vLLM" not in log
 
 
-@pytest.mark.parametrize("part", ["sampler", "experts"])
+@pytest.mark.parametrize("part", ["sampler", "experts", "rows"])
 def test_a_part_by_itself(part: str, wide: Path) -> None:
     extra = {"seed": 7, "max_denoising_steps": STEPS} if part == "sampler" else {"diffusion_max_steps": STEPS}
     told = {"model": str(wide), "requests": [{"ids": PROMPT, "max_tokens": 40, "extra_args": extra}]}
@@ -226,6 +305,7 @@ def test_a_part_by_itself(part: str, wide: Path) -> None:
     assert classes["sampler"].startswith("dgemma_ext" if part == "sampler" else "vllm")
     assert classes["model"].startswith("dgemma_ext" if part == "sampler" else "vllm")
     assert ("DGemma" in classes["experts"]) is (part == "experts")
+    assert classes["rms_norm"] == ("dgemma" if part == "rows" else "native")
     if part == "sampler":
         engine = dg.DiffusionGemma.from_pretrained(wide, device="cpu")
         assert found["tokens"][0] == generated(engine, PROMPT, 7)

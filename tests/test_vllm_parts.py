@@ -23,7 +23,7 @@ from dgemma_ext.integrations.vllm.request_options import Limits, check, options_
 from dgemma_ext.integrations.vllm.requests import Requests, seed_of
 from dgemma_ext.integrations.vllm.slots import Rows
 from dgemma_ext.integrations.vllm.vocabulary import AllowedOfShard, Buffers, Vocabulary, advance
-from dgemma_ext.ops import grouped_gemm
+from dgemma_ext.ops import denoise, grouped_gemm
 from dgemma_ext.ops.vocabulary_head import vocabulary_head
 from dgemma_ext.sampling import FAILED
 from dgemma_ext.sampling.step import logits_params, sample_and_update, soft_embedding
@@ -87,7 +87,7 @@ def test_switches_without_a_meaning_are_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="DGEMMA_VLLM must be 0 or 1, got 'yes'"):
         dgemma_vllm.is_on()
     monkeypatch.setenv("DGEMMA_VLLM_PARTS", "sampler,experts ,router")
-    with pytest.raises(ValueError, match="DGEMMA_VLLM_PARTS must name sampler, experts, attention, got 'router'"):
+    with pytest.raises(ValueError, match="DGEMMA_VLLM_PARTS must name sampler, experts, attention, rows, got 'router'"):
         settings.parts()
     monkeypatch.setenv("DGEMMA_VLLM_PARTS", "experts, sampler")
     assert settings.parts() == ("sampler", "experts")
@@ -153,6 +153,10 @@ def test_options_go_by_the_engines_names() -> None:
         ({"tokens": [3], "pinned": [1, 1]}, "canvas.pinned must have 1 entries"),
         ({"tokens": [-1], "pinned": [1]}, r"canvas.pinned\[0\] is set where canvas.tokens has None"),
         ({"tokens": [3] * 17}, "canvas.tokens has 17 entries, and the canvases of max_tokens 16 have 16 positions"),
+        (
+            {"allowed": "[" + "[3]," * 16 + "[3]]"},
+            "canvas.allowed has 17 entries, and the canvases of max_tokens 16 have",
+        ),
         ({"pinned": [1]}, "pinned is for tokens"),
         ({"allowed": [600]}, r"canvas.allowed for position 0 must name ids in \[0, 512\)"),
         ({"allowed": "[3"}, "allowed must be a value or the text of its JSON"),
@@ -165,6 +169,13 @@ def test_options_go_by_the_engines_names() -> None:
 def test_options_that_mean_nothing_are_refused_by_name(extra: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check(options_of(extra), LIMITS, 16)
+
+
+def test_without_max_tokens_the_context_is_the_room() -> None:
+    limits, options = Limits(512, 8, LIMITS.defaults, context=20), options_of({"tokens": [3] * 25})
+    with pytest.raises(ValueError, match="of max_model_len 20 have 24 positions"):
+        check(options, limits, None)
+    check(options_of({"tokens": [3] * 24}), limits, None)
 
 
 def test_a_grammar_wants_the_whole_vocabulary() -> None:
@@ -352,6 +363,47 @@ def test_ranks_come_to_the_same_canvases(cut: int, hidden_states: tuple[Any, lis
             running = rows.active[:, None, None] & torch.ones_like(soft, dtype=torch.bool)
             scale = float(soft[running].abs().max())
             torch.testing.assert_close(soft_of_rank[running], soft[running], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(("begin", "count"), [(0, 96), (32, 64), (40, 60), (7, 25), (95, 5), (3, 97), (31, 1)])
+def test_a_rank_s_part_of_a_mask(begin: int, count: int) -> None:
+    """Also where it begins or ends inside a word, and where the ids around it are allowed."""
+    generator = torch.Generator().manual_seed(begin)
+    sets = [torch.nonzero(torch.rand(100, generator=generator) < 0.5).flatten().tolist() for _ in range(4)]
+    sets += [[v for v in range(100) if not begin <= v < begin + count] or [begin], list(range(100))]
+    vocabulary = Vocabulary(100, begin, torch.zeros(count, 4), 0.0, 1.0, 0.0, 1.0)
+    own, some = AllowedOfShard(vocabulary)(denoise.pack_allowed(sets, 100), 1)
+    for row, ids in enumerate(sets):
+        wanted = [v - begin for v in ids if begin <= v < begin + count]
+        assert bool(some[row]) is bool(wanted)
+        assert torch.equal(own[row], denoise.pack_allowed([wanted or [0]], count)[0])
+
+
+def test_answers_that_share_a_seed() -> None:
+    limits = Limits(512, LENGTH, GenerationDefaults())
+    requests = Requests(2, limits, "", torch.device("cpu"))
+
+    def seed(request_id: str, extra: dict[str, Any]) -> int:
+        requests.place(0, request_id, [5], [], extra, 8)
+        return int(requests.slots.gather(torch.tensor([0])).seed)
+
+    assert [seed(f"{n}_cmpl-1", {"seed": 2**63 - 1, "dgemma_answers": 3}) for n in range(3)] == [2**63 - 1, 0, 1]
+    assert seed("7_of_the_user", {"seed": 5}) == 5
+    assert seed("0_cmpl-1", {}) != seed("1_cmpl-1", {})
+
+
+def test_what_only_the_prompt_forbids_ends_the_answer(tokenizer_folder: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An error in a worker would end the engine for all of its requests."""
+    limits = Limits(512, LENGTH, GenerationDefaults(eos_token_ids=(7,), pad_token_id=0))
+    requests = Requests(2, limits, str(tokenizer_folder), torch.device("cpu"))
+    requests.place(1, "one", [5, 6], [], {"regex": "a{40}", "canvas_length": 5}, 32)
+    assert "request one ends without an answer: max_new_tokens is 32" in caplog.text
+    at = torch.tensor([1])
+    rows = requests.slots.gather(at)
+    window = requests.contents.window(at, rows.canvas_index, rows.width)
+    assert (window.tokens[0, :5].tolist(), window.pinned[0, :5].tolist()) == ([7] * 5, [True] * 5)
+    assert int(rows.max_steps) == 1
+    assert not requests.has_grammar(1)
 
 
 def test_a_grammar_holds_a_slot_and_a_preempted_one_goes_on(tokenizer_folder: Any) -> None:

@@ -1,11 +1,12 @@
 """Runs requests in vLLM's engine and prints what came of them; a process of its own, told by JSON on the command line.
 
-    python vllm_probe.py '{"model": FOLDER, "requests": [{"ids": [...], "max_tokens": 16, "extra_args": {...}}],
+    python vllm_probe.py '{"model": FOLDER, "requests": [{"ids": [...], "max_tokens": 16, "extra_args": {...}, "n": 1}],
                            "engine": {"tensor_parallel_size": 2}}'
 
-A line on stdout that begins with FOUND has JSON: the tokens of each request, and where the engine is in this process,
-which classes its model, sampler and experts are of. With `models`, a list of folders, one engine after the other runs
-the requests, and the JSON is a list.
+A line on stdout that begins with FOUND has JSON: the tokens of each request's answers one after the other, and where
+the engine is in this process, which classes its model, sampler and experts are of, and whose rms_norm comes first.
+Where the engine keeps statistics (disable_log_stats false), how often requests were preempted. With `models`, a list of
+folders, one engine after the other runs the requests, and the JSON is a list.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 
 def classes(llm: Any) -> dict[str, str]:
+    from vllm import ir
+
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     methods = {type(one.quant_method).__name__ for one in runner.model.modules() if hasattr(one, "quant_method")}
     return {
@@ -26,6 +29,7 @@ def classes(llm: Any) -> dict[str, str]:
         "sampler": type(runner.sampler).__module__,
         "experts": ",".join(sorted(name for name in methods if "MoE" in name)),
         "others": ",".join(sorted(name for name in methods if "MoE" not in name)),
+        "rms_norm": ir.ops.rms_norm.get_priority()[0],
     }
 
 
@@ -47,6 +51,7 @@ def run(model: str, told: dict[str, Any]) -> dict[str, Any]:
         SamplingParams(
             temperature=1.0,
             max_tokens=one["max_tokens"],
+            n=one.get("n", 1),
             ignore_eos=True,
             detokenize=False,
             extra_args=one.get("extra_args"),
@@ -54,7 +59,11 @@ def run(model: str, told: dict[str, Any]) -> dict[str, Any]:
         for one in requests
     ]
     outputs = llm.generate([{"prompt_token_ids": one["ids"]} for one in requests], parameters, use_tqdm=False)
-    found: dict[str, Any] = {"tokens": [list(one.outputs[0].token_ids) for one in outputs]}
+    found: dict[str, Any] = {
+        "tokens": [[token for answer in one.outputs for token in answer.token_ids] for one in outputs]
+    }
+    if not engine["disable_log_stats"]:
+        found["preemptions"] = sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions")
     if engine.get("tensor_parallel_size", 1) == 1:
         found["classes"] = classes(llm)
     return found

@@ -7,6 +7,22 @@
 namespace dgemma {
 namespace {
 
+struct RmsNorm {
+  using Struct = dgemma_rms_norm;
+  static constexpr std::initializer_list<Extent> kRows = {AT(tokens), AT(hidden_size)};
+  static constexpr std::array kArguments = {tensor("input", AT(input), kRows),
+                                            optional("weight", AT(weight), {AT(hidden_size)}),
+                                            number("epsilon", AT(epsilon))};
+  static constexpr std::array kOutputs = {tensor("output", AT(output), kRows)};
+  static constexpr Operator kOperator = {.name = "rms_norm",
+                                         .operation = operation<Struct>(AT(dtype)),
+                                         .arguments = kArguments,
+                                         .outputs = kOutputs,
+                                         .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_rms_norm>(),
+                                         .cuda = ON_CUDA(&dgemma_cuda_rms_norm)};
+};
+
 struct NormaliseHeads {
   using Struct = dgemma_normalise_heads;
   static constexpr std::initializer_list<Extent> kQueries = {AT(tokens), AT(query_heads),
@@ -95,5 +111,5 @@ struct LayerOutput {
 }  // namespace
 }  // namespace dgemma
 
-DGEMMA_OPERATORS(dgemma::NormaliseHeads, dgemma::AttentionResidual, dgemma::GeluProduct,
-                 dgemma::LayerOutput)
+DGEMMA_OPERATORS(dgemma::RmsNorm, dgemma::NormaliseHeads, dgemma::AttentionResidual,
+                 dgemma::GeluProduct, dgemma::LayerOutput)

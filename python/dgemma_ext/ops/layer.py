@@ -6,7 +6,7 @@ bits are those of torch's operators (rows of eight values or more), of which tra
 
 On a GPU: bfloat16, hidden sizes in multiples of eight up to 8,192, heads up to 512 wide. Every function raises
 ValueError naming an argument of another shape, dtype, layout or device. `rms_norm` is torch's operators everywhere,
-`gelu_product` on the CPU: its tanh has other bits in the C interface.
+`row_norm` the kernel, `gelu_product` torch's on the CPU: its tanh has other bits in the C interface.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ from dgemma_ext.ops.operators import operator
 from dgemma_ext.ops.plain import layer as plain_layer
 
 rms_norm = plain_layer.rms_norm
+_rms_norm = operator("rms_norm")
 _normalise_heads, _attention_residual = operator("normalise_heads"), operator("attention_residual")
 _gelu_product, _layer_output = operator("gelu_product"), operator("layer_output")
+
+
+def row_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """`rms_norm` of rows [rows, width] by the kernel on a CPU too, without a gradient; weight [width] or None.
+
+    On a CPU it has the bits of `rms_norm`.
+    """
+    result: Tensor = _rms_norm(x, weight, epsilon)
+    return result
 
 
 def normalise_heads(

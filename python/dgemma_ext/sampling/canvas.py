@@ -67,7 +67,7 @@ class Canvas:
         if self.start_step > max_steps:
             raise ValueError(f"canvas.start_step must be in [1, {max_steps}], got {self.start_step}")
         checked = None
-        for position in range(len(self.allowed or ()) if self._allowed_by_position else 1):
+        for position in range(len(self.allowed or ()) if self.allows_by_position else 1):
             ids = self.allowed_at(position)
             if ids is not None and ids is not checked and (not ids or max(ids) >= vocabulary):
                 shown = arguments.shown(ids)
@@ -77,14 +77,15 @@ class Canvas:
             checked = ids
 
     @property
-    def _allowed_by_position(self) -> bool:
+    def allows_by_position(self) -> bool:
+        """Whether `allowed` has a list for each position."""
         allowed: Any = self.allowed
         return bool(allowed) and not isinstance(allowed[0], int)
 
     def allowed_at(self, position: int) -> tuple[int, ...] | None:
         """The ids that are allowed at a position of the answer; None means all."""
         allowed: Any = self.allowed
-        if self._allowed_by_position:
+        if self.allows_by_position:
             allowed = allowed[position] if position < len(allowed) else None
         return allowed
 

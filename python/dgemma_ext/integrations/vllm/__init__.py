@@ -12,10 +12,11 @@ function of it:
   it is admitted (admission.py, request_options.py);
 - experts: grouped GEMM as vLLM's modular kernel of experts (experts.py), over quantized checkpoints by configurations
   and a method of our own (quantization.py, quantized_experts.py);
-- attention: a backend over vLLM's paged cache (attention.py).
+- attention: a backend over vLLM's paged cache (attention.py);
+- rows: the norms on a CPU, as an implementation of vLLM's operator (rows.py).
 
-The router, norms, rotations and dense products are inside vLLM's layers, which have no place for others, but for
-quantized dense products (quantized_linear.py).
+The router, rotations and dense products are inside vLLM's layers, which have no place for others, but for quantized
+dense products (quantized_linear.py).
 
 Nothing of vLLM is imported before a part is on. docs/vllm.md has how to install, serve and ask.
 """

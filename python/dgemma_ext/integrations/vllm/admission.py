@@ -12,9 +12,8 @@ from typing import Any
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from dgemma_ext.checkpoint import GenerationDefaults
-from dgemma_ext.integrations.vllm.request_options import Limits, check, options_of
-from dgemma_ext.integrations.vllm.requests import tokenizer_of
-from dgemma_ext.sampling import compile_grammar
+from dgemma_ext.integrations.vllm.request_options import ANSWERS, WIDTH, Limits, check, options_of, unknown
+from dgemma_ext.integrations.vllm.requests import matching_without_prompt, tokenizer_of
 
 _MODULE = "dgemma_ext.integrations.vllm.admission"
 _number = itertools.count()
@@ -35,18 +34,29 @@ class Admission(LogitsProcessor):  # type: ignore[misc]
         options = options_of(sampling_params.extra_args)
         sampler = check(options, cls.limits, sampling_params.max_tokens)
         if options.grammar is not None:
-            size, defaults = cls.limits.vocabulary, cls.limits.defaults
-            tokenizer = tokenizer_of(cls.model)
-            compile_grammar(options.grammar, tokenizer, size, defaults.eos_token_ids, defaults.pad_token_id, False)
-        if sampler.canvas_length < cls.limits.canvas_length:
-            # vLLM's scheduler reads it: a narrower canvas takes fewer of its tokens.
-            sampling_params.extra_args["diffusion_canvas_length"] = sampler.canvas_length
+            matching_without_prompt(options, cls.limits, sampler, sampling_params.max_tokens, tokenizer_of(cls.model))
+        # vLLM's scheduler reads the width: a narrower canvas takes fewer of its tokens.
+        narrow = sampler.canvas_length < cls.limits.canvas_length
+        shared = options.seed is not None and sampling_params.n > 1
+        told = {WIDTH: sampler.canvas_length if narrow else None, ANSWERS: sampling_params.n if shared else None}
+        sampling_params.extra_args = _with(sampling_params.extra_args, told)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False
 
     def apply(self, logits: Any, ctx: Any) -> Any:
         return logits
+
+
+def _with(extra_args: dict[str, Any] | None, told: dict[str, int | None]) -> dict[str, Any] | None:
+    """A copy of a request's extra_args with what the other processes are told. Raises ValueError where the request has
+    another value there; the same one is there where parameters are used twice."""
+    given = {name: value for name in told if (value := (extra_args or {}).get(name)) is not None}
+    for name, value in given.items():
+        if value != told[name]:
+            raise ValueError(unknown(name))
+    added = {name: value for name, value in told.items() if value is not None}
+    return {**(extra_args or {}), **added} if added else extra_args
 
 
 def _check_settings(params: Any, filters: tuple[int, float]) -> None:
@@ -68,6 +78,7 @@ def limits_of(vllm_config: Any) -> Limits:
         canvas_length=vllm_config.diffusion_config.canvas_length,
         defaults=defaults_of(model, vllm_config.diffusion_config),
         tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
+        context=model.max_model_len,
     )
 
 
@@ -82,8 +93,16 @@ def defaults_of(model_config: Any, diffusion_config: Any) -> GenerationDefaults:
 
 
 def add_admission(vllm_config: Any) -> None:
-    """Adds the check to the logits processors of a model (configuration.add)."""
-    model = vllm_config.model_config
+    """Adds the check to the logits processors of a model (configuration.add).
+
+    Raises ValueError where no step may have a whole canvas.
+    """
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    length = vllm_config.diffusion_config.canvas_length
+    for name, off in (("max_num_batched_tokens", None), ("long_prefill_token_threshold", 0)):
+        most = getattr(scheduler, name)
+        if most != off and most < length:
+            raise ValueError(f"{name} is {most}, and a step takes a whole canvas of {length} tokens or none of it")
     given = model.get_diff_sampling_param()
     name = f"Admission{next(_number)}"
     filters = (given.get("top_k", 0), given.get("top_p", 1.0))

@@ -40,7 +40,7 @@ class Contents:
     def place(self, slot: int, content: Canvas) -> None:
         """Writes a request's content into a slot in place of what was there."""
         self.clear(slot)
-        by_position = bool(content.allowed) and not isinstance(content.allowed[0], int)  # type: ignore[index]
+        by_position = content.allows_by_position
         width = max(len(content.tokens), len(content.allowed or ()) if by_position else 0)
         if not width and content.allowed is None:
             return

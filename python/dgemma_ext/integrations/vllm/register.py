@@ -40,6 +40,7 @@ _MODULES = {
     "sampler": "dgemma_ext.integrations.vllm.model_class",
     "experts": "dgemma_ext.integrations.vllm.experts",
     "attention": "dgemma_ext.integrations.vllm.attention",
+    "rows": "dgemma_ext.integrations.vllm.rows",
 }
 
 

@@ -28,16 +28,21 @@ _SAMPLER = (
 )
 _CANVAS = ("tokens", "pinned", "allowed", "start_step")
 _GRAMMARS: dict[str, Callable[[Any], Grammar]] = {"regex": Regex, "json": JsonSchema, "choice": Choice}
+WIDTH, ANSWERS = "diffusion_canvas_length", "dgemma_answers"
 NAMES = ("seed", *_SAMPLER, *_CANVAS, *_GRAMMARS, "thinking_budget")
 
-# Other parts of vLLM read these; what they mean is not ours to check. The last is what `canvas_length` becomes.
-_OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "diffusion_canvas_length")
+# Other parts of vLLM read these; what they mean is not ours to check.
+_OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
+# Admission writes these for the other processes: what vLLM's scheduler calls canvas_length, and a request's n where the
+# answers share a seed.
+_OF_ADMISSION = (WIDTH, ANSWERS)
 # What vLLM's own sampler is told, and what says it here.
 _SPELT_HERE = {
     "diffusion_max_steps": "max_denoising_steps",
     "diffusion_seed_canvas": "tokens",
     "diffusion_pinned": "pinned",
     "diffusion_constrained": "allowed",
+    WIDTH: "canvas_length",
 }
 
 
@@ -47,32 +52,35 @@ class RequestOptions:
 
     sampler: SamplerConfig
     seed: int | None = None
+    answers: int = 1  # that share the seed
     canvas: Canvas | None = None
     grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model, and how it is served, let a request say."""
+    """What the model, and how it is served, let a request say. context: the most tokens of prompt and answer."""
 
     vocabulary: int
     canvas_length: int
     defaults: GenerationDefaults
     tensor_parallel: int = 1
+    context: int | None = None
 
 
 def options_of(extra_args: Mapping[str, Any] | None) -> RequestOptions:
     """Reads a request's extra_args. Raises ValueError naming the entry."""
     given = {name: value for name, value in (extra_args or {}).items() if value is not None}
     for name in given:
-        if name not in NAMES and name not in _OF_VLLM:
-            raise ValueError(_unknown(name))
+        if name not in NAMES and name not in _OF_VLLM and name not in _OF_ADMISSION:
+            raise ValueError(unknown(name))
     sampler = SamplerConfig(**{name: given[name] for name in _SAMPLER if name in given})
     seed = arguments.integer("seed", given["seed"], end=2**63) if "seed" in given else None
-    return RequestOptions(sampler, seed, _canvas(given), _grammar(given))
+    return RequestOptions(sampler, seed, int(given.get(ANSWERS, 1)), _canvas(given), _grammar(given))
 
 
-def _unknown(name: str) -> str:
+def unknown(name: str) -> str:
+    """Why an entry is refused."""
     if name in _SPELT_HERE:
         return f"extra_args has {name}, which vLLM's own sampler takes; {_SPELT_HERE[name]} says it here"
     if name.startswith("diffusion_"):
@@ -86,12 +94,13 @@ def check(options: RequestOptions, limits: Limits, max_tokens: int | None) -> Re
     canvas = options.canvas
     if canvas is not None:
         canvas.check(limits.vocabulary, sampler.max_denoising_steps)
-        if max_tokens is not None:
-            room = -(-max_tokens // sampler.canvas_length) * sampler.canvas_length
-            if len(canvas.tokens) > room:
+        name, most = ("max_tokens", max_tokens) if max_tokens is not None else ("max_model_len", limits.context)
+        room = None if most is None else -(-most // sampler.canvas_length) * sampler.canvas_length
+        allowed = len(canvas.allowed or ()) if canvas.allows_by_position else 0
+        for field, count in (("tokens", len(canvas.tokens)), ("allowed", allowed)):
+            if room is not None and count > room:
                 raise ValueError(
-                    f"canvas.tokens has {len(canvas.tokens)} entries, and the canvases of max_tokens {max_tokens} have "
-                    f"{room} positions"
+                    f"canvas.{field} has {count} entries, and the canvases of {name} {most} have {room} positions"
                 )
     if options.grammar is not None and limits.tensor_parallel > 1:
         raise ValueError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +14,11 @@ import torch
 from dgemma_ext.checkpoint import Tokenizer, resolve_checkpoint
 from dgemma_ext.engine.matching import Matching, matching_of
 from dgemma_ext.integrations.vllm.contents import Contents
-from dgemma_ext.integrations.vllm.request_options import Limits, check, options_of
+from dgemma_ext.integrations.vllm.request_options import Limits, RequestOptions, check, options_of
 from dgemma_ext.integrations.vllm.slots import Slots
-from dgemma_ext.sampling import Canvas, Constraint
+from dgemma_ext.sampling import Canvas, Constraint, Grammar, ResolvedSampler
+
+_logger = logging.getLogger("vllm.plugins.dgemma")
 
 
 class Requests:
@@ -35,21 +40,33 @@ class Requests:
         max_tokens: int,
     ) -> None:
         """Gives a slot to a request. answered: the tokens of the canvases that it has finished, which are some after
-        a preemption. Raises ValueError naming what is wrong in extra_args."""
+        a preemption.
+
+        extra_args are those that admission has let in. What only the prompt shows to be impossible - a grammar without
+        a text that goes on with it - is logged, and the answer is an end of text: an error here would end the engine.
+        """
         self.clear(slot)
         options = options_of(extra_args)
-        sampler = check(options, self.limits, max_tokens)
-        seed = seed_of(request_id) if options.seed is None else options.seed
+        sampler = check(options, self.limits, None)
+        seed = seed_of(request_id) if options.seed is None else answer_seed(options, request_id)
         content = options.canvas or Canvas()
         if options.grammar is not None:
-            limits = self.limits
-            tokenizer, pad_id = tokenizer_of(self._model), limits.defaults.pad_token_id
-            answer = (list(prompt), sampler, max_tokens, options.canvas)
-            matching = matching_of(options.grammar, tokenizer, limits.vocabulary, pad_id, *answer)
-            matching.follow(answered)
-            self._matchings[slot], content = matching, matching.content
+            try:
+                answer = (list(prompt), sampler, max_tokens, options.canvas)
+                matching = _matching(options.grammar, self.limits, tokenizer_of(self._model), *answer)
+            except ValueError as error:
+                _logger.warning("request %s ends without an answer: %s", request_id, error)
+                content, sampler = self._end_of_text(), replace(sampler, max_denoising_steps=1)
+            else:
+                matching.follow(answered)
+                self._matchings[slot], content = matching, matching.content
         self.slots.place(slot, sampler, seed, len(answered) // sampler.canvas_length, content)
         self.contents.place(slot, content)
+
+    def _end_of_text(self) -> Canvas:
+        """A canvas that is one."""
+        ends, length = self.limits.defaults.eos_token_ids, self.limits.canvas_length
+        return Canvas([ends[0] if ends else 0] * length, [True] * length)
 
     def clear(self, slot: int) -> None:
         self.slots.clear(slot)
@@ -78,6 +95,28 @@ def tokenizer_of(model: str) -> Tokenizer:
     if model not in _tokenizers:
         _tokenizers[model] = Tokenizer.from_directory(resolve_checkpoint(model))
     return _tokenizers[model]
+
+
+def matching_without_prompt(
+    options: RequestOptions, limits: Limits, sampler: ResolvedSampler, max_tokens: int | None, tokenizer: Tokenizer
+) -> None:
+    """Raises ValueError for a grammar that cannot be compiled, or that no answer of max_tokens to a prompt that begins
+    no thought matches."""
+    assert options.grammar is not None
+    most = max_tokens if max_tokens is not None else limits.context or limits.canvas_length
+    _matching(options.grammar, limits, tokenizer, [], sampler, most, options.canvas)
+
+
+def _matching(grammar: Grammar, limits: Limits, tokenizer: Tokenizer, *answer: Any) -> Matching:
+    return matching_of(grammar, tokenizer, limits.vocabulary, limits.defaults.pad_token_id, *answer)
+
+
+def answer_seed(options: RequestOptions, request_id: str) -> int:
+    """The seed of a request with one. Of n answers that share it each has its own, the numbers from it on; vLLM makes
+    each a request, whose id begins with its number."""
+    assert options.seed is not None
+    number = re.match(r"(\d+)_", request_id) if options.answers > 1 else None
+    return (options.seed + int(number[1] if number else 0)) % 2**63
 
 
 def seed_of(request_id: str) -> int:

@@ -59,19 +59,35 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         for begin in range(0, len(with_canvas), self._buffers.rows):
             part = with_canvas[begin : begin + self._buffers.rows]
             own = hidden[int(first[begin]) : int(first[begin + len(part)])]
-            self._step(own, part, input_batch.idx_mapping_np[part], lengths[part], sampled, num_sampled)
+            slots = input_batch.idx_mapping_np[part]
+            self._step(own, part, slots, lengths[part], input_batch.seq_lens, sampled, num_sampled)
         return self._build_output(input_batch, sampled, num_sampled, lengths, hidden.device)
 
     def _step(
-        self, hidden: Tensor, index: Array, slots: Array, lengths: Array, sampled: Tensor, num_sampled: Tensor
+        self,
+        hidden: Tensor,
+        index: Array,
+        slots: Array,
+        lengths: Array,
+        sequence_lengths: Tensor,
+        sampled: Tensor,
+        num_sampled: Tensor,
     ) -> None:
         """Advances some requests. hidden: their rows one after the other. index: where they are in the batch; lengths:
-        how many positions each canvas has here, at most L; a canvas at the end of the context is cut."""
+        how many positions each canvas has here, at most L; sequence_lengths: of the batch's requests with these rows.
+
+        A canvas at the end of the context is cut to what fits. One with fewer positions because the step has no more
+        tokens for it is left as it is, and vLLM schedules it again.
+        """
         requests, states, device = self._requests, self.diffusion_states, hidden.device
         at = async_tensor_h2d(slots.astype(np.int64), device=device)
+        where = async_tensor_h2d(index.astype(np.int64), device=device)
         valid = async_tensor_h2d(lengths.astype(np.int32), device=device)
         rows = requests.slots.gather(at)
-        is_encoded = ~rows.active  # the pass has encoded the finished canvas: it is handed out
+        room = self.req_states.max_model_len - sequence_lengths.index_select(0, where) + valid
+        is_whole, was_active = valid >= torch.minimum(rows.width, room), rows.active.clone()
+        is_encoded = is_whole & ~was_active  # the pass has encoded the finished canvas: it is handed out
+        rows.active.logical_and_(is_whole)
         draft = torch.where(is_encoded[:, None], rows.draft, 0)
         window = self._window(slots, at, rows)
         positions = torch.arange(requests.limits.canvas_length, device=device)
@@ -79,19 +95,19 @@ class Sampler(theirs.DiffusionSampler):  # type: ignore[misc]
         pinned = positions >= torch.minimum(valid, rows.width)[:, None]
         if window is not None:
             pinned = pinned | window.pinned
-        soft = torch.zeros(*rows.canvas.shape, self._vocabulary.embedding.shape[1], dtype=hidden.dtype, device=device)
+        soft = states.self_conditioning_embeds.index_select(0, at)
         self._advance(_canvases(hidden, lengths, rows.canvas.shape[1]), slots, at, rows, pinned, window, soft)
-        failed = ~rows.active & (rows.status == CanvasStatus.NON_FINITE)
-        rows.draft.copy_(torch.where((failed & ~is_encoded)[:, None], self._end, rows.draft))
-        is_over = ~rows.active & ~is_encoded
-        soft.masked_fill_(~rows.active[:, None, None], 0.0)
+        is_over = is_whole & was_active & ~rows.active
+        failed = is_over & (rows.status == CanvasStatus.NON_FINITE)
+        rows.draft.copy_(torch.where(failed[:, None], self._end, rows.draft))
+        soft.masked_fill_((is_whole & ~rows.active)[:, None, None], 0.0)
         rows.canvas.copy_(torch.where(is_over[:, None], rows.draft, rows.canvas))
         self._begin_next(slots, at, rows, is_encoded, draft)
+        rows.active.copy_(torch.where(is_whole, rows.active, was_active))
         requests.slots.scatter(at, rows)
-        states.is_encoder_phase.index_copy_(0, at, is_over)
+        states.is_encoder_phase.index_copy_(0, at, ~rows.active)
         states.self_conditioning_embeds.index_copy_(0, at, soft)
         self._show(at, rows.canvas)
-        where = async_tensor_h2d(index.astype(np.int64), device=device)
         sampled.index_copy_(0, where, draft)
         num_sampled.index_copy_(0, where, torch.where(is_encoded, valid, 0))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-PARTS = ("sampler", "experts", "attention")
+PARTS = ("sampler", "experts", "attention", "rows")
 
 _PARTS, _EXPERTS = "DGEMMA_VLLM_PARTS", "DGEMMA_VLLM_EXPERTS"
 

@@ -103,17 +103,23 @@ class AllowedOfShard:
         """The masks of the rank's ids, and which of them have any, bool [masks]; a mask that has none allows the first,
         so that it can be computed and left aside. version: of `allowed`."""
         if self._of is None or self._of[0] != version:
-            vocabulary = self._vocabulary
-            if vocabulary.begin % 32:
-                raise ValueError(
-                    f"allowed ids want shards of whole words of 32 ids, got one from id {vocabulary.begin}"
-                )
-            first = vocabulary.begin // 32
-            own = allowed[:, first : first + -(-vocabulary.own // 32)].contiguous()
+            own = _bits_between(allowed, self._vocabulary.begin, self._vocabulary.own)
             some = (own != 0).any(-1)
             own[:, 0] = torch.where(some, own[:, 0], 1)
             self._of = version, own, some
         return self._of[1], self._of[2]
+
+
+def _bits_between(masks: Tensor, begin: int, count: int) -> Tensor:
+    """Bits [begin, begin + count) of the masks, int32 [masks, words], as masks from bit 0 on."""
+    words = -(-count // 32)
+    first, shift = divmod(begin, 32)
+    wide = masks[:, first : first + words + 1].to(torch.int64) & 0xFFFFFFFF
+    wide = torch.nn.functional.pad(wide, (0, words + 1 - wide.shape[1]))
+    own = wide[:, :-1] >> shift | wide[:, 1:] << 32 - shift & 0xFFFFFFFF
+    if count % 32:
+        own[:, -1] &= (1 << count % 32) - 1
+    return torch.where(own >= 2**31, own - 2**32, own).to(torch.int32)  # the same 32 bits
 
 
 def advance(

@@ -69,6 +69,7 @@ def layer_output(
 
 
 for _name, _function in (
+    ("rms_norm", rms_norm),
     ("normalise_heads", normalise_heads),
     ("attention_residual", attention_residual),
     ("gelu_product", gelu_product),
