@@ -103,14 +103,15 @@ def test_uniforms_at_the_ends_and_at_a_boundary(form: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_empty_is_not_read_and_nan_spreads(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [NAN, math.inf])
+def test_what_is_empty_is_not_read_and_nan_spreads(broken: float, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = use(form, monkeypatch)
     shape = (3, 1, 3)
     nonempty = torch.tensor([[[False, True, False]], [[True, True, False]], [[True, True, False]]])
     values = {name: torch.where(nonempty, 1.0, NAN) for name in ("best", "entropy", "row_max")}
     values["best"][2, 0, 0] = 2.0  # the last shard's is greater at the first position, the second's elsewhere equal
     row_sum = torch.where(nonempty, 4.0, NAN).double()
-    row_sum[1, 0, 1] = NAN
+    row_sum[1, 0, 1] = broken
     argmax = torch.arange(3, dtype=torch.int32)[:, None, None].expand(shape).contiguous() * 10
     merged = denoise.MergedShards(
         *module.merge_vocabulary_shards(**values, argmax=argmax, row_sum=row_sum, rank=2, **draws(1), nonempty=nonempty)
