@@ -270,6 +270,12 @@ def test_an_answer_ends_inside_a_canvas(server: Server, engine: dg.DiffusionGemm
     assert "stop" in reasons
 
 
+@pytest.mark.parametrize("room", [1, 5, 16, 21])
+def test_the_last_canvas_is_cut_to_the_context(room: int, server: Server) -> None:
+    prompt = [i % 300 + 20 for i in range(384 - room)]
+    assert len(asked(server, prompt, room, seed=3)) == room
+
+
 # Ranks, and what is off ---------------------------------------------------------------------------------------------
 
 REQUESTS = [
