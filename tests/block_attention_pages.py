@@ -13,7 +13,7 @@ from dgemma_ext.ops import block_attention
 
 # Entries of the page table that must not be read.
 NO_PAGE = (-1, 2**31 - 1, 10_000)
-LAYOUTS = ("rows_first", "heads_first", "keys_beside_values", "layers_in_a_page")
+LAYOUTS = ("rows_first", "heads_first", "keys_beside_values", "layers_in_a_page", "values_by_themselves")
 
 
 def make_pool(
@@ -27,6 +27,9 @@ def make_pool(
         keys, values = torch.full((2, pages, heads, page_size, dim), **full).transpose(2, 3).unbind(0)
     elif layout == "keys_beside_values":
         keys, values = torch.full((pages, heads, page_size, 2 * dim), **full).transpose(1, 2).split(dim, dim=-1)
+    elif layout == "values_by_themselves":  # with strides that are none of the keys'
+        keys = torch.full((pages, page_size, heads, dim), **full)
+        values = torch.full((pages, 3, heads, page_size, dim), **full)[:, 1].transpose(1, 2)
     else:
         keys, values = torch.full((pages, 3, page_size, heads, 2 * dim), **full)[:, 1].split(dim, dim=-1)
     return keys, values

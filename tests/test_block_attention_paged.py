@@ -263,6 +263,20 @@ def test_bad_input(name: str, bad: Any) -> None:
 
 
 @cpu_only
+@pytest.mark.parametrize(("span", "refused"), [((1, 12), True), ((3, 11), True), ((1, 10), False), ((12, 12), False)])
+def test_pages_that_spans_alone_show_are_checked(span: tuple[int, int], refused: bool) -> None:
+    """A window of 2 shows positions 9 to 11; a span that holds a row shows what it begins with."""
+    query, pages, table = torch.zeros(2, 4, 8), torch.zeros(4, 4, 2, 8), i32([9, 1, 2])
+    operands = (query, pages, pages.clone(), table, i32(0, 2), i32(12), i32(1), i32([span]))
+    keywords: Any = {"max_query_length": 2, "window": 2}
+    if refused:
+        with pytest.raises(ValueError, match=r"page_table\[0, 0\]: got 9, wants 0 \.\. 3"):
+            block_attention.paged_attention(*operands, **keywords)
+    else:
+        assert bool((block_attention.paged_attention(*operands, **keywords) == 0.0).all())
+
+
+@cpu_only
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
