@@ -6,10 +6,14 @@ foreach(family IN LISTS DGEMMA_FAMILIES)
   list(APPEND sim_patterns "${PROJECT_SOURCE_DIR}/csrc/${family}/*.cu")
 endforeach()
 file(GLOB_RECURSE sim_kernels CONFIGURE_DEPENDS ${sim_patterns})
-# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, and the line of each.
+# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, and the line of each;
+# and one where something undefined happens, for tests/sim/undefined.cpp.
+set(sim_undefined "alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow")
 set_source_files_properties(
-  ${sim_kernels} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS
-                            "-xc++;-fsanitize=thread;--param;tsan-instrument-func-entry-exit=0;-g1")
+  ${sim_kernels}
+  PROPERTIES
+    LANGUAGE CXX COMPILE_OPTIONS
+             "-xc++;-fsanitize=thread;--param;tsan-instrument-func-entry-exit=0;-fsanitize=${sim_undefined};-g1")
 # The test bed is what the time goes to.
 set_source_files_properties("${PROJECT_SOURCE_DIR}/tests/sim/all.cpp" PROPERTIES COMPILE_OPTIONS -O3)
 

@@ -14,6 +14,7 @@ from block_attention_cases import Case, Request
 from block_attention_pages import Paged
 from c_interface import ROOT, context, operation
 from sim.build import SUPPORTED, sim_library
+from sparse_memory import sparse
 
 FAMILY = ROOT / "csrc" / "block_attention"
 SOURCES = [*sorted(FAMILY.rglob("*.cu")), FAMILY / "cuda" / "plan.cpp", ROOT / "csrc" / "cuda" / "entry.cu"]
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.skipif(not SUPPORTED, reason="the test bed needs x86-64
 @cache
 def library() -> ctypes.CDLL:
     built = sim_library("paged_attention", SOURCES)
+    built.sim_set_stream.restype = ctypes.c_void_p
     for name in ("paged", "block"):
         getattr(built, f"dgemma_cuda_{name}_attention_workspace").restype = ctypes.c_size_t
     return built
@@ -41,6 +43,7 @@ def run(struct: str, function: str, values: dict[str, Any], seed: int, capabilit
     workspace = torch.full((op.workspace_bytes + 256,), 0xFF, dtype=torch.uint8)
     op.workspace = workspace.data_ptr() + -workspace.data_ptr() % 64
     cuda = context(where="cuda")
+    cuda.stream = library().sim_set_stream(ctypes.c_void_p(1))
     library().sim_set_seed(ctypes.c_uint64(seed))
     library().sim_set_gpu(capability, blocks)
     try:
@@ -48,6 +51,7 @@ def run(struct: str, function: str, values: dict[str, Any], seed: int, capabilit
     finally:
         library().sim_set_gpu(90, 3)
     assert status == 0, cuda.message.decode()
+    assert bool((workspace[op.workspace_bytes + 64 :] == 0xFF).all()), "written behind the workspace"
     assert bool((guarded[:GUARD] == -1).all()), "written before the output"
     assert bool((guarded[-GUARD:] == -1).all()), "written behind the output"
     return guarded[GUARD:-GUARD].view(torch.bfloat16).reshape(query.shape)
@@ -111,6 +115,37 @@ def test_bits_of_the_contiguous_form(page_size: int, layout: str, window: int, c
     start, end = int(paged.query_start[0]), int(paged.query_start[-1])
     assert bool(outputs[0][:start].isnan().all())
     assert bool(outputs[0][end:].isnan().all())
+
+
+def far_apart(paged: Paged) -> tuple[Tensor, Tensor]:
+    """The pools with pages of more than 2^31 elements, the values of a page behind its keys: nothing in them yet."""
+    pages, page_size, heads, head_dim = paged.key_pages.shape
+    stride, between = 2**31 + 64, 2**30
+    memory = sparse(pages * stride, torch.bfloat16)
+    shape, strides = (pages, page_size, heads, head_dim), (stride, heads * head_dim, head_dim, 1)
+    return memory.as_strided(shape, strides), memory[between:].as_strided(shape, strides)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_pages_may_be_far_apart(capability: int) -> None:
+    """As the layers of a model are: what is stored there is read there, and the offsets take 64 bits."""
+    case = Case([Request(20, 6, 0), Request(3, 9, 1)], query_heads=2, key_heads=1, head_dim=256)
+    paged = Paged(case, torch.bfloat16, [True, False], 16, "rows_first")
+    near = run("paged_attention", "paged_attention", of_pages(paged), 1, capability, 9)
+    pools = far_apart(paged)
+    rows = {"key": paged.key_pages, "value": paged.value_pages}
+    slot = torch.arange(rows["key"].shape[0] * rows["key"].shape[1])
+    values = {name: x.flatten(0, 1).contiguous() for name, x in rows.items()}
+    sizes = {"tokens": len(slot), "key_heads": 1, "head_dim": 256, "pages": len(pools[0]), "page_size": 16}
+    for name, pool in zip(("key", "value"), pools, strict=True):
+        values[f"{name}_pages"] = pool.data_ptr()
+        values |= {f"{name}_{axis}_stride": s for axis, s in zip(("page", "row", "head"), pool.stride(), strict=False)}
+    op = operation("append_to_pages", {**values, **sizes, "slot": slot, "dtype": torch.bfloat16})
+    cuda = context(where="cuda")
+    cuda.stream = library().sim_set_stream(ctypes.c_void_p(2))
+    assert library().dgemma_cuda_append_to_pages(ctypes.byref(op), ctypes.byref(cuda)) == 0, cuda.message.decode()
+    paged.key_pages, paged.value_pages = pools
+    assert same_bits(run("paged_attention", "paged_attention", of_pages(paged), 1, capability, 9), near)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -15,6 +15,7 @@ from dgemma_ext.ops import quantized_gemm
 from dgemma_ext.ops.formats import Int8Weight
 from quantized_matrices import FORMATS, INT8, Format, Matrix, quantize
 from sim.build import SUPPORTED
+from sparse_memory import sparse
 from test_grouped_gemm_cuda import Cuda
 from test_grouped_gemm_cuda_fp8 import rounded_activations
 from test_grouped_gemm_cuda_quantized import (
@@ -160,6 +161,27 @@ def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
 def test_other_gpus_give_the_same_bits(capability: int) -> None:
     case = make(CASES[0])
     assert torch.equal(run(case, 1, capability), run(case, 1, 80))
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "capability"),
+    [(INTS, "moe_ffn_quantized", 80), (FORMATS[0], "moe_ffn_quantized", 80)]
+    + [(FORMATS[0], "moe_ffn_fp8", capability) for capability in (89, 90)],
+    ids=str,
+)
+def test_the_last_of_many_experts(format: Format, name: str, capability: int) -> None:
+    """Its weights begin 3.2 GB behind the first one's, beyond offsets of 32 bits."""
+    experts = 1024
+    near = make_case((3, 16384, 96, 1, 1, "distinct"), format)
+    far = replace(near, expert_ids=torch.full_like(near.expert_ids, experts - 1))
+    for which in ("gate_up", "down"):
+        matrix = getattr(near, which)
+        values = sparse(experts * matrix.values.numel(), torch.uint8).view(experts, *matrix.values.shape[1:])
+        values[-1] = matrix.values.view(torch.uint8)[0]
+        factors = torch.full((experts, matrix.factors.numel()), float("nan"))
+        factors[-1] = matrix.factors
+        setattr(far, which, replace(matrix, values=values, factors=factors.flatten()))
+    assert torch.equal(run(far, 1, capability, name), run(near, 1, capability, name))
 
 
 # The dense projection: sums of integers have one result, so every bit is compared.

@@ -141,6 +141,13 @@ REPORTS = {
     "read_before_the_wait": rf"reads {OF_THE_FRONT}, without wait_for_previous_kernel\(\) before",
     "noncoherent_after_the_wait": r"past the coherent caches \(ld\.global\.nc\) what the kernel in front writes \(",
     "copy_before_the_wait": rf"reads {OF_THE_FRONT}, without wait_for_previous_kernel\(\) before",
+    "write_before_the_wait": r"writes global memory that the kernel in front reads \(run\.cu:\d+\), without wait_",
+    "misaligned_load": r"0x[0-9a-f]+ is not a multiple of 8, as '.*float2' wants",
+    "misaligned_store": r"0x[0-9a-f]+ is not a multiple of 16, as '.*uint4' wants",
+    "offset_in_32_bits": r"a product overflows its type, 'int'",
+    "divide_by_zero": r"a division by zero, or one that overflows",
+    "shift_too_far": r"a shift of 'int' by \d+",
+    "index_past_an_array": r"index 4103 of an array of type '(uint8_t|unsigned char) \[4096\]'",
     "prefetch_by_too_few_coordinates": r"tma_prefetch_to_l2: 3 coordinates for a tensor map of rank 2",
     "read_two_kernels_back": rf"reads {OF_THE_FRONT}, without wait_for_previous_kernel\(\) before",
 }
@@ -243,13 +250,29 @@ def test_shared_memory_has_a_limit(library: ctypes.CDLL, capability: int, most: 
     place = line_of("launch_with", "return launch(")
     library.sim_set_gpu(capability, 3)
     try:
-        assert library.launch_with(most * 1024) is None
-        refusal = library.launch_with(most * 1024 + 1).decode()
+        assert library.launch_with(most * 1024, 32, 1, None) is None
+        refusal = library.launch_with(most * 1024 + 1, 32, 1, None).decode()
         assert re.fullmatch(
             rf"kernel front_kernel, {place}: launch: more shared memory than a block of this GPU may have", refusal
         ), refusal
     finally:
         library.sim_set_gpu(90, 3)
+
+
+@pytest.mark.parametrize(
+    ("threads", "blocks", "stream", "message"),
+    [
+        (128, 1, None, None),
+        (160, 1, None, "more threads than the kernel's launch bounds allow"),
+        (32, 65536, None, "a grid has at most 2^31 - 1 blocks along x, 65,535 along y and z"),
+        (32, 1, 1, "in another stream than the caller's"),
+    ],
+)
+def test_launches_keep_the_rules(
+    library: ctypes.CDLL, threads: int, blocks: int, stream: int | None, message: str | None
+) -> None:
+    said = library.launch_with(0, threads, blocks, ctypes.c_void_p(stream))
+    assert (said.decode().split("launch: ")[-1] if said else None) == message
 
 
 def test_an_older_gpu_has_no_tma(library: ctypes.CDLL) -> None:

@@ -74,6 +74,8 @@ class OnCpu {
 // A report of the test bed is longer than the C interface has room for: this is the last one,
 // whole.
 extern "C" const char* sim_last_error();
+// Takes the stream of the calls that follow: a launch in another is refused.
+extern "C" void* sim_set_stream(void* stream);
 
 // The CUDA kernels on the host: the suite's build (cmake/Sim.cmake) hands tensors of the CPU to
 // them.
@@ -82,7 +84,9 @@ class OnCuda {
   static constexpr Device kDevice = Device::kCpu;
   static constexpr Entry Operator::* kEntry = &Operator::cuda;
 
-  OnCuda(const char* op, const Tensor& /*tensor*/) : op_(op), cuda_{} {}
+  // No stream is here; any number but the default stream's.
+  OnCuda(const char* op, const Tensor& /*tensor*/)
+      : op_(op), cuda_{.stream = sim_set_stream(reinterpret_cast<void*>(1)), .message = {}} {}
 
   void run(const Entry& entry, const void* operation) {
     const dgemma_status status = entry.run(operation, &cuda_);

@@ -17,4 +17,5 @@
 #include "shared_memory.cpp"
 #include "tensor_copy.cpp"
 #include "tensor_core.cpp"
+#include "undefined.cpp"
 #include "wgmma.cpp"

@@ -40,9 +40,10 @@ INCLUDE = [f"-I{SIM}", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-restrict", "-Wno-psabi"]
 KERNELS = ["-DDGEMMA_WITH_SM89", "-DDGEMMA_WITH_SM90", "-DDGEMMA_WITH_SM120"]
 COMMON = ["-std=c++20", "-DDGEMMA_SIM", *KERNELS, "-fPIC", "-fvisibility=hidden", "-g1", *WARNINGS, *INCLUDE]
-# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, as in
-# cmake/Sim.cmake.
+# A call in front of every load and store of a kernel, for which tests/sim/plain_access.cpp is there, and one where
+# something undefined happens, for tests/sim/undefined.cpp: as in cmake/Sim.cmake.
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+WATCHED += ["-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
 
 

@@ -152,8 +152,16 @@ bool touch_global_word(GlobalWord& word, uint64_t address, uint8_t bytes, Global
     remember_read(word, now, who);
     return true;
   }
-  for (const Record& one : word.read)
-    if (one.bytes & bytes && !of_past(one) && !in_order(access, one, address, bytes)) return false;
+  for (const Record& one : word.read) {
+    if (!(one.bytes & bytes)) continue;
+    if (access.before_wait && is_of_front(one)) {
+      access.problem = std::string(access.what) +
+                       " writes global memory that the kernel in front reads (" +
+                       place_text(one.place) + "), without wait_for_previous_kernel() before";
+      return false;
+    }
+    if (!of_past(one) && !in_order(access, one, address, bytes)) return false;
+  }
   remember_write(word, now);
   return true;
 }

@@ -14,6 +14,11 @@ extern "C" {
   sim::compute_capability = compute_capability;
   sim::multiprocessors = multiprocessors;
 }
+// The stream that calls from here on are made with, and all their launches.
+[[gnu::visibility("default")]] void* sim_set_stream(void* stream) {
+  sim::stream_of_calls = stream;
+  return stream;
+}
 [[gnu::visibility("default")]] void sim_set_checks(int on) { sim::checking = on != 0; }
 [[gnu::visibility("default")]] void sim_watch_plain_accesses(int on) { sim::watching = on != 0; }
 [[gnu::visibility("default")]] void sim_set_seed(uint64_t seed) {

@@ -11,6 +11,7 @@
 namespace sim {
 
 int32_t compute_capability = 90, multiprocessors = 3;
+const void* stream_of_calls = nullptr;
 
 Machine* machine = nullptr;
 Statistics last_statistics;
@@ -143,7 +144,8 @@ void deliver_events(uint64_t until) {
 
 void run_all() {
   const GridShape& shape = machine->shape;
-  const uint32_t clusters = shape.blocks.x * shape.blocks.y * shape.blocks.z / shape.cluster_blocks;
+  const uint64_t blocks = uint64_t{shape.blocks.x} * shape.blocks.y * shape.blocks.z;
+  const auto clusters = static_cast<uint32_t>(blocks / shape.cluster_blocks);
   std::vector<uint32_t> order(clusters);  // the hardware promises none
   for (uint32_t i = 0; i < clusters; ++i) order[i] = i;
   for (uint32_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[machine->random.below(i)]);
@@ -204,6 +206,11 @@ const char* what_is_wrong(const GridShape& shape) {
       shape.blocks.x % shape.cluster_blocks != 0)
     return "a cluster has 1 to 8 blocks and divides the grid along x";
   if (shape.blocks.x == 0 || shape.blocks.y == 0 || shape.blocks.z == 0) return "the grid is empty";
+  if (shape.blocks.x > INT32_MAX || shape.blocks.y > 65535 || shape.blocks.z > 65535)
+    return "a grid has at most 2^31 - 1 blocks along x, 65,535 along y and z";
+  if (shape.bound != 0 && shape.threads > shape.bound)
+    return "more threads than the kernel's launch bounds allow";
+  if (shape.stream != stream_of_calls) return "in another stream than the caller's";
   return nullptr;
 }
 

@@ -233,7 +233,9 @@ struct GridShape {
   uint32_t threads, shared_bytes, cluster_blocks;
   bool overlaps = false;         // may begin before the kernel in front has ended
   const void* kernel = nullptr;  // its function, of which reports tell the name
-  Source source;                 // of the launch
+  const void* stream = nullptr;
+  uint32_t bound = 0;  // of its __launch_bounds__, 0 where it has none
+  Source source;       // of the launch
 };
 
 // Counters of a launch, for tests that count traffic.
@@ -312,6 +314,8 @@ std::string waiting_report(const Machine& machine);
 
 // The GPU that is played, see device/properties.h.
 extern int32_t compute_capability, multiprocessors;
+// The one that callers give: a launch in another is refused.
+extern const void* stream_of_calls;
 // What tests set and ask for, see host_interface.cpp.
 extern uint64_t next_seed;
 extern Statistics last_statistics;

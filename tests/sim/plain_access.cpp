@@ -1,16 +1,23 @@
 // Ordinary loads and stores of the kernels. g++ -fsanitize=thread puts a call in front of each; the
 // functions that it calls stand here in place of ThreadSanitizer's own.
+#include "plain_access.h"
+
 #include <cstddef>
 #include <cstring>
 
 #include "global_shadow.h"
 #include "operations.h"
-#include "plain_access.h"
 #include "shadow.h"
 
 namespace sim {
 
 bool watching = false;
+
+void stop(Thread& thread, const std::string& place, const std::string& problem) {
+  machine->error = name_of(thread) + ", " + place + ": " + problem;
+  thread.state = State::exited;
+  switch_fiber(thread.fiber, machine->scheduler, true);
+}
 
 namespace {
 
@@ -27,13 +34,6 @@ struct Suspect {
 };
 Suspect suspect;
 
-// g++ takes these calls for ones that throw nothing: the fiber stops here for good instead.
-[[gnu::cold, gnu::noinline]] void stop(Thread& thread, uint32_t place, const std::string& problem) {
-  machine->error = name_of(thread) + ", " + place_text(place) + ": " + problem;
-  thread.state = State::exited;
-  switch_fiber(thread.fiber, machine->scheduler, true);
-}
-
 // Whether it has stored something else. It is none any more.
 bool suspect_stored() {
   const bool differs = std::memcmp(suspect.before, suspect.address, suspect.bytes) != 0;
@@ -49,7 +49,7 @@ void touch_shared(Thread& thread, Block& block, size_t offset, size_t bytes, uin
   const std::string problem =
       touch(block, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes), manner,
             actor(thread), place, "this thread");
-  if (!problem.empty()) stop(thread, place, problem);
+  if (!problem.empty()) stop(thread, place_text(place), problem);
   if (&block != thread.block) visit(block, slot_of(thread), thread.epoch, place, manner & kWrite);
 }
 
@@ -60,7 +60,8 @@ inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void*
   if (suspect.address != nullptr) {
     const bool may_be_its_load = !(manner & kWrite) && suspect.may_load;
     suspect.may_load = false;
-    if (!may_be_its_load && suspect_stored()) stop(thread, suspect.place, suspect.problem);
+    if (!may_be_its_load && suspect_stored())
+      stop(thread, place_text(suspect.place), suspect.problem);
   }
   const auto* address = static_cast<const uint8_t*>(pointer);
   Block& own = *thread.block;
@@ -80,7 +81,8 @@ inline void plain(const void* pointer, size_t bytes, uint8_t manner, const void*
   const uint32_t place = place_number(instruction);
   GlobalProblem problem = touch_global(address, bytes, manner, place, "this thread");
   if (problem.text.empty()) return;
-  if (!problem.of_two_writes || bytes > sizeof suspect.before) stop(thread, place, problem.text);
+  if (!problem.of_two_writes || bytes > sizeof suspect.before)
+    stop(thread, place_text(place), problem.text);
   suspect = {address, bytes, place, {}, std::move(problem.text), true};
   std::memcpy(suspect.before, address, bytes);
 }

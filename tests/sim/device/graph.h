@@ -38,6 +38,7 @@ class WhileGraph {
   const char* launch(void* stream) {
     for (again_ = 1; again_ != 0;) {
       step_.run(step_.context);
+      sim::stream_of_calls = stream;  // the step's calls have had theirs
       if (const char* problem = end_(reinterpret_cast<GraphCondition>(&again_), stream))
         return problem;
     }

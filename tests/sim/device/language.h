@@ -18,7 +18,10 @@
 #define __forceinline__ inline
 #define __noinline__ [[gnu::noinline]]
 #define __grid_constant__
-#define __launch_bounds__(...)
+// The first number is kept in front of the kernel's code, one empty instruction for each warp:
+// sim::launch_bound finds it.
+#define __launch_bounds__(threads, ...) \
+  __attribute__((patchable_function_entry((threads) / 32, (threads) / 32)))
 #define __align__(n) alignas(n)
 
 #define threadIdx (::sim::thread_position())

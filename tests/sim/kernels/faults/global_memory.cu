@@ -98,6 +98,29 @@ void copy_before_the_wait(Arguments a) {
   cp_async_wait<0>();
   wait_for_previous_kernel();
 }
+// The kernel in front may still read it.
+void write_before_the_wait(Arguments a) {
+  a.global[2048 + threadIdx.x] = 1;
+  wait_for_previous_kernel();
+}
+void misaligned_load(Arguments a) {
+  const auto seen = *reinterpret_cast<const float2*>(a.global + 4 * threadIdx.x);
+  if (seen.x == 77.0f) shared().tile[0] = 1;
+}
+void misaligned_store(Arguments a) {
+  *reinterpret_cast<uint4*>(a.global + 8 + 16 * threadIdx.x) = uint4{};
+}
+// Rows of 2^30 bytes: the second of eight begins where 32 bits end.
+void offset_in_32_bits(Arguments a) {
+  const int32_t row = static_cast<int32_t>(gridDim.x + threadIdx.x % 8);
+  const int32_t at = row * (1 << 30);
+  a.global[static_cast<uint32_t>(at) >> 30] = 1;
+}
+void divide_by_zero(Arguments a) {
+  const auto all = static_cast<int32_t>(threadIdx.x);
+  a.global[all / (all / 256)] = 1;
+}
+void shift_too_far(Arguments a) { a.global[1 << (threadIdx.x + 30)] = 1; }
 // Runs between the front kernel and the next.
 void kernel_that_waits(Arguments) {
   wait_for_previous_kernel();
@@ -130,6 +153,12 @@ std::vector<Fault> global_memory_faults() {
       FAULT(read_before_the_wait),
       FAULT(noncoherent_after_the_wait),
       FAULT(copy_before_the_wait),
+      FAULT(write_before_the_wait),
+      FAULT(misaligned_load),
+      FAULT(misaligned_store),
+      FAULT(offset_in_32_bits),
+      FAULT(divide_by_zero),
+      FAULT(shift_too_far),
       {"read_two_kernels_back", read_two_kernels_back, 128, 1, 1, kernel_that_waits},
   };
 }

@@ -38,7 +38,9 @@ uint8_t* global_memory() {
 }
 
 // Runs in front of each fault.
-void front_kernel(Arguments a) { a.global[4096 + threadIdx.x] = 1; }
+void __launch_bounds__(128) front_kernel(Arguments a) {
+  a.global[4096 + threadIdx.x] = a.global[2048 + threadIdx.x] + 1;
+}
 
 const char* run(const Fault& fault, void (*after_front)() = [] {}) {
   uint8_t* global = global_memory();
@@ -82,12 +84,13 @@ extern "C" __attribute__((visibility("default"))) int fault_count() {
 SIM_ENTRY fault_name(int fault) { return all_faults()[static_cast<size_t>(fault)].name; }
 SIM_ENTRY run_fault(int fault) { return run(all_faults()[static_cast<size_t>(fault)]); }
 
-// A launch with so much shared memory.
-SIM_ENTRY launch_with(uint32_t shared_bytes) {
+// A launch with so much shared memory, so many threads and blocks along y, in this stream.
+SIM_ENTRY launch_with(uint32_t shared_bytes, uint32_t threads, uint32_t blocks, void* stream) {
   LaunchShape shape;
-  shape.threads = 32;
+  shape.grid = dim3(1, blocks);
+  shape.threads = threads;
   shape.shared_bytes = shared_bytes;
-  return launch(shape, nullptr, front_kernel, Arguments{global_memory(), {}, {}});
+  return launch(shape, stream, front_kernel, Arguments{global_memory(), {}, {}});
 }
 
 SIM_ENTRY run_fault_named(const char* name) { return run(find(name)); }

@@ -23,6 +23,10 @@ void write_without_barrier(Arguments a) {
   tile[threadIdx.x] = 1;
   a.global[threadIdx.x] = tile[(threadIdx.x + 64) % 128];
 }
+// Into the barrier, which lies behind the tile.
+void index_past_an_array(Arguments) {
+  if (threadIdx.x == 7) shared().tile[4096 + threadIdx.x] = 1;
+}
 void write_within_a_warp(Arguments a) {
   volatile uint8_t* tile = shared().tile;
   tile[threadIdx.x] = 1;
@@ -47,7 +51,7 @@ std::vector<Fault> shared_memory_faults() {
   return {
       FAULT(touch_past_the_end),     FAULT(struct_too_large),    FAULT(fill_the_stack),
       FAULT(write_without_barrier),  FAULT(write_within_a_warp), FAULT(write_what_others_read),
-      FAULT(atomic_beside_ordinary),
+      FAULT(atomic_beside_ordinary), FAULT(index_past_an_array),
   };
 }
 
