@@ -118,9 +118,9 @@ def test_bits_of_the_contiguous_form(page_size: int, layout: str, window: int, c
 
 
 def far_apart(paged: Paged) -> tuple[Tensor, Tensor]:
-    """The pools with pages of more than 2^31 elements, the values of a page behind its keys: nothing in them yet."""
+    """The pools with pages of more than 2^32 elements, the values of a page behind its keys: nothing in them yet."""
     pages, page_size, heads, head_dim = paged.key_pages.shape
-    stride, between = 2**31 + 64, 2**30
+    stride, between = 2**32 + 64, 2**30
     memory = sparse(pages * stride, torch.bfloat16)
     shape, strides = (pages, page_size, heads, head_dim), (stride, heads * head_dim, head_dim, 1)
     return memory.as_strided(shape, strides), memory[between:].as_strided(shape, strides)

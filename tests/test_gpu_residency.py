@@ -1,4 +1,4 @@
-"""As many blocks fit a multiprocessor as the plans of products count on; no GPU has answered this yet.
+"""As many blocks fit a multiprocessor as the plans of products and attention count on; no GPU has answered this yet.
 
 A block takes its share of the work from the start, so one that had to wait for another to end would double the time and
 change no number: only the driver knows.
@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgemma_ext.ops import grouped_gemm, quantized_gemm
+from dgemma_ext.ops import block_attention, grouped_gemm, quantized_gemm
 from dgemma_ext.ops.formats import Fp8Weight, Int4Weight, Int8Weight, Nvfp4Weight, QuantizedWeight
 
 HIDDEN, EXPERT, EXPERTS, TOP_K = 256, 128, 4, 2
@@ -26,7 +26,7 @@ TOKENS = [16, 64, 128, 512]
 
 
 def products(device: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Every product whose grid counts on blocks at once, by a name that says where it fails."""
+    """Every call whose grid counts on blocks at once, by a name that says where it fails."""
     gate_up = torch.randn(EXPERTS, 2 * EXPERT, HIDDEN, device=device).bfloat16()
     down = torch.randn(EXPERTS, HIDDEN, EXPERT, device=device).bfloat16()
     weight = gate_up[0]
@@ -50,6 +50,12 @@ def products(device: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             found[f"dense, {name}"] = partial(quantized_gemm.dense, x, single)
         for name, product in found.items():
             yield f"{name}, {tokens} tokens", product
+    slot, prefix_length = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (0, 96))
+    for head_dim in (16, 32, 64, 128, 256, 512):
+        shapes = ((64, 2), (64, 1), (96, 1))
+        query, key, prefix = (torch.randn(1, *shape, head_dim, device=device).bfloat16() for shape in shapes)
+        operands = query, key, key, prefix, prefix, slot, prefix_length
+        yield f"attention, head dimension {head_dim}", partial(block_attention.canvas_attention, *operands)
 
 
 def call_all(device: str) -> list[str]:
