@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -34,7 +36,18 @@ def library() -> ctypes.CDLL:
     return built
 
 
-def run(struct: str, function: str, values: dict[str, Any], seed: int, capability: int, blocks: int) -> Tensor:
+@contextmanager
+def gpu(capability: int, blocks: int, seed: int) -> Iterator[None]:
+    """The GPU that the test bed plays, in one of its orders; no kernel is in front of the first."""
+    library().sim_set_seed(ctypes.c_uint64(seed))
+    library().sim_set_gpu(capability, blocks)
+    try:
+        yield
+    finally:
+        library().sim_set_gpu(90, 3)
+
+
+def call(struct: str, function: str, values: dict[str, Any]) -> Tensor:
     """The output of a call into poison: what nobody wrote is NaN."""
     query = values["query"]
     guarded = torch.full((query.numel() + 2 * GUARD,), -1, dtype=torch.int16)
@@ -44,17 +57,17 @@ def run(struct: str, function: str, values: dict[str, Any], seed: int, capabilit
     op.workspace = workspace.data_ptr() + -workspace.data_ptr() % 64
     cuda = context(where="cuda")
     cuda.stream = library().sim_set_stream(ctypes.c_void_p(1))
-    library().sim_set_seed(ctypes.c_uint64(seed))
-    library().sim_set_gpu(capability, blocks)
-    try:
-        status = getattr(library(), f"dgemma_cuda_{function}")(ctypes.byref(op), ctypes.byref(cuda))
-    finally:
-        library().sim_set_gpu(90, 3)
+    status = getattr(library(), f"dgemma_cuda_{function}")(ctypes.byref(op), ctypes.byref(cuda))
     assert status == 0, cuda.message.decode()
     assert bool((workspace[op.workspace_bytes + 64 :] == 0xFF).all()), "written behind the workspace"
     assert bool((guarded[:GUARD] == -1).all()), "written before the output"
     assert bool((guarded[-GUARD:] == -1).all()), "written behind the output"
     return guarded[GUARD:-GUARD].view(torch.bfloat16).reshape(query.shape)
+
+
+def run(struct: str, function: str, values: dict[str, Any], seed: int, capability: int, blocks: int) -> Tensor:
+    with gpu(capability, blocks, seed):
+        return call(struct, function, values)
 
 
 def of_pages(paged: Paged, **others: Any) -> dict[str, Any]:
@@ -126,26 +139,44 @@ def far_apart(paged: Paged) -> tuple[Tensor, Tensor]:
     return memory.as_strided(shape, strides), memory[between:].as_strided(shape, strides)
 
 
+def append(paged: Paged, pools: tuple[Tensor, Tensor]) -> None:
+    """Stores every row of the case's pages in the same place of these."""
+    rows = {"key": paged.key_pages, "value": paged.value_pages}
+    slot = torch.arange(rows["key"].shape[0] * rows["key"].shape[1])
+    values: dict[str, Any] = {name: x.flatten(0, 1).clone() for name, x in rows.items()}
+    pages, page_size, key_heads, head_dim = pools[0].shape
+    values |= {"tokens": len(slot), "key_heads": key_heads, "head_dim": head_dim, "pages": pages}
+    for name, pool in zip(("key", "value"), pools, strict=True):
+        values[f"{name}_pages"] = pool.data_ptr()
+        values |= {f"{name}_{axis}_stride": s for axis, s in zip(("page", "row", "head"), pool.stride(), strict=False)}
+    op = operation("append_to_pages", {**values, "page_size": page_size, "slot": slot, "dtype": torch.bfloat16})
+    cuda = context(where="cuda")
+    cuda.stream = library().sim_set_stream(ctypes.c_void_p(2))
+    assert library().dgemma_cuda_append_to_pages(ctypes.byref(op), ctypes.byref(cuda)) == 0, cuda.message.decode()
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_pages_may_be_far_apart(capability: int) -> None:
     """As the layers of a model are: what is stored there is read there, and the offsets take 64 bits."""
     case = Case([Request(20, 6, 0), Request(3, 9, 1)], query_heads=2, key_heads=1, head_dim=256)
     paged = Paged(case, torch.bfloat16, [True, False], 16, "rows_first")
-    near = run("paged_attention", "paged_attention", of_pages(paged), 1, capability, 9)
     pools = far_apart(paged)
-    rows = {"key": paged.key_pages, "value": paged.value_pages}
-    slot = torch.arange(rows["key"].shape[0] * rows["key"].shape[1])
-    values = {name: x.flatten(0, 1).contiguous() for name, x in rows.items()}
-    sizes = {"tokens": len(slot), "key_heads": 1, "head_dim": 256, "pages": len(pools[0]), "page_size": 16}
-    for name, pool in zip(("key", "value"), pools, strict=True):
-        values[f"{name}_pages"] = pool.data_ptr()
-        values |= {f"{name}_{axis}_stride": s for axis, s in zip(("page", "row", "head"), pool.stride(), strict=False)}
-    op = operation("append_to_pages", {**values, **sizes, "slot": slot, "dtype": torch.bfloat16})
-    cuda = context(where="cuda")
-    cuda.stream = library().sim_set_stream(ctypes.c_void_p(2))
-    assert library().dgemma_cuda_append_to_pages(ctypes.byref(op), ctypes.byref(cuda)) == 0, cuda.message.decode()
-    paged.key_pages, paged.value_pages = pools
-    assert same_bits(run("paged_attention", "paged_attention", of_pages(paged), 1, capability, 9), near)
+    with gpu(capability, 9, seed=1):
+        near = call("paged_attention", "paged_attention", of_pages(paged))
+        append(paged, pools)
+        paged.key_pages, paged.value_pages = pools
+        assert same_bits(call("paged_attention", "paged_attention", of_pages(paged)), near)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])  # on 9.0 the path for every GPU, and Hopper's
+def test_each_kernel_waits_for_the_one_in_front(head_dim: int) -> None:
+    """Storing in pages that the attention in front reads, and attention over what was stored."""
+    case = Case([Request(20, 6, 0), Request(3, 9, 1)], query_heads=2, key_heads=1, head_dim=head_dim)
+    paged = Paged(case, torch.bfloat16, [True, False], 16, "rows_first")
+    with gpu(90, 9, seed=1):
+        before = call("paged_attention", "paged_attention", of_pages(paged))
+        append(paged, (paged.key_pages, paged.value_pages))
+        assert same_bits(call("paged_attention", "paged_attention", of_pages(paged)), before)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
