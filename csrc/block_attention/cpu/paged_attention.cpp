@@ -43,18 +43,10 @@ AttentionCall call_of(const dgemma_paged_attention& op) {
                      .head_stride = op.value_head_stride}};
 }
 
-// The first position that any query of the request sees.
+// The first position that any query of the request sees. Windows of later rows begin later, and a
+// span that reaches back past the first row holds it.
 int64_t first_visible(const dgemma_paged_attention& op, const AttentionCall::Request& request) {
-  int64_t first = visible_keys(op.window, request, 0).first;
-  if (!request.causal) return first;
-  for (int64_t i = 0; i < request.span_count; ++i) {
-    const int64_t start = request.spans[2 * i];
-    const int64_t end = request.spans[2 * i + 1];
-    if (start < request.prefix + request.rows && end > request.prefix && start < end &&
-        start < first)
-      first = start;
-  }
-  return first;
+  return visible_keys(op.window, request, 0).first;
 }
 
 dgemma_status check_pages(const dgemma_paged_attention& op, int64_t b,
