@@ -6,6 +6,7 @@
 # make contract   requests that schemathesis makes up from the server's description: more than 1,000 (the suite has some)
 # make test-ray   Ray Serve on this machine, in an environment of its own: .venv/ray, about 400 MB from the package index
 # make test-vllm  the plugin for vLLM inside vLLM on the CPU, in an environment of its own: .venv/vllm, 3.4 GB
+# make test-vllm-newer  the same beside the Python of vLLM 0.33 over the compiled part of 0.32, in .venv/vllm-newer
 # make bench      pytest-benchmark over bench/
 # make peers      a CPU step beside transformers and vLLM, at true width; vLLM's environment, .venv/vllm, takes 3.4 GB
 # make lint       ruff, mypy, import-linter, clang-format; changes nothing        make format   rewrites
@@ -28,7 +29,7 @@ SHELL := /bin/bash
 venv_python := .venv/bin/python
 sources := $(shell find csrc cmake -type d -o -type f -not -name '*.md')
 
-.PHONY: help demo finetune-demo serve build build-cuda test test-ray test-vllm cross contract bench peers wheel report lint format gpu-check clean older-transformers
+.PHONY: help demo finetune-demo serve build build-cuda test test-ray test-vllm test-vllm-newer cross contract bench peers wheel report lint format gpu-check clean older-transformers
 
 help:
 	@sed -n '1,/^SHELL/{/^# /s/^# //p}' Makefile
@@ -107,6 +108,21 @@ bench: .venv/.built
 
 test-vllm: .venv/.built .venv/vllm/.with-packages
 	@PYTHONPATH=tests/vllm_stand_ins .venv/vllm/bin/python -m pytest tests/test_vllm*.py -n 0 $(ARGS)
+
+# The index has no build of the newest vLLM for the CPU. Links share what the two environments have in common.
+.venv/vllm-newer/.installed: requirements/vllm-newer.txt tools/newer_vllm.py .venv/vllm/.with-packages
+	@echo "installing the Python of a newer vLLM into .venv/vllm-newer"
+	@rm -rf .venv/vllm-newer
+	@cp -al .venv/vllm .venv/vllm-newer
+	@rm .venv/vllm-newer/.installed
+	@.venv/vllm-newer/bin/python -m pip download --quiet --disable-pip-version-check --no-deps -r requirements/vllm-newer.txt -d .venv/vllm-newer/wheel
+	@.venv/vllm-newer/bin/python tools/newer_vllm.py .venv/vllm-newer/wheel/*.whl > .venv/vllm-newer/others.txt
+	@rm -r .venv/vllm-newer/wheel
+	@.venv/vllm-newer/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .venv/vllm-newer/others.txt
+	@touch $@
+
+test-vllm-newer: .venv/.built .venv/vllm-newer/.installed
+	@PYTHONPATH=tests/vllm_stand_ins .venv/vllm-newer/bin/python -m pytest tests/test_vllm*.py -n 0 $(ARGS)
 
 peers: .venv/.built .venv/vllm/.with-packages
 	@$(venv_python) bench/peers_cpu.py --vllm .venv/vllm/bin/python $(ARGS)

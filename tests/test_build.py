@@ -228,7 +228,7 @@ def test_third_party_files_have_a_row() -> None:
 
 
 def requirement_lines() -> list[str]:
-    names = ("dev.txt", "cuda.txt", "wheel.txt", "ray.txt", "vllm.txt")
+    names = ("dev.txt", "cuda.txt", "wheel.txt", "ray.txt", "vllm.txt", "vllm-newer.txt")
     texts = [(ROOT / "requirements" / name).read_text() for name in names]
     return [line for text in texts for line in text.splitlines() if line and line[0] != "#"]
 
