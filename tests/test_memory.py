@@ -18,8 +18,8 @@ from dgemma_ext.checkpoint import ModelConfig, convert, inspect_checkpoint, pars
 from dgemma_ext.checkpoint.vision_config import VisionConfig
 from dgemma_ext.cli import main
 from dgemma_ext.engine import MemoryPlan, batch_plan, check_memory, cuda_graphs, mapped_bytes, memory_plan
+from dgemma_ext.engine import groups as groups_module
 from dgemma_ext.engine import memory as memory_module
-from dgemma_ext.engine import scheduler as scheduler_module
 from dgemma_ext.engine.gpu_memory import cublas_workspace_bytes, unused_in_pools
 from dgemma_ext.model.vision import PromptImage, VisionTower, resolve_images, tower_workspace_bytes
 from dgemma_ext.ops.formats import QuantizedWeight
@@ -295,7 +295,7 @@ def test_later_graphs_use_the_pool_of_earlier_ones(graphs: int, monkeypatch: pyt
 
 def test_a_scheduler_makes_sure_that_graphs_and_the_prefix_cache_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
-    monkeypatch.setattr(scheduler_module, "can_capture", lambda network: True)
+    monkeypatch.setattr(groups_module, "can_capture", lambda network: True)
     length = model.config.canvas_length
     slot, budget = model.new_cache(1, 100).nbytes, 123_456
     assert model.vision is not None

@@ -4,8 +4,8 @@ A request's tokens depend only on its prompt, canvas, sampler and seed. Its draw
 position), and on the CPU its dense products are computed apart, those of its prompt in blocks of fixed positions: its
 bits are the same alone, in any batch, and in whichever pieces its prompt was encoded.
 
-Requests with canvases of the same length form a group (group.py) and are stepped together; a single request is a group
-of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
+Requests with canvases of the same length form a group (group.py, groups.py) and are stepped together; a single request
+is a group of one. `finish_canvas` leaves the steps of a whole canvas to a loop (loop.py).
 
 Threads take turns: a call waits while another thread's is under way.
 """
@@ -20,21 +20,17 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
-import torch
-
 import dgemma_ext._C as _C
 from dgemma_ext import arguments
-from dgemma_ext.engine.cuda_graphs import CudaEagerRunner, can_capture, cuda_runner
 from dgemma_ext.engine.events import Commit, Draft, Event, Failure, error_of
-from dgemma_ext.engine.group import CanvasGroup, MakeRunner, Progress, bucket_of
+from dgemma_ext.engine.group import MakeRunner, Progress
+from dgemma_ext.engine.groups import CanvasGroups
 from dgemma_ext.engine.loop import LOOPS
 from dgemma_ext.engine.matching import Matching, matching_of
-from dgemma_ext.engine.memory import MemoryPlan, batch_plan, check_memory
 from dgemma_ext.engine.prefill import Prefill
 from dgemma_ext.engine.prefix_cache import PrefixCache
 from dgemma_ext.engine.prompt import Prompt, PromptOptions, tokenize_prompt
 from dgemma_ext.engine.request import Request, RequestState
-from dgemma_ext.engine.runner import EagerRunner
 from dgemma_ext.engine.served import ServedModel
 from dgemma_ext.model import MAX_PREFILL_TOKENS, AdapterName, Network
 from dgemma_ext.ops.denoise import CanvasStatus
@@ -110,24 +106,18 @@ class Scheduler:
         self.network = network = model.network
         self.tokenizer, self.defaults, self.vision = model.tokenizer, model.defaults, model.vision
         self.max_batch = max_batch = arguments.integer("max_batch", max_batch, least=1)
-        self._batched = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
-        self._driver = arguments.choice("driver", driver, LOOPS)
-        self._make_runner = make_runner or _runner_maker(network.device, self._driver, self._batched)
+        shared = network.device.type == "cuda" if batched is None else arguments.flag("batched", batched)
+        self._groups = CanvasGroups(network, max_batch, shared, arguments.choice("driver", driver, LOOPS), make_runner)
         budget = arguments.integer("prefix_cache_bytes", prefix_cache_bytes, end=2**63)
         self.prefix_cache = PrefixCache(budget) if budget else None
         self._names_length = max_length is not None
         positions = min(network.config.max_position_embeddings, _USUAL_LENGTH)
         if max_length is not None:
             positions = arguments.integer("max_length", max_length, least=1)
-        length = network.config.canvas_length
-        self._check_memory(length, positions, slots=max_batch)
+        self._groups.check_memory(network.config.canvas_length, positions, self.vision, slots=max_batch, kept=budget)
         self.cache = network.new_cache(max_batch, positions)
         self._prefill = Prefill(network, self.cache, self.prefix_cache, self.vision)
-        # Canvas length → group. The group of the checkpoint's canvas length always exists.
-        self._groups: dict[int, CanvasGroup[Request]] = {length: self._new_group(length)}
-        if self._make_runner is cuda_runner:
-            # A capture makes all other work on the GPU wait, so none of the usual length falls into later steps.
-            self._groups[length].make_runners()
+        self._groups.begin(self.cache)
         self._free_slots = list(range(max_batch))
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -220,7 +210,7 @@ class Scheduler:
             adapter=self.network.adapters.named(adapter),
         )
         self._check_length(request, " by default" if max_new_tokens is None else "")
-        self._make_groups_for(request)
+        self._groups.make_for(request, (*self._running, *self._waiting), self.vision)
         self._submitted += 1
         self._waiting.append(request)
         return request
@@ -418,36 +408,6 @@ class Scheduler:
             limit = f"max_length is {self.cache.max_length}{default}"
             raise ValueError(f"{given} needs {cached} positions in the cache; {limit}")
 
-    def _make_groups_for(self, request: Request) -> None:
-        """Makes the groups for a request's canvas lengths, after freeing those of lengths that no request has."""
-        missing = request.canvas_lengths - self._groups.keys()
-        if not missing:
-            return
-        wanted = {self.network.config.canvas_length}.union(
-            *(one.canvas_lengths for one in (*self._running, *self._waiting, request))
-        )
-        self._groups = {length: group for length, group in self._groups.items() if length in wanted}
-        for length in missing:
-            self._check_memory(length, self.cache.max_length, slots=0)
-            self._groups[length] = self._new_group(length)
-
-    def _check_memory(self, length: int, positions: int, slots: int) -> None:
-        kept = self.prefix_cache.max_bytes if self.prefix_cache is not None and slots else 0
-        if self._batched:
-            captured = self._make_runner is cuda_runner and can_capture(self.network)
-            requests = bucket_of(self.max_batch)
-            tower = None if self.vision is None else self.vision.tower.config
-            plan = batch_plan(self.network, requests, length, positions, slots, captured, kept, tower)
-        else:
-            # There are buffers for one canvas only, and unused pages of the cache take no memory.
-            plan = MemoryPlan({}, 0, 0, 0, positions, self.max_batch, prefix_cache=kept)
-        check_memory(plan, 0, self.network.device)
-
-    def _new_group(self, length: int) -> CanvasGroup[Request]:
-        return CanvasGroup(
-            self.network, self.cache, self.max_batch, length, self._batched, self._driver, self._make_runner
-        )
-
 
 def _alternatives(logprobs: int | None, ids: Sequence[int] | None, vocab_size: int) -> Alternatives | None:
     if ids is not None:
@@ -456,9 +416,3 @@ def _alternatives(logprobs: int | None, ids: Sequence[int] | None, vocab_size: i
         found = arguments.integers("logprob_token_ids", ids, "a list of token ids", end=vocab_size, entry="a token id")
         return tuple(found)
     return None if logprobs is None else arguments.integer("logprobs", logprobs, end=MAX_LOGPROBS + 1)
-
-
-def _runner_maker(device: torch.device, driver: str, batched: bool) -> MakeRunner:
-    if device.type != "cuda" or not batched:
-        return EagerRunner
-    return CudaEagerRunner if driver == "eager" else cuda_runner
