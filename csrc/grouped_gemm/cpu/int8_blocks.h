@@ -45,19 +45,20 @@ class Int8BlockRows {
   template <typename TokenAt>
   void pack(int64_t tokens, TokenAt token) const {
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
-      pack_plain_tokens<Int8Products>(count, columns_, codes_ + begin * columns_, [&](int64_t t) {
-        const Token one = token(begin + t);
-        tokens_[begin + t] = one.rounded.tokens[one.number];
+      const auto codes = [&](int64_t t) {
+        const int64_t place = t < count ? begin + t : 0;
+        const Token one = token(place);
+        tokens_[place] = one.rounded.tokens[one.number];
         return codes_of(one.rounded, one.number, columns_);
-      });
+      };
+      pack_plain_tokens<Int8Products>(filled_tokens(tokens, count), columns_,
+                                      codes_ + begin * columns_, codes);
     });
   }
 
   // Prefetches a task's first tile, which no tile before it did.
   void ask(int64_t row) const {
-    const char* from = reinterpret_cast<const char*>(values(row));
-    for (int64_t i = 0; i < kTileRows * columns_; i += kLineBytes)
-      __builtin_prefetch(from + i, 0, 2);
+    prefetch_plain_tile(values(row), columns_);
   }
 
   // sums[t]: rows row to row + 15 times token t of those that are packed, with both scales.
@@ -67,9 +68,8 @@ class Int8BlockRows {
     if (matrix_.factors != nullptr) load_row_scales(matrix_, first_row_ + row, kTileRows, factors);
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
       Ints products[kMostPlainTokens] = {};  // the compiler cannot see that all are written
-      multiply_plain_tile<Int8Products>(values(row), columns_, codes_ + begin * columns_, count,
-                                        reinterpret_cast<const char*>(values(row + kTileRows)),
-                                        products);
+      multiply_plain_tile<Int8Products>(values(row), columns_, codes_ + begin * columns_,
+                                        filled_tokens(tokens, count), products);
       for (int64_t t = 0; t < count; ++t) {
         const Int8Token& token = tokens_[begin + t];
         sums[begin + t] = __builtin_convertvector(products[t] - token.offset, Floats) *

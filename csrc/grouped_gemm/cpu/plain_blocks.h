@@ -24,25 +24,24 @@ class PlainBlockRows {
   template <typename Token>
   void pack(int64_t tokens, Token token) const {
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
-      pack_plain_tokens<Bfloat16Products>(count, columns_, tokens_ + begin * columns_,
-                                          [&](int64_t t) { return token(begin + t); });
+      pack_plain_tokens<Bfloat16Products>(
+          filled_tokens(tokens, count), columns_, tokens_ + begin * columns_,
+          [&](int64_t t) { return token(t < count ? begin + t : 0); });
     });
   }
 
   // Prefetches a task's first tile, which no tile before it did.
   void ask(int64_t row) const {
-    const char* from = reinterpret_cast<const char*>(matrix_ + row * columns_);
-    for (int64_t i = 0; i < kTileRows * columns_ * 2; i += kLineBytes)
-      __builtin_prefetch(from + i, 0, 2);
+    prefetch_plain_tile(matrix_ + row * columns_, columns_);
   }
 
-  // sums[t]: rows row to row + 15 times token t of those that are packed.
+  // sums[t]: rows row to row + 15 times token t of those that are packed; kLeastPlainTokens of them
+  // are written at least.
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {
     const bfloat16* first = matrix_ + row * columns_;
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
-      multiply_plain_tile<Bfloat16Products>(
-          first, columns_, tokens_ + begin * columns_, count,
-          reinterpret_cast<const char*>(first + kTileRows * columns_), sums + begin);
+      multiply_plain_tile<Bfloat16Products>(first, columns_, tokens_ + begin * columns_,
+                                            filled_tokens(tokens, count), sums + begin);
     });
   }
 

@@ -12,6 +12,14 @@ namespace {
 
 // Tokens of a tile, each with two sums: 20 of 32 registers leave 8 for half a block of 16 rows.
 constexpr int kMostPlainTokens = 10;
+// Fewer than that would ask for memory faster than it comes, which makes it come slower (NOTES.md).
+constexpr int kLeastPlainTokens = 6;
+
+// Tokens that a tile multiplies where it has `count` of all `tokens`: only what has few in all is
+// filled up, since later tiles have their rows from the cache.
+constexpr int64_t filled_tokens(int64_t tokens, int64_t count) {
+  return tokens < kLeastPlainTokens ? kLeastPlainTokens : count;
+}
 
 // The products of a kind of values: a register has eight bytes of each of eight rows, and a row has
 // two sums.
@@ -85,17 +93,28 @@ struct HalfBlock {
   }
 };
 
-// to[t]: 16 rows, `stride` values apart, times token t of kTokens. `prefetcher` runs meanwhile over
-// as much memory as the rows take.
+// Prefetches 16 rows for a tile that begins at once, as a tile does for the next one.
+template <typename Value>
+inline void prefetch_plain_tile(const Value* rows, int64_t stride) {
+  constexpr int64_t kLineValues = kLineBytes / static_cast<int64_t>(sizeof(Value));
+  for (int64_t column = 0; column < stride; column += kLineValues)
+    for (int row = 0; row < kTileRows; ++row)
+      __builtin_prefetch(rows + row * stride + column, 0, 2);
+}
+
+// to[t]: 16 rows, `stride` values apart, times token t of kTokens. The 16 rows after them are
+// prefetched meanwhile, in the order in which the next tile reads them: the processor's own
+// prefetchers follow sixteen rows at once, each within its page, and go further ahead than by one.
 template <typename Products, int kTokens>
 __attribute__((noinline)) void multiply_plain_tile(const typename Products::Value* rows,
                                                    int64_t stride,
                                                    const typename Products::Value* tokens,
-                                                   const char* prefetcher,
                                                    typename Products::Sums* to) {
   typedef typename Products::Value Value;
   typename Products::Sums sums[2][kTokens] = {};
   const Value* fours[4] = {rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
+  const Value* next[4];
+  for (int i = 0; i < 4; ++i) next[i] = fours[i] + kTileRows * stride;
   const Value* const end = rows + stride;
   while (fours[0] != end) {
 #pragma GCC unroll 2
@@ -103,9 +122,9 @@ __attribute__((noinline)) void multiply_plain_tile(const typename Products::Valu
       const HalfBlock<Value> first(fours, stride, 0, half), second(fours, stride, 1, half);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        __builtin_prefetch(prefetcher, 0, 2);
-        __builtin_prefetch(prefetcher + kLineBytes, 0, 2);
-        prefetcher += 2 * kLineBytes;
+        const Value* const ahead = next[2 * half + i / 2] + i % 2 * 2 * stride;
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + stride, 0, 2);
         const Words x = Products::prepare(first.take(i)), y = Products::prepare(second.take(i));
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
@@ -118,6 +137,7 @@ __attribute__((noinline)) void multiply_plain_tile(const typename Products::Valu
     }
     tokens += kTokens * kPlainColumns<Products>;
     for (const Value*& four : fours) four += kPlainColumns<Products>;
+    for (const Value*& four : next) four += kPlainColumns<Products>;
   }
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) to[t] = add_pairs(sums[0][t], sums[1][t]);
@@ -127,11 +147,10 @@ __attribute__((noinline)) void multiply_plain_tile(const typename Products::Valu
 template <typename Products, int kTokens = kMostPlainTokens>
 inline void multiply_plain_tile(const typename Products::Value* rows, int64_t stride,
                                 const typename Products::Value* tokens, int64_t count,
-                                const char* prefetcher, typename Products::Sums* to) {
+                                typename Products::Sums* to) {
   if constexpr (kTokens > 0) {
-    if (count == kTokens)
-      return multiply_plain_tile<Products, kTokens>(rows, stride, tokens, prefetcher, to);
-    multiply_plain_tile<Products, kTokens - 1>(rows, stride, tokens, count, prefetcher, to);
+    if (count == kTokens) return multiply_plain_tile<Products, kTokens>(rows, stride, tokens, to);
+    multiply_plain_tile<Products, kTokens - 1>(rows, stride, tokens, count, to);
   }
 }
 
