@@ -57,9 +57,7 @@ class Int8BlockRows {
   }
 
   // Prefetches a task's first tile, which no tile before it did.
-  void ask(int64_t row) const {
-    prefetch_plain_tile(values(row), columns_);
-  }
+  void ask(int64_t row) const { prefetch_plain_tile(values(row), columns_); }
 
   // sums[t]: rows row to row + 15 times token t of those that are packed, with both scales.
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {

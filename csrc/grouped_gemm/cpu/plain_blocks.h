@@ -31,9 +31,7 @@ class PlainBlockRows {
   }
 
   // Prefetches a task's first tile, which no tile before it did.
-  void ask(int64_t row) const {
-    prefetch_plain_tile(matrix_ + row * columns_, columns_);
-  }
+  void ask(int64_t row) const { prefetch_plain_tile(matrix_ + row * columns_, columns_); }
 
   // sums[t]: rows row to row + 15 times token t of those that are packed; kLeastPlainTokens of them
   // are written at least.
