@@ -25,7 +25,8 @@ from typing import Any
 
 from bench_step_cpu import FLATTENING, ROOT, Worker, step_worker, write_checkpoint
 
-CLOCKS = ("seconds", "processor")  # of the wall, and of all threads together
+# Of the wall and of all threads together, for a step and for its decoder layers.
+CLOCKS = ("seconds", "processor", "layers", "layers_processor")
 Seconds = dict[str, float]
 # Never confident, so that a canvas has all its 48 steps; the published settings otherwise. transformers refuses a zero.
 STEPS_WITHOUT_END = {"confidence_threshold": 0.0}

