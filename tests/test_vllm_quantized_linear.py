@@ -67,6 +67,9 @@ def test_a_dense_layer_is_the_product_of_its_projections(format: str, monkeypatc
     wanted = torch.cat([quantized_gemm.dense(x.view(6, HIDDEN), weight) for weight in projections], 1).view(2, 3, -1)
     assert torch.equal(scheme.apply_weights(layer, x, None), wanted)
     assert torch.equal(scheme.apply_weights(layer, x, bias), wanted + bias)
+    # vLLM compiles a model's layers in one graph, unless it is told otherwise.
+    compiled = torch.compile(scheme.apply_weights, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(layer, x, bias), wanted + bias)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
+import dgemma_ext._C  # noqa: F401  registers the operator
 from dgemma_ext.integrations.vllm.stored_experts import Scheme, fault_of
-from dgemma_ext.ops import quantized_gemm
-from dgemma_ext.ops.formats import Nvfp4Weight
+from dgemma_ext.ops.formats import FORMATS, Nvfp4Weight
 
 
 def lacks_a_kernel(scheme: Scheme, dtype: torch.dtype) -> bool:
@@ -111,11 +111,18 @@ class DGemmaLinearScheme(CompressedTensorsScheme):  # type: ignore[misc]
         fault = fault_of(weight)
         if fault is not None:
             raise ValueError(f"{self.layer_name} has {fault}")
-        layer.dgemma_weight = weight
+        operands = {"values": weight.values, "scales": weight.kernel_scales, "row_scales": weight.kernel_row_scales}
+        for name, tensor in operands.items():
+            layer.register_buffer(f"dgemma_{name}", tensor, persistent=False)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = layer.dgemma_weight
-        out = quantized_gemm.dense(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+        """As `ops.quantized_gemm.dense`, by the operator itself: vLLM compiles the layers around it in one graph, into
+        which a weight that is an object does not go."""
+        rows, number = x.reshape(-1, x.shape[-1]), FORMATS[self.scheme.format].number
+        product = torch.ops.dgemma.dense_quantized.default(
+            rows, number, layer.dgemma_values, layer.dgemma_scales, layer.dgemma_row_scales
+        )
+        out: Tensor = product.view(*x.shape[:-1], product.shape[-1])
         return out if bias is None else out + bias
 
 
