@@ -19,8 +19,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path, PurePosixPath
 
 # Requirements that bring CUDA, or releases of torch that the libraries were not built for.
-FOR_A_GPU = ("torch", "nvidia", "flashinfer", "cutlass", "quack", "humming", "tokenspeed", "tilelang", "nvtx")
-FOR_A_GPU += ("pynv", "fastsafetensors", "instanttensor", "apache-tvm-ffi")
+FOR_A_GPU = (
+    *("torch", "nvidia", "flashinfer", "cutlass", "quack", "humming", "tokenspeed", "tilelang", "nvtx", "pynv"),
+    *("fastsafetensors", "instanttensor", "apache-tvm-ffi"),
+)
 
 
 def replace(wheel: Path, packages: Path) -> None:

@@ -121,9 +121,8 @@ DGEMMA_API dgemma_status dgemma_cpu_moe_ffn_quantized(const dgemma_moe_ffn_quant
                                                       dgemma_cpu* cpu);
 
 /* On a GPU: what dgemma_cuda_moe_ffn takes, columns in multiples of 32 (INT4, NVFP4) or 16 (FP8,
- * INT8), values aligned to 16 bytes, scales and factors to 4. But by INT8 the input is not
- * quantized. On Hopper a scale of INT4 of 2^28 or more gives no number, and one below 2^-93 fewer
- * bits.
+ * INT8), values aligned to 16 bytes, scales and factors to 4. On Hopper a scale of INT4 of 2^28 or
+ * more gives no number, and one below 2^-93 fewer bits.
  */
 DGEMMA_API size_t dgemma_cuda_moe_ffn_quantized_workspace(const dgemma_moe_ffn_quantized* op);
 DGEMMA_API dgemma_status dgemma_cuda_moe_ffn_quantized(const dgemma_moe_ffn_quantized* op,
