@@ -27,7 +27,16 @@ from sim.build import (
 CSRC = ROOT / "csrc"
 FAMILIES = {"grouped_gemm", "block_attention", "denoise", "layer", "automaton"}
 SOURCES = sorted(CSRC.rglob("*.cu"))
-KERNELS = [source for source in SOURCES if "__global__" in source.read_text()]
+
+
+def has_kernel(source: Path) -> bool:
+    """Whether a source, or a header that it includes, has a kernel."""
+    text = source.read_text()
+    headers = [CSRC / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+    return any("__global__" in one for one in (text, *(path.read_text() for path in headers if path.exists())))
+
+
+KERNELS = [source for source in SOURCES if has_kernel(source)]
 HOPPER = [source for source in KERNELS if source.parent.name == "sm90"]
 FP8_BY_MMA = [source for source in KERNELS if source.parent.name == "sm89"]
 TENSOR_CORE_80 = [source for source in KERNELS if source.parent.name == "sm80"]
