@@ -16,6 +16,7 @@ work on the machine compare the processor's seconds.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -28,6 +29,8 @@ from bench_step_cpu import FLATTENING, ROOT, Worker, step_worker, write_checkpoi
 # Of the wall and of all threads together, for a step and for its decoder layers.
 CLOCKS = ("seconds", "processor", "layers", "layers_processor")
 Seconds = dict[str, float]
+# Where a side is loaded for its turn.
+STEPS_OF_A_LOAD = 3
 # Never confident, so that a canvas has all its 48 steps; the published settings otherwise. transformers refuses a zero.
 STEPS_WITHOUT_END = {"confidence_threshold": 0.0}
 
@@ -68,28 +71,29 @@ def vllm_worker(
     return Worker([str(python), script, str(checkpoint)], threads, environment)
 
 
-def by_turns(sides: dict[str, Worker], rounds: int) -> dict[str, Seconds]:
-    """Medians of a step over rounds in which each side has its turn."""
-    found: dict[str, list[Seconds]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, worker in sides.items():
-            found[side].append(worker.ask("step"))
+def by_turns(make: dict[str, Callable[[], Worker]], rounds: int, alone: bool) -> dict[str, Seconds]:
+    """Medians of a step over rounds in which each side has its turn; `alone`: and is loaded for it."""
+    found: dict[str, list[Seconds]] = {side: [] for side in make}
+    kept: dict[str, Worker] = {}
+    try:
+        if not alone:
+            for side, load in make.items():
+                kept[side] = load()
+        for _ in range(rounds):
+            for side, load in make.items():
+                if alone:
+                    kept[side] = load()
+                    found[side] += [kept[side].ask("step") for _ in range(STEPS_OF_A_LOAD)]
+                    kept.pop(side).close()
+                else:
+                    found[side].append(kept[side].ask("step"))
+    finally:
+        for worker in kept.values():
+            worker.close()
     return {
         side: {clock: statistics.median(one[clock] for one in steps) for clock in CLOCKS}
         for side, steps in found.items()
     }
-
-
-def beside(peer: Callable[[], Worker], checkpoint: Path, threads: int, rounds: int) -> dict[str, Seconds]:
-    """A step of this package and one of the peer, in one run."""
-    sides: dict[str, Worker] = {}
-    try:
-        sides["ours"] = step_worker("ours", checkpoint, threads)
-        sides["peer"] = peer()
-        return by_turns(sides, rounds)
-    finally:
-        for worker in sides.values():
-            worker.close()
 
 
 def print_row(name: str, weights: str, found: dict[str, Seconds]) -> None:
@@ -107,6 +111,8 @@ def main() -> None:
     parser.add_argument("--zentorch", type=Path, help="a folder with zentorch for that Python")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="load each side for its turn, where memory has no room for two")
+    parser.add_argument("--only", help="the one peer to run beside, by its name in the table")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "bench_step_cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
@@ -123,10 +129,15 @@ def main() -> None:
         peers["vLLM with the plugin"] = lambda: vllm_worker(vllm, folder, threads, plugin="sampler,experts")
         if arguments.zentorch is not None:
             peers["vLLM with zentorch"] = lambda: vllm_worker(vllm, folder, threads, arguments.zentorch)
+    if arguments.only is not None:
+        if arguments.only not in peers:
+            parser.error(f"--only: got {arguments.only!r}, wants one of {', '.join(peers)}")
+        peers = {arguments.only: peers[arguments.only]}
     report: dict[str, Any] = {"threads": threads, "rounds": arguments.rounds, "load": os.getloadavg()[0], "results": []}
     for name, peer in peers.items():
         for weights, checkpoint in checkpoints.items():
-            found = beside(peer, checkpoint, threads, arguments.rounds)
+            ours = functools.partial(step_worker, "ours", checkpoint, threads)
+            found = by_turns({"ours": ours, "peer": peer}, arguments.rounds, arguments.alone)
             print_row(name, weights, found)
             report["results"].append({"name": name, "weights": weights, **found})
             if arguments.json:  # after each, as memory may not be enough for the next

@@ -66,8 +66,7 @@ class Int8BlockRows {
     if (matrix_.factors != nullptr) load_row_scales(matrix_, first_row_ + row, kTileRows, factors);
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
       Ints products[kMostPlainTokens] = {};  // the compiler cannot see that all are written
-      multiply_plain_tile<Int8Products>(values(row), columns_, codes_ + begin * columns_,
-                                        filled_tokens(tokens, count), products);
+      multiply_packed<Int8Products>(values(row), columns_, codes_, tokens, begin, count, products);
       for (int64_t t = 0; t < count; ++t) {
         const Int8Token& token = tokens_[begin + t];
         sums[begin + t] = __builtin_convertvector(products[t] - token.offset, Floats) *

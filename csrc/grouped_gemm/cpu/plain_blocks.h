@@ -38,8 +38,8 @@ class PlainBlockRows {
   void multiply(int64_t row, int64_t tokens, Floats* sums) const {
     const bfloat16* first = matrix_ + row * columns_;
     each_token_tile(0, tokens, kMostPlainTokens, [&](int64_t begin, int64_t count) {
-      multiply_plain_tile<Bfloat16Products>(first, columns_, tokens_ + begin * columns_,
-                                            filled_tokens(tokens, count), sums + begin);
+      multiply_packed<Bfloat16Products>(first, columns_, tokens_, tokens, begin, count,
+                                        sums + begin);
     });
   }
 

@@ -102,19 +102,20 @@ inline void prefetch_plain_tile(const Value* rows, int64_t stride) {
       __builtin_prefetch(rows + row * stride + column, 0, 2);
 }
 
-// to[t]: 16 rows, `stride` values apart, times token t of kTokens. The 16 rows after them are
-// prefetched meanwhile, in the order in which the next tile reads them: the processor's own
-// prefetchers follow sixteen rows at once, each within its page, and go further ahead than by one.
-template <typename Products, int kTokens>
+// to[t]: 16 rows, `stride` values apart, times token t of kTokens. The 16 rows after them, or with
+// two shares every other pair of them, are prefetched meanwhile, in the order in which the next
+// tile reads them: the processor's own prefetchers follow sixteen rows at once, each within its
+// page, and go further ahead than by one.
+template <typename Products, int kShares, int kTokens>
 __attribute__((noinline)) void multiply_plain_tile(const typename Products::Value* rows,
                                                    int64_t stride,
                                                    const typename Products::Value* tokens,
-                                                   typename Products::Sums* to) {
+                                                   int64_t share, typename Products::Sums* to) {
   typedef typename Products::Value Value;
   typename Products::Sums sums[2][kTokens] = {};
   const Value* fours[4] = {rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
   const Value* next[4];
-  for (int i = 0; i < 4; ++i) next[i] = fours[i] + kTileRows * stride;
+  for (int i = 0; i < 4; ++i) next[i] = fours[i] + (kTileRows + 2 * share) * stride;
   const Value* const end = rows + stride;
   while (fours[0] != end) {
 #pragma GCC unroll 2
@@ -122,9 +123,11 @@ __attribute__((noinline)) void multiply_plain_tile(const typename Products::Valu
       const HalfBlock<Value> first(fours, stride, 0, half), second(fours, stride, 1, half);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Value* const ahead = next[2 * half + i / 2] + i % 2 * 2 * stride;
-        __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + stride, 0, 2);
+        if (i % kShares == 0) {
+          const Value* const ahead = next[2 * half + i / 2] + i % 2 * 2 * stride;
+          __builtin_prefetch(ahead, 0, 2);
+          __builtin_prefetch(ahead + stride, 0, 2);
+        }
         const Words x = Products::prepare(first.take(i)), y = Products::prepare(second.take(i));
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; ++t) {
@@ -144,14 +147,30 @@ __attribute__((noinline)) void multiply_plain_tile(const typename Products::Valu
 }
 
 // The same for a number of tokens that is not known before.
-template <typename Products, int kTokens = kMostPlainTokens>
+template <typename Products, int kShares, int kTokens = kMostPlainTokens>
 inline void multiply_plain_tile(const typename Products::Value* rows, int64_t stride,
                                 const typename Products::Value* tokens, int64_t count,
-                                typename Products::Sums* to) {
+                                int64_t share, typename Products::Sums* to) {
   if constexpr (kTokens > 0) {
-    if (count == kTokens) return multiply_plain_tile<Products, kTokens>(rows, stride, tokens, to);
-    multiply_plain_tile<Products, kTokens - 1>(rows, stride, tokens, count, to);
+    if (count == kTokens)
+      return multiply_plain_tile<Products, kShares, kTokens>(rows, stride, tokens, share, to);
+    multiply_plain_tile<Products, kShares, kTokens - 1>(rows, stride, tokens, count, share, to);
   }
+}
+
+// to[t]: 16 rows times `count` of all packed `tokens` from `begin` on; kLeastPlainTokens are
+// written at least. Where there are more tiles than one, the first two share the next rows: memory
+// has the time of both to give them, which counts where several threads read at once (NOTES.md).
+template <typename Products>
+inline void multiply_packed(const typename Products::Value* rows, int64_t stride,
+                            const typename Products::Value* packed, int64_t tokens, int64_t begin,
+                            int64_t count, typename Products::Sums* to) {
+  packed += begin * stride;
+  count = filled_tokens(tokens, count);
+  if (tokens <= kMostPlainTokens)
+    multiply_plain_tile<Products, 1>(rows, stride, packed, count, 0, to);
+  else
+    multiply_plain_tile<Products, 2>(rows, stride, packed, count, begin > 0, to);
 }
 
 }  // namespace
