@@ -28,7 +28,6 @@ ON = {"DGEMMA_VLLM": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 PROMPT = list(range(10, 30))
 STEPS = 4
 REQUEST = {"ids": PROMPT, "max_tokens": 40, "extra_args": {"seed": 7, "max_denoising_steps": STEPS}}
-EXPERTS = r"model\.decoder\.layers\.\d+\.experts\.\d+\.\w+\.weight"
 # Whatever has no quantized weight in the tests' checkpoints, as the lists of published ones have it.
 IGNORED = ("self_attn", "mlp", "router", "self_conditioning", "vision", "lm_head", "embed")
 # By what wrote the checkpoint: `dgemma quantize`, or compressed-tensors and (in its layout) ModelOpt.
@@ -41,8 +40,10 @@ WRITTEN = (
     *(f"package {one}" for one in ("fp8", "int4", "nvfp4", "nvfp4-modelopt")),
 )
 # With dense layers quantized too: in float32 int4 and nvfp4 are this package's on a CPU, fp8 and int8 are vLLM's own.
-DENSE = ("int4 attention", "nvfp4 attention mlp")
+DENSE = ("int4 attention", "nvfp4 attention mlp", "package nvfp4-modelopt mlp")
 DENSE_OF_VLLM = ("fp8 attention mlp", "int8 attention mlp")
+# With the experts of the first layer as they were, which lists of ignored modules name as the checkpoint does.
+UPPER = ("package int4 upper", "package nvfp4-modelopt upper")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +54,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(source: Path, folder: Path, by: str) -> Path:
     """The source with quantized experts, and other parts that `by` names."""
-    package, _, layout = by.rpartition(" ")
-    if package != "package":
-        format, *parts = by.split()
-        convert(source, folder, parse_target(format, ("experts", *parts)))
+    of_package, *words = by.split()
+    if of_package != "package":
+        convert(source, folder, parse_target(of_package, ("experts", *words)))
         return folder
+    layout, *more = words
     shutil.copytree(source, folder)
-    requantize(folder, layout, EXPERTS)
-    ignored = [f"*{one}*" if layout.endswith("modelopt") else f"re:.*{one}.*" for one in IGNORED]
+    inside = r"(mlp\.\w+_proj|experts\.\d+\.\w+)" if "mlp" in more else r"experts\.\d+\.\w+"
+    requantize(folder, layout, rf"model\.decoder\.layers\.{'[12]' if 'upper' in more else '[0-9]+'}\.{inside}\.weight")
+    names = [one for one in IGNORED if one not in more]
+    if layout.endswith("modelopt"):
+        ignored = [f"*{one}*" for one in names] + ["model.decoder.layers.0.experts*"] * ("upper" in more)
+    else:
+        ignored = [f"re:.*{one}.*" for one in names] + [r"re:model\.decoder\.layers\.0\..*"] * ("upper" in more)
     change(folder, lambda section: section.update(ignore=ignored))
     return folder
 
@@ -95,11 +101,14 @@ def check_records(
     files: list[Path], folder: Path, dtype: torch.dtype, ranks: int = 1, expert_parallel: bool = False
 ) -> None:
     """Every recorded call has a layer's weights of the engine, bit by bit, and the operator's output over them."""
-    layers = load_weights(folder, ModelConfig.from_file(folder), dtype, "cpu").layers
+    every = load_weights(folder, ModelConfig.from_file(folder), dtype, "cpu").layers
+    layers = [layer for layer in every if isinstance(layer.experts_gate_up, QuantizedWeight)]
     assert len(files) == ranks
     ranks_seen, layers_seen = set(), set()
     for file in files:
         for call in torch.load(file, weights_only=True):
+            if "name" not in call["gate_up"]:  # experts that are not quantized
+                continue
             matches = []
             for number, layer in enumerate(layers):
                 for rank in range(ranks):
@@ -154,7 +163,7 @@ def served(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     root = tmp_path_factory.mktemp("written")
     records = root / "records"
     records.mkdir()
-    every = (*WRITTEN, *DENSE, *DENSE_OF_VLLM)
+    every = (*WRITTEN, *DENSE, *DENSE_OF_VLLM, *UPPER)
     folders = {by: written(source, root / by.replace(" ", "-"), by) for by in every}
     requests = [REQUEST, {**REQUEST, "extra_args": {"seed": 7, "max_denoising_steps": 2}}]
     told = {"models": [str(folder) for folder in folders.values()], "requests": requests}
@@ -163,10 +172,11 @@ def served(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     return folders, dict(zip(folders, found, strict=True)), records
 
 
-@pytest.mark.parametrize("by", [*WRITTEN, *DENSE, *DENSE_OF_VLLM])
+@pytest.mark.parametrize("by", [*WRITTEN, *DENSE, *DENSE_OF_VLLM, *UPPER])
 def test_experts_are_the_checkpoints_and_tokens_the_engines(by: str, served: Any) -> None:
     folders, found, records = served
-    assert found[by].get("classes", {}).get("experts") == "DGemmaQuantizedFusedMoEMethod", found[by]
+    methods = ["DGemmaQuantizedFusedMoEMethod", "DGemmaUnquantizedFusedMoEMethod"][: 2 if by in UPPER else 1]
+    assert found[by].get("classes", {}).get("experts", "").split(",") == methods, found[by]
     check_records(list(records.glob(f"{folders[by].name}.*.pt")), folders[by], torch.float32)
     if by in DENSE_OF_VLLM:
         return

@@ -75,6 +75,17 @@ def _method(theirs: Any) -> type:
                 kept = UnquantizedMoeBackend.CPU if current_platform.is_cpu() else UnquantizedMoeBackend.TRITON
                 self.unquantized_backend, self.experts_cls = kept, experts_class()
 
+        def process_weights_after_loading(self, layer: Any) -> None:
+            """Raises ValueError, naming the layer, for weights that are loaded anew where the experts were quantized:
+            what they were quantized from is gone."""
+            kernel = getattr(self, "moe_kernel", None)
+            if kernel is not None and getattr(kernel.fused_experts, "quantized", None) is not None:
+                raise ValueError(
+                    f"{layer.layer_name}: DGEMMA_VLLM_EXPERTS has quantized its experts, and its weights cannot be "
+                    "loaded anew; those of an unquantized model, or of a quantized checkpoint, can"
+                )
+            super().process_weights_after_loading(layer)
+
     Method.__name__ = Method.__qualname__ = "DGemmaUnquantizedFusedMoEMethod"
     return Method
 

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.platforms import current_platform
 
@@ -53,6 +58,19 @@ class CompressedTensors(CompressedTensorsConfig):  # type: ignore[misc]
         ours = _method(layer, lambda: self._scheme(layer, prefix)) if isinstance(layer, RoutedExperts) else None
         return ours or super().get_quant_method(layer, prefix)
 
+    def get_scheme_dict(self, layer: Any, layer_name: str | None = None) -> Any:
+        """By vLLM's name of a module and by the checkpoint's: vLLM rewrites exact names in lists of targets and of what
+        is ignored, and leaves regular expressions, which were written for the checkpoint's."""
+        names = _spellings(layer_name)
+        if any(should_ignore_layer(name, self.ignore, self.packed_modules_mapping) for name in names):
+            return None
+        # A class of modules is the last resort, after all names.
+        for name in names[:-1]:
+            found = super().get_scheme_dict(torch.nn.Module(), name)
+            if found is not None:
+                return found
+        return super().get_scheme_dict(layer, names[-1])
+
     def get_scheme(self, layer: Any, layer_name: str | None = None) -> Any:
         """Of a dense layer."""
         settings = self.get_scheme_dict(layer, layer_name)
@@ -65,6 +83,8 @@ class CompressedTensors(CompressedTensorsConfig):  # type: ignore[misc]
 
     def _scheme(self, layer: Any, prefix: str) -> Scheme | None:
         """None where the experts are not quantized."""
+        if self.transform_config is not None:
+            raise Unsupported("transform_config may rotate what goes into them")
         # In the checkpoint's model every projection is a Linear, which is what lists of targets name.
         linear = torch.nn.Linear(1, 1, device="meta")
         names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
@@ -91,9 +111,16 @@ class ModelOptNvFp4(ModelOptNvFp4Config):  # type: ignore[misc]
         return [*dtypes, torch.float32] if current_platform.is_cpu() else dtypes
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        is_quantized = isinstance(layer, RoutedExperts) and not self.is_layer_excluded(prefix)
-        ours = _method(layer, self._scheme) if is_quantized else None
-        return ours or super().get_quant_method(layer, prefix)
+        method = super().get_quant_method  # which refuses on a CPU what has no kernel of vLLM's there
+        if isinstance(layer, RoutedExperts) and not self.is_layer_excluded(prefix):
+            return _method(layer, self._scheme) or method(layer, prefix)
+        if isinstance(layer, LinearBase) and not self.is_layer_excluded(prefix) and "vision_tower" not in prefix:
+            with contextlib.suppress(Unsupported):
+                scheme = self._scheme()
+                if lacks_a_kernel(scheme, torch.get_default_dtype()):
+                    layer.scheme = DGemmaLinearScheme(scheme, prefix)
+                    return CompressedTensorsLinearMethod(self)  # which hands everything to the layer's scheme
+        return method(layer, prefix)
 
     def _scheme(self) -> Scheme:
         if self.group_size != NVFP4_GROUP:
@@ -113,7 +140,8 @@ def scheme_of(gate_up: dict[str, Any], down: dict[str, Any]) -> Scheme:
     not hold."""
     first, second = _format_of(gate_up), _format_of(down)
     if first[:2] != second[:2]:
-        raise Unsupported(f"gate and up are {first[0]}, and down is {second[0]}")
+        named = [f"{one[0]} with a scale for a matrix" if one[1] else one[0] for one in (first, second)]
+        raise Unsupported(f"gate and up are {named[0]}, and down is {named[1]}")
     return Scheme(first[0], (first[2], second[2]), by_matrix=first[1])
 
 
@@ -147,6 +175,14 @@ def _check_int8(layout: str | None, inputs: Any) -> None:
         raise Unsupported("their int8 weights want inputs that are not rounded to int8 for each token")
 
 
+def _spellings(name: str | None) -> list[str | None]:
+    """A module's names: vLLM's, and those of the checkpoint's decoder and encoder, which share their layers."""
+    if name is None or not name.startswith("model."):
+        return [name]
+    inner = name.removeprefix("model.")
+    return [name, f"model.decoder.{inner}", f"model.encoder.language_model.{inner}"]
+
+
 def _text(setting: Any) -> str:
     """An enumerator's value."""
     return str(getattr(setting, "value", setting))
@@ -164,7 +200,7 @@ def _method(layer: Any, find: Callable[[], Scheme | None]) -> DGemmaQuantizedFus
 
     Raises ValueError where groups of columns lie across ranks, and where DGEMMA_VLLM_EXPERTS asks for another format.
     """
-    moe = layer.moe_config
+    moe, target = layer.moe_config, experts_target()
     try:
         scheme = find()
         if scheme is None:
@@ -177,9 +213,12 @@ def _method(layer: Any, find: Callable[[], Scheme | None]) -> DGemmaQuantizedFus
         if refusal is not None:
             raise Unsupported(refusal)
     except Unsupported as why:
+        if target is not None:
+            raise ValueError(
+                f"DGEMMA_VLLM_EXPERTS is {target.format}, and the checkpoint has its experts quantized already: {why}"
+            ) from why
         _logger.warning_once(_STAYS, str(why))
         return None
-    target = experts_target()
     if target is not None and target.format != scheme.format:
         raise ValueError(
             f"DGEMMA_VLLM_EXPERTS is {target.format}, and the checkpoint has its experts in {scheme.format}"

@@ -19,7 +19,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from dgemma_ext.integrations.vllm.experts import experts_class
-from dgemma_ext.integrations.vllm.stored_experts import Part, Scheme, first_fault
+from dgemma_ext.integrations.vllm.stored_experts import Part, Scheme, first_fault, is_unloaded, keep
+from dgemma_ext.ops.formats import QuantizedWeight
 
 # vLLM's names of an expert's projections, and the parameters' prefix of each.
 _PREFIX = {"w1": "w13", "w3": "w13", "w2": "w2"}
@@ -61,8 +62,7 @@ class DGemmaQuantizedFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             stored = (rows * moe.tp_size, columns) if prefix == "w13" else (rows, columns * moe.tp_size)
             for part in self.scheme.parts(group):
                 shape = part.parameter(num_experts, len(projections), rows, columns)
-                dtype = part.dtypes[0] if part.dtypes else torch.float32
-                parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+                parameter = torch.nn.Parameter(part.unloaded(shape), requires_grad=False)
                 name = f"{prefix}_{part.suffix}"
                 layer.register_parameter(name, parameter)
                 loader = _unread if part.role == "unread" else self._checked(load, layer, part, part.shapes(*stored))
@@ -117,22 +117,28 @@ class DGemmaQuantizedFusedMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if fault is not None:
                 names = " or ".join(_projection(layer, shard) for shard in _PROJECTIONS[prefix])
                 raise ValueError(f"{layer.layer_name}.{self._own(layer)[fault[0]]}.{names} has {fault[1]}")
-            _ = weight.kernel_row_scales  # of nvfp4 a tensor that is made once: here, before a graph is captured
             weights.append(weight)
         kernel: Any = getattr(self, "moe_kernel", None)
-        if kernel is None:
-            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-            kernel = self.moe_kernel = make_unquantized_moe_kernel(
-                quant_config=self.moe_quant_config,
-                moe_config=self.moe,
-                backend=UnquantizedMoeBackend.CPU if current_platform.is_cpu() else UnquantizedMoeBackend.TRITON,
-                experts_cls=self.experts_cls,
-                routing_tables=layer._expert_routing_tables(),
-            )
+        if kernel is not None:  # weights that are loaded anew, while vLLM runs
+            for kept, weight in zip(kernel.fused_experts.quantized, weights, strict=True):
+                keep(_operands(kept), _operands(weight))
+            return
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        kernel = self.moe_kernel = make_unquantized_moe_kernel(
+            quant_config=self.moe_quant_config,
+            moe_config=self.moe,
+            backend=UnquantizedMoeBackend.CPU if current_platform.is_cpu() else UnquantizedMoeBackend.TRITON,
+            experts_cls=self.experts_cls,
+            routing_tables=layer._expert_routing_tables(),
+        )
+        for weight in weights:
+            _operands(weight)  # of nvfp4 one is made at the first use: here, before a graph is captured
         kernel.fused_experts.quantized = tuple(weights)
 
     def _check_complete(self, layer: Any) -> None:
-        if not self._loaded:  # a model of made-up weights
+        if not self._loaded:  # made-up weights, parameters that a loader has copied as they are, or a layer left out
+            if is_unloaded(layer.w13_weight_scale.data):
+                raise ValueError(f"{layer.layer_name}: the checkpoint has no quantized weights of these experts")
             return
         for prefix, group in zip(("w13", "w2"), self.scheme.groups, strict=True):
             for part in self.scheme.parts(group):
@@ -187,6 +193,12 @@ def _unread(
 ) -> bool | None:
     """The loader of a part that nothing reads, such as scales of activations."""
     return True if return_success else None
+
+
+def _operands(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The tensors that a product reads."""
+    row_scales = weight.kernel_row_scales
+    return weight.tensors() | ({} if row_scales is None else {"row_scales": row_scales})
 
 
 def _text(dtype: torch.dtype) -> str:

@@ -54,6 +54,17 @@ class Part:
             return (experts,) if projections == 1 else (experts, projections)
         return (experts, projections * rows, columns // self.columns if self.columns else 1)
 
+    def unloaded(self, shape: tuple[int, ...]) -> Tensor:
+        """The data of its parameter before anything is loaded. Scales are NaN, so that what no loader has filled is
+        found: vLLM itself does not ask whether the parameters of a quantized checkpoint were loaded."""
+        data = torch.empty(shape, dtype=self.dtypes[0] if self.dtypes else torch.float32)
+        return data.fill_(float("nan")) if self.role in ("scales", "global_scales") else data
+
+
+def is_unloaded(scales: Tensor) -> bool:
+    """Whether the data of a parameter of scales is still that of `Part.unloaded`, by its first value."""
+    return bool(scales.flatten()[0].to(torch.float32).isnan())
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -126,6 +137,13 @@ class Scheme:
             if columns % multiple or columns > 16_384:
                 return f"the {name} is {columns}, and {self.format} wants a multiple of {multiple} up to 16384"
         return None
+
+
+def keep(kept: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+    """Writes what is loaded anew into the tensors that a kernel, or a captured graph, reads already."""
+    for name, tensor in made.items():
+        if kept[name].data_ptr() != tensor.data_ptr():
+            kept[name].copy_(tensor)
 
 
 def first_fault(weight: QuantizedWeight) -> tuple[int, str] | None:
