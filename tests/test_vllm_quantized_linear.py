@@ -35,7 +35,7 @@ SCHEMES = {
     "nvfp4": Scheme("nvfp4", (16, 16)),
     "nvfp4-modelopt": Scheme("nvfp4", (16, 16), modelopt=True),
 }
-WIDTHS = [32, 16, 16]  # as those of queries, keys and values
+WIDTHS = [48, 32, 32]  # as those of queries, keys and values, the first no multiple of the others
 
 
 def projections_of(format: str, seed: int = 3) -> list[QuantizedWeight]:
@@ -132,9 +132,9 @@ def test_a_dense_layer_is_the_product_of_its_projections(format: str, monkeypatc
             lambda parts: parts.update(weight_scale=parts["weight_scale"].half()),
             "weight_scale is torch.float16",
         ),
-        ("int4", twice("weight_packed", 0), r"weight_packed \(v\) is \[32, 8\]; .* asks for \[16, 8\]"),
-        ("int4", twice("weight_scale", 1), r"weight_scale \(v\) is \[16, 4\]; .* asks for \[16, 2\]"),
-        ("nvfp4", twice("weight_scale", 0), r"weight_scale \(v\) is \[32, 4\]; .* asks for \[16, 4\]"),
+        ("int4", twice("weight_packed", 0), r"weight_packed \(v\) is \[64, 8\]; .* asks for \[32, 8\]"),
+        ("int4", twice("weight_scale", 1), r"weight_scale \(v\) is \[32, 4\]; .* asks for \[32, 2\]"),
+        ("nvfp4", twice("weight_scale", 0), r"weight_scale \(v\) is \[64, 4\]; .* asks for \[32, 4\]"),
         ("nvfp4", twice("weight_global_scale", 0), r"global_scale \(v\) is \[2\]; .* asks for \[\] or \[1\]"),
         ("nvfp4", lambda parts: parts["weight_global_scale"].zero_(), "layer has a global scale of zero"),
         ("nvfp4", lambda parts: parts.pop("weight_packed"), "layer: a weight_packed of it is missing"),
