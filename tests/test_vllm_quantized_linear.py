@@ -173,6 +173,10 @@ def test_a_dense_layer_is_loaded_anew(format: str, monkeypatch: pytest.MonkeyPat
     wanted = torch.cat([quantized_gemm.dense(x, weight) for weight in projections], 1)
     assert torch.equal(scheme.apply_weights(layer, x, None), wanted)
     assert {name: buffer.data_ptr() for name, buffer in layer.named_buffers()} == addresses
+    initialize_layerwise_reload(layer)
+    load_dense(format, layer, projections, lambda parts: parts.pop("weight_scale"))
+    with pytest.raises(ValueError, match="layer: a weight_scale of it is missing"):
+        finalize_layerwise_reload(layer, None)
 
 
 @pytest.mark.parametrize(("shard", "rows"), [("q", 64), ("k", 16), ("v", 16), (None, 128)])
