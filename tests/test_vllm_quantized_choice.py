@@ -13,6 +13,8 @@ import torch
 pytest.importorskip("vllm", reason="make test-vllm has an environment with vLLM")
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.models.diffusion_gemma import DiffusionGemmaForConditionalGeneration as Model
 
 from dgemma_ext.integrations.vllm import experts, quantization
@@ -144,24 +146,42 @@ def test_experts_whose_inputs_may_be_rotated_stay_vllms() -> None:
         chosen_schemes([INT4_OF_ALL], [], transform_config={"config_groups": {"r": rotation}})
 
 
-def test_modelopts_lists_leave_layers_out() -> None:
-    ignore = [
-        "lm_head",
-        "*mlp*",
-        "*self_attn*",
-        "model.decoder.layers.0.experts*",
-        *projections("model.decoder.layers.2"),
-    ]
-    section = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignore}
+def modelopt(ignore: list[str], **more: Any) -> Any:
+    """A configuration as vLLM makes it of a section of config.json."""
+    section = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ignore, **more}
     config = quantization.ModelOptNvFp4.from_config(section)
     config.packed_modules_mapping = Model.packed_modules_mapping
     config.apply_vllm_mapper(Model.hf_to_vllm_mapper)
+    return config
+
+
+def test_modelopts_lists_leave_layers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = modelopt(["lm_head", "*mlp*", "model.decoder.layers.0.experts*", *projections("model.decoder.layers.2")])
     layers = {}
     for number in range(3):
-        layer = layer_of(SCHEMES["nvfp4"], pytest.MonkeyPatch())
+        layer = layer_of(SCHEMES["nvfp4"], monkeypatch)
         vars(layer)["moe_config"] = experts_layer().moe_config
         layers[number] = type(config.get_quant_method(layer, f"model.layers.{number}.experts"))
     assert layers == {0: type(None), 1: DGemmaQuantizedFusedMoEMethod, 2: type(None)}
+
+
+def test_modelopts_dense_layers_are_ours_where_vllm_has_no_kernel() -> None:
+    config = modelopt(["*self_attn*"])
+    for name, ours in (("layers.0.mlp.down_proj", True), ("layers.0.self_attn.o_proj", False)):
+        layer: Any = torch.nn.Module.__new__(RowParallelLinear)
+        torch.nn.Module.__init__(layer)
+        method = config.get_quant_method(layer, f"model.{name}")
+        assert type(method) is (CompressedTensorsLinearMethod if ours else UnquantizedLinearMethod)
+        assert not ours or layer.scheme.scheme == Scheme("nvfp4", (16, 16), modelopt=True)
+    tower: Any = torch.nn.Module.__new__(RowParallelLinear)
+    torch.nn.Module.__init__(tower)
+    assert type(config.get_quant_method(tower, "vision_tower.layers.0.mlp.down_proj")) is UnquantizedLinearMethod
+
+
+def test_modelopts_dtypes_and_groups() -> None:
+    assert torch.float32 in modelopt([]).get_supported_act_dtypes()
+    with pytest.raises(Unsupported, match="32 columns share a scale, in place of 16"):
+        modelopt([], group_size=32)._scheme()
 
 
 def experts_layer(ranks: int = 1, **more: Any) -> Any:
