@@ -94,6 +94,17 @@ def layer_operations(dtype: torch.dtype, tokens: int = 5, hidden: int = 72) -> d
             **weights("dense_norm", "sparse_norm", "norm", "next_norm"),
             **outputs("output", "next_input"),
         },
+        "router_input": {**rows, **hiddens("input"), **weights("scale"), **outputs("output")},
+        "router_choice": {
+            "tokens": tokens,
+            "experts": experts,
+            "top_k": 2,
+            "dtype": dtype,
+            "probabilities": torch.softmax(torch.randn(tokens, experts), dim=-1),
+            "per_expert_scale": tensor(dtype, experts, scale=0.1, offset=1.0),
+            "expert_ids": torch.full((tokens, 2), -7, dtype=torch.int32),
+            "expert_weights": torch.full((tokens, 2), float("nan")),
+        },
         "route": {
             **rows,
             "experts": experts,

@@ -213,6 +213,8 @@ def _products(dtype: torch.dtype) -> dict[str, OperatorCall]:
             (input, narrow),
         ),
         "route": same(ops.route.default, router.route, routing),
+        "router_input": same(ops.router_input.default, router.router_input, (input, scale, 1e-6)),
+        "router_choice": same(ops.router_choice.default, router.router_choice, (torch.rand(1, 4), per_expert, 2)),
         "quantize_weight": same(ops.quantize_weight.default, quantize.quantize_weight, quantizing),
     }
 

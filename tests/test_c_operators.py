@@ -194,6 +194,34 @@ def test_scores_are_rounded_where_torchs_are(library: ctypes.CDLL, dtype: torch.
     assert torch.allclose(weights, wanted, rtol=2e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(5, 2816), (37, 96), (300, 130)])
+def test_router_input(library: ctypes.CDLL, tokens: int, hidden: int, dtype: torch.dtype, cpu_variant: str) -> None:
+    values = layer_operations(dtype, tokens, hidden)["router_input"]
+    must(library, "cpu_router_input", cpu_variant, **values)
+    assert bits(values["output"]) == bits(router_plain.scaled_input(values["input"], values["scale"], EPSILON))
+
+
+# Sums of fewer than four, of fewer than eight, of eight, with what is left of vectors, and of blocks of 512.
+CHOICES = [(37, 4, 2), (5, 8, 7), (40, 128, 8), (2, 20, 13), (9, 1200, 1200)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), CHOICES)
+def test_router_choice(
+    library: ctypes.CDLL, tokens: int, experts: int, top_k: int, dtype: torch.dtype, cpu_variant: str
+) -> None:
+    probabilities = (torch.rand(tokens, experts) * 40).round() / 40  # of few values, so that some tie
+    probabilities[0, -1] = float("nan")
+    values = {**route_values(dtype, tokens, 8, experts, top_k), "probabilities": probabilities}
+    values = {name: value for name, value in values.items() if name in layer_operations(dtype)["router_choice"]}
+    must(library, "cpu_router_choice", cpu_variant, **values)
+    ids, weights = router_plain.choice(probabilities, values["per_expert_scale"], top_k)
+    assert torch.equal(values["expert_ids"], ids)
+    assert bool(values["expert_weights"][0].isnan().all())
+    assert bits(values["expert_weights"][1:]) == bits(weights[1:])
+
+
 def test_ties_go_to_the_lower_expert(library: ctypes.CDLL) -> None:
     values = route_values(BF16, 6, 64, 7, 7)
     values["projection"] = values["projection"][:1].expand(7, 64).contiguous()
@@ -244,14 +272,17 @@ PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, TASK, cty
 
 
 @pytest.mark.skipif("DGEMMA_TEST_MACHINE" in os.environ, reason="the other machine cannot call a function here")
-@pytest.mark.parametrize("name", [*LAYER, "route"])
+@pytest.mark.parametrize("name", [*LAYER, "route", "router_input", "router_choice"])
 def test_tasks_in_any_order(library: ctypes.CDLL, name: str) -> None:
     """A host's parallel_for may run tasks in any order; each is run once."""
     values = layer_operations(BF16, 800, 130)[name]
     if name == "route":
         values = with_workspace(library, name, values)
     must(library, f"cpu_{name}", **values)
-    outputs = ["expert_ids", "expert_weights"] if name == "route" else list(plain(name, values))
+    choices = ["expert_ids", "expert_weights"]
+    outputs = {"route": choices, "router_choice": choices, "router_input": ["output"]}.get(name) or list(
+        plain(name, values)
+    )
     wanted = [bits(values[output]) for output in outputs]
     for output in outputs:
         values[output].fill_(-1)

@@ -113,6 +113,7 @@ def test_tokens_are_rounded_to_int8_in_the_workspace(
 
 SIZES = [
     *((name, "tokens", -1) for name in ("token_embedding", "rms_norm", "attention_residual", "layer_output", "route")),
+    *((name, "tokens", -1) for name in ("router_input", "router_choice")),
     *((name, "hidden_size", 0) for name in ("token_embedding", "rms_norm", "attention_residual", "layer_output")),
     *((name, "hidden_size", 2**31) for name in ("rms_norm", "route", "vocabulary_head")),
     *((name, "epsilon", -1.0) for name in ("token_embedding", "rms_norm", "normalise_heads", "route", "layer_output")),
@@ -125,10 +126,10 @@ SIZES = [
     ("normalise_heads", "head_dim", 7),
     ("normalise_heads", "head_dim", 0),
     ("gelu_product", "values", -1),
-    ("route", "hidden_size", 0),
-    ("route", "experts", 0),
-    ("route", "top_k", 0),
-    ("route", "top_k", 7),
+    *((name, "hidden_size", 0) for name in ("route", "router_input")),
+    *((name, "experts", 0) for name in ("route", "router_choice")),
+    *((name, "top_k", top_k) for name in ("route", "router_choice") for top_k in (0, 7)),
+    *(("router_input", "epsilon", epsilon) for epsilon in (-1.0, float("inf"))),
     ("vocabulary_head", "hidden_size", 0),
 ]
 

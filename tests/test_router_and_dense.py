@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import functional
 
-from backend import DTYPES
+from backend import BACKEND, DTYPES
 from bounds import assert_close
 from denoise_cases import bits
 from dgemma_ext.ops import grouped_gemm, router
@@ -38,6 +38,68 @@ def test_route(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.
     assert all(len(set(row)) == top_k for row in ids.tolist())
     wanted = router_plain.weights_of(found, ids.long(), per_expert)
     assert bool(((weights - wanted).abs() <= 2 * step * wanted.abs()).all())
+
+
+needs_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="a GPU's sums have an order of their own")
+# tokens, hidden, experts, top_k: no token, the model's sizes, all experts, sums of every kind of torch's
+SAME_BITS = [
+    *((0, 64, 4, 2), (1, 2816, 128, 8), (7, 2816, 128, 8), (256, 2816, 128, 8), (256, 96, 5, 1), (7, 72, 12, 12)),
+    *((256, 40, 8, 3), (7, 130, 8, 4), (256, 264, 9, 7), (7, 64, 64, 13), (1, 64, 128, 128), (300, 64, 700, 700)),
+]
+
+
+def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    """Ids and weights, bit for bit; NaN has many bits."""
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1].isnan(), wanted[1].isnan())
+    assert bits(found[1].nan_to_num(-1.0)) == bits(wanted[1].nan_to_num(-1.0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), SAME_BITS)
+def test_the_cpus_router_has_the_bits_of_torchs_operators(
+    tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype
+) -> None:
+    input, *operands = routed(tokens, hidden, experts, dtype)
+    for spoilt in (False, True):
+        if spoilt:
+            input[tokens // 2 :, 3] = (
+                torch.tensor([float("nan"), float("inf"), -float("inf")])
+                .repeat(tokens)[: tokens - tokens // 2]
+                .to(dtype)
+            )
+            input[: tokens // 3] = 0.0
+        assert_same(router.route(input, *operands, top_k, 1e-6), router_plain.route(input, *operands, top_k, 1e-6))
+        scaled = router.router_input(input, operands[0], 1e-6)
+        wanted = router_plain.scaled_input(input, operands[0], 1e-6)
+        assert torch.equal(scaled.isnan(), wanted.isnan())
+        assert bits(scaled.nan_to_num(-1.0)) == bits(wanted.nan_to_num(-1.0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 40])
+def test_a_choice_among_ties_nan_and_zeros_is_torchs_sort(top_k: int, dtype: torch.dtype) -> None:
+    """Probabilities of a few values, NaN here and there and alone, zeros of both signs."""
+    few = torch.tensor([0.0, -0.0, 1e-40, 0.125, 0.3, 0.3000001, 1.0, float("nan"), float("inf")])
+    scale = (torch.rand(40) + 0.5).to(dtype)
+    for values in (few, few[:-2], few[2:6], few[3:4], few[-2:-1], torch.rand(1000)):
+        found = values[torch.randint(len(values), (300, 40))]
+        assert_same(router.router_choice(found, scale, top_k), router_plain.choice(found, scale, top_k))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_tie_go_to_the_lower_expert(dtype: torch.dtype) -> None:
+    input, scale, projection, per_expert = routed(50, 96, 12, dtype)
+    projection[3::2] = projection[1]  # so that six tie
+    operands = (input, scale, projection, per_expert)
+    ids, _ = router.route(*operands, 12, 1e-6)
+    assert all([id for id in row if id % 2] == [1, 3, 5, 7, 9, 11] for row in ids.tolist())
+    assert_same(router.route(*operands, 12, 1e-6), router_plain.route(*operands, 12, 1e-6))
+    scores = functional.linear(router_plain.scaled_input(input, scale, 1e-6), projection)
+    assert_same(router.choose(scores, per_expert, 5), router_plain.choose(scores, per_expert, 5))
 
 
 def test_a_token_is_routed_alone_as_among_others() -> None:
@@ -72,4 +134,6 @@ def test_dense(rows: int, wide: int, out: int, dtype: torch.dtype) -> None:
 def test_opcheck() -> None:
     input, *operands = routed(3, 64, 4, DTYPES[-1])
     library.opcheck(torch.ops.dgemma.route.default, (input, *operands, 2, 1e-6))
+    library.opcheck(torch.ops.dgemma.router_input.default, (input, operands[0], 1e-6))
+    library.opcheck(torch.ops.dgemma.router_choice.default, (torch.rand(3, 4), operands[2], 2))
     library.opcheck(torch.ops.dgemma.dense.default, (input, torch.randn(8, 64).to(DTYPES[-1])))

@@ -1,4 +1,4 @@
-// A row of a tensor, read and written vector by vector; and the sum of its squares.
+// A row of a tensor, read and written vector by vector; and the sum of its values or squares.
 //
 // Kernels that include this are compiled without contraction of products and sums
 // (cmake/CpuVariants.cmake), and the sum has one order for all widths of a vector, which is that of
@@ -41,12 +41,27 @@ inline void for_each_vector(int64_t n, const Body& body) {
   if (i < n) body(i, PartOfVector{n - i});
 }
 
-// The sum of squares in the order in which torch adds up a row of fp32 (2.11 to 2.13, whatever the
-// processor), so that a norm has its bits: vectors of eight values, and four sums of vectors that
-// take turns. Sixteen turns are one block; blocks are summed apart, sixteen of these apart again,
-// and so on. What is left of the vectors goes to the first of the four, what is left of the values
-// is added up before the eight lanes.
-class SumOfSquares {
+// What a sum has of each value.
+struct Itself {
+  template <typename V>
+  static V of(V v) {
+    return v;
+  }
+};
+struct Squared {
+  template <typename V>
+  static V of(V v) {
+    return v * v;
+  }
+};
+
+// The sum of eight values or more in the order in which torch adds up a row of fp32 (2.11 to 2.13,
+// whatever the processor), so that a norm has its bits: vectors of eight values, and four sums of
+// vectors that take turns. Sixteen turns are one block; blocks are summed apart, sixteen of these
+// apart again, and so on. What is left of the vectors goes to the first of the four, what is left
+// of the values is added up before the eight lanes.
+template <typename Term>
+class RowSum {
  public:
   template <typename T>
   static float of(const T* row, int64_t n) {
@@ -82,7 +97,7 @@ class SumOfSquares {
     void add(const T* values) {
       for (int i = 0; i < kVectors; ++i) {
         const Floats v = load(values + i * kLanes);
-        part[i] += v * v;
+        part[i] += Term::of(v);
       }
     }
     void add(const Turn& other) {
@@ -96,17 +111,12 @@ class SumOfSquares {
     float parts[kParts];
     for (int i = 0; i < kVectors; ++i) store(parts + i * kLanes, sums.part[i]);
     for (; begin + kEight <= n; begin += kEight)
-      for (int i = 0; i < kEight; ++i) parts[i] += square(row[begin + i]);
+      for (int i = 0; i < kEight; ++i) parts[i] += Term::of(to_float(row[begin + i]));
     for (int i = kEight; i < kParts; ++i) parts[i % kEight] += parts[i];
     float sum = 0.0f;
-    for (; begin < n; ++begin) sum += square(row[begin]);
+    for (; begin < n; ++begin) sum += Term::of(to_float(row[begin]));
     for (int i = 0; i < kEight; ++i) sum += parts[i];
     return sum;
-  }
-  template <typename T>
-  static float square(T value) {
-    const float v = to_float(value);
-    return v * v;
   }
 };
 
@@ -117,7 +127,7 @@ inline float norm_factor(float squares, int64_t n, float epsilon) {
 
 template <typename T>
 inline float norm_factor(const T* row, int64_t n, float epsilon) {
-  return norm_factor(SumOfSquares::of(row, n), n, epsilon);
+  return norm_factor(RowSum<Squared>::of(row, n), n, epsilon);
 }
 
 }  // namespace

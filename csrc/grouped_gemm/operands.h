@@ -73,6 +73,23 @@ inline OperandList operands_of(const dgemma_moe_ffn_quantized& op) {
   return operands_of(op.ffn, &op.gate_up, &op.down);
 }
 
+inline OperandList operands_of(const dgemma_router_input& op) {
+  OperandList list(op.dtype);
+  list.add("input", op.input, {op.tokens, op.hidden_size});
+  list.add("scale", op.scale, {op.hidden_size});
+  list.add("output", op.output, {op.tokens, op.hidden_size});
+  return list;
+}
+
+inline OperandList operands_of(const dgemma_router_choice& op) {
+  OperandList list(op.dtype);
+  list.add("probabilities", op.probabilities, {op.tokens, op.experts});
+  list.add("per_expert_scale", op.per_expert_scale, {op.experts});
+  list.add("expert_ids", op.expert_ids, {op.tokens, op.top_k});
+  list.add("expert_weights", op.expert_weights, {op.tokens, op.top_k});
+  return list;
+}
+
 inline OperandList operands_of(const dgemma_route& op) {
   OperandList list(op.dtype);
   list.add("input", op.input, {op.tokens, op.hidden_size});

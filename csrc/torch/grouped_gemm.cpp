@@ -108,7 +108,40 @@ struct MoeFfnFp8 : QuantizedExperts {
       .cuda = ON_CUDA(&dgemma_cuda_moe_ffn_fp8, &dgemma_cuda_moe_ffn_fp8_workspace)};
 };
 
-// On the CPU the router is made of torch's operators (ops/plain/router.py).
+// On the CPU the router is these two around torch's product and softmax (ops/plain/router.py),
+// which decide ties; on a GPU they are made of torch's operators.
+struct RouterInput {
+  using Struct = dgemma_router_input;
+  static constexpr std::array kArguments = {
+      tensor("input", AT(input), {AT(tokens), AT(hidden_size)}),
+      tensor("scale", AT(scale), {AT(hidden_size)}), number("epsilon", AT(epsilon))};
+  static constexpr std::array kOutputs = {
+      tensor("output", AT(output), {AT(tokens), AT(hidden_size)})};
+  static constexpr Operator kOperator = {.name = "router_input",
+                                         .operation = operation<Struct>(AT(dtype)),
+                                         .arguments = kArguments,
+                                         .outputs = kOutputs,
+                                         .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_router_input>()};
+};
+
+struct RouterChoice {
+  using Struct = dgemma_router_choice;
+  static constexpr std::array kArguments = {
+      tensor("probabilities", AT(probabilities), {AT(tokens), AT(experts)}),
+      tensor("per_expert_scale", AT(per_expert_scale), {AT(experts)}),
+      number("top_k", AT(top_k), {.least = 1, .most_of = AT(experts)})};
+  static constexpr std::array kOutputs = {
+      tensor("expert_ids", AT(expert_ids), {AT(tokens), AT(top_k)}),
+      tensor("expert_weights", AT(expert_weights), {AT(tokens), AT(top_k)})};
+  static constexpr Operator kOperator = {.name = "router_choice",
+                                         .operation = operation<Struct>(AT(dtype)),
+                                         .arguments = kArguments,
+                                         .outputs = kOutputs,
+                                         .form = Form::kNew,
+                                         .cpu = entry<&dgemma_cpu_router_choice>()};
+};
+
 struct Route {
   using Struct = dgemma_route;
   static constexpr std::array kArguments = {
@@ -134,4 +167,4 @@ struct Route {
 }  // namespace dgemma
 
 DGEMMA_OPERATORS(dgemma::Dense, dgemma::DenseQuantized, dgemma::MoeFfn, dgemma::MoeFfnQuantized,
-                 dgemma::MoeFfnFp8, dgemma::Route)
+                 dgemma::MoeFfnFp8, dgemma::RouterInput, dgemma::RouterChoice, dgemma::Route)

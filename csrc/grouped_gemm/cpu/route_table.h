@@ -1,4 +1,4 @@
-// The kernels of the router's input. Included
+// The kernels of the router's input and of its choice. Included
 // once per instruction set: see cpu/variants.h.
 #pragma once
 
@@ -6,6 +6,9 @@
 
 namespace dgemma::DGEMMA_VARIANT {
 
-const RouteTask route_tasks[2] = {route_task<float>, route_task<bfloat16>};
+const RouterInputTask router_input_tasks[2] = {router_input_task<float>,
+                                               router_input_task<bfloat16>};
+const RouterChoiceTask router_choice_tasks[2] = {router_choice_task<float>,
+                                                 router_choice_task<bfloat16>};
 
 }  // namespace dgemma::DGEMMA_VARIANT

@@ -186,8 +186,39 @@ typedef struct dgemma_route {
 DGEMMA_API size_t dgemma_cpu_route_workspace(const dgemma_route* op);
 DGEMMA_API dgemma_status dgemma_cpu_route(const dgemma_route* op, dgemma_cpu* cpu);
 
-/* On a GPU: bfloat16, hidden_size a multiple of 8 up to 65,536, up to 1,024 experts, top_k up
- * to 32 and to the number of experts; input, scale and projection aligned to 16 bytes.
+/* The router around a product of the host's own, on the CPU: `scaled` of the above from the
+ * residual, and ids and weights from p. A near tie falls as the product and the softmax of the host
+ * decide. The input's squares are added up in torch's order, and so are the chosen p: all variants
+ * give the bits of torch's operators (a sum of squares of eight values or more).
+ */
+typedef struct dgemma_router_input {
+  int64_t tokens;
+  int64_t hidden_size;
+  float epsilon;
+  dgemma_dtype dtype; /* of all tensors */
+  const void* input;  /* [tokens, hidden_size], the residual before any norm */
+  const void* scale;  /* [hidden_size] */
+  void* output;       /* [tokens, hidden_size], what the projection multiplies */
+} dgemma_router_input;
+
+DGEMMA_API dgemma_status dgemma_cpu_router_input(const dgemma_router_input* op, dgemma_cpu* cpu);
+
+/* NaN counts as the largest p. */
+typedef struct dgemma_router_choice {
+  int64_t tokens;
+  int64_t experts;
+  int64_t top_k;
+  dgemma_dtype dtype;           /* of per_expert_scale */
+  const float* probabilities;   /* [tokens, experts], over all experts */
+  const void* per_expert_scale; /* [experts] */
+  int32_t* expert_ids;          /* [tokens, top_k] */
+  float* expert_weights;        /* [tokens, top_k] */
+} dgemma_router_choice;
+
+DGEMMA_API dgemma_status dgemma_cpu_router_choice(const dgemma_router_choice* op, dgemma_cpu* cpu);
+
+/* `route` on a GPU: bfloat16, hidden_size a multiple of 8 up to 65,536, up to 1,024 experts, top_k
+ * up to 32 and to the number of experts; input, scale and projection aligned to 16 bytes.
  */
 DGEMMA_API size_t dgemma_cuda_route_workspace(const dgemma_route* op);
 DGEMMA_API dgemma_status dgemma_cuda_route(const dgemma_route* op, dgemma_cuda* cuda);

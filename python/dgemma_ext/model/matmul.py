@@ -16,8 +16,7 @@ from dgemma_ext.model.adapted_experts import adapted_experts, adapts_experts
 from dgemma_ext.model.low_rank import NO_FACTORS, LowRank, LowRanks, Side
 from dgemma_ext.ops import grouped_gemm
 from dgemma_ext.ops.layer import gelu_product
-from dgemma_ext.ops.plain.router import choose, scaled_input
-from dgemma_ext.ops.router import route
+from dgemma_ext.ops.router import choose, route, router_input
 from dgemma_ext.ops.weights import experts, linear
 
 
@@ -88,7 +87,7 @@ class Matmul:
             return route(rows, scale, projection, per_expert_scale, top_k, epsilon)
 
         def in_parts(rows: Tensor, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-            return choose(product(scaled_input(rows, scale, epsilon)), per_expert_scale, top_k)
+            return choose(product(router_input(rows, scale, epsilon)), per_expert_scale, top_k)
 
         if self.mode is not MatmulMode.PER_REQUEST:
             if not self._has_side(name):

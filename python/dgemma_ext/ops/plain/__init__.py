@@ -5,8 +5,8 @@ Who needs them, and why each is still there:
 - block_attention, denoise, grouped_gemm and quantized_gemm: a GPU in a build without CUDA kernels (no nvcc at hand), a
   GPU asked for float32, which no kernel takes, and whoever asks whether a kernel is at fault. DGEMMA_KERNELS=plain in
   the environment of the process chooses them in every build. Tests take them for a second opinion.
-- layer, router, vocabulary_head, and moe_ffn_fp8 of quantized_gemm: the same, and they are the CPU's own form; each
-  module says why.
+- layer, router, vocabulary_head, and moe_ffn_fp8 of quantized_gemm: the same, and the CPU runs them, or what a kernel
+  leaves to torch; each module says why.
 - quantize: a GPU, which has no kernel for it.
 
 Importing this registers them all (registration.py).

@@ -1,7 +1,7 @@
-"""The router in torch's operators: the CPU's form of `ops.router`, and a GPU's without kernels.
+"""The router in torch's operators, and around its product: the CPU's form of `ops.router`, and a GPU's without kernels.
 
-The CPU keeps it though the C interface has a kernel for it: scores are torch's product, so that ties fall as they do in
-transformers.
+The CPU takes torch's product and softmax though the C interface has a kernel for all of it, so that ties fall as they
+do in transformers. What stands before and behind them are kernels there, with the bits of the functions here.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ def scaled_input(input: Tensor, scale: Tensor, epsilon: float) -> Tensor:
 
 def probabilities(input: Tensor, scale: Tensor, projection: Tensor, epsilon: float) -> Tensor:
     """Softmax over all experts, float32 [tokens, experts]."""
-    return _softmax(functional.linear(scaled_input(input, scale, epsilon), projection))
+    return softmax(functional.linear(scaled_input(input, scale, epsilon), projection))
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def softmax(scores: Tensor) -> Tensor:
+    """Over all experts, float32."""
     return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
 
@@ -42,11 +43,26 @@ def route(
 
 
 def choose(scores: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`route` from the projection's product, [tokens, experts]. A stable sort: torch.topk promises no order, and
-    bfloat16 scores tie often."""
-    found = _softmax(scores)
-    ids = torch.sort(found, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return ids.to(torch.int32), weights_of(found, ids, per_expert_scale)
+    """`route` from the projection's product, [tokens, experts]."""
+    return choice(softmax(scores), per_expert_scale, top_k)
 
 
-register("dgemma::route", route)
+def choice(probabilities: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`choose` from the softmax. A stable sort: torch.topk promises no order, and bfloat16 scores tie often."""
+    ids = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return ids.to(torch.int32), weights_of(probabilities, ids, per_expert_scale)
+
+
+def route_around_product(
+    input: Tensor, scale: Tensor, projection: Tensor, per_expert_scale: Tensor, top_k: int, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """`route` with operators of our own before torch's product and behind its softmax."""
+    scaled = torch.ops.dgemma.router_input.default(input, scale, epsilon)
+    found = softmax(functional.linear(scaled, projection))
+    ids, weights = torch.ops.dgemma.router_choice.default(found, per_expert_scale, top_k)
+    return ids, weights
+
+
+register("dgemma::router_input", scaled_input)
+register("dgemma::router_choice", choice)
+register("dgemma::route", route_around_product)
