@@ -8,9 +8,11 @@ import doctest
 import io
 import json
 import re
+import statistics
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -301,31 +303,69 @@ def test_ratios_of_a_step_are_those_that_were_measured(table: int, machine: str)
         assert shown == pytest.approx(measured, abs=0.0051)
 
 
+PEERS = ROOT / "bench" / "results" / "cpu-zen4-2-cores-peers.json"
+
+
+def peer_results() -> dict[str, list[Any]]:
+    """Of each run beside a peer, by the label of its row: what was measured with peaked and with flat weights."""
+    found: dict[str, list[Any]] = {}
+    results = json.loads(PEERS.read_text())
+    for one in results["by turns, idle"]["results"]:
+        found.setdefault(one["name"], []).append(one)
+    for number, run in enumerate(results["vLLM with zentorch, each side loaded for its turn, idle"], 1):
+        found[f"vLLM with zentorch, run {number}"] = run["results"]
+    return found
+
+
+def numbers_of(table: str, label: str) -> list[float]:
+    """Those of the table's one row with this label."""
+    (line,) = re.findall(rf"^\| {re.escape(label)} \|(.*)$", table, re.MULTILINE)
+    return [float(found) for found in re.findall(r"\d+(?:\.\d+)?", line)]
+
+
 def test_figures_beside_other_programs_are_those_that_were_measured() -> None:
-    idle = json.loads((ROOT / "bench" / "results" / "cpu-zen4-2-cores-peers.json").read_text())["idle"]
-    rows: dict[str, list[list[float]]] = {}
-    for line in re.findall(r"^\|.*$", sections(PERFORMANCE)["Beside other programs"], re.MULTILINE):
-        label, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        rows.setdefault(label, []).append([float(number) for cell in cells for number in re.findall(r"[\d.]+", cell)])
-    seconds = idle["least and most seconds of a step, 2 threads"]
-    apart = idle["processor seconds, 1 thread"]
-    layers, whole = apart["30 layers, an estimate"], apart["ratio of 30 layers"]
-    ours = [seconds[f"dgemma_ext, {weights}"] for weights in ("peaked", "flat")]
-    found = {"dgemma_ext": [[*ours[0], *ours[1]]]}
-    for name in ("vLLM", "vLLM with zentorch", "llama.cpp", "transformers"):
-        step = seconds[name] if seconds[name][0] < seconds[name][1] else seconds[name][:1]
-        found[name] = [step + idle["ratio of a step"].get(name, [])]
-    for name in ("dgemma_ext", "vLLM", "vLLM with zentorch"):
-        experts = list(dict.fromkeys(apart["experts of them"][name]))
-        last = (
-            [layers[name], *whole[name]]
-            if name in whole
-            else [layers[f"{name}, {kind}"] for kind in ("peaked", "flat")]
-        )
-        found[name].append([*apart["two layers"][name], *experts, *last])
-    for name, wanted in found.items():
-        # The heading row of the second table numbers the layers.
-        assert [row for row in rows[name] if row] == wanted, name
+    table = sections(PERFORMANCE)["Beside other programs"].partition("**Thirty layers**")[0]
+    for name, (peaked, flat) in peer_results().items():
+        steps = [peaked] if "plugin" in name else [peaked, flat]  # it ran with peaked weights alone
+        layers = [peaked, flat] if "zentorch" in name else [peaked]
+        parts = [(one, "seconds") for one in steps] + [(one, "layers") for one in layers]
+        pairs = [(one["ours"][clock], one["peer"][clock]) for one, clock in parts]
+        wanted = [number for ours, theirs in pairs for number in (ours, theirs, ours / theirs)]
+        shown = numbers_of(table, "transformers 5.24" if name == "transformers" else name)
+        assert shown == pytest.approx(wanted, abs=0.0051), name
+
+
+def test_estimate_of_thirty_layers_follows_from_what_was_measured() -> None:
+    measured = peer_results()
+    of_zentorch = [one for label, ones in measured.items() if "zentorch" in label for one in ones]
+
+    def estimate(side: dict[str, float]) -> float:
+        return 15 * side["layers_processor"] + side["processor"] - side["layers_processor"]
+
+    undisturbed = [*measured["transformers"], *of_zentorch]
+    ours = {
+        kind: sorted(estimate(one["ours"]) for one in undisturbed if one["weights"] == kind)
+        for kind in ("peaked", "flat")
+    }
+    two = sorted(one["ours"]["layers_processor"] for one in undisturbed)
+    wanted = {
+        "dgemma_ext, peaked": [two[0], two[-1], ours["peaked"][0], ours["peaked"][-1]],
+        "dgemma_ext, flat": [ours["flat"][0], ours["flat"][-1]],
+    }
+    for label, ones in (
+        ("transformers", measured["transformers"]),
+        ("vLLM", measured["vLLM"]),
+        ("vLLM with zentorch", of_zentorch),
+    ):
+        layers = sorted(one["peer"]["layers_processor"] for one in ones)
+        steps = sorted(estimate(one["peer"]) for one in ones)
+        ratios = [statistics.median(ours[kind]) / step for kind in ours for step in (steps[-1], steps[0])]
+        wanted[label] = [layers[0], layers[-1], steps[0], steps[-1], *ratios]
+    table = sections(PERFORMANCE)["Beside other programs"].partition("**Thirty layers**")[2]
+    for label, numbers in wanted.items():
+        digits = [1 if number > 2 else 2 for number in numbers]  # steps, and what is less
+        shown = numbers_of(table, label)
+        assert shown == [round(number, count) for number, count in zip(numbers, digits, strict=True)], label
 
 
 def test_times_inside_transformers_are_those_that_were_measured() -> None:
