@@ -23,18 +23,10 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from dgemma_ext.checkpoint import parse_target
 from dgemma_ext.checkpoint.quantize import stored_parts
 from dgemma_ext.integrations.vllm.quantized_linear import DGemmaLinearScheme, Stored, lacks_a_kernel
-from dgemma_ext.integrations.vllm.stored_experts import Scheme
 from dgemma_ext.ops import quantized_gemm
 from dgemma_ext.ops.formats import QuantizedWeight
+from vllm_layers import HIDDEN, SCHEMES
 
-HIDDEN = 64
-SCHEMES = {
-    "fp8": Scheme("fp8"),
-    "int8": Scheme("int8"),
-    "int4": Scheme("int4", (32, 32)),
-    "nvfp4": Scheme("nvfp4", (16, 16)),
-    "nvfp4-modelopt": Scheme("nvfp4", (16, 16), modelopt=True),
-}
 WIDTHS = [48, 32, 32]  # as those of queries, keys and values, the first no multiple of the others
 
 
@@ -42,13 +34,13 @@ def projections_of(format: str, seed: int = 3) -> list[QuantizedWeight]:
     """Of queries, keys and values."""
     torch.manual_seed(seed)
     matrices = [(number + seed) * torch.randn(width, HIDDEN) for number, width in enumerate(WIDTHS)]
-    return [parse_target(format.partition("-")[0]).quantize([matrix])[0].weight for matrix in matrices]
+    return [parse_target(SCHEMES[format].format).quantize([matrix])[0].weight for matrix in matrices]
 
 
 def stored(format: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """A projection as a checkpoint has it."""
     parts = stored_parts(weight)
-    if format == "nvfp4-modelopt":
+    if format == "package nvfp4-modelopt":
         scale = parts.pop("weight_global_scale").reciprocal()[0]
         return {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"], "weight_scale_2": scale}
     return parts
@@ -106,7 +98,7 @@ def twice(suffix: str, dim: int) -> Callable[[dict[str, Tensor]], None]:
     return lambda parts: parts.update({suffix: torch.cat([parts[suffix], parts[suffix]], dim)})
 
 
-FORMATS = ["int4", "nvfp4", "nvfp4-modelopt"]
+FORMATS = ["int4", "nvfp4", "package nvfp4-modelopt"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
